@@ -1,0 +1,31 @@
+"""lorax: low-rank adaptation of Flax models as pure parameter transforms.
+
+kernels = lorax.discover(loss_fn, params, batch)
+adapters, params = lorax.init(key, params, [lorax.Target("all-linear")], kernels)
+loss = lorax.adapt(loss_fn)                 # (adapters, params, batch)
+merged = lorax.merge(adapters, params)      # plain Flax params again
+"""
+
+from lorax.adapters import Full, Lora
+from lorax.kernels import Kernel, KernelUse, discover
+from lorax.targets import Target
+from lorax.transform import MergeWarning, adapt, init, merge
+from lorax.types import Adapter, Adapters, Axes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "Adapters",
+    "Axes",
+    "Full",
+    "Kernel",
+    "KernelUse",
+    "Lora",
+    "MergeWarning",
+    "Target",
+    "adapt",
+    "discover",
+    "init",
+    "merge",
+]

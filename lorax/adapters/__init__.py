@@ -1,0 +1,9 @@
+"""The parametrisations: frozen dataclasses whose array fields are all trainable."""
+
+from lorax.adapters.full import Full
+from lorax.adapters.lora import Lora
+
+CLASSES = {cls.__name__: cls for cls in (Lora, Full)}
+"""Class by name, for adapters read back from disk."""
+
+__all__ = ["CLASSES", "Full", "Lora"]

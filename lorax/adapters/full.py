@@ -1,0 +1,48 @@
+"""A leaf trained as it is: classifier heads, norms, biases (PEFT's `modules_to_save`)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Full:
+    """Replaces its leaf by a trainable copy.
+
+    Attributes:
+      value: the leaf's shape, in the dtype the target asked for (float32 by default);
+        `merge` casts it to the leaf's dtype.
+    """
+
+    value: jax.Array
+
+    roles: ClassVar[dict[str, str]] = {"value": "value"}
+
+    def check(self, path: str, leaf: jax.Array) -> None:
+        """Raises ValueError unless the value has the leaf's shape."""
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"{path}: the leaf has dtype {leaf.dtype}; only floating leaves train"
+            )
+        if self.value.shape != leaf.shape:
+            raise ValueError(
+                f"{path}: the adapter holds a value of shape {self.value.shape} and "
+                f"the leaf has {leaf.shape}; was it made for another model?"
+            )
+
+    def factors(self, kernel: jax.Array) -> None:
+        """Returns None: there is no low-rank form, the leaf is replaced."""
+        del kernel
+
+    def delta(self, kernel: jax.Array) -> jax.Array:
+        """Returns how far the value has moved from the leaf, at least float32."""
+        dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+        return self.value.astype(dtype) - kernel.astype(dtype)
+
+    def merge(self, kernel: jax.Array) -> jax.Array:
+        """Returns the value in the leaf's dtype."""
+        return self.value.astype(kernel.dtype)

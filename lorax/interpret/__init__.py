@@ -1,0 +1,26 @@
+"""The one jaxpr walker: rules for linear operations, views and control flow.
+
+Importing the package fills the walker's table of rules.
+"""
+
+from lorax.interpret import control, rules, views
+from lorax.interpret.rules import Use, frozen, low_rank
+from lorax.interpret.tracked import Term, Tracked, dense, watch
+from lorax.interpret.walker import RULES, Visitor, Walker, line
+
+__all__ = [
+    "RULES",
+    "Term",
+    "Tracked",
+    "Use",
+    "Visitor",
+    "Walker",
+    "control",
+    "dense",
+    "frozen",
+    "line",
+    "low_rank",
+    "rules",
+    "views",
+    "watch",
+]

@@ -1,0 +1,269 @@
+"""Higher-order primitives: entered, and built again with their parameters.
+
+A `Tracked` view is a pytree, so it passes through `jax.jit`, `lax.scan` and the rest
+like any argument; its factors are sliced, carried and sharded with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lorax.interpret.tracked import Term, Tracked
+from lorax.interpret.walker import Walker, rule
+
+
+@rule("jit", "pjit")
+def jit(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
+    """A jitted function: kept under its name, with its sharding constraints."""
+    params = eqn.params
+
+    def body(key: Any, *args: Any) -> list[Any]:
+        args = [_constrain(*p) for p in zip(args, params["in_shardings"], strict=True)]
+        outs = walker.inner(eqn, key).run(params["jaxpr"], args)
+        return [_constrain(*p) for p in zip(outs, params["out_shardings"], strict=True)]
+
+    body.__name__ = params["name"]
+    return jax.jit(body, inline=params["inline"] is True)(walker.fork_key(), *values)
+
+
+def _constrain(value: Any, sharding: Any) -> Any:
+    if not isinstance(sharding, NamedSharding):
+        return value
+    constrain = lambda x: jax.lax.with_sharding_constraint(x, sharding)
+    if isinstance(value, Tracked):
+        return Tracked(constrain(value.value), value.terms)
+    return constrain(value)
+
+
+@rule("closed_call", "core_call")
+def call(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
+    """A call that only names a body."""
+    jaxpr = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+    return walker.inner(eqn, walker.fork_key()).run(jaxpr, values)
+
+
+@rule("remat2", "checkpoint")
+def remat(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
+    """`jax.checkpoint`, with its policy; the replay draws the same dropout masks."""
+    params = eqn.params
+
+    def body(key: Any, *args: Any) -> list[Any]:
+        return walker.inner(eqn, key).run(params["jaxpr"], args)
+
+    body = jax.checkpoint(
+        body, prevent_cse=params["prevent_cse"], policy=params["policy"]
+    )
+    return body(walker.fork_key(), *values)
+
+
+@rule("cond")
+def cond(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
+    """`lax.cond` and `lax.switch`; a branch that returns a kernel merges it."""
+    index, *operands = values
+
+    def branch(jaxpr: Any) -> Any:
+        def body(key: Any, *args: Any) -> list[Any]:
+            outs = walker.inner(eqn, key).run(jaxpr, args)
+            return [walker.merged(out, eqn) for out in outs]
+
+        return body
+
+    branches = [branch(jaxpr) for jaxpr in eqn.params["branches"]]
+    return jax.lax.switch(index, branches, walker.fork_key(), *operands)
+
+
+@rule("while")
+def while_(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
+    """`lax.while_loop`; a kernel carried round unchanged is a constant of the loop."""
+    params = eqn.params
+    test, body = params["cond_jaxpr"], params["body_jaxpr"]
+    n, m = params["cond_nconsts"], params["body_nconsts"]
+    test_consts, body_consts, carry = values[:n], values[n : n + m], values[n + m :]
+    still = _unchanged(walker, eqn, body, m, carry)
+    key = walker.fork_key()
+
+    def full(moving: list[Any]) -> list[Any]:
+        moving = list(moving)
+        return [c if s else moving.pop(0) for c, s in zip(carry, still, strict=True)]
+
+    def run_test(state: Any) -> jax.Array:
+        step, moving = state
+        inner = walker.inner(eqn, _fold(key, step))
+        return inner.run(test, [*test_consts, *full(moving)])[0]
+
+    def run_body(state: Any) -> Any:
+        step, moving = state
+        inner = walker.inner(eqn, _fold(key, step))
+        outs = inner.run(body, [*body_consts, *full(moving)])
+        outs = [
+            walker.merged(o, eqn) for o, s in zip(outs, still, strict=True) if not s
+        ]
+        return step + (key is not None), outs
+
+    moving = [walker.merged(c, eqn) for c, s in zip(carry, still, strict=True) if not s]
+    _, moving = jax.lax.while_loop(run_test, run_body, (jnp.int32(0), moving))
+    return full(moving)
+
+
+@rule("scan")
+def scan(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
+    """`lax.scan` over layers: a stacked kernel is sliced with its factors."""
+    params, body = eqn.params, eqn.params["jaxpr"]
+    n, carried, _ = scan_layout(eqn)
+    consts, carry, xs = values[:n], values[n : n + carried], values[n + carried :]
+    still = _unchanged(walker, eqn, body, n, carry)
+    carry = [
+        c if s else walker.merged(c, eqn) for c, s in zip(carry, still, strict=True)
+    ]
+    xs = [x if _stacked(x) else walker.merged(x, eqn) for x in xs]
+    key = walker.fork_key()
+
+    def full(moving: list[Any]) -> list[Any]:
+        moving = list(moving)
+        return [c if s else moving.pop(0) for c, s in zip(carry, still, strict=True)]
+
+    def run(moving: list[Any], slices: Any) -> Any:
+        step, slices = slices
+        slices = [_layer(s) for s in slices]
+        inner = walker.inner(eqn, _fold(key, step), trips=params["length"])
+        outs = inner.run(body, [*consts, *full(moving), *slices])
+        outs = [
+            None if s else walker.merged(o, eqn)
+            for o, s in zip(
+                outs, [*still, *[False] * (len(outs) - carried)], strict=True
+            )
+        ]
+        return [o for o in outs[:carried] if o is not None], outs[carried:]
+
+    steps = None if key is None else jnp.arange(params["length"])
+    extra = {"_split_transpose": True} if params.get("_split_transpose") else {}
+    moving, ys = jax.lax.scan(
+        run,
+        [c for c, s in zip(carry, still, strict=True) if not s],
+        (steps, xs),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+        **extra,
+    )
+    return [*full(moving), *ys]
+
+
+def scan_layout(eqn: Any) -> tuple[int, int, int]:
+    """Returns how many operands of a scan are constants, carried and scanned.
+
+    Read off the shapes (a body sees one dimension less of what is scanned), because
+    the parameters that say so differ between versions of JAX.
+    """
+    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+    rank = lambda v: len(v.aval.shape)
+    same = lambda outer, inner: rank(outer) == rank(inner)
+    kept = sum(map(same, eqn.invars, body.invars))
+    carried = sum(map(same, eqn.outvars, body.outvars))
+    return kept - carried, carried, len(eqn.invars) - kept
+
+
+def _fold(key: jax.Array | None, step: jax.Array) -> jax.Array | None:
+    return None if key is None else jax.random.fold_in(key, step)
+
+
+def _unchanged(
+    walker: Walker, eqn: Any, body: Any, consts: int, carry: list[Any]
+) -> list[bool]:
+    """Marks kernels in the carry that the body hands on as they are."""
+    jaxpr = getattr(body, "jaxpr", body)
+    return [
+        isinstance(value, Tracked) and jaxpr.outvars[i] is jaxpr.invars[consts + i]
+        for i, value in enumerate(carry)
+    ]
+
+
+def _stacked(value: Any) -> bool:
+    """True unless this is a kernel whose leading axis is not a stack of kernels."""
+    if not isinstance(value, Tracked):
+        return True
+    shape = value.value.shape
+    return all(
+        term.labels[0]
+        and term.whole(0, shape)
+        and (term.a is None or term.kind(0) == "batch")
+        for term in value.terms
+    )
+
+
+def _layer(value: Any) -> Any:
+    """Removes the scanned axis from the description of a sliced view."""
+    if not isinstance(value, Tracked):
+        return value
+    return Tracked(value.value, tuple(t.drop(0, indexed=True) for t in value.terms))
+
+
+@rule("shard_map")
+def shard_map(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
+    """`jax.shard_map`: factors are split as the kernel's axes are, rank unsharded."""
+    params = eqn.params
+    if any(
+        not term.whole(d, value.value.shape)
+        for value in values
+        if isinstance(value, Tracked)
+        for term in value.terms
+        for d in range(value.value.ndim)
+    ):
+        return None
+    manual = params["newly_manual_axes"]
+    shards = 1
+    for axis in manual:
+        shards *= params["mesh"].shape[axis]
+
+    def body(key: Any, *args: Any) -> list[Any]:
+        inner = walker.inner(eqn, key, trips=shards)
+        outs = inner.run(params["jaxpr"], [_local(arg) for arg in args])
+        return [walker.merged(out, eqn) for out in outs]
+
+    specs = [
+        _specs(value, spec)
+        for value, spec in zip(values, params["in_specs"], strict=True)
+    ]
+    return jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=(PartitionSpec(), *specs),
+        out_specs=list(params["out_specs"]),
+        axis_names=set(manual),
+        check_vma=params["check_vma"],
+    )(walker.fork_key(), *values)
+
+
+def _specs(value: Any, spec: PartitionSpec) -> Any:
+    """Returns the specs of a view's frozen array and of its factors."""
+    if not isinstance(value, Tracked):
+        return spec
+    dims = [*spec, *[None] * (value.value.ndim - len(spec))]
+
+    def term_specs(term: Term) -> Term:
+        if term.a is None:
+            return term
+        batch, in_, out = (
+            [dims[d] for d in term.dims(kind)] for kind in ("batch", "in", "out")
+        )
+        return dataclasses.replace(
+            term,
+            a=PartitionSpec(*batch, *in_, None),
+            b=PartitionSpec(*batch, None, *out),
+        )
+
+    return Tracked(spec, tuple(term_specs(term) for term in value.terms))
+
+
+def _local(value: Any) -> Any:
+    """Gives a view inside a shard the shapes of the shard."""
+    if not isinstance(value, Tracked):
+        return value
+    shape = tuple(value.value.shape)
+    terms = (dataclasses.replace(term, shape=shape) for term in value.terms)
+    return Tracked(value.value, tuple(terms))

@@ -1,0 +1,132 @@
+"""The low-rank branch as XLA operations: products, dropout, where to flatten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lorax import tree
+from lorax.interpret.tracked import Term
+from lorax.interpret.walker import Walker
+
+Dims = tuple[Sequence[int], Sequence[int]]
+
+
+def operand_dtype(kernel: jnp.dtype) -> jnp.dtype:
+    """The dtype in which factors enter a product with a kernel of this dtype.
+
+    It is the kernel's own, except for 8-bit floats, whose range a factor would leave.
+    """
+    return jnp.dtype(kernel) if jnp.dtype(kernel).itemsize > 1 else jnp.bfloat16
+
+
+def window(
+    walker: Walker, x: jax.Array, term: Term, x_read: Sequence[int], read: Sequence[int]
+) -> jax.Array:
+    """Returns the part of the activation that a term reads, after dropout."""
+    for dim, own in zip(x_read, read, strict=True):
+        low, size = term.start[own], term.shape[own]
+        if size != x.shape[dim]:
+            x = jax.lax.slice_in_dim(x, low, low + size, axis=dim)
+    key = walker.fork_key()
+    if key is None or term.rate == 0.0:
+        return x
+    key = tree.fold_path(key, term.path)
+    for axis in sorted(getattr(jax.typeof(x), "vma", ())):  # shards draw their own mask
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    keep = jax.random.bernoulli(key, 1.0 - term.rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - term.rate, x.dtype), 0)
+
+
+def dot(
+    x: jax.Array,
+    first: jax.Array,
+    second: jax.Array,
+    *,
+    read: Dims,
+    batch: Dims,
+    precision: jax.lax.PrecisionLike,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Returns `(x @ first) @ second`.
+
+    On a single CPU device every product is two-dimensional: contracted over two leading
+    axes, a factor's gradient costs 2.3 x the whole step. And the gradient of `first`
+    has to come out as [rank, in]: behind a plain transpose XLA rewrites it to [in,
+    rank], which its library runs 8 to 14 times slower; the barrier keeps it.
+
+    Args:
+      x: the activation; the left operand of every product.
+      first: `[*batch, *read, rank]`.
+      second: `[*batch, rank, *write]`.
+      read: contracted dimensions of x and of `first`.
+      batch: batch dimensions of x and of `first`.
+      precision: of the operation on the kernel.
+      dtype: of the operation's result.
+
+    Returns:
+      `[*batch, *free dimensions of x, *write]`.
+    """
+    inner = jnp.promote_types(x.dtype, first.dtype)
+    if inner.itemsize == 1:
+        inner, x = first.dtype, x.astype(first.dtype)
+    if not batch[0] and _cpu_alone(x):
+        free = [d for d in range(x.ndim) if d not in read[0]]
+        sizes = [x.shape[d] for d in free]
+        x = x.transpose(*free, *read[0]).reshape(math.prod(sizes), -1)
+        rank_first = first.transpose(first.ndim - 1, *read[1])
+        first = jax.lax.optimization_barrier(rank_first.reshape(first.shape[-1], -1))
+        numbers = (((1,), (1,)), ((), ()))
+        h = jax.lax.dot_general(
+            x, first, numbers, precision, preferred_element_type=inner
+        )
+        h = h.reshape(*sizes, -1)
+    else:
+        h = jax.lax.dot_general(
+            x, first, (read, batch), precision, preferred_element_type=inner
+        )
+    # h keeps the batch dimensions in the equation's order, `second` in view order
+    return mix(h.astype(inner), second, h.ndim - 1, tuple(batch[1]), precision, dtype)
+
+
+def mix(
+    h: jax.Array,
+    second: jax.Array,
+    feature: int,
+    batch: tuple[int, ...],
+    precision: jax.lax.PrecisionLike,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Returns `h @ second`.
+
+    Args:
+      h: `[*batch, ..., rank, ...]`, the rank at dimension `feature`.
+      second: `[*batch, rank, *write]`.
+      feature: where h has the rank.
+      batch: for each leading dimension of h, the batch dimension of `second`.
+      precision: of the product.
+      dtype: of the result.
+
+    Returns:
+      `[*batch, ..., *write]`.
+    """
+    n = len(batch)
+    if n == 0 and _cpu_alone(h):
+        h = jnp.moveaxis(h, feature, -1)
+        flat = h.reshape(-1, h.shape[-1]), second.reshape(second.shape[0], -1)
+        numbers = (((1,), (0,)), ((), ()))
+        y = jax.lax.dot_general(*flat, numbers, precision, preferred_element_type=dtype)
+        return y.reshape(*h.shape[:-1], *second.shape[1:])
+    numbers = (((feature,), (n,)), (tuple(range(n)), batch))
+    return jax.lax.dot_general(
+        h, second, numbers, precision, preferred_element_type=dtype
+    )
+
+
+def _cpu_alone(x: jax.Array) -> bool:
+    """True on a single CPU device: elsewhere a reshape could merge sharded axes."""
+    mesh = jax.typeof(x).sharding.mesh
+    return jax.default_backend() == "cpu" and mesh.size == 1

@@ -1,0 +1,78 @@
+"""From a Python function to the jaxpr that the walker reads, and back to its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def trace(
+    function: Callable[[Any], Any], leaves: Any
+) -> tuple[Any, Callable[[list[Any]], Any]]:
+    """Traces `function(leaves)`, whatever it returns.
+
+    Args:
+      function: a pure function of one pytree; all else it uses is closed over.
+      leaves: a pytree of arrays or `ShapeDtypeStruct`s.
+
+    Returns:
+      The closed jaxpr, whose inputs are the flattened leaves and whose outputs are the
+      arrays in the result; and `rebuild(arrays)`, which puts arrays back among the
+      outputs that are not arrays.
+    """
+    static: list[Any] = []
+
+    def arrays(leaves: Any) -> list[jax.Array]:
+        flat, treedef = jax.tree.flatten(function(leaves))
+        static[:] = [treedef, [None if isinstance(x, jax.Array) else x for x in flat]]
+        static.append([isinstance(x, jax.Array) for x in flat])
+        return [x for x in flat if isinstance(x, jax.Array)]
+
+    jaxpr = jax.make_jaxpr(arrays)(leaves)
+
+    def rebuild(outputs: list[Any]) -> Any:
+        treedef, others, is_array = static
+        outputs = list(outputs)
+        return treedef.unflatten(
+            [outputs.pop(0) if a else o for a, o in zip(is_array, others, strict=True)]
+        )
+
+    return jaxpr, rebuild
+
+
+def split_abstract(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Splits the `ShapeDtypeStruct`s off a tree: they must be traced, not closed over.
+
+    Returns:
+      The abstract leaves, and `join(values)` that rebuilds the tree around values.
+    """
+    flat, treedef = jax.tree.flatten(tree)
+    abstract = [isinstance(x, jax.ShapeDtypeStruct) for x in flat]
+
+    def join(values: list[Any]) -> Any:
+        values = list(values)
+        return treedef.unflatten(
+            [values.pop(0) if a else x for a, x in zip(abstract, flat, strict=True)]
+        )
+
+    return [x for a, x in zip(abstract, flat, strict=True) if a], join
+
+
+def as_array(leaf: Any) -> Any:
+    """Returns a leaf as something that can be traced."""
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
+
+
+def require_pure(params: Any) -> None:
+    """Raises TypeError for an `nnx.Module`: parameters must be a tree of arrays."""
+    from flax import nnx
+
+    if isinstance(params, nnx.Module):
+        raise TypeError(
+            f"params is a {type(params).__name__}, an nnx module, and lorax needs a "
+            "pure function of a tree: graphdef, state = nnx.split(model), then pass "
+            "state as params and call nnx.merge(graphdef, state) inside the function"
+        )

@@ -1,0 +1,195 @@
+"""A value that is a view of adapted leaves, and the low-rank terms that travel with it.
+
+Inside the walker a kernel is not an array but a `Tracked`: the frozen array as the
+program sees it (transposed, sliced, reshaped, cast), plus one `Term` for every leaf in
+it. A term knows which leaf axes each dimension of the view stands for, where its block
+lies, and (under `adapt`, not under `discover`) the factors, kept in one canonical order:
+
+    a: [*batch, *in, rank]     b: [*batch, rank, *out]
+
+with the dimensions of each kind in the order in which the view has them. Every view is
+then an edit of labels, plus the same edit of the factor that owns the dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax.types import Axes, Factors
+
+Labels = tuple[tuple[int, ...], ...]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["a", "b"],
+    meta_fields=["path", "leaf", "labels", "start", "shape", "indexed", "axes", "rate"],
+)
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One leaf inside a view.
+
+    Attributes:
+      path: the leaf's path.
+      leaf: the leaf's shape.
+      labels: for each dimension of the view, the leaf axes it stands for.
+      start: for each dimension, where the leaf's block begins (not 0 after a concat).
+      shape: the block's shape.
+      indexed: leaf axes taken away by indexing or scanning over them.
+      axes: the adapter's axes; None under discover.
+      rate: dropout on the adapter branch.
+      a: `[*batch, *in, rank]`, or None under discover.
+      b: `[*batch, rank, *out]`, or None under discover.
+    """
+
+    path: str
+    leaf: tuple[int, ...]
+    labels: Labels
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    indexed: frozenset[int] = frozenset()
+    axes: Axes | None = None
+    rate: float = 0.0
+    a: jax.Array | None = None
+    b: jax.Array | None = None
+
+    def sized(self, axes: Sequence[int]) -> frozenset[int]:
+        """The leaf axes among `axes` that are longer than one."""
+        return frozenset(axis for axis in axes if self.leaf[axis] > 1)
+
+    def kind(self, dim: int) -> str | None:
+        """Returns "in", "out", "batch"; "unit" for an inserted axis; None if mixed."""
+        label = self.labels[dim]
+        if not label or self.axes is None:
+            return "unit"
+        wanted = self.sized(label) or frozenset(label)
+        groups = dict(zip(("in", "out", "batch"), self.axes, strict=True))
+        return next((kind for kind, g in groups.items() if wanted <= {*g}), None)
+
+    def dims(self, kind: str) -> list[int]:
+        """The dimensions of the view of one kind, in view order."""
+        return [d for d in range(len(self.labels)) if self.kind(d) == kind]
+
+    def whole(self, dim: int, shape: Sequence[int]) -> bool:
+        """True when the block fills this dimension of a view of the given shape."""
+        return self.start[dim] == 0 and self.shape[dim] == shape[dim]
+
+    def edit(
+        self, dim: int, change: Callable[[jax.Array, int], jax.Array], **meta: object
+    ) -> Term:
+        """Applies `change(factor, axis)` to the factors that own a dimension."""
+        a, b, kind = self.a, self.b, self.kind(dim)
+        if a is not None and kind == "batch":
+            axis = self.dims("batch").index(dim)
+            a, b = change(a, axis), change(b, axis)
+        elif a is not None and kind == "in":
+            a = change(a, len(self.dims("batch")) + self.dims("in").index(dim))
+        elif b is not None and kind == "out":
+            b = change(b, len(self.dims("batch")) + 1 + self.dims("out").index(dim))
+        return dataclasses.replace(self, a=a, b=b, **meta)
+
+    def drop(self, dim: int, indexed: bool) -> Term:
+        """Removes a dimension from the view; its factors must have lost it already."""
+        cut = lambda t: t[:dim] + t[dim + 1 :]
+        gone = frozenset(self.labels[dim]) if indexed else self.sized(self.labels[dim])
+        return dataclasses.replace(
+            self,
+            labels=cut(self.labels),
+            start=cut(self.start),
+            shape=cut(self.shape),
+            indexed=self.indexed | gone,
+        )
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["value", "terms"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Tracked:
+    """A view of adapted leaves: the frozen array, and what the adapters add to it."""
+
+    value: jax.Array
+    terms: tuple[Term, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The leaves in this view."""
+        return tuple(dict.fromkeys(term.path for term in self.terms))
+
+    def adapted(self, adapter: Any, factors: Factors) -> Tracked:
+        """Gives a watched leaf the factors of its adapter."""
+        (term,) = self.terms
+        term = dataclasses.replace(
+            term,
+            axes=adapter.axes,
+            rate=adapter.dropout,
+            a=_in_view_order(factors.a, adapter.axes.batch, adapter.axes.in_, 0),
+            b=_in_view_order(factors.b, adapter.axes.batch, adapter.axes.out, 1),
+        )
+        return Tracked(self.value, (term,))
+
+
+def _in_view_order(
+    factor: jax.Array, batch: Sequence[int], own: Sequence[int], gap: int
+) -> jax.Array:
+    """Permutes a factor laid out by an adapter's axes to the leaf's own order.
+
+    `gap` is 1 where the rank stands between batch and own axes, 0 where it is last.
+    """
+    n = len(batch)
+    ranks = lambda axes: [axes.index(axis) for axis in sorted(axes)]
+    batch_order = ranks(list(batch))
+    own_order = [n + gap + i for i in ranks(list(own))]
+    rank = [n] if gap else [factor.ndim - 1]
+    order = (
+        [*batch_order, *rank, *own_order] if gap else [*batch_order, *own_order, *rank]
+    )
+    return factor.transpose(order)
+
+
+def watch(path: str, leaf: jax.Array) -> Tracked:
+    """Returns a whole leaf as a view of itself, without factors (for discover)."""
+    shape = tuple(leaf.shape)
+    labels = tuple((axis,) for axis in range(len(shape)))
+    return Tracked(leaf, (Term(path, shape, labels, (0,) * len(shape), shape),))
+
+
+def dense(tracked: Tracked) -> jax.Array:
+    """Returns the merged view: float32 accumulation, one rounding."""
+    dtype = jnp.promote_types(tracked.value.dtype, jnp.float32)
+    total = tracked.value.astype(dtype)
+    for term in tracked.terms:
+        if term.a is None:
+            return tracked.value
+        batch, in_, out = (term.dims(kind) for kind in ("batch", "in", "out"))
+        sizes = lambda dims: [term.shape[d] for d in dims]  # noqa: B023
+        rank = term.a.shape[-1]
+        product = jnp.matmul(
+            term.a.astype(dtype).reshape(*sizes(batch), math.prod(sizes(in_)), rank),
+            term.b.astype(dtype).reshape(*sizes(batch), rank, math.prod(sizes(out))),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        order = batch + in_ + out
+        product = product.reshape(sizes(order)).transpose(
+            [order.index(d) for d in sorted(order)]
+        )
+        total = total + place(product.reshape(term.shape), term.start, total.shape)
+    return total.astype(tracked.value.dtype)
+
+
+def place(block: jax.Array, start: Sequence[int], shape: Sequence[int]) -> jax.Array:
+    """Returns `block` at offset `start` in zeros of the given shape."""
+    if block.shape == tuple(shape):
+        return block
+    padding = [
+        (lo, full - lo - size, 0)
+        for lo, size, full in zip(start, block.shape, shape, strict=True)
+    ]
+    return jax.lax.pad(block, jnp.zeros((), block.dtype), padding)

@@ -1,0 +1,348 @@
+"""Views of a kernel: operations after which it is still a kernel.
+
+Each rule runs the equation on the frozen array and makes the same edit to the labels
+and factors of every term. A rule returns None where the result would no longer be low
+rank in the same factors (in and out axes flattened together, say).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax.interpret.tracked import Term, Tracked
+from lorax.interpret.walker import Walker, rule
+
+Edit = Callable[[Term], Term | None]
+
+
+def viewed(
+    walker: Walker, eqn: Any, values: Sequence[Any], edit: Edit, operand: int = 0
+) -> list[Tracked] | None:
+    """Runs a one-result equation and edits every term of the tracked operand."""
+    tracked = values[operand]
+    if not isinstance(tracked, Tracked):
+        return None
+    terms = tuple(edit(term) for term in tracked.terms)
+    if any(term is None for term in terms):
+        return None
+    values = [v.value if v is tracked else walker.merged(v, eqn) for v in values]
+    return [Tracked(walker.bind(eqn, values)[0], terms)]
+
+
+@rule("copy", "copy_p", "name", "sharding_constraint", "layout_constraint")
+def same(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+    """Operations that change neither the values nor the shape."""
+    return viewed(walker, eqn, values, lambda term: term)
+
+
+@rule("convert_element_type")
+def convert(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+    """A cast to another floating dtype; factors are cast where they are used."""
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+        return None
+    return viewed(walker, eqn, values, lambda term: term)
+
+
+@rule("optimization_barrier", "device_put")
+def barrier(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
+    """Operations over several operands, some of them kernels."""
+    plain = [v.value if isinstance(v, Tracked) else v for v in values]
+    results = walker.bind(eqn, plain)
+    return [
+        Tracked(result, value.terms) if isinstance(value, Tracked) else result
+        for value, result in zip(values, results, strict=True)
+    ]
+
+
+@rule("stop_gradient", "pvary", "pcast")
+def per_factor(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+    """Operations of any shape that act on the factors as on the kernel."""
+
+    def edit(term: Term) -> Term:
+        if term.a is None:
+            return term
+        a, b = (walker.bind(eqn, [factor])[0] for factor in (term.a, term.b))
+        return dataclasses.replace(term, a=a, b=b)
+
+    return viewed(walker, eqn, values, edit)
+
+
+@rule("neg")
+def negate(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+    """-W."""
+    return viewed(walker, eqn, values, lambda term: _scaled(term, lambda b: -b))
+
+
+@rule("mul", "div")
+def scale(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+    """A kernel times, or divided by, a scalar."""
+    operand = 0 if isinstance(values[0], Tracked) else 1
+    scalar = walker.scalars.get(id(eqn.invars[1 - operand]), values[1 - operand])
+    if isinstance(scalar, Tracked) or jnp.shape(scalar) != ():
+        return None
+    if eqn.primitive.name == "mul":
+        edit = lambda term: _scaled(term, lambda b: b * scalar)
+    elif operand == 0:
+        edit = lambda term: _scaled(term, lambda b: b / scalar)
+    else:
+        return None
+    return viewed(walker, eqn, values, edit, operand)
+
+
+def _scaled(term: Term, change: Callable[[jax.Array], jax.Array]) -> Term:
+    if term.b is None:
+        return term
+    return dataclasses.replace(term, b=change(term.b).astype(term.b.dtype))
+
+
+@rule("transpose")
+def transpose(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+    """A permutation of the view's dimensions; factors keep view order."""
+    permutation = eqn.params["permutation"]
+    pick = lambda t: tuple(t[d] for d in permutation)
+
+    def edit(term: Term) -> Term:
+        new = dataclasses.replace(
+            term,
+            labels=pick(term.labels),
+            start=pick(term.start),
+            shape=pick(term.shape),
+        )
+        if term.a is None:
+            return new
+        order = lambda kind: [
+            term.dims(kind).index(permutation[d]) for d in new.dims(kind)
+        ]
+        batch, in_, out = order("batch"), order("in"), order("out")
+        n = len(batch)
+        a = term.a.transpose(*batch, *(n + i for i in in_), n + len(in_))
+        b = term.b.transpose(*batch, n, *(n + 1 + i for i in out))
+        return dataclasses.replace(new, a=a, b=b)
+
+    return viewed(walker, eqn, values, edit)
+
+
+@rule("reshape", "broadcast_in_dim", "squeeze")
+def reshape(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+    """A change of shape in which no dimension mixes kinds.
+
+    `broadcast_in_dim` qualifies when all it adds is axes of length one.
+    """
+    tracked = values[0]
+    shape = tuple(eqn.outvars[0].aval.shape)
+    if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
+        return None
+    if not isinstance(tracked, Tracked) or math.prod(shape) != tracked.value.size:
+        return None
+    old = tuple(tracked.value.shape)
+    if eqn.primitive.name == "squeeze":
+        kept = [d for d in range(len(old)) if d not in eqn.params["dimensions"]]
+        groups = [([d], [j]) for j, d in enumerate(kept)]
+    elif eqn.primitive.name == "broadcast_in_dim":
+        places = eqn.params["broadcast_dimensions"]
+        groups = [([d], [j]) for d, j in enumerate(places)]
+    else:
+        groups = _groups(old, shape)
+    return viewed(walker, eqn, values, lambda term: _regroup(term, groups, old, shape))
+
+
+def _groups(
+    old: tuple[int, ...], new: tuple[int, ...]
+) -> list[tuple[list[int], list[int]]]:
+    """Splits a reshape into the smallest groups of dimensions of equal product."""
+    olds = [d for d, size in enumerate(old) if size != 1]
+    news = [d for d, size in enumerate(new) if size != 1]
+    groups = []
+    while olds:
+        left, right = [olds.pop(0)], [news.pop(0)]
+        size = lambda dims, shape: math.prod(shape[d] for d in dims)
+        while (l := size(left, old)) != (r := size(right, new)):
+            if l < r:
+                left.append(olds.pop(0))
+            else:
+                right.append(news.pop(0))
+        groups.append((left, right))
+    return groups
+
+
+def _regroup(
+    term: Term,
+    groups: list[tuple[list[int], list[int]]],
+    old: tuple[int, ...],
+    shape: tuple[int, ...],
+) -> Term | None:
+    """Relabels a term after a reshape and gives its factors the new sizes."""
+    labels: list[tuple[int, ...]] = [()] * len(shape)
+    start, block = [0] * len(shape), list(shape)
+    for left, right in groups:
+        label = tuple(dict.fromkeys(axis for d in left for axis in term.labels[d]))
+        for d in right:
+            labels[d] = label
+        if len(left) == len(right) == 1:
+            start[right[0]], block[right[0]] = term.start[left[0]], term.shape[left[0]]
+        elif not all(term.whole(d, old) for d in left):
+            return None
+    if math.prod(block) != math.prod(term.shape):
+        return None
+    gone = {axis for label in term.labels for axis in label}
+    gone -= {axis for label in labels for axis in label}
+    new = dataclasses.replace(
+        term,
+        labels=tuple(labels),
+        start=tuple(start),
+        shape=tuple(block),
+        indexed=term.indexed | term.sized(tuple(gone)),
+    )
+    if term.a is None:
+        return new
+    if any(new.kind(d) is None for d in range(len(shape))):
+        return None
+    batch, in_, out = (
+        [block[d] for d in new.dims(kind)] for kind in ("batch", "in", "out")
+    )
+    rank = term.a.shape[-1]
+    return dataclasses.replace(
+        new,
+        a=term.a.reshape(*batch, *in_, rank),
+        b=term.b.reshape(*batch, rank, *out),
+    )
+
+
+@rule("slice")
+def slice_(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
+    """A static slice along any axes; a block outside it loses its term."""
+    params, shape = eqn.params, values[0].value.shape
+    strides = params["strides"] or (1,) * len(shape)
+    bounds = list(
+        zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    )
+    return _sliced(walker, eqn, values, bounds)
+
+
+def _sliced(
+    walker: Walker, eqn: Any, values: list[Any], bounds: list[tuple[int, int, int]]
+) -> list[Any] | None:
+    tracked = values[0]
+    terms = []
+    for term in tracked.terms:
+        for dim, bound in enumerate(bounds):
+            term = _cut(term, dim, bound, tracked.value.shape)
+            if term is None:
+                return None
+            if 0 in term.shape:
+                break
+        else:
+            terms.append(term)
+    result = walker.bind(eqn, [tracked.value])[0]
+    return [Tracked(result, tuple(terms)) if terms else result]
+
+
+def _cut(
+    term: Term, dim: int, bound: tuple[int, int, int], shape: Sequence[int]
+) -> Term | None:
+    """Cuts one dimension of a term's block to `range(*bound)` of the view."""
+    low, high, stride = bound
+    if stride != 1 and not term.whole(dim, shape):
+        return None
+    begin = max(term.start[dim], low)
+    end = min(term.start[dim] + term.shape[dim], high)
+    first, last = begin - term.start[dim], max(end, begin) - term.start[dim]
+    size = len(range(first, last, stride))
+    put = lambda t, x: t[:dim] + (x,) + t[dim + 1 :]
+    cut = lambda f, axis: jax.lax.slice_in_dim(f, first, last, stride, axis)
+    if size == term.shape[dim]:
+        cut = lambda f, axis: f
+    return term.edit(
+        dim,
+        cut,
+        start=put(term.start, max(begin - low, 0)),
+        shape=put(term.shape, size),
+    )
+
+
+@rule("split")
+def split(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
+    """Several slices along one axis at once."""
+    tracked, axis = values[0], eqn.params["axis"]
+    results = walker.bind(eqn, [tracked.value])
+    outs, offset = [], 0
+    for result in results:
+        bound = (offset, offset := offset + result.shape[axis], 1)
+        terms = [_cut(term, axis, bound, tracked.value.shape) for term in tracked.terms]
+        terms = tuple(t for t in terms if t is not None and 0 not in t.shape)
+        outs.append(Tracked(result, terms) if terms else result)
+    return outs
+
+
+@rule("dynamic_slice")
+def dynamic_slice(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+    """A slice at traced indices: the layer of a stack, a chunk of an axis."""
+    tracked, *indices = values
+    if not isinstance(tracked, Tracked):
+        return None
+    sizes, shape = eqn.params["slice_sizes"], tracked.value.shape
+
+    def edit(term: Term) -> Term | None:
+        for dim, size in enumerate(sizes):
+            if size == shape[dim]:
+                continue
+            if not term.whole(dim, shape):
+                return None
+            index = indices[dim]
+            term = term.edit(
+                dim,
+                lambda f, axis, i=index, n=size: jax.lax.dynamic_slice_in_dim(
+                    f, i, n, axis
+                ),
+                shape=term.shape[:dim] + (size,) + term.shape[dim + 1 :],
+            )
+        return term
+
+    return viewed(walker, eqn, values, edit)
+
+
+@rule("concatenate")
+def concatenate(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+    """Kernels joined along one in or out axis (fused qkv, blocks)."""
+    dim, offset, terms = eqn.params["dimension"], 0, []
+    for value in values:
+        if isinstance(value, Tracked):
+            for term in value.terms:
+                if term.a is not None and term.kind(dim) not in ("in", "out"):
+                    return None
+                start = list(term.start)
+                start[dim] += offset
+                terms.append(dataclasses.replace(term, start=tuple(start)))
+        offset += (
+            value.value.shape[dim] if isinstance(value, Tracked) else (value.shape[dim])
+        )
+    plain = [v.value if isinstance(v, Tracked) else v for v in values]
+    return [Tracked(walker.bind(eqn, plain)[0], tuple(terms))]
+
+
+@rule("all_gather")
+def all_gather(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+    """A kernel gathered from its shards: the factor that owns the axis is gathered."""
+    if not eqn.params["tiled"]:
+        return None
+    dim, shape = eqn.params["all_gather_dimension"], values[0].value.shape
+    full = eqn.outvars[0].aval.shape[dim]
+
+    def gather(factor: jax.Array, axis: int) -> jax.Array:
+        moved = eqn.replace(params=eqn.params | {"all_gather_dimension": axis})
+        return walker.bind(moved, [factor])[0]
+
+    def edit(term: Term) -> Term | None:
+        if not term.whole(dim, shape):
+            return None
+        return term.edit(
+            dim, gather, shape=term.shape[:dim] + (full,) + term.shape[dim + 1 :]
+        )
+
+    return viewed(walker, eqn, values, edit)

@@ -1,0 +1,147 @@
+"""The one jaxpr walker: runs a program in which some values are views of kernels.
+
+Equations that meet no such value are run as they are. The others go to the rule of
+their primitive (`rules`: linear operations, `views`, `control`: higher-order ones); a
+rule returns None where it does not apply, and then the kernel is merged at that place,
+which is always correct. A `Visitor` decides what a linear operation and a merge mean:
+`discover` writes them down, `adapt` emits the low-rank branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+from jax.extend import core
+from jax.extend import source_info_util as source
+
+from lorax.interpret.tracked import Tracked
+
+Rule = Callable[["Walker", Any, list[Any]], Sequence[Any] | None]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*primitives: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for primitives, by name."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(primitives, function))
+        return function
+
+    return register
+
+
+class Visitor(Protocol):
+    """What the walker reports to, and asks for the value of a linear operation."""
+
+    def linear(self, walker: Walker, eqn: Any, use: Any, branch: Any) -> Any | None:
+        """Returns the results of a linear use of a kernel, or None to merge it."""
+
+    def merge(self, walker: Walker, eqn: Any, view: Tracked) -> jax.Array:
+        """Returns the dense value of a view that meets no rule."""
+
+
+class Walker:
+    """Evaluates one jaxpr; control flow makes an inner walker for each body."""
+
+    def __init__(
+        self,
+        visitor: Visitor,
+        key: jax.Array | None = None,
+        scope: tuple[int, ...] = (),
+        trips: int = 1,
+    ) -> None:
+        """Starts a walk.
+
+        Args:
+          visitor: decides what linear operations and merges mean.
+          key: dropout key of this scope; None switches dropout off.
+          scope: the equations that enclose this one, by identity.
+          trips: how often the body runs, for counting FLOPs.
+        """
+        self.visitor, self.key = visitor, key
+        self.scope, self.trips = scope, trips
+        self.scalars: dict[int, Any] = {}
+        self.uses = 0
+
+    def inner(self, eqn: Any, key: jax.Array | None, trips: int = 1) -> Walker:
+        """Returns the walker of a body of `eqn`, which runs `trips` times."""
+        scope = (*self.scope, id(eqn))
+        return Walker(self.visitor, key, scope, self.trips * trips)
+
+    def fork_key(self) -> jax.Array | None:
+        """Returns a dropout key for one use or one body, different at every call."""
+        self.uses += 1
+        return None if self.key is None else jax.random.fold_in(self.key, self.uses)
+
+    def run(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+        """Evaluates a jaxpr, open or closed, on arrays and `Tracked` views."""
+        consts = getattr(jaxpr, "consts", ())
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
+        for eqn in jaxpr.eqns:
+            values = [read(v) for v in eqn.invars]
+            results = self.step(jaxpr, eqn, values)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def step(self, jaxpr: Any, eqn: Any, values: list[Any]) -> Sequence[Any]:
+        """Evaluates one equation."""
+        name = eqn.primitive.name
+        if not any(isinstance(value, Tracked) for value in values):
+            if name == "broadcast_in_dim" and eqn.invars[0].aval.shape == ():
+                self.scalars[id(eqn.outvars[0])] = values[0]
+            return bind(jaxpr, eqn, values)
+        self.jaxpr = jaxpr
+        with located(eqn):
+            results = RULES[name](self, eqn, values) if name in RULES else None
+            if results is None:
+                values = [self.merged(value, eqn) for value in values]
+        return bind(jaxpr, eqn, values) if results is None else results
+
+    def merged(self, value: Any, eqn: Any) -> Any:
+        """Returns the dense value of a view; anything else passes."""
+        if not isinstance(value, Tracked):
+            return value
+        return self.visitor.merge(self, eqn, value)
+
+    def bind(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """Runs an equation of the current jaxpr on arrays."""
+        return bind(self.jaxpr, eqn, values)
+
+
+def bind(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Runs one equation of `jaxpr` as it is, custom rules and effects included."""
+    free = [i for i, v in enumerate(eqn.invars) if not isinstance(v, core.Literal)]
+    names = dict.fromkeys(eqn.invars[i] for i in free)
+    single = jaxpr.replace(
+        constvars=[],
+        invars=list(names),
+        outvars=list(eqn.outvars),
+        eqns=[eqn],
+        effects=eqn.effects,
+        debug_info=_debug_info(jaxpr, len(names), len(eqn.outvars)),
+    )
+    given = {eqn.invars[i]: values[i] for i in free}
+    return core.jaxpr_as_fun(core.ClosedJaxpr(single, []))(*given.values())
+
+
+def _debug_info(jaxpr: Any, inputs: int, outputs: int) -> core.DebugInfo:
+    """The jaxpr's own description, with as many unnamed inputs and outputs as given."""
+    info = jaxpr.debug_info
+    return info._replace(arg_names=("",) * inputs, result_paths=("",) * outputs)
+
+
+def located(eqn: Any) -> Any:
+    """A context in which emitted operations carry the equation's name and line."""
+    info = eqn.source_info
+    stack = source.current_name_stack() + info.name_stack
+    return source.user_context(info.traceback, name_stack=stack)
+
+
+def line(eqn: Any) -> str:
+    """Returns `file:line (function)` of an equation."""
+    return source.summarize(eqn.source_info)

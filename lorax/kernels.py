@@ -1,0 +1,243 @@
+"""How a program uses its parameters: the abstract run of the walker."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax import interpret, tree
+from lorax.interpret import trace
+from lorax.interpret.walker import line
+from lorax.types import Axes, PyTree
+
+LINEAR = ("dot", "conv", "gather", "ragged_dot")
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelUse:
+    """One place where a program uses a leaf.
+
+    Attributes:
+      op: "dot", "conv", "gather", "ragged_dot", or the primitive that met the leaf.
+      axes: how the leaf is read and written there; None unless the use is linear.
+      fast: True where `adapt` emits the low-rank branch instead of merging.
+      flops: of all runs of this place in one call, on the frozen leaf.
+      source: `file:line (function)`.
+    """
+
+    op: str
+    axes: Axes | None
+    fast: bool
+    flops: int
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A leaf of the parameter tree and how the program uses it.
+
+    Attributes:
+      path: the leaf's path.
+      shape: the leaf's shape.
+      dtype: the leaf's dtype.
+      op: the first linear use: "dot", "conv", "gather", "ragged_dot"; else "other"
+        (met by something that is not linear in it) or "unused".
+      axes: in, out and batch axes of the first linear use; None without one.
+      flops: of one call of the program, on the frozen leaf, all uses together.
+      uses: every use, in program order.
+      head: True for the last kernel on its way to the output (an output head).
+      value: the leaf itself; given to inits only.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    op: str
+    axes: Axes | None
+    flops: int = 0
+    uses: tuple[KernelUse, ...] = ()
+    head: bool = False
+    value: jax.Array | None = None
+
+    @property
+    def tied(self) -> bool:
+        """True when one use reads what another writes (an embedding and its head)."""
+        if self.axes is None:
+            return False
+        swapped = Axes(self.axes.out, self.axes.in_, self.axes.batch)
+        return any(use.axes == swapped for use in self.uses)
+
+    @property
+    def conflicts(self) -> tuple[KernelUse, ...]:
+        """Linear uses whose axes fit the first one neither as made nor transposed."""
+        if self.axes is None:
+            return ()
+        fits = self.axes, Axes(self.axes.out, self.axes.in_, self.axes.batch)
+        return tuple(u for u in self.uses if u.axes is not None and u.axes not in fits)
+
+
+class _Recorder:
+    """The visitor that writes down what happens to every leaf."""
+
+    def __init__(self) -> None:
+        self.uses: dict[str, dict[Any, KernelUse]] = {}
+        self.equations: dict[int, set[str]] = {}
+
+    def _note(self, walker: Any, eqn: Any, path: str, use: KernelUse) -> None:
+        # a loop body may be traced more than once: count each place once
+        place = (*walker.scope, id(eqn), path, use.op, use.axes)
+        self.uses.setdefault(path, {})[place] = use
+
+    def linear(self, walker: Any, eqn: Any, use: interpret.Use, branch: Any) -> Any:
+        axes = [use.axes(term) for term in use.view.terms]
+        if any(found is None for found in axes):
+            return None
+        for term, found in zip(use.view.terms, axes, strict=True):
+            flops = use.flops * walker.trips
+            note = KernelUse(use.op, found, use.low_rank, flops, line(eqn))
+            self._note(walker, eqn, term.path, note)
+            self.equations.setdefault(id(eqn), set()).add(term.path)
+        return interpret.frozen(walker, eqn, use)
+
+    def merge(self, walker: Any, eqn: Any, view: interpret.Tracked) -> jax.Array:
+        for path in view.paths:
+            name = eqn.primitive.name
+            self._note(walker, eqn, path, KernelUse(name, None, False, 0, line(eqn)))
+        return view.value
+
+
+def discover(
+    fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
+) -> dict[str, Kernel]:
+    """Reports how `fn` uses every floating leaf of `params`, without computing.
+
+    Args:
+      fn: a pure function of a parameter tree, as given to `adapt`.
+      params: its parameters; arrays or `ShapeDtypeStruct`s.
+      *args: its other arguments; arrays, `ShapeDtypeStruct`s or anything static.
+      **kwargs: likewise.
+
+    Returns:
+      `{path: Kernel}` for every floating leaf.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> params = {"w": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+      >>> fn = lambda params, x: x @ params["w"] + params["bias"]
+      >>> kernels = discover(fn, params, jax.ShapeDtypeStruct((2, 4), jnp.float32))
+      >>> kernels["w"].op, kernels["w"].axes, kernels["w"].flops
+      ('dot', Axes(in_=(0,), out=(1,), batch=()), 48)
+      >>> kernels["bias"].op
+      'other'
+    """
+    trace.require_pure(params)
+    leaves = tree.flatten(params)
+    watched = {
+        path: trace.as_array(leaf)
+        for path, leaf in leaves.items()
+        if tree.is_floating(leaf)
+    }
+    rest, join = trace.split_abstract((args, kwargs))
+
+    def call(watched: dict[str, Any], values: list[Any]) -> Any:
+        args, kwargs = join(values)
+        return fn(tree.replace(params, watched), *args, **kwargs)
+
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), watched)
+    jaxpr, _ = trace.trace(lambda both: call(*both), (abstract, rest))
+    recorder = _Recorder()
+
+    def walk(both: Any) -> list[Any]:
+        watched, rest = both
+        views = [interpret.watch(path, leaf) for path, leaf in sorted(watched.items())]
+        walker = interpret.Walker(recorder)
+        return [
+            out.value if isinstance(out, interpret.Tracked) else out
+            for out in walker.run(jaxpr, [*views, *rest])
+        ]
+
+    jax.eval_shape(walk, (abstract, rest))
+    inner = _not_last(jaxpr, recorder.equations)
+    return {
+        path: _describe(path, leaves[path], recorder.uses.get(path, {}), inner)
+        for path in watched
+    }
+
+
+def _describe(path: str, leaf: Any, uses: dict[Any, KernelUse], inner: set) -> Kernel:
+    """Sums up the uses of one leaf."""
+    places = tuple(uses.values())
+    linear = next((use for use in places if use.axes is not None), None)
+    return Kernel(
+        path=path,
+        shape=tuple(leaf.shape),
+        dtype=jnp.dtype(leaf.dtype),
+        op=linear.op if linear else ("other" if places else "unused"),
+        axes=linear.axes if linear else None,
+        flops=sum(use.flops for use in places),
+        uses=places,
+        head=linear is not None and path not in inner,
+    )
+
+
+def _not_last(jaxpr: Any, equations: dict[int, set[str]]) -> set[str]:
+    """Returns the kernels whose result some later kernel reads; the rest are heads.
+
+    Every value carries its origin: the kernels it comes from since the last kernel.
+    """
+    inner: set[str] = set()
+    none: frozenset[str] = frozenset()
+
+    def flow(jaxpr: Any, given: list[frozenset[str]]) -> list[frozenset[str]]:
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        if len(given) != len(jaxpr.invars):  # an unknown calling convention
+            given = [none.union(*given)] * len(jaxpr.invars)
+        origin = dict(zip(jaxpr.invars, given, strict=True))
+        read = lambda atom: none if hasattr(atom, "val") else origin.get(atom, none)
+        for eqn in jaxpr.eqns:
+            sources = [read(v) for v in eqn.invars]
+            carried = none.union(*sources)
+            outs = [carried] * len(eqn.outvars)
+            if paths := equations.get(id(eqn)):
+                inner.update(carried)
+                outs = [frozenset(paths)] * len(eqn.outvars)
+            elif bodies := _bodies(eqn):
+                outs = enter(eqn, bodies, sources)
+            origin.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def enter(eqn: Any, bodies: list[Any], sources: list[Any]) -> list[Any]:
+        name, consts, carried = eqn.primitive.name, 0, 0
+        if name == "cond":
+            sources = sources[1:]
+        elif name == "scan":
+            consts, carried, _ = interpret.control.scan_layout(eqn)
+        elif name == "while":
+            bodies = [eqn.params["body_jaxpr"]]
+            sources = sources[eqn.params["cond_nconsts"] :]
+            consts, carried = eqn.params["body_nconsts"], len(eqn.outvars)
+        if carried:  # what one iteration hands to the next
+            again = flow(bodies[0], sources)[:carried]
+            for i, more in enumerate(again):
+                sources[consts + i] |= more
+        results = [flow(body, sources) for body in bodies]
+        if any(len(result) != len(eqn.outvars) for result in results):
+            return [none.union(*(o for r in results for o in r))] * len(eqn.outvars)
+        return [none.union(*column) for column in zip(*results, strict=True)]
+
+    flow(jaxpr, [none] * len(jaxpr.jaxpr.invars))
+    return inner
+
+
+def _bodies(eqn: Any) -> list[Any]:
+    """The jaxprs among an equation's parameters."""
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else [value]:
+            if hasattr(item, "eqns") or hasattr(item, "jaxpr"):
+                found.append(item)
+    return found

@@ -1,0 +1,265 @@
+"""Which leaves are adapted, and how: one selection language.
+
+A list of targets is read like a rule table: each pattern is a regular expression that
+must match the whole path, and the first target that matches a leaf has it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from lorax import tree
+from lorax.kernels import Kernel
+from lorax.types import Axes, PyTree
+
+ALL_LINEAR = "all-linear"
+SCALINGS = {
+    "standard": lambda alpha, rank: alpha / rank,
+    "rank_stabilized": lambda alpha, rank: alpha / math.sqrt(rank),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A rule: leaves whose path matches get this adapter.
+
+    Args:
+      pattern: regular expression, full match on paths such as `block/attn/q/kernel`;
+        or "all-linear": every leaf that a dot, conv or ragged_dot consumes, except
+        embeddings and output heads, as PEFT means it.
+      rank: of the update, from 1 to min(in, out). 8 as in the LoRA paper's GLUE runs.
+      alpha: numerator of the scale. 16 as in the same runs.
+      adapter: "lora", or "full" to train the leaf itself (heads, norms, biases).
+      init: name of the initialisation of the factors.
+      scaling: "standard", alpha / rank; or "rank_stabilized", alpha / sqrt(rank).
+      dropout: rate on the adapter branch's input, used when a `lora_key` is given.
+      dtype: of the factors; float32 whatever the base's dtype.
+      exclude: regular expression of paths to leave out, or several.
+      layers: of a stacked kernel, the layers that get factors; None for all.
+      options: hyperparameters of the init, as pairs `(name, value)`.
+
+    Raises:
+      ValueError: a value out of range, or a pattern that is no regular expression.
+
+    Example:
+      >>> Target(".*/kernel", rank=4, alpha=8).scale
+      2.0
+      >>> Target(".*/kernel", rank=4, alpha=8, scaling="rank_stabilized").scale
+      4.0
+
+    References:
+      Hu et al., LoRA, arXiv:2106.09685. Kalajdzievski, A Rank Stabilization Scaling
+      Factor for Fine-Tuning with LoRA, arXiv:2312.03732.
+    """
+
+    pattern: str
+    rank: int = 8
+    alpha: float = 16.0
+    adapter: Literal["lora", "full"] = "lora"
+    init: str = "standard"
+    scaling: Literal["standard", "rank_stabilized"] = "standard"
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+    exclude: str | Sequence[str] | None = None
+    layers: tuple[int, ...] | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        for pattern in [self.pattern, *self.excluded]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"{pattern!r} is no regular expression: {error}"
+                ) from None
+        _one_of("adapter", self.adapter, ("lora", "full"))
+        _one_of("scaling", self.scaling, tuple(SCALINGS))
+        if isinstance(self.rank, bool) or int(self.rank) != self.rank or self.rank < 1:
+            raise ValueError(
+                f"{self.pattern!r}: rank={self.rank}; give a whole number >= 1"
+            )
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"{self.pattern!r}: alpha={self.alpha}; give a number > 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"{self.pattern!r}: dropout={self.dropout}; give a rate in [0, 1)"
+            )
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(
+                f"{self.pattern!r}: dtype={self.dtype}; give a floating dtype"
+            )
+        if self.layers is not None:
+            layers = tuple(self.layers)
+            if not layers or sorted(set(layers)) != list(layers) or layers[0] < 0:
+                raise ValueError(
+                    f"{self.pattern!r}: layers={layers}; give increasing layer numbers "
+                    "from 0, or None for all"
+                )
+            object.__setattr__(self, "layers", layers)
+
+    @property
+    def scale(self) -> float:
+        """The factor on `a @ b`."""
+        return float(SCALINGS[self.scaling](self.alpha, self.rank))
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """The exclude patterns, as a tuple."""
+        if self.exclude is None:
+            return ()
+        return (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude)
+
+
+def _one_of(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{field}={value!r}; choose one of {', '.join(choices)}")
+
+
+Rule = Target | tuple | str
+
+
+def select(
+    params: PyTree,
+    targets: Rule | Iterable[Rule],
+    kernels: Mapping[str, Kernel] | None = None,
+) -> dict[str, tuple[Target, Kernel]]:
+    """Resolves targets to leaves.
+
+    Args:
+      params: the parameter tree.
+      targets: `Target`s, or tuples `(regex, rank, ...)` of their fields in order.
+      kernels: from `discover`; without it only two-dimensional leaves can get
+        low-rank factors, read as `[in, out]`.
+
+    Returns:
+      `{path: (target, kernel)}`, the kernel holding the leaf as its `value`.
+
+    Raises:
+      ValueError: a pattern that matches nothing, or a leaf that cannot be adapted.
+      KeyError: kernels that were discovered on another tree.
+    """
+    leaves = tree.flatten(params)
+    if kernels is not None:
+        tree.require(kernels, leaves, "parameter tree given to init")
+    chosen: dict[str, tuple[Target, Kernel]] = {}
+    for target in as_targets(targets):
+        paths = [path for path in leaves if _matches(target, path, kernels)]
+        if not paths:
+            raise ValueError(
+                f"the target {target.pattern!r} matches no leaf"
+                + (" outside its exclude" if target.exclude else "")
+                + f"; {tree.nearest(target.pattern, leaves)}"
+            )
+        for path in paths:
+            if path not in chosen:
+                chosen[path] = target, _kernel(target, path, leaves, kernels)
+    return dict(sorted(chosen.items()))
+
+
+def as_targets(targets: Rule | Iterable[Rule]) -> list[Target]:
+    """Returns a list of `Target` from one rule or several."""
+    if isinstance(targets, Target | str):
+        targets = [targets]
+    rules = []
+    for rule in targets:
+        if isinstance(rule, Target):
+            rules.append(rule)
+        elif isinstance(rule, str):
+            rules.append(Target(rule))
+        elif isinstance(rule, tuple):
+            rules.append(Target(*rule))
+        else:
+            raise TypeError(
+                f"a target is a lorax.Target or a tuple of its fields, not {rule!r}"
+            )
+    if not rules:
+        raise ValueError("no targets: give at least one, lorax.Target('all-linear')")
+    return rules
+
+
+def _matches(target: Target, path: str, kernels: Mapping[str, Kernel] | None) -> bool:
+    if any(tree.match(pattern, path) for pattern in target.excluded):
+        return False
+    if target.pattern != ALL_LINEAR:
+        return tree.match(target.pattern, path)
+    if kernels is None:
+        raise ValueError(
+            "the target 'all-linear' asks how the program uses each leaf: pass "
+            "kernels=lorax.discover(loss_fn, params, batch) to lorax.init"
+        )
+    kernel = kernels.get(path)
+    linear = kernel is not None and kernel.op in ("dot", "conv", "ragged_dot")
+    return linear and not kernel.head and not kernel.tied
+
+
+def _kernel(
+    target: Target,
+    path: str,
+    leaves: Mapping[str, Any],
+    kernels: Mapping[str, Kernel] | None,
+) -> Kernel:
+    """Returns the description of one matched leaf, or says why it cannot be adapted."""
+    leaf = leaves[path]
+    if not tree.is_floating(leaf):
+        raise ValueError(
+            f"{path}: matched by {target.pattern!r}, but its dtype is "
+            f"{getattr(leaf, 'dtype', type(leaf).__name__)} and only floating leaves "
+            "can be adapted; narrow the pattern or add it to exclude="
+        )
+    shape = tuple(leaf.shape)
+    if kernels is not None:
+        tree.require([path], kernels, "program given to discover")
+        found = kernels[path]
+        if found.shape != shape:
+            raise ValueError(
+                f"{path}: the leaf has shape {shape} and discover saw {found.shape}; "
+                "run discover on these parameters"
+            )
+    elif len(shape) == 2:
+        found = Kernel(path, shape, leaf.dtype, "dot", Axes((0,), (1,)))
+    else:
+        found = Kernel(path, shape, leaf.dtype, "unknown", None)
+    if target.adapter == "lora":
+        _check_low_rank(target, found, leaves, kernels)
+    return dataclasses.replace(found, value=leaf)
+
+
+def _check_low_rank(
+    target: Target,
+    kernel: Kernel,
+    leaves: Mapping[str, Any],
+    kernels: Mapping[str, Kernel] | None,
+) -> None:
+    path, shape = kernel.path, kernel.shape
+    if kernel.axes is None and kernels is None:
+        raise ValueError(
+            f"{path}: its shape {shape} does not say which axes are read and which "
+            "are written; pass kernels=lorax.discover(loss_fn, params, batch)"
+        )
+    if kernel.axes is None:
+        linear = [p for p in leaves if p in kernels and kernels[p].axes is not None]
+        raise ValueError(
+            f"{path}: matched by {target.pattern!r}, but no linear operation uses it "
+            f"(op={kernel.op!r}), so low-rank factors have no place; use "
+            f"adapter='full' or narrow the pattern; {tree.nearest(path, linear)}"
+        )
+    in_, out, batch = (math.prod(size) for size in kernel.axes.sizes(shape))
+    if target.rank > min(in_, out):
+        raise ValueError(
+            f"{path}: rank={target.rank} is above min(in, out) = {min(in_, out)} of "
+            f"the kernel of shape {shape}; lower the rank or exclude the leaf"
+        )
+    if target.layers is not None:
+        depth = shape[kernel.axes.batch[0]] if kernel.axes.batch else None
+        if depth is None or target.layers[-1] >= depth:
+            raise ValueError(
+                f"{path}: layers={target.layers}, but the leaf of shape {shape} "
+                + (f"stacks {depth} layers" if depth else "is not a stack of layers")
+            )

@@ -1,0 +1,425 @@
+"""The train step: a pure function of (state, params, batch), made to be jitted.
+
+Only `TrainState.adapters` trains; `params` is an argument that no step changes, so one
+copy serves training, evaluation and `merge`. A loss follows one protocol,
+
+    loss_fn(params, model_state, batch, key) -> (loss, (metrics, model_state))
+
+with `model_state` what the model carries from step to step without training it
+(BatchNorm statistics, `nnx` counts) and `key` None at evaluation. `metrics["weight"]`,
+where given, is the number of target tokens that `loss` is the mean over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorax import transform
+from lorax.types import Adapters, PyTree
+
+LossFn = Callable[[PyTree, PyTree, PyTree, jax.Array | None], tuple[jax.Array, Any]]
+Metrics = dict[str, Any]
+Gradients = tuple[Metrics, PyTree, Adapters]
+"""Of a batch: loss and metrics, the new model state, gradients."""
+
+RESERVED = ("loss", "grad_norm", "skipped")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What the next step needs.
+
+    Attributes:
+      adapters: the trainable leaves.
+      opt_state: of the optimiser, for the adapters alone.
+      model_state: what the model updates without gradients; `{}` if nothing.
+      step: int32 []; batches seen, skipped ones included, so that keys and data keep
+        in step. The optimiser's own count advances on `step - skipped` of them.
+      skipped: int32 []; batches whose update was left out as not finite.
+      key: the key that step `t` folds `t` into; itself never changes.
+    """
+
+    adapters: Adapters
+    opt_state: optax.OptState
+    model_state: PyTree
+    step: jax.Array
+    skipped: jax.Array
+    key: jax.Array
+
+
+def create_state(
+    key: jax.Array,
+    adapters: Adapters,
+    tx: optax.GradientTransformation,
+    model_state: PyTree = None,
+) -> TrainState:
+    """Returns the state before the first step.
+
+    Every array is copied: donating the state to a jitted step then deletes nothing the
+    caller still holds (a `Full` adapter may share its buffer with `params`).
+
+    Args:
+      key: a typed key, `jax.random.key(seed)`.
+      adapters: from `lorax.init`, or read back from disk.
+      tx: any optax transformation.
+      model_state: any pytree of arrays; None for a model that carries nothing.
+
+    Returns:
+      A TrainState at step 0.
+
+    Raises:
+      ValueError: no adapters, or an old-style key.
+      TypeError: `tx` is no optax transformation.
+
+    Example:
+      >>> import lorax.adapters
+      >>> adapters = {"bias": lorax.adapters.Full(jnp.zeros(3))}
+      >>> state = create_state(jax.random.key(0), adapters, optax.sgd(0.1))
+      >>> int(state.step), state.model_state
+      (0, {})
+    """
+    tx = _transformation(tx)
+    if not adapters:
+        raise ValueError("adapters is empty: there is nothing to train")
+    if not jnp.issubdtype(getattr(key, "dtype", int), jax.dtypes.prng_key):
+        raise ValueError(f"key must be typed, jax.random.key(seed); got {key!r}")
+    state = TrainState(
+        adapters=adapters,
+        opt_state=tx.init(adapters),
+        model_state={} if model_state is None else model_state,
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        key=key,
+    )
+    # A weakly typed leaf (a schedule's Python float) would retrace the second step.
+    strong = lambda leaf: jnp.array(leaf, dtype=jnp.asarray(leaf).dtype)
+    return jax.tree.map(strong, state)
+
+
+def simple_loss(fn: Callable[[PyTree, PyTree], Any]) -> LossFn:
+    """Turns `fn(params, batch) -> loss` or `(loss, metrics)` into the full protocol.
+
+    Args:
+      fn: a loss that needs no key and carries no model state.
+
+    Returns:
+      A loss in the protocol of `make_train_step`.
+
+    Example:
+      >>> loss_fn = simple_loss(lambda params, batch: params["w"] * batch)
+      >>> loss_fn({"w": 2.0}, {}, 3.0, None)
+      (6.0, ({}, {}))
+    """
+
+    def loss_fn(
+        params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        del key
+        out = fn(params, batch)
+        loss, metrics = out if isinstance(out, tuple) else (out, {})
+        return loss, (metrics, model_state)
+
+    return loss_fn
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    on_merge: Literal["warn", "error"] = "warn",
+) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, Metrics]]:
+    """Returns `step(state, params, batch) -> (state, metrics)`, pure and donatable.
+
+    With microbatch losses `l_i`, each a mean over `w_i` target tokens,
+
+        loss = sum_i w_i l_i / sum_i w_i,    g = sum_i w_i grad(l_i) / sum_i w_i,
+        g   <- g * min(1, clip_norm / |g|)
+
+    summed in float32, so any `accumulate` gives the one large batch's step. The state
+    out has the structure, shapes and dtypes of the state in: jit it once, as
+    `jax.jit(step, donate_argnums=0)`.
+
+    A step changes only `step` and `skipped`, and leaves adapters, optimiser state and
+    model state as they were, if its loss, gradient norm or new model state is not
+    finite, or its batch has no target token.
+
+    Args:
+      loss_fn: `(params, model_state, batch, key) -> (loss, (metrics, model_state))`, a
+        scalar loss and a dict of metrics; written for plain `params`, see
+        `lorax.adapt`. The key differs by step and microbatch.
+      tx: any optax transformation; one that takes extra arguments gets `base=params`.
+      accumulate: microbatches per step, run one after the other; the batch's leading
+        axes must divide by it. Microbatch i takes rows i, i + accumulate, ..., so a
+        batch sharded over devices stays so. `model_state` passes through them in turn.
+      clip_norm: bound on the gradients' global norm; None for none.
+      on_merge: what `lorax.adapt` does when it must form a merged kernel.
+
+    Returns:
+      The step. Its metrics are the loss's own, averaged with the weights `w_i` (equal
+      where `loss_fn` gives none; "weight" itself is their sum), and "loss", "grad_norm"
+      (before clipping) and "skipped" (so far).
+
+    Raises:
+      ValueError: `accumulate` below 1, or `clip_norm` not positive.
+      TypeError: `tx` is no optax transformation, or `loss_fn` not callable.
+
+    Example:
+      >>> from lorax.adapters import Lora
+      >>> from lorax.types import Axes
+      >>> def loss_fn(params, batch):
+      ...     return jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
+      >>> lora = Lora(jnp.ones((2, 1)), jnp.zeros((1, 1)), 1.0, Axes((0,), (1,)))
+      >>> params = {"w": jnp.zeros((2, 1))}
+      >>> batch = {"x": jnp.ones((4, 2)), "y": jnp.ones((4, 1))}
+      >>> tx = optax.sgd(0.125)
+      >>> state = create_state(jax.random.key(0), {"w": lora}, tx)
+      >>> step = jax.jit(make_train_step(simple_loss(loss_fn), tx), donate_argnums=0)
+      >>> state, metrics = step(state, params, batch)
+      >>> float(metrics["loss"]), float(metrics["grad_norm"])
+      (1.0, 4.0)
+      >>> state.adapters["w"].b
+      Array([[0.5]], dtype=float32)
+    """
+    tx = _transformation(tx)
+    if type(accumulate) is not int or accumulate < 1:
+        raise ValueError(f"accumulate must be an int of at least 1; got {accumulate!r}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(
+            f"clip_norm must be positive, or None for no clipping; got {clip_norm!r}"
+        )
+    adapted = transform.adapt(_checked(loss_fn), on_merge=on_merge)
+    value_and_grad = jax.value_and_grad(adapted, has_aux=True)
+
+    def micro(state: TrainState, params: PyTree, batch: PyTree, key: Any) -> Gradients:
+        loss_key, lora_key = jax.random.split(key)
+        extra = {"lora_key": lora_key} if _has_dropout(state.adapters) else {}
+        (loss, (metrics, model_state)), grads = value_and_grad(
+            state.adapters, params, state.model_state, batch, loss_key, **extra
+        )
+        return _widen({**metrics, "loss": loss}), model_state, _widen(grads)
+
+    gradients = micro if accumulate == 1 else _accumulated(micro, accumulate)
+
+    def step(
+        state: TrainState, params: PyTree, batch: PyTree
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        values, model_state, grads = gradients(state, params, batch, key)
+        norm = optax.tree.norm(grads)
+        ok = jnp.isfinite(values["loss"]) & jnp.isfinite(norm)
+        ok &= values.get("weight", 1.0) > 0
+        ok &= _stays_finite(model_state, state.model_state)
+        scale = 1.0 if clip_norm is None else jnp.minimum(1.0, clip_norm / norm)
+        # Zeros in place of NaN: an eigendecomposition inside tx need not survive them.
+        clip = lambda g, leaf: jnp.where(ok, scale * g, 0.0).astype(leaf.dtype)
+        updates, opt_state = tx.update(
+            jax.tree.map(clip, grads, state.adapters),
+            state.opt_state,
+            state.adapters,
+            base=params,
+        )
+        new = (optax.apply_updates(state.adapters, updates), opt_state, model_state)
+        old = (state.adapters, state.opt_state, state.model_state)
+        keep = lambda new, old: _cast(jnp.where(ok, new, old), old)
+        skipped = state.skipped + jnp.where(ok, 0, 1)
+        state = TrainState(
+            *jax.tree.map(keep, new, old), state.step + 1, skipped, state.key
+        )
+        return state, {**values, "grad_norm": norm, "skipped": skipped}
+
+    return step
+
+
+def make_eval_step(
+    loss_fn: LossFn, *, on_merge: Literal["warn", "error"] = "warn"
+) -> Callable[[TrainState, PyTree, PyTree], Metrics]:
+    """Returns `step(state, params, batch) -> metrics`: no dropout, nothing updated.
+
+    Args:
+      loss_fn: the loss given to `make_train_step`; it gets `key=None`, by which it
+        knows to evaluate (running statistics, no dropout).
+      on_merge: what `lorax.adapt` does when it must form a merged kernel.
+
+    Returns:
+      The step; its metrics are the loss's own and "loss". To average them over batches
+      weigh them by "weight".
+
+    Raises:
+      TypeError: `loss_fn` is not callable.
+
+    Example:
+      >>> import lorax.adapters
+      >>> adapters = {"w": lorax.adapters.Full(jnp.asarray(2.0))}
+      >>> state = create_state(jax.random.key(0), adapters, optax.sgd(0.1))
+      >>> step = make_eval_step(simple_loss(lambda params, batch: params["w"] * batch))
+      >>> float(step(state, {"w": jnp.asarray(1.0)}, 3.0)["loss"])
+      6.0
+    """
+    adapted = transform.adapt(_checked(loss_fn), on_merge=on_merge)
+
+    def step(state: TrainState, params: PyTree, batch: PyTree) -> Metrics:
+        loss, (metrics, _) = adapted(
+            state.adapters, params, state.model_state, batch, None
+        )
+        return {**metrics, "loss": loss}
+
+    return step
+
+
+def _accumulated(
+    micro: Callable[..., Gradients], count: int
+) -> Callable[..., Gradients]:
+    """Returns `micro` of a large batch: weighted means over `count` microbatches."""
+
+    def gradients(
+        state: TrainState, params: PyTree, batch: PyTree, key: Any
+    ) -> Gradients:
+        def body(carry: Any, inputs: Any) -> tuple[Any, Metrics]:
+            total, model_state = carry
+            index, rows = inputs
+            values, model_state, grads = micro(
+                state.replace(model_state=model_state),
+                params,
+                rows,
+                jax.random.fold_in(key, index),
+            )
+            weight = values.get("weight", 1.0)
+            add = lambda total, g: total + _weighted(g, weight)
+            return (jax.tree.map(add, total, grads), model_state), values
+
+        zeros = jax.tree.map(jnp.zeros_like, _widen(state.adapters))
+        (total, model_state), values = jax.lax.scan(
+            body,
+            (zeros, state.model_state),
+            (jnp.arange(count), _split(batch, count)),
+        )
+        weights = values.get("weight", jnp.ones(count))
+        mean = lambda v: jax.vmap(_weighted)(v, weights).sum(0) / weights.sum()
+        means = jax.tree.map(mean, values)
+        if "weight" in values:
+            means["weight"] = weights.sum()
+        return means, model_state, jax.tree.map(lambda g: g / weights.sum(), total)
+
+    return gradients
+
+
+def _transformation(tx: Any) -> optax.GradientTransformationExtraArgs:
+    if isinstance(tx, optax.MultiSteps):
+        tx = tx.gradient_transformation()
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            f"tx must be an optax transformation, such as optax.adam(1e-3); got {tx!r}"
+        )
+    return optax.with_extra_args_support(tx)
+
+
+def _checked(loss_fn: LossFn) -> LossFn:
+    """The loss with its output held to the protocol, so that a slip is named."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function; got {loss_fn!r}")
+
+    def checked(
+        params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        out = loss_fn(params, model_state, batch, key)
+        try:
+            loss, (metrics, new_state) = out
+        except (TypeError, ValueError):
+            raise ValueError(
+                "loss_fn must return (loss, (metrics, model_state)); it returned "
+                f"{jax.tree.structure(out)}. For a plain loss use simple_loss(loss_fn)"
+            ) from None
+        _check_metrics(loss, metrics)
+        return loss, (metrics, _same_kind(new_state, model_state))
+
+    return checked
+
+
+def _check_metrics(loss: jax.Array, metrics: Any) -> None:
+    if jnp.shape(loss) != ():
+        raise ValueError(
+            f"the loss has shape {jnp.shape(loss)}; return its mean, a scalar"
+        )
+    if not isinstance(metrics, dict):
+        raise ValueError(f"metrics must be a dict; loss_fn returned {type(metrics)}")
+    if taken := [name for name in RESERVED if name in metrics]:
+        raise ValueError(f"the step reports {taken} itself; rename these metrics")
+    if jnp.shape(weight := metrics.get("weight", 1.0)) != ():
+        raise ValueError(
+            f'metrics["weight"] has shape {jnp.shape(weight)}; return the number of '
+            "target tokens, a scalar"
+        )
+
+
+def _same_kind(new: PyTree, old: PyTree) -> PyTree:
+    """Returns `new` in the dtypes of `old`; ValueError if it is another tree."""
+    kinds = [
+        (jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)])
+        for tree in (new, old)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"loss_fn was given a model_state {kinds[1]} and returned {kinds[0]}; it "
+            "must return the same tree (create_state takes the first one)"
+        )
+    return jax.tree.map(_cast, new, old)
+
+
+def _cast(new: Any, old: Any) -> jax.Array:
+    dtype = jnp.result_type(old)
+    if jnp.issubdtype(dtype, jax.dtypes.extended):  # keys, which only ever are keys
+        return new
+    return jax.lax.convert_element_type(new, dtype)  # strongly typed, as the state is
+
+
+def _widen(tree: PyTree) -> PyTree:
+    """Returns the leaves in the dtype their sums are kept in, at least float32."""
+    wide = lambda x: jnp.promote_types(jnp.result_type(x), jnp.float32)
+    return jax.tree.map(lambda x: jnp.asarray(x, wide(x)), tree)
+
+
+def _weighted(value: jax.Array, weight: jax.Array | float) -> jax.Array:
+    # Without target tokens the microbatch's mean may be 0/0: it counts for nothing.
+    return jnp.where(weight > 0, weight * value, 0.0).astype(value.dtype)
+
+
+def _stays_finite(new: PyTree, old: PyTree) -> jax.Array:
+    """False where a finite number of `old` is none in `new`.
+
+    A loss can hide it: on XLA:CPU the relu of NaN is 0, and NaN pixels give a finite
+    loss, finite gradients, and NaN BatchNorm statistics.
+    """
+    finite = lambda new, old: jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    checks = [finite(n, o) for n, o in pairs if jnp.issubdtype(o.dtype, jnp.inexact)]
+    return jnp.all(jnp.array(checks, bool))
+
+
+def _has_dropout(adapters: Adapters) -> bool:
+    return any(getattr(adapter, "dropout", 0.0) for adapter in adapters.values())
+
+
+def _split(batch: PyTree, count: int) -> PyTree:
+    """Returns the batch as `[count, rows / count, ...]`, row i in microbatch i % count."""
+    sizes = {}
+    for key_path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
+        name = f"batch{jax.tree_util.keystr(key_path)}"
+        if not jnp.shape(leaf) or jnp.shape(leaf)[0] % count:
+            raise ValueError(
+                f"{name} has shape {jnp.shape(leaf)}; accumulate={count} needs a "
+                "leading batch axis that divides by it"
+            )
+        sizes[name] = jnp.shape(leaf)[0]
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the batch's leaves differ in batch size: {sizes}")
+    return jax.tree.map(
+        lambda x: jnp.reshape(x, (-1, count, *jnp.shape(x)[1:])).swapaxes(0, 1), batch
+    )

@@ -1,0 +1,231 @@
+"""The three verbs: init makes adapters, merge defines them, adapt makes them cheap."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lorax import interpret, tree
+from lorax.adapters import Full
+from lorax.inits import INITS
+from lorax.interpret import trace
+from lorax.interpret.walker import line
+from lorax.kernels import Kernel
+from lorax.targets import Rule, Target, select
+from lorax.types import Adapters, PyTree
+
+
+class MergeWarning(UserWarning):
+    """`adapt` had to form an adapted kernel instead of its low-rank branch."""
+
+
+def init(
+    key: jax.Array,
+    params: PyTree,
+    targets: Rule | Iterable[Rule],
+    kernels: Mapping[str, Kernel] | None = None,
+    stats: Mapping[str, Any] | None = None,
+) -> tuple[Adapters, PyTree]:
+    """Makes the adapters of a parameter tree.
+
+    At init `merge(adapters, params)` equals the given parameters. Each adapter's key
+    comes from its path, so adding a target changes no other adapter.
+
+    Args:
+      key: a `jax.random.key`.
+      params: the pretrained tree: a variables dict, an `nnx.State`, any pytree.
+      targets: rules, first match wins; see `Target`.
+      kernels: from `discover`; needed by "all-linear" and for kernels that are not
+        two-dimensional.
+      stats: `{path: statistics}` for inits that look at data.
+
+    Returns:
+      Adapters `{path: Adapter}`, and params, of which inits such as PiSSA move a part
+      into the adapter.
+
+    Raises:
+      ValueError: a target that matches nothing or a leaf it cannot adapt, an unknown
+        init, or parameters that are not finite; the message names the path.
+      KeyError: kernels of another tree.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+      >>> adapters, params = init(jax.random.key(0), params, [Target(".*kernel", 2)])
+      >>> adapters["dense/kernel"].a.shape, adapters["dense/kernel"].b.shape
+      ((4, 2), (2, 3))
+    """
+    trace.require_pure(params)
+    chosen = select(params, targets, kernels)
+    for path, leaf in tree.flatten(params).items():
+        if tree.is_floating(leaf) and tree.is_concrete(leaf):
+            if not bool(jnp.isfinite(leaf).all()):
+                raise ValueError(
+                    f"{path}: the leaf holds NaN or infinite values; load it again "
+                    "before adapting the model"
+                )
+    adapters: Adapters = {}
+    moved: dict[str, Any] = {}
+    for path, (target, kernel) in chosen.items():
+        if target.adapter == "full":
+            adapters[path] = Full(jnp.array(kernel.value, target.dtype))
+            continue
+        if target.init not in INITS:
+            raise ValueError(f"init={target.init!r}; choose one of {', '.join(INITS)}")
+        own = tree.fold_path(key, path)
+        statistics = None if stats is None else stats.get(path)
+        adapters[path], after = INITS[target.init](own, kernel, target, statistics)
+        if after.value is not kernel.value:
+            moved[path] = after.value
+    return adapters, tree.replace(params, moved) if moved else params
+
+
+def merge(adapters: Adapters, params: PyTree) -> PyTree:
+    """Returns plain parameters with every adapter folded in.
+
+    The definition of an adapted model: products and sums in at least float32 at the
+    highest precision, one rounding to each leaf's dtype. Keep `params` to go back.
+
+    Args:
+      adapters: `{path: Adapter}`.
+      params: the tree they were made for.
+
+    Returns:
+      A tree of the same structure, shapes and dtypes.
+
+    Raises:
+      KeyError: a path that params lacks.
+      ValueError: an adapter that does not fit its leaf.
+    """
+    leaves = check(adapters, params)
+    return tree.replace(
+        params,
+        {path: a.merge(jnp.asarray(leaves[path])) for path, a in adapters.items()},
+    )
+
+
+def check(adapters: Adapters, params: PyTree) -> dict[str, Any]:
+    """Raises unless every adapter fits its leaf; returns the leaves by path."""
+    trace.require_pure(params)
+    leaves = tree.flatten(params)
+    tree.require(adapters, leaves, "parameter tree")
+    for path, adapter in adapters.items():
+        if not hasattr(adapter, "factors"):
+            raise TypeError(
+                f"{path}: {type(adapter).__name__} is no adapter; the first argument "
+                "is the dict of adapters from lorax.init, the second the parameters"
+            )
+        if not hasattr(leaves[path], "dtype"):
+            raise ValueError(f"{path}: the leaf is no array: {leaves[path]!r}")
+        adapter.check(path, leaves[path])
+    return leaves
+
+
+class _Emitter:
+    """The visitor that adds the low-rank branch and merges where there is none."""
+
+    def __init__(self, on_merge: str, seen: set[tuple[str, str, str]]) -> None:
+        self.on_merge, self.seen = on_merge, seen
+
+    def linear(self, walker: Any, eqn: Any, use: Any, branch: Any) -> Any:
+        return interpret.low_rank(walker, eqn, use, branch)
+
+    def merge(self, walker: Any, eqn: Any, view: interpret.Tracked) -> jax.Array:
+        name, where = eqn.primitive.name, line(eqn)
+        for path in view.paths:
+            message = (
+                f"{path}: {name!r} at {where} is no linear use that fits the adapter, "
+                "so the kernel is merged there: correct, but it costs a dense weight "
+                "gradient"
+            )
+            if self.on_merge == "error":
+                raise ValueError(message + "; pass on_merge='warn' to allow it")
+            if (path, name, where) not in self.seen:
+                self.seen.add((path, name, where))
+                warnings.warn(message, MergeWarning, stacklevel=2)
+        if walker.key is not None and any(term.rate for term in view.terms):
+            raise ValueError(
+                f"{', '.join(view.paths)}: dropout acts on the input of the adapter "
+                f"branch, and {name!r} at {where} needs the merged kernel; set "
+                "dropout=0 for this target or leave it out"
+            )
+        return interpret.dense(view)
+
+
+def adapt(
+    fn: Callable[..., Any], on_merge: Literal["warn", "error"] = "warn"
+) -> Callable[..., Any]:
+    """Makes a function of `(params, ...)` one of `(adapters, params, ...)`.
+
+    Its value is `fn(merge(adapters, params), ...)` in exact arithmetic; its cost that
+    of hand-written LoRA. `fn` is traced, and wherever an adapted kernel meets a linear
+    operation the low-rank branch is added to its result, so that no kernel-sized
+    update and no kernel-sized gradient is formed.
+
+    Args:
+      fn: a pure function whose first argument is the parameter tree.
+      on_merge: what to do where a kernel meets anything else: "warn" once per place
+        and merge it there, or "error".
+
+    Returns:
+      `fn(adapters, params, *args, lora_key=None, **kwargs)`. Only adapters and params
+      are traced; the other arguments reach `fn` as given. `lora_key` switches dropout
+      on; without it the function is deterministic.
+
+    Raises:
+      KeyError: (when called) an adapter for a path that params lacks.
+      ValueError: (when called) an adapter that does not fit; a merge under "error".
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> params = {"w": jnp.eye(3)}
+      >>> adapters, params = init(jax.random.key(0), params, [Target("w", rank=1)])
+      >>> loss = adapt(lambda params, x: jnp.sum(jnp.tanh(x @ params["w"])))
+      >>> jax.grad(loss)(adapters, params, jnp.ones((2, 3)))["w"].b.shape
+      (1, 3)
+    """
+    if on_merge not in ("warn", "error"):
+        raise ValueError(f"on_merge={on_merge!r}; choose 'warn' or 'error'")
+    seen: set[tuple[str, str, str]] = set()
+
+    @functools.wraps(fn)
+    def adapted(
+        adapters: Adapters,
+        params: PyTree,
+        *args: Any,
+        lora_key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        leaves = check(adapters, params)
+        arrays = {path: jnp.asarray(leaves[path]) for path in sorted(adapters)}
+        factors = {path: adapters[path].factors(leaf) for path, leaf in arrays.items()}
+        replaced = {
+            path: adapters[path].merge(leaf)
+            for path, leaf in arrays.items()
+            if factors[path] is None
+        }
+        params = tree.replace(params, replaced)
+        thin = {path: leaf for path, leaf in arrays.items() if path not in replaced}
+        jaxpr, rebuild = trace.trace(
+            lambda leaves: fn(tree.replace(params, leaves), *args, **kwargs), thin
+        )
+        views = []
+        for path, leaf in thin.items():
+            view = interpret.watch(path, leaf)
+            views.append(view.adapted(adapters[path], factors[path]))
+        emitter = _Emitter(on_merge, seen)
+        walker = interpret.Walker(emitter, key=lora_key)
+        outputs = walker.run(jaxpr, views)
+        return rebuild(
+            [
+                interpret.dense(o) if isinstance(o, interpret.Tracked) else o
+                for o in outputs
+            ]
+        )
+
+    return adapted

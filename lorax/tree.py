@@ -1,0 +1,141 @@
+"""Path-named trees: a parameter tree seen as an ordered dict `{path: leaf}`.
+
+A path joins the tree path by `/`. Suffixes that only wrap a leaf (the `value` of a
+`flax.linen` box or an `nnx.Variable`) and the leading `params/` of a variables dict are
+dropped; sequence indices are decimal.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from lorax.types import Adapters, PyTree
+
+
+def path_name(key_path: tuple[Any, ...]) -> str:
+    """Returns the path of a leaf from its `jax.tree_util` key path."""
+    keys = list(key_path)
+    while len(keys) > 1 and keys[-1] == jtu.GetAttrKey("value"):
+        keys.pop()
+    if len(keys) > 1 and keys[0] == jtu.DictKey("params"):
+        keys.pop(0)
+    return jtu.keystr(tuple(keys), simple=True, separator="/")
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """Returns `{path: leaf}` in tree order.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      A dict from path to leaf.
+
+    Raises:
+      ValueError: two leaves share a path.
+
+    Example:
+      >>> flatten({"params": {"dense": {"kernel": 1}}, "steps": [2, 3]})
+      {'dense/kernel': 1, 'steps/0': 2, 'steps/1': 3}
+    """
+    leaves: dict[str, Any] = {}
+    for key_path, leaf in jtu.tree_flatten_with_path(tree)[0]:
+        path = path_name(key_path)
+        if path in leaves:
+            raise ValueError(
+                f"two leaves of the tree have the path {path!r} (the second at "
+                f"{jtu.keystr(key_path)}); rename one, or pass only the tree that "
+                "holds the parameters"
+            )
+        leaves[path] = leaf
+    return leaves
+
+
+def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """Returns `tree` with the leaves at the given paths exchanged.
+
+    Args:
+      tree: any pytree.
+      leaves: new leaves by path; every path must exist.
+
+    Returns:
+      A tree of the same structure.
+
+    Raises:
+      KeyError: a path that the tree lacks.
+    """
+    require(leaves, flatten(tree))
+    return jtu.tree_map_with_path(
+        lambda key_path, leaf: leaves.get(path_name(key_path), leaf), tree
+    )
+
+
+def require(paths: Iterable[str], known: Mapping[str, Any], what: str = "tree") -> None:
+    """Raises KeyError naming the first path that `known` lacks, and its neighbours."""
+    for path in paths:
+        if path not in known:
+            raise KeyError(f"the {what} has no leaf {path!r}; {nearest(path, known)}")
+
+
+def nearest(path: str, known: Iterable[str]) -> str:
+    """Returns a phrase naming the known paths most like `path`, for error messages."""
+    known = list(known)
+    close = difflib.get_close_matches(path, known, n=3, cutoff=0.0)
+    if not close:
+        return "it has no leaves at all"
+    return "nearest paths: " + ", ".join(map(repr, close))
+
+
+def match(pattern: str, path: str) -> bool:
+    """True when the regular expression matches the whole path."""
+    return re.fullmatch(pattern, path) is not None
+
+
+def is_floating(leaf: Any) -> bool:
+    """True for arrays (and their abstract forms) of a real floating dtype."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+
+
+def is_concrete(leaf: Any) -> bool:
+    """True when the leaf's values can be read now: not a tracer, not a shape."""
+    return hasattr(leaf, "__array__") and not isinstance(leaf, jax.core.Tracer)
+
+
+def fold_path(key: jax.Array, path: str) -> jax.Array:
+    """Returns a key that depends on `path` alone, whatever else is in the tree."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def partition(
+    adapters: Adapters, predicate: Callable[[str, Any], bool]
+) -> tuple[Adapters, Adapters]:
+    """Splits adapters in two by `predicate(path, adapter)`; `combine` undoes it."""
+    chosen = {path: a for path, a in adapters.items() if predicate(path, a)}
+    return chosen, {path: a for path, a in adapters.items() if path not in chosen}
+
+
+def combine(*parts: Adapters) -> Adapters:
+    """Joins disjoint adapter trees; a path in two of them is a ValueError."""
+    whole: Adapters = {}
+    for part in parts:
+        if both := sorted(whole.keys() & part.keys()):
+            raise ValueError(
+                f"adapters given twice for {both}: pass each path once, or combine "
+                "the adapters themselves"
+            )
+        whole |= part
+    return whole
+
+
+def map_adapters(function: Callable[[str, Any], Any], adapters: Adapters) -> dict:
+    """Returns `{path: function(path, adapter)}`."""
+    return {path: function(path, adapter) for path, adapter in adapters.items()}

@@ -1,0 +1,70 @@
+"""Aliases and the adapter protocol that the layers above agree on."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+
+PyTree = Any
+"""A Flax parameter tree: nested dicts, a FrozenDict, an `nnx.State`, any pytree."""
+
+
+class Axes(NamedTuple):
+    """Which axes of a leaf are read, written, and repeated.
+
+    Attributes:
+      in_: axes contracted with the activation.
+      out: axes of the result.
+      batch: axes along which independent kernels are stacked (layers, experts).
+    """
+
+    in_: tuple[int, ...]
+    out: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The leaf's axes as adapters lay them out: batch, in, out."""
+        return self.batch + self.in_ + self.out
+
+    def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """Returns the (in, out, batch) sizes of a leaf of this `shape`."""
+        return tuple(tuple(shape[axis] for axis in group) for group in self)
+
+
+class Factors(NamedTuple):
+    """The low-rank form `scale * a @ b` in which an adapter meets a linear operation.
+
+    Attributes:
+      a: `[*batch, *in, rank]`.
+      b: `[*batch, rank, *out]`, the scale folded in.
+    """
+
+    a: jax.Array
+    b: jax.Array
+
+
+class Adapter(Protocol):
+    """What every parametrisation offers; its array fields are all trainable.
+
+    Attributes:
+      roles: field name -> role, by which optimisers label leaves.
+    """
+
+    roles: ClassVar[dict[str, str]]
+
+    def check(self, path: str, leaf: jax.Array) -> None:
+        """Raises ValueError, naming `path`, unless the adapter fits the leaf."""
+
+    def delta(self, kernel: jax.Array) -> jax.Array:
+        """Returns the change of the kernel, in the leaf's layout, at least float32."""
+
+    def merge(self, kernel: jax.Array) -> jax.Array:
+        """Returns the adapted kernel: float32 accumulation, one rounding."""
+
+    def factors(self, kernel: jax.Array) -> Factors | None:
+        """Returns the low-rank form for the fast path; None: replace the leaf."""
+
+
+Adapters = dict[str, Adapter]
