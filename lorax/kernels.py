@@ -68,16 +68,20 @@ class Kernel:
         """True when one use reads what another writes (an embedding and its head)."""
         if self.axes is None:
             return False
-        swapped = Axes(self.axes.out, self.axes.in_, self.axes.batch)
-        return any(use.axes == swapped for use in self.uses)
+        return any(use.axes == _orientations(self.axes)[1] for use in self.uses)
 
     @property
     def conflicts(self) -> tuple[KernelUse, ...]:
         """Linear uses whose axes fit the first one neither as made nor transposed."""
         if self.axes is None:
             return ()
-        fits = self.axes, Axes(self.axes.out, self.axes.in_, self.axes.batch)
+        fits = _orientations(self.axes)
         return tuple(u for u in self.uses if u.axes is not None and u.axes not in fits)
+
+
+def _orientations(axes: Axes) -> tuple[Axes, Axes]:
+    """The two ways in which one pair of factors can be used: as made, transposed."""
+    return axes, Axes(axes.out, axes.in_, axes.batch)
 
 
 class _Recorder:
@@ -85,7 +89,7 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.uses: dict[str, dict[Any, KernelUse]] = {}
-        self.equations: dict[int, set[str]] = {}
+        self.equations: dict[tuple[int, ...], set[str]] = {}
 
     def _note(self, walker: Any, eqn: Any, path: str, use: KernelUse) -> None:
         # a loop body may be traced more than once: count each place once
@@ -100,7 +104,8 @@ class _Recorder:
             flops = use.flops * walker.trips
             note = KernelUse(use.op, found, use.low_rank, flops, line(eqn))
             self._note(walker, eqn, term.path, note)
-            self.equations.setdefault(id(eqn), set()).add(term.path)
+            place = (*walker.scope, id(eqn))
+            self.equations.setdefault(place, set()).add(term.path)
         return interpret.frozen(walker, eqn, use)
 
     def merge(self, walker: Any, eqn: Any, view: interpret.Tracked) -> jax.Array:
@@ -141,10 +146,11 @@ def discover(
         for path, leaf in leaves.items()
         if tree.is_floating(leaf)
     }
-    rest, join = trace.split_abstract((args, kwargs))
+    others = tree.replace(params, dict.fromkeys(watched, 0.0))
+    rest, join = trace.split_abstract((others, args, kwargs))
 
     def call(watched: dict[str, Any], values: list[Any]) -> Any:
-        args, kwargs = join(values)
+        params, args, kwargs = join(values)
         return fn(tree.replace(params, watched), *args, **kwargs)
 
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), watched)
@@ -170,8 +176,12 @@ def discover(
 
 def _describe(path: str, leaf: Any, uses: dict[Any, KernelUse], inner: set) -> Kernel:
     """Sums up the uses of one leaf."""
-    places = tuple(uses.values())
-    linear = next((use for use in places if use.axes is not None), None)
+    linear = next((use for use in uses.values() if use.axes is not None), None)
+    fits = _orientations(linear.axes) if linear else ()
+    places = tuple(
+        dataclasses.replace(use, fast=use.fast and use.axes in fits)
+        for use in uses.values()
+    )
     return Kernel(
         path=path,
         shape=tuple(leaf.shape),
@@ -184,7 +194,7 @@ def _describe(path: str, leaf: Any, uses: dict[Any, KernelUse], inner: set) -> K
     )
 
 
-def _not_last(jaxpr: Any, equations: dict[int, set[str]]) -> set[str]:
+def _not_last(jaxpr: Any, equations: dict[tuple[int, ...], set[str]]) -> set[str]:
     """Returns the kernels whose result some later kernel reads; the rest are heads.
 
     Every value carries its origin: the kernels it comes from since the last kernel.
@@ -192,7 +202,7 @@ def _not_last(jaxpr: Any, equations: dict[int, set[str]]) -> set[str]:
     inner: set[str] = set()
     none: frozenset[str] = frozenset()
 
-    def flow(jaxpr: Any, given: list[frozenset[str]]) -> list[frozenset[str]]:
+    def flow(jaxpr: Any, given: list[frozenset[str]], scope: tuple) -> list:
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
         if len(given) != len(jaxpr.invars):  # an unknown calling convention
             given = [none.union(*given)] * len(jaxpr.invars)
@@ -202,15 +212,16 @@ def _not_last(jaxpr: Any, equations: dict[int, set[str]]) -> set[str]:
             sources = [read(v) for v in eqn.invars]
             carried = none.union(*sources)
             outs = [carried] * len(eqn.outvars)
-            if paths := equations.get(id(eqn)):
+            place = (*scope, id(eqn))
+            if paths := equations.get(place):
                 inner.update(carried)
                 outs = [frozenset(paths)] * len(eqn.outvars)
             elif bodies := _bodies(eqn):
-                outs = enter(eqn, bodies, sources)
+                outs = enter(eqn, bodies, sources, place)
             origin.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def enter(eqn: Any, bodies: list[Any], sources: list[Any]) -> list[Any]:
+    def enter(eqn: Any, bodies: list[Any], sources: list[Any], place: tuple) -> list:
         name, consts, carried = eqn.primitive.name, 0, 0
         if name == "cond":
             sources = sources[1:]
@@ -221,15 +232,15 @@ def _not_last(jaxpr: Any, equations: dict[int, set[str]]) -> set[str]:
             sources = sources[eqn.params["cond_nconsts"] :]
             consts, carried = eqn.params["body_nconsts"], len(eqn.outvars)
         if carried:  # what one iteration hands to the next
-            again = flow(bodies[0], sources)[:carried]
+            again = flow(bodies[0], sources, place)[:carried]
             for i, more in enumerate(again):
                 sources[consts + i] |= more
-        results = [flow(body, sources) for body in bodies]
+        results = [flow(body, sources, place) for body in bodies]
         if any(len(result) != len(eqn.outvars) for result in results):
             return [none.union(*(o for r in results for o in r))] * len(eqn.outvars)
         return [none.union(*column) for column in zip(*results, strict=True)]
 
-    flow(jaxpr, [none] * len(jaxpr.jaxpr.invars))
+    flow(jaxpr, [none] * len(jaxpr.jaxpr.invars), ())
     return inner
 
 

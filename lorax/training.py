@@ -117,9 +117,7 @@ def simple_loss(fn: Callable[[PyTree, PyTree], Any]) -> LossFn:
       (6.0, ({}, {}))
     """
 
-    def loss_fn(
-        params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
+    def loss_fn(params: PyTree, model_state: PyTree, batch: PyTree, key: Any) -> Any:
         del key
         out = fn(params, batch)
         loss, metrics = out if isinstance(out, tuple) else (out, {})
@@ -208,9 +206,7 @@ def make_train_step(
 
     gradients = micro if accumulate == 1 else _accumulated(micro, accumulate)
 
-    def step(
-        state: TrainState, params: PyTree, batch: PyTree
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, params: PyTree, batch: PyTree) -> Any:
         key = jax.random.fold_in(state.key, state.step)
         values, model_state, grads = gradients(state, params, batch, key)
         norm = optax.tree.norm(grads)
@@ -230,9 +226,8 @@ def make_train_step(
         old = (state.adapters, state.opt_state, state.model_state)
         keep = lambda new, old: _cast(jnp.where(ok, new, old), old)
         skipped = state.skipped + jnp.where(ok, 0, 1)
-        state = TrainState(
-            *jax.tree.map(keep, new, old), state.step + 1, skipped, state.key
-        )
+        kept = jax.tree.map(keep, new, old)
+        state = TrainState(*kept, state.step + 1, skipped, state.key)
         return state, {**values, "grad_norm": norm, "skipped": skipped}
 
     return step
@@ -266,47 +261,36 @@ def make_eval_step(
     adapted = transform.adapt(_checked(loss_fn), on_merge=on_merge)
 
     def step(state: TrainState, params: PyTree, batch: PyTree) -> Metrics:
-        loss, (metrics, _) = adapted(
-            state.adapters, params, state.model_state, batch, None
-        )
+        args = (state.adapters, params, state.model_state, batch, None)
+        loss, (metrics, _) = adapted(*args)
         return {**metrics, "loss": loss}
 
     return step
 
 
-def _accumulated(
-    micro: Callable[..., Gradients], count: int
-) -> Callable[..., Gradients]:
+def _accumulated(micro: Callable[..., Gradients], count: int) -> Callable[..., Any]:
     """Returns `micro` of a large batch: weighted means over `count` microbatches."""
 
-    def gradients(
-        state: TrainState, params: PyTree, batch: PyTree, key: Any
-    ) -> Gradients:
+    def gradients(state: TrainState, params: PyTree, batch: PyTree, key: Any) -> Any:
         def body(carry: Any, inputs: Any) -> tuple[Any, Metrics]:
             total, model_state = carry
             index, rows = inputs
-            values, model_state, grads = micro(
-                state.replace(model_state=model_state),
-                params,
-                rows,
-                jax.random.fold_in(key, index),
-            )
+            now = state.replace(model_state=model_state)
+            own = jax.random.fold_in(key, index)
+            values, model_state, grads = micro(now, params, rows, own)
             weight = values.get("weight", 1.0)
             add = lambda total, g: total + _weighted(g, weight)
             return (jax.tree.map(add, total, grads), model_state), values
 
         zeros = jax.tree.map(jnp.zeros_like, _widen(state.adapters))
-        (total, model_state), values = jax.lax.scan(
-            body,
-            (zeros, state.model_state),
-            (jnp.arange(count), _split(batch, count)),
-        )
+        inputs = (jnp.arange(count), _split(batch, count))
+        carry, values = jax.lax.scan(body, (zeros, state.model_state), inputs)
         weights = values.get("weight", jnp.ones(count))
         mean = lambda v: jax.vmap(_weighted)(v, weights).sum(0) / weights.sum()
         means = jax.tree.map(mean, values)
         if "weight" in values:
             means["weight"] = weights.sum()
-        return means, model_state, jax.tree.map(lambda g: g / weights.sum(), total)
+        return means, carry[1], jax.tree.map(lambda g: g / weights.sum(), carry[0])
 
     return gradients
 
@@ -326,10 +310,10 @@ def _checked(loss_fn: LossFn) -> LossFn:
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function; got {loss_fn!r}")
 
-    def checked(
-        params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
-        out = loss_fn(params, model_state, batch, key)
+    def checked(params: PyTree, model_state: PyTree, batch: PyTree, key: Any) -> Any:
+        # Rebuilt here, nnx Variables belong to this trace and may be written to.
+        fresh = jax.tree.map(lambda leaf: leaf, model_state)
+        out = loss_fn(params, fresh, batch, key)
         try:
             loss, (metrics, new_state) = out
         except (TypeError, ValueError):
@@ -344,30 +328,24 @@ def _checked(loss_fn: LossFn) -> LossFn:
 
 
 def _check_metrics(loss: jax.Array, metrics: Any) -> None:
-    if jnp.shape(loss) != ():
-        raise ValueError(
-            f"the loss has shape {jnp.shape(loss)}; return its mean, a scalar"
-        )
+    if shape := jnp.shape(loss):
+        raise ValueError(f"the loss has shape {shape}; return its mean, a scalar")
     if not isinstance(metrics, dict):
         raise ValueError(f"metrics must be a dict; loss_fn returned {type(metrics)}")
     if taken := [name for name in RESERVED if name in metrics]:
         raise ValueError(f"the step reports {taken} itself; rename these metrics")
-    if jnp.shape(weight := metrics.get("weight", 1.0)) != ():
+    if shape := jnp.shape(metrics.get("weight", 1.0)):
         raise ValueError(
-            f'metrics["weight"] has shape {jnp.shape(weight)}; return the number of '
-            "target tokens, a scalar"
+            f'metrics["weight"] has shape {shape}; return the number of target tokens'
         )
 
 
 def _same_kind(new: PyTree, old: PyTree) -> PyTree:
     """Returns `new` in the dtypes of `old`; ValueError if it is another tree."""
-    kinds = [
-        (jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)])
-        for tree in (new, old)
-    ]
-    if kinds[0] != kinds[1]:
+    kind = lambda t: (jax.tree.structure(t), [jnp.shape(x) for x in jax.tree.leaves(t)])
+    if kind(new) != kind(old):
         raise ValueError(
-            f"loss_fn was given a model_state {kinds[1]} and returned {kinds[0]}; it "
+            f"loss_fn was given a model_state {kind(old)} and returned {kind(new)}; it "
             "must return the same tree (create_state takes the first one)"
         )
     return jax.tree.map(_cast, new, old)
@@ -409,17 +387,13 @@ def _has_dropout(adapters: Adapters) -> bool:
 
 def _split(batch: PyTree, count: int) -> PyTree:
     """Returns the batch as `[count, rows / count, ...]`, row i in microbatch i % count."""
-    sizes = {}
-    for key_path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
-        name = f"batch{jax.tree_util.keystr(key_path)}"
-        if not jnp.shape(leaf) or jnp.shape(leaf)[0] % count:
+    leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
+    shapes = [(jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in leaves]
+    for name, shape in shapes:
+        if not shape or shape[0] % count or shape[:1] != shapes[0][1][:1]:
             raise ValueError(
-                f"{name} has shape {jnp.shape(leaf)}; accumulate={count} needs a "
-                "leading batch axis that divides by it"
+                f"batch{name} has shape {shape}; accumulate={count} needs all leaves "
+                "to have one batch axis, first, of one size that divides by it"
             )
-        sizes[name] = jnp.shape(leaf)[0]
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"the batch's leaves differ in batch size: {sizes}")
-    return jax.tree.map(
-        lambda x: jnp.reshape(x, (-1, count, *jnp.shape(x)[1:])).swapaxes(0, 1), batch
-    )
+    rows = lambda x: jnp.reshape(x, (-1, count, *jnp.shape(x)[1:])).swapaxes(0, 1)
+    return jax.tree.map(rows, batch)

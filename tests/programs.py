@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -38,13 +39,25 @@ def program(factory: Callable[[], Program]) -> Callable[[], Program]:
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+    """Numpy draws: no compilation, and tests of random keys do not rest on them."""
+    draw = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(draw, jnp.float32)
+
+
+def filled(abstract: Any, scale: float = 0.5) -> Any:
+    """A tree of the given shapes with every leaf drawn, biases and norms included."""
+    leaves, treedef = jax.tree.flatten(abstract)
+    return treedef.unflatten(
+        [
+            (scale * normal(i, *leaf.shape)).astype(leaf.dtype)
+            for i, leaf in enumerate(leaves)
+        ]
+    )
 
 
 def linen(module: nn.Module, x: jax.Array, *targets: lorax.Target) -> Program:
     """The sum of squares of a linen module's output."""
-    variables = module.init(jax.random.key(7), x)
-    variables = jax.tree.map(lambda leaf: leaf + 0.1, variables)  # biases on
+    variables = filled(jax.eval_shape(module.init, jax.random.key(7), x))
 
     def fn(variables: Any, x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.tanh(module.apply(variables, x)) ** 2)
@@ -306,6 +319,16 @@ def layers_by_index() -> Program:
 
 
 @program
+def unstacked_layers() -> Program:
+    def fn(params: Any, x: jax.Array) -> jax.Array:
+        for w in jnp.unstack(params["w"]):
+            x = x + jnp.tanh(x @ w)
+        return jnp.sum(x**2)
+
+    return Program(fn, {"w": normal(1, 3, 4, 4)}, (normal(0, 2, 4),))
+
+
+@program
 def branches() -> Program:
     def fn(params: Any, x: jax.Array) -> jax.Array:
         w, v = params["w1"], params["w2"]
@@ -349,10 +372,5 @@ def definition(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 def perturbed(adapters: Any, size: float = 0.3) -> Any:
     """Adapters away from their init, so that b is not zero."""
-    leaves, treedef = jax.tree.flatten(adapters)
-    return treedef.unflatten(
-        [
-            leaf + size * jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype)
-            for i, leaf in enumerate(leaves)
-        ]
-    )
+    noise = filled(adapters, size)
+    return jax.tree.map(jnp.add, adapters, noise)

@@ -320,3 +320,26 @@ def test_grouped_convolution_merges():
     with pytest.warns(lorax.MergeWarning, match="conv_general_dilated"):
         got = jax.value_and_grad(lorax.adapt(fn))(adapters, params, x)
     assert_close(got, jax.value_and_grad(programs.definition(fn))(adapters, params, x))
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (see conftest)")
+@pytest.mark.parametrize("name", ["attention", "kernel_on_the_left", "dense_general"])
+def test_on_a_mesh_activations_keep_their_axes(name):
+    """Under a mesh no reshape merges axes; the values are those of one device."""
+    program, _, adapters, params = setup(name)
+    mesh = jax.make_mesh(
+        (2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    place = lambda tree, spec: jax.device_put(
+        tree, jax.sharding.NamedSharding(mesh, spec)
+    )
+    spread = place(adapters, P()), place(params, P())
+    rows = P("data") if program.args[0].shape[0] % 2 == 0 else P()
+    args = [place(arg, rows) for arg in program.args]
+    adapted = lorax.adapt(program.fn, on_merge="error")
+    step = jax.jit(jax.value_and_grad(adapted))
+    assert_close(step(*spread, *args), step(adapters, params, *program.args))
+    barriers = lambda *a: str(jax.make_jaxpr(adapted)(*a)).count("optimization_barrier")
+    assert barriers(adapters, params, *program.args) > 0  # the single-CPU form
+    text = step.lower(*spread, *args).as_text()
+    assert "optimization_barrier" not in text

@@ -129,4 +129,4 @@ def mix(
 def _cpu_alone(x: jax.Array) -> bool:
     """True on a single CPU device: elsewhere a reshape could merge sharded axes."""
     mesh = jax.typeof(x).sharding.mesh
-    return jax.default_backend() == "cpu" and mesh.size == 1
+    return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)

@@ -63,12 +63,16 @@ class Use:
             return None
         if not all(term.whole(d, self.view.value.shape) for d in self.batch):
             return None
-        if not read or not write - read:
-            return None
+        write -= read
         batch |= term.indexed - read - write
-        rest = set(range(len(term.leaf))) - read - write - batch
-        order = lambda axes: tuple(sorted(axes))
-        return Axes(order(read | rest), order(write - read), order(batch))
+        rest = set(range(len(term.leaf))) - read - write - batch  # of length one
+        if write:
+            read |= rest
+        else:
+            write = rest
+        if not read or not write:
+            return None
+        return Axes(*(tuple(sorted(axes)) for axes in (read, write, batch)))
 
 
 class Pair(NamedTuple):

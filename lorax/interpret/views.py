@@ -8,6 +8,7 @@ rank in the same factors (in and out axes flattened together, say).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -82,9 +83,12 @@ def negate(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
 @rule("mul", "div")
 def scale(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
     """A kernel times, or divided by, a scalar."""
+    values = [_plain_scalar(walker, eqn, value) for value in values]
     operand = 0 if isinstance(values[0], Tracked) else 1
     scalar = walker.scalars.get(id(eqn.invars[1 - operand]), values[1 - operand])
-    if isinstance(scalar, Tracked) or jnp.shape(scalar) != ():
+    if not isinstance(values[operand], Tracked) or isinstance(scalar, Tracked):
+        return None
+    if jnp.shape(scalar) != ():
         return None
     if eqn.primitive.name == "mul":
         edit = lambda term: _scaled(term, lambda b: b * scalar)
@@ -93,6 +97,12 @@ def scale(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
     else:
         return None
     return viewed(walker, eqn, values, edit, operand)
+
+
+def _plain_scalar(walker: Walker, eqn: Any, value: Any) -> Any:
+    """A leaf that is itself a scalar multiplies a kernel; it is no kernel."""
+    scalar = isinstance(value, Tracked) and value.value.shape == ()
+    return walker.merged(value, eqn) if scalar else value
 
 
 def _scaled(term: Term, change: Callable[[jax.Array], jax.Array]) -> Term:
@@ -138,7 +148,8 @@ def reshape(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None
     shape = tuple(eqn.outvars[0].aval.shape)
     if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
         return None
-    if not isinstance(tracked, Tracked) or math.prod(shape) != tracked.value.size:
+    size = math.prod(shape)
+    if not isinstance(tracked, Tracked) or size == 0 or size != tracked.value.size:
         return None
     old = tuple(tracked.value.shape)
     if eqn.primitive.name == "squeeze":
@@ -266,17 +277,25 @@ def _cut(
     )
 
 
-@rule("split")
-def split(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
-    """Several slices along one axis at once."""
+@rule("split", "unstack")
+def split(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
+    """Several slices along one axis at once; `unstack` also drops the axis."""
     tracked, axis = values[0], eqn.params["axis"]
+    shape = tuple(tracked.value.shape)
     results = walker.bind(eqn, [tracked.value])
+    kept = [d for d in range(len(shape)) if d != axis]
+    groups = [([d], [j]) for j, d in enumerate(kept)]
     outs, offset = [], 0
     for result in results:
-        bound = (offset, offset := offset + result.shape[axis], 1)
-        terms = [_cut(term, axis, bound, tracked.value.shape) for term in tracked.terms]
-        terms = tuple(t for t in terms if t is not None and 0 not in t.shape)
-        outs.append(Tracked(result, terms) if terms else result)
+        stacked = result.ndim < len(shape)
+        size = 1 if stacked else result.shape[axis]
+        bound = (offset, offset := offset + size, 1)
+        terms = [_cut(term, axis, bound, shape) for term in tracked.terms]
+        terms = [term for term in terms if 0 not in term.shape]
+        if stacked:
+            old = (*shape[:axis], 1, *shape[axis + 1 :])
+            terms = [_regroup(term, groups, old, result.shape) for term in terms]
+        outs.append(Tracked(result, tuple(terms)) if terms else result)
     return outs
 
 
@@ -294,12 +313,14 @@ def dynamic_slice(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] 
                 continue
             if not term.whole(dim, shape):
                 return None
-            index = indices[dim]
+            # the primitive clamps, and its index is not to be read as from the end
+            first = jnp.clip(indices[dim], 0, shape[dim] - size)
+            cut = functools.partial(
+                jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size
+            )
             term = term.edit(
                 dim,
-                lambda f, axis, i=index, n=size: jax.lax.dynamic_slice_in_dim(
-                    f, i, n, axis
-                ),
+                lambda f, axis, cut=cut: cut(f, axis=axis),
                 shape=term.shape[:dim] + (size,) + term.shape[dim + 1 :],
             )
         return term
