@@ -242,7 +242,7 @@ def _seal(leaf: Any) -> dict[str, Any]:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     data = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
-    return _kind(leaf) | {"sha256": hashlib.sha256(data).hexdigest()}
+    return _kind(leaf) | {"sha256": hashlib.sha256(data.data).hexdigest()}
 
 
 # Reading
@@ -253,7 +253,7 @@ def _read_index(folder: epath.Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no directory {folder}")
     if not (folder / INDEX).exists():
         raise ValueError(
-            f"{folder} has no {INDEX}: another kind of checkpoint, or one whose writing "
+            f"{folder} has no {INDEX}: another kind of checkpoint, or one whose saving "
             "was cut short"
         )
     try:
@@ -266,8 +266,8 @@ def _read_index(folder: epath.Path) -> dict[str, Any]:
             raise ValueError(f"{folder / INDEX} is damaged: no {field} in it")
         if field == "format" and index[field] > FORMAT:  # the rest may look otherwise
             raise ValueError(
-                f"{folder / INDEX} has format {index[field]}, written by "
-                f"{index.get('library')}; this lorax reads up to {FORMAT}: upgrade lorax"
+                f"{folder / INDEX} has format {index[field]} of {index.get('library')}; "
+                f"this lorax reads up to {FORMAT}: upgrade lorax"
             )
     return index
 

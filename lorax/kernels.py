@@ -63,6 +63,15 @@ class Kernel:
     head: bool = False
     value: jax.Array | None = None
 
+    def linear_axes(self) -> Axes:
+        """Returns `axes`; ValueError where no linear operation uses the leaf."""
+        if self.axes is None:
+            raise ValueError(
+                f"{self.path}: no linear operation uses the leaf (op={self.op!r}), so "
+                "low-rank factors have no place; use adapter='full'"
+            )
+        return self.axes
+
     @property
     def tied(self) -> bool:
         """True when one use reads what another writes (an embedding and its head)."""
@@ -177,7 +186,8 @@ def discover(
 def _describe(path: str, leaf: Any, uses: dict[Any, KernelUse], inner: set) -> Kernel:
     """Sums up the uses of one leaf."""
     linear = next((use for use in uses.values() if use.axes is not None), None)
-    fits = _orientations(linear.axes) if linear else ()
+    axes = linear.axes if linear else None
+    fits = () if axes is None else _orientations(axes)
     places = tuple(
         dataclasses.replace(use, fast=use.fast and use.axes in fits)
         for use in uses.values()
@@ -187,7 +197,7 @@ def _describe(path: str, leaf: Any, uses: dict[Any, KernelUse], inner: set) -> K
         shape=tuple(leaf.shape),
         dtype=jnp.dtype(leaf.dtype),
         op=linear.op if linear else ("other" if places else "unused"),
-        axes=linear.axes if linear else None,
+        axes=axes,
         flops=sum(use.flops for use in places),
         uses=places,
         head=linear is not None and path not in inner,

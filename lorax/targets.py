@@ -195,8 +195,9 @@ def _matches(target: Target, path: str, kernels: Mapping[str, Kernel] | None) ->
             "kernels=lorax.discover(loss_fn, params, batch) to lorax.init"
         )
     kernel = kernels.get(path)
-    linear = kernel is not None and kernel.op in ("dot", "conv", "ragged_dot")
-    return linear and not kernel.head and not kernel.tied
+    if kernel is None or kernel.op not in ("dot", "conv", "ragged_dot"):
+        return False
+    return not kernel.head and not kernel.tied
 
 
 def _kernel(
@@ -243,21 +244,22 @@ def _check_low_rank(
             f"{path}: its shape {shape} does not say which axes are read and which "
             "are written; pass kernels=lorax.discover(loss_fn, params, batch)"
         )
-    if kernel.axes is None:
+    if kernel.axes is None and kernels is not None:
         linear = [p for p in leaves if p in kernels and kernels[p].axes is not None]
         raise ValueError(
             f"{path}: matched by {target.pattern!r}, but no linear operation uses it "
             f"(op={kernel.op!r}), so low-rank factors have no place; use "
             f"adapter='full' or narrow the pattern; {tree.nearest(path, linear)}"
         )
-    in_, out, batch = (math.prod(size) for size in kernel.axes.sizes(shape))
+    axes = kernel.linear_axes()
+    in_, out, _ = (math.prod(size) for size in axes.sizes(shape))
     if target.rank > min(in_, out):
         raise ValueError(
             f"{path}: rank={target.rank} is above min(in, out) = {min(in_, out)} of "
             f"the kernel of shape {shape}; lower the rank or exclude the leaf"
         )
     if target.layers is not None:
-        depth = shape[kernel.axes.batch[0]] if kernel.axes.batch else None
+        depth = shape[axes.batch[0]] if axes.batch else None
         if depth is None or target.layers[-1] >= depth:
             raise ValueError(
                 f"{path}: layers={target.layers}, but the leaf of shape {shape} "

@@ -12,6 +12,7 @@ where given, is the number of target tokens that `loss` is the mean over.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -226,8 +227,10 @@ def make_train_step(
         old = (state.adapters, state.opt_state, state.model_state)
         keep = lambda new, old: _cast(jnp.where(ok, new, old), old)
         skipped = state.skipped + jnp.where(ok, 0, 1)
-        kept = jax.tree.map(keep, new, old)
-        state = TrainState(*kept, state.step + 1, skipped, state.key)
+        adapters, opt_state, model_state = jax.tree.map(keep, new, old)
+        state = TrainState(
+            adapters, opt_state, model_state, state.step + 1, skipped, state.key
+        )
         return state, {**values, "grad_norm": norm, "skipped": skipped}
 
     return step
@@ -275,7 +278,7 @@ def _accumulated(micro: Callable[..., Gradients], count: int) -> Callable[..., A
         def body(carry: Any, inputs: Any) -> tuple[Any, Metrics]:
             total, model_state = carry
             index, rows = inputs
-            now = state.replace(model_state=model_state)
+            now = dataclasses.replace(state, model_state=model_state)
             own = jax.random.fold_in(key, index)
             values, model_state, grads = micro(now, params, rows, own)
             weight = values.get("weight", 1.0)
@@ -386,7 +389,7 @@ def _has_dropout(adapters: Adapters) -> bool:
 
 
 def _split(batch: PyTree, count: int) -> PyTree:
-    """Returns the batch as `[count, rows / count, ...]`, row i in microbatch i % count."""
+    """Returns the batch as `[count, rows / count, ...]`; row i goes to i % count."""
     leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
     shapes = [(jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in leaves]
     for name, shape in shapes:

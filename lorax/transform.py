@@ -62,13 +62,7 @@ def init(
     """
     trace.require_pure(params)
     chosen = select(params, targets, kernels)
-    for path, leaf in tree.flatten(params).items():
-        if tree.is_floating(leaf) and tree.is_concrete(leaf):
-            if not bool(jnp.isfinite(leaf).all()):
-                raise ValueError(
-                    f"{path}: the leaf holds NaN or infinite values; load it again "
-                    "before adapting the model"
-                )
+    _require_finite(params)
     adapters: Adapters = {}
     moved: dict[str, Any] = {}
     for path, (target, kernel) in chosen.items():
@@ -83,6 +77,21 @@ def init(
         if after.value is not kernel.value:
             moved[path] = after.value
     return adapters, tree.replace(params, moved) if moved else params
+
+
+def _require_finite(params: PyTree) -> None:
+    """Raises ValueError naming the first leaf with a value that is no number."""
+    finite = {
+        path: jnp.isfinite(leaf).all()
+        for path, leaf in tree.flatten(params).items()
+        if tree.is_floating(leaf) and tree.is_concrete(leaf)
+    }
+    for path, whole in jax.device_get(finite).items():
+        if not whole:
+            raise ValueError(
+                f"{path}: the leaf holds NaN or infinite values; load it again before "
+                "adapting the model"
+            )
 
 
 def merge(adapters: Adapters, params: PyTree) -> PyTree:
@@ -202,30 +211,22 @@ def adapt(
         **kwargs: Any,
     ) -> Any:
         leaves = check(adapters, params)
-        arrays = {path: jnp.asarray(leaves[path]) for path in sorted(adapters)}
-        factors = {path: adapters[path].factors(leaf) for path, leaf in arrays.items()}
-        replaced = {
-            path: adapters[path].merge(leaf)
-            for path, leaf in arrays.items()
-            if factors[path] is None
-        }
-        params = tree.replace(params, replaced)
-        thin = {path: leaf for path, leaf in arrays.items() if path not in replaced}
+        views, replaced = [], {}
+        thin: dict[str, jax.Array] = {}
+        for path, adapter in sorted(adapters.items()):
+            leaf = jnp.asarray(leaves[path])
+            factors = adapter.factors(leaf)
+            if factors is None:
+                replaced[path] = adapter.merge(leaf)
+            else:
+                thin[path] = leaf
+                views.append(interpret.watch(path, leaf).adapted(adapter, factors))
+        frozen = tree.replace(params, replaced)
         jaxpr, rebuild = trace.trace(
-            lambda leaves: fn(tree.replace(params, leaves), *args, **kwargs), thin
+            lambda leaves: fn(tree.replace(frozen, leaves), *args, **kwargs), thin
         )
-        views = []
-        for path, leaf in thin.items():
-            view = interpret.watch(path, leaf)
-            views.append(view.adapted(adapters[path], factors[path]))
-        emitter = _Emitter(on_merge, seen)
-        walker = interpret.Walker(emitter, key=lora_key)
+        walker = interpret.Walker(_Emitter(on_merge, seen), key=lora_key)
         outputs = walker.run(jaxpr, views)
-        return rebuild(
-            [
-                interpret.dense(o) if isinstance(o, interpret.Tracked) else o
-                for o in outputs
-            ]
-        )
+        return rebuild([interpret.dense(out) for out in outputs])
 
     return adapted

@@ -294,6 +294,8 @@ def views() -> Program:
         total += (x @ fused)[:, 4:12]
         tall = jnp.concatenate([params["w3"], w], axis=0)  # [10, 8]
         total += jnp.concatenate([x, x[:, :4]], axis=1) @ tall
+        parts = jnp.split(fused, [3, 9], axis=1)  # [6, 3], [6, 6], [6, 4]
+        total += jnp.concatenate([x @ part for part in parts], axis=1)[:, 2:10]
         w, _ = jax.lax.optimization_barrier((w, x))
         w = checkpoint_name(w, "kernel")
         total += x @ (w / 3.0)[None][0]

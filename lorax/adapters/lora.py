@@ -30,7 +30,8 @@ class Lora:
       b: `[*batch, rank, *out]`.
       scale: the factor on the product, `alpha / rank` or `alpha / sqrt(rank)`.
       axes: the leaf's in, out and batch axes.
-      dropout: rate on the input of the adapter branch, in [0, 1).
+      dropout: rate on the input of the adapter branch, in [0, 1); an embedding lookup
+        has no input to drop.
       layers: the layers of the first batch axis that have factors; None for all.
     """
 

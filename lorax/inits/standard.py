@@ -38,7 +38,8 @@ def standard(
       `Lora` with `a: [*batch, *in, rank]`, `b: [*batch, rank, *out]`; the kernel.
     """
     del stats
-    in_, out, batch = kernel.axes.sizes(kernel.shape)
+    axes = kernel.linear_axes()
+    in_, out, batch = axes.sizes(kernel.shape)
     if target.layers is not None:
         batch = (len(target.layers), *batch[1:])
     a_shape = (*batch, *in_, target.rank)
@@ -50,5 +51,5 @@ def standard(
         bound = 1 / math.sqrt(math.prod(in_))
         a = jax.random.uniform(key, a_shape, target.dtype, -bound, bound)
         b = jnp.zeros(b_shape, target.dtype)
-    lora = Lora(a, b, target.scale, kernel.axes, target.dropout, target.layers)
+    lora = Lora(a, b, target.scale, axes, target.dropout, target.layers)
     return lora, kernel

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax.interpret.tracked import Term, Tracked
 from lorax.interpret.walker import Walker, rule
+from lorax.types import Factors
 
 
 @rule("jit", "pjit")
@@ -23,8 +24,9 @@ def jit(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
     params = eqn.params
 
     def body(key: Any, *args: Any) -> list[Any]:
-        args = [_constrain(*p) for p in zip(args, params["in_shardings"], strict=True)]
-        outs = walker.inner(eqn, key).run(params["jaxpr"], args)
+        given = zip(args, params["in_shardings"], strict=True)
+        values = [_constrain(*pair) for pair in given]
+        outs = walker.inner(eqn, key).run(params["jaxpr"], values)
         return [_constrain(*p) for p in zip(outs, params["out_shardings"], strict=True)]
 
     body.__name__ = params["name"]
@@ -191,7 +193,7 @@ def _stacked(value: Any) -> bool:
     return all(
         term.labels[0]
         and term.whole(0, shape)
-        and (term.a is None or term.kind(0) == "batch")
+        and (term.factors is None or term.kind(0) == "batch")
         for term in value.terms
     )
 
@@ -239,23 +241,21 @@ def shard_map(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
     )(walker.fork_key(), *values)
 
 
-def _specs(value: Any, spec: PartitionSpec) -> Any:
+def _specs(value: Any, spec: Any) -> Any:
     """Returns the specs of a view's frozen array and of its factors."""
     if not isinstance(value, Tracked):
         return spec
     dims = [*spec, *[None] * (value.value.ndim - len(spec))]
 
     def term_specs(term: Term) -> Term:
-        if term.a is None:
+        if term.factors is None:
             return term
         batch, in_, out = (
             [dims[d] for d in term.dims(kind)] for kind in ("batch", "in", "out")
         )
-        return dataclasses.replace(
-            term,
-            a=PartitionSpec(*batch, *in_, None),
-            b=PartitionSpec(*batch, None, *out),
-        )
+        a: Any = PartitionSpec(*batch, *in_, None)
+        b: Any = PartitionSpec(*batch, None, *out)
+        return dataclasses.replace(term, factors=Factors(a, b))
 
     return Tracked(spec, tuple(term_specs(term) for term in value.terms))
 

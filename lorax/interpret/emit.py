@@ -120,9 +120,12 @@ def mix(
         numbers = (((1,), (0,)), ((), ()))
         y = jax.lax.dot_general(*flat, numbers, precision, preferred_element_type=dtype)
         return y.reshape(*h.shape[:-1], *second.shape[1:])
-    numbers = (((feature,), (n,)), (tuple(range(n)), batch))
     return jax.lax.dot_general(
-        h, second, numbers, precision, preferred_element_type=dtype
+        h,
+        second,
+        (((feature,), (n,)), (tuple(range(n)), batch)),
+        precision,
+        preferred_element_type=dtype,
     )
 
 

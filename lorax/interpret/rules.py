@@ -90,19 +90,20 @@ class Pair(NamedTuple):
 def oriented(use: Use, term: Term) -> Pair | None:
     """Returns the term's factors for this use: as made, transposed (tied), or None."""
     found = use.axes(term)
-    if found is None or not use.low_rank:
+    if found is None or not use.low_rank or term.factors is None:
         return None
     sized = lambda axes: tuple(term.sized(group) for group in axes)
     here, made = sized(found), sized(term.axes)
     size = lambda dims: [term.shape[d] for d in sorted(dims)]
     batch, read, write = size(use.batch), size(use.read), size(use.write)
-    rank = term.a.shape[-1]
+    a, b = term.factors
+    rank = a.shape[-1]
     if here == made:
-        first, second = term.a, term.b
+        first, second = a, b
     elif here == (made[1], made[0], made[2]):
         n = len(term.dims("batch"))
-        first = jnp.moveaxis(term.b, n, -1)
-        second = jnp.moveaxis(term.a, -1, n)
+        first = jnp.moveaxis(b, n, -1)
+        second = jnp.moveaxis(a, -1, n)
     else:
         return None
     dtype = emit.operand_dtype(use.view.value.dtype)
@@ -122,8 +123,9 @@ def low_rank(
 
     `branch(term, pair)` gives the term's part, already in the result's full shape.
     """
-    pairs = [oriented(use, term) for term in use.view.terms]
-    if any(pair is None for pair in pairs):
+    found = [oriented(use, term) for term in use.view.terms]
+    pairs = [pair for pair in found if pair is not None]
+    if len(pairs) < len(found):
         return None
     out = eqn.outvars[0].aval
     base = frozen(walker, eqn, use)[0]

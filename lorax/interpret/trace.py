@@ -23,7 +23,7 @@ def trace(
       arrays in the result; and `rebuild(arrays)`, which puts arrays back among the
       outputs that are not arrays.
     """
-    static: list[Any] = []
+    static: list[Any] = []  # of the outputs: treedef, non-arrays, which are arrays
 
     def arrays(leaves: Any) -> list[jax.Array]:
         flat, treedef = jax.tree.flatten(function(leaves))
@@ -36,8 +36,9 @@ def trace(
     def rebuild(outputs: list[Any]) -> Any:
         treedef, others, is_array = static
         outputs = list(outputs)
-        return treedef.unflatten(
-            [outputs.pop(0) if a else o for a, o in zip(is_array, others, strict=True)]
+        merged = zip(is_array, others, strict=True)
+        return jax.tree.unflatten(
+            treedef, [outputs.pop(0) if a else other for a, other in merged]
         )
 
     return jaxpr, rebuild
@@ -49,13 +50,14 @@ def split_abstract(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     Returns:
       The abstract leaves, and `join(values)` that rebuilds the tree around values.
     """
-    flat, treedef = jax.tree.flatten(tree)
+    flat, structure = jax.tree.flatten(tree)
     abstract = [isinstance(x, jax.ShapeDtypeStruct) for x in flat]
 
     def join(values: list[Any]) -> Any:
         values = list(values)
-        return treedef.unflatten(
-            [values.pop(0) if a else x for a, x in zip(abstract, flat, strict=True)]
+        merged = zip(abstract, flat, strict=True)
+        return jax.tree.unflatten(
+            structure, [values.pop(0) if a else x for a, x in merged]
         )
 
     return [x for a, x in zip(abstract, flat, strict=True) if a], join

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ Labels = tuple[tuple[int, ...], ...]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["a", "b"],
+    data_fields=["factors"],
     meta_fields=["path", "leaf", "labels", "start", "shape", "indexed", "axes", "rate"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Term:
       indexed: leaf axes taken away by indexing or scanning over them.
       axes: the adapter's axes; None under discover.
       rate: dropout on the adapter branch.
-      a: `[*batch, *in, rank]`, or None under discover.
-      b: `[*batch, rank, *out]`, or None under discover.
+      factors: `a: [*batch, *in, rank]` and `b: [*batch, rank, *out]`, in view order;
+        None under discover.
     """
 
     path: str
@@ -57,10 +57,9 @@ class Term:
     indexed: frozenset[int] = frozenset()
     axes: Axes | None = None
     rate: float = 0.0
-    a: jax.Array | None = None
-    b: jax.Array | None = None
+    factors: Factors | None = None
 
-    def sized(self, axes: Sequence[int]) -> frozenset[int]:
+    def sized(self, axes: Iterable[int]) -> frozenset[int]:
         """The leaf axes among `axes` that are longer than one."""
         return frozenset(axis for axis in axes if self.leaf[axis] > 1)
 
@@ -70,8 +69,8 @@ class Term:
         if not label or self.axes is None:
             return "unit"
         wanted = self.sized(label) or frozenset(label)
-        groups = dict(zip(("in", "out", "batch"), self.axes, strict=True))
-        return next((kind for kind, g in groups.items() if wanted <= {*g}), None)
+        groups = zip(("in", "out", "batch"), self.axes, strict=True)
+        return next((kind for kind, group in groups if wanted <= {*group}), None)
 
     def dims(self, kind: str) -> list[int]:
         """The dimensions of the view of one kind, in view order."""
@@ -82,18 +81,19 @@ class Term:
         return self.start[dim] == 0 and self.shape[dim] == shape[dim]
 
     def edit(
-        self, dim: int, change: Callable[[jax.Array, int], jax.Array], **meta: object
+        self, dim: int, change: Callable[[jax.Array, int], jax.Array], **meta: Any
     ) -> Term:
         """Applies `change(factor, axis)` to the factors that own a dimension."""
-        a, b, kind = self.a, self.b, self.kind(dim)
-        if a is not None and kind == "batch":
-            axis = self.dims("batch").index(dim)
-            a, b = change(a, axis), change(b, axis)
-        elif a is not None and kind == "in":
-            a = change(a, len(self.dims("batch")) + self.dims("in").index(dim))
-        elif b is not None and kind == "out":
-            b = change(b, len(self.dims("batch")) + 1 + self.dims("out").index(dim))
-        return dataclasses.replace(self, a=a, b=b, **meta)
+        factors, kind = self.factors, self.kind(dim)
+        if factors is not None and kind in ("batch", "in", "out"):
+            a, b = factors
+            axis = self.dims(kind).index(dim)
+            if kind != "out":
+                a = change(a, axis + (kind == "in") * len(self.dims("batch")))
+            if kind != "in":
+                b = change(b, axis + (kind == "out") * (len(self.dims("batch")) + 1))
+            factors = Factors(a, b)
+        return dataclasses.replace(self, factors=factors, **meta)
 
     def drop(self, dim: int, indexed: bool) -> Term:
         """Removes a dimension from the view; its factors must have lost it already."""
@@ -130,8 +130,10 @@ class Tracked:
             term,
             axes=adapter.axes,
             rate=adapter.dropout,
-            a=_in_view_order(factors.a, adapter.axes.batch, adapter.axes.in_, 0),
-            b=_in_view_order(factors.b, adapter.axes.batch, adapter.axes.out, 1),
+            factors=Factors(
+                _in_view_order(factors.a, adapter.axes.batch, adapter.axes.in_, 0),
+                _in_view_order(factors.b, adapter.axes.batch, adapter.axes.out, 1),
+            ),
         )
         return Tracked(self.value, (term,))
 
@@ -145,13 +147,10 @@ def _in_view_order(
     """
     n = len(batch)
     ranks = lambda axes: [axes.index(axis) for axis in sorted(axes)]
-    batch_order = ranks(list(batch))
-    own_order = [n + gap + i for i in ranks(list(own))]
+    own_order = [n + gap + i for i in ranks(own)]
     rank = [n] if gap else [factor.ndim - 1]
-    order = (
-        [*batch_order, *rank, *own_order] if gap else [*batch_order, *own_order, *rank]
-    )
-    return factor.transpose(order)
+    tail = rank + own_order if gap else own_order + rank
+    return factor.transpose(ranks(batch) + tail)
 
 
 def watch(path: str, leaf: jax.Array) -> Tracked:
@@ -161,19 +160,22 @@ def watch(path: str, leaf: jax.Array) -> Tracked:
     return Tracked(leaf, (Term(path, shape, labels, (0,) * len(shape), shape),))
 
 
-def dense(tracked: Tracked) -> jax.Array:
-    """Returns the merged view: float32 accumulation, one rounding."""
+def dense(tracked: Any) -> jax.Array:
+    """Returns the merged view: float32 accumulation, one rounding; arrays pass."""
+    if not isinstance(tracked, Tracked):
+        return tracked
     dtype = jnp.promote_types(tracked.value.dtype, jnp.float32)
     total = tracked.value.astype(dtype)
     for term in tracked.terms:
-        if term.a is None:
+        if term.factors is None:
             return tracked.value
+        a, b = term.factors
         batch, in_, out = (term.dims(kind) for kind in ("batch", "in", "out"))
         sizes = lambda dims: [term.shape[d] for d in dims]  # noqa: B023
-        rank = term.a.shape[-1]
+        rank = a.shape[-1]
         product = jnp.matmul(
-            term.a.astype(dtype).reshape(*sizes(batch), math.prod(sizes(in_)), rank),
-            term.b.astype(dtype).reshape(*sizes(batch), rank, math.prod(sizes(out))),
+            a.astype(dtype).reshape(*sizes(batch), math.prod(sizes(in_)), rank),
+            b.astype(dtype).reshape(*sizes(batch), rank, math.prod(sizes(out))),
             precision=jax.lax.Precision.HIGHEST,
         )
         order = batch + in_ + out

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from lorax.interpret.tracked import Term, Tracked
 from lorax.interpret.walker import Walker, rule
+from lorax.types import Factors
 
 Edit = Callable[[Term], Term | None]
 
@@ -29,8 +30,9 @@ def viewed(
     tracked = values[operand]
     if not isinstance(tracked, Tracked):
         return None
-    terms = tuple(edit(term) for term in tracked.terms)
-    if any(term is None for term in terms):
+    edited = [edit(term) for term in tracked.terms]
+    terms = tuple(term for term in edited if term is not None)
+    if len(terms) < len(edited):
         return None
     values = [v.value if v is tracked else walker.merged(v, eqn) for v in values]
     return [Tracked(walker.bind(eqn, values)[0], terms)]
@@ -66,10 +68,10 @@ def per_factor(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | N
     """Operations of any shape that act on the factors as on the kernel."""
 
     def edit(term: Term) -> Term:
-        if term.a is None:
+        if term.factors is None:
             return term
-        a, b = (walker.bind(eqn, [factor])[0] for factor in (term.a, term.b))
-        return dataclasses.replace(term, a=a, b=b)
+        both = Factors(*(walker.bind(eqn, [factor])[0] for factor in term.factors))
+        return dataclasses.replace(term, factors=both)
 
     return viewed(walker, eqn, values, edit)
 
@@ -106,9 +108,10 @@ def _plain_scalar(walker: Walker, eqn: Any, value: Any) -> Any:
 
 
 def _scaled(term: Term, change: Callable[[jax.Array], jax.Array]) -> Term:
-    if term.b is None:
+    if term.factors is None:
         return term
-    return dataclasses.replace(term, b=change(term.b).astype(term.b.dtype))
+    a, b = term.factors
+    return dataclasses.replace(term, factors=Factors(a, change(b).astype(b.dtype)))
 
 
 @rule("transpose")
@@ -124,16 +127,16 @@ def transpose(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | No
             start=pick(term.start),
             shape=pick(term.shape),
         )
-        if term.a is None:
+        if term.factors is None:
             return new
         order = lambda kind: [
             term.dims(kind).index(permutation[d]) for d in new.dims(kind)
         ]
         batch, in_, out = order("batch"), order("in"), order("out")
         n = len(batch)
-        a = term.a.transpose(*batch, *(n + i for i in in_), n + len(in_))
-        b = term.b.transpose(*batch, n, *(n + 1 + i for i in out))
-        return dataclasses.replace(new, a=a, b=b)
+        a = term.factors.a.transpose(*batch, *(n + i for i in in_), n + len(in_))
+        b = term.factors.b.transpose(*batch, n, *(n + 1 + i for i in out))
+        return dataclasses.replace(new, factors=Factors(a, b))
 
     return viewed(walker, eqn, values, edit)
 
@@ -210,71 +213,68 @@ def _regroup(
         shape=tuple(block),
         indexed=term.indexed | term.sized(tuple(gone)),
     )
-    if term.a is None:
+    if term.factors is None:
         return new
     if any(new.kind(d) is None for d in range(len(shape))):
         return None
     batch, in_, out = (
         [block[d] for d in new.dims(kind)] for kind in ("batch", "in", "out")
     )
-    rank = term.a.shape[-1]
-    return dataclasses.replace(
-        new,
-        a=term.a.reshape(*batch, *in_, rank),
-        b=term.b.reshape(*batch, rank, *out),
-    )
+    a, b = term.factors
+    rank = a.shape[-1]
+    both = Factors(a.reshape(*batch, *in_, rank), b.reshape(*batch, rank, *out))
+    return dataclasses.replace(new, factors=both)
 
 
 @rule("slice")
 def slice_(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
     """A static slice along any axes; a block outside it loses its term."""
-    params, shape = eqn.params, values[0].value.shape
+    tracked, params = values[0], eqn.params
+    shape = tracked.value.shape
     strides = params["strides"] or (1,) * len(shape)
-    bounds = list(
-        zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    )
-    return _sliced(walker, eqn, values, bounds)
-
-
-def _sliced(
-    walker: Walker, eqn: Any, values: list[Any], bounds: list[tuple[int, int, int]]
-) -> list[Any] | None:
-    tracked = values[0]
-    terms = []
-    for term in tracked.terms:
-        for dim, bound in enumerate(bounds):
-            term = _cut(term, dim, bound, tracked.value.shape)
-            if term is None:
-                return None
-            if 0 in term.shape:
-                break
-        else:
-            terms.append(term)
+    for dim, stride in enumerate(strides):
+        if stride != 1 and not all(term.whole(dim, shape) for term in tracked.terms):
+            return None
+    bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    terms = tracked.terms
+    for dim, bound in enumerate(bounds):
+        terms = _cut(terms, dim, bound)
     result = walker.bind(eqn, [tracked.value])[0]
-    return [Tracked(result, tuple(terms)) if terms else result]
+    return [Tracked(result, terms) if terms else result]
 
 
 def _cut(
-    term: Term, dim: int, bound: tuple[int, int, int], shape: Sequence[int]
-) -> Term | None:
-    """Cuts one dimension of a term's block to `range(*bound)` of the view."""
+    terms: Sequence[Term], dim: int, bound: tuple[int, int, int]
+) -> tuple[Term, ...]:
+    """Cuts one dimension of the view to `range(*bound)`; what is left of each term."""
     low, high, stride = bound
-    if stride != 1 and not term.whole(dim, shape):
-        return None
-    begin = max(term.start[dim], low)
-    end = min(term.start[dim] + term.shape[dim], high)
-    first, last = begin - term.start[dim], max(end, begin) - term.start[dim]
-    size = len(range(first, last, stride))
     put = lambda t, x: t[:dim] + (x,) + t[dim + 1 :]
-    cut = lambda f, axis: jax.lax.slice_in_dim(f, first, last, stride, axis)
-    if size == term.shape[dim]:
-        cut = lambda f, axis: f
-    return term.edit(
-        dim,
-        cut,
-        start=put(term.start, max(begin - low, 0)),
-        shape=put(term.shape, size),
-    )
+    kept = []
+    for term in terms:
+        begin = max(low - term.start[dim], 0)
+        end = min(high - term.start[dim], term.shape[dim])
+        size = len(range(begin, end, stride))
+        if size == term.shape[dim]:
+            cut = lambda f, axis: f
+        else:
+            cut = functools.partial(_slice_in, begin=begin, end=end, stride=stride)
+        start = max(term.start[dim] - low, 0)
+        shape, start = put(term.shape, size), put(term.start, start)
+        if size:
+            kept.append(term.edit(dim, cut, start=start, shape=shape))
+    return tuple(kept)
+
+
+def _slice_in(
+    factor: jax.Array, axis: int, begin: int, end: int, stride: int
+) -> jax.Array:
+    return jax.lax.slice_in_dim(factor, begin, end, stride, axis)
+
+
+def _dynamic_slice_in(
+    factor: jax.Array, axis: int, begin: jax.Array, size: int
+) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(factor, begin, size, axis)
 
 
 @rule("split", "unstack")
@@ -290,12 +290,12 @@ def split(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
         stacked = result.ndim < len(shape)
         size = 1 if stacked else result.shape[axis]
         bound = (offset, offset := offset + size, 1)
-        terms = [_cut(term, axis, bound, shape) for term in tracked.terms]
-        terms = [term for term in terms if 0 not in term.shape]
+        terms = _cut(tracked.terms, axis, bound)
         if stacked:
             old = (*shape[:axis], 1, *shape[axis + 1 :])
-            terms = [_regroup(term, groups, old, result.shape) for term in terms]
-        outs.append(Tracked(result, tuple(terms)) if terms else result)
+            regrouped = (_regroup(term, groups, old, result.shape) for term in terms)
+            terms = tuple(term for term in regrouped if term is not None)
+        outs.append(Tracked(result, terms) if terms else result)
     return outs
 
 
@@ -314,13 +314,10 @@ def dynamic_slice(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] 
             if not term.whole(dim, shape):
                 return None
             # the primitive clamps, and its index is not to be read as from the end
-            first = jnp.clip(indices[dim], 0, shape[dim] - size)
-            cut = functools.partial(
-                jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size
-            )
+            begin = jnp.clip(indices[dim], 0, shape[dim] - size)
             term = term.edit(
                 dim,
-                lambda f, axis, cut=cut: cut(f, axis=axis),
+                functools.partial(_dynamic_slice_in, begin=begin, size=size),
                 shape=term.shape[:dim] + (size,) + term.shape[dim + 1 :],
             )
         return term
@@ -335,7 +332,7 @@ def concatenate(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | 
     for value in values:
         if isinstance(value, Tracked):
             for term in value.terms:
-                if term.a is not None and term.kind(dim) not in ("in", "out"):
+                if term.factors is not None and term.kind(dim) not in ("in", "out"):
                     return None
                 start = list(term.start)
                 start[dim] += offset

@@ -64,6 +64,7 @@ class Walker:
         self.scope, self.trips = scope, trips
         self.scalars: dict[int, Any] = {}
         self.uses = 0
+        self.jaxpr: Any = None
 
     def inner(self, eqn: Any, key: jax.Array | None, trips: int = 1) -> Walker:
         """Returns the walker of a body of `eqn`, which runs `trips` times."""
@@ -78,29 +79,28 @@ class Walker:
     def run(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         """Evaluates a jaxpr, open or closed, on arrays and `Tracked` views."""
         consts = getattr(jaxpr, "consts", ())
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        self.jaxpr = jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
         read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
-            results = self.step(jaxpr, eqn, values)
+            results = self.step(eqn, values)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def step(self, jaxpr: Any, eqn: Any, values: list[Any]) -> Sequence[Any]:
+    def step(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
         """Evaluates one equation."""
         name = eqn.primitive.name
         if not any(isinstance(value, Tracked) for value in values):
             if name == "broadcast_in_dim" and eqn.invars[0].aval.shape == ():
                 self.scalars[id(eqn.outvars[0])] = values[0]
-            return bind(jaxpr, eqn, values)
-        self.jaxpr = jaxpr
+            return self.bind(eqn, values)
         with located(eqn):
             results = RULES[name](self, eqn, values) if name in RULES else None
             if results is None:
                 values = [self.merged(value, eqn) for value in values]
-        return bind(jaxpr, eqn, values) if results is None else results
+        return self.bind(eqn, values) if results is None else results
 
     def merged(self, value: Any, eqn: Any) -> Any:
         """Returns the dense value of a view; anything else passes."""
@@ -109,30 +109,21 @@ class Walker:
         return self.visitor.merge(self, eqn, value)
 
     def bind(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
-        """Runs an equation of the current jaxpr on arrays."""
-        return bind(self.jaxpr, eqn, values)
-
-
-def bind(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Runs one equation of `jaxpr` as it is, custom rules and effects included."""
-    free = [i for i, v in enumerate(eqn.invars) if not isinstance(v, core.Literal)]
-    names = dict.fromkeys(eqn.invars[i] for i in free)
-    single = jaxpr.replace(
-        constvars=[],
-        invars=list(names),
-        outvars=list(eqn.outvars),
-        eqns=[eqn],
-        effects=eqn.effects,
-        debug_info=_debug_info(jaxpr, len(names), len(eqn.outvars)),
-    )
-    given = {eqn.invars[i]: values[i] for i in free}
-    return core.jaxpr_as_fun(core.ClosedJaxpr(single, []))(*given.values())
-
-
-def _debug_info(jaxpr: Any, inputs: int, outputs: int) -> core.DebugInfo:
-    """The jaxpr's own description, with as many unnamed inputs and outputs as given."""
-    info = jaxpr.debug_info
-    return info._replace(arg_names=("",) * inputs, result_paths=("",) * outputs)
+        """Runs one equation on arrays as it is, custom rules and effects included."""
+        pairs = zip(eqn.invars, values, strict=True)
+        given = {v: value for v, value in pairs if not isinstance(v, core.Literal)}
+        info = self.jaxpr.debug_info._replace(
+            arg_names=("",) * len(given), result_paths=("",) * len(eqn.outvars)
+        )
+        single = self.jaxpr.replace(
+            constvars=[],
+            invars=list(given),
+            outvars=list(eqn.outvars),
+            eqns=[eqn],
+            effects=eqn.effects,
+            debug_info=info,
+        )
+        return core.jaxpr_as_fun(core.ClosedJaxpr(single, []))(*given.values())
 
 
 def located(eqn: Any) -> Any:
