@@ -266,8 +266,8 @@ def _read_index(folder: epath.Path) -> dict[str, Any]:
             raise ValueError(f"{folder / INDEX} is damaged: no {field} in it")
         if field == "format" and index[field] > FORMAT:  # the rest may look otherwise
             raise ValueError(
-                f"{folder / INDEX} has format {index[field]} of {index.get('library')}; "
-                f"this lorax reads up to {FORMAT}: upgrade lorax"
+                f"{folder / INDEX} has format {index[field]} of {index.get('library')}"
+                f"; this lorax reads up to {FORMAT}: upgrade lorax"
             )
     return index
 

@@ -191,9 +191,7 @@ def make_train_step(
     if type(accumulate) is not int or accumulate < 1:
         raise ValueError(f"accumulate must be an int of at least 1; got {accumulate!r}")
     if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(
-            f"clip_norm must be positive, or None for no clipping; got {clip_norm!r}"
-        )
+        raise ValueError(f"clip_norm must be positive, or None; got {clip_norm!r}")
     adapted = transform.adapt(_checked(loss_fn), on_merge=on_merge)
     value_and_grad = jax.value_and_grad(adapted, has_aux=True)
 
@@ -217,11 +215,9 @@ def make_train_step(
         scale = 1.0 if clip_norm is None else jnp.minimum(1.0, clip_norm / norm)
         # Zeros in place of NaN: an eigendecomposition inside tx need not survive them.
         clip = lambda g, leaf: jnp.where(ok, scale * g, 0.0).astype(leaf.dtype)
+        grads = jax.tree.map(clip, grads, state.adapters)
         updates, opt_state = tx.update(
-            jax.tree.map(clip, grads, state.adapters),
-            state.opt_state,
-            state.adapters,
-            base=params,
+            grads, state.opt_state, state.adapters, base=params
         )
         new = (optax.apply_updates(state.adapters, updates), opt_state, model_state)
         old = (state.adapters, state.opt_state, state.model_state)

@@ -16,7 +16,7 @@ from lorax.inits import INITS
 from lorax.interpret import trace
 from lorax.interpret.walker import line
 from lorax.kernels import Kernel
-from lorax.targets import Rule, Target, select
+from lorax.targets import Rule, select
 from lorax.types import Adapters, PyTree
 
 
@@ -56,7 +56,7 @@ def init(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
-      >>> adapters, params = init(jax.random.key(0), params, [Target(".*kernel", 2)])
+      >>> adapters, params = init(jax.random.key(0), params, [(".*kernel", 2)])
       >>> adapters["dense/kernel"].a.shape, adapters["dense/kernel"].b.shape
       ((4, 2), (2, 3))
     """
@@ -193,7 +193,7 @@ def adapt(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> params = {"w": jnp.eye(3)}
-      >>> adapters, params = init(jax.random.key(0), params, [Target("w", rank=1)])
+      >>> adapters, params = init(jax.random.key(0), params, [("w", 1)])
       >>> loss = adapt(lambda params, x: jnp.sum(jnp.tanh(x @ params["w"])))
       >>> jax.grad(loss)(adapters, params, jnp.ones((2, 3)))["w"].b.shape
       (1, 3)

@@ -1,4 +1,4 @@
-"""adapt under jax's transformations, precisions, meshes, dropout; and what it merges."""
+"""adapt under transformations, precisions, meshes and dropout; and what it merges."""
 
 import functools
 import warnings

@@ -1,4 +1,4 @@
-"""A leaf trained as it is: classifier heads, norms, biases (PEFT's `modules_to_save`)."""
+"""A leaf trained as it is: heads, norms, biases (PEFT's `modules_to_save`)."""
 
 from __future__ import annotations
 

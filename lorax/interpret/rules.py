@@ -234,7 +234,7 @@ def gather(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     shape = view.value.shape
     axis = numbers.start_index_map
-    whole = all(n == s for d, (n, s) in enumerate(zip(sizes, shape)) if d not in axis)
+    whole = all(sizes[d] == n for d, n in enumerate(shape) if d not in axis)
     lookup = (
         len(axis) == 1
         and numbers.collapsed_slice_dims == axis
@@ -295,7 +295,7 @@ def ragged_dot(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
     x = walker.merged(x, eqn)
     group = numbers.rhs_group_dimensions[0]
     write = tuple(d for d in range(3) if d not in (read[0], group))
-    shape, out = view.value.shape, eqn.outvars[0].aval
+    shape = view.value.shape
     if not all(term.whole(d, shape) for term in view.terms for d in range(3)):
         return None
     flops = 2 * x.shape[0] * shape[read[0]] * shape[write[0]]

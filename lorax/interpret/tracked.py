@@ -3,7 +3,7 @@
 Inside the walker a kernel is not an array but a `Tracked`: the frozen array as the
 program sees it (transposed, sliced, reshaped, cast), plus one `Term` for every leaf in
 it. A term knows which leaf axes each dimension of the view stands for, where its block
-lies, and (under `adapt`, not under `discover`) the factors, kept in one canonical order:
+lies, and (under `adapt`, not under `discover`) the factors, in one canonical order:
 
     a: [*batch, *in, rank]     b: [*batch, rank, *out]
 

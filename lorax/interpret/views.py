@@ -176,8 +176,8 @@ def _groups(
     while olds:
         left, right = [olds.pop(0)], [news.pop(0)]
         size = lambda dims, shape: math.prod(shape[d] for d in dims)
-        while (l := size(left, old)) != (r := size(right, new)):
-            if l < r:
+        while size(left, old) != size(right, new):
+            if size(left, old) < size(right, new):
                 left.append(olds.pop(0))
             else:
                 right.append(news.pop(0))
