@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from lorax import interpret, tree
 from lorax.interpret import trace
-from lorax.interpret.walker import line
 from lorax.types import Axes, PyTree
 
 LINEAR = ("dot", "conv", "gather", "ragged_dot")
@@ -111,7 +110,7 @@ class _Recorder:
             return None
         for term, found in zip(use.view.terms, axes, strict=True):
             flops = use.flops * walker.trips
-            note = KernelUse(use.op, found, use.low_rank, flops, line(eqn))
+            note = KernelUse(use.op, found, use.low_rank, flops, walker.line(eqn))
             self._note(walker, eqn, term.path, note)
             place = (*walker.scope, id(eqn))
             self.equations.setdefault(place, set()).add(term.path)
@@ -120,7 +119,9 @@ class _Recorder:
     def merge(self, walker: Any, eqn: Any, view: interpret.Tracked) -> jax.Array:
         for path in view.paths:
             name = eqn.primitive.name
-            self._note(walker, eqn, path, KernelUse(name, None, False, 0, line(eqn)))
+            self._note(
+                walker, eqn, path, KernelUse(name, None, False, 0, walker.line(eqn))
+            )
         return view.value
 
 

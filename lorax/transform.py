@@ -14,7 +14,6 @@ from lorax import interpret, tree
 from lorax.adapters import Full
 from lorax.inits import INITS
 from lorax.interpret import trace
-from lorax.interpret.walker import line
 from lorax.kernels import Kernel
 from lorax.targets import Rule, select
 from lorax.types import Adapters, PyTree
@@ -145,7 +144,7 @@ class _Emitter:
         return interpret.low_rank(walker, eqn, use, branch)
 
     def merge(self, walker: Any, eqn: Any, view: interpret.Tracked) -> jax.Array:
-        name, where = eqn.primitive.name, line(eqn)
+        name, where = eqn.primitive.name, walker.line(eqn)
         for path in view.paths:
             message = (
                 f"{path}: {name!r} at {where} is no linear use that fits the adapter, "

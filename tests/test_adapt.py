@@ -8,7 +8,6 @@ import pytest
 
 import lorax
 from lorax import transform
-from lorax.interpret.walker import line
 from tests import programs
 
 
@@ -51,7 +50,7 @@ def test_adapt_is_fast_exactly_where_discover_says_so(name, monkeypatch):
     def spy(self, walker, eqn, use, branch):
         results = emit(self, walker, eqn, use, branch)
         if results is not None:
-            fast.update((path, use.op, line(eqn)) for path in use.view.paths)
+            fast.update((path, use.op, walker.line(eqn)) for path in use.view.paths)
         return results
 
     monkeypatch.setattr(transform._Emitter, "linear", spy)

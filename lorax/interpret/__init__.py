@@ -6,7 +6,7 @@ Importing the package fills the walker's table of rules.
 from lorax.interpret import control, rules, views
 from lorax.interpret.rules import Use, frozen, low_rank
 from lorax.interpret.tracked import Term, Tracked, dense, watch
-from lorax.interpret.walker import RULES, Visitor, Walker, line
+from lorax.interpret.walker import RULES, Visitor, Walker
 
 __all__ = [
     "RULES",
@@ -18,7 +18,6 @@ __all__ = [
     "control",
     "dense",
     "frozen",
-    "line",
     "low_rank",
     "rules",
     "views",

@@ -51,6 +51,7 @@ class Walker:
         key: jax.Array | None = None,
         scope: tuple[int, ...] = (),
         trips: int = 1,
+        caller: str = "",
     ) -> None:
         """Starts a walk.
 
@@ -59,9 +60,10 @@ class Walker:
           key: dropout key of this scope; None switches dropout off.
           scope: the equations that enclose this one, by identity.
           trips: how often the body runs, for counting FLOPs.
+          caller: the line that leads here, for equations without one of their own.
         """
         self.visitor, self.key = visitor, key
-        self.scope, self.trips = scope, trips
+        self.scope, self.trips, self.caller = scope, trips, caller
         self.scalars: dict[int, Any] = {}
         self.uses = 0
         self.jaxpr: Any = None
@@ -69,7 +71,11 @@ class Walker:
     def inner(self, eqn: Any, key: jax.Array | None, trips: int = 1) -> Walker:
         """Returns the walker of a body of `eqn`, which runs `trips` times."""
         scope = (*self.scope, id(eqn))
-        return Walker(self.visitor, key, scope, self.trips * trips)
+        return Walker(self.visitor, key, scope, self.trips * trips, self.line(eqn))
+
+    def line(self, eqn: Any) -> str:
+        """Returns `file:line (function)` of an equation, or of what called it."""
+        return source.summarize(eqn.source_info) or self.caller
 
     def fork_key(self) -> jax.Array | None:
         """Returns a dropout key for one use or one body, different at every call."""
@@ -131,8 +137,3 @@ def located(eqn: Any) -> Any:
     info = eqn.source_info
     stack = source.current_name_stack() + info.name_stack
     return source.user_context(info.traceback, name_stack=stack)
-
-
-def line(eqn: Any) -> str:
-    """Returns `file:line (function)` of an equation."""
-    return source.summarize(eqn.source_info)
