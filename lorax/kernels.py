@@ -13,8 +13,6 @@ from lorax import interpret, tree
 from lorax.interpret import trace
 from lorax.types import Axes, PyTree
 
-LINEAR = ("dot", "conv", "gather", "ragged_dot")
-
 
 @dataclasses.dataclass(frozen=True)
 class KernelUse:

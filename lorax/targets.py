@@ -249,8 +249,8 @@ def _check_low_rank(
         raise ValueError(
             f"{path}: matched by {target.pattern!r}, but no linear operation uses it "
             f"(op={kernel.op!r}), so low-rank factors have no place; use "
-            f"adapter='full' or narrow the pattern; among linear leaves, "
-            f"{tree.nearest(path, linear)}"
+            "adapter='full' or narrow the pattern; "
+            + (tree.nearest(path, linear) if linear else "no leaf is used linearly")
         )
     axes = kernel.linear_axes()
     in_, out, _ = (math.prod(size) for size in axes.sizes(shape))

@@ -90,7 +90,7 @@ def nearest(path: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(path, known, n=3, cutoff=0.0)
     if not close:
-        return "there are none at all"
+        return "it has no leaves at all"
     return "nearest paths: " + ", ".join(map(repr, close))
 
 
