@@ -221,9 +221,14 @@ def adapt(
                 thin[path] = leaf
                 views.append(interpret.watch(path, leaf).adapted(adapter, factors))
         frozen = tree.replace(params, replaced)
-        jaxpr, rebuild = trace.trace(
-            lambda leaves: fn(tree.replace(frozen, leaves), *args, **kwargs), thin
-        )
+        flat, structure = jax.tree.flatten((args, kwargs))
+
+        def call(leaves: dict[str, jax.Array]) -> Any:
+            # containers made anew: nnx Variables may be written in this trace only
+            args, kwargs = jax.tree.unflatten(structure, flat)
+            return fn(tree.replace(frozen, leaves), *args, **kwargs)
+
+        jaxpr, rebuild = trace.trace(call, thin)
         walker = interpret.Walker(_Emitter(on_merge, seen), key=lora_key)
         outputs = walker.run(jaxpr, views)
         return rebuild([interpret.dense(out) for out in outputs])

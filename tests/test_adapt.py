@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import lorax
 from lorax import transform
@@ -172,3 +173,40 @@ def test_the_step_compiles_once_and_the_base_is_no_constant():
     text = step.lower(adapters, params, jnp.ones((4, 256))).as_text()
     assert len(text) < 10_000  # 256 x 256 numbers are not written into the program
     assert "256x256" not in text.split("return")[-1]
+
+
+def test_nnx_state_may_be_written_when_it_is_an_argument():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(4, 3, rngs=rngs)
+            self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.linear(x))
+
+    graph, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
+
+    def fn(params, rest, x):
+        net = nnx.merge(graph, params, rest)
+        y = net(x)
+        return jnp.sum(y**2), nnx.state(net, nnx.BatchStat)
+
+    x = programs.normal(0, 8, 4)
+    target = lorax.Target(".*linear/kernel", rank=2)
+    adapters, params = lorax.init(jax.random.key(0), params, target)
+    adapters = programs.perturbed(adapters)
+    fresh = lambda adapters, params, rest, x: programs.definition(fn)(
+        adapters, params, jax.tree.map(jnp.asarray, rest), x
+    )
+    run = lambda fn: jax.jit(jax.value_and_grad(fn, has_aux=True))(
+        adapters, params, rest, x
+    )
+    got, want = run(lorax.adapt(fn, on_merge="error")), run(fresh)
+    assert_close(got, want)
+    stats = jax.tree.leaves(got[0][1])
+    assert any(float(jnp.abs(s).max()) > 0.01 for s in stats)
+
+
+def test_a_module_in_place_of_its_state_is_refused():
+    with pytest.raises(TypeError, match=r"an nnx module.*nnx\.split\(model\)"):
+        lorax.discover(lambda m, x: m(x), nnx.Linear(4, 3, rngs=nnx.Rngs(0)), 1.0)

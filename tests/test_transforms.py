@@ -343,3 +343,21 @@ def test_on_a_mesh_activations_keep_their_axes(name):
     assert barriers(adapters, params, *program.args) > 0  # the single-CPU form
     text = step.lower(*spread, *args).as_text()
     assert "optimization_barrier" not in text
+
+
+def test_eight_bit_operands_and_empty_batches():
+    params = {"w": programs.normal(1, 4, 3)}
+    adapters, params = lorax.init(jax.random.key(0), params, lorax.Target("w", rank=2))
+    adapters = programs.perturbed(adapters)
+    small = jnp.float8_e4m3fn
+    fn = lambda params, x: jax.lax.dot(
+        x.astype(small), params["w"].astype(small), preferred_element_type=jnp.float32
+    )
+    x = programs.normal(0, 5, 4)
+    got = lorax.adapt(fn, on_merge="error")(adapters, params, x)
+    exact = x @ lorax.merge(adapters, params)["w"]
+    merged = programs.definition(fn)(adapters, params, x)
+    assert got.dtype == jnp.float32
+    assert jnp.abs(got - exact).max() <= 1.5 * jnp.abs(merged - exact).max()
+    fn = lambda params, x: x @ params["w"]
+    assert lorax.adapt(fn)(adapters, params, x[:0]).shape == (0, 3)

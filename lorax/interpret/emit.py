@@ -70,20 +70,21 @@ def dot(
     Returns:
       `[*batch, *free dimensions of x, *write]`.
     """
+    if x.dtype.itemsize == 1:  # 8 bits: the factors come in bfloat16
+        x = x.astype(first.dtype)
     inner = jnp.promote_types(x.dtype, first.dtype)
-    if inner.itemsize == 1:
-        inner, x = first.dtype, x.astype(first.dtype)
     if not batch[0] and _cpu_alone(x):
         free = [d for d in range(x.ndim) if d not in read[0]]
         sizes = [x.shape[d] for d in free]
-        x = x.transpose(*free, *read[0]).reshape(math.prod(sizes), -1)
-        rank_first = first.transpose(first.ndim - 1, *read[1])
-        first = jax.lax.optimization_barrier(rank_first.reshape(first.shape[-1], -1))
+        rank, width = first.shape[-1], math.prod(x.shape[d] for d in read[0])
+        x = x.transpose(*free, *read[0]).reshape(math.prod(sizes), width)
+        first = first.transpose(first.ndim - 1, *read[1]).reshape(rank, width)
+        first = jax.lax.optimization_barrier(first)
         numbers = (((1,), (1,)), ((), ()))
         h = jax.lax.dot_general(
             x, first, numbers, precision, preferred_element_type=inner
         )
-        h = h.reshape(*sizes, -1)
+        h = h.reshape(*sizes, rank)
     else:
         h = jax.lax.dot_general(
             x, first, (read, batch), precision, preferred_element_type=inner
@@ -115,11 +116,15 @@ def mix(
     """
     n = len(batch)
     if n == 0 and _cpu_alone(h):
-        h = jnp.moveaxis(h, feature, -1)
-        flat = h.reshape(-1, h.shape[-1]), second.reshape(second.shape[0], -1)
-        numbers = (((1,), (0,)), ((), ()))
-        y = jax.lax.dot_general(*flat, numbers, precision, preferred_element_type=dtype)
-        return y.reshape(*h.shape[:-1], *second.shape[1:])
+        *sizes, rank = jnp.moveaxis(h, feature, -1).shape
+        y = jax.lax.dot_general(
+            jnp.moveaxis(h, feature, -1).reshape(math.prod(sizes), rank),
+            second.reshape(rank, math.prod(second.shape[1:])),
+            (((1,), (0,)), ((), ())),
+            precision,
+            preferred_element_type=dtype,
+        )
+        return y.reshape(*sizes, *second.shape[1:])
     return jax.lax.dot_general(
         h,
         second,
