@@ -1,0 +1,68 @@
+"""The distribution `lorax-flax`: the package `lorax` alone.
+
+`experiments/` and `configs/` are run from the root of the repository; the extra
+"experiments" installs what they import.
+"""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+SOURCE = (ROOT / "lorax" / "__init__.py").read_text(encoding="utf-8")
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE)
+
+# Lower bounds are what the tests run on. `etils` comes with orbax-checkpoint, whose
+# paths are its, and numpy with jax.
+CORE = [
+    "chex>=0.1.90",
+    "flax>=0.12.8",
+    "jax>=0.10.2",
+    "ml_collections>=1.0",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12",
+    "safetensors>=0.5",
+]
+EXPERIMENTS = [
+    "absl-py>=2.1",
+    "grain>=0.2.10",
+    "matplotlib>=3.9",
+    "rich>=13.7",
+    "tensorboardX>=2.6",
+]
+NOTEBOOKS = [*EXPERIMENTS, "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
+INTEROP = ["datasets>=3", "huggingface_hub>=0.30", "jinja2>=3.1.6", "tokenizers>=0.21"]
+TEST = [*EXPERIMENTS, "hypothesis>=6.100", "pytest>=8.4"]
+GOLDEN = ["peft>=0.17", "torch>=2.7", "transformers>=4.55"]
+LINT = ["mypy==2.4.1", "ruff==0.17.6"]  # pinned: they decide what passes
+
+setuptools.setup(
+    name="lorax-flax",
+    version=VERSION,
+    description="Low-rank adaptation of Flax models as pure parameter transforms",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=setuptools.find_packages(include=["lorax", "lorax.*"]),
+    python_requires=">=3.11",
+    install_requires=CORE,
+    extras_require={
+        "experiments": EXPERIMENTS,
+        "notebooks": NOTEBOOKS,
+        "interop": INTEROP,
+        "tpu": ["jax[tpu]>=0.10.2"],  # pins the libtpu that this jax was built for
+        "test": TEST,
+        "golden": GOLDEN,
+        "lint": LINT,
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

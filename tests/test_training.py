@@ -1,0 +1,398 @@
+"""The train step: by hand, then accumulation, guard, donation, bad input."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lorax import training
+from lorax.adapters import Full, Lora
+from lorax.types import Axes
+
+DENSE = Axes((0,), (1,))
+KEY = jax.random.key(0)
+
+
+def regression(params, batch):
+    """Squared error of a linear model, a mean over the batch."""
+    return jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
+
+
+def small(rows=8, dtype=jnp.float32, seed=0):
+    """A rank-2 adapter away from its start, its kernel, and a batch."""
+    draw = np.random.default_rng(seed).normal
+    array = lambda *shape: jnp.asarray(draw(size=shape), dtype)
+    adapters = {"w": Lora(array(4, 2), array(2, 3), 0.5, DENSE)}
+    batch = {"x": array(rows, 4), "y": array(rows, 3)}
+    return adapters, {"w": array(4, 3)}, batch
+
+
+def one_step(loss_fn, tx, adapters, params, batch, model_state=None, **options):
+    """The state before and after a step, and the step's metrics."""
+    state = training.create_state(KEY, adapters, tx, model_state)
+    step = jax.jit(training.make_train_step(loss_fn, tx, **options))
+    after, metrics = step(state, params, batch)
+    return state, after, metrics
+
+
+@training.simple_loss
+def product(params, batch):
+    """A loss whose gradient is the batch."""
+    return jnp.sum(params["w"] * batch)
+
+
+def leaves_equal(left, right):
+    """True where two trees hold the same bits (keys compared as their data)."""
+    raw = lambda x: (
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    )
+    same = jax.tree.map(lambda a, b: np.array_equal(raw(a), raw(b)), left, right)
+    return all(jax.tree.leaves(same))
+
+
+# By hand
+
+
+def test_sgd_step_by_hand():
+    # w = [[1], [0]] + 2 * [[1], [1]] @ [[0.5]] = [[2], [1]]; x @ w = 3, y = 1, so the
+    # loss is 4 and dL/dw = 2 * 2 * [[1], [1]]; gA = 2 G B^T, gB = 2 A^T G.
+    adapters = {"w": Lora(jnp.ones((2, 1)), jnp.full((1, 1), 0.5), 2.0, DENSE)}
+    params = {"w": jnp.array([[1.0], [0.0]])}
+    batch = {"x": jnp.ones((1, 2)), "y": jnp.ones((1, 1))}
+    loss_fn = training.simple_loss(regression)
+    _, state, metrics = one_step(loss_fn, optax.sgd(0.125), adapters, params, batch)
+    assert metrics["loss"] == 4.0
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(16 + 16 + 256))
+    np.testing.assert_array_equal(state.adapters["w"].a, [[0.5], [0.5]])
+    np.testing.assert_array_equal(state.adapters["w"].b, [[-1.5]])
+    assert (state.step, state.skipped, metrics["skipped"]) == (1, 0, 0)
+
+
+def test_accumulation_by_hand():
+    # Two microbatches (rows 0, 2 and 1, 3) of 3 and 1 target tokens: losses 1 and 5.
+    def loss_fn(params, batch):
+        loss = params["w"] * batch["loss"][0]
+        return loss, {"weight": batch["tokens"].sum(), "value": batch["loss"][0]}
+
+    loss, tokens = jnp.array([1.0, 5.0, 1.0, 5.0]), jnp.array([1, 1, 2, 0])
+    _, state, metrics = one_step(
+        training.simple_loss(loss_fn),
+        optax.sgd(1.0),
+        {"w": Full(jnp.ones(()))},
+        {"w": jnp.ones(())},
+        {"loss": loss, "tokens": tokens},
+        accumulate=2,
+    )
+    assert metrics["loss"] == metrics["value"] == metrics["grad_norm"] == 2.0
+    assert metrics["weight"] == 4.0
+    assert state.adapters["w"].value == -1.0
+
+
+def test_clipping_by_hand():
+    adapters, params = {"w": Full(jnp.zeros(2))}, {"w": jnp.zeros(2)}
+    grad, tx = jnp.array([3.0, 4.0]), optax.sgd(1.0)
+    for bound, want in [(1.0, [-0.6, -0.8]), (5.0, [-3.0, -4.0]), (9.0, [-3.0, -4.0])]:
+        _, state, metrics = one_step(
+            product, tx, adapters, params, grad, clip_norm=bound
+        )
+        np.testing.assert_allclose(state.adapters["w"].value, want, rtol=1e-6)
+        assert metrics["grad_norm"] == 5.0
+    zero = jnp.zeros(2)  # no gradient is no 0 / 0
+    _, state, _ = one_step(product, tx, adapters, params, zero, clip_norm=1.0)
+    np.testing.assert_array_equal(state.adapters["w"].value, [0.0, 0.0])
+    assert state.skipped == 0
+
+
+# Accumulation
+
+
+def masked(params, batch):
+    """Mean squared error over the rows that `batch["mask"]` keeps."""
+    error = jnp.sum((batch["x"] @ params["w"] - batch["y"]) ** 2, axis=1)
+    tokens = batch["mask"].sum()
+    mean = jnp.sum(error * batch["mask"]) / tokens
+    return mean, {"weight": tokens, "error": mean, "largest": error.max()}
+
+
+@pytest.mark.parametrize("accumulate", [4, 8])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-6)])
+def test_accumulation_is_the_large_batch(accumulate, dtype, tolerance):
+    with jax.enable_x64(dtype == "float64"):
+        adapters, params, batch = small(dtype=dtype)
+        # Unequal weights; with 8 microbatches two of them have no target at all.
+        batch["mask"] = jnp.array([1, 0, 1, 1, 1, 0, 1, 1], dtype)
+        tx = optax.adam(0.1)
+        results = []
+        for count in (1, accumulate):
+            loss_fn = training.simple_loss(masked)
+            _, state, metrics = one_step(
+                loss_fn, tx, adapters, params, batch, accumulate=count
+            )
+            assert state.skipped == 0
+            metrics.pop("largest")  # a maximum is no mean over tokens
+            results.append((state.adapters, metrics))
+        for one, many in zip(*map(jax.tree.leaves, results), strict=True):
+            assert one.dtype == many.dtype
+            np.testing.assert_allclose(one, many, rtol=tolerance, atol=tolerance)
+
+
+def test_without_a_weight_microbatches_count_alike():
+    adapters, params, batch = small()
+    loss_fn, tx = training.simple_loss(regression), optax.sgd(0.1)
+    _, one, _ = one_step(loss_fn, tx, adapters, params, batch)
+    _, four, _ = one_step(loss_fn, tx, adapters, params, batch, accumulate=4)
+    for left, right in zip(*map(jax.tree.leaves, (one, four)), strict=True):
+        if not jnp.issubdtype(left.dtype, jax.dtypes.prng_key):
+            np.testing.assert_allclose(left, right, rtol=1e-5)
+
+
+def test_bfloat16_adapters_accumulate_in_float32():
+    # 1 + 255 * 2^-8 needs float32: in bfloat16 every summand after the first is lost.
+    zero = jnp.zeros((), jnp.bfloat16)
+    batch = jnp.full(256, 2.0**-8, jnp.bfloat16).at[0].set(1.0)
+    _, state, metrics = one_step(
+        product, optax.sgd(1.0), {"w": Full(zero)}, {"w": zero}, batch, accumulate=256
+    )
+    assert metrics["grad_norm"] == (1 + 255 * 2**-8) / 256
+    assert state.adapters["w"].value.dtype == jnp.bfloat16
+
+
+def test_model_state_passes_through_the_microbatches():
+    def loss_fn(params, model_state, batch, key):
+        del key
+        seen = model_state["seen"] * 10 + batch[0].astype(jnp.int32)
+        return params["w"] * batch.mean(), ({}, {"seen": seen})
+
+    adapters, params = {"w": Full(jnp.ones(()))}, {"w": jnp.ones(())}
+    batch, model_state = jnp.array([1.0, 2.0, 3.0]), {"seen": 0}
+    _, state, _ = one_step(
+        loss_fn, optax.sgd(0.1), adapters, params, batch, model_state, accumulate=3
+    )
+    assert state.model_state["seen"] == 123
+
+
+# The guard
+
+
+def fragile(params, model_state, batch, key):
+    """NaN loss, or finite loss with NaN gradient, as the batch asks."""
+    del key
+    loss = params["w"] * batch["loss"] + jnp.sqrt(params["w"] * batch["root"])
+    return loss, ({"value": batch["loss"]}, {"count": model_state["count"] + 1})
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing(accumulate):
+    def loss_fn(params, model_state, batch, key):
+        return fragile(params, model_state, {k: v[0] for k, v in batch.items()}, key)
+
+    tx = optax.adam(0.1)
+    state = training.create_state(
+        KEY, {"w": Full(jnp.ones(()))}, tx, {"count": jnp.zeros((), int)}
+    )
+    step = jax.jit(training.make_train_step(loss_fn, tx, accumulate=accumulate))
+    params = {"w": jnp.ones(())}
+    good = {"loss": jnp.ones(2), "root": jnp.ones(2)}
+    state, _ = step(state, params, good)
+    bad = [("loss", jnp.nan), ("loss", -jnp.inf), ("root", 0.0)]
+    for skips, (name, value) in enumerate(bad, start=1):
+        # The last microbatch is the bad one.
+        batch = good | {name: good[name].at[accumulate - 1].set(value)}
+        after, metrics = step(state, params, batch)
+        for field in ("adapters", "opt_state", "model_state", "key"):
+            assert leaves_equal(getattr(state, field), getattr(after, field)), field
+        assert after.skipped == metrics["skipped"] == skips
+        assert after.step == state.step + 1
+        state = after
+    after, metrics = step(state, params, good)
+    assert after.adapters["w"].value < state.adapters["w"].value
+    assert (after.skipped, after.step) == (3, 5)
+    assert after.model_state["count"] == 2 * accumulate
+
+
+def test_a_model_state_that_turns_nan_is_not_kept():
+    def loss_fn(params, model_state, batch, key):
+        del key
+        new = {"mean": model_state["mean"] * batch, "least": model_state["least"]}
+        return params["w"] * 1.0, ({}, new)
+
+    adapters, params = {"w": Full(jnp.ones(()))}, {"w": jnp.ones(())}
+    model_state = {"mean": jnp.ones(2), "least": jnp.array(jnp.inf)}
+    for batch, skipped in [(2.0, 0), (jnp.nan, 1)]:
+        state, after, _ = one_step(
+            loss_fn, optax.sgd(0.1), adapters, params, batch, model_state
+        )
+        assert after.skipped == skipped
+        assert leaves_equal(state.model_state, after.model_state) == bool(skipped)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_batch_without_target_tokens_is_skipped(accumulate):
+    adapters, params, batch = small()
+    batch["mask"] = jnp.zeros(8)
+    loss_fn, tx = training.simple_loss(masked), optax.adamw(0.1)
+    state, after, _ = one_step(
+        loss_fn, tx, adapters, params, batch, accumulate=accumulate
+    )
+    assert leaves_equal(after.adapters, state.adapters)
+    assert after.skipped == 1
+
+
+# Jit, donation, composition with optax
+
+
+@pytest.mark.parametrize(
+    "tx, accumulate",
+    [
+        (optax.adamw(optax.linear_schedule(1e-2, 0.0, 10)), 2),
+        (optax.inject_hyperparams(optax.adam)(learning_rate=0.01), 1),
+        (optax.MultiSteps(optax.adam(0.01), 2), 1),
+        (optax.MultiSteps(optax.inject_hyperparams(optax.lion)(1e-3), 2), 2),
+        (optax.chain(optax.clip(1.0), optax.lion(1e-3)), 1),
+    ],
+    ids=["schedule", "inject_hyperparams", "MultiSteps", "both", "chain"],
+)
+def test_donated_steps_compile_once_and_learn(tx, accumulate):
+    adapters, params, batch = small()
+    state = training.create_state(KEY, adapters, tx, {"n": 0})
+    step = training.make_train_step(
+        training.simple_loss(regression), tx, accumulate=accumulate, clip_norm=1.0
+    )
+    step = jax.jit(step, donate_argnums=0)
+    kind_of = lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False))
+    kind = jax.tree.map(kind_of, state)
+    history = []
+    for _ in range(4):
+        previous, (state, metrics) = state, step(state, params, batch)
+        history.append(metrics)
+        assert previous.adapters["w"].a.is_deleted()
+    assert step._cache_size() == 1
+    assert kind == jax.tree.map(kind_of, state)
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert [int(m["skipped"]) for m in history] == [0] * 4  # outlives the donation
+    assert not adapters["w"].a.is_deleted() and not params["w"].is_deleted()
+
+
+def test_multi_steps_updates_every_other_step():
+    adapters, params, batch = small()
+    tx = optax.MultiSteps(optax.sgd(0.1), 2)
+    state = training.create_state(KEY, adapters, tx)
+    step = jax.jit(training.make_train_step(training.simple_loss(regression), tx))
+    half, _ = step(state, params, batch)
+    full, _ = step(half, params, batch)
+    assert leaves_equal(state.adapters, half.adapters)
+    assert not leaves_equal(state.adapters, full.adapters)
+
+
+def test_donation_spares_a_buffer_shared_with_params():
+    params = {"w": jnp.ones(3)}
+    tx = optax.sgd(0.1)
+    state = training.create_state(KEY, {"w": Full(params["w"])}, tx)
+    step = jax.jit(training.make_train_step(product, tx), donate_argnums=0)
+    step(state, params, 2.0)
+    np.testing.assert_array_equal(params["w"], np.ones(3))
+
+
+def test_create_state_is_abstract_first():
+    adapters, params, batch = small()
+    tx = optax.adam(0.1)
+    create = functools.partial(training.create_state, tx=tx)
+    abstract = jax.eval_shape(create, KEY, adapters)
+    step = training.make_train_step(training.simple_loss(regression), tx)
+    after, _ = jax.eval_shape(step, abstract, params, batch)
+    assert jax.tree.structure(after) == jax.tree.structure(abstract)
+    assert after == abstract
+
+
+def test_the_optimiser_gets_the_base():
+    def pull(updates, state, params=None, *, base, **extra):
+        del params, extra
+        return jax.tree.map(lambda u: u + base["w"].sum(), updates), state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), pull)
+    tx = optax.chain(optax.sgd(0.0), tx)
+    adapters, params = {"w": Full(jnp.zeros(2))}, {"w": jnp.array([1.0, 2.0])}
+    _, state, _ = one_step(product, tx, adapters, params, 1.0)
+    np.testing.assert_array_equal(state.adapters["w"].value, [3.0, 3.0])
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("accumulate", [0, -1, 2.0, True, "2"])
+def test_accumulate_must_be_a_count(accumulate):
+    with pytest.raises(ValueError, match="accumulate must be an int of at least 1"):
+        training.make_train_step(product, optax.sgd(0.1), accumulate=accumulate)
+
+
+@pytest.mark.parametrize("tx", [1e-3, optax.adam, None])
+def test_tx_must_be_a_transformation(tx):
+    with pytest.raises(TypeError, match="must be an optax transformation"):
+        training.make_train_step(product, tx)
+    with pytest.raises(TypeError, match="must be an optax transformation"):
+        training.create_state(KEY, {"w": Full(jnp.ones(1))}, tx)
+
+
+def test_construction_names_the_mistake():
+    for bound in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="clip_norm must be positive, or None"):
+            training.make_train_step(product, optax.sgd(0.1), clip_norm=bound)
+    with pytest.raises(TypeError, match="loss_fn must be a function"):
+        training.make_train_step({"loss": 1}, optax.sgd(0.1))
+    with pytest.raises(ValueError, match="on_merge='ignore'"):
+        training.make_train_step(product, optax.sgd(0.1), on_merge="ignore")
+    with pytest.raises(ValueError, match="adapters is empty"):
+        training.create_state(KEY, {}, optax.sgd(0.1))
+    for key in (0, np.zeros(2, np.uint32)):
+        with pytest.raises(ValueError, match=r"key must be typed, jax.random.key"):
+            training.create_state(key, {"w": Full(jnp.ones(1))}, optax.sgd(0.1))
+
+
+@pytest.mark.parametrize(
+    "out, message",
+    [
+        (
+            lambda w, m: w,
+            r"must return \(loss, \(metrics, model_state\)\).*simple_loss",
+        ),
+        (lambda w, m: (w, {"a": w}), r"must return \(loss, \(metrics, model_state\)\)"),
+        (
+            lambda w, m: (w[None], ({}, m)),
+            r"the loss has shape \(1,\); return its mean",
+        ),
+        (lambda w, m: (w, ([w], m)), "metrics must be a dict"),
+        (lambda w, m: (w, ({"loss": w}, m)), r"the step reports \['loss'\] itself"),
+        (lambda w, m: (w, ({"weight": w[None]}, m)), r'"weight"\] has shape \(1,\)'),
+        (lambda w, m: (w, ({}, {})), "given a model_state"),
+        (lambda w, m: (w, ({}, {"n": m["n"][None]})), "given a model_state"),
+    ],
+)
+def test_a_loss_outside_the_protocol_is_named(out, message):
+    def loss_fn(params, model_state, batch, key):
+        del batch, key
+        return out(params["w"], model_state)
+
+    tx = optax.sgd(0.1)
+    state = training.create_state(KEY, {"w": Full(jnp.ones(()))}, tx, {"n": 1.0})
+    step = training.make_train_step(loss_fn, tx)
+    with pytest.raises(ValueError, match=message):
+        jax.jit(step)(state, {"w": jnp.ones(())}, 1.0)
+
+
+def test_a_batch_that_does_not_divide_is_named():
+    adapters, params, batch = small(rows=6)
+    tx = optax.sgd(0.1)
+    state = training.create_state(KEY, adapters, tx)
+    step = training.make_train_step(training.simple_loss(regression), tx, accumulate=4)
+    with pytest.raises(ValueError, match=r"batch\['x'\] has shape \(6, 4\)"):
+        step(state, params, batch)
+    with pytest.raises(ValueError, match=r"batch\['t'\] has shape \(\)"):
+        step(state, params, {"t": 1.0})
+    uneven = {"x": batch["x"][:4], "y": jnp.ones((8, 3))}
+    with pytest.raises(ValueError, match=r"batch\['y'\] has shape \(8, 3\).*one size"):
+        step(state, params, uneven)
