@@ -46,6 +46,7 @@ setuptools.setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=setuptools.find_packages(include=["lorax", "lorax.*"]),
+    package_data={"lorax": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=CORE,
     extras_require={

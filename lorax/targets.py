@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -75,19 +76,19 @@ class Target:
         for pattern in [self.pattern, *self.excluded]:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise ValueError(
                     f"{pattern!r} is no regular expression: {error}"
                 ) from None
         _one_of("adapter", self.adapter, ("lora", "full"))
         _one_of("scaling", self.scaling, tuple(SCALINGS))
-        if isinstance(self.rank, bool) or int(self.rank) != self.rank or self.rank < 1:
+        if not _whole(self.rank) or self.rank < 1:
             raise ValueError(
                 f"{self.pattern!r}: rank={self.rank}; give a whole number >= 1"
             )
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
+        if not _real(self.alpha) or not 0 < self.alpha < math.inf:
             raise ValueError(f"{self.pattern!r}: alpha={self.alpha}; give a number > 0")
-        if not 0 <= self.dropout < 1:
+        if not _real(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(
                 f"{self.pattern!r}: dropout={self.dropout}; give a rate in [0, 1)"
             )
@@ -97,7 +98,8 @@ class Target:
             )
         if self.layers is not None:
             layers = tuple(self.layers)
-            if not layers or sorted(set(layers)) != list(layers) or layers[0] < 0:
+            rising = all(map(_whole, layers)) and sorted(set(layers)) == list(layers)
+            if not layers or not rising or layers[0] < 0:
                 raise ValueError(
                     f"{self.pattern!r}: layers={layers}; give increasing layer numbers "
                     "from 0, or None for all"
@@ -115,6 +117,14 @@ class Target:
         if self.exclude is None:
             return ()
         return (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _one_of(field: str, value: str, choices: tuple[str, ...]) -> None:
@@ -165,10 +175,17 @@ def select(
 
 def as_targets(targets: Rule | Iterable[Rule]) -> list[Target]:
     """Returns a list of `Target` from one rule or several."""
-    if isinstance(targets, Target | str):
-        targets = [targets]
+    if isinstance(targets, Mapping):
+        raise TypeError(
+            "targets is a dict; give a list of lorax.Target, or of tuples of its "
+            "fields such as (regex, rank), in which the first match wins"
+        )
+    given: list[Any] = [targets] if isinstance(targets, Target | str) else [*targets]
+    if isinstance(targets, tuple):
+        if not all(isinstance(rule, Target | tuple | str) for rule in targets):
+            given = [targets]  # one rule, such as (regex, rank)
     rules = []
-    for rule in targets:
+    for rule in given:
         if isinstance(rule, Target):
             rules.append(rule)
         elif isinstance(rule, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -66,7 +67,7 @@ def init(
     moved: dict[str, Any] = {}
     for path, (target, kernel) in chosen.items():
         if target.adapter == "full":
-            adapters[path] = Full(jnp.array(kernel.value, target.dtype))
+            adapters[path] = Full(_copy(kernel.value, target.dtype))
             continue
         if target.init not in INITS:
             raise ValueError(f"init={target.init!r}; choose one of {', '.join(INITS)}")
@@ -91,6 +92,13 @@ def _require_finite(params: PyTree) -> None:
                 f"{path}: the leaf holds NaN or infinite values; load it again before "
                 "adapting the model"
             )
+
+
+def _copy(leaf: Any, dtype: Any) -> Any:
+    """Returns the leaf in its own buffer; abstract leaves stay abstract."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+    return jnp.array(leaf, dtype)
 
 
 def merge(adapters: Adapters, params: PyTree) -> PyTree:
@@ -120,14 +128,16 @@ def merge(adapters: Adapters, params: PyTree) -> PyTree:
 def check(adapters: Adapters, params: PyTree) -> dict[str, Any]:
     """Raises unless every adapter fits its leaf; returns the leaves by path."""
     trace.require_pure(params)
+    values = adapters.values() if isinstance(adapters, Mapping) else [adapters]
+    for value in values:
+        if not isinstance(adapters, Mapping) or not hasattr(value, "factors"):
+            raise TypeError(
+                f"{type(value).__name__} is no adapter: the first argument is the dict "
+                "of adapters from lorax.init, the second the parameters"
+            )
     leaves = tree.flatten(params)
     tree.require(adapters, leaves, "parameter tree")
     for path, adapter in adapters.items():
-        if not hasattr(adapter, "factors"):
-            raise TypeError(
-                f"{path}: {type(adapter).__name__} is no adapter; the first argument "
-                "is the dict of adapters from lorax.init, the second the parameters"
-            )
         if not hasattr(leaves[path], "dtype"):
             raise ValueError(f"{path}: the leaf is no array: {leaves[path]!r}")
         adapter.check(path, leaves[path])
@@ -233,4 +243,26 @@ def adapt(
         outputs = walker.run(jaxpr, views)
         return rebuild([interpret.dense(out) for out in outputs])
 
+    adapted.__signature__ = _signature(fn)  # type: ignore[attr-defined]
     return adapted
+
+
+def _signature(fn: Callable[..., Any]) -> inspect.Signature:
+    """The adapted function's signature, by which jax.jit finds arguments by name."""
+    kinds = inspect.Parameter
+    try:
+        given = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):  # a builtin
+        given = [kinds("args", kinds.VAR_POSITIONAL)]
+    if taken := {"adapters", "lora_key"} & {parameter.name for parameter in given}:
+        raise ValueError(
+            f"the function has a parameter named {taken.pop()!r}, which adapt adds "
+            "itself; rename it"
+        )
+    by_name = not given or given[0].kind is kinds.POSITIONAL_OR_KEYWORD
+    first = kinds.POSITIONAL_OR_KEYWORD if by_name else kinds.POSITIONAL_ONLY
+    named = len(given) - any(p.kind is kinds.VAR_KEYWORD for p in given)
+    key = kinds("lora_key", kinds.KEYWORD_ONLY, default=None)
+    return inspect.Signature(
+        [kinds("adapters", first), *given[:named], key, *given[named:]]
+    )

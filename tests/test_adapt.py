@@ -1,5 +1,7 @@
 """adapt is what merge defines, at the price of hand-written LoRA."""
 
+import inspect
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -210,3 +212,23 @@ def test_nnx_state_may_be_written_when_it_is_an_argument():
 def test_a_module_in_place_of_its_state_is_refused():
     with pytest.raises(TypeError, match=r"an nnx module.*nnx\.split\(model\)"):
         lorax.discover(lambda m, x: m(x), nnx.Linear(4, 3, rngs=nnx.Rngs(0)), 1.0)
+
+
+def test_jit_finds_the_arguments_of_an_adapted_function_by_name():
+    def fn(params, x, train):
+        return x @ params["w"] if train else x[:, :3]
+
+    params = {"w": programs.normal(1, 4, 3)}
+    adapters, params = lorax.init(jax.random.key(0), params, ("w", 2))
+    adapted, x = lorax.adapt(fn), jnp.ones((2, 4))
+    names = ["adapters", "params", "x", "train", "lora_key"]
+    assert list(inspect.signature(adapted).parameters) == names
+    step = jax.jit(adapted, static_argnames=("train",))
+    np.testing.assert_array_equal(step(adapters, params, x, train=False), x[:, :3])
+    np.testing.assert_allclose(step(adapters, params, x, train=True), x @ params["w"])
+    with pytest.raises(ValueError, match="a parameter named 'lora_key'"):
+        lorax.adapt(lambda params, lora_key: 0)
+    with pytest.raises(TypeError, match="dict is no adapter: the first argument"):
+        lorax.merge({"layer": params}, params)
+    with pytest.raises(TypeError, match="Lora is no adapter"):
+        lorax.merge(adapters["w"], params)

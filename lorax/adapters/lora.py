@@ -86,7 +86,8 @@ class Lora:
         Returns:
           `a: [*batch, *in, rank]` and `b: [*batch, rank, *out]`, in their own dtypes.
         """
-        a, b = self.a, self.scale * self.b
+        wide = jnp.promote_types(self.b.dtype, jnp.float32)
+        a, b = self.a, self.scale * self.b.astype(wide)
         if self.layers is None:
             return Factors(a, b)
         layers = jnp.asarray(self.layers)
