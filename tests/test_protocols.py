@@ -1,0 +1,285 @@
+"""What all adapters and all inits share: one row each, the same tests for every row."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorax
+from lorax import inits
+from lorax.adapters import CLASSES
+from tests import programs
+from tests.test_adapt import assert_close
+
+KEY = jax.random.key(0)
+BATCH, IN, OUT = 3, 6, 5
+
+
+def matrix(params, x):
+    return jnp.tanh(x @ params["w"] + params["bias"])
+
+
+def layers(params, x):
+    step = lambda x, w: (jnp.tanh(x @ w), x.sum())
+    return jax.lax.scan(step, x, params["w"])[0] + params["bias"]
+
+
+def heads(params, x):
+    return jnp.tanh(jnp.einsum("bi,hid->bhd", x, params["w"]) + params["bias"])
+
+
+def image(params, x):
+    x = jnp.stack([x, -x, 2 * x, x**2], axis=-1)
+    y = jax.lax.conv_general_dilated(
+        x, params["w"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+    )
+    return jnp.tanh(y + params["bias"])
+
+
+LORA = functools.partial(lorax.Target, "w", rank=2, alpha=3)
+FULL = functools.partial(lorax.Target, "w|bias", adapter="full")
+# (name, program, shape of w, size of the bias, target)
+ADAPTERS = [
+    ("lora", matrix, (IN, OUT), OUT, LORA()),
+    ("lora_rank_stabilized", matrix, (IN, OUT), OUT, LORA(scaling="rank_stabilized")),
+    ("lora_full_rank", matrix, (IN, OUT), OUT, LORA(rank=5)),
+    ("lora_stacked", layers, (3, IN, IN), IN, LORA()),
+    ("lora_layer_subset", layers, (3, IN, IN), IN, LORA(layers=(0, 2))),
+    ("lora_three_axes", heads, (2, IN, 4), 4, LORA()),
+    ("lora_conv", image, (3, 4, OUT), OUT, LORA()),
+    ("full", matrix, (IN, OUT), OUT, FULL()),
+    ("full_stacked", layers, (3, IN, IN), IN, FULL()),
+]
+rows = pytest.mark.parametrize("row", ADAPTERS, ids=[row[0] for row in ADAPTERS])
+X = programs.normal(9, BATCH, IN)
+
+
+@functools.cache
+def make(row, dtype=jnp.float32, size=0.3):
+    """The program's function, perturbed adapters, and params with biases on."""
+    _, fn, shape, bias, target = row
+    params = {
+        "w": (programs.normal(1, *shape) / 2).astype(dtype),
+        "bias": programs.normal(2, bias).astype(dtype),
+        "steps": jnp.int32(3),
+        "key": jax.random.key(5),
+    }
+    kernels = lorax.discover(fn, params, X.astype(dtype))
+    adapters, params = lorax.init(KEY, params, target, kernels)
+    return fn, programs.perturbed(adapters, size), params
+
+
+def loss_of(fn):
+    return lambda params, x: jnp.sum(fn(params, x) ** 2)
+
+
+def test_every_class_has_a_row():
+    made = {type(a) for row in ADAPTERS for a in make(row)[1].values()}
+    assert made == set(CLASSES.values())
+
+
+def compiled(function, *args):
+    """The result of a jitted function, compiled as quickly as XLA can."""
+    lowered = jax.jit(function).lower(*args)
+    return lowered.compile({"xla_backend_optimization_level": 0})(*args)
+
+
+TRANSFORMS = {
+    "jit": jax.jit,
+    "remat": jax.checkpoint,
+    "vmap": lambda f: (
+        lambda adapters, *rest: jax.vmap(f, (0, None, None))(
+            jax.tree.map(lambda v: jnp.stack([v, -v, 2 * v, 0 * v]), adapters), *rest
+        )
+    ),
+    "scan": lambda f: (
+        lambda adapters, params, x: jax.lax.scan(
+            lambda total, x: (total + f(adapters, params, x[None]), None), 0.0, x
+        )[0]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@rows
+def test_adapt_is_merge_then_apply(row, name):
+    """In value and gradient, under every transformation, and nothing is merged."""
+    fn, adapters, params = make(row)
+    sides = lorax.adapt(loss_of(fn), on_merge="error"), programs.definition(loss_of(fn))
+
+    def both(*args):
+        total = lambda f: lambda *args: jnp.sum(TRANSFORMS[name](f)(*args))
+        return [jax.value_and_grad(total(f))(*args) for f in sides]
+
+    assert_close(*compiled(both, adapters, params, X))
+
+
+@rows
+def test_adapt_is_merge_then_apply_eagerly(row):
+    fn, adapters, params = make(row)
+    got = lorax.adapt(fn, on_merge="error")(adapters, params, X)
+    assert_close(got, fn(lorax.merge(adapters, params), X))
+
+
+@rows
+def test_bf16_is_as_good_as_merging(row):
+    """Error against float64 at most 1.5 x that of the merged kernel, plus one ulp."""
+    fn, adapters, params = make(row, jnp.bfloat16, 0.1)
+    x = X.astype(jnp.bfloat16)
+    sides = lorax.adapt(fn, on_merge="error"), programs.definition(fn)
+    both = lambda *args: [side(*args) for side in sides]
+    adapted, merged = compiled(both, adapters, params, x)
+    assert adapted.dtype == merged.dtype == jnp.bfloat16
+    with jax.enable_x64(True):
+        wide = lambda v: (
+            v.astype(jnp.float64) if jnp.issubdtype(v.dtype, jnp.floating) else v
+        )
+        exact = fn(
+            *jax.tree.map(
+                wide, (lorax.merge(*jax.tree.map(wide, (adapters, params))), x)
+            )
+        )
+        error = lambda y: np.abs(np.asarray(y, np.float64) - np.asarray(exact)).max()
+    ulp = 2.0 ** (np.floor(np.log2(np.abs(exact).max())) - 7)
+    assert error(adapted) <= 1.5 * error(merged) + ulp
+
+
+@rows
+def test_every_array_is_trainable_and_has_a_role(row):
+    for path, adapter in make(row)[1].items():
+        fields = dataclasses.fields(adapter)
+        arrays = {f.name for f in fields if f.metadata.get("pytree_node", True)}
+        assert set(adapter.roles) == arrays, path
+        assert len(jax.tree.leaves(adapter)) == len(arrays)
+        for field in {f.name for f in fields} - arrays:  # static fields are hashable
+            hash(getattr(adapter, field))
+
+
+@rows
+def test_an_adapter_is_a_pytree(row):
+    _, adapters, _ = make(row)
+    leaves, treedef = jax.tree.flatten(adapters)
+    again = treedef.unflatten(leaves)
+    assert jax.tree.structure(again) == treedef and hash(treedef) == hash(treedef)
+    for path, adapter in adapters.items():
+        statics = lambda a: {
+            f.name: getattr(a, f.name)
+            for f in dataclasses.fields(a)
+            if f.name not in a.roles
+        }
+        assert statics(again[path]) == statics(adapter)
+    gradients = jax.tree.map(jnp.zeros_like, adapters)
+    assert jax.tree.structure(gradients) == treedef
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        adapters["w"].a = None
+
+
+@rows
+def test_delta_and_merge_agree_and_merge_keeps_the_tree(row):
+    _, adapters, params = make(row)
+    merged = lorax.merge(adapters, params)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    for path, leaf in params.items():
+        if path not in adapters:
+            assert merged[path] is leaf, "other leaves pass untouched"
+            continue
+        delta = adapters[path].delta(leaf)
+        assert delta.shape == leaf.shape and merged[path].dtype == leaf.dtype
+        np.testing.assert_allclose(merged[path], leaf + delta, rtol=1e-6, atol=1e-6)
+        assert np.abs(delta).max() > 0.01
+    subset = adapters["w"].layers if hasattr(adapters["w"], "layers") else None
+    if subset is not None:
+        np.testing.assert_array_equal(merged["w"][1], params["w"][1])
+
+
+@rows
+def test_merge_rounds_once(row):
+    """A bf16 kernel gets the float32 sum, rounded; the reference is numpy's."""
+    _, adapters, params = make(row, jnp.bfloat16)
+    kernel, adapter = params["w"], adapters["w"]
+    exact = np.asarray(kernel, np.float32) + np.asarray(adapter.delta(kernel))
+    merged = lorax.merge(adapters, params)["w"]
+    assert adapter.delta(kernel).dtype == jnp.float32
+    assert merged.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(merged, exact.astype(jnp.bfloat16))
+
+
+@rows
+def test_abstract_init_has_the_real_shapes(row):
+    _, fn, _, _, target = row
+    _, adapters, params = make(row)
+    kernels = lorax.discover(fn, params, X)
+    abstract = jax.eval_shape(
+        lambda key, params: lorax.init(key, params, target, kernels)[0], KEY, params
+    )
+    shapes = lambda tree: jax.tree.map(lambda v: (v.shape, v.dtype), tree)
+    assert shapes(abstract) == shapes(adapters)
+
+
+# (name, options) of every init; the kernel may move, the merged kernel may not
+INITS = [("standard", ())]
+init_rows = pytest.mark.parametrize(
+    "name,options", INITS, ids=[row[0] for row in INITS]
+)
+KERNEL_ROWS = [row for row in ADAPTERS if row[0].startswith("lora")]
+
+
+def initialised(row, init, key=KEY, others=()):
+    _, fn, shape, bias, target = row
+    params = {"w": programs.normal(1, *shape), "bias": programs.normal(2, bias)}
+    kernels = lorax.discover(fn, params, X)
+    target = dataclasses.replace(target, init=init[0], options=init[1])
+    return params, lorax.init(key, params, [*others, target], kernels)
+
+
+def test_every_init_has_a_row():
+    assert {name for name, _ in INITS} == set(inits.INITS)
+
+
+@init_rows
+@pytest.mark.parametrize("row", KERNEL_ROWS, ids=[row[0] for row in KERNEL_ROWS])
+def test_at_init_the_merged_kernel_is_the_given_one(row, name, options):
+    params, (adapters, after) = initialised(row, (name, options))
+    merged = lorax.merge(adapters, after)
+    np.testing.assert_array_equal(merged["w"], params["w"])
+    assert after["w"].dtype == params["w"].dtype
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(adapters)), "a dead start"
+
+
+@init_rows
+def test_the_same_key_gives_the_same_adapter_whatever_else_is_adapted(name, options):
+    init = functools.partial(initialised, ADAPTERS[0], (name, options))
+    _, (first, _) = init()
+    _, (again, _) = init(others=[lorax.Target("bias", adapter="full")])
+    _, (other, _) = init(key=jax.random.key(1))
+    assert list(again) == ["bias", "w"]
+    np.testing.assert_array_equal(first["w"].a, again["w"].a)
+    np.testing.assert_array_equal(first["w"].b, again["w"].b)
+    assert np.any(first["w"].a != other["w"].a)
+    jitted = jax.jit(lambda key: init(key=key)[1][0])(KEY)
+    np.testing.assert_array_equal(first["w"].a, jitted["w"].a)
+
+
+@init_rows
+def test_two_kernels_of_one_shape_differ(name, options):
+    params = {"w1": jnp.ones((IN, OUT)), "w2": jnp.ones((IN, OUT))}
+    target = lorax.Target("w.", rank=2, init=name, options=options)
+    adapters, _ = lorax.init(KEY, params, target)
+    assert np.any(adapters["w1"].a != adapters["w2"].a)
+
+
+def test_the_standard_init_by_its_moments():
+    """a uniform within 1/sqrt(in), b zero; an embedding mirrored: a zero, b normal."""
+    params = {"w": jnp.ones((400, 300)), "table": jnp.ones((300, 400))}
+    fn = lambda params, ids: params["table"][ids] @ params["w"]
+    kernels = lorax.discover(fn, params, jnp.arange(3))
+    adapters, _ = lorax.init(KEY, params, lorax.Target(".*", rank=50), kernels)
+    a, b = adapters["w"].a, adapters["w"].b
+    assert not b.any() and np.abs(a).max() <= 1 / 20
+    np.testing.assert_allclose(np.std(a), 1 / 20 / np.sqrt(3), rtol=0.02)
+    a, b = adapters["table"].a, adapters["table"].b
+    assert not a.any()
+    np.testing.assert_allclose([np.mean(b), np.std(b)], [0, 1], atol=0.02)

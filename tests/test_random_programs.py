@@ -1,0 +1,366 @@
+"""Random programs over random adapted kernels: adapt is merge-then-apply, exactly.
+
+A drawn program is data: leaves with an axis kind per dimension, and instructions of
+small integers that always mean something (each picks among what is possible), so that
+hypothesis can shrink them. All in float64, where the two sides differ by rounding only.
+"""
+
+import math
+import warnings
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+import lorax
+from lorax import interpret
+from tests import programs
+
+SETTINGS = dict(
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+T, WIDTH = 2, 6  # every activation is [T, WIDTH]
+small = st.integers(0, 11)
+edits = st.lists(st.tuples(st.integers(0, 9), small, small), max_size=4)
+
+
+@st.composite
+def leaves(draw):
+    """A shape, and what each of its dimensions is: one in, one out at least."""
+    kinds = [
+        "in",
+        "out",
+        *draw(st.lists(st.sampled_from(["in", "out", "batch"]), max_size=2)),
+    ]
+    kinds = draw(st.permutations(kinds))
+    sizes = [draw(st.sampled_from([2, 4])) for _ in kinds]
+    if kinds.count("in") > 1 and draw(st.booleans()):
+        sizes[kinds.index("in")] = 1
+    return list(zip(kinds, sizes, strict=True))
+
+
+def view(xp, w, dims, instructions):
+    """Edits an array as a program may edit a kernel; returns it and its dimensions."""
+    for code, i, j in instructions:
+        w, dims = EDITS[code % len(EDITS)](xp, w, list(dims), i, j)
+    return w, list(dims)
+
+
+def transpose(xp, w, dims, i, j):
+    order = list(np.random.RandomState(12 * i + j).permutation(len(dims)))
+    return xp.transpose(w, order), [dims[d] for d in order]
+
+
+def split(xp, w, dims, i, j):
+    d = i % len(dims)
+    kind, size = dims[d]
+    if size == 4:
+        dims[d : d + 1] = [(kind, 2), (kind, 2)]
+    return xp.reshape(w, [size for _, size in dims]), dims
+
+
+def join(xp, w, dims, i, j):
+    pairs = [d for d in range(len(dims) - 1) if dims[d][0] == dims[d + 1][0]]
+    if pairs:
+        d = pairs[i % len(pairs)]
+        dims[d : d + 2] = [(dims[d][0], dims[d][1] * dims[d + 1][1])]
+    return xp.reshape(w, [size for _, size in dims]), dims
+
+
+def insert(xp, w, dims, i, j):
+    d = i % (len(dims) + 1)
+    return xp.expand_dims(w, d), [*dims[:d], ("unit", 1), *dims[d:]]
+
+
+def squeeze(xp, w, dims, i, j):
+    units = [d for d, (kind, _) in enumerate(dims) if kind == "unit"]
+    if not units:
+        return w, dims
+    d = units[i % len(units)]
+    return xp.squeeze(w, d), dims[:d] + dims[d + 1 :]
+
+
+def cut(xp, w, dims, i, j):
+    """A slice; in and out axes keep at least two entries."""
+    d = i % len(dims)
+    kind, size = dims[d]
+    least = 1 if kind == "batch" else min(2, size)
+    low = j % (size - least + 1)
+    high = min(size, low + least + j // 4)
+    dims[d] = (kind, high - low)
+    return w[(slice(None),) * d + (slice(low, high),)], dims
+
+
+def index(xp, w, dims, i, j):
+    """One of a stack: the dimension goes."""
+    stacks = [d for d, (kind, _) in enumerate(dims) if kind == "batch"]
+    if not stacks:
+        return w, dims
+    d = stacks[i % len(stacks)]
+    place = j % dims[d][1]
+    if xp is jnp and j > 5:
+        place = jnp.int32(place)  # dynamic_slice instead of slice
+    return w[(slice(None),) * d + (place,)], dims[:d] + dims[d + 1 :]
+
+
+def scale(xp, w, dims, i, j):
+    return (-w, w * 0.5, w / 4.0, w * xp.float64(1.5))[i % 4], dims
+
+
+def halves(xp, w, dims, i, j):
+    """Split, and joined the other way round."""
+    d = i % len(dims)
+    if dims[d][0] not in ("in", "out") or dims[d][1] % 2:
+        return w, dims
+    left, right = xp.split(w, 2, axis=d)
+    return xp.concatenate([right, left], axis=d), dims
+
+
+def pad_out(xp, w, dims, i, j):
+    """Joined with constants, as fused kernels with one frozen part are."""
+    d = i % len(dims)
+    kind, size = dims[d]
+    if kind not in ("in", "out"):
+        return w, dims
+    shape = [1 if e == d else size for e, (_, size) in enumerate(dims)]
+    dims[d] = (kind, size + 1)
+    return xp.concatenate([xp.ones(shape), w], axis=d), dims
+
+
+EDITS = [transpose, split, join, insert, squeeze, cut, index, scale]
+JOINS = [halves, pad_out]  # after one of these, no reshape of the same dimension
+
+
+class Record:
+    """A visitor that keeps views and counts merges."""
+
+    merges = 0
+
+    def merge(self, walker, eqn, view):
+        self.merges += 1
+        return interpret.dense(view)
+
+
+def adapter_of(dims, rank, seed):
+    of = lambda kind: tuple(d for d, (k, _) in enumerate(dims) if k == kind)
+    axes = lorax.Axes(of("in"), of("out"), of("batch"))
+    in_, out, batch = axes.sizes(tuple(size for _, size in dims))
+    draw = np.random.RandomState(seed).randn
+    return lorax.Lora(
+        jnp.asarray(draw(*batch, *in_, rank)),
+        jnp.asarray(draw(*batch, rank, *out)),
+        0.5,
+        axes,
+    )
+
+
+def update(adapter, shape):
+    """scale * a @ b in the leaf's layout, by numpy alone."""
+    letters = "abcdefgh"[: len(shape)]
+    in_, out, batch = ("".join(letters[d] for d in group) for group in adapter.axes)
+    sums = f"{batch}{in_}r,{batch}r{out}->{letters}"
+    return 0.5 * np.einsum(sums, np.asarray(adapter.a), np.asarray(adapter.b))
+
+
+@settings(max_examples=40, **SETTINGS)
+@given(
+    leaves(), edits, st.lists(st.tuples(st.integers(0, 1), small, small), max_size=2)
+)
+def test_views_carry_their_factors(dims, instructions, joins):
+    with jax.enable_x64(True):
+        shape = tuple(size for _, size in dims)
+        leaf = np.random.RandomState(0).randn(*shape)
+        adapter = adapter_of(dims, 2, 1)
+
+        def edited(xp, w):
+            w, now = view(xp, w, dims, instructions)
+            for code, i, j in joins:
+                w, now = JOINS[code](xp, w, now, i, j)
+            return w
+
+        jaxpr = jax.make_jaxpr(lambda w: edited(jnp, w))(leaf)
+        kernel = interpret.watch("w", jnp.asarray(leaf))
+        kernel = kernel.adapted(adapter, adapter.factors(leaf))
+        record = Record()
+        (got,) = interpret.Walker(record).run(jaxpr, [kernel])
+        assert record.merges == 0
+        assert isinstance(got, interpret.Tracked)
+        want = edited(np, leaf + update(adapter, shape))
+        np.testing.assert_allclose(interpret.dense(got), want, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(got.value, edited(np, leaf), rtol=1e-15)
+
+
+def contract(x, w, dims, tied, left, order):
+    """One dot of an activation [T, WIDTH] with a view; returns [T, WIDTH]."""
+    read, write = ("out", "in") if tied else ("in", "out")
+    of = lambda kind: [d for d, (k, _) in enumerate(dims) if k == kind]
+    size = lambda kind: [dims[d][1] for d in of(kind)]
+    batch, reads = of("batch"), list(np.random.RandomState(order).permutation(of(read)))
+    shape = [*size("batch"), *(dims[d][1] for d in reads)]
+    mix = np.cos(np.arange(WIDTH * math.prod(shape))).reshape(WIDTH, *shape)
+    x = jnp.tensordot(x, mix, 1)  # [T, *batch, *reads]
+    n = len(batch)
+    x_dims = ([*range(1 + n, x.ndim)], [*range(1, 1 + n)])
+    pairs = [(a, b) for a, b in zip(x_dims, (reads, batch), strict=True)]
+    if left:
+        y = jax.lax.dot_general(w, x, [(b, a) for a, b in pairs])
+        y = jnp.moveaxis(y, -1, 0)  # [T, *batch, *write]
+    else:
+        y = jax.lax.dot_general(x, w, pairs)
+        y = jnp.moveaxis(y, n, 0)
+    y = y.reshape(T, -1)
+    back = np.sin(np.arange(y.shape[1] * WIDTH)).reshape(-1, WIDTH)
+    return jnp.tanh(y @ back / (1 + y.shape[1]))
+
+
+def plain(use, w, x):
+    return use(w, x)
+
+
+def jitted(use, w, x):
+    return jax.jit(use)(w, x)
+
+
+def rematerialised(use, w, x):
+    return jax.checkpoint(lambda x: use(w, x))(x)  # the kernel closed over
+
+
+def scanned(use, w, x):
+    return jax.lax.scan(lambda x, _: (use(w, x), None), x, length=2)[0]
+
+
+def carried(use, w, x):
+    return jax.lax.fori_loop(0, 2, lambda i, wx: (wx[0], use(*wx)), (w, x))[1]
+
+
+def chosen(use, w, x):
+    return jax.lax.cond(x[0, 0] > 0, lambda w: use(w, x), lambda w: use(w, -x) / 2, w)
+
+
+def mapped(use, w, x):
+    return jax.vmap(lambda row: use(w, jnp.tile(row, (T, 1)))[0])(x)
+
+
+def stopped(use, w, x):
+    return use(jax.lax.stop_gradient(w), x) + use(w, x)
+
+
+def barred(use, w, x):
+    return use(*jax.lax.optimization_barrier((w, x)))
+
+
+def layered(use, w, x):
+    """A scan over the first axis, if that is a stack of kernels: see `program`."""
+    return jax.lax.scan(lambda x, w: (use(w, x), None), x, w)[0]
+
+
+WRAPPERS = [
+    plain,
+    jitted,
+    rematerialised,
+    scanned,
+    carried,
+    chosen,
+    mapped,
+    stopped,
+    barred,
+]
+CURVED = [
+    lambda w: jnp.sin(w),
+    lambda w: w * w,
+    lambda w: w + 1.0,
+    lambda w: jnp.sum(w) * w,
+    lambda w: w[::-1],
+    lambda w: jnp.where(w > 0, w, 2 * w),
+    lambda w: jnp.tensordot(w, w, w.ndim) * w,
+]
+uses = st.tuples(small, small, edits, st.booleans(), st.booleans(), small)
+
+
+def program(leaves, instructions, curved=None):
+    """The function that the instructions mean; `curved` is applied to one kernel."""
+
+    def fn(params, x):
+        for n, (which, wrap, changes, tied, left, order) in enumerate(instructions):
+            dims, w = leaves[which % len(leaves)], params[f"w{which % len(leaves)}"]
+            wrapper = WRAPPERS[wrap % len(WRAPPERS)]
+            if dims[0][0] == "batch" and wrap > 5:
+                wrapper, dims = layered, dims[1:]
+
+            def use(
+                w, x, dims=dims, changes=changes, tied=tied, left=left, order=order
+            ):
+                w, now = view(jnp, w, dims, changes)
+                return contract(x, w, now, tied, left, order)
+
+            if curved is not None and n == 0:
+                w = curved(w)
+            x = x + wrapper(use, w, x)
+        return jnp.sum(jnp.sin(x))
+
+    return fn
+
+
+def compared(leaves, instructions, curved=None, on_merge="error"):
+    """Runs a program both ways; returns what discover said of its kernels."""
+    with jax.enable_x64(True):
+        fn = program(leaves, instructions, curved)
+        shapes = [tuple(size for _, size in dims) for dims in leaves]
+        draw = np.random.RandomState(3).randn
+        params = {f"w{i}": jnp.asarray(draw(*s)) for i, s in enumerate(shapes)}
+        x = jnp.asarray(draw(T, WIDTH))
+        kernels = lorax.discover(fn, params, x)
+        adapters = {f"w{i}": adapter_of(d, 1 + i, i) for i, d in enumerate(leaves)}
+        sides = lorax.adapt(fn, on_merge=on_merge), programs.definition(fn)
+        both = lambda *args: [jax.value_and_grad(side)(*args) for side in sides]
+        lowered = jax.jit(both).lower(adapters, params, x)  # compiled as fast as can be
+        compiled = lowered.compile({"xla_backend_optimization_level": 0})
+        got, want = compiled(adapters, params, x)
+        norm = math.sqrt(sum(float(jnp.sum(w**2)) for w in jax.tree.leaves(want)))
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(g, w, rtol=0, atol=1e-9 * norm)
+        return kernels
+
+
+def check_linear(leaves, instructions):
+    kernels = compared(leaves, instructions)
+    used = {f"w{which % len(leaves)}" for which, *_ in instructions}
+    for path, kernel in kernels.items():
+        assert kernel.op == ("dot" if path in used else "unused")
+        assert all(use.fast for use in kernel.uses) and not kernel.conflicts
+
+
+def check_curved(leaves, instructions, curved):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        kernels = compared(leaves, instructions, CURVED[curved % len(CURVED)], "warn")
+    path = f"w{instructions[0][0] % len(leaves)}"
+    assert not all(use.fast for use in kernels[path].uses)
+    merged = [str(w.message) for w in caught if w.category is lorax.MergeWarning]
+    assert merged and all(message.startswith(f"{path}: ") for message in merged)
+
+
+some_leaves = st.lists(leaves(), min_size=1, max_size=2)
+some_uses = st.lists(uses, min_size=1, max_size=2)
+test_linear_programs_merge_nothing = settings(max_examples=25, **SETTINGS)(
+    given(some_leaves, some_uses)(check_linear)
+)
+test_other_uses_merge_and_are_right = settings(max_examples=10, **SETTINGS)(
+    given(some_leaves, some_uses, small)(check_curved)
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, **SETTINGS)
+@given(some_leaves, some_uses, st.none() | small)
+def test_many_more_programs(leaves, instructions, curved):
+    if curved is None:
+        check_linear(leaves, instructions)
+    else:
+        check_curved(leaves, instructions, curved)
