@@ -72,7 +72,6 @@ def dot(
     """
     if x.dtype.itemsize == 1:  # 8 bits: the factors come in bfloat16
         x = x.astype(first.dtype)
-    inner = jnp.promote_types(x.dtype, first.dtype)
     if not batch[0] and _cpu_alone(x):
         free = [d for d in range(x.ndim) if d not in read[0]]
         sizes = [x.shape[d] for d in free]
@@ -82,15 +81,19 @@ def dot(
         first = jax.lax.optimization_barrier(first)
         numbers = (((1,), (1,)), ((), ()))
         h = jax.lax.dot_general(
-            x, first, numbers, precision, preferred_element_type=inner
+            x, first, numbers, precision, preferred_element_type=second.dtype
         )
         h = h.reshape(*sizes, rank)
     else:
         h = jax.lax.dot_general(
-            x, first, (read, batch), precision, preferred_element_type=inner
+            x,
+            first,
+            (read, batch),
+            precision,
+            preferred_element_type=second.dtype,
         )
     # h keeps the batch dimensions in the equation's order, `second` in view order
-    return mix(h.astype(inner), second, h.ndim - 1, tuple(batch[1]), precision, dtype)
+    return mix(h, second, h.ndim - 1, tuple(batch[1]), precision, dtype)
 
 
 def mix(
@@ -114,7 +117,7 @@ def mix(
     Returns:
       `[*batch, ..., *write]`.
     """
-    n = len(batch)
+    n, h = len(batch), h.astype(second.dtype)
     if n == 0 and _cpu_alone(h):
         *sizes, rank = jnp.moveaxis(h, feature, -1).shape
         y = jax.lax.dot_general(

@@ -87,8 +87,12 @@ class Pair(NamedTuple):
     second: jax.Array
 
 
-def oriented(use: Use, term: Term) -> Pair | None:
-    """Returns the term's factors for this use: as made, transposed (tied), or None."""
+def oriented(use: Use, term: Term, result: Any) -> Pair | None:
+    """Returns the term's factors for this use: as made, transposed (tied), or None.
+
+    The first is cast to the kernel's dtype, the second to the result's where that is
+    wider: rounding it, and `x @ first`, would then cost more than the kernel's own.
+    """
     found = use.axes(term)
     if found is None or not use.low_rank or term.factors is None:
         return None
@@ -109,7 +113,7 @@ def oriented(use: Use, term: Term) -> Pair | None:
     dtype = emit.operand_dtype(use.view.value.dtype)
     return Pair(
         first.astype(dtype).reshape(*batch, *read, rank),
-        second.astype(dtype).reshape(*batch, rank, *write),
+        second.astype(jnp.promote_types(dtype, result)).reshape(*batch, rank, *write),
     )
 
 
@@ -123,11 +127,11 @@ def low_rank(
 
     `branch(term, pair)` gives the term's part, already in the result's full shape.
     """
-    found = [oriented(use, term) for term in use.view.terms]
+    out = eqn.outvars[0].aval
+    found = [oriented(use, term, out.dtype) for term in use.view.terms]
     pairs = [pair for pair in found if pair is not None]
     if len(pairs) < len(found):
         return None
-    out = eqn.outvars[0].aval
     base = frozen(walker, eqn, use)[0]
     total = base.astype(jnp.promote_types(out.dtype, jnp.float32))
     for term, pair in zip(use.view.terms, pairs, strict=True):
