@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax.interpret import emit
-from lorax.interpret.tracked import Term, Tracked, place
+from lorax.interpret.tracked import Pending, Term, Tracked, place
 from lorax.interpret.walker import Walker, rule
 from lorax.types import Axes
 
@@ -120,12 +120,11 @@ def oriented(use: Use, term: Term, result: Any) -> Pair | None:
 Branch = Callable[[Term, Pair], jax.Array]
 
 
-def low_rank(
-    walker: Walker, eqn: Any, use: Use, branch: Branch
-) -> list[jax.Array] | None:
-    """Returns the operation's result plus `branch` of every term.
+def low_rank(walker: Walker, eqn: Any, use: Use, branch: Branch) -> list[Any] | None:
+    """Returns the operation's result plus `branch` of every term, or None.
 
-    `branch(term, pair)` gives the term's part, already in the result's full shape.
+    `branch(term, pair)` gives the term's part, already in the result's full shape. The
+    sum is left `Pending` where an addition follows.
     """
     out = eqn.outvars[0].aval
     found = [oriented(use, term, out.dtype) for term in use.view.terms]
@@ -133,10 +132,25 @@ def low_rank(
     if len(pairs) < len(found):
         return None
     base = frozen(walker, eqn, use)[0]
-    total = base.astype(jnp.promote_types(out.dtype, jnp.float32))
-    for term, pair in zip(use.view.terms, pairs, strict=True):
-        total = total + branch(term, pair).astype(total.dtype)
-    return [total.astype(out.dtype)]
+    wide = jnp.promote_types(out.dtype, jnp.float32)
+    parts = zip(use.view.terms, pairs, strict=True)
+    first, *more = (branch(term, pair).astype(wide) for term, pair in parts)
+    extra = sum(more, start=first)
+    if wide == out.dtype and walker.feeds_only_an_add(eqn):
+        return [Pending(base, extra)]
+    return [(base.astype(wide) + extra).astype(out.dtype)]
+
+
+@rule("add")
+def add(walker: Walker, eqn: Any, values: list[Any]) -> list[jax.Array] | None:
+    """The addition that a result waits for: a bias, a residual, another result."""
+    waiting = [value for value in values if isinstance(value, Pending)]
+    if not waiting:
+        return None
+    bases = [v.base if isinstance(v, Pending) else v for v in values]
+    bases = [walker.merged(base, eqn) for base in bases]
+    branches = [value.branch for value in waiting]
+    return [walker.bind(eqn, bases)[0] + sum(branches[1:], start=branches[0])]
 
 
 def frozen(walker: Walker, eqn: Any, use: Use) -> list[jax.Array]:

@@ -16,7 +16,7 @@ import jax
 from jax.extend import core
 from jax.extend import source_info_util as source
 
-from lorax.interpret.tracked import Tracked
+from lorax.interpret.tracked import Pending, Tracked
 
 Rule = Callable[["Walker", Any, list[Any]], Sequence[Any] | None]
 RULES: dict[str, Rule] = {}
@@ -67,6 +67,7 @@ class Walker:
         self.scalars: dict[int, Any] = {}
         self.uses = 0
         self.jaxpr: Any = None
+        self.readers: dict[int, list[str]] = {}
 
     def inner(self, eqn: Any, key: jax.Array | None, trips: int = 1) -> Walker:
         """Returns the walker of a body of `eqn`, which runs `trips` times."""
@@ -86,6 +87,11 @@ class Walker:
         """Evaluates a jaxpr, open or closed, on arrays and `Tracked` views."""
         consts = getattr(jaxpr, "consts", ())
         self.jaxpr = jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        for eqn in jaxpr.eqns:
+            for v in eqn.invars:
+                self.readers.setdefault(id(v), []).append(eqn.primitive.name)
+        for v in jaxpr.outvars:
+            self.readers.setdefault(id(v), []).append("return")
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
         read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
@@ -98,7 +104,7 @@ class Walker:
     def step(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
         """Evaluates one equation."""
         name = eqn.primitive.name
-        if not any(isinstance(value, Tracked) for value in values):
+        if not any(isinstance(value, Tracked | Pending) for value in values):
             if name == "broadcast_in_dim" and eqn.invars[0].aval.shape == ():
                 self.scalars[id(eqn.outvars[0])] = values[0]
             return self.bind(eqn, values)
@@ -107,6 +113,10 @@ class Walker:
             if results is None:
                 values = [self.merged(value, eqn) for value in values]
         return self.bind(eqn, values) if results is None else results
+
+    def feeds_only_an_add(self, eqn: Any) -> bool:
+        """True when the result of an equation has one reader, and that is an add."""
+        return self.readers.get(id(eqn.outvars[0])) == ["add"]
 
     def merged(self, value: Any, eqn: Any) -> Any:
         """Returns the dense value of a view; anything else passes."""

@@ -1,0 +1,1 @@
+"""Runnable experiments on lorax: imports `lorax`, is never imported by it."""
