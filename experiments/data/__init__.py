@@ -1,0 +1,1 @@
+"""Input pipelines: documents in, batches of byte windows out."""

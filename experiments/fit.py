@@ -1,0 +1,113 @@
+"""Trains what a list of targets selects, by whatever optimiser: the one inner loop."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import rich.progress
+
+import lorax
+from experiments import metrics, progress
+from experiments import writer as writers
+from lorax import training
+
+
+class Fit(NamedTuple):
+    """What a fit leaves behind.
+
+    Attributes:
+      adapters: the trained leaves, by path.
+      params: the parameters that the adapters belong to.
+      trainable: number of trained array elements.
+      opt_state_bytes: size of the optimiser's state.
+      step_ms: median milliseconds a step, compilation and evaluation left out.
+    """
+
+    adapters: dict[str, Any]
+    params: Any
+    trainable: int
+    opt_state_bytes: int
+    step_ms: float
+
+    def merged(self) -> Any:
+        """Plain parameters with what was learned."""
+        return lorax.merge(self.adapters, self.params)
+
+
+def fit(
+    name: str,
+    key: jax.Array,
+    loss_fn: Callable[..., Any],
+    params: Any,
+    targets: Sequence[lorax.Target],
+    tx: Any,
+    batches: grain.MapDataset,
+    steps: int,
+    *,
+    clip_norm: float | None,
+    log_every: int,
+    bars: rich.progress.Progress,
+    writer: writers.Writer | None = None,
+    eval_every: int = 0,
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
+) -> Fit:
+    """Fits adapters on `params` for a number of steps.
+
+    Args:
+      name: of the run, in the progress bar and the metrics.
+      key: a typed key.
+      loss_fn: `(params, batch) -> (loss, metrics)`, written for plain parameters.
+      params: the parameters to start from; left as they are.
+      targets: what trains.
+      tx: any optax transformation.
+      batches: indexed by step.
+      steps: how many.
+      clip_norm: bound on the gradients' global norm, None for none.
+      log_every: steps between two reports.
+      bars: where the progress bar goes.
+      writer: where metrics go, None for nowhere.
+      eval_every: steps between two evaluations, 0 for none.
+      evaluate: merged parameters -> values to write.
+    """
+    init_key, step_key = jax.random.split(key)
+    kernels = lorax.discover(loss_fn, params, batches[0])
+    adapters, params = lorax.init(init_key, params, targets, kernels)
+    state = training.create_state(step_key, adapters, tx)
+    step = training.make_train_step(
+        training.simple_loss(loss_fn), tx, clip_norm=clip_norm
+    )
+    step = jax.jit(step, donate_argnums=0).lower(state, params, batches[0]).compile()
+    merge = jax.jit(lorax.merge)
+    tokens = batches[0]["targets"].size
+    meter = progress.Meter(bars, name, steps)
+    times = []
+
+    began, reported, losses = time.perf_counter(), 0, []
+    for i in range(1, steps + 1):
+        state, values = step(state, params, batches[i - 1])
+        losses.append(values["loss"])
+        if i % log_every == 0 or i == steps:
+            values = jax.device_get(values)  # waits for the step
+            values["loss"] = statistics.fmean(map(float, losses))  # since the last report
+            times.append((time.perf_counter() - began) / (i - reported))
+            meter.update(i, values["loss"] * metrics.BITS, tokens / times[-1])
+            if writer:
+                writer.write(name, i, {**values, "step_ms": times[-1] * 1e3})
+            began, reported, losses = time.perf_counter(), i, []
+        if eval_every and evaluate and (i % eval_every == 0 or i == steps):
+            jax.block_until_ready(state)
+            paused = time.perf_counter()
+            if writer:
+                writer.write(name, i, evaluate(merge(state.adapters, params)))
+            began += time.perf_counter() - paused  # evaluation is no part of a step
+
+    return Fit(
+        adapters=state.adapters,
+        params=params,
+        trainable=metrics.size(state.adapters),
+        opt_state_bytes=metrics.nbytes(state.opt_state),
+        step_ms=statistics.median(times) * 1e3,
+    )

@@ -1,0 +1,34 @@
+"""Command line: `python -m experiments.main --config=configs/quickstart.py`.
+
+Any value of the config can be overridden, as in `--config.adapter.rank=8`; a name that
+the config lacks is refused.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Path of a config file, such as configs/quickstart.py."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for what the run writes; `runs/<run.name>` by default."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains as the flags say."""
+    if len(argv) > 1:
+        raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)  # libraries announce what they lack at INFO
+    from experiments import train  # jax and flax load only once the flags are right
+
+    config = _CONFIG.value
+    train.train(config, _WORKDIR.value or str(pathlib.Path("runs") / config.run.name))
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

@@ -1,0 +1,38 @@
+"""A progress bar with loss, throughput and time left."""
+
+import contextlib
+from collections.abc import Iterator
+
+import rich.console
+import rich.progress
+
+
+class Meter:
+    """One bar of a `Progress`: steps done, loss, tokens a second, time left."""
+
+    def __init__(self, bars: rich.progress.Progress, name: str, steps: int) -> None:
+        """Adds a bar of `steps` steps, its clock at zero."""
+        self._bars = bars
+        self._task = bars.add_task(name, total=steps, loss="-", speed="-")
+
+    def update(self, step: int, bits: float, speed: float) -> None:
+        """Moves the bar to `step`; `bits` per byte and `speed` in tokens a second."""
+        self._bars.update(
+            self._task, completed=step, loss=f"{bits:.3f}", speed=f"{speed:,.0f}"
+        )
+
+
+@contextlib.contextmanager
+def bars(console: rich.console.Console) -> Iterator[rich.progress.Progress]:
+    """Bars drawn on `console` while the context is open."""
+    columns = (
+        rich.progress.TextColumn("{task.description:>10}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("loss {task.fields[loss]} bits/byte"),
+        rich.progress.TextColumn("{task.fields[speed]} tokens/s"),
+        rich.progress.TextColumn("ETA"),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(*columns, console=console) as progress:
+        yield progress

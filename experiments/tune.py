@@ -1,0 +1,106 @@
+"""Finds each method's learning rate: `python -m experiments.tune --config=...`.
+
+A geometric sweep at the config's own length of training, judged on the `selection`
+documents, which no reported figure uses. A sweep whose best lies at an end is extended
+until the optimum is bracketed. Prints a table and writes `sweep.json`; the winners are
+then written into the config by hand, with the sweep in its docstring.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+
+import rich.console
+import rich.table
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for `sweep.json`; `runs/<run.name>-tune` by default."
+)
+_FACTOR = flags.DEFINE_float("factor", 2.0, "Ratio of neighbouring learning rates.")
+_RUNS = flags.DEFINE_integer("runs", 9, "Most learning rates to try per method.")
+
+
+def bracket(
+    score: Callable[[float], float], start: float, factor: float, limit: int
+) -> dict[float, float]:
+    """Scores `start`, its neighbours, and on downhill until the best is inside.
+
+    Args:
+      score: of a learning rate, lower is better; NaN counts as worst.
+      start: the first learning rate.
+      factor: ratio of neighbours.
+      limit: most evaluations to spend.
+
+    Returns:
+      Learning rate -> score, in order of learning rate.
+    """
+    found: dict[int, float] = {}
+
+    def value(power: int) -> float:
+        if power not in found:
+            result = score(start * factor**power)
+            found[power] = result if result == result else float("inf")
+        return found[power]
+
+    best = 0
+    value(best)
+    while len(found) < limit:
+        beside = [p for p in (best - 1, best + 1) if p not in found]
+        if not beside:
+            break
+        value(beside[0])
+        best = min(found, key=found.__getitem__)
+    return {start * factor**power: found[power] for power in sorted(found)}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Sweeps every method of the config."""
+    del argv
+    from experiments import factory, metrics, pretrain, progress, train, writer
+    from experiments.data import documents, windows
+
+    config = _CONFIG.value
+    folder = pathlib.Path(_WORKDIR.value or f"runs/{config.run.name}-tune")
+    console = rich.console.Console()
+    topics = documents.topics()
+    selection = windows.evaluation_batches(
+        topics.selection, config.eval.batch_size, config.data.length
+    )
+    model = factory.make_model(config.model)
+    loss_fn = factory.make_loss(model)
+    bits_per_byte = metrics.make_bits_per_byte(loss_fn)
+
+    sweeps: dict[str, dict[float, float]] = {}
+    with writer.Writer(folder) as lines:
+        with progress.bars(console) as bars:
+            base = pretrain.load_or_train(config, model, bars, lines)
+        for method in config.run.methods:
+
+            def score(rate: float, method: str = method) -> float:
+                with progress.bars(console) as bars:
+                    fit = train.adapt(
+                        config, method, loss_fn, base, topics, bars, None, None, rate
+                    )
+                bits = bits_per_byte(fit.merged(), selection)
+                lines.write(method, 0, {"learning_rate": rate, "selection_bpb": bits})
+                return bits
+
+            start = config.optimizer.learning_rate[method]
+            sweeps[method] = bracket(score, start, _FACTOR.value, _RUNS.value)
+
+    table = rich.table.Table("method", "learning rate", "selection bits/byte")
+    for method, sweep in sweeps.items():
+        best = min(sweep, key=sweep.__getitem__)
+        for rate, bits in sweep.items():
+            mark = "bold" if rate == best else ""
+            table.add_row(method, f"{rate:g}", f"{bits:.4f}", style=mark)
+    console.print(table)
+    (folder / "sweep.json").write_text(json.dumps(sweeps, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)
