@@ -24,6 +24,7 @@ class Fit(NamedTuple):
       trainable: number of trained array elements.
       opt_state_bytes: size of the optimiser's state.
       step_ms: median milliseconds a step, compilation and evaluation left out.
+      evaluation: what `evaluate` returned after the last step, {} without it.
     """
 
     adapters: dict[str, Any]
@@ -31,6 +32,7 @@ class Fit(NamedTuple):
     trainable: int
     opt_state_bytes: int
     step_ms: float
+    evaluation: dict[str, float]
 
     def merged(self) -> Any:
         """Plain parameters with what was learned."""
@@ -69,7 +71,7 @@ def fit(
       log_every: steps between two reports.
       bars: where the progress bar goes.
       writer: where metrics go, None for nowhere.
-      eval_every: steps between two evaluations, 0 for none.
+      eval_every: steps between two evaluations, 0 for one at the end.
       evaluate: merged parameters -> values to write.
     """
     init_key, step_key = jax.random.split(key)
@@ -83,7 +85,8 @@ def fit(
     merge = jax.jit(lorax.merge)
     tokens = batches[0]["targets"].size
     meter = progress.Meter(bars, name, steps)
-    times = []
+    times: list[float] = []
+    evaluation: dict[str, float] = {}
 
     began, reported, losses = time.perf_counter(), 0, []
     for i in range(1, steps + 1):
@@ -91,17 +94,19 @@ def fit(
         losses.append(values["loss"])
         if i % log_every == 0 or i == steps:
             values = jax.device_get(values)  # waits for the step
-            values["loss"] = statistics.fmean(map(float, losses))  # since the last report
+            # The mean since the last report: single batches differ by their documents.
+            values["loss"] = statistics.fmean(map(float, losses))
             times.append((time.perf_counter() - began) / (i - reported))
             meter.update(i, values["loss"] * metrics.BITS, tokens / times[-1])
             if writer:
                 writer.write(name, i, {**values, "step_ms": times[-1] * 1e3})
             began, reported, losses = time.perf_counter(), i, []
-        if eval_every and evaluate and (i % eval_every == 0 or i == steps):
+        if evaluate and (i == steps or (eval_every and i % eval_every == 0)):
             jax.block_until_ready(state)
             paused = time.perf_counter()
+            evaluation = evaluate(merge(state.adapters, params))
             if writer:
-                writer.write(name, i, evaluate(merge(state.adapters, params)))
+                writer.write(name, i, evaluation)
             began += time.perf_counter() - paused  # evaluation is no part of a step
 
     return Fit(
@@ -110,4 +115,5 @@ def fit(
         trainable=metrics.size(state.adapters),
         opt_state_bytes=metrics.nbytes(state.opt_state),
         step_ms=statistics.median(times) * 1e3,
+        evaluation=evaluation,
     )

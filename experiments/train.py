@@ -72,7 +72,7 @@ def train(
                 config, method, loss_fn, base, topics, bars, writer, evaluate
             )
             models[method] = fits[method].merged()
-            results[method] = evaluate(models[method])
+            results[method] = dict(fits[method].evaluation)
 
         # ------------------------------------------------------------ report
         for name, params in models.items():
@@ -149,7 +149,7 @@ def adapt(
         log_every=config.run.log_every,
         bars=bars,
         writer=writer,
-        eval_every=config.eval.every if evaluate else 0,
+        eval_every=config.eval.every,
         evaluate=evaluate,
     )
 
