@@ -10,25 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from lorax import checkpoint
-from lorax.adapters import Full, Lora
-from lorax.types import Axes
-
-
-def lora(scale=2.0, dtype=jnp.float32, **static):
-    """A rank-1 adapter of a kernel `[3, 2]`."""
-    a, b = jnp.arange(3.0).reshape(3, 1), jnp.ones((1, 2)) / 3
-    return Lora(a.astype(dtype), b.astype(dtype), scale, Axes((0,), (1,)), **static)
-
-
-def base():
-    """The tree that `lora` and the head belong to."""
-    kernel = jnp.arange(6, dtype=jnp.float32).reshape(3, 2)
-    return {"dense": {"kernel": kernel, "bias": jnp.zeros(2)}, "head": jnp.ones(4)}
-
-
-def both():
-    """An adapter of each class."""
-    return {"dense/kernel": lora(), "head": Full(jnp.ones(4))}
+from lorax.adapters import Full
+from tests.test_checkpoint import base, both, lora
 
 
 def edit(path, change):
