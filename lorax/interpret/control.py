@@ -202,7 +202,7 @@ def _layer(value: Any) -> Any:
     """Removes the scanned axis from the description of a sliced view."""
     if not isinstance(value, Tracked):
         return value
-    return Tracked(value.value, tuple(t.drop(0, indexed=True) for t in value.terms))
+    return Tracked(value.value, tuple(t.drop(0) for t in value.terms))
 
 
 @rule("shard_map")

@@ -95,16 +95,15 @@ class Term:
             factors = Factors(a, b)
         return dataclasses.replace(self, factors=factors, **meta)
 
-    def drop(self, dim: int, indexed: bool) -> Term:
-        """Removes a dimension from the view; its factors must have lost it already."""
+    def drop(self, dim: int) -> Term:
+        """Takes an indexed dimension out of the view; the factors have lost theirs."""
         cut = lambda t: t[:dim] + t[dim + 1 :]
-        gone = frozenset(self.labels[dim]) if indexed else self.sized(self.labels[dim])
         return dataclasses.replace(
             self,
             labels=cut(self.labels),
             start=cut(self.start),
             shape=cut(self.shape),
-            indexed=self.indexed | gone,
+            indexed=self.indexed | frozenset(self.labels[dim]),
         )
 
 
