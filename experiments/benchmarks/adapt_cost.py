@@ -7,8 +7,8 @@ to the adapters: XLA's count of FLOPs and temporary memory in four variants (pla
 `nn.scan`, `nn.remat`, both), the time to trace and compile, and the time of a step. All
 programs must agree to 1e-5 in loss and gradients before anything is reported.
 
-On Linux, XLA:CPU maps and unmaps its temporary memory at every call, and spends about
-15 % of a step on the page faults. `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` in the
+On Linux, XLA:CPU maps and unmaps its temporary memory at every call, and spends a part
+of every step on the page faults. `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` in the
 environment removes them where transparent huge pages are available.
 """
 

@@ -53,10 +53,11 @@ def dot(
 ) -> jax.Array:
     """Returns `(x @ first) @ second`.
 
-    On a single CPU device every product is two-dimensional: contracted over two leading
-    axes, a factor's gradient costs 2.3 x the whole step. And the gradient of `first`
-    has to come out as [rank, in]: behind a plain transpose XLA rewrites it to [in,
-    rank], which its library runs 8 to 14 times slower; the barrier keeps it.
+    On a single CPU device every product is two-dimensional: for a factor's gradient
+    contracted over two leading axes XLA copies the activation transposed, which costs
+    more than the step itself. And the gradient of `first` has to come out as [rank,
+    in]: behind a plain transpose XLA rewrites it to [in, rank], which its library runs
+    far slower; the barrier keeps it. `experiments.benchmarks.adapt_cost` has the sum.
 
     Args:
       x: the activation; the left operand of every product.

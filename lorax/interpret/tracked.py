@@ -158,7 +158,7 @@ class Pending:
 
     Adding the bias to the frozen part first, `(x @ W + bias) + branch`, lets XLA fuse
     the last sum into what follows; in the other order it keeps both sums for the
-    backward pass, a tenth more memory and time.
+    backward pass.
     """
 
     base: jax.Array
