@@ -6,7 +6,7 @@ loss = lorax.adapt(loss_fn)                 # (adapters, params, batch)
 merged = lorax.merge(adapters, params)      # plain Flax params again
 """
 
-from lorax.adapters import Full, Lora
+from lorax.adapters import AdaLora, Dora, Full, Lora
 from lorax.kernels import Kernel, KernelUse, discover
 from lorax.targets import Target
 from lorax.transform import MergeWarning, adapt, init, merge
@@ -15,9 +15,11 @@ from lorax.types import Adapter, Adapters, Axes
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLora",
     "Adapter",
     "Adapters",
     "Axes",
+    "Dora",
     "Full",
     "Kernel",
     "KernelUse",

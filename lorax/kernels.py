@@ -112,7 +112,7 @@ class _Recorder:
             self._note(walker, eqn, term.path, note)
             place = (*walker.scope, id(eqn))
             self.equations.setdefault(place, set()).add(term.path)
-        return interpret.frozen(walker, eqn, use)
+        return [interpret.frozen(walker, eqn, use)]
 
     def merge(self, walker: Any, eqn: Any, view: interpret.Tracked) -> jax.Array:
         for path in view.paths:

@@ -20,6 +20,7 @@ from lorax.kernels import Kernel
 from lorax.types import Axes, PyTree
 
 ALL_LINEAR = "all-linear"
+ADAPTERS = ("lora", "dora", "adalora", "full")
 SCALINGS = {
     "standard": lambda alpha, rank: alpha / rank,
     "rank_stabilized": lambda alpha, rank: alpha / math.sqrt(rank),
@@ -36,14 +37,17 @@ class Target:
         embeddings and output heads, as PEFT means it.
       rank: of the update, from 1 to min(in, out). 8 as in the LoRA paper's GLUE runs.
       alpha: numerator of the scale. 16 as in the same runs.
-      adapter: "lora", or "full" to train the leaf itself (heads, norms, biases).
-      init: name of the initialisation of the factors.
+      adapter: "lora", "dora" or "adalora"; or "full" to train the leaf itself (heads,
+        norms, biases).
+      init: name of the initialisation of the factors, one of `lorax.inits.INITS`.
       scaling: "standard", alpha / rank; or "rank_stabilized", alpha / sqrt(rank).
       dropout: rate on the adapter branch's input, used when a `lora_key` is given.
       dtype: of the factors; float32 whatever the base's dtype.
       exclude: regular expression of paths to leave out, or several.
       layers: of a stacked kernel, the layers that get factors; None for all.
-      options: hyperparameters of the init, as pairs `(name, value)`.
+      options: hyperparameters of the init and of the adapter, as pairs `(name, value)`
+        or a dict; the docstring of each init lists its own, and "dora" takes
+        `detach_norm` (True).
 
     Raises:
       ValueError: a value out of range, or a pattern that is no regular expression.
@@ -62,14 +66,14 @@ class Target:
     pattern: str
     rank: int = 8
     alpha: float = 16.0
-    adapter: Literal["lora", "full"] = "lora"
+    adapter: Literal["lora", "dora", "adalora", "full"] = "lora"
     init: str = "standard"
     scaling: Literal["standard", "rank_stabilized"] = "standard"
     dropout: float = 0.0
     dtype: Any = jnp.float32
     exclude: str | Sequence[str] | None = None
     layers: tuple[int, ...] | None = None
-    options: tuple[tuple[str, Any], ...] = ()
+    options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -80,7 +84,7 @@ class Target:
                 raise ValueError(
                     f"{pattern!r} is no regular expression: {error}"
                 ) from None
-        _one_of("adapter", self.adapter, ("lora", "full"))
+        _one_of("adapter", self.adapter, ADAPTERS)
         _one_of("scaling", self.scaling, tuple(SCALINGS))
         if not _whole(self.rank) or self.rank < 1:
             raise ValueError(
@@ -105,6 +109,14 @@ class Target:
                     "from 0, or None for all"
                 )
             object.__setattr__(self, "layers", layers)
+
+        try:
+            options = tuple(sorted(dict(self.options).items()))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{self.pattern!r}: options={self.options!r}; give pairs (name, value)"
+            ) from None
+        object.__setattr__(self, "options", options)
 
     @property
     def scale(self) -> float:
@@ -244,7 +256,7 @@ def _kernel(
         found = Kernel(path, shape, leaf.dtype, "dot", Axes((0,), (1,)))
     else:
         found = Kernel(path, shape, leaf.dtype, "unknown", None)
-    if target.adapter == "lora":
+    if target.adapter != "full":
         _check_low_rank(target, found, leaves, kernels)
     return dataclasses.replace(found, value=leaf)
 

@@ -11,9 +11,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lorax import interpret, tree
+from lorax import inits, interpret, tree
 from lorax.adapters import Full
-from lorax.inits import INITS
 from lorax.interpret import trace
 from lorax.kernels import Kernel
 from lorax.targets import Rule, select
@@ -62,6 +61,8 @@ def init(
     """
     trace.require_pure(params)
     chosen = select(params, targets, kernels)
+    for target, _ in chosen.values():
+        inits.check(target)
     _require_finite(params)
     adapters: Adapters = {}
     moved: dict[str, Any] = {}
@@ -69,11 +70,10 @@ def init(
         if target.adapter == "full":
             adapters[path] = Full(_copy(kernel.value, target.dtype))
             continue
-        if target.init not in INITS:
-            raise ValueError(f"init={target.init!r}; choose one of {', '.join(INITS)}")
         own = tree.fold_path(key, path)
         statistics = None if stats is None else stats.get(path)
-        adapters[path], after = INITS[target.init](own, kernel, target, statistics)
+        made = inits.INITS[target.init].make(own, kernel, target, statistics)
+        adapters[path], after = made
         if after.value is not kernel.value:
             moved[path] = after.value
     return adapters, tree.replace(params, moved) if moved else params

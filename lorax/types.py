@@ -34,15 +34,28 @@ class Axes(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """The low-rank form `scale * a @ b` in which an adapter meets a linear operation.
+    """The form `W0 * gain + a @ b` in which an adapter meets a linear operation.
 
     Attributes:
       a: `[*batch, *in, rank]`.
-      b: `[*batch, rank, *out]`, the scale folded in.
+      b: `[*batch, rank, *out]`, scale and gain folded in.
+      gain: `[*batch, *out]`, on the outputs of the frozen kernel; None for ones.
     """
 
     a: jax.Array
     b: jax.Array
+    gain: jax.Array | None = None
+
+
+class PairStatics(NamedTuple):
+    """Scale and true rank of one adapter where a population gives each member its own.
+
+    A train step passes `pairs={path: PairStatics}` to `tx.update`; without it a pair
+    transform reads the adapter's own `scale` and `rank`.
+    """
+
+    scale: Any
+    rank: Any
 
 
 class Adapter(Protocol):

@@ -40,6 +40,8 @@ def image(params, x):
 
 
 LORA = functools.partial(lorax.Target, "w", rank=2, alpha=3)
+DORA = functools.partial(LORA, adapter="dora")
+ADALORA = functools.partial(LORA, adapter="adalora")
 FULL = functools.partial(lorax.Target, "w|bias", adapter="full")
 # (name, program, shape of w, size of the bias, target)
 ADAPTERS = [
@@ -50,6 +52,22 @@ ADAPTERS = [
     ("lora_layer_subset", layers, (3, IN, IN), IN, LORA(layers=(0, 2))),
     ("lora_three_axes", heads, (2, IN, 4), 4, LORA()),
     ("lora_conv", image, (3, 4, OUT), OUT, LORA()),
+    ("dora", matrix, (IN, OUT), OUT, DORA()),
+    (
+        "dora_whole_gradient",
+        matrix,
+        (IN, OUT),
+        OUT,
+        DORA(options={"detach_norm": False}),
+    ),
+    ("dora_stacked", layers, (3, IN, IN), IN, DORA()),
+    ("dora_layer_subset", layers, (3, IN, IN), IN, DORA(layers=(0, 2))),
+    ("dora_three_axes", heads, (2, IN, 4), 4, DORA()),
+    ("dora_conv", image, (3, 4, OUT), OUT, DORA()),
+    ("adalora", matrix, (IN, OUT), OUT, ADALORA()),
+    ("adalora_stacked", layers, (3, IN, IN), IN, ADALORA()),
+    ("adalora_three_axes", heads, (2, IN, 4), 4, ADALORA()),
+    ("adalora_conv", image, (3, 4, OUT), OUT, ADALORA()),
     ("full", matrix, (IN, OUT), OUT, FULL()),
     ("full_stacked", layers, (3, IN, IN), IN, FULL()),
 ]
@@ -224,14 +242,15 @@ INITS = [("standard", ())]
 init_rows = pytest.mark.parametrize(
     "name,options", INITS, ids=[row[0] for row in INITS]
 )
-KERNEL_ROWS = [row for row in ADAPTERS if row[0].startswith("lora")]
+KERNEL_ROWS = [row for row in ADAPTERS if not row[0].startswith("full")]
 
 
 def initialised(row, init, key=KEY, others=()):
     _, fn, shape, bias, target = row
     params = {"w": programs.normal(1, *shape), "bias": programs.normal(2, bias)}
     kernels = lorax.discover(fn, params, X)
-    target = dataclasses.replace(target, init=init[0], options=init[1])
+    options = dict(target.options) | dict(init[1])
+    target = dataclasses.replace(target, init=init[0], options=options)
     return params, lorax.init(key, params, [*others, target], kernels)
 
 

@@ -130,7 +130,10 @@ FIELDS = [
     (dict(pattern="w", rank=True), "rank=True"),
     (dict(pattern="w", alpha=0), "alpha=0; give a number > 0"),
     (dict(pattern="w", alpha=float("nan")), "alpha=nan"),
-    (dict(pattern="w", adapter="lokr"), "adapter='lokr'; choose one of lora, full"),
+    (
+        dict(pattern="w", adapter="lokr"),
+        "adapter='lokr'; choose one of lora, dora, adalora, full",
+    ),
     (dict(pattern="w", scaling="none"), "choose one of standard, rank_stabilized"),
     (dict(pattern="w", dropout=1.0), r"dropout=1.0; give a rate in \[0, 1\)"),
     (dict(pattern="w", dropout=-0.1), "dropout=-0.1"),

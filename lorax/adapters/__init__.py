@@ -1,9 +1,11 @@
 """The parametrisations: frozen dataclasses whose array fields are all trainable."""
 
+from lorax.adapters.adalora import AdaLora, orthogonal_penalty
+from lorax.adapters.dora import Dora
 from lorax.adapters.full import Full
 from lorax.adapters.lora import Lora
 
-CLASSES = {cls.__name__: cls for cls in (Lora, Full)}
+CLASSES = {cls.__name__: cls for cls in (Lora, Dora, AdaLora, Full)}
 """Class by name, for adapters read back from disk."""
 
-__all__ = ["CLASSES", "Full", "Lora"]
+__all__ = ["CLASSES", "AdaLora", "Dora", "Full", "Lora", "orthogonal_penalty"]

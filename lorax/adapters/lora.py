@@ -11,13 +11,12 @@ References:
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 
+from lorax.adapters import layout
 from lorax.types import Axes, Factors
 
 
@@ -51,31 +50,8 @@ class Lora:
 
     def check(self, path: str, leaf: jax.Array) -> None:
         """Raises ValueError unless the factors fit a leaf of this shape and dtype."""
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"{path}: the leaf has dtype {leaf.dtype}, and a low-rank update needs "
-                "a floating kernel; dequantise it or adapt another leaf"
-            )
-        if sorted(self.axes.order) != list(range(leaf.ndim)):
-            raise ValueError(
-                f"{path}: the adapter has {self.axes} and the leaf the shape "
-                f"{leaf.shape}; was it made for another model?"
-            )
-        in_, out, batch = self.axes.sizes(leaf.shape)
-        if self.layers is not None:
-            if not batch or max(self.layers) >= batch[0]:
-                raise ValueError(
-                    f"{path}: layers={self.layers} of a leaf with shape {leaf.shape} "
-                    f"and {self.axes}; no such layers"
-                )
-            batch = (len(self.layers), *batch[1:])
-        want = (*batch, *in_, self.rank), (*batch, self.rank, *out)
-        if (self.a.shape, self.b.shape) != want:
-            raise ValueError(
-                f"{path}: the factors have shapes {self.a.shape} and {self.b.shape}, "
-                f"and a kernel of shape {leaf.shape} needs {want[0]} and {want[1]}; "
-                "was the adapter made for another model?"
-            )
+        shapes = [(self.a.shape, "ir"), (self.b.shape, "ro")]
+        layout.check(path, leaf, self.axes, self.layers, self.rank, shapes)
 
     def factors(self, kernel: jax.Array) -> Factors:
         """Returns (a, scale * b) over the whole stack, zero where no layer has factors.
@@ -86,32 +62,15 @@ class Lora:
         Returns:
           `a: [*batch, *in, rank]` and `b: [*batch, rank, *out]`, in their own dtypes.
         """
-        wide = jnp.promote_types(self.b.dtype, jnp.float32)
-        a, b = self.a, self.scale * self.b.astype(wide)
-        if self.layers is None:
-            return Factors(a, b)
-        layers = jnp.asarray(self.layers)
-        depth = kernel.shape[self.axes.batch[0]]
-        spread = lambda f: jnp.zeros((depth, *f.shape[1:]), f.dtype).at[layers].set(f)
-        return Factors(spread(a), spread(b))
+        a, b = self.a, self.scale * self.b.astype(layout.wide(self.b))
+        depth = layout.depth(kernel, self.axes)
+        return Factors(*(layout.spread(f, self.layers, depth) for f in (a, b)))
 
     def delta(self, kernel: jax.Array) -> jax.Array:
         """Returns `scale * a @ b` in the leaf's layout and at least float32."""
-        a, b = self.factors(kernel)
-        in_, out, batch = self.axes.sizes(kernel.shape)
-        dtype = jnp.promote_types(kernel.dtype, jnp.float32)
-        product = jnp.matmul(
-            a.astype(dtype).reshape(*batch, math.prod(in_), self.rank),
-            b.astype(dtype).reshape(*batch, self.rank, math.prod(out)),
-            precision=jax.lax.Precision.HIGHEST,
-        ).reshape(*batch, *in_, *out)
-        return product.transpose(_inverse(self.axes.order))
+        a, b, _ = self.factors(kernel)
+        return layout.product(a, b, self.axes, kernel)
 
     def merge(self, kernel: jax.Array) -> jax.Array:
         """Returns `W0 + scale * a @ b`, rounded once to the kernel's dtype."""
-        delta = self.delta(kernel)
-        return (kernel.astype(delta.dtype) + delta).astype(kernel.dtype)
-
-
-def _inverse(permutation: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(permutation.index(i) for i in range(len(permutation)))
+        return layout.added(kernel, self.delta(kernel))

@@ -4,7 +4,7 @@ Importing the package fills the walker's table of rules.
 """
 
 from lorax.interpret import control, rules, views
-from lorax.interpret.rules import Use, frozen, low_rank
+from lorax.interpret.linear import Use, frozen, low_rank
 from lorax.interpret.tracked import Term, Tracked, dense, watch
 from lorax.interpret.walker import RULES, Visitor, Walker
 

@@ -255,7 +255,10 @@ def _specs(value: Any, spec: Any) -> Any:
         )
         a: Any = PartitionSpec(*batch, *in_, None)
         b: Any = PartitionSpec(*batch, None, *out)
-        return dataclasses.replace(term, factors=Factors(a, b))
+        gain: Any = None
+        if term.factors.gain is not None:
+            gain = PartitionSpec(*batch, *out)
+        return dataclasses.replace(term, factors=Factors(a, b, gain))
 
     return Tracked(spec, tuple(term_specs(term) for term in value.terms))
 

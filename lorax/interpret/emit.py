@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from lorax import tree
 from lorax.interpret.tracked import Term
-from lorax.interpret.walker import Walker
 
 Dims = tuple[Sequence[int], Sequence[int]]
 
@@ -24,14 +23,18 @@ def operand_dtype(kernel: jnp.dtype) -> jnp.dtype:
 
 
 def window(
-    walker: Walker, x: jax.Array, term: Term, x_read: Sequence[int], read: Sequence[int]
+    x: jax.Array, term: Term, x_read: Sequence[int], read: Sequence[int]
 ) -> jax.Array:
-    """Returns the part of the activation that a term reads, after dropout."""
+    """Returns the part of the activation that a term reads."""
     for dim, own in zip(x_read, read, strict=True):
         low, size = term.start[own], term.shape[own]
         if size != x.shape[dim]:
             x = jax.lax.slice_in_dim(x, low, low + size, axis=dim)
-    key = walker.fork_key()
+    return x
+
+
+def dropped(x: jax.Array, term: Term, key: jax.Array | None) -> jax.Array:
+    """Returns the branch's input after dropout; the same key drops the same."""
     if key is None or term.rate == 0.0:
         return x
     key = tree.fold_path(key, term.path)

@@ -5,7 +5,7 @@ program sees it (transposed, sliced, reshaped, cast), plus one `Term` for every 
 it. A term knows which leaf axes each dimension of the view stands for, where its block
 lies, and (under `adapt`, not under `discover`) the factors, in one canonical order:
 
-    a: [*batch, *in, rank]     b: [*batch, rank, *out]
+    a: [*batch, *in, rank]     b: [*batch, rank, *out]     gain: [*batch, *out]
 
 with the dimensions of each kind in the order in which the view has them. Every view is
 then an edit of labels, plus the same edit of the factor that owns the dimension.
@@ -45,8 +45,9 @@ class Term:
       indexed: leaf axes taken away by indexing or scanning over them.
       axes: the adapter's axes; None under discover.
       rate: dropout on the adapter branch.
-      factors: `a: [*batch, *in, rank]` and `b: [*batch, rank, *out]`, in view order;
-        None under discover.
+      factors: `a: [*batch, *in, rank]`, `b: [*batch, rank, *out]` and, where the
+        adapter rescales the frozen kernel, `gain: [*batch, *out]`, in view order; None
+        under discover.
     """
 
     path: str
@@ -86,13 +87,15 @@ class Term:
         """Applies `change(factor, axis)` to the factors that own a dimension."""
         factors, kind = self.factors, self.kind(dim)
         if factors is not None and kind in ("batch", "in", "out"):
-            a, b = factors
-            axis = self.dims(kind).index(dim)
+            a, b, gain = factors
+            axis, n = self.dims(kind).index(dim), len(self.dims("batch"))
             if kind != "out":
-                a = change(a, axis + (kind == "in") * len(self.dims("batch")))
+                a = change(a, axis + (kind == "in") * n)
             if kind != "in":
-                b = change(b, axis + (kind == "out") * (len(self.dims("batch")) + 1))
-            factors = Factors(a, b)
+                b = change(b, axis + (kind == "out") * (n + 1))
+            if kind != "in" and gain is not None:
+                gain = change(gain, axis + (kind == "out") * n)
+            factors = Factors(a, b, gain)
         return dataclasses.replace(self, factors=factors, **meta)
 
     def drop(self, dim: int) -> Term:
@@ -125,14 +128,17 @@ class Tracked:
     def adapted(self, adapter: Any, factors: Factors) -> Tracked:
         """Gives a watched leaf the factors of its adapter."""
         (term,) = self.terms
+        in_, out, batch = adapter.axes
+        a, b, gain = factors
+        if gain is not None:  # ordered as b is, whose rank stands at len(batch)
+            gain = jnp.expand_dims(gain, len(batch))
+            gain = _in_view_order(gain, batch, out, 1).squeeze(len(batch))
+        a, b = _in_view_order(a, batch, in_, 0), _in_view_order(b, batch, out, 1)
         term = dataclasses.replace(
             term,
             axes=adapter.axes,
             rate=adapter.dropout,
-            factors=Factors(
-                _in_view_order(factors.a, adapter.axes.batch, adapter.axes.in_, 0),
-                _in_view_order(factors.b, adapter.axes.batch, adapter.axes.out, 1),
-            ),
+            factors=Factors(a, b, gain),
         )
         return Tracked(self.value, (term,))
 
@@ -177,11 +183,14 @@ def dense(tracked: Any) -> jax.Array:
     if not isinstance(tracked, Tracked):
         return tracked
     dtype = jnp.promote_types(tracked.value.dtype, jnp.float32)
-    total = tracked.value.astype(dtype)
+    total, shape = tracked.value.astype(dtype), tracked.value.shape
     for term in tracked.terms:
         if term.factors is None:
             return tracked.value
-        a, b = term.factors
+        if (gain := gains(term, range(len(shape)), shape)) is not None:
+            total = total * gain.astype(dtype)
+    for term in tracked.terms:
+        a, b, _ = term.factors  # type: ignore[misc]
         batch, in_, out = (term.dims(kind) for kind in ("batch", "in", "out"))
         sizes = lambda dims: [term.shape[d] for d in dims]  # noqa: B023
         rank = a.shape[-1]
@@ -198,12 +207,35 @@ def dense(tracked: Any) -> jax.Array:
     return total.astype(tracked.value.dtype)
 
 
-def place(block: jax.Array, start: Sequence[int], shape: Sequence[int]) -> jax.Array:
-    """Returns `block` at offset `start` in zeros of the given shape."""
+def gains(term: Term, dims: Iterable[int], shape: Sequence[int]) -> jax.Array | None:
+    """Returns a term's gain along some dimensions of its view, ones outside its block.
+
+    Args:
+      term: None is returned where it has no gain.
+      dims: dimensions of the view, its batch and out dimensions among them, in the
+        order that the result shall have them.
+      shape: of the view.
+    """
+    if term.factors is None or term.factors.gain is None:
+        return None
+    dims, own = list(dims), term.dims("batch") + term.dims("out")
+    gain = term.factors.gain.transpose([own.index(d) for d in dims if d in own])
+    gain = gain.reshape([term.shape[d] if d in own else 1 for d in dims])
+    needed = [d in own or not term.whole(d, shape) for d in dims]
+    full = [shape[d] if need else 1 for d, need in zip(dims, needed, strict=True)]
+    block = [term.shape[d] if need else 1 for d, need in zip(dims, needed, strict=True)]
+    start = [term.start[d] if need else 0 for d, need in zip(dims, needed, strict=True)]
+    return place(jnp.broadcast_to(gain, block), start, full, fill=1.0)
+
+
+def place(
+    block: jax.Array, start: Sequence[int], shape: Sequence[int], fill: float = 0.0
+) -> jax.Array:
+    """Returns `block` at offset `start` in a constant of the given shape."""
     if block.shape == tuple(shape):
         return block
     padding = [
         (lo, full - lo - size, 0)
         for lo, size, full in zip(start, block.shape, shape, strict=True)
     ]
-    return jax.lax.pad(block, jnp.zeros((), block.dtype), padding)
+    return jax.lax.pad(block, jnp.full((), fill, block.dtype), padding)

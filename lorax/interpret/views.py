@@ -70,8 +70,8 @@ def per_factor(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | N
     def edit(term: Term) -> Term:
         if term.factors is None:
             return term
-        both = Factors(*(walker.bind(eqn, [factor])[0] for factor in term.factors))
-        return dataclasses.replace(term, factors=both)
+        factors = jax.tree.map(lambda f: walker.bind(eqn, [f])[0], term.factors)
+        return dataclasses.replace(term, factors=factors)
 
     return viewed(walker, eqn, values, edit)
 
@@ -110,8 +110,9 @@ def _plain_scalar(walker: Walker, eqn: Any, value: Any) -> Any:
 def _scaled(term: Term, change: Callable[[jax.Array], jax.Array]) -> Term:
     if term.factors is None:
         return term
-    a, b = term.factors
-    return dataclasses.replace(term, factors=Factors(a, change(b).astype(b.dtype)))
+    a, b, gain = term.factors
+    factors = Factors(a, change(b).astype(b.dtype), gain)
+    return dataclasses.replace(term, factors=factors)
 
 
 @rule("transpose")
@@ -136,7 +137,10 @@ def transpose(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | No
         n = len(batch)
         a = term.factors.a.transpose(*batch, *(n + i for i in in_), n + len(in_))
         b = term.factors.b.transpose(*batch, n, *(n + 1 + i for i in out))
-        return dataclasses.replace(new, factors=Factors(a, b))
+        gain = term.factors.gain
+        if gain is not None:
+            gain = gain.transpose(*batch, *(n + i for i in out))
+        return dataclasses.replace(new, factors=Factors(a, b, gain))
 
     return viewed(walker, eqn, values, edit)
 
@@ -220,10 +224,14 @@ def _regroup(
     batch, in_, out = (
         [block[d] for d in new.dims(kind)] for kind in ("batch", "in", "out")
     )
-    a, b = term.factors
+    a, b, gain = term.factors
     rank = a.shape[-1]
-    both = Factors(a.reshape(*batch, *in_, rank), b.reshape(*batch, rank, *out))
-    return dataclasses.replace(new, factors=both)
+    factors = Factors(
+        a.reshape(*batch, *in_, rank),
+        b.reshape(*batch, rank, *out),
+        None if gain is None else gain.reshape(*batch, *out),
+    )
+    return dataclasses.replace(new, factors=factors)
 
 
 @rule("slice")

@@ -1,0 +1,154 @@
+"""DoRA: the direction of the adapted kernel, and a trained magnitude per output.
+
+    W = (W0 + scale * a @ b) * m / c,      c = |W0 + scale * a @ b|
+
+with the norm taken over the inputs of each output feature. It comes from the factors,
+
+    c^2 = |W0|^2 + 2 s sum_r b * (a^T W0) + s^2 sum_r b * (a^T a b),
+
+so no `[in, out]` product is formed. By default c is a constant to the gradient
+(section 4.3 of the paper, and what every released implementation does).
+
+References:
+  Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lorax.adapters import layout
+from lorax.types import Axes, Factors
+
+CLAMP = 1e-12  # of |W0|^2: below, float32 cancellation can make c^2 negative
+
+
+@flax.struct.dataclass
+class Dora:
+    """Low-rank change of a kernel's directions, with a trained norm per output.
+
+    Attributes:
+      a: `[*batch, *in, rank]`.
+      b: `[*batch, rank, *out]`.
+      magnitude: `[*batch, *out]`; float32. Never decay it, and leave it out of LoRA+'s
+        ratio.
+      scale: the factor on the product `a @ b`.
+      axes: the leaf's in, out and batch axes.
+      dropout: rate on the branch's input; the dropped input then enters the frozen
+        product inside the rescaled part too, at the cost of a second one.
+      layers: the layers of the first batch axis that have factors; None for all.
+      detach_norm: True: c is a constant to the gradient; False: differentiated.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    magnitude: jax.Array
+    scale: float = flax.struct.field(pytree_node=False)
+    axes: Axes = flax.struct.field(pytree_node=False)
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+    layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
+    detach_norm: bool = flax.struct.field(pytree_node=False, default=True)
+
+    roles: ClassVar[dict[str, str]] = {"a": "a", "b": "b", "magnitude": "magnitude"}
+
+    @property
+    def rank(self) -> int:
+        """The width of the bottleneck."""
+        return self.a.shape[-1]
+
+    def check(self, path: str, leaf: jax.Array) -> None:
+        """Raises ValueError unless the factors fit a leaf of this shape and dtype."""
+        shapes = [(self.a.shape, "ir"), (self.b.shape, "ro")]
+        shapes.append((self.magnitude.shape, "o"))
+        layout.check(path, leaf, self.axes, self.layers, self.rank, shapes)
+
+    def norm(self, kernel: jax.Array) -> jax.Array:
+        """Returns c, the norm of every adapted column: `[*batch, *out]`, float32."""
+        if self.layers is not None:
+            kernel = jnp.take(kernel, jnp.asarray(self.layers), self.axes.batch[0])
+        return column_norm(kernel, self.a, self.scale * self.b, self.axes)
+
+    def gain(self, kernel: jax.Array) -> jax.Array:
+        """Returns `magnitude / c` of the layers that have factors."""
+        norm = self.norm(kernel)
+        return self.magnitude / (
+            jax.lax.stop_gradient(norm) if self.detach_norm else norm
+        )
+
+    def factors(self, kernel: jax.Array) -> Factors:
+        """Returns the form `W0 * gain + a @ (scale * b * gain)` of the whole stack."""
+        return Factors(*self._whole(kernel))
+
+    def _whole(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        gain, depth = self.gain(kernel), layout.depth(kernel, self.axes)
+        b = self.scale * self.b.astype(layout.wide(self.b))
+        b *= jnp.expand_dims(gain, len(self.axes.batch))
+        return (
+            layout.spread(self.a, self.layers, depth),
+            layout.spread(b, self.layers, depth),
+            layout.spread(gain, self.layers, depth, fill=1.0),
+        )
+
+    def delta(self, kernel: jax.Array) -> jax.Array:
+        """Returns the change of the kernel in its own layout, at least float32."""
+        a, b, gain = self._whole(kernel)
+        update = layout.product(a, b, self.axes, kernel)
+        kernel = kernel.astype(update.dtype)
+        return kernel * (per_output(gain, self.axes) - 1) + update
+
+    def merge(self, kernel: jax.Array) -> jax.Array:
+        """Returns the adapted kernel, rounded once to its dtype."""
+        a, b, gain = self._whole(kernel)
+        update = layout.product(a, b, self.axes, kernel)
+        kept = kernel.astype(update.dtype) * per_output(gain, self.axes)
+        return (kept + update).astype(kernel.dtype)
+
+
+def column_norm(
+    kernel: jax.Array,
+    a: jax.Array | None,
+    b: jax.Array | None,
+    axes: Axes,
+) -> jax.Array:
+    """Returns the norm over the inputs of `kernel + a @ b`, never formed.
+
+    Args:
+      kernel: the leaf.
+      a: `[*batch, *in, rank]`; None for the norm of the kernel alone.
+      b: `[*batch, rank, *out]`, the scale folded in.
+      axes: of the leaf.
+
+    Returns:
+      `[*batch, *out]` in at least float32; at least `sqrt(CLAMP)` of the kernel's own.
+    """
+    dtype = layout.wide(kernel)
+    kernel = kernel.astype(dtype)
+    order = axes.batch + axes.out
+    rest = [axis for axis in range(kernel.ndim) if axis not in axes.in_]
+    own = jnp.sum(kernel**2, axes.in_).transpose([rest.index(axis) for axis in order])
+    squared = own
+    if a is not None and b is not None:
+        n, i = len(axes.batch), len(axes.in_)
+        a, b = a.astype(dtype), b.astype(dtype)
+        batch, read = tuple(range(n)), tuple(range(n, n + i))
+        exact = jax.lax.Precision.HIGHEST
+        dot = lambda x, y, numbers: jax.lax.dot_general(x, y, numbers, exact)
+        cross = dot(a, kernel, ((read, axes.in_), (batch, axes.batch)))
+        gram = dot(a, a, ((read, read), (batch, batch)))  # [*batch, rank, rank]
+        # `cross` has [*batch, rank, *out] with out in the leaf's order
+        outs = sorted(axes.out)
+        cross = cross.transpose(*batch, n, *(n + 1 + outs.index(d) for d in axes.out))
+        second = dot(gram, b, (((n + 1,), (n,)), (batch, batch)))
+        squared = own + jnp.sum(b * (2 * cross + second), axis=n)
+    return jnp.sqrt(jnp.maximum(squared, CLAMP * own + jnp.finfo(dtype).tiny))
+
+
+def per_output(gain: jax.Array, axes: Axes) -> jax.Array:
+    """Lays `[*batch, *out]` along the axes of the leaf, with ones for the inputs."""
+    n = len(axes.batch)
+    shape = (*gain.shape[:n], *(1,) * len(axes.in_), *gain.shape[n:])
+    return layout.in_leaf_order(gain.reshape(shape), axes)

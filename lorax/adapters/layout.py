@@ -1,0 +1,112 @@
+"""What the low-rank parametrisations share: how factors lie beside their leaf."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax.types import Axes
+
+Shape = tuple[int, ...]
+
+
+def wide(*arrays: jax.Array) -> jnp.dtype:
+    """The dtype in which sums over these arrays are taken: at least float32."""
+    return jnp.result_type(jnp.float32, *arrays)
+
+
+def check(
+    path: str,
+    leaf: Any,
+    axes: Axes,
+    layers: tuple[int, ...] | None,
+    rank: int,
+    shapes: Sequence[tuple[Shape, str]],
+) -> None:
+    """Raises ValueError unless factors fit a leaf of this shape and dtype.
+
+    Args:
+      path: of the leaf, for the message.
+      leaf: an array or its abstract form.
+      axes: the adapter's.
+      layers: of the first batch axis that have factors; None for all.
+      rank: the width of the bottleneck.
+      shapes: of each factor, the shape it has and its layout in the letters "i" (in),
+        "r" (rank) and "o" (out), batch axes in front.
+    """
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(
+            f"{path}: the leaf has dtype {leaf.dtype}, and a low-rank update needs "
+            "a floating kernel; dequantise it or adapt another leaf"
+        )
+    if sorted(axes.order) != list(range(leaf.ndim)):
+        raise ValueError(
+            f"{path}: the adapter has {axes} and the leaf the shape "
+            f"{leaf.shape}; was it made for another model?"
+        )
+    in_, out, batch = axes.sizes(leaf.shape)
+    if layers is not None:
+        if not batch or max(layers) >= batch[0]:
+            raise ValueError(
+                f"{path}: layers={layers} of a leaf with shape {leaf.shape} "
+                f"and {axes}; no such layers"
+            )
+        batch = (len(layers), *batch[1:])
+    letters = {"i": in_, "r": (rank,), "o": out}
+    found = [shape for shape, _ in shapes]
+    want = [batch + sum((letters[c] for c in layout), ()) for _, layout in shapes]
+    if found != want:
+        say = lambda shapes: " and ".join(map(str, shapes))
+        raise ValueError(
+            f"{path}: the factors have shapes {say(found)}, and a kernel of shape "
+            f"{leaf.shape} needs {say(want)}; was the adapter made for another model?"
+        )
+
+
+def spread(
+    factor: jax.Array, layers: tuple[int, ...] | None, depth: int, fill: float = 0.0
+) -> jax.Array:
+    """Returns the factor of a whole stack, `fill` where no layer has one."""
+    if layers is None:
+        return factor
+    whole = jnp.full((depth, *factor.shape[1:]), fill, factor.dtype)
+    return whole.at[jnp.asarray(layers)].set(factor)
+
+
+def depth(kernel: jax.Array, axes: Axes) -> int:
+    """The number of layers in the stack; 1 where the leaf is none."""
+    return kernel.shape[axes.batch[0]] if axes.batch else 1
+
+
+def product(a: jax.Array, b: jax.Array, axes: Axes, kernel: jax.Array) -> jax.Array:
+    """Returns `a @ b` in the leaf's layout and at least float32.
+
+    Args:
+      a: `[*batch, *in, rank]`.
+      b: `[*batch, rank, *out]`.
+      axes: of the leaf.
+      kernel: the leaf; only its shape and dtype are read.
+    """
+    in_, out, batch = axes.sizes(kernel.shape)
+    dtype, rank = wide(kernel), a.shape[-1]
+    update = jnp.matmul(
+        a.astype(dtype).reshape(*batch, math.prod(in_), rank),
+        b.astype(dtype).reshape(*batch, rank, math.prod(out)),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return in_leaf_order(update.reshape(*batch, *in_, *out), axes)
+
+
+def in_leaf_order(array: jax.Array, axes: Axes) -> jax.Array:
+    """Transposes `[*batch, *in, *out]` to the leaf's own order of axes."""
+    order = axes.order
+    return array.transpose([order.index(axis) for axis in range(len(order))])
+
+
+def added(kernel: jax.Array, delta: jax.Array) -> jax.Array:
+    """Returns `kernel + delta`, rounded once to the kernel's dtype."""
+    return (kernel.astype(delta.dtype) + delta).astype(kernel.dtype)

@@ -1,0 +1,96 @@
+"""From factors to an adapter: what every initialisation ends with.
+
+An init chooses a, b, and how much of the kernel they carry; the parametrisation and the
+target's static fields are put around them here, and the frozen leaf is reduced by what
+the *cast* factors represent, in float32, before its one rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax.adapters import AdaLora, Dora, Lora, layout
+from lorax.adapters.dora import column_norm
+from lorax.kernels import Kernel
+from lorax.targets import Target
+from lorax.types import Adapter
+
+
+def lora_or_dora(
+    kernel: Kernel, target: Target, a: jax.Array, b: jax.Array
+) -> Lora | Dora:
+    """Returns the adapter around factors of the whole stack, or of its chosen layers.
+
+    Args:
+      kernel: the leaf before any part of it moves: DoRA's magnitude is its norm.
+      target: "lora" or "dora", with its static fields.
+      a: `[*batch, *in, rank]`, cast to the target's dtype.
+      b: `[*batch, rank, *out]`, likewise.
+    """
+    a, b = a.astype(target.dtype), b.astype(target.dtype)
+    axes = kernel.linear_axes()
+    static = (target.scale, axes, target.dropout, target.layers)
+    if target.adapter == "lora":
+        return Lora(a, b, *static)
+    magnitude = column_norm(chosen_layers(kernel, target), None, None, axes)
+    detach = dict(target.options).get("detach_norm", True)
+    return Dora(a, b, magnitude, *static, detach_norm=detach)
+
+
+def without(kernel: Kernel, adapter: Lora | Dora | AdaLora) -> Kernel:
+    """Returns the kernel less the adapter's update, so that merging gives it back."""
+    value = jnp.asarray(kernel.value)
+    plain: Adapter = adapter
+    if isinstance(adapter, Dora):  # its gain is one where the norm is the kernel's own
+        plain = Lora(
+            adapter.a, adapter.b, adapter.scale, adapter.axes, 0.0, adapter.layers
+        )
+    delta = plain.delta(value)
+    moved = (value.astype(delta.dtype) - delta).astype(value.dtype)
+    return dataclasses.replace(kernel, value=moved)
+
+
+def sizes(kernel: Kernel, target: Target) -> tuple[tuple[int, ...], ...]:
+    """Returns the (in, out, batch) sizes of what gets factors."""
+    in_, out, batch = kernel.linear_axes().sizes(kernel.shape)
+    if target.layers is not None:
+        batch = (len(target.layers), *batch[1:])
+    return in_, out, batch
+
+
+def chosen_layers(kernel: Kernel, target: Target) -> jax.Array:
+    """Returns the leaf, or of a stack the layers that get factors."""
+    value = jnp.asarray(kernel.value)
+    if target.layers is None:
+        return value
+    axis = kernel.linear_axes().batch[0]
+    return jnp.take(value, jnp.asarray(target.layers), axis)
+
+
+def matrices(kernel: Kernel, target: Target) -> jax.Array:
+    """Returns the chosen layers as `[*batch, in, out]` in float32, axes flattened."""
+    value = chosen_layers(kernel, target)
+    in_, out, batch = sizes(kernel, target)
+    value = value.astype(layout.wide(value)).transpose(kernel.linear_axes().order)
+    return value.reshape(*batch, math.prod(in_), math.prod(out))
+
+
+def unflatten(
+    kernel: Kernel, target: Target, a: jax.Array, b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gives factors `[*batch, in, r]` and `[*batch, r, out]` the leaf's own axes."""
+    in_, out, batch = sizes(kernel, target)
+    rank = a.shape[-1]
+    return a.reshape(*batch, *in_, rank), b.reshape(*batch, rank, *out)
+
+
+def options(target: Target, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an init's hyperparameters: its defaults under the target's options."""
+    given = dict(target.options)
+    return {name: given.get(name, default) for name, default in defaults.items()}

@@ -1,0 +1,1 @@
+"""Optimisers: optax gradient transformations over adapter trees."""

@@ -1,0 +1,123 @@
+"""The (a, b) pairs inside an adapter tree, as stacks of matrices.
+
+Pair transforms need both factors of one kernel, and its scale, at once. They see every
+Lora and Dora as `a: [n, in, rank]`, `b: [n, rank, out]` in float32, whatever the axes
+of the leaf, and `n` the layers or experts stacked in it; other adapters pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorax.adapters import Dora, Lora
+from lorax.types import Adapters, PairStatics
+
+
+class Pair(NamedTuple):
+    """Both factors of one adapter, or of its gradient or update.
+
+    Attributes:
+      a: `[n, in, rank]`, at least float32.
+      b: `[n, rank, out]`, likewise.
+      scale: the factor on `a @ b`.
+      rank: the true rank; less than `a.shape[-1]` where a population pads it.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    scale: Any
+    rank: Any
+
+
+def is_pair(adapter: Any) -> bool:
+    """True for the adapters that pair transforms act on."""
+    return isinstance(adapter, Lora | Dora)
+
+
+def pair_of(adapter: Any, statics: PairStatics | None = None) -> Pair:
+    """Returns the factors as stacks of matrices.
+
+    Args:
+      adapter: a Lora or Dora of parameters, gradients or updates.
+      statics: scale and rank of this member of a population; None: the adapter's own.
+    """
+    n = math.prod(adapter.a.shape[: len(adapter.axes.batch)])
+    rank = adapter.rank
+    wide = lambda f: f.astype(jnp.promote_types(f.dtype, jnp.float32))
+    own = PairStatics(adapter.scale, rank) if statics is None else statics
+    return Pair(
+        wide(adapter.a).reshape(n, -1, rank),
+        wide(adapter.b).reshape(n, rank, -1),
+        own.scale,
+        own.rank,
+    )
+
+
+def with_pair(adapter: Any, a: jax.Array, b: jax.Array) -> Any:
+    """Returns the adapter with these factors, in its own shapes and dtypes."""
+    return adapter.replace(
+        a=a.reshape(adapter.a.shape).astype(adapter.a.dtype),
+        b=b.reshape(adapter.b.shape).astype(adapter.b.dtype),
+    )
+
+
+def map_pairs(
+    function: Callable[[str, Pair, Pair], tuple[jax.Array, jax.Array]],
+    updates: Adapters,
+    adapters: Adapters | None,
+    pairs: Mapping[str, PairStatics] | None = None,
+) -> Adapters:
+    """Returns updates with `function(path, update, parameters)` in place of every pair.
+
+    Args:
+      function: returns the new `a: [n, in, rank]` and `b: [n, rank, out]`.
+      updates: gradients or updates, `{path: Adapter}`.
+      adapters: the parameters, as optax passes them.
+      pairs: of a population's member, the scales and ranks that differ.
+
+    Raises:
+      ValueError: `adapters` is None.
+    """
+    given = require_params(adapters)
+    changed = {}
+    for path, update in updates.items():
+        changed[path] = update
+        if is_pair(update):
+            own = None if pairs is None else pairs.get(path)
+            both = pair_of(update, own), pair_of(given[path], own)
+            changed[path] = with_pair(update, *function(path, *both))
+    return changed
+
+
+def require_params(adapters: Adapters | None) -> Adapters:
+    """Raises ValueError where an update was called without the parameters."""
+    if adapters is None:
+        raise ValueError(
+            "this transformation reads the adapters: call "
+            "tx.update(grads, state, adapters)"
+        )
+    return adapters
+
+
+def require_adapters(adapters: Any, name: str) -> Adapters:
+    """Raises unless this is an adapter tree of real arrays that `name` can act on."""
+    whole = isinstance(adapters, Mapping) and all(
+        hasattr(adapter, "roles") for adapter in adapters.values()
+    )
+    if not whole or not adapters:
+        raise ValueError(
+            f"{name} acts on the adapters that lorax.init returns, {{path: Adapter}}; "
+            f"it was given {jax.tree.structure(adapters)}"
+        )
+    for path, adapter in adapters.items():
+        for leaf in jax.tree.leaves(adapter):
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                raise ValueError(
+                    f"{path}: {name} needs real factors, and these are {leaf.dtype}"
+                )
+    return dict(adapters)
