@@ -34,12 +34,12 @@ class Axes(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """The form `W0 * gain + a @ b` in which an adapter meets a linear operation.
+    """The form `(W0 + a @ b) * gain` in which an adapter meets a linear operation.
 
     Attributes:
       a: `[*batch, *in, rank]`.
-      b: `[*batch, rank, *out]`, scale and gain folded in.
-      gain: `[*batch, *out]`, on the outputs of the frozen kernel; None for ones.
+      b: `[*batch, rank, *out]`, the scale folded in.
+      gain: `[*batch, *out]`, on the outputs; None for ones.
     """
 
     a: jax.Array

@@ -126,3 +126,33 @@ def test_the_standard_init_has_the_bounds_of_pefts():
     for draw in (theirs, a):
         assert np.abs(draw).max() <= bound
         assert draw.std() == pytest.approx(bound / np.sqrt(3), rel=0.03)
+
+
+def test_dora():
+    """PEFT detaches the norm, as we do by default; the bias is added unscaled."""
+    kernel, x = programs.normal(0, 6, 5), programs.normal(1, 4, 6)
+    a, b = programs.normal(2, 6, 3), programs.normal(3, 3, 5)
+    magnitude, bias = 1 + programs.normal(4, 5) / 4, programs.normal(5, 5)
+    layer = torch.nn.Linear(6, 5)
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["layer"], use_dora=True)
+    model = torch.nn.Sequential()
+    model.add_module("layer", layer)
+    model = peft.get_peft_model(model, config)
+    wrapped = model.base_model.model.layer
+    theirs = wrapped.lora_magnitude_vector["default"].weight
+    factors = wrapped.lora_A["default"].weight, wrapped.lora_B["default"].weight, theirs
+    with torch.no_grad():
+        wrapped.base_layer.weight.copy_(as_torch(kernel))
+        wrapped.base_layer.bias.copy_(as_torch(bias))
+        for factor, value in zip(factors, (a, b, magnitude), strict=True):
+            factor.copy_(as_torch(value))
+    loss = (model(as_torch(x, 0, 1)).tanh() ** 2).sum()
+    loss.backward()
+
+    adapters = {"w": lorax.Dora(a, b, magnitude, 7 / 3, AXES_2D)}
+    fn = lambda params, x: jnp.sum(jnp.tanh(x @ params["w"] + bias) ** 2)
+    adapted = lorax.adapt(fn, on_merge="error")
+    value, grads = jax.value_and_grad(adapted)(adapters, {"w": kernel}, x)
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
+    for ours_, theirs in zip(jax.tree.leaves(grads), factors, strict=True):
+        np.testing.assert_allclose(ours_.T, theirs.grad.numpy(), rtol=1e-4, atol=1e-5)

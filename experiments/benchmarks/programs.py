@@ -56,19 +56,24 @@ class LoraDense(nn.Module):
         return x @ kernel + bias + self.scale * ((x @ a) @ b)
 
 
-def adapted(shape: gpt2.Shape, **switches: Any) -> Case:
+def adapted(shape: gpt2.Shape, method: str = "lora", **switches: Any) -> Case:
     """`lorax.adapt` of the model's loss, with every factor away from zero."""
     batch, key = gpt2.tokens(shape), jax.random.key(1)
     loss = _loss(gpt2.Gpt2(shape, **switches))
     params = _weights(shape, switches.get("scan", False))
-    target = lorax.Target("all-linear", rank=shape.rank, alpha=shape.alpha)
+    target = lorax.Target(
+        "all-linear",
+        rank=shape.rank,
+        alpha=shape.alpha,
+        adapter=method,  # type: ignore[arg-type]
+    )
     kernels = lorax.discover(loss, params, batch)
     adapters, params = lorax.init(key, params, [target], kernels)
     expected = len(gpt2.LINEARS) * (1 if switches.get("scan") else shape.layers)
     if len(adapters) != expected:
         raise RuntimeError(f"{expected} kernels to adapt, found {sorted(adapters)}")
     for i, (path, adapter) in enumerate(sorted(adapters.items())):
-        assert isinstance(adapter, lorax.Lora)
+        assert isinstance(adapter, lorax.Lora | lorax.Dora)
         b = 0.02 * jax.random.normal(jax.random.fold_in(key, i), adapter.b.shape)
         adapters[path] = dataclasses.replace(adapter, b=b)
     return Case(lorax.adapt(loss, on_merge="error"), adapters, params, batch)

@@ -80,32 +80,31 @@ class Dora:
         )
 
     def factors(self, kernel: jax.Array) -> Factors:
-        """Returns the form `W0 * gain + a @ (scale * b * gain)` of the whole stack."""
-        return Factors(*self._whole(kernel))
-
-    def _whole(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        gain, depth = self.gain(kernel), layout.depth(kernel, self.axes)
+        """Returns (a, scale * b, gain) over the whole stack; no layer, no change."""
         b = self.scale * self.b.astype(layout.wide(self.b))
-        b *= jnp.expand_dims(gain, len(self.axes.batch))
-        return (
+        depth = layout.depth(kernel, self.axes)
+        return Factors(
             layout.spread(self.a, self.layers, depth),
             layout.spread(b, self.layers, depth),
-            layout.spread(gain, self.layers, depth, fill=1.0),
+            layout.spread(self.gain(kernel), self.layers, depth, fill=1.0),
         )
 
     def delta(self, kernel: jax.Array) -> jax.Array:
         """Returns the change of the kernel in its own layout, at least float32."""
-        a, b, gain = self._whole(kernel)
-        update = layout.product(a, b, self.axes, kernel)
-        kernel = kernel.astype(update.dtype)
-        return kernel * (per_output(gain, self.axes) - 1) + update
+        return self._merged(kernel) - kernel
 
     def merge(self, kernel: jax.Array) -> jax.Array:
         """Returns the adapted kernel, rounded once to its dtype."""
-        a, b, gain = self._whole(kernel)
+        return self._merged(kernel).astype(kernel.dtype)
+
+    def _merged(self, kernel: jax.Array) -> jax.Array:
+        a, b, gain = self.factors(kernel)
         update = layout.product(a, b, self.axes, kernel)
-        kept = kernel.astype(update.dtype) * per_output(gain, self.axes)
-        return (kept + update).astype(kernel.dtype)
+        n = len(self.axes.batch)
+        between = tuple(range(n, n + len(self.axes.in_)))
+        assert gain is not None
+        gain = layout.in_leaf_order(jnp.expand_dims(gain, between), self.axes)
+        return (kernel.astype(update.dtype) + update) * gain
 
 
 def column_norm(
@@ -145,10 +144,3 @@ def column_norm(
         second = dot(gram, b, (((n + 1,), (n,)), (batch, batch)))
         squared = own + jnp.sum(b * (2 * cross + second), axis=n)
     return jnp.sqrt(jnp.maximum(squared, CLAMP * own + jnp.finfo(dtype).tiny))
-
-
-def per_output(gain: jax.Array, axes: Axes) -> jax.Array:
-    """Lays `[*batch, *out]` along the axes of the leaf, with ones for the inputs."""
-    n = len(axes.batch)
-    shape = (*gain.shape[:n], *(1,) * len(axes.in_), *gain.shape[n:])
-    return layout.in_leaf_order(gain.reshape(shape), axes)

@@ -125,34 +125,45 @@ def oriented(use: Use, term: Term, result: Any) -> Pair | None:
     )
 
 
-Branch = Callable[[Term, Pair, "jax.Array | None"], jax.Array]
+Branch = Callable[[Term, Pair, Any], jax.Array]
 
 
 def low_rank(walker: Walker, eqn: Any, use: Use, branch: Branch) -> list[Any] | None:
     """Returns the operation's result plus `branch` of every term, or None.
 
-    `branch(term, pair, key)` gives the term's part, already in the result's full shape.
-    The sum is left `Pending` where an addition follows.
+    `branch(term, pair, x)` gives the term's part for an activation, already in the
+    result's full shape. The sum is left `Pending` where an addition follows.
     """
-    out = eqn.outvars[0].aval
-    found = [oriented(use, term, out.dtype) for term in use.view.terms]
+    out, terms = eqn.outvars[0].aval, use.view.terms
+    found = [oriented(use, term, out.dtype) for term in terms]
     pairs = [pair for pair in found if pair is not None]
     if len(pairs) < len(found):
         return None
     wide = jnp.promote_types(out.dtype, jnp.float32)
-    keys = [walker.fork_key() for _ in pairs]
-    if any(_gained(term) for term in use.view.terms):
-        base = rescaled(walker, eqn, use, pairs, keys)
-    else:
-        base = frozen(walker, eqn, use)
-    if base is None:
-        return None
-    parts = zip(use.view.terms, pairs, keys, strict=True)
+    x: Any = None if use.activation is None else use.operands[use.activation]
+    kept = [x if x is None else emit.dropped(x, t, walker.fork_key()) for t in terms]
+    gain: Any = None
+    tied = pairs[0].tied
+    if any(map(_gained, terms)):
+        gain = _gain(use, len(out.shape) if not tied else x.ndim, pairs)
+        if gain is None or (len(terms) > 1 and any(x_ is not x for x_ in kept)):
+            return None
+    rest, base_x = None, x
+    if gain is not None and tied:  # (W * gain)^T reads x * gain
+        base_x = (x + kept[0] * (gain - 1) if kept[0] is not x else x * gain).astype(
+            x.dtype
+        )
+        kept, gain = [(x_ * gain).astype(x.dtype) for x_ in kept], None
+    elif gain is not None and kept[0] is not x:
+        # what is dropped does not enter the rescaled part, and keeps its size
+        base_x, rest = kept[0], frozen(walker, eqn, use, x - kept[0]).astype(wide)
+    base = frozen(walker, eqn, use, base_x)
+    parts = zip(terms, pairs, kept, strict=True)
     first, *more = (branch(*part).astype(wide) for part in parts)
     extra = sum(more, start=first)
-    if wide == out.dtype and walker.feeds_only_an_add(eqn):
-        return [Pending(base, extra)]
-    return [(base.astype(wide) + extra).astype(out.dtype)]
+    if wide == out.dtype and rest is None and walker.feeds_only_an_add(eqn):
+        return [Pending(base, extra, gain)]
+    return [emit.total(base, extra, gain, rest)]
 
 
 def frozen(walker: Walker, eqn: Any, use: Use, x: Any = None) -> jax.Array:
@@ -163,34 +174,21 @@ def frozen(walker: Walker, eqn: Any, use: Use, x: Any = None) -> jax.Array:
     return walker.bind(eqn, values)[0]
 
 
-def rescaled(
-    walker: Walker,
-    eqn: Any,
-    use: Use,
-    pairs: Sequence[Pair],
-    keys: Sequence[jax.Array | None],
-) -> jax.Array | None:
-    """Returns the operation on `W * gain` in at least float32, or None.
+def _gained(term: Term) -> bool:
+    return term.factors is not None and term.factors.gain is not None
 
-    None where a gain does not factor out: a kernel that holds only some of a term's
-    inputs, or uses of both orientations at once. Under dropout the dropped input x~
-    goes through the rescaled part, `x @ W + (x~ @ W) * (gain - 1)`.
+
+def _gain(use: Use, ndim: int, pairs: Sequence[Pair]) -> jax.Array | None:
+    """Returns the gains of a view along the result, or in a tied use the activation.
+
+    None where they do not factor out: a kernel that holds only some of a term's inputs,
+    uses of both orientations at once, groups that differ from row to row.
     """
-    out, shape = eqn.outvars[0].aval, use.view.value.shape
-    tied = {pair.tied for pair in pairs}
-    places = use.applied if tied == {True} else use.written
-    gained = [
-        (term, key)
-        for term, key in zip(use.view.terms, keys, strict=True)
-        if _gained(term)
-    ]
-    whole = all(t.whole(d, shape) for t, _ in gained for d in t.dims("in"))
-    if len(tied) > 1 or not places or not whole:
+    shape, gained = use.view.value.shape, [*filter(_gained, use.view.terms)]
+    whole = all(t.whole(d, shape) for t in gained for d in t.dims("in"))
+    places = use.applied if pairs[0].tied else use.written
+    if len({pair.tied for pair in pairs}) > 1 or not places or not whole:
         return None
-    wide = jnp.promote_types(out.dtype, jnp.float32)
-    run = lambda x: frozen(walker, eqn, use, x).astype(wide)
-    x: Any = None if use.activation is None else use.operands[use.activation]
-    ndim = x.ndim if tied == {True} else len(out.shape)
     dims = sorted(places, key=places.__getitem__)
 
     def along(term: Term) -> Any:
@@ -198,14 +196,4 @@ def rescaled(
         sizes = dict(zip(map(places.get, dims), gain.shape, strict=True))
         return gain.reshape([sizes.get(d, 1) for d in range(ndim)])
 
-    if x is not None and any(t.rate and key is not None for t, key in gained):
-        more = [(emit.dropped(x, t, key), along(t) - 1) for t, key in gained]
-        if tied == {True}:
-            return run((x + sum(x_ * gain for x_, gain in more)).astype(x.dtype))
-        return run(x) + sum(run(x_) * gain for x_, gain in more)
-    gain: Any = math.prod(along(term) for term, _ in gained)
-    return run((x * gain).astype(x.dtype)) if tied == {True} else run(x) * gain
-
-
-def _gained(term: Term) -> bool:
-    return term.factors is not None and term.factors.gain is not None
+    return math.prod(map(along, gained))

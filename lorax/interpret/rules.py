@@ -25,10 +25,29 @@ def add(walker: Walker, eqn: Any, values: list[Any]) -> list[jax.Array] | None:
     waiting = [value for value in values if isinstance(value, Pending)]
     if not waiting:
         return None
+    if any(value.gain is not None for value in waiting):
+        return [_add_rescaled(walker, eqn, values)]
     bases = [v.base if isinstance(v, Pending) else v for v in values]
     bases = [walker.merged(base, eqn) for base in bases]
     branches = [value.branch for value in waiting]
     return [walker.bind(eqn, bases)[0] + sum(branches[1:], start=branches[0])]
+
+
+def _add_rescaled(walker: Walker, eqn: Any, values: list[Any]) -> jax.Array:
+    """The addition to a result with a gain: a bias joins it before its gradient does.
+
+    The gain's gradient is read off the sum, so that nothing else need be kept; from a
+    residual, which may be far larger than the result, it could not be told apart.
+    """
+    total = lambda v, bias: emit.total(v.base, v.branch, v.gain, bias)
+    for value, other, atom in zip(values, values[::-1], eqn.invars[::-1], strict=True):
+        if not isinstance(value, Pending) or isinstance(other, Pending | Tracked):
+            continue
+        bias = walker.spread.get(id(atom), other)
+        if bias.size < value.base.size:
+            return total(value, bias)
+    values = [total(v, None) if isinstance(v, Pending) else v for v in values]
+    return walker.bind(eqn, [walker.merged(value, eqn) for value in values])[0]
 
 
 @rule("dot_general")
@@ -61,9 +80,9 @@ def dot_general(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None
         applied=dict(zip((*batch, *read), (*x_batch, *x_read), strict=True)),
     )
 
-    def branch(term: Term, pair: Pair, key: jax.Array | None) -> jax.Array:
+    def branch(term: Term, pair: Pair, x: Any) -> jax.Array:
         z = emit.dot(
-            emit.dropped(emit.window(x, term, x_read, read), term, key),
+            emit.window(x, term, x_read, read),
             pair.first,
             pair.second,
             read=(x_read, _ranks(read, len(batch))),
@@ -115,7 +134,7 @@ def conv(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
         low_rank=single,
     )
 
-    def branch(term: Term, pair: Pair, key: jax.Array | None) -> jax.Array:
+    def branch(term: Term, pair: Pair, x: Any) -> jax.Array:
         keep = {
             name: params[name]
             for name in (
@@ -128,7 +147,7 @@ def conv(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
             )
         }
         first = jnp.moveaxis(pair.first, -1, to)
-        h = jax.lax.conv_general_dilated(emit.dropped(x, term, key), first, **keep)
+        h = jax.lax.conv_general_dilated(x, first, **keep)
         z = emit.mix(h, pair.second, features, (), params["precision"], out.dtype)
         z = jnp.moveaxis(z, -1, features)
         start = [term.start[to] if d == features else 0 for d in range(z.ndim)]
@@ -173,8 +192,8 @@ def gather(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
         written=written,
     )
 
-    def branch(term: Term, pair: Pair, key: jax.Array | None) -> jax.Array:
-        del key
+    def branch(term: Term, pair: Pair, x: Any) -> jax.Array:
+        del x
         rank = pair.first.shape[-1]
         ids = indices.ndim - 1
         rows = jax.lax.gather(
@@ -236,10 +255,9 @@ def ragged_dot(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
         written={},  # a gain would differ by group from row to row
     )
 
-    def branch(term: Term, pair: Pair, key: jax.Array | None) -> jax.Array:
+    def branch(term: Term, pair: Pair, x: Any) -> jax.Array:
         precision = eqn.params["precision"]
-        x_ = emit.dropped(x, term, key)
-        h = jax.lax.ragged_dot(x_, pair.first, groups, precision=precision)
+        h = jax.lax.ragged_dot(x, pair.first, groups, precision=precision)
         return jax.lax.ragged_dot(
             h.astype(pair.second.dtype), pair.second, groups, precision=precision
         )

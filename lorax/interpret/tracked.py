@@ -160,15 +160,16 @@ def _in_view_order(
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """The two parts of an adapted result whose only reader is an addition.
+    """The parts of an adapted result whose only reader is an addition.
 
     Adding the bias to the frozen part first, `(x @ W + bias) + branch`, lets XLA fuse
     the last sum into what follows; in the other order it keeps both sums for the
-    backward pass.
+    backward pass. With a gain the parts go to `emit.rescale`, together with the bias.
     """
 
     base: jax.Array
     branch: jax.Array
+    gain: jax.Array | None = None
 
 
 def watch(path: str, leaf: jax.Array) -> Tracked:
@@ -187,10 +188,7 @@ def dense(tracked: Any) -> jax.Array:
     for term in tracked.terms:
         if term.factors is None:
             return tracked.value
-        if (gain := gains(term, range(len(shape)), shape)) is not None:
-            total = total * gain.astype(dtype)
-    for term in tracked.terms:
-        a, b, _ = term.factors  # type: ignore[misc]
+        a, b, _ = term.factors
         batch, in_, out = (term.dims(kind) for kind in ("batch", "in", "out"))
         sizes = lambda dims: [term.shape[d] for d in dims]  # noqa: B023
         rank = a.shape[-1]
@@ -203,7 +201,10 @@ def dense(tracked: Any) -> jax.Array:
         product = product.reshape(sizes(order)).transpose(
             [order.index(d) for d in sorted(order)]
         )
-        total = total + place(product.reshape(term.shape), term.start, total.shape)
+        total = total + place(product.reshape(term.shape), term.start, shape)
+    for term in tracked.terms:
+        if (gain := gains(term, range(len(shape)), shape)) is not None:
+            total = total * gain.astype(dtype)
     return total.astype(tracked.value.dtype)
 
 

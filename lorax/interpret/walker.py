@@ -65,6 +65,7 @@ class Walker:
         self.visitor, self.key = visitor, key
         self.scope, self.trips, self.caller = scope, trips, caller
         self.scalars: dict[int, Any] = {}
+        self.spread: dict[int, Any] = {}  # biases, before they are broadcast
         self.uses = 0
         self.jaxpr: Any = None
         self.readers: dict[int, list[str]] = {}
@@ -105,8 +106,11 @@ class Walker:
         """Evaluates one equation."""
         name = eqn.primitive.name
         if not any(isinstance(value, Tracked | Pending) for value in values):
-            if name == "broadcast_in_dim" and eqn.invars[0].aval.shape == ():
-                self.scalars[id(eqn.outvars[0])] = values[0]
+            if name == "broadcast_in_dim":
+                if eqn.invars[0].aval.shape == ():
+                    self.scalars[id(eqn.outvars[0])] = values[0]
+                if eqn.invars[0].aval.size < eqn.outvars[0].aval.size:
+                    self.spread[id(eqn.outvars[0])] = _unbroadcast(eqn, values[0])
             return self.bind(eqn, values)
         with located(eqn):
             results = RULES[name](self, eqn, values) if name in RULES else None
@@ -140,6 +144,14 @@ class Walker:
             debug_info=info,
         )
         return core.jaxpr_as_fun(core.ClosedJaxpr(single, []))(*given.values())
+
+
+def _unbroadcast(eqn: Any, value: jax.Array) -> jax.Array:
+    """The operand of a broadcast, with ones for the dimensions that it adds."""
+    shape = [1] * len(eqn.params["shape"])
+    for dim, size in zip(eqn.params["broadcast_dimensions"], value.shape, strict=True):
+        shape[dim] = size
+    return value.reshape(shape)
 
 
 def located(eqn: Any) -> Any:

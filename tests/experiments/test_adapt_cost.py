@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.benchmarks import adapt_cost, gpt2_shaped, measure
+from experiments.benchmarks import adapt_cost, dora_cost, gpt2_shaped, measure
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -16,3 +16,11 @@ def test_flops_and_memory_are_those_of_hand_written_lora(scan):
     assert cost["lorax"].flops <= 1.01 * cost["hand-written"].flops
     assert cost["lorax"].temp <= 1.1 * cost["hand-written"].temp
     assert cost["lorax"].flops < cost["materialised"].flops
+
+
+def test_the_magnitudes_of_dora_cost_little():
+    """Full size: `python -m experiments.benchmarks.dora_cost`."""
+    shape = gpt2_shaped.Shape(layers=2, width=128, batch=4)
+    row = dora_cost.compare(shape, rounds=1)
+    assert row["flops"] <= 1.1
+    assert row["temp"] <= 1.2
