@@ -18,9 +18,7 @@ from tests.test_protocols import compiled
 
 KEY = jax.random.key(0)
 AXES = lorax.Axes((0,), (1,))
-# a gain does not factor out of these: groups of rows with gains of their own, and
-# kernels joined along their inputs
-MERGED = {"ragged", "views"}
+MERGED = {"views"}  # no gain factors out of kernels joined along their inputs
 
 
 def adapted_to(program, **fields):

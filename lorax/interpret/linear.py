@@ -39,6 +39,8 @@ class Use:
       written: for each dimension of the view that the result has, where it has it.
       applied: for each dimension of the view that the activation has, where; {} where
         a transposed use cannot rescale it.
+      by_row: turns a gain `[groups, write]` into one of the result, where the group
+        differs from row to row.
       low_rank: False where the result is linear but not in the factors' form
         (grouped convolution): axes are known, the kernel is merged.
     """
@@ -53,6 +55,7 @@ class Use:
     activation: int | None
     written: dict[int, int]
     applied: dict[int, int] = dataclasses.field(default_factory=dict)
+    by_row: Callable[[jax.Array], jax.Array] | None = None
     low_rank: bool = True
 
     def axes(self, term: Term) -> Axes | None:
@@ -182,7 +185,7 @@ def _gain(use: Use, ndim: int, pairs: Sequence[Pair]) -> jax.Array | None:
     """Returns the gains of a view along the result, or in a tied use the activation.
 
     None where they do not factor out: a kernel that holds only some of a term's inputs,
-    uses of both orientations at once, groups that differ from row to row.
+    uses of both orientations at once.
     """
     shape, gained = use.view.value.shape, [*filter(_gained, use.view.terms)]
     whole = all(t.whole(d, shape) for t in gained for d in t.dims("in"))
@@ -193,6 +196,8 @@ def _gain(use: Use, ndim: int, pairs: Sequence[Pair]) -> jax.Array | None:
 
     def along(term: Term) -> Any:
         gain: Any = gains(term, dims, shape)
+        if use.by_row is not None:
+            return use.by_row(gain)
         sizes = dict(zip(map(places.get, dims), gain.shape, strict=True))
         return gain.reshape([sizes.get(d, 1) for d in range(ndim)])
 

@@ -252,7 +252,10 @@ def ragged_dot(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
         (group,),
         flops,
         activation=0,
-        written={},  # a gain would differ by group from row to row
+        written={group: 0, write[0]: 1},
+        by_row=lambda gain: jnp.repeat(
+            gain, groups, axis=0, total_repeat_length=x.shape[0]
+        ),
     )
 
     def branch(term: Term, pair: Pair, x: Any) -> jax.Array:
