@@ -7,6 +7,7 @@ merged = lorax.merge(adapters, params)      # plain Flax params again
 """
 
 from lorax.adapters import AdaLora, Dora, Full, Lora
+from lorax.calibration import calibrate
 from lorax.kernels import Kernel, KernelUse, discover
 from lorax.targets import Target
 from lorax.transform import MergeWarning, adapt, init, merge
@@ -27,6 +28,7 @@ __all__ = [
     "MergeWarning",
     "Target",
     "adapt",
+    "calibrate",
     "discover",
     "init",
     "merge",

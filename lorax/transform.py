@@ -61,8 +61,9 @@ def init(
     """
     trace.require_pure(params)
     chosen = select(params, targets, kernels)
-    for target, _ in chosen.values():
+    for path, (target, _) in chosen.items():
         inits.check(target)
+        inits.require_stats(path, target, stats)
     _require_finite(params)
     adapters: Adapters = {}
     moved: dict[str, Any] = {}
@@ -71,7 +72,7 @@ def init(
             adapters[path] = Full(_copy(kernel.value, target.dtype))
             continue
         own = tree.fold_path(key, path)
-        statistics = None if stats is None else stats.get(path)
+        statistics = inits.require_stats(path, target, stats)
         made = inits.INITS[target.init].make(own, kernel, target, statistics)
         adapters[path], after = made
         if after.value is not kernel.value:

@@ -47,6 +47,32 @@ class Factors(NamedTuple):
     gain: jax.Array | None = None
 
 
+class GradSketch(NamedTuple):
+    """The leading singular triplets of a kernel's mean gradient.
+
+    Attributes:
+      u: `[*batch, *in, k]`, orthonormal over the inputs.
+      s: `[*batch, k]`, in falling order.
+      vt: `[*batch, k, *out]`, orthonormal over the outputs.
+    """
+
+    u: jax.Array
+    s: jax.Array
+    vt: jax.Array
+
+
+class ActivationStats(NamedTuple):
+    """The leading principal directions of what a kernel reads, not centred.
+
+    Attributes:
+      components: `[*batch, *in, k]`, orthonormal over the inputs.
+      energy: `[*batch, k]`, sums of squares along them, in falling order.
+    """
+
+    components: jax.Array
+    energy: jax.Array
+
+
 class PairStatics(NamedTuple):
     """Scale and true rank of one adapter where a population gives each member its own.
 

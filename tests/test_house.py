@@ -25,7 +25,7 @@ types tree linalg
 adapters scaling
 interpret
 kernels targets inits optim analysis sharding models
-transform compose
+transform calibration compose
 training checkpoint interop
 """.split()
 FORBIDDEN = (

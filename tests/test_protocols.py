@@ -237,56 +237,100 @@ def test_abstract_init_has_the_real_shapes(row):
     assert shapes(abstract) == shapes(adapters)
 
 
-# (name, options) of every init; the kernel may move, the merged kernel may not
-INITS = [("standard", ())]
+# (name, options, moves) of every init; the kernel may move, the merged kernel may not
+INITS = [
+    ("standard", (), False),
+    ("gaussian", (), False),
+    ("gaussian", {"zero": "a"}, False),
+    ("pissa", (), False),
+    ("pissa", {"iterations": 2}, False),
+    ("olora", (), False),
+    ("lora_ga", {"scale": "gd"}, False),
+    ("lora_one", (), True),
+]
 init_rows = pytest.mark.parametrize(
-    "name,options", INITS, ids=[row[0] for row in INITS]
+    "name,options,moves", INITS, ids=[f"{row[0]}{i}" for i, row in enumerate(INITS)]
 )
 KERNEL_ROWS = [row for row in ADAPTERS if not row[0].startswith("full")]
 
 
-def initialised(row, init, key=KEY, others=()):
+def initialised(row, init, key=KEY, others=(), dtype=jnp.float32):
     _, fn, shape, bias, target = row
     params = {"w": programs.normal(1, *shape), "bias": programs.normal(2, bias)}
-    kernels = lorax.discover(fn, params, X)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    kernels = lorax.discover(fn, params, X.astype(dtype))
     options = dict(target.options) | dict(init[1])
     target = dataclasses.replace(target, init=init[0], options=options)
-    return params, lorax.init(key, params, [*others, target], kernels)
+    targets, stats = [*others, target], None
+    if inits.INITS[init[0]].stats:
+        args = loss_of(fn), params, targets, [X.astype(dtype)], kernels
+        stats = lorax.calibrate(KEY, *args)
+    return params, lorax.init(key, params, targets, kernels, stats)
 
 
 def test_every_init_has_a_row():
-    assert {name for name, _ in INITS} == set(inits.INITS)
+    assert {row[0] for row in INITS} == set(inits.INITS)
 
 
-@init_rows
-@pytest.mark.parametrize("row", KERNEL_ROWS, ids=[row[0] for row in KERNEL_ROWS])
-def test_at_init_the_merged_kernel_is_the_given_one(row, name, options):
+def fits(row, name):
+    """Whether an init has a meaning for a row's adapter, and room for its rank."""
+    room = name != "lora_ga" or row[4].rank <= 2
+    return room and row[4].adapter in inits.INITS[name].adapters
+
+
+@pytest.mark.parametrize(
+    "row,name,options,moves",
+    [
+        pytest.param(row, *init, id=f"{row[0]}-{init[0]}{i}")
+        for row in KERNEL_ROWS
+        for i, init in enumerate(INITS)
+        if fits(row, init[0])
+    ],
+)
+def test_at_init_the_merged_kernel_is_the_given_one(row, name, options, moves):
     params, (adapters, after) = initialised(row, (name, options))
     merged = lorax.merge(adapters, after)
-    np.testing.assert_array_equal(merged["w"], params["w"])
+    off = np.abs(merged["w"] - params["w"]).max() / np.abs(params["w"]).max()
     assert after["w"].dtype == params["w"].dtype
+    assert (off > 1e-4) if moves else (off <= 1e-6)
+    if name in ("standard", "gaussian"):
+        np.testing.assert_array_equal(merged["w"], params["w"])
     assert any(np.any(leaf) for leaf in jax.tree.leaves(adapters)), "a dead start"
 
 
+@pytest.mark.parametrize("name,options", [row[:2] for row in INITS if not row[2]])
+def test_in_bf16_the_start_is_within_one_rounding(name, options):
+    """Of the kernel, and of the residual where the init stores one."""
+    params, (adapters, after) = initialised(
+        ADAPTERS[0], (name, options), dtype=jnp.bfloat16
+    )
+    wide = lambda x: np.asarray(x, np.float32)
+    w, rest = wide(params["w"]), wide(after["w"])
+    off = np.abs(wide(lorax.merge(adapters, after)["w"]) - w)
+    assert (off <= 2.0**-8 * (np.abs(w) + np.abs(rest))).all()
+
+
 @init_rows
-def test_the_same_key_gives_the_same_adapter_whatever_else_is_adapted(name, options):
+def test_the_same_key_gives_the_same_adapter_whatever_else_is_adapted(
+    name, options, moves
+):
     init = functools.partial(initialised, ADAPTERS[0], (name, options))
     _, (first, _) = init()
     _, (again, _) = init(others=[lorax.Target("bias", adapter="full")])
-    _, (other, _) = init(key=jax.random.key(1))
     assert list(again) == ["bias", "w"]
     np.testing.assert_array_equal(first["w"].a, again["w"].a)
     np.testing.assert_array_equal(first["w"].b, again["w"].b)
-    assert np.any(first["w"].a != other["w"].a)
-    jitted = jax.jit(lambda key: init(key=key)[1][0])(KEY)
-    np.testing.assert_array_equal(first["w"].a, jitted["w"].a)
+    if name in ("standard", "gaussian"):  # the others draw nothing that shows
+        _, (other, _) = init(key=jax.random.key(1))
+        leaves = zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
+        assert any(np.any(one != two) for one, two in leaves)
+        jitted = jax.jit(lambda key: init(key=key)[1][0])(KEY)
+        np.testing.assert_allclose(first["w"].a, jitted["w"].a, rtol=1e-6)
 
 
-@init_rows
-def test_two_kernels_of_one_shape_differ(name, options):
+def test_two_kernels_of_one_shape_differ():
     params = {"w1": jnp.ones((IN, OUT)), "w2": jnp.ones((IN, OUT))}
-    target = lorax.Target("w.", rank=2, init=name, options=options)
-    adapters, _ = lorax.init(KEY, params, target)
+    adapters, _ = lorax.init(KEY, params, lorax.Target("w.", rank=2))
     assert np.any(adapters["w1"].a != adapters["w2"].a)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from lorax.inits.standard import standard
+from lorax.inits import gaussian, lora_ga, lora_one, olora, pissa, standard
 from lorax.targets import Target
 
 
@@ -25,7 +25,15 @@ class Init(NamedTuple):
     stats: str | None = None
 
 
-INITS = {"standard": Init(standard, adapters=("lora", "dora", "adalora"))}
+EVERY = ("lora", "dora", "adalora")
+INITS = {
+    "standard": Init(standard.standard, adapters=EVERY),
+    "gaussian": Init(gaussian.gaussian, options=gaussian.OPTIONS),
+    "pissa": Init(pissa.pissa, adapters=EVERY, options=pissa.OPTIONS),
+    "olora": Init(olora.olora),
+    "lora_ga": Init(lora_ga.lora_ga, options=lora_ga.OPTIONS, stats="gradient"),
+    "lora_one": Init(lora_one.lora_one, options=lora_one.OPTIONS, stats="gradient"),
+}
 """Init by the name that `Target.init` gives."""
 
 ADAPTER_OPTIONS = {"dora": ("detach_norm",)}
@@ -52,4 +60,19 @@ def check(target: Target) -> None:
         )
 
 
-__all__ = ["INITS", "Init", "check", "standard"]
+def require_stats(path: str, target: Target, stats: Mapping[str, Any] | None) -> Any:
+    """Returns the statistics of a path; ValueError where its init has none."""
+    needed = None if target.adapter == "full" else INITS[target.init].stats
+    if needed is None:
+        return None
+    if stats is None or path not in stats:
+        method = "activations" if needed == "activations" else "sketch"
+        raise ValueError(
+            f"{path}: init={target.init!r} looks at data; pass stats=lorax.calibrate("
+            f"key, loss_fn, params, targets, batches, kernels, method={method!r}) to "
+            "lorax.init, made with the same targets"
+        )
+    return stats[path]
+
+
+__all__ = ["INITS", "Init", "check", "require_stats"]

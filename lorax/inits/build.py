@@ -19,7 +19,7 @@ from lorax.adapters import AdaLora, Dora, Lora, layout
 from lorax.adapters.dora import column_norm
 from lorax.kernels import Kernel
 from lorax.targets import Target
-from lorax.types import Adapter
+from lorax.types import Adapter, GradSketch
 
 
 def lora_or_dora(
@@ -30,9 +30,10 @@ def lora_or_dora(
     Args:
       kernel: the leaf before any part of it moves: DoRA's magnitude is its norm.
       target: "lora" or "dora", with its static fields.
-      a: `[*batch, *in, rank]`, cast to the target's dtype.
+      a: `[*batch, *in, rank]`, its in axes flattened or not; cast to target.dtype.
       b: `[*batch, rank, *out]`, likewise.
     """
+    a, b = unflatten(kernel, target, a, b)
     a, b = a.astype(target.dtype), b.astype(target.dtype)
     axes = kernel.linear_axes()
     static = (target.scale, axes, target.dropout, target.layers)
@@ -41,6 +42,16 @@ def lora_or_dora(
     magnitude = column_norm(chosen_layers(kernel, target), None, None, axes)
     detach = dict(target.options).get("detach_norm", True)
     return Dora(a, b, magnitude, *static, detach_norm=detach)
+
+
+def adalora(
+    kernel: Kernel, target: Target, p: jax.Array, lam: jax.Array, q: jax.Array
+) -> AdaLora:
+    """Returns the adapter around triplets of the flattened kernel."""
+    p, q = unflatten(kernel, target, p, q)
+    p, lam, q = (x.astype(target.dtype) for x in (p, lam, q))
+    axes = kernel.linear_axes()
+    return AdaLora(p, lam, q, target.scale, axes, target.dropout, target.layers)
 
 
 def without(kernel: Kernel, adapter: Lora | Dora | AdaLora) -> Kernel:
@@ -88,6 +99,23 @@ def unflatten(
     in_, out, batch = sizes(kernel, target)
     rank = a.shape[-1]
     return a.reshape(*batch, *in_, rank), b.reshape(*batch, rank, *out)
+
+
+def flat_triplets(
+    kernel: Kernel, target: Target, stats: GradSketch
+) -> tuple[jax.Array, jax.Array]:
+    """Returns u `[*batch, in, k]` and vt `[*batch, k, out]` of a gradient sketch."""
+    in_, out, batch = sizes(kernel, target)
+    k = stats.s.shape[-1]
+    want = (*batch, *in_, k), (*batch, k, *out)
+    if (stats.u.shape, stats.vt.shape) != want:
+        raise ValueError(
+            f"{kernel.path}: the statistics have shapes {stats.u.shape} and "
+            f"{stats.vt.shape}, and this target needs {want[0]} and {want[1]}; "
+            "calibrate with the targets that go to lorax.init"
+        )
+    u = stats.u.reshape(*batch, math.prod(in_), k)
+    return u, stats.vt.reshape(*batch, k, math.prod(out))
 
 
 def options(target: Target, defaults: Mapping[str, Any]) -> dict[str, Any]:

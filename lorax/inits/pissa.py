@@ -1,0 +1,61 @@
+"""PiSSA: the adapter starts as the principal part of the kernel, which keeps the rest.
+
+    W0 = U S V^T,    a = U_r sqrt(S_r / s),    b = sqrt(S_r / s) V_r^T,
+    W0 <- W0 - s a b
+
+For AdaLoRA p = U_r, lam = S_r / s, q = V_r^T. The division by the scale s is PEFT's;
+the paper's recipes have alpha = rank, so s = 1. What is subtracted is the update of the
+*cast* factors, so neither rounding nor an inexact decomposition moves the start.
+
+References:
+  Meng et al., PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
+  Language Models, arXiv:2404.02948.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax import linalg
+from lorax.adapters import AdaLora, Dora, Lora
+from lorax.inits import build
+from lorax.kernels import Kernel
+from lorax.targets import Target
+
+OPTIONS = {"iterations": None}
+
+
+def pissa(
+    key: jax.Array, kernel: Kernel, target: Target, stats: Any = None
+) -> tuple[Lora | Dora | AdaLora, Kernel]:
+    """Returns the principal part as an adapter, and the kernel without it.
+
+    Args:
+      key: of this path; the randomised decomposition draws from it.
+      kernel: the leaf and its axes.
+      target: its option `iterations` is None for an exact decomposition (the default),
+        or the power iterations of a randomised one: 4 in the paper's fast variant, 16
+        in its scripts.
+      stats: not used.
+    """
+    del stats
+    iterations = build.options(target, OPTIONS)["iterations"]
+    matrix = build.matrices(kernel, target)
+    if iterations is None:
+        u, s, vt = linalg.svd(matrix, target.rank)
+    else:
+        u, s, vt = linalg.randomized_svd(
+            key, matrix, target.rank, iterations=iterations
+        )
+    s = s / target.scale
+    adapter: Lora | Dora | AdaLora
+    if target.adapter == "adalora":
+        adapter = build.adalora(kernel, target, u, s, vt)
+    else:
+        root = jnp.sqrt(s)
+        a, b = u * root[..., None, :], root[..., :, None] * vt
+        adapter = build.lora_or_dora(kernel, target, a, b)
+    return adapter, build.without(kernel, adapter)
