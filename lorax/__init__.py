@@ -6,8 +6,10 @@ loss = lorax.adapt(loss_fn)                 # (adapters, params, batch)
 merged = lorax.merge(adapters, params)      # plain Flax params again
 """
 
+from lorax import compose
 from lorax.adapters import AdaLora, Dora, Full, Lora
 from lorax.kernels import Kernel, KernelUse, discover
+from lorax.merging import merge_report
 from lorax.targets import Target
 from lorax.transform import MergeWarning, adapt, init, merge
 from lorax.types import Adapter, Adapters, Axes
@@ -27,7 +29,9 @@ __all__ = [
     "MergeWarning",
     "Target",
     "adapt",
+    "compose",
     "discover",
     "init",
     "merge",
+    "merge_report",
 ]
