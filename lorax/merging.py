@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -61,7 +62,8 @@ def merge_report(
     """
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={dtype}; give a floating dtype to merge into")
-    _require_floating(adapters, params)
+    if isinstance(adapters, Mapping):  # anything else: `check` says what it is
+        _require_floating(adapters, params)
     leaves = transform.check(adapters, params)
     return {
         path: _measured(adapter, jnp.asarray(leaves[path]), dtype)
@@ -75,10 +77,11 @@ def _require_floating(adapters: Adapters, params: PyTree) -> None:
     for path in adapters:
         inside = [known for known in leaves if known.startswith(f"{path}/")]
         held = [leaves[path]] if path in leaves else [leaves[k] for k in inside]
+        dtypes = [jnp.dtype(leaf.dtype) for leaf in held if hasattr(leaf, "dtype")]
         small = [
-            leaf.dtype
-            for leaf in held
-            if jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype.itemsize == 1
+            dtype
+            for dtype in dtypes
+            if jnp.issubdtype(dtype, jnp.integer) or dtype.itemsize == 1
         ]
         if small:
             where = path if path in leaves else f"{path} (stored as {inside})"

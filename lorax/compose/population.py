@@ -127,7 +127,7 @@ def unstack(stacked: Adapters) -> list[Adapters]:
       ValueError: arrays without a common leading axis, or values that cannot be read
         (inside `jit`), on which the true ranks depend.
     """
-    size = population(stacked)
+    size = count(stacked)
     for path, adapter in stacked.items():
         if not all(map(tree.is_concrete, jax.tree.leaves(adapter))):
             raise ValueError(
@@ -143,7 +143,7 @@ def unstack(stacked: Adapters) -> list[Adapters]:
     ]
 
 
-def population(stacked: Adapters) -> int:
+def count(stacked: Adapters) -> int:
     """Returns K, the leading axis of every array in a stack.
 
     Raises:
@@ -163,7 +163,7 @@ def population(stacked: Adapters) -> int:
 
 
 def _ranks(stacked: Any) -> np.ndarray:
-    """Of each member, how many ranks are not zero in every factor: `[K]`, at least 1."""
+    """The ranks that are not zero in every factor: `[K]`, at least 1."""
     if isinstance(stacked, Full):
         return np.zeros(stacked.value.shape[0], int)
     member = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], stacked))

@@ -88,7 +88,7 @@ def route(
         lora_key: jax.Array | None = None,
         **kwargs: Any,
     ) -> Any:
-        size = population.population(stacked)
+        size = population.count(stacked)
         index = _checked(index, size)
         made = _made(stacked, params)
         chosen = jax.tree.map(
