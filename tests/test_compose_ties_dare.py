@@ -59,7 +59,7 @@ def test_ties_by_hand():
 
 
 @pytest.mark.parametrize("maker", [make.lora, make.adalora])
-@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("density", [0.3, 1.0])
 def test_ties_is_what_the_paper_says(density, maker):
     sets = sets_of({}, maker)
     got, error = compose.combine(sets, WEIGHTS, "ties", density=density, rank=5)

@@ -113,12 +113,15 @@ def resized(path: str, adapter: Any, rank: int) -> tuple[Any, jax.Array]:
     if rank >= adapter.rank:
         return forms.padded(adapter, rank), jnp.zeros(())
     a, b = forms.matrices(forms.as_lora(adapter))
-    u, s, vt = linalg.low_rank_svd(a, b)
+    u, s, vt = _svd(a, b)
     after = forms.with_triplets(adapter, u[..., :rank], s[..., :rank], vt[:, :rank])
     a_, b_ = forms.matrices(forms.as_lora(after))
     left = jnp.concatenate([a, a_], -1), jnp.concatenate([b, -b_], -2)
-    _, lost, _ = linalg.low_rank_svd(*left)
+    _, lost, _ = _svd(*left)
     return after, forms.relative(jnp.linalg.norm(lost), jnp.linalg.norm(s))
+
+
+_svd = jax.jit(linalg.low_rank_svd)  # many paths have one shape: compile it once
 
 
 def to_lora(adapters: Adapters, initial: Adapters | None = None) -> Adapters:

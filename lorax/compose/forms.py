@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax import linalg
 from lorax.adapters import AdaLora, Lora, layout
 from lorax.types import Adapters
 
@@ -180,14 +179,15 @@ def truncated(
       rank: at most min(in, out).
 
     Returns:
-      `u: [in, rank]`, `s: [rank]`, `vt: [rank, out]`, signs fixed; and the squared
-      Frobenius norms of what was cut off and of the matrix.
+      `u: [in, rank]`, `s: [rank]`, `vt: [rank, out]`, signs as `low_rank_svd` has
+      them; the squared Frobenius norms of what was cut off and of the matrix.
     """
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    cut = jnp.sum(s[rank:] ** 2)
-    # the decomposition of the product fixes the signs, at the price of thin QRs
-    u, s_, vt = linalg.low_rank_svd(u[:, :rank] * s[:rank], vt[:rank])
-    return u, s_, vt, cut, jnp.sum(s**2)
+    cut, square = jnp.sum(s[rank:] ** 2), jnp.sum(s**2)
+    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
+    largest = jnp.argmax(jnp.abs(u), axis=0, keepdims=True)
+    sign = jnp.where(jnp.take_along_axis(u, largest, axis=0) < 0, -1.0, 1.0)
+    return u * sign, s, vt * sign.T, cut, square
 
 
 def features(adapter: Any) -> tuple[int, int]:
