@@ -6,9 +6,11 @@ loss = lorax.adapt(loss_fn)                 # (adapters, params, batch)
 merged = lorax.merge(adapters, params)      # plain Flax params again
 """
 
+from lorax import compose
 from lorax.adapters import AdaLora, Dora, Full, Lora
 from lorax.calibration import calibrate
 from lorax.kernels import Kernel, KernelUse, discover
+from lorax.merging import merge_report
 from lorax.targets import Target
 from lorax.transform import MergeWarning, adapt, init, merge
 from lorax.types import Adapter, Adapters, Axes
@@ -29,7 +31,9 @@ __all__ = [
     "Target",
     "adapt",
     "calibrate",
+    "compose",
     "discover",
     "init",
     "merge",
+    "merge_report",
 ]

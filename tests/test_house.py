@@ -25,7 +25,7 @@ types tree linalg
 adapters scaling
 interpret
 kernels targets inits optim analysis sharding models
-transform calibration compose
+transform calibration compose merging
 training checkpoint interop
 """.split()
 FORBIDDEN = (

@@ -212,3 +212,15 @@ def test_a_subset_of_a_stack_moves_only_its_layers(init):
     assert np.abs(after["w"] - kernel)[jnp.array([0, 2])].max() > 0.01
     merged = lorax.merge(adapters, after)["w"]
     np.testing.assert_allclose(merged, kernel, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "lora_ga"])
+def test_to_lora_brings_a_moved_start_back_to_the_original_base(init):
+    """Rank 2r, the same scale, the same trained kernel on the kernel as it was given."""
+    kernel = programs.normal(0, 16, 12)
+    stats = exact(programs.normal(1, 16, 12)) if init == "lora_ga" else None
+    first, rest = made(kernel, stats, init=init)
+    trained = programs.perturbed(first)
+    plain = lorax.compose.to_lora({"w": trained}, {"w": first})["w"]
+    assert plain.rank == 6 and plain.scale == first.scale
+    np.testing.assert_allclose(plain.merge(kernel), trained.merge(rest), atol=1e-5)

@@ -1,0 +1,98 @@
+"""What sets of adapters must have in common, and what is said where they have not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorax.adapters import Dora, Full
+from lorax.compose import forms
+from lorax.types import Adapters
+
+
+def require_sets(sets: Any) -> list[Adapters]:
+    """Returns a list of adapter dicts; raises for one dict, or for none."""
+    given = [sets] if isinstance(sets, Mapping) else list(sets)
+    if isinstance(sets, Mapping) or not all(isinstance(s, Mapping) for s in given):
+        raise TypeError(
+            "sets is a list of adapter dicts, [{path: Adapter}, ...]; it was given "
+            f"{type(sets).__name__} of {sorted({type(s).__name__ for s in given})}"
+        )
+    if not given:
+        raise ValueError("sets is empty: give at least one {path: Adapter}")
+    return [dict(s) for s in given]
+
+
+def require_same(path: str, members: Sequence[tuple[str, Any]]) -> None:
+    """Raises ValueError unless adapters change one kernel in the same way.
+
+    Args:
+      path: of the kernel.
+      members: `(who, adapter)`; classes, axes and sizes but for the rank must agree.
+    """
+    first_name, first = members[0]
+    for name, other in members[1:]:
+        said = lambda a: f"{type(a).__name__} with {_sizes(a)}"
+        if type(first) is not type(other) or _sizes(first) != _sizes(other):
+            raise ValueError(
+                f"{path}: {first_name} has {said(first)}, {name} {said(other)}; "
+                "adapters of one kernel must agree in all but rank and scale: were "
+                "they made for different models? (compose.to_lora turns AdaLora into "
+                "Lora)"
+            )
+
+
+def _sizes(adapter: Any) -> str:
+    """The axes and sizes of the kernel that an adapter fits, as text."""
+    if isinstance(adapter, Full):
+        return f"shape {tuple(adapter.value.shape)}"
+    first, last = (getattr(adapter, name) for name in forms.factor_names(adapter))
+    n = len(adapter.axes.batch)
+    stack = f"stack {first.shape[:n]}, layers {adapter.layers}, " if n else ""
+    return f"in {first.shape[n:-1]}, out {last.shape[n + 1 :]}, {stack}{adapter.axes}"
+
+
+def refuse_dora(adapters: Adapters, what: str) -> None:
+    """Raises ValueError naming the Dora paths, whose update is no product."""
+    if paths := [path for path, a in adapters.items() if isinstance(a, Dora)]:
+        raise ValueError(
+            f"{what} needs updates that are products of factors, and {paths} are Dora: "
+            "its norm depends on the whole adapted kernel, so updates neither add nor "
+            "scale; merge each set and read it back as Lora with compose.extract("
+            "params, lorax.merge(adapters, params), targets)"
+        )
+
+
+def require_rank(path: str, adapter: Any, rank: int) -> None:
+    """Raises ValueError unless `rank` is a whole number from 1 to min(in, out)."""
+    in_, out = forms.features(adapter)
+    if not forms.is_whole(rank) or not 1 <= rank <= min(in_, out):
+        raise ValueError(
+            f"{path}: rank={rank} of a kernel that reads {in_} and writes {out}; give "
+            f"a whole number from 1 to {min(in_, out)}, or treat this path apart "
+            "(lorax.tree.partition)"
+        )
+
+
+def require_overlap(sets: list[Adapters]) -> None:
+    """Raises ValueError for a set that shares no path with the others."""
+    for i, adapters in enumerate(sets):
+        others = set().union(*(s for j, s in enumerate(sets) if j != i))
+        if len(sets) > 1 and not adapters.keys() & others:
+            raise ValueError(
+                f"set {i} has the paths {sorted(adapters)} and shares none with the "
+                f"others, {sorted(others)}: are these adapters of different models? "
+                "lorax.tree.combine puts disjoint sets of one model side by side"
+            )
+
+
+def require_weights(weights: Any, size: int) -> None:
+    """Raises ValueError unless there is one finite number per set."""
+    if len(weights) != size:
+        raise ValueError(
+            f"{len(weights)} weights for {size} sets; give one number per set"
+        )
+    for i, weight in enumerate(weights):
+        if forms.is_real(weight) and not math.isfinite(weight):
+            raise ValueError(f"weights[{i}] is {weight}; give finite numbers")

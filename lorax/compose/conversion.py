@@ -1,0 +1,178 @@
+"""One adapter set in another form: scaled, of another rank, as plain Lora."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import linalg, tree
+from lorax.adapters import Full
+from lorax.compose import checks, forms
+from lorax.compose.forms import Combined
+from lorax.types import Adapters
+
+
+def scale(adapters: Adapters, factor: float) -> Adapters:
+    """Multiplies every update by a number, exactly: through the static scale.
+
+    Args:
+      adapters: `{path: Lora | AdaLora}`.
+      factor: a finite number, of either sign.
+
+    Returns:
+      The same arrays with `scale * factor`.
+
+    Raises:
+      ValueError: a factor that is no finite number, or Dora or Full adapters.
+
+    Example:
+      >>> import lorax
+      >>> lora = lorax.Lora(
+      ...     jnp.ones((2, 1)), jnp.ones((1, 2)), 2.0, lorax.Axes((0,), (1,))
+      ... )
+      >>> scale({"w": lora}, 0.5)["w"].scale
+      1.0
+    """
+    if not forms.is_real(factor) or not math.isfinite(factor):
+        raise ValueError(
+            f"factor={factor!r}; give a finite Python number (the scale is static: a "
+            "traced factor goes through compose.combine([adapters], [factor]))"
+        )
+    checks.refuse_dora(adapters, "scale")
+    if full := [path for path, a in adapters.items() if isinstance(a, Full)]:
+        raise ValueError(
+            f"{full} are Full: they hold values, not changes, and a change needs the "
+            f"base; compose.combine([adapters], [{factor}], params=params) scales "
+            "value - base"
+        )
+    times: Any = lambda path, a: a.replace(scale=float(a.scale * factor))
+    return tree.map_adapters(times, adapters)
+
+
+def negate(adapters: Adapters) -> Adapters:
+    """Turns every update round: `scale(adapters, -1)`, exact.
+
+    Args:
+      adapters: `{path: Lora | AdaLora}`.
+
+    Returns:
+      The same arrays with the opposite scale.
+
+    Raises:
+      ValueError: Dora or Full adapters.
+
+    References:
+      Ilharco et al., Editing Models with Task Arithmetic, arXiv:2212.04089.
+    """
+    return scale(adapters, -1.0)
+
+
+def resize(adapters: Adapters, rank: int) -> Combined:
+    """Gives every adapter another rank: the best one, by SVD of the factors.
+
+    A smaller rank keeps the leading part of the update `a @ b` (Eckart-Young), from
+    rank x rank cores and balanced between a and b; of an AdaLora in its own form. A
+    larger one pads with zeros, which train no further.
+
+    Args:
+      adapters: `{path: Adapter}`; of a Dora the factors are cut and the magnitude
+        stays; Full passes.
+      rank: from 1 to min(in, out) of every kernel.
+
+    Returns:
+      The adapters, their scales and dtypes kept; by path the Frobenius norm of what was
+      lost over that of `a @ b`, measured on the factors as stored (the cast included).
+
+    Raises:
+      ValueError: a rank that does not fit a kernel.
+
+    Example:
+      >>> import lorax
+      >>> lora = lorax.Lora(
+      ...     jnp.eye(3, 2), jnp.diag(jnp.array([4.0, 3])), 1.0, lorax.Axes((0,), (1,))
+      ... )
+      >>> resized, error = resize({"w": lora}, 1)
+      >>> resized["w"].rank, round(float(error["w"]), 6)
+      (1, 0.6)
+    """
+    made, error = {}, {}
+    for path, adapter in adapters.items():
+        made[path], error[path] = resized(path, adapter, rank)
+    return Combined(made, error)
+
+
+def resized(path: str, adapter: Any, rank: int) -> tuple[Any, jax.Array]:
+    """Returns one adapter of another rank, and the relative error of its update."""
+    if isinstance(adapter, Full):
+        return adapter, jnp.zeros(())
+    checks.require_rank(path, adapter, rank)
+    if rank >= adapter.rank:
+        return forms.padded(adapter, rank), jnp.zeros(())
+    a, b = forms.matrices(forms.as_lora(adapter))
+    u, s, vt = _svd(a, b)
+    after = forms.with_triplets(adapter, u[..., :rank], s[..., :rank], vt[:, :rank])
+    a_, b_ = forms.matrices(forms.as_lora(after))
+    left = jnp.concatenate([a, a_], -1), jnp.concatenate([b, -b_], -2)
+    _, lost, _ = _svd(*left)
+    return after, forms.relative(jnp.linalg.norm(lost), jnp.linalg.norm(s))
+
+
+_svd = jax.jit(linalg.low_rank_svd)  # many paths have one shape: compile it once
+
+
+def to_lora(adapters: Adapters, initial: Adapters | None = None) -> Adapters:
+    """Writes adapters as plain Lora, on the original base if that was moved.
+
+        W_moved + s a b  =  W + s (a b - a0 b0)  =  W + s [a, a0] @ [b; -b0]
+
+    PiSSA, LoRA-GA and OLoRA start from `W_moved = W - s a0 b0`: their adapters on the
+    *original* base are wrong, unless written like this, at twice the rank.
+
+    Args:
+      adapters: `{path: Adapter}`; an AdaLora becomes `p @ (lam * q)`, Full passes.
+      initial: what `lorax.init` returned, before training, for inits that moved the
+        base; None where the base was not moved. Adapters whose update was zero at the
+        start (the standard init) keep their rank.
+
+    Returns:
+      `{path: Lora | Full}`, scales kept.
+
+    Raises:
+      ValueError: Dora adapters, paths that `initial` lacks, or adapters of another
+        model in it.
+
+    References:
+      Meng et al., PiSSA, arXiv:2404.02948. Wang et al., LoRA-GA, arXiv:2407.05000.
+    """
+    checks.refuse_dora(adapters, "to_lora")
+    plain = tree.map_adapters(lambda _, a: forms.as_lora(a), adapters)
+    if initial is None:
+        return plain
+    if lacking := sorted(adapters.keys() - initial.keys()):
+        raise ValueError(
+            f"initial has no adapter for {lacking}; pass the whole dict that "
+            "lorax.init returned for these adapters"
+        )
+    checks.refuse_dora({path: initial[path] for path in plain}, "to_lora(initial=)")
+    return {path: _on_base(path, a, initial[path]) for path, a in plain.items()}
+
+
+def _on_base(path: str, adapter: Any, initial: Any) -> Any:
+    """The adapter less its initial update."""
+    if isinstance(adapter, Full):
+        return adapter
+    start = forms.as_lora(initial)
+    checks.require_same(path, [("the adapter", adapter), ("initial", start)])
+    still = lambda f: tree.is_concrete(f) and not np.asarray(f).any()
+    if still(start.a) or still(start.b):
+        return adapter
+    shared = forms.shared_scale([adapter, start])
+    pair = [forms.rescaled(lora, shared) for lora in (adapter, start)]
+    return pair[0].replace(
+        a=jnp.concatenate([lora.a for lora in pair], -1),
+        b=jnp.concatenate([pair[0].b, -pair[1].b], len(adapter.axes.batch)),
+    )

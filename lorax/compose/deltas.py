@@ -1,0 +1,113 @@
+"""TIES and DARE: how dense updates are thinned out before they are added.
+
+    TIES:  keep the largest `density` of every update, by magnitude;
+           elect for each entry the sign with the larger total;
+           average the kept entries of that sign.
+    DARE:  drop entries at random and divide the kept ones by `density`,
+           so that the update is right on average.
+
+References:
+  Yadav et al., TIES-Merging: Resolving Interference When Merging Models,
+  arXiv:2306.01708. Yu et al., Language Models are Super Mario: Absorbing Abilities from
+  Homologous Models as a Free Lunch, arXiv:2311.03099.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax.compose import forms
+
+DENSE = ("ties", "dare_linear", "dare_ties")
+RANDOM = ("dare_linear", "dare_ties")
+
+
+def merged(
+    deltas: list[jax.Array],
+    weights: list[Any],
+    method: str,
+    density: float,
+    keys: jax.Array | None,
+) -> jax.Array:
+    """Returns one update from K of one shape.
+
+    Args:
+      deltas: K arrays.
+      weights: K numbers. Signs are elected, and entries averaged, after weighting: a
+        set of weight zero has no say.
+      method: one of DENSE.
+      density: the share of entries kept, in (0, 1].
+      keys: `[K]` keys for DARE, else None.
+    """
+    if keys is None:
+        thin = [trim(delta, density) for delta in deltas]
+    else:
+        thin = [drop(keys[i], delta, density) for i, delta in enumerate(deltas)]
+    weighted = jnp.stack([w * delta for w, delta in zip(weights, thin, strict=True)])
+    if method == "dare_linear":
+        return weighted.sum(0)
+    return disjoint_mean(weighted)
+
+
+def trim(delta: jax.Array, density: float) -> jax.Array:
+    """Keeps the largest entries by magnitude, at least one; ties at the edge stay."""
+    keep = max(1, round(density * delta.size))
+    edge = jnp.sort(jnp.abs(delta), axis=None)[delta.size - keep]
+    return jnp.where(jnp.abs(delta) >= edge, delta, 0.0)
+
+
+def drop(key: jax.Array, delta: jax.Array, density: float) -> jax.Array:
+    """Keeps each entry with probability `density`, divided by it."""
+    kept = jax.random.bernoulli(key, density, delta.shape)
+    return jnp.where(kept, delta / density, 0.0)
+
+
+def disjoint_mean(deltas: jax.Array) -> jax.Array:
+    """Averages over axis 0 the entries whose sign is that of the sum.
+
+    A sum of exactly zero elects the positive sign, as in PEFT.
+    """
+    elected = jnp.where(deltas.sum(0) >= 0, 1.0, -1.0)
+    agree = jnp.sign(deltas) == elected
+    total = jnp.where(agree, deltas, 0.0).sum(0)
+    return total / jnp.maximum(agree.sum(0), 1)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "density", "rank"))
+def compressed(
+    pairs: list[tuple[jax.Array, jax.Array]],
+    weights: list[Any],
+    keys: jax.Array | None,
+    *,
+    method: str,
+    density: float,
+    rank: int,
+) -> tuple[jax.Array, ...]:
+    """Merges the dense updates of K pairs of factors and cuts the result to a rank.
+
+    One matrix at a time is dense, whatever is stacked.
+
+    Args:
+      pairs: K times `a: [n, in, r_k]` and `b: [n, r_k, out]`, scale folded in.
+      weights: K numbers.
+      keys: `[n, K]` keys, or None.
+      method: one of DENSE.
+      density: the share of entries kept.
+      rank: of the result.
+
+    Returns:
+      `u: [n, in, rank]`, `s: [n, rank]`, `vt: [n, rank, out]`, and the squared
+      Frobenius norms `[n]` of what was cut off and of the whole.
+    """
+
+    def one(given: Any) -> tuple[jax.Array, ...]:
+        pairs, keys = given
+        dense = [jnp.matmul(a, b, precision=forms.EXACT) for a, b in pairs]
+        whole = merged(dense, weights, method, density, keys)
+        return forms.truncated(whole, rank)
+
+    return jax.lax.map(one, (pairs, keys))

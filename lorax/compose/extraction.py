@@ -1,0 +1,107 @@
+"""Adapters read off two full checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax import tree
+from lorax.adapters import AdaLora, Full, layout
+from lorax.compose import forms
+from lorax.compose.forms import Combined
+from lorax.inits import build
+from lorax.kernels import Kernel
+from lorax.targets import Rule, Target, select
+from lorax.types import PyTree
+
+
+def extract(
+    params: PyTree,
+    tuned: PyTree,
+    targets: Rule | Iterable[Rule],
+    kernels: Mapping[str, Kernel] | None = None,
+) -> Combined:
+    """Reads adapters off two full checkpoints: the SVD of what training changed.
+
+        a = U_r sqrt(S_r / s),    b = sqrt(S_r / s) V_r^T,    U S V^T = W_tuned - W
+
+    Args:
+      params: the tree before training.
+      tuned: the tree after it, of the same structure and shapes.
+      targets: rules as for `lorax.init`; rank, alpha, scaling, dtype, layers and the
+        parametrisation count, the init does not. "full" takes the tuned leaf; "dora"
+        takes the magnitude from the tuned kernel.
+      kernels: from `discover`; needed by "all-linear" and for kernels that are not
+        two-dimensional.
+
+    Returns:
+      The adapters, for `params`; by path the Frobenius norm of the change they miss,
+      over that of the change.
+
+    Raises:
+      ValueError: targets that `lorax.init` would refuse, or leaves of other shapes.
+      KeyError: a path that `tuned` lacks.
+
+    Example:
+      >>> base, tuned = {"w": jnp.zeros((3, 2))}, {"w": jnp.ones((3, 2))}
+      >>> adapters, error = extract(base, tuned, ("w", 1))
+      >>> adapters["w"].rank, bool(error["w"] < 1e-6)
+      (1, True)
+    """
+    chosen = select(params, targets, kernels)
+    after = tree.flatten(tuned)
+    tree.require(chosen, after, "tuned tree")
+    adapters, error = {}, {}
+    for path, (target, kernel) in chosen.items():
+        leaf = jnp.asarray(after[path])
+        if leaf.shape != kernel.shape:
+            raise ValueError(
+                f"{path}: params has shape {kernel.shape} and tuned {leaf.shape}; give "
+                "two checkpoints of one model"
+            )
+        adapters[path], error[path] = _extracted(target, kernel, leaf)
+    return Combined(adapters, error)
+
+
+def _extracted(target: Target, kernel: Kernel, tuned: Any) -> tuple[Any, jax.Array]:
+    value = jnp.asarray(kernel.value)
+    if target.adapter == "full":
+        return Full(jnp.array(tuned, target.dtype)), jnp.zeros(())
+    dtype = layout.wide(value, tuned)
+    change = tuned.astype(dtype) - value.astype(dtype)
+    moved = dataclasses.replace(kernel, value=change)
+    matrices = build.matrices(moved, target)
+    batch = matrices.shape[:-2]
+    stack = matrices.reshape(-1, *matrices.shape[-2:])
+    u, s, vt = (f.reshape(*batch, *f.shape[1:]) for f in _top(stack, target.rank))
+    adapter: Any
+    if target.adapter == "adalora":
+        p, q = build.unflatten(kernel, target, u, vt)
+        adapter = AdaLora(
+            p.astype(target.dtype),
+            (s / target.scale).astype(target.dtype),
+            q.astype(target.dtype),
+            target.scale,
+            kernel.linear_axes(),
+            target.dropout,
+            target.layers,
+        )
+    else:
+        factors = forms.split(u, s, vt, target.scale)
+        whole = dataclasses.replace(kernel, value=tuned)  # whose norm Dora takes
+        adapter = build.lora_or_dora(
+            whole, target, *build.unflatten(kernel, target, *factors)
+        )
+    missed = jnp.linalg.norm((change - adapter.delta(value)).ravel())
+    return adapter, forms.relative(missed, jnp.linalg.norm(change.ravel()))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _top(stack: jax.Array, rank: int) -> tuple[jax.Array, ...]:
+    """The leading triplets of `[n, in, out]`, one dense decomposition at a time."""
+    return jax.lax.map(lambda matrix: forms.truncated(matrix, rank)[:3], stack)

@@ -1,0 +1,205 @@
+"""What the algebra of adapters shares: one form, one way to pad, one way to split.
+
+A low-rank update is seen as a stack of matrices, `a: [n, in, rank]` and `b: [n, rank,
+out]`, whatever the axes of the leaf, `n` the layers or experts stacked in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorax import linalg
+from lorax.adapters import AdaLora, Lora, layout
+from lorax.types import Adapters
+
+EXACT = jax.lax.Precision.HIGHEST
+
+
+class Combined(NamedTuple):
+    """Adapters, and what their compression cost.
+
+    Attributes:
+      adapters: `{path: Adapter}`.
+      error: `{path: error}`: the Frobenius norm of what a truncation took from the
+        update, over that of the update; 0 where nothing was truncated.
+    """
+
+    adapters: Adapters
+    error: dict[str, jax.Array]
+
+
+def as_lora(adapter: Any) -> Any:
+    """Returns of an AdaLora the Lora `p @ (lam * q)`; others pass."""
+    if not isinstance(adapter, AdaLora):
+        return adapter
+    dtype = layout.wide(adapter.lam, adapter.q)
+    lam = adapter.lam.astype(dtype)
+    lam = lam.reshape(lam.shape + (1,) * len(adapter.axes.out))
+    return Lora(
+        adapter.p,
+        lam * adapter.q.astype(dtype),
+        adapter.scale,
+        adapter.axes,
+        adapter.dropout,
+        adapter.layers,
+    )
+
+
+def is_delta(adapter: Any) -> bool:
+    """True for the adapters whose update is a product of factors and nothing else."""
+    return isinstance(adapter, Lora | AdaLora)
+
+
+def factor_names(adapter: Any) -> tuple[str, str]:
+    """The fields that read and write: ("a", "b"), of an AdaLora ("p", "q")."""
+    return ("p", "q") if isinstance(adapter, AdaLora) else ("a", "b")
+
+
+def rank_axes(adapter: Any) -> dict[str, int]:
+    """For each field that has a rank, which of its axes that is."""
+    n = len(adapter.axes.batch)
+    if isinstance(adapter, AdaLora):
+        return {"p": adapter.p.ndim - 1, "lam": n, "q": n}
+    return {"a": adapter.a.ndim - 1, "b": n}
+
+
+def padded(adapter: Any, rank: int) -> Any:
+    """Returns the adapter with zeros up to `rank` in every factor: the same update."""
+    fields = {}
+    for name, axis in rank_axes(adapter).items():
+        field = getattr(adapter, name)
+        widths = [(0, 0)] * field.ndim
+        widths[axis] = (0, rank - field.shape[axis])
+        fields[name] = jnp.pad(field, widths) if rank > adapter.rank else field
+    return adapter.replace(**fields)
+
+
+def rescaled(adapter: Any, scale: float) -> Any:
+    """Returns the adapter with another scale and the ratio in b (AdaLora: in lam)."""
+    if adapter.scale == scale:
+        return adapter
+    name = "lam" if isinstance(adapter, AdaLora) else "b"
+    field, ratio = getattr(adapter, name), adapter.scale / scale
+    folded = (ratio * field.astype(layout.wide(field))).astype(field.dtype)
+    return adapter.replace(**{name: folded}, scale=scale)
+
+
+def shared_scale(adapters: Sequence[Any]) -> float:
+    """The first scale that is not zero, on which the others can be folded."""
+    return next((a.scale for a in adapters if a.scale), 1.0)
+
+
+def matrices(adapter: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns `a: [n, in, rank]` and `b: [n, rank, out]` in at least float32."""
+    first, last = (getattr(adapter, name) for name in factor_names(adapter))
+    n, rank = math.prod(first.shape[: len(adapter.axes.batch)]), adapter.rank
+    dtype = layout.wide(first, last)
+    return (
+        first.astype(dtype).reshape(n, -1, rank),
+        last.astype(dtype).reshape(n, rank, -1),
+    )
+
+
+def split(
+    u: jax.Array, s: jax.Array, vt: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Returns balanced factors with `scale * a @ b = u @ diag(s) @ vt`.
+
+    A direction of size zero keeps its unit column in a, beside a zero row in b: with
+    both zero no gradient would ever reach it.
+    """
+    s = s[..., None, :]
+    root = jnp.sqrt(jnp.where(s > 0, s / abs(scale), 1.0))
+    return u * root, (s / (scale * root)).mT * vt
+
+
+def with_matrices(adapter: Any, first: jax.Array, last: jax.Array) -> Any:
+    """Returns the adapter with these factors in its own axes and dtypes.
+
+    Args:
+      adapter: Lora, Dora, or AdaLora.
+      first: `[n, in, rank]`, its a or p.
+      last: `[n, rank, out]`, its b or q.
+    """
+    names, rank, n = factor_names(adapter), first.shape[-1], len(adapter.axes.batch)
+    old = [getattr(adapter, name) for name in names]
+    new = (
+        first.reshape(*old[0].shape[:-1], rank).astype(old[0].dtype),
+        last.reshape(*old[1].shape[:n], rank, *old[1].shape[n + 1 :]).astype(
+            old[1].dtype
+        ),
+    )
+    return adapter.replace(**dict(zip(names, new, strict=True)))
+
+
+def with_triplets(adapter: Any, u: jax.Array, s: jax.Array, vt: jax.Array) -> Any:
+    """Returns the adapter with the product `u @ diag(s) @ vt` in its factors.
+
+    Args:
+      adapter: Lora or Dora, which get balanced factors, or AdaLora.
+      u: `[n, in, rank]`.
+      s: `[n, rank]`.
+      vt: `[n, rank, out]`.
+    """
+    if not isinstance(adapter, AdaLora):
+        return with_matrices(adapter, *split(u, s, vt, 1.0))
+    lam = s.reshape(*adapter.lam.shape[:-1], -1).astype(adapter.lam.dtype)
+    after: Any = with_matrices(adapter, u, vt)
+    return after.replace(lam=lam)
+
+
+def is_whole(value: Any) -> bool:
+    """True for an integer that is no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """True for a Python or numpy number whose value is known."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def relative(error: jax.Array, whole: jax.Array) -> jax.Array:
+    """Returns error / whole, and 0 for 0 / 0."""
+    return jnp.where(whole > 0, error / jnp.where(whole > 0, whole, 1.0), error)
+
+
+def truncated(
+    matrix: jax.Array, rank: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns the best rank-`rank` part of one matrix, by a dense decomposition.
+
+    Args:
+      matrix: `[in, out]`, at least float32.
+      rank: at most min(in, out).
+
+    Returns:
+      `u: [in, rank]`, `s: [rank]`, `vt: [rank, out]`, signs as `linalg.svd` has
+      them; the squared Frobenius norms of what was cut off and of the matrix.
+    """
+    u, s, vt = linalg.svd(matrix, min(matrix.shape))
+    cut, square = jnp.sum(s[rank:] ** 2), jnp.sum(s**2)
+    return u[:, :rank], s[:rank], vt[:rank], cut, square
+
+
+def features(adapter: Any) -> tuple[int, int]:
+    """Returns how many features the kernel reads and writes."""
+    first, last = (getattr(adapter, name) for name in factor_names(adapter))
+    n = len(adapter.axes.batch)
+    return math.prod(first.shape[n:-1]), math.prod(last.shape[n + 1 :])
+
+
+def statics(adapter: Any) -> dict[str, Any]:
+    """Returns the static fields but for the scale."""
+    fields = (f.name for f in dataclasses.fields(adapter))
+    return {
+        name: getattr(adapter, name)
+        for name in fields
+        if name not in adapter.roles and name != "scale"
+    }

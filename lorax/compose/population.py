@@ -1,0 +1,253 @@
+"""Many adapter sets of one shape: stacked for vmap, or swapped in a compiled function.
+
+Unequal ranks are padded with zeros in both factors, which changes no update (and no
+gradient moves what is padded: that of either factor is proportional to the other).
+Unequal scales are folded into b (of an AdaLora into lam), which changes no update
+either, but does change how Adam trains it: fold for inference only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import tree
+from lorax.adapters import Full
+from lorax.compose import checks, forms
+from lorax.types import Adapters
+
+
+def stack(
+    sets: Sequence[Adapters], missing: Literal["error", "zero"] = "error"
+) -> Adapters:
+    """Stacks K adapter sets on a leading axis of every array, for `jax.vmap`.
+
+    Ranks are padded with zeros to the largest. Where scales differ, all get the first
+    and the ratio goes into b: for inference, since folding changes Adam's training.
+
+    Args:
+      sets: K dicts `{path: Adapter}` for one model: the same classes, axes, sizes,
+        dropout and layers at every path.
+      missing: "error": the same paths in every set; "zero": a set without a Lora or
+        AdaLora that another has gets a zero update there.
+
+    Returns:
+      `{path: Adapter}` whose arrays have a leading axis K. Its adapters fit a kernel
+      only inside a `vmap` over that axis, or through `route`.
+
+    Raises:
+      ValueError: sets that differ in more than rank and scale; the message names the
+        paths.
+
+    Example:
+      >>> import lorax
+      >>> make = lambda rank: lorax.Lora(
+      ...     jnp.ones((4, rank)), jnp.ones((rank, 3)), 2.0, lorax.Axes((0,), (1,))
+      ... )
+      >>> stacked = stack([{"w": make(1)}, {"w": make(2)}])
+      >>> stacked["w"].a.shape, [s["w"].rank for s in unstack(stacked)]
+      ((2, 4, 2), [1, 2])
+    """
+    if missing not in ("error", "zero"):
+        raise ValueError(f"missing={missing!r}; choose 'error' or 'zero'")
+    given = checks.require_sets(sets)
+    paths = sorted(set().union(*given))
+    if missing == "error":
+        _require_paths(paths, given)
+    stacked: Adapters = {}
+    for path in paths:
+        members = [(i, s[path]) for i, s in enumerate(given) if path in s]
+        _require_stackable(path, members)
+        if len(members) < len(given):
+            absent = [i for i, s in enumerate(given) if path not in s]
+            zero = _zero(path, members[0][1], absent)
+            members = [(i, s.get(path, zero)) for i, s in enumerate(given)]
+        stacked[path] = _stacked([adapter for _, adapter in members])
+    return stacked
+
+
+def _require_paths(paths: list[str], sets: list[Adapters]) -> None:
+    for i, adapters in enumerate(sets):
+        if lacking := [path for path in paths if path not in adapters]:
+            raise ValueError(
+                f"set {i} has no adapter for {lacking}, which another set has; pass "
+                "missing='zero' to give it zero updates there, or train the same paths"
+            )
+
+
+def _require_stackable(path: str, members: list[tuple[int, Any]]) -> None:
+    checks.require_same(path, [(f"set {i}", adapter) for i, adapter in members])
+    i, first = members[0]
+    for j, other in members[1:]:
+        one, two = forms.statics(first), forms.statics(other)
+        if differ := sorted(name for name in one if one[name] != two[name]):
+            say = lambda statics: ", ".join(f"{k}={statics[k]}" for k in differ)
+            raise ValueError(
+                f"{path}: set {i} has {say(one)} and set {j} {say(two)}, and one stack "
+                "has one value; set them equal with adapter.replace(...)"
+            )
+
+
+def _zero(path: str, like: Any, absent: list[int]) -> Any:
+    """An adapter of the same shape whose update is zero."""
+    if not forms.is_delta(like):
+        raise ValueError(
+            f"{path}: sets {absent} lack it, and a {type(like).__name__} of zeros is "
+            "no zero update (it replaces or rescales the kernel); give those sets an "
+            "adapter from lorax.init there"
+        )
+    return jax.tree.map(jnp.zeros_like, like)
+
+
+def _stacked(members: list[Any]) -> Any:
+    first = members[0]
+    if not isinstance(first, Full):
+        rank = max(member.rank for member in members)
+        same = all(member.scale == first.scale for member in members)
+        scale = first.scale if same else forms.shared_scale(members)
+        members = [forms.padded(forms.rescaled(m, scale), rank) for m in members]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def unstack(stacked: Adapters) -> list[Adapters]:
+    """Splits what `stack` made, without the ranks that are zero in every factor.
+
+    Args:
+      stacked: `{path: Adapter}` with a leading axis K on every array, concrete.
+
+    Returns:
+      K dicts. The scale is the stack's, so b may carry a folded ratio; an adapter that
+      is zero throughout keeps one rank.
+
+    Raises:
+      ValueError: arrays without a common leading axis, or values that cannot be read
+        (inside `jit`), on which the true ranks depend.
+    """
+    size = count(stacked)
+    for path, adapter in stacked.items():
+        if not all(map(tree.is_concrete, jax.tree.leaves(adapter))):
+            raise ValueError(
+                f"{path}: unstack reads which padded ranks are zero, and these arrays "
+                "have no values here; call it outside of jit, or index the stack "
+                "yourself: jax.tree.map(lambda v: v[k], stacked)"
+            )
+    ranks = tree.map_adapters(lambda _, adapter: _ranks(adapter), stacked)
+    member = lambda k: jax.tree.map(lambda leaf: leaf[k], stacked)
+    return [
+        {path: _cut(a, ranks[path][k]) for path, a in member(k).items()}
+        for k in range(size)
+    ]
+
+
+def count(stacked: Adapters) -> int:
+    """Returns K, the leading axis of every array in a stack.
+
+    Raises:
+      ValueError: arrays that do not share one, with the path.
+    """
+    sizes: dict[int, str] = {}
+    for path, adapter in stacked.items():
+        for leaf in jax.tree.leaves(adapter):
+            sizes.setdefault(leaf.shape[0] if leaf.ndim else 0, path)
+    if len(sizes) != 1:
+        found = ", ".join(f"{size} at {path!r}" for size, path in sizes.items())
+        raise ValueError(
+            f"the adapters have no common leading axis ({found or 'no arrays'}); make "
+            "the stack with compose.stack([adapters, ...])"
+        )
+    return next(iter(sizes))
+
+
+def _ranks(stacked: Any) -> np.ndarray:
+    """The ranks that are not zero in every factor: `[K]`, at least 1."""
+    if isinstance(stacked, Full):
+        return np.zeros(stacked.value.shape[0], int)
+    member = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], stacked))
+    used: Any = False
+    for name, axis in forms.rank_axes(member).items():
+        field = np.asarray(getattr(stacked, name)) != 0
+        rest = tuple(d for d in range(1, field.ndim) if d != axis + 1)
+        used = used | field.any(rest)  # [K, rank]
+    return np.maximum((used * np.arange(1, used.shape[1] + 1)).max(1), 1)
+
+
+def _cut(adapter: Any, rank: int) -> Any:
+    """The adapter's leading ranks."""
+    if isinstance(adapter, Full):
+        return adapter
+    cut = lambda field, axis: jax.lax.slice_in_dim(field, 0, int(rank), axis=axis)
+    axes = forms.rank_axes(adapter)
+    return adapter.replace(
+        **{name: cut(getattr(adapter, name), axis) for name, axis in axes.items()}
+    )
+
+
+def switch(adapters: Adapters, like: Adapters) -> Adapters:
+    """Gives adapters the exact form of others, to swap them in a compiled function.
+
+    Ranks are padded with zeros and the ratio of the scales goes into b, so the result
+    has `like`'s structure (its static fields too), shapes, dtypes and, where `like` was
+    placed on devices, its sharding: a function compiled for `like` runs it as it is.
+
+    Args:
+      adapters: `{path: Adapter}` of the same classes, axes and sizes as `like`.
+      like: the adapters that the function was compiled for; arrays, or
+        `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      The same updates in `like`'s form.
+
+    Raises:
+      ValueError: other paths, classes, sizes or layers than `like`'s, a larger rank,
+        or a scale of zero in `like`.
+
+    Example:
+      >>> import lorax
+      >>> make = lambda rank, scale: lorax.Lora(
+      ...     jnp.ones((4, rank)), jnp.ones((rank, 3)), scale, lorax.Axes((0,), (1,))
+      ... )
+      >>> swapped = switch({"w": make(1, 6.0)}, like={"w": make(2, 2.0)})
+      >>> swapped["w"].scale, swapped["w"].b.tolist()
+      (2.0, [[3.0, 3.0, 3.0], [0.0, 0.0, 0.0]])
+    """
+    if differ := sorted(adapters.keys() ^ like.keys()):
+        raise ValueError(
+            f"adapters and like differ in the paths {differ}; a compiled function "
+            "takes the paths it was compiled for"
+        )
+    return {path: _switched(path, adapters[path], like[path]) for path in like}
+
+
+def _switched(path: str, adapter: Any, like: Any) -> Any:
+    checks.require_same(path, [("the adapter", adapter), ("like", like)])
+    if not isinstance(like, Full):
+        if adapter.rank > like.rank:
+            raise ValueError(
+                f"{path}: the adapter has rank {adapter.rank} and like {like.rank}; "
+                f"compress it with compose.resize(adapters, {like.rank}), or compile "
+                "for adapters of the largest rank"
+            )
+        if like.scale == 0 != adapter.scale:
+            raise ValueError(
+                f"{path}: like has scale 0, at which every update is zero; compile for "
+                "adapters with a scale"
+            )
+        folded = forms.rescaled(adapter, like.scale)
+        adapter = forms.padded(folded, like.rank)
+    fields = {
+        name: _placed(getattr(adapter, name), getattr(like, name))
+        for name in like.roles
+    }
+    return like.replace(**fields)
+
+
+def _placed(value: Any, like: Any) -> jax.Array:
+    """The value in the dtype, and where the other was put on devices, there."""
+    value = jnp.asarray(value, like.dtype)
+    if tree.is_concrete(like) and getattr(like, "committed", False):
+        return jax.device_put(value, like.sharding)
+    return value

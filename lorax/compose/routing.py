@@ -1,0 +1,141 @@
+"""A different adapter for every example of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import transform, tree
+from lorax.compose import population
+from lorax.types import Adapters, Axes, Factors, PyTree
+
+
+@flax.struct.dataclass
+class _Made:
+    """Factors made beforehand: a DoRA's norm is taken once, not once per example."""
+
+    made: Factors
+    axes: Axes = flax.struct.field(pytree_node=False)
+    dropout: float = flax.struct.field(pytree_node=False)
+
+    roles: ClassVar[dict[str, str]] = {"made": "made"}
+
+    def check(self, path: str, leaf: jax.Array) -> None:
+        """The adapter was checked when its factors were made."""
+
+    def factors(self, kernel: jax.Array) -> Factors:
+        """Returns them."""
+        del kernel
+        return self.made
+
+
+def route(
+    fn: Callable[..., Any],
+    in_axes: int | None | tuple[Any, ...] = 0,
+    on_merge: Literal["warn", "error"] = "warn",
+) -> Callable[..., Any]:
+    """Makes a function of one example one of a batch, each example with its adapter.
+
+        routed(stacked, index, params, x)[i]
+            = fn(merge(stacked[index[i]], params), x[i])
+
+    The frozen kernels stay shared: one product of the whole batch with each, plus the
+    thin products of every example with its own factors (which are gathered: `batch`
+    copies of an adapter's size). A `Full` leaf is gathered too, so keep it to norms and
+    biases. Other adapters of the same shapes run without compiling again.
+
+    Args:
+      fn: a pure function `fn(params, *args, **kwargs)` of *one* example, as for
+        `jax.vmap`; of a model that wants a batch, `lambda params, x:
+        model(params, x[None])[0]`.
+      in_axes: where `args` have the batch, as in `jax.vmap`: one number for all of
+        them, or a tuple of one entry each, None for what examples share.
+      on_merge: as in `lorax.adapt`; a merge here forms one kernel per example.
+
+    Returns:
+      `routed(stacked, index, params, *args, lora_key=None, **kwargs)`: `stacked` from
+      `compose.stack`, `index: int[batch]` which of its K adapters an example gets.
+      Keyword arguments are shared and reach `fn` as given. Every output has the batch
+      in front. An index outside [0, K) raises where its value is known and gives NaN
+      under `jit`.
+
+    Raises:
+      ValueError: (when called) an index that is no integer vector or out of range,
+        adapters that are no stack or do not fit.
+
+    Example:
+      >>> import lorax
+      >>> make = lambda c: {"w": lorax.Lora(
+      ...     jnp.ones((2, 1)), jnp.full((1, 1), c), 1.0, lorax.Axes((0,), (1,))
+      ... )}
+      >>> routed = route(lambda params, x: x @ params["w"])
+      >>> stacked, params = population.stack([make(0.0), make(5.0)]), jnp.zeros((2, 1))
+      >>> routed(stacked, jnp.array([1, 0]), {"w": params}, jnp.ones((2, 2))).tolist()
+      [[10.0], [0.0]]
+    """
+    adapted = transform.adapt(fn, on_merge)
+
+    def routed(
+        stacked: Adapters,
+        index: jax.Array,
+        params: PyTree,
+        *args: Any,
+        lora_key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        size = population.count(stacked)
+        index = _checked(index, size)
+        made = _made(stacked, params)
+        chosen = jax.tree.map(
+            lambda v: v.at[index].get(mode="fill", fill_value=jnp.nan), made
+        )
+        keys = None if lora_key is None else jax.random.split(lora_key, index.shape[0])
+
+        def one(adapters: Adapters, key: jax.Array | None, args: tuple) -> Any:
+            return adapted(adapters, params, *args, lora_key=key, **kwargs)
+
+        return jax.vmap(one, (0, 0, in_axes))(chosen, keys, args)
+
+    return routed
+
+
+def _checked(index: Any, size: int) -> jax.Array:
+    """The index with everything out of range at K, where the gather fills."""
+    index = jnp.asarray(index)
+    if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
+        raise ValueError(
+            f"index has shape {index.shape} and dtype {index.dtype}; give one integer "
+            "per example, int[batch]"
+        )
+    if tree.is_concrete(index):  # read by numpy: under jit, jnp would trace it
+        if wrong := {i for i in np.asarray(index).tolist() if not 0 <= i < size}:
+            raise ValueError(
+                f"index holds {sorted(wrong)}, and the stack has {size} adapters: give "
+                f"numbers from 0 to {size - 1}"
+            )
+    return jnp.where((index < 0) | (index >= size), size, index)
+
+
+def _made(stacked: Adapters, params: PyTree) -> Adapters:
+    """The factors of each of the K adapters, on the leaf they all share."""
+    leaves = tree.flatten(params)
+    tree.require(stacked, leaves, "parameter tree")
+    made: dict[str, Any] = {}
+    for path, adapters in stacked.items():
+        leaf = jnp.asarray(leaves[path])
+
+        def factors(adapter: Any, path: str = path, leaf: Any = leaf) -> Any:
+            adapter.check(path, leaf)
+            return adapter.factors(leaf)
+
+        found = jax.vmap(factors)(adapters)
+        whole: Any = adapters
+        made[path] = adapters
+        if found is not None:
+            made[path] = _Made(found, whole.axes, whole.dropout)
+    return made
