@@ -61,18 +61,6 @@ class GradSketch(NamedTuple):
     vt: jax.Array
 
 
-class ActivationStats(NamedTuple):
-    """The leading principal directions of what a kernel reads, not centred.
-
-    Attributes:
-      components: `[*batch, *in, k]`, orthonormal over the inputs.
-      energy: `[*batch, k]`, sums of squares along them, in falling order.
-    """
-
-    components: jax.Array
-    energy: jax.Array
-
-
 class PairStatics(NamedTuple):
     """Scale and true rank of one adapter where a population gives each member its own.
 

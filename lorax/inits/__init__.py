@@ -16,7 +16,7 @@ class Init(NamedTuple):
       make: `(key, kernel, target, stats) -> (adapter, kernel)`.
       adapters: the parametrisations it has a meaning for.
       options: its hyperparameters and their defaults.
-      stats: what it needs from `lorax.calibrate`: "gradient", "activations" or None.
+      stats: what it needs from `lorax.calibrate`: "gradient" or None.
     """
 
     make: Callable[..., Any]
@@ -62,15 +62,13 @@ def check(target: Target) -> None:
 
 def require_stats(path: str, target: Target, stats: Mapping[str, Any] | None) -> Any:
     """Returns the statistics of a path; ValueError where its init has none."""
-    needed = None if target.adapter == "full" else INITS[target.init].stats
-    if needed is None:
+    if target.adapter == "full" or INITS[target.init].stats is None:
         return None
     if stats is None or path not in stats:
-        method = "activations" if needed == "activations" else "sketch"
         raise ValueError(
             f"{path}: init={target.init!r} looks at data; pass stats=lorax.calibrate("
-            f"key, loss_fn, params, targets, batches, kernels, method={method!r}) to "
-            "lorax.init, made with the same targets"
+            f"key, loss_fn, params, targets, batches, kernels) to lorax.init, made with the "
+            "same targets"
         )
     return stats[path]
 
