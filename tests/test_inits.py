@@ -218,8 +218,8 @@ def test_a_subset_of_a_stack_moves_only_its_layers(init):
 def test_to_lora_brings_a_moved_start_back_to_the_original_base(init):
     """Rank 2r, the same scale, the same trained kernel on the kernel as it was given."""
     kernel = programs.normal(0, 16, 12)
-    stats = exact(programs.normal(1, 16, 12)) if init == "lora_ga" else None
-    first, rest = made(kernel, stats, init=init)
+    gradient = exact(programs.normal(1, 16, 12))
+    first, rest = made(kernel, gradient if init == "lora_ga" else None, init=init)
     trained = programs.perturbed(first)
     plain = lorax.compose.to_lora({"w": trained}, {"w": first})["w"]
     assert plain.rank == 6 and plain.scale == first.scale

@@ -67,8 +67,8 @@ def require_stats(path: str, target: Target, stats: Mapping[str, Any] | None) ->
     if stats is None or path not in stats:
         raise ValueError(
             f"{path}: init={target.init!r} looks at data; pass stats=lorax.calibrate("
-            f"key, loss_fn, params, targets, batches, kernels) to lorax.init, made with the "
-            "same targets"
+            "key, loss_fn, params, targets, batches, kernels) to lorax.init, made with "
+            "the same targets"
         )
     return stats[path]
 
