@@ -216,7 +216,7 @@ def test_a_subset_of_a_stack_moves_only_its_layers(init):
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "lora_ga"])
 def test_to_lora_brings_a_moved_start_back_to_the_original_base(init):
-    """Rank 2r, the same scale, the same trained kernel on the kernel as it was given."""
+    """Rank 2r, the same scale, the same trained kernel on the given one."""
     kernel = programs.normal(0, 16, 12)
     gradient = exact(programs.normal(1, 16, 12))
     first, rest = made(kernel, gradient if init == "lora_ga" else None, init=init)
