@@ -89,7 +89,7 @@ def create_state(
       >>> int(state.step), state.model_state
       (0, {})
     """
-    tx = _transformation(tx)
+    tx = transformation(tx)
     if not adapters:
         raise ValueError("adapters is empty: there is nothing to train")
     if not jnp.issubdtype(getattr(key, "dtype", int), jax.dtypes.prng_key):
@@ -169,7 +169,7 @@ def make_train_step(
       >>> state.adapters["w"].b
       Array([[0.5]], dtype=float32)
     """
-    tx = _transformation(tx)
+    tx = transformation(tx)
     if type(accumulate) is not int or accumulate < 1:
         raise ValueError(f"accumulate must be an int of at least 1; got {accumulate!r}")
     if clip_norm is not None and not clip_norm > 0:
@@ -280,7 +280,8 @@ def _unpadded(updates: Adapters, pairs: Pairs) -> Adapters:
     return {**updates, **map_pairs(keep, own, own, pairs)}
 
 
-def _transformation(tx: Any) -> optax.GradientTransformationExtraArgs:
+def transformation(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns `tx` in the form that takes extra arguments; TypeError if it is none."""
     if isinstance(tx, optax.MultiSteps):
         tx = tx.gradient_transformation()
     if not isinstance(tx, optax.GradientTransformation):
