@@ -258,7 +258,7 @@ def _set_hyperparams(
         if owner == jax.tree_util.GetAttrKey("hyperparams_states")
     }
     known = {_injected(path) for path, _ in leaves} - {""} - scheduled
-    arrays = {name: jnp.asarray(given) for name, given in values.items()}
+    arrays = {name: jnp.array(given) for name, given in values.items()}
     for name, given in arrays.items():
         if name not in known:
             raise ValueError(

@@ -283,7 +283,8 @@ def _unpadded(updates: Adapters, pairs: Pairs) -> Adapters:
 def transformation(tx: Any) -> optax.GradientTransformationExtraArgs:
     """Returns `tx` in the form that takes extra arguments; TypeError if it is none."""
     if isinstance(tx, optax.MultiSteps):
-        tx = tx.gradient_transformation()
+        # Its own `gradient_transformation()` drops the extra arguments.
+        tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(
             f"tx must be an optax transformation, such as optax.adam(1e-3); got {tx!r}"
