@@ -29,6 +29,7 @@ from typing import Any, Literal
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lorax import stacking, training, transform
@@ -47,10 +48,13 @@ class Population:
         first member's, and their factors are padded.
       pairs: `{path: PairStatics}` of arrays `[K]`, for adapters whose scale or rank
         differs between members.
+      scale_bits: for the same paths uint32 `[K, 2]`, the scales in float64: what
+        `member` gives back is exact, and no static field that would compile anew.
     """
 
     state: TrainState
     pairs: dict[str, PairStatics]
+    scale_bits: dict[str, jax.Array]
 
     @property
     def size(self) -> int:
@@ -118,7 +122,7 @@ def create_population(
     state = dataclasses.replace(
         state, step=state.step[0], opt_state=jax.tree.map(own, shared, given)
     )
-    return Population(state, pairs)
+    return Population(state, pairs, {path: _bits(members, path) for path in pairs})
 
 
 def make_population_step(
@@ -172,7 +176,8 @@ def make_population_step(
         # Of what is shared, any member that took the batch has the new value.
         first = jnp.argmax(after.skipped == before.skipped)
         same = lambda old, new: new if old.ndim else new[first]
-        return Population(jax.tree.map(same, before, after), pairs), metrics
+        state = jax.tree.map(same, before, after)
+        return dataclasses.replace(population, state=state), metrics
 
     return step
 
@@ -223,14 +228,20 @@ def member(population: Population, index: int) -> Adapters:
     stacked = population.state.adapters
     adapters: Adapters = jax.tree.map(lambda leaf: leaf[index], stacked)
     for path, statics in population.pairs.items():
-        rank, scale = int(statics.rank[index]), float(statics.scale[index])
-        adapters[path] = stacking.resized(adapters[path], rank).replace(scale=scale)
+        bits = np.asarray(population.scale_bits[path][index])
+        own = stacking.resized(adapters[path], int(statics.rank[index]))
+        adapters[path] = own.replace(scale=float(bits.view(np.float64)[0]))
     return adapters
 
 
 def unstack(population: Population) -> list[Adapters]:
     """Returns the adapters of all members, see `member`."""
     return [member(population, k) for k in range(population.size)]
+
+
+def _bits(members: Sequence[Adapters], path: str) -> jax.Array:
+    scales: list[Any] = [adapters[path].scale for adapters in members]
+    return jnp.asarray(np.array(scales, np.float64).view(np.uint32).reshape(-1, 2))
 
 
 def _axes(state: TrainState) -> PyTree:
