@@ -240,8 +240,9 @@ def unstack(population: Population) -> list[Adapters]:
 
 
 def _bits(members: Sequence[Adapters], path: str) -> jax.Array:
-    scales: list[Any] = [adapters[path].scale for adapters in members]
-    return jnp.asarray(np.array(scales, np.float64).view(np.uint32).reshape(-1, 2))
+    own: list[Any] = [adapters[path] for adapters in members]
+    scales = np.array([[adapter.scale] for adapter in own], np.float64)  # [K, 1]
+    return jnp.asarray(scales.view(np.uint32))
 
 
 def _axes(state: TrainState) -> PyTree:
