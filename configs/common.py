@@ -1,19 +1,36 @@
 """What the configs share: their sections, in one order, and the argument language.
 
-A config is values only, in flat sections `run, model, adapter, optimizer, data,
-sharding, eval`; code that turns values into objects lives in `experiments/factory.py`.
+A config is values only, in flat sections `run, model, adapter, optimizer, population,
+data, sharding, eval`; code that turns values into objects lives in
+`experiments/factory.py`.
 """
 
 import ml_collections
 
-SECTIONS = ("run", "model", "adapter", "optimizer", "data", "sharding", "eval")
+SECTIONS = (
+    "run",
+    "model",
+    "adapter",
+    "optimizer",
+    "population",
+    "data",
+    "sharding",
+    "eval",
+)
+POPULATION = ("seed", "learning_rate", "rank", "alpha")
+"""What members of a population may differ in: zipped tuples, `()` for the config's own.
+
+All empty, there is no population.
+"""
 
 
 def sections() -> ml_collections.ConfigDict:
-    """Returns a config of empty sections, in the house's order."""
+    """Returns a config of empty sections, in the house's order, and no population."""
     config = ml_collections.ConfigDict()
     for name in SECTIONS:
         config[name] = ml_collections.ConfigDict()
+    for name in POPULATION:
+        config.population[name] = ()
     return config
 
 

@@ -14,6 +14,9 @@ LoRA 5e-3 2.154, 1e-2 2.123, 2e-2 2.140; full fine-tuning 1e-3 2.056, 2e-3 2.052
 further to go: 85 % at 90 steps, 82 % at 120 (same rates, best there too).
 
 Overrides one is likely to want: `--config.adapter.rank=4`, `--config.run.steps=400`.
+Many LoRA runs at once, on one base and in one program, a row of the table each:
+`--config.population.learning_rate="(5e-3, 1e-2, 2e-2)" --config.population.rank="(8,
+8, 4)"`.
 """
 
 import ml_collections

@@ -76,16 +76,16 @@ def make_optimizer(
     Clipping by global norm is the train step's.
 
     Args:
-      learning_rate: the peak.
+      learning_rate: the peak; under `optax.inject_hyperparams` a traced number.
       steps: length of the schedule.
       config: `config.optimizer`, or `config.model.pretrain`; Muon also reads
         `adam_learning_rate`, the peak for what is no matrix of a layer.
     """
-
-    def schedule(peak: float) -> optax.Schedule:
-        warmup = min(config.warmup_steps, steps // 2)
-        end = peak * config.final_share
-        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, end)
+    warmup = min(config.warmup_steps, steps // 2)
+    unit = optax.warmup_cosine_decay_schedule(
+        0.0, 1.0, warmup, steps, config.final_share
+    )
+    schedule = lambda peak: lambda step: peak * unit(step)  # the peak may be traced
 
     if config.name == "adamw":
         return optax.adamw(

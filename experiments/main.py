@@ -23,10 +23,13 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # libraries announce what they lack at INFO
-    from experiments import train  # jax and flax load only once the flags are right
+    # jax and flax load only once the flags are right
+    from experiments import population
 
     config = _CONFIG.value
-    train.train(config, _WORKDIR.value or str(pathlib.Path("runs") / config.run.name))
+    population.run(
+        config, _WORKDIR.value or str(pathlib.Path("runs") / config.run.name)
+    )
 
 
 if __name__ == "__main__":

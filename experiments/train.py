@@ -93,7 +93,8 @@ def train(
 
     # ----------------------------------------------------------------- finish
     if "lora" in fits:
-        save_and_verify(folder / "adapter", fits["lora"])
+        done = fits["lora"]
+        save_and_verify(folder / "adapter", done.adapters, done.params)
     plots.draw_curves(
         writers.read(folder), results["base"]["test_bpb"], folder / "curves.png"
     )
@@ -154,11 +155,11 @@ def adapt(
     )
 
 
-def save_and_verify(path: pathlib.Path, done: Fit) -> None:
+def save_and_verify(path: pathlib.Path, adapters: Any, params: Any) -> None:
     """Saves the adapters and asserts that what is read back is what was saved."""
-    checkpoint.save_adapters(path, done.adapters, done.params, overwrite=True)
-    restored = checkpoint.load_adapters(path, params=done.params)
-    same = jax.tree.map(np.array_equal, restored, done.adapters)  # or it raises
+    checkpoint.save_adapters(path, adapters, params, overwrite=True)
+    restored = checkpoint.load_adapters(path, params=params)
+    same = jax.tree.map(np.array_equal, restored, adapters)  # or it raises
     if not all(jax.tree.leaves(same)):
         raise OSError(f"{path}: the adapters read back are not those saved")
 

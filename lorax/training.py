@@ -1,19 +1,15 @@
 """The train step: a pure function of (state, params, batch), made to be jitted.
 
 Only `TrainState.adapters` trains; `params` is an argument that no step changes, so one
-copy serves training, evaluation and `merge`. A loss follows one protocol,
+copy serves training, evaluation, `merge`, and every member of a population. A loss
+follows the protocol of `lorax.losses`:
 
     loss_fn(params, model_state, batch, key) -> (loss, (metrics, model_state))
-
-with `model_state` what the model carries from step to step without training it
-(BatchNorm statistics, `nnx` counts) and `key` None at evaluation. `metrics["weight"]`,
-where given, is the number of target tokens that `loss` is the mean over.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.struct
@@ -22,14 +18,22 @@ import jax.numpy as jnp
 import optax
 
 from lorax import transform
-from lorax.types import Adapters, PyTree
+from lorax.accumulation import Gradients, accumulated, widen
+from lorax.losses import LossFn, Metrics, cast, checked, simple_loss
+from lorax.optim._pairs import Pair, map_pairs
+from lorax.types import Adapters, PairStatics, PyTree
 
-LossFn = Callable[[PyTree, PyTree, PyTree, jax.Array | None], tuple[jax.Array, Any]]
-Metrics = dict[str, Any]
-Gradients = tuple[Metrics, PyTree, Adapters]
-"""Of a batch: loss and metrics, the new model state, gradients."""
+__all__ = [
+    "LossFn",
+    "Metrics",
+    "TrainState",
+    "create_state",
+    "make_eval_step",
+    "make_train_step",
+    "simple_loss",
+]
 
-RESERVED = ("loss", "grad_norm", "skipped")
+Pairs = Mapping[str, PairStatics] | None
 
 
 @flax.struct.dataclass
@@ -85,7 +89,7 @@ def create_state(
       >>> int(state.step), state.model_state
       (0, {})
     """
-    tx = _transformation(tx)
+    tx = transformation(tx)
     if not adapters:
         raise ValueError("adapters is empty: there is nothing to train")
     if not jnp.issubdtype(getattr(key, "dtype", int), jax.dtypes.prng_key):
@@ -103,30 +107,6 @@ def create_state(
     return jax.tree.map(strong, state)
 
 
-def simple_loss(fn: Callable[[PyTree, PyTree], Any]) -> LossFn:
-    """Turns `fn(params, batch) -> loss` or `(loss, metrics)` into the full protocol.
-
-    Args:
-      fn: a loss that needs no key and carries no model state.
-
-    Returns:
-      A loss in the protocol of `make_train_step`.
-
-    Example:
-      >>> loss_fn = simple_loss(lambda params, batch: params["w"] * batch)
-      >>> loss_fn({"w": 2.0}, {}, 3.0, None)
-      (6.0, ({}, {}))
-    """
-
-    def loss_fn(params: PyTree, model_state: PyTree, batch: PyTree, key: Any) -> Any:
-        del key
-        out = fn(params, batch)
-        loss, metrics = out if isinstance(out, tuple) else (out, {})
-        return loss, (metrics, model_state)
-
-    return loss_fn
-
-
 def make_train_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
@@ -134,7 +114,7 @@ def make_train_step(
     accumulate: int = 1,
     clip_norm: float | None = None,
     on_merge: Literal["warn", "error"] = "warn",
-) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns `step(state, params, batch) -> (state, metrics)`, pure and donatable.
 
     With microbatch losses `l_i`, each a mean over `w_i` target tokens,
@@ -154,7 +134,8 @@ def make_train_step(
       loss_fn: `(params, model_state, batch, key) -> (loss, (metrics, model_state))`, a
         scalar loss and a dict of metrics; written for plain `params`, see
         `lorax.adapt`. The key differs by step and microbatch.
-      tx: any optax transformation; one that takes extra arguments gets `base=params`.
+      tx: any optax transformation; one that takes extra arguments gets `base=params`,
+        `pairs`, and with `accumulate` above 1 `microbatch=MicrobatchNorms`, else None.
       accumulate: microbatches per step, run one after the other; the batch's leading
         axes must divide by it. Microbatch i takes rows i, i + accumulate, ..., so a
         batch sharded over devices stays so. `model_state` passes through them in turn.
@@ -162,9 +143,10 @@ def make_train_step(
       on_merge: what `lorax.adapt` does when it must form a merged kernel.
 
     Returns:
-      The step. Its metrics are the loss's own, averaged with the weights `w_i` (equal
-      where `loss_fn` gives none; "weight" itself is their sum), and "loss", "grad_norm"
-      (before clipping) and "skipped" (so far).
+      The step; its last argument, `pairs={path: PairStatics}`, overrides the scale and
+      rank of adapters, see `lorax.population`. Its metrics are the loss's own, averaged
+      with the weights `w_i` (equal where `loss_fn` gives none; "weight" itself is their
+      sum), and "loss", "grad_norm" (before clipping) and "skipped" (so far).
 
     Raises:
       ValueError: `accumulate` below 1, or `clip_norm` not positive.
@@ -187,27 +169,32 @@ def make_train_step(
       >>> state.adapters["w"].b
       Array([[0.5]], dtype=float32)
     """
-    tx = _transformation(tx)
+    tx = transformation(tx)
     if type(accumulate) is not int or accumulate < 1:
         raise ValueError(f"accumulate must be an int of at least 1; got {accumulate!r}")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, or None; got {clip_norm!r}")
-    adapted = transform.adapt(_checked(loss_fn), on_merge=on_merge)
-    value_and_grad = jax.value_and_grad(adapted, has_aux=True)
+    value_and_grad = jax.value_and_grad(_adapted(loss_fn, on_merge), has_aux=True)
 
-    def micro(state: TrainState, params: PyTree, batch: PyTree, key: Any) -> Gradients:
+    def micro(
+        state: TrainState, params: PyTree, batch: PyTree, key: Any, pairs: Pairs
+    ) -> Gradients:
         loss_key, lora_key = jax.random.split(key)
         extra = {"lora_key": lora_key} if _has_dropout(state.adapters) else {}
         (loss, (metrics, model_state)), grads = value_and_grad(
-            state.adapters, params, state.model_state, batch, loss_key, **extra
+            state.adapters, pairs, params, state.model_state, batch, loss_key, **extra
         )
-        return _widen({**metrics, "loss": loss}), model_state, _widen(grads)
+        return widen({**metrics, "loss": loss}), model_state, widen(grads)
 
-    gradients = micro if accumulate == 1 else _accumulated(micro, accumulate)
+    whole = lambda *args: (micro(*args), None)
+    gradients = whole if accumulate == 1 else accumulated(micro, accumulate)
 
-    def step(state: TrainState, params: PyTree, batch: PyTree) -> Any:
+    def step(
+        state: TrainState, params: PyTree, batch: PyTree, pairs: Pairs = None
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        values, model_state, grads = gradients(state, params, batch, key)
+        made, norms = gradients(state, params, batch, key, pairs)
+        values, model_state, grads = made
         norm = optax.tree.norm(grads)
         ok = jnp.isfinite(values["loss"]) & jnp.isfinite(norm)
         ok &= values.get("weight", 1.0) > 0
@@ -216,12 +203,12 @@ def make_train_step(
         # Zeros in place of NaN: an eigendecomposition inside tx need not survive them.
         clip = lambda g, leaf: jnp.where(ok, scale * g, 0.0).astype(leaf.dtype)
         grads = jax.tree.map(clip, grads, state.adapters)
-        updates, opt_state = tx.update(
-            grads, state.opt_state, state.adapters, base=params
-        )
+        extra = {"base": params, "pairs": pairs, "microbatch": norms}
+        updates, opt_state = tx.update(grads, state.opt_state, state.adapters, **extra)
+        updates = _unpadded(updates, pairs)
         new = (optax.apply_updates(state.adapters, updates), opt_state, model_state)
         old = (state.adapters, state.opt_state, state.model_state)
-        keep = lambda new, old: _cast(jnp.where(ok, new, old), old)
+        keep = lambda new, old: cast(jnp.where(ok, new, old), old)
         skipped = state.skipped + jnp.where(ok, 0, 1)
         adapters, opt_state, model_state = jax.tree.map(keep, new, old)
         state = TrainState(
@@ -234,7 +221,7 @@ def make_train_step(
 
 def make_eval_step(
     loss_fn: LossFn, *, on_merge: Literal["warn", "error"] = "warn"
-) -> Callable[[TrainState, PyTree, PyTree], Metrics]:
+) -> Callable[..., Metrics]:
     """Returns `step(state, params, batch) -> metrics`: no dropout, nothing updated.
 
     Args:
@@ -243,8 +230,8 @@ def make_eval_step(
       on_merge: what `lorax.adapt` does when it must form a merged kernel.
 
     Returns:
-      The step; its metrics are the loss's own and "loss". To average them over batches
-      weigh them by "weight".
+      The step, with `pairs` as the train step's; its metrics are the loss's own and
+      "loss". To average them over batches weigh them by "weight".
 
     Raises:
       TypeError: `loss_fn` is not callable.
@@ -257,115 +244,52 @@ def make_eval_step(
       >>> float(step(state, {"w": jnp.asarray(1.0)}, 3.0)["loss"])
       6.0
     """
-    adapted = transform.adapt(_checked(loss_fn), on_merge=on_merge)
+    adapted = _adapted(loss_fn, on_merge)
 
-    def step(state: TrainState, params: PyTree, batch: PyTree) -> Metrics:
-        args = (state.adapters, params, state.model_state, batch, None)
+    def step(
+        state: TrainState, params: PyTree, batch: PyTree, pairs: Pairs = None
+    ) -> Metrics:
+        args = (state.adapters, pairs, params, state.model_state, batch, None)
         loss, (metrics, _) = adapted(*args)
         return {**metrics, "loss": loss}
 
     return step
 
 
-def _accumulated(micro: Callable[..., Gradients], count: int) -> Callable[..., Any]:
-    """Returns `micro` of a large batch: weighted means over `count` microbatches."""
+def _adapted(loss_fn: LossFn, on_merge: Literal["warn", "error"]) -> Callable[..., Any]:
+    """The checked loss of `(adapters, pairs, params, ...)`."""
+    adapted = transform.adapt(checked(loss_fn), on_merge=on_merge)
 
-    def gradients(state: TrainState, params: PyTree, batch: PyTree, key: Any) -> Any:
-        def body(carry: Any, inputs: Any) -> tuple[Any, Metrics]:
-            total, model_state = carry
-            index, rows = inputs
-            now = dataclasses.replace(state, model_state=model_state)
-            own = jax.random.fold_in(key, index)
-            values, model_state, grads = micro(now, params, rows, own)
-            weight = values.get("weight", 1.0)
-            add = lambda total, g: total + _weighted(g, weight)
-            return (jax.tree.map(add, total, grads), model_state), values
+    def scaled(adapters: Any, pairs: Pairs, *args: Any, **kwargs: Any) -> Any:
+        # Set in here, a traced scale is never a leaf of what is differentiated.
+        own = {p: adapters[p].replace(scale=s.scale) for p, s in (pairs or {}).items()}
+        return adapted({**adapters, **own}, *args, **kwargs)
 
-        zeros = jax.tree.map(jnp.zeros_like, _widen(state.adapters))
-        inputs = (jnp.arange(count), _split(batch, count))
-        carry, values = jax.lax.scan(body, (zeros, state.model_state), inputs)
-        weights = values.get("weight", jnp.ones(count))
-        mean = lambda v: jax.vmap(_weighted)(v, weights).sum(0) / weights.sum()
-        means = jax.tree.map(mean, values)
-        if "weight" in values:
-            means["weight"] = weights.sum()
-        return means, carry[1], jax.tree.map(lambda g: g / weights.sum(), carry[0])
-
-    return gradients
+    return scaled
 
 
-def _transformation(tx: Any) -> optax.GradientTransformationExtraArgs:
+def _unpadded(updates: Adapters, pairs: Pairs) -> Adapters:
+    """Returns updates that leave the columns beyond every member's true rank alone."""
+
+    def keep(path: str, update: Pair, _: Pair) -> tuple[jax.Array, jax.Array]:
+        real = jnp.arange(update.a.shape[-1]) < update.rank
+        zero = lambda factor, real: jnp.where(real, factor, 0.0)
+        return zero(update.a, real), zero(update.b, real[:, None])
+
+    own = {path: updates[path] for path in pairs or {}}
+    return {**updates, **map_pairs(keep, own, own, pairs)}
+
+
+def transformation(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns `tx` in the form that takes extra arguments; TypeError if it is none."""
     if isinstance(tx, optax.MultiSteps):
-        tx = tx.gradient_transformation()
+        # Its own `gradient_transformation()` drops the extra arguments.
+        tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(
             f"tx must be an optax transformation, such as optax.adam(1e-3); got {tx!r}"
         )
     return optax.with_extra_args_support(tx)
-
-
-def _checked(loss_fn: LossFn) -> LossFn:
-    """The loss with its output held to the protocol, so that a slip is named."""
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function; got {loss_fn!r}")
-
-    def checked(params: PyTree, model_state: PyTree, batch: PyTree, key: Any) -> Any:
-        # Rebuilt here, nnx Variables belong to this trace and may be written to.
-        fresh = jax.tree.map(lambda leaf: leaf, model_state)
-        out = loss_fn(params, fresh, batch, key)
-        try:
-            loss, (metrics, new_state) = out
-        except (TypeError, ValueError):
-            raise ValueError(
-                "loss_fn must return (loss, (metrics, model_state)); it returned "
-                f"{jax.tree.structure(out)}. For a plain loss use simple_loss(loss_fn)"
-            ) from None
-        _check_metrics(loss, metrics)
-        return loss, (metrics, _same_kind(new_state, model_state))
-
-    return checked
-
-
-def _check_metrics(loss: jax.Array, metrics: Any) -> None:
-    if shape := jnp.shape(loss):
-        raise ValueError(f"the loss has shape {shape}; return its mean, a scalar")
-    if not isinstance(metrics, dict):
-        raise ValueError(f"metrics must be a dict; loss_fn returned {type(metrics)}")
-    if taken := [name for name in RESERVED if name in metrics]:
-        raise ValueError(f"the step reports {taken} itself; rename these metrics")
-    if shape := jnp.shape(metrics.get("weight", 1.0)):
-        raise ValueError(
-            f'metrics["weight"] has shape {shape}; return the number of target tokens'
-        )
-
-
-def _same_kind(new: PyTree, old: PyTree) -> PyTree:
-    """Returns `new` in the dtypes of `old`; ValueError if it is another tree."""
-    kind = lambda t: (jax.tree.structure(t), [jnp.shape(x) for x in jax.tree.leaves(t)])
-    if kind(new) != kind(old):
-        raise ValueError(
-            f"loss_fn was given a model_state {kind(old)} and returned {kind(new)}; it "
-            "must return the same tree (create_state takes the first one)"
-        )
-    return jax.tree.map(_cast, new, old)
-
-
-def _cast(new: Any, old: Any) -> jax.Array:
-    dtype = jnp.result_type(old)
-    if jnp.issubdtype(dtype, jax.dtypes.extended):  # keys, which only ever are keys
-        return new
-    return jax.lax.convert_element_type(new, dtype)  # strongly typed, as the state is
-
-
-def _widen(tree: PyTree) -> PyTree:
-    """Returns the leaves in the dtype their sums are kept in, at least float32."""
-    wide = lambda x: jnp.promote_types(jnp.result_type(x), jnp.float32)
-    return jax.tree.map(lambda x: jnp.asarray(x, wide(x)), tree)
-
-
-def _weighted(value: jax.Array, weight: jax.Array | float) -> jax.Array:
-    # Without target tokens the microbatch's mean may be 0/0: it counts for nothing.
-    return jnp.where(weight > 0, weight * value, 0.0).astype(value.dtype)
 
 
 def _stays_finite(new: PyTree, old: PyTree) -> jax.Array:
@@ -382,17 +306,3 @@ def _stays_finite(new: PyTree, old: PyTree) -> jax.Array:
 
 def _has_dropout(adapters: Adapters) -> bool:
     return any(getattr(adapter, "dropout", 0.0) for adapter in adapters.values())
-
-
-def _split(batch: PyTree, count: int) -> PyTree:
-    """Returns the batch as `[count, rows / count, ...]`; row i goes to i % count."""
-    leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
-    shapes = [(jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in leaves]
-    for name, shape in shapes:
-        if not shape or shape[0] % count or shape[:1] != shapes[0][1][:1]:
-            raise ValueError(
-                f"batch{name} has shape {shape}; accumulate={count} needs all leaves "
-                "to have one batch axis, first, of one size that divides by it"
-            )
-    rows = lambda x: jnp.reshape(x, (-1, count, *jnp.shape(x)[1:])).swapaxes(0, 1)
-    return jax.tree.map(rows, batch)

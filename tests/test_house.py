@@ -26,7 +26,7 @@ adapters scaling
 interpret
 kernels targets inits optim analysis sharding models
 transform calibration compose merging
-training checkpoint interop
+losses accumulation training stacking population checkpoint interop
 """.split()
 FORBIDDEN = (
     "absl argparse clu datasets experiments grain matplotlib ml_collections rich "

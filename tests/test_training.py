@@ -1,4 +1,4 @@
-"""The train step: by hand, then accumulation, guard, donation, bad input."""
+"""The train step: by hand, then guard, donation, composition, bad input."""
 
 from __future__ import annotations
 
@@ -55,6 +55,14 @@ def leaves_equal(left, right):
     return all(jax.tree.leaves(same))
 
 
+def masked(params, batch):
+    """Mean squared error over the rows that `batch["mask"]` keeps."""
+    error = jnp.sum((batch["x"] @ params["w"] - batch["y"]) ** 2, axis=1)
+    tokens = batch["mask"].sum()
+    mean = jnp.sum(error * batch["mask"]) / tokens
+    return mean, {"weight": tokens, "error": mean, "largest": error.max()}
+
+
 # By hand
 
 
@@ -73,26 +81,6 @@ def test_sgd_step_by_hand():
     assert (state.step, state.skipped, metrics["skipped"]) == (1, 0, 0)
 
 
-def test_accumulation_by_hand():
-    # Two microbatches (rows 0, 2 and 1, 3) of 3 and 1 target tokens: losses 1 and 5.
-    def loss_fn(params, batch):
-        loss = params["w"] * batch["loss"][0]
-        return loss, {"weight": batch["tokens"].sum(), "value": batch["loss"][0]}
-
-    loss, tokens = jnp.array([1.0, 5.0, 1.0, 5.0]), jnp.array([1, 1, 2, 0])
-    _, state, metrics = one_step(
-        training.simple_loss(loss_fn),
-        optax.sgd(1.0),
-        {"w": Full(jnp.ones(()))},
-        {"w": jnp.ones(())},
-        {"loss": loss, "tokens": tokens},
-        accumulate=2,
-    )
-    assert metrics["loss"] == metrics["value"] == metrics["grad_norm"] == 2.0
-    assert metrics["weight"] == 4.0
-    assert state.adapters["w"].value == -1.0
-
-
 def test_clipping_by_hand():
     adapters, params = {"w": Full(jnp.zeros(2))}, {"w": jnp.zeros(2)}
     grad, tx = jnp.array([3.0, 4.0]), optax.sgd(1.0)
@@ -106,74 +94,6 @@ def test_clipping_by_hand():
     _, state, _ = one_step(product, tx, adapters, params, zero, clip_norm=1.0)
     np.testing.assert_array_equal(state.adapters["w"].value, [0.0, 0.0])
     assert state.skipped == 0
-
-
-# Accumulation
-
-
-def masked(params, batch):
-    """Mean squared error over the rows that `batch["mask"]` keeps."""
-    error = jnp.sum((batch["x"] @ params["w"] - batch["y"]) ** 2, axis=1)
-    tokens = batch["mask"].sum()
-    mean = jnp.sum(error * batch["mask"]) / tokens
-    return mean, {"weight": tokens, "error": mean, "largest": error.max()}
-
-
-@pytest.mark.parametrize("accumulate", [4, 8])
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-6)])
-def test_accumulation_is_the_large_batch(accumulate, dtype, tolerance):
-    with jax.enable_x64(dtype == "float64"):
-        adapters, params, batch = small(dtype=dtype)
-        # Unequal weights; with 8 microbatches two of them have no target at all.
-        batch["mask"] = jnp.array([1, 0, 1, 1, 1, 0, 1, 1], dtype)
-        tx = optax.adam(0.1)
-        results = []
-        for count in (1, accumulate):
-            loss_fn = training.simple_loss(masked)
-            _, state, metrics = one_step(
-                loss_fn, tx, adapters, params, batch, accumulate=count
-            )
-            assert state.skipped == 0
-            metrics.pop("largest")  # a maximum is no mean over tokens
-            results.append((state.adapters, metrics))
-        for one, many in zip(*map(jax.tree.leaves, results), strict=True):
-            assert one.dtype == many.dtype
-            np.testing.assert_allclose(one, many, rtol=tolerance, atol=tolerance)
-
-
-def test_without_a_weight_microbatches_count_alike():
-    adapters, params, batch = small()
-    loss_fn, tx = training.simple_loss(regression), optax.sgd(0.1)
-    _, one, _ = one_step(loss_fn, tx, adapters, params, batch)
-    _, four, _ = one_step(loss_fn, tx, adapters, params, batch, accumulate=4)
-    for left, right in zip(*map(jax.tree.leaves, (one, four)), strict=True):
-        if not jnp.issubdtype(left.dtype, jax.dtypes.prng_key):
-            np.testing.assert_allclose(left, right, rtol=1e-5)
-
-
-def test_bfloat16_adapters_accumulate_in_float32():
-    # 1 + 255 * 2^-8 needs float32: in bfloat16 every summand after the first is lost.
-    zero = jnp.zeros((), jnp.bfloat16)
-    batch = jnp.full(256, 2.0**-8, jnp.bfloat16).at[0].set(1.0)
-    _, state, metrics = one_step(
-        product, optax.sgd(1.0), {"w": Full(zero)}, {"w": zero}, batch, accumulate=256
-    )
-    assert metrics["grad_norm"] == (1 + 255 * 2**-8) / 256
-    assert state.adapters["w"].value.dtype == jnp.bfloat16
-
-
-def test_model_state_passes_through_the_microbatches():
-    def loss_fn(params, model_state, batch, key):
-        del key
-        seen = model_state["seen"] * 10 + batch[0].astype(jnp.int32)
-        return params["w"] * batch.mean(), ({}, {"seen": seen})
-
-    adapters, params = {"w": Full(jnp.ones(()))}, {"w": jnp.ones(())}
-    batch, model_state = jnp.array([1.0, 2.0, 3.0]), {"seen": 0}
-    _, state, _ = one_step(
-        loss_fn, optax.sgd(0.1), adapters, params, batch, model_state, accumulate=3
-    )
-    assert state.model_state["seen"] == 123
 
 
 # The guard
@@ -382,17 +302,3 @@ def test_a_loss_outside_the_protocol_is_named(out, message):
     step = training.make_train_step(loss_fn, tx)
     with pytest.raises(ValueError, match=message):
         jax.jit(step)(state, {"w": jnp.ones(())}, 1.0)
-
-
-def test_a_batch_that_does_not_divide_is_named():
-    adapters, params, batch = small(rows=6)
-    tx = optax.sgd(0.1)
-    state = training.create_state(KEY, adapters, tx)
-    step = training.make_train_step(training.simple_loss(regression), tx, accumulate=4)
-    with pytest.raises(ValueError, match=r"batch\['x'\] has shape \(6, 4\)"):
-        step(state, params, batch)
-    with pytest.raises(ValueError, match=r"batch\['t'\] has shape \(\)"):
-        step(state, params, {"t": 1.0})
-    uneven = {"x": batch["x"][:4], "y": jnp.ones((8, 3))}
-    with pytest.raises(ValueError, match=r"batch\['y'\] has shape \(8, 3\).*one size"):
-        step(state, params, uneven)

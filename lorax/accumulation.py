@@ -1,0 +1,104 @@
+"""Gradients of a large batch as weighted means over microbatches, one after the other.
+
+With microbatch losses `l_i`, each a mean over `w_i` target tokens,
+
+    loss = sum_i w_i l_i / sum_i w_i,    g = sum_i w_i grad(l_i) / sum_i w_i
+
+summed in at least float32. On the way the squared norms of the microbatches' gradients
+are kept: beside that of their mean they tell how noisy the gradient is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorax.losses import Metrics
+from lorax.types import Adapters, MicrobatchNorms, PyTree
+
+Gradients = tuple[Metrics, PyTree, Adapters]
+"""Of a batch: loss and metrics, the new model state, gradients."""
+
+
+def accumulated(micro: Callable[..., Gradients], count: int) -> Callable[..., Any]:
+    """Returns `micro` of a large batch: weighted means over `count` microbatches.
+
+    Args:
+      micro: `(state, params, batch, key, pairs) -> Gradients`.
+      count: microbatches; row i of the batch goes to the (i % count)-th. At least 2.
+
+    Returns:
+      A function of the same arguments that returns `(Gradients, MicrobatchNorms)`.
+    """
+
+    def gradients(
+        state: Any, params: PyTree, batch: PyTree, key: Any, pairs: Any
+    ) -> tuple[Gradients, MicrobatchNorms]:
+        def body(carry: Any, inputs: Any) -> tuple[Any, Any]:
+            total, model_state = carry
+            index, rows = inputs
+            now = dataclasses.replace(state, model_state=model_state)
+            own = jax.random.fold_in(key, index)
+            values, model_state, grads = micro(now, params, rows, own, pairs)
+            weight = values.get("weight", 1.0)
+            add = lambda total, g: total + _weighted(g, weight)
+            squared = optax.tree.norm(grads, squared=True)
+            return (jax.tree.map(add, total, grads), model_state), (values, squared)
+
+        zeros = jax.tree.map(jnp.zeros_like, widen(state.adapters))
+        rows = _split(batch, count)
+        inputs = (jnp.arange(count), rows)
+        carry, (values, squared) = jax.lax.scan(
+            body, (zeros, state.model_state), inputs
+        )
+        weights = values.get("weight", jnp.ones(count))
+        mean = lambda v: jax.vmap(_weighted)(v, weights).sum(0) / weights.sum()
+        means = jax.tree.map(mean, values)
+        if "weight" in values:
+            means["weight"] = weights.sum()
+        grads = jax.tree.map(lambda g: g / weights.sum(), carry[0])
+        counts = weights > 0  # a microbatch without target tokens has no gradient
+        norms = MicrobatchNorms(
+            small=jnp.where(counts, squared, 0.0).sum() / counts.sum(),
+            large=optax.tree.norm(grads, squared=True),
+            small_batch=_rows(batch) // count,
+            large_batch=_rows(batch),
+        )
+        return (means, carry[1], grads), norms
+
+    return gradients
+
+
+def widen(tree: PyTree) -> PyTree:
+    """Returns the leaves in the dtype their sums are kept in, at least float32."""
+    wide = lambda x: jnp.promote_types(jnp.result_type(x), jnp.float32)
+    return jax.tree.map(lambda x: jnp.asarray(x, wide(x)), tree)
+
+
+def _weighted(value: jax.Array, weight: jax.Array | float) -> jax.Array:
+    # Without target tokens the microbatch's mean may be 0/0: it counts for nothing.
+    return jnp.where(weight > 0, weight * value, 0.0).astype(value.dtype)
+
+
+def _split(batch: PyTree, count: int) -> PyTree:
+    """Returns the batch as `[count, rows / count, ...]`; row i goes to i % count."""
+    leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
+    shapes = [(jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in leaves]
+    for name, shape in shapes:
+        if not shape or shape[0] % count or shape[:1] != shapes[0][1][:1]:
+            raise ValueError(
+                f"batch{name} has shape {shape}; accumulate={count} needs all leaves "
+                "to have one batch axis, first, of one size that divides by it"
+            )
+    rows = lambda x: jnp.reshape(x, (-1, count, *jnp.shape(x)[1:])).swapaxes(0, 1)
+    return jax.tree.map(rows, batch)
+
+
+def _rows(batch: PyTree) -> int:
+    """The examples in a batch that `_split` has found to be in order."""
+    return jnp.shape(jax.tree.leaves(batch)[0])[0]

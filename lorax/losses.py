@@ -1,0 +1,101 @@
+"""The loss that a train step takes, and what its output is held to.
+
+    loss_fn(params, model_state, batch, key) -> (loss, (metrics, model_state))
+
+with `model_state` what the model carries from step to step without training it
+(BatchNorm statistics, `nnx` counts) and `key` None at evaluation. `metrics["weight"]`,
+where given, is the number of target tokens that `loss` is the mean over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax.types import PyTree
+
+LossFn = Callable[[PyTree, PyTree, PyTree, jax.Array | None], tuple[jax.Array, Any]]
+Metrics = dict[str, Any]
+
+RESERVED = ("loss", "grad_norm", "skipped")
+
+
+def simple_loss(fn: Callable[[PyTree, PyTree], Any]) -> LossFn:
+    """Turns `fn(params, batch) -> loss` or `(loss, metrics)` into the full protocol.
+
+    Args:
+      fn: a loss that needs no key and carries no model state.
+
+    Returns:
+      A loss in the protocol of `make_train_step`.
+
+    Example:
+      >>> loss_fn = simple_loss(lambda params, batch: params["w"] * batch)
+      >>> loss_fn({"w": 2.0}, {}, 3.0, None)
+      (6.0, ({}, {}))
+    """
+
+    def loss_fn(params: PyTree, model_state: PyTree, batch: PyTree, key: Any) -> Any:
+        del key
+        out = fn(params, batch)
+        loss, metrics = out if isinstance(out, tuple) else (out, {})
+        return loss, (metrics, model_state)
+
+    return loss_fn
+
+
+def checked(loss_fn: LossFn) -> LossFn:
+    """The loss with its output held to the protocol, so that a slip is named."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function; got {loss_fn!r}")
+
+    def checked(params: PyTree, model_state: PyTree, batch: PyTree, key: Any) -> Any:
+        # Rebuilt here, nnx Variables belong to this trace and may be written to.
+        fresh = jax.tree.map(lambda leaf: leaf, model_state)
+        out = loss_fn(params, fresh, batch, key)
+        try:
+            loss, (metrics, new_state) = out
+        except (TypeError, ValueError):
+            raise ValueError(
+                "loss_fn must return (loss, (metrics, model_state)); it returned "
+                f"{jax.tree.structure(out)}. For a plain loss use simple_loss(loss_fn)"
+            ) from None
+        _check_metrics(loss, metrics)
+        return loss, (metrics, _same_kind(new_state, model_state))
+
+    return checked
+
+
+def _check_metrics(loss: jax.Array, metrics: Any) -> None:
+    if shape := jnp.shape(loss):
+        raise ValueError(f"the loss has shape {shape}; return its mean, a scalar")
+    if not isinstance(metrics, dict):
+        raise ValueError(f"metrics must be a dict; loss_fn returned {type(metrics)}")
+    if taken := [name for name in RESERVED if name in metrics]:
+        raise ValueError(f"the step reports {taken} itself; rename these metrics")
+    if shape := jnp.shape(metrics.get("weight", 1.0)):
+        raise ValueError(
+            f'metrics["weight"] has shape {shape}; return the number of target tokens'
+        )
+
+
+def _same_kind(new: PyTree, old: PyTree) -> PyTree:
+    """Returns `new` in the dtypes of `old`; ValueError if it is another tree."""
+    kind = lambda t: (jax.tree.structure(t), [jnp.shape(x) for x in jax.tree.leaves(t)])
+    if kind(new) != kind(old):
+        raise ValueError(
+            f"loss_fn was given a model_state {kind(old)} and returned {kind(new)}; it "
+            "must return the same tree (create_state takes the first one)"
+        )
+    return jax.tree.map(cast, new, old)
+
+
+def cast(new: Any, old: Any) -> jax.Array:
+    """Returns `new` in the dtype of `old`, strongly typed, as a state is."""
+    dtype = jnp.result_type(old)
+    if jnp.issubdtype(dtype, jax.dtypes.extended):  # keys, which only ever are keys
+        return new
+    return jax.lax.convert_element_type(new, dtype)

@@ -1,0 +1,126 @@
+"""The population option, end to end at toy size, and what it refuses."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import quickstart
+from experiments import population, train
+from experiments import writer as writers
+from lorax import checkpoint
+
+GIVEN = {
+    "seed": (3, 0),
+    "rank": (2, 4),
+    "alpha": (4, 16.0),
+    "learning_rate": (1e-3, 1e-2),
+}
+
+
+def config_of(**given):
+    config = quickstart.get_config("runlocal")
+    config.population.update(given)
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A population of two, then its second member in a run of its own."""
+    folder = tmp_path_factory.mktemp("population")
+    config = config_of(**GIVEN)
+    config.run.cache_dir = str(folder / "cache")
+    results = population.train(config, str(folder / "both"))
+    config.run.methods, config.adapter.rank = ("lora",), 4
+    alone = train.train(config, str(folder / "alone"))
+    return folder, results, alone
+
+
+def test_a_member_is_the_run_of_its_own(run):
+    folder, results, alone = run
+    mine = results["members"][1]
+    assert (mine["seed"], mine["rank"], mine["skipped"]) == (0, 4, 0)
+    assert mine["trainable"] == alone["lora"]["trainable"]
+    np.testing.assert_allclose(mine["test_bpb"], alone["lora"]["test_bpb"], rtol=1e-5)
+    np.testing.assert_allclose(
+        results["base"]["test_bpb"], alone["base"]["test_bpb"], rtol=1e-6
+    )
+    both = [folder / "both" / "members" / "1", folder / "alone" / "adapter"]
+    ours, theirs = map(checkpoint.load_adapters, both)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * max(1e-2, np.abs(y).max()))
+
+
+def test_everything_is_written_a_row_a_member(run):
+    folder, results, _ = run
+    assert json.loads((folder / "both" / "results.json").read_text()) == results
+    assert len(results["members"]) == 2 and results["step_ms"] > 0
+    for name, values in GIVEN.items():
+        assert tuple(row[name] for row in results["members"]) == values
+    assert results["members"][0]["test_bpb"] != results["members"][1]["test_bpb"]
+    lines = writers.read(folder / "both")
+    losses = [r["loss"] for r in lines if r["run"] == "member_0" and "loss" in r]
+    assert len(losses) == 2  # 4 steps, reported every 2
+    first = checkpoint.load_adapters(folder / "both" / "members" / "0")
+    assert first["head/kernel"].rank == 2 and first["head/kernel"].scale == 2.0
+    table = population.table(results)
+    assert table.row_count == 2 and "Base: " in table.caption
+
+
+def test_a_population_is_trained_where_there_is_one(monkeypatch):
+    called = []
+    monkeypatch.setattr(population, "train", lambda *args: called.append("population"))
+    monkeypatch.setattr(train, "train", lambda *args: called.append("train"))
+    population.run(config_of(), "")
+    population.run(config_of(seed=(0, 1)), "")
+    assert called == ["train", "population"]
+
+
+def test_empty_fields_take_the_configs_own_values():
+    assert population.members(config_of()) == []
+    made = population.members(config_of(rank=(1, 2, 3)))
+    assert [m.rank for m in made] == [1, 2, 3]
+    assert {(m.seed, m.learning_rate, m.alpha) for m in made} == {(0, 1e-2, 16.0)}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {"rank": (1, 2), "seed": (0, 1, 2)},
+            r"\{'rank': 2, 'seed': 3\}.*the same len",
+        ),
+        ({"rank": (1.5, 2)}, r"population.rank=\(1.5, 2\); give a tuple of whole"),
+        ({"rank": (0, 2)}, r"population.rank=\(0, 2\)"),
+        (
+            {"learning_rate": (1e-3, -1.0)},
+            "learning_rate=.*a tuple of positive numbers",
+        ),
+        ({"alpha": ("16",)}, r"population.alpha=\('16',\)"),
+    ],
+)
+def test_bad_values_say_what_to_do(given, told):
+    with pytest.raises(ValueError, match=told):
+        population.members(config_of(**given))
+
+
+def test_an_unknown_field_is_named():
+    config = config_of()
+    with config.unlocked():
+        config.population.width = (8, 16)
+    with pytest.raises(
+        ValueError, match="population.width: members differ in seed, le"
+    ):
+        population.members(config)
+
+
+def test_an_init_that_moves_the_base_is_refused(monkeypatch):
+    config = config_of(rank=(1, 2))
+    moved = lambda key, base, targets, kernels: ({}, {**base})
+    monkeypatch.setattr(population.lorax, "init", moved)
+    with pytest.raises(ValueError, match="members share one base: use init='standard'"):
+        population.start(
+            config, jax.random.key(0), population.members(config)[0], {}, {}
+        )

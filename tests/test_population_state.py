@@ -1,0 +1,182 @@
+"""Populations: shared counts, members that diverge, donation, bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from lorax import population as pop
+from lorax.adapters import Lora
+from lorax.types import Axes
+from tests.test_population import (
+    DENSE,
+    LOSS,
+    assert_same,
+    keys_of,
+    member_of,
+    problem,
+    train,
+    train_alone,
+)
+
+# Counts
+
+
+def cond_on_count(every=2):
+    """Halves the updates at every second count, in a `lax.cond`."""
+
+    def update(updates, state, params=None, **extra):
+        del params, extra
+        half = lambda u: jax.tree.map(lambda x: x / 2, u)
+        updates = jax.lax.cond(state["n"] % every == 0, half, lambda u: u, updates)
+        return updates, {"n": state["n"] + 1}
+
+    init = lambda params: {"n": jnp.zeros((), jnp.int32)}
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def integers(population):
+    leaves = jax.tree.leaves(population.state.opt_state)
+    return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.integer)]
+
+
+def test_a_cond_on_a_count_stays_a_cond():
+    params, _, batch = problem()
+    members = [member_of(0, 1), member_of(1, 2)]
+    schedule = optax.linear_schedule(0.1, 0.0, 10)
+    tx = optax.chain(optax.scale_by_adam(), cond_on_count(), optax.sgd(schedule))
+    population = pop.create_population(keys_of(2), members, tx, params)
+    assert [count.shape for count in integers(population)] == [(), (), ()]
+    assert population.state.step.shape == ()
+    step = pop.make_population_step(LOSS, tx)
+    assert " cond[" in str(jax.make_jaxpr(step)(population, params, batch))
+    population, _ = train(LOSS, tx, members, steps=3)
+    assert [int(count) for count in integers(population)] == [3, 3, 3]
+    alone, _ = train_alone(LOSS, tx, members, 1, steps=3)
+    assert_same(pop.member(population, 1), alone.adapters)
+
+
+def test_counts_that_depend_on_the_gradients_are_each_members_own():
+    params = problem()[0]
+    members, tx = [member_of(0), member_of(1)], optax.apply_if_finite(optax.adam(1), 3)
+    population = pop.create_population(keys_of(2), members, tx, params)
+    assert {count.shape for count in integers(population)} == {(2,)}
+
+
+def test_inside_multi_steps():
+    members = [member_of(0, 1), member_of(1, 2)]
+    make = lambda rate: optax.MultiSteps(
+        optax.inject_hyperparams(optax.adam)(learning_rate=rate), 2
+    )
+    rates = {"learning_rate": (0.1, 0.01)}
+    population, _ = train(LOSS, make(1.0), members, steps=4, hyperparams=rates)
+    assert {count.shape for count in integers(population)} == {()}
+    for k in range(2):
+        own = make(rates["learning_rate"][k])
+        alone, _ = train_alone(LOSS, own, members, k, steps=4)
+        assert_same(pop.member(population, k), alone.adapters)
+
+
+def test_a_member_that_diverges_leaves_the_others_alone():
+    members = [member_of(0), member_of(1)]
+    broken = members[0]["head"].replace(b=jnp.full((2, 3), jnp.inf))
+    members = [{**members[0], "head": broken}, members[1]]
+    population, history = train(LOSS, optax.adam(0.1), members, steps=3)
+    assert history[-1]["skipped"].tolist() == [3, 0]
+    assert_same(pop.member(population, 0)["layers"], members[0]["layers"], 0.0)
+    alone, _ = train_alone(LOSS, optax.adam(0.1), members, 1, steps=3)
+    assert_same(pop.member(population, 1), alone.adapters)
+    assert [int(count) for count in integers(population)] == [3]
+    # Where every member skips, no count goes on.
+    population, _ = train(LOSS, optax.adam(0.1), [members[0]] * 2, steps=3)
+    assert [int(count) for count in integers(population)] == [0]
+    assert population.state.step == 3
+
+
+# Donation
+
+
+def test_donated_steps_spare_what_the_caller_holds():
+    params, _, batch = problem()
+    members, keys = [member_of(0, 1), member_of(1, 2)], jnp.stack(keys_of(2))
+    rates = jnp.array([0.1, 0.2])
+    tx = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
+    before = pop.create_population(
+        keys, members, tx, params, hyperparams={"learning_rate": rates}
+    )
+    step = jax.jit(pop.make_population_step(LOSS, tx), donate_argnums=0)
+    kind = jax.tree.map(lambda x: (x.shape, x.dtype), before)
+    after, _ = step(before, params, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == kind
+    assert before.state.adapters["head"].a.is_deleted()
+    held = jax.tree.leaves((keys, rates, members, params))
+    assert not any(leaf.is_deleted() for leaf in held)
+
+
+# Bad input
+
+
+def changed(path="head", **fields):
+    adapters = member_of(1)
+    return {**adapters, path: dataclasses.replace(adapters[path], **fields)}
+
+
+@pytest.mark.parametrize(
+    ("second", "told"),
+    [
+        (
+            lambda: changed(dropout=0.5),
+            r"head: member 1 has dropout=0.5.*member 0.*0.0",
+        ),
+        (lambda: changed("layers", layers=(0, 1)), r"layers: member 1 has layers=\(0"),
+        (
+            lambda: changed(a=jnp.zeros((6, 2), jnp.bfloat16)),
+            "head: .*a.dtype=.*bfloat",
+        ),
+        (lambda: member_of(1, adapter="dora"), "head: member 1 has class=.*Dora"),
+        (lambda: {"head": member_of(1)["head"]}, "bias: member 0 has an adapter there"),
+    ],
+)
+def test_members_that_cannot_be_stacked_are_named(second, told):
+    members = [member_of(0), second()]
+    with pytest.raises(ValueError, match=told):
+        pop.create_population(keys_of(2), members, optax.sgd(0.1), problem()[0])
+
+
+def test_other_axes_and_unequal_adalora_are_named():
+    square = {"w": jnp.zeros((3, 3))}
+    turned = lambda axes: {"w": Lora(jnp.ones((3, 1)), jnp.zeros((1, 3)), 1.0, axes)}
+    members = [turned(DENSE), turned(Axes((1,), (0,)))]
+    with pytest.raises(ValueError, match=r"w: member 1 has axes=Axes\(in_=\(1,\)"):
+        pop.create_population(keys_of(2), members, optax.sgd(0.1), square)
+    members = [member_of(0, rank, adapter="adalora") for rank in (2, 3)]
+    with pytest.raises(ValueError, match="member 1 has rank=3 .*not of AdaLora"):
+        pop.create_population(keys_of(2), members, optax.sgd(0.1), problem()[0])
+
+
+def test_counts_of_members_keys_and_hyperparameters_are_checked():
+    params, members = problem()[0], [member_of(0), member_of(1)]
+    plain = optax.sgd(0.1)
+    tx = optax.inject_hyperparams(optax.adam)(optax.linear_schedule(1, 0, 9), b1=0.9)
+    create = functools.partial(pop.create_population, params=params)
+    with pytest.raises(ValueError, match="members is empty"):
+        create([], [], plain)
+    with pytest.raises(ValueError, match=r"2 members need as many keys.*\(3,\)"):
+        create(keys_of(3), members, plain)
+    with pytest.raises(TypeError, match="must be an optax transformation"):
+        create(keys_of(2), members, 0.1)
+    with pytest.raises(ValueError, match=r"'ratio'\]: tx has no such number.*b1, b2"):
+        create(keys_of(2), members, tx, hyperparams={"ratio": (1, 2)})
+    with pytest.raises(ValueError, match=r"'learning_rate'\]: tx.*no schedule"):
+        create(keys_of(2), members, tx, hyperparams={"learning_rate": (1, 2)})
+    with pytest.raises(ValueError, match="it has none. Make it by optax.inject"):
+        create(keys_of(2), members, plain, hyperparams={"learning_rate": (1, 2)})
+    with pytest.raises(ValueError, match=r"'b1'\] has the shape \(3,\); give 2"):
+        create(keys_of(2), members, tx, hyperparams={"b1": (0.1, 0.2, 0.3)})
+    with pytest.raises(IndexError, match="member 2 of a population of 2"):
+        pop.member(create(keys_of(2), members, plain), 2)
