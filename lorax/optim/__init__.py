@@ -1,6 +1,7 @@
 """Optimisers: optax gradient transformations over adapter trees."""
 
 from lorax.optim._decay import add_decayed_weights, decay_mask
+from lorax.optim._lora_fa import lora_fa, scale_by_lora_fa
 from lorax.optim._lora_plus import (
     ScaleByLoraPlusState,
     lora_plus,
@@ -13,6 +14,7 @@ from lorax.optim._lora_pro_moments import (
     scale_by_lora_pro_full,
     scale_by_lora_pro_rowcol,
 )
+from lorax.optim._riemannian import riemannian, scale_by_gram
 
 __all__ = [
     "ScaleByFullState",
@@ -20,8 +22,12 @@ __all__ = [
     "ScaleByRowColState",
     "add_decayed_weights",
     "decay_mask",
+    "lora_fa",
     "lora_plus",
     "lora_pro",
+    "riemannian",
+    "scale_by_gram",
+    "scale_by_lora_fa",
     "scale_by_lora_plus",
     "scale_by_lora_pro",
     "scale_by_lora_pro_full",

@@ -62,7 +62,9 @@ def decay_mask(adapters: Adapters) -> Adapters:
 
 
 def add_decayed_weights(
-    weight_decay: _checks.ScalarOrSchedule = 0.0, full: bool = False
+    weight_decay: _checks.ScalarOrSchedule = 0.0,
+    full: bool = False,
+    roles: tuple[str, ...] = FACTORS,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds `weight_decay * w` to the updates of the factors.
 
@@ -72,6 +74,7 @@ def add_decayed_weights(
       weight_decay: strength, at least 0; a number or a schedule.
       full: True: Full leaves decay to the base's value, which `update` then takes as
         `base=params`, the tree `lorax.init` returned (`make_train_step` passes it).
+      roles: of the leaves that decay; fewer where an optimiser freezes a factor.
 
     Returns:
       An optax transformation; `update` needs the adapters, as `params`.
@@ -104,8 +107,8 @@ def add_decayed_weights(
         del extra
         given = _pairs.require_params(params)
         leaves = _base_leaves(base, given) if full else {}
-        away = tree.map_adapters(lambda path, a: _away(a, leaves.get(path)), given)
-        return decay.update(updates, state, away)
+        away = lambda path, a: _away(a, roles, leaves.get(path))
+        return decay.update(updates, state, tree.map_adapters(away, given))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -114,11 +117,11 @@ def _marked(adapter: Any, roles: tuple[str, ...]) -> Any:
     return adapter.replace(**{f: r in roles for f, r in adapter.roles.items()})
 
 
-def _away(adapter: Any, leaf: jax.Array | None) -> Any:
+def _away(adapter: Any, roles: tuple[str, ...], leaf: jax.Array | None) -> Any:
     """How far each field is from where decay takes it; zero where it does not act."""
     if leaf is not None:
         return adapter.replace(value=adapter.value - leaf.astype(adapter.value.dtype))
-    still = [field for field, role in adapter.roles.items() if role not in FACTORS]
+    still = [field for field, role in adapter.roles.items() if role not in roles]
     return adapter.replace(**{f: jnp.zeros_like(getattr(adapter, f)) for f in still})
 
 

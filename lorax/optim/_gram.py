@@ -62,10 +62,15 @@ def spectra(
 ) -> tuple[Spectrum, Spectrum]:
     """Returns the spectra of `N + d I` and `M + d I`."""
     d = damping_of(pair, damping, relative)
-    n, m = (Spectrum(*jnp.linalg.eigh(g)) for g in grams(pair))
+    n, m = grams(pair)
+    return damped_spectrum(n, d), damped_spectrum(m, d)
+
+
+def damped_spectrum(gram: jax.Array, d: jax.Array) -> Spectrum:
+    """Returns the spectrum of `gram + d I` for a Gram matrix and d `[n, 1]`."""
+    values, vectors = jnp.linalg.eigh(gram)
     # A Gram matrix has no negative eigenvalue; rounding makes some.
-    damped = lambda s: Spectrum(jnp.maximum(s.values, 0) + d, s.vectors)
-    return damped(n), damped(m)
+    return Spectrum(jnp.maximum(values, 0) + d, vectors)
 
 
 def reciprocal(values: jax.Array) -> jax.Array:
