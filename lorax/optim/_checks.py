@@ -1,0 +1,83 @@
+"""Checks of hyperparameters, made where their values can be read.
+
+A hyperparameter that `optax.inject_hyperparams` or a population passes as a tracer has
+no value yet, and a schedule never has one: both pass.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+from lorax import tree
+from lorax.adapters import AdaLora
+from lorax.optim import _pairs
+from lorax.types import Adapters
+
+Scalar = Any
+"""A number, an array of no axes, or a tracer."""
+
+ScalarOrSchedule = Scalar | Callable[[Any], Any]
+"""A `Scalar`, or a function from the step count to one."""
+
+
+def at_least(name: str, value: Scalar, low: float = 0.0) -> None:
+    """Raises ValueError where the value is known, and below `low` or not finite."""
+    known = _known(name, value)
+    if known is not None and not low <= known < math.inf:
+        raise ValueError(f"{name}={known}; give a number of at least {low:g}")
+
+
+def positive(name: str, value: Scalar) -> None:
+    """Raises ValueError where the value is known, and zero, negative or not finite."""
+    known = _known(name, value)
+    if known is not None and not 0 < known < math.inf:
+        raise ValueError(f"{name}={known}; give a number > 0")
+
+
+def average(name: str, value: Scalar) -> None:
+    """Raises ValueError unless a known value is a weight of averaging, in [0, 1)."""
+    known = _known(name, value)
+    if known is not None and not 0 <= known < 1:
+        raise ValueError(f"{name}={known}; give a decay rate in [0, 1)")
+
+
+def moments(b1: Scalar, b2: Scalar, eps: Scalar, weight_decay: Scalar) -> None:
+    """Raises ValueError for hyperparameters of Adam that are out of range."""
+    average("b1", b1)
+    average("b2", b2)
+    positive("eps", eps)
+    at_least("weight_decay", weight_decay)
+
+
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}; choose one of {', '.join(choices)}")
+
+
+def factor_pairs(adapters: Any, name: str) -> Adapters:
+    """Returns the adapters; ValueError for what a transform of (a, b) cannot act on."""
+    given = _pairs.require_adapters(adapters, name)
+    for path, adapter in given.items():
+        if isinstance(adapter, AdaLora):
+            raise ValueError(
+                f"{path}: {name} acts on factors a and b, and an AdaLora has p, lam "
+                "and q; use lora_plus or an optax optimiser for it, or adapt this "
+                "leaf with adapter='lora'"
+            )
+    return given
+
+
+def _known(name: str, value: Any) -> float | None:
+    if callable(value):
+        return None
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if tree.is_concrete(value) and getattr(value, "shape", None) == ():
+        return float(value)
+    if value is None or isinstance(value, str) or tree.is_concrete(value):
+        raise ValueError(f"{name}={value!r}; give one number")
+    return None

@@ -1,0 +1,138 @@
+"""Weight decay over adapters: of the factors, and of nothing else by accident.
+
+    u <- u + weight_decay * w      for the roles a, b, p and q
+
+Decaying both factors shrinks their product: (|a|^2 + |b|^2) / 2 is at least the nuclear
+norm of a @ b, and equals it when the two are balanced, so it pulls a kernel to its
+pretrained value. A DoRA magnitude or a `Full` leaf would be pulled to zero, away from
+it. With `full=True` a Full leaf is pulled to where it started,
+
+    u <- u + weight_decay * (value - base leaf)
+
+References:
+  Loshchilov & Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorax import tree
+from lorax.adapters import Full
+from lorax.optim import _checks, _pairs
+from lorax.types import Adapters, PyTree
+
+FACTORS = ("a", "b", "p", "q")
+"""Roles of the leaves that decay."""
+
+
+def role_mask(adapters: Adapters, roles: tuple[str, ...]) -> Adapters:
+    """Returns True for the leaves of these roles, in the structure of the adapters.
+
+    Args:
+      adapters: `{path: Adapter}`.
+      roles: values of `adapter.roles`.
+    """
+    given = _pairs.require_adapters(adapters, "role_mask")
+    return tree.map_adapters(lambda _, a: _marked(a, roles), given)
+
+
+def decay_mask(adapters: Adapters) -> Adapters:
+    """Returns True for factors (a, b, p, q), False for magnitude, lam and value.
+
+    It is the `mask=` of an optax optimiser over adapters.
+
+    Args:
+      adapters: `{path: Adapter}`, of arrays or their abstract forms.
+
+    Returns:
+      Booleans in the structure of the adapters.
+
+    Example:
+      >>> mask = decay_mask({"bias": Full(jnp.ones(3))})
+      >>> mask["bias"].value
+      False
+      >>> tx = optax.adamw(1e-3, weight_decay=0.1, mask=decay_mask)
+    """
+    return role_mask(adapters, FACTORS)
+
+
+def add_decayed_weights(
+    weight_decay: _checks.ScalarOrSchedule = 0.0,
+    full: bool = False,
+    roles: tuple[str, ...] = FACTORS,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds `weight_decay * w` to the updates of the factors.
+
+    Put it after the moments and before the learning rate.
+
+    Args:
+      weight_decay: strength, at least 0; a number or a schedule.
+      full: True: Full leaves decay to the base's value, which `update` then takes as
+        `base=params`, the tree `lorax.init` returned (`make_train_step` passes it).
+      roles: of the leaves that decay; fewer where an optimiser freezes a factor.
+
+    Returns:
+      An optax transformation; `update` needs the adapters, as `params`.
+
+    Raises:
+      ValueError: a negative strength; at `update`, no adapters, or no `base`.
+
+    Example:
+      >>> adapters = {"bias": Full(jnp.ones(1))}
+      >>> tx = add_decayed_weights(0.5, full=True)
+      >>> zero = jax.tree.map(jnp.zeros_like, adapters)
+      >>> base = {"bias": jnp.array([3.0])}
+      >>> tx.update(zero, tx.init(adapters), adapters, base=base)[0]["bias"].value
+      Array([-1.], dtype=float32)
+    """
+    _checks.at_least("weight_decay", weight_decay)
+    decay = optax.add_decayed_weights(weight_decay)
+
+    def init_fn(params: Adapters) -> optax.OptState:
+        return decay.init(_pairs.require_adapters(params, "add_decayed_weights"))
+
+    def update_fn(
+        updates: Adapters,
+        state: optax.OptState,
+        params: Adapters | None = None,
+        *,
+        base: PyTree = None,
+        **extra: Any,
+    ) -> tuple[Adapters, optax.OptState]:
+        del extra
+        given = _pairs.require_params(params)
+        leaves = _base_leaves(base, given) if full else {}
+        away = lambda path, a: _away(a, roles, leaves.get(path))
+        return decay.update(updates, state, tree.map_adapters(away, given))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _marked(adapter: Any, roles: tuple[str, ...]) -> Any:
+    return adapter.replace(**{f: r in roles for f, r in adapter.roles.items()})
+
+
+def _away(adapter: Any, roles: tuple[str, ...], leaf: jax.Array | None) -> Any:
+    """How far each field is from where decay takes it; zero where it does not act."""
+    if leaf is not None:
+        return adapter.replace(value=adapter.value - leaf.astype(adapter.value.dtype))
+    still = [field for field, role in adapter.roles.items() if role not in roles]
+    return adapter.replace(**{f: jnp.zeros_like(getattr(adapter, f)) for f in still})
+
+
+def _base_leaves(base: PyTree, adapters: Adapters) -> dict[str, jax.Array]:
+    """The leaves of the base under Full adapters."""
+    paths = [path for path, a in adapters.items() if isinstance(a, Full)]
+    if base is None:
+        raise ValueError(
+            "add_decayed_weights(full=True) decays Full leaves to the base's values: "
+            "call tx.update(grads, state, adapters, base=params)"
+        )
+    leaves = tree.flatten(base)
+    tree.require(paths, leaves, "base")
+    return {path: leaves[path] for path in paths}

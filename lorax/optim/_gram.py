@@ -1,0 +1,102 @@
+"""Gram matrices of a pair of factors, damped together and inverted by `eigh`.
+
+    N = a^T a,    M = b b^T,    N + d I,    M + d I
+
+All r x r algebra is in the factors' dtype (at least float32) at full precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorax.optim import _pairs
+
+
+class Spectrum(NamedTuple):
+    """A symmetric matrix `vectors @ diag(values) @ vectors.T`.
+
+    Attributes:
+      values: `[n, rank]`, ascending, damping included.
+      vectors: `[n, rank, rank]`, in columns.
+    """
+
+    values: jax.Array
+    vectors: jax.Array
+
+
+def dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the matrix product at full precision (TPU and TF32 would round)."""
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def grams(pair: _pairs.Pair) -> tuple[jax.Array, jax.Array]:
+    """Returns `N = a^T a` and `M = b b^T`, `[n, rank, rank]`."""
+    return dot(pair.a.mT, pair.a), dot(pair.b, pair.b.mT)
+
+
+def damping_of(pair: _pairs.Pair, damping: Any, relative: bool = True) -> jax.Array:
+    """Returns d of every matrix of the stack, `[n, 1]`.
+
+        d = damping * max(tr N, tr M) / rank
+
+    Relative to both: where b is still zero, a fraction of M's own trace would be none,
+    and the step of `a` after the first one would not shrink with the learning rate.
+
+    Args:
+      pair: the factors.
+      damping: relative; or d itself.
+      relative: False: `damping` is d.
+    """
+    trace = lambda f: jnp.sum(f**2, axis=(1, 2))[:, None]
+    larger = jnp.maximum(trace(pair.a), trace(pair.b))
+    if not relative:
+        return jnp.full_like(larger, damping)
+    return (damping * larger / pair.rank).astype(larger.dtype)
+
+
+def spectra(
+    pair: _pairs.Pair, damping: Any, relative: bool = True
+) -> tuple[Spectrum, Spectrum]:
+    """Returns the spectra of `N + d I` and `M + d I`."""
+    d = damping_of(pair, damping, relative)
+    n, m = grams(pair)
+    return damped_spectrum(n, d), damped_spectrum(m, d)
+
+
+def damped_spectrum(gram: jax.Array, d: jax.Array) -> Spectrum:
+    """Returns the spectrum of `gram + d I` for a Gram matrix and d `[n, 1]`."""
+    values, vectors = jnp.linalg.eigh(gram)
+    # A Gram matrix has no negative eigenvalue; rounding makes some.
+    return Spectrum(jnp.maximum(values, 0) + d, vectors)
+
+
+def reciprocal(values: jax.Array) -> jax.Array:
+    """Returns `1 / values` along the last axis, 0 for those lost in rounding.
+
+    Without damping this is the pseudo-inverse; a zero matrix has the inverse zero.
+    """
+    floor = values.shape[-1] * jnp.finfo(values.dtype).eps
+    lost = values <= floor * jnp.max(values, axis=-1, keepdims=True)
+    return jnp.where(lost, 0, 1 / jnp.where(lost, 1, values))
+
+
+def solve(spectrum: Spectrum, x: jax.Array) -> jax.Array:
+    """Returns the (pseudo-)inverse of the matrix times `x: [n, rank, k]`."""
+    v = spectrum.vectors
+    return dot(v, reciprocal(spectrum.values)[..., None] * dot(v.mT, x))
+
+
+def true_rank_only(
+    a: jax.Array, b: jax.Array, rank: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the factors with the padding of a population's member exactly zero.
+
+    Eigenvectors mix columns by a rounding error; the padding must not move by one.
+    """
+    if isinstance(rank, int) and rank == a.shape[-1]:
+        return a, b
+    real = jnp.arange(a.shape[-1]) < rank
+    return jnp.where(real, a, 0), jnp.where(real[:, None], b, 0)

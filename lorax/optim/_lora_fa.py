@@ -1,0 +1,139 @@
+"""LoRA-FA: the first factor frozen, the second preconditioned by it.
+
+    gA <- 0,    gB <- (a^T a + d I)^-1 gB / s^2
+
+The kernel then moves by P_A G: full fine-tuning's gradient, projected on the columns of
+a. The optimiser keeps no moments of a.
+
+References:
+  Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
+  Fine-tuning, arXiv:2308.03303; PEFT's `optimizers/lorafa.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorax import tree
+from lorax.optim import _checks, _decay, _gram, _pairs
+from lorax.types import Adapters, PairStatics
+
+TRAINED = ("b", "magnitude", "value")
+"""Roles of the leaves that move."""
+
+
+def scale_by_lora_fa(
+    damping: _checks.Scalar = 1e-6, relative: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """Freezes every `a` and preconditions every `b` by it.
+
+    Args:
+      damping: of `a^T a`, relative to its mean eigenvalue. As a is frozen and drawn
+        well conditioned, little is needed.
+      relative: False: `damping` is added as it is (1e-8 in PEFT).
+
+    Returns:
+      An optax transformation without state; `update` needs the adapters, as `params`,
+      and takes `pairs=` of a population's member. Other leaves pass.
+
+    Raises:
+      ValueError: negative damping; at `init`, an AdaLora, or an `a` of zeros (as an
+        embedding starts), under which nothing could train.
+
+    Example:
+      >>> from lorax.adapters import Lora
+      >>> from lorax.types import Axes
+      >>> lora = Lora(2 * jnp.eye(1), jnp.ones((1, 1)), 1.0, Axes((0,), (1,)))
+      >>> tx = scale_by_lora_fa(damping=0.0)
+      >>> updates, _ = tx.update({"w": lora}, tx.init({"w": lora}), {"w": lora})
+      >>> float(updates["w"].a[0, 0]), float(updates["w"].b[0, 0])
+      (0.0, 0.25)
+    """
+    _checks.at_least("damping", damping)
+
+    def init_fn(params: Adapters) -> optax.EmptyState:
+        for path, adapter in _checks.factor_pairs(params, "scale_by_lora_fa").items():
+            if _pairs.is_pair(adapter):
+                _check_alive(path, adapter)
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: Adapters,
+        state: optax.EmptyState,
+        params: Adapters | None = None,
+        *,
+        pairs: Mapping[str, PairStatics] | None = None,
+        **extra: Any,
+    ) -> tuple[Adapters, optax.EmptyState]:
+        del extra
+
+        def scaled(path: str, update: _pairs.Pair, given: _pairs.Pair) -> Any:
+            # b has no part in the damping: a alone is inverted.
+            only_a = _pairs.Pair(given.a, 0 * given.b, given.scale, given.rank)
+            d = _gram.damping_of(only_a, damping, relative)
+            n = _gram.damped_spectrum(_gram.dot(given.a.mT, given.a), d)
+            b = _gram.solve(n, update.b) / given.scale**2
+            return _gram.true_rank_only(jnp.zeros_like(update.a), b, given.rank)
+
+        return _pairs.map_pairs(scaled, updates, params, pairs), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def lora_fa(
+    learning_rate: _checks.ScalarOrSchedule,
+    damping: _checks.Scalar = 1e-6,
+    relative: bool = True,
+    b1: _checks.Scalar = 0.9,
+    b2: _checks.Scalar = 0.999,
+    eps: _checks.Scalar = 1e-8,
+    weight_decay: _checks.Scalar = 0.0,
+    full_decay: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW on the second factors alone; magnitude and value follow AdamW as usual.
+
+    Args:
+      learning_rate: a number or a schedule, sized as for LoRA.
+      damping: see `scale_by_lora_fa`.
+      relative: see `scale_by_lora_fa`.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added to the root of the second moment; 1e-6 in PEFT.
+      weight_decay: of b; a keeps still.
+      full_decay: True: Full leaves decay to their initial values.
+
+    Returns:
+      An optax transformation; `update` needs the adapters, as `params`.
+
+    Raises:
+      ValueError: a hyperparameter out of range; at `init`, as `scale_by_lora_fa`.
+
+    Example:
+      >>> tx = lora_fa(2e-4, weight_decay=0.01)
+    """
+    _checks.moments(b1, b2, eps, weight_decay)
+    trained = lambda adapters: _decay.role_mask(adapters, TRAINED)
+    return optax.chain(
+        scale_by_lora_fa(damping, relative),
+        optax.masked(optax.scale_by_adam(b1, b2, eps), trained),
+        _decay.add_decayed_weights(weight_decay, full_decay, roles=("b",)),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _check_alive(path: str, adapter: Any) -> None:
+    if not tree.is_concrete(adapter.a):
+        return
+    with jax.ensure_compile_time_eval():  # known factors, closed over by a jit
+        alive = bool(jnp.any(adapter.a))
+    if not alive:
+        raise ValueError(
+            f"{path}: LoRA-FA freezes a, and this one is zero (as an embedding's is at "
+            "the start), so nothing here could train; leave this leaf out, or use "
+            "another optimiser"
+        )

@@ -1,0 +1,271 @@
+"""Adam on LoRA-Pro's projected gradient, dense or without ever forming it.
+
+The projection `g = s (hA B + A hB)` is a kernel-sized matrix of rank 2r,
+
+    g = L R,    L = [hA, A],  R = s [B; hB]
+
+"full" keeps Adam's moments of g. "rowcol" keeps the running means p, q of its squares
+along rows and columns, both of which follow from r x r products,
+
+    mean_j g_ij^2 = (L (R R^T) * L)_i / m,      v_ij = p_i q_j / mean(p)
+
+(Adafactor's estimate), and `u = g / sqrt(v)` only rescales rows of L and columns of R.
+Either way u enters in place of the gradient: `U_A = s u B^T`, `U_B = s A^T u` are
+projected once more, so that the kernel's step is the projection of u.
+
+References:
+  Wang et al., LoRA-Pro: Are Low-Rank Adapters Properly Optimized?, arXiv:2407.18242.
+  Shazeer & Stern, Adafactor, arXiv:1804.04235.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorax import tree
+from lorax.optim import _checks, _gram, _pairs, _projection
+from lorax.types import Adapters, PairStatics
+
+
+class ScaleByRowColState(NamedTuple):
+    """Running means of the projected gradient's squares.
+
+    Attributes:
+      step: updates so far, int32.
+      rows: `{path: [*batch, *in]}`, means along the outputs.
+      columns: `{path: [*batch, *out]}`, means along the inputs.
+    """
+
+    step: jax.Array
+    rows: dict[str, jax.Array]
+    columns: dict[str, jax.Array]
+
+
+class ScaleByFullState(NamedTuple):
+    """Adam's moments of the projected gradient.
+
+    Attributes:
+      step: updates so far, int32.
+      mu: `{path: [n, in, out]}`, the first moment; n layers or experts.
+      nu: `{path: [n, in, out]}`, the second.
+    """
+
+    step: jax.Array
+    mu: dict[str, jax.Array]
+    nu: dict[str, jax.Array]
+
+
+def scale_by_lora_pro_rowcol(
+    b2: _checks.Scalar = 0.999,
+    eps: _checks.Scalar = 1e-8,
+    x: str = "sylvester",
+    damping: _checks.Scalar = 0.1,
+    relative: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Divides the projected gradient by factored root mean squares, n + m numbers.
+
+    Args:
+      b2: decay rate of the means, corrected for their start at zero.
+      eps: its square is added to the means.
+      x: of the second projection, see `scale_by_lora_pro`, which comes before this.
+      damping: of the second projection.
+      relative: False: absolute damping.
+
+    Returns:
+      An optax transformation of the pairs; other leaves pass.
+
+    Raises:
+      ValueError: a hyperparameter out of range; at `init`, an AdaLora; at `update`, no
+        adapters.
+
+    Example:
+      >>> tx = optax.chain(scale_by_lora_pro_rowcol(), optax.scale(-2e-5))
+    """
+    _checks.moments(0.0, b2, eps, 0.0)
+    _checks.at_least("damping", damping)
+
+    def init_fn(params: Adapters) -> ScaleByRowColState:
+        given = _checks.factor_pairs(params, "scale_by_lora_pro_rowcol")
+        pairs = {path: a for path, a in given.items() if _pairs.is_pair(a)}
+        # Sums of zeros of the factors' own, so that they are sharded alike.
+        rows = tree.map_adapters(lambda _, p: _zeros(p.a).sum(-1), pairs)
+        rank_axis = lambda p: len(p.axes.batch)
+        columns = tree.map_adapters(lambda _, p: _zeros(p.b).sum(rank_axis(p)), pairs)
+        return ScaleByRowColState(jnp.zeros((), jnp.int32), rows, columns)
+
+    def update_fn(
+        updates: Adapters,
+        state: ScaleByRowColState,
+        params: Adapters | None = None,
+        *,
+        pairs: Mapping[str, PairStatics] | None = None,
+        **extra: Any,
+    ) -> tuple[Adapters, ScaleByRowColState]:
+        del extra
+        step = optax.safe_increment(state.step)
+        rows, columns = dict(state.rows), dict(state.columns)
+
+        def scaled(path: str, h: _pairs.Pair, given: _pairs.Pair) -> Any:
+            left, right = _thin(h, given)
+            average = lambda old, new: (
+                b2 * old + (1 - b2) * new.astype(old.dtype).reshape(old.shape)
+            )
+            along, down = _squares(left, right)
+            rows[path] = average(rows[path], along)
+            columns[path] = average(columns[path], down)
+            debiased = lambda mean: mean / (1 - b2**step) + eps**2
+            p = debiased(rows[path]).reshape(along.shape)
+            q = debiased(columns[path]).reshape(down.shape)
+            left *= jnp.sqrt(p.mean(-1, keepdims=True) / p)[..., None]
+            right *= (1 / jnp.sqrt(q))[..., None, :]
+            a = _gram.dot(left, _gram.dot(right, given.b.mT))
+            b = _gram.dot(_gram.dot(given.a.mT, left), right)
+            return _again(a, b, given, x, damping, relative)
+
+        updates = _pairs.map_pairs(scaled, updates, params, pairs)
+        return updates, ScaleByRowColState(step, rows, columns)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def scale_by_lora_pro_full(
+    b1: _checks.Scalar = 0.9,
+    b2: _checks.Scalar = 0.999,
+    eps: _checks.Scalar = 1e-8,
+    x: str = "sylvester",
+    damping: _checks.Scalar = 0.1,
+    relative: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam on the projected gradient itself, as in the paper: state of 2 n m numbers.
+
+    Args:
+      b1: decay rate of the first moment.
+      b2: decay rate of the second.
+      eps: added to the root of the second moment.
+      x: of the second projection, see `scale_by_lora_pro`, which comes before this.
+      damping: of the second projection.
+      relative: False: absolute damping.
+
+    Returns:
+      An optax transformation of the pairs; other leaves pass.
+
+    Raises:
+      ValueError: a hyperparameter out of range; at `init`, an AdaLora; at `update`, no
+        adapters.
+
+    Example:
+      >>> tx = optax.chain(scale_by_lora_pro_full(), optax.scale(-2e-5))
+    """
+    _checks.moments(b1, b2, eps, 0.0)
+    _checks.at_least("damping", damping)
+    adam = optax.scale_by_adam(b1, b2, eps)
+
+    def init_fn(params: Adapters) -> ScaleByFullState:
+        given = _checks.factor_pairs(params, "scale_by_lora_pro_full")
+        pairs = {path: a for path, a in given.items() if _pairs.is_pair(a)}
+        dense = lambda pair: _gram.dot(_zeros(pair.a), _zeros(pair.b))
+        zeros = tree.map_adapters(lambda _, a: dense(_pairs.pair_of(a)), pairs)
+        return ScaleByFullState(*adam.init(zeros))
+
+    def update_fn(
+        updates: Adapters,
+        state: ScaleByFullState,
+        params: Adapters | None = None,
+        *,
+        pairs: Mapping[str, PairStatics] | None = None,
+        **extra: Any,
+    ) -> tuple[Adapters, ScaleByFullState]:
+        del extra
+        dense: dict[str, jax.Array] = {}
+
+        def gather(path: str, h: _pairs.Pair, given: _pairs.Pair) -> Any:
+            dense[path] = _gram.dot(*_thin(h, given))
+            return h.a, h.b
+
+        def step(path: str, h: _pairs.Pair, given: _pairs.Pair) -> Any:
+            a = _gram.dot(scaled[path], given.b.mT)
+            b = _gram.dot(given.a.mT, scaled[path])
+            return _again(a, b, given, x, damping, relative)
+
+        _pairs.map_pairs(gather, updates, params, pairs)
+        inner = optax.ScaleByAdamState(*state)
+        scaled, inner = adam.update(dense, inner)
+        updates = _pairs.map_pairs(step, updates, params, pairs)
+        return updates, ScaleByFullState(*inner)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def moments(
+    mode: str,
+    x: str,
+    damping: _checks.Scalar,
+    relative: bool,
+    b1: _checks.Scalar | None,
+    b2: _checks.Scalar,
+    eps: _checks.Scalar,
+) -> optax.GradientTransformation:
+    """Returns the link that each mode of `lora_pro` puts after the projection."""
+    adam = optax.scale_by_adam(0.9 if b1 is None else b1, b2, eps)
+    if mode == "factor":
+        return adam
+    if mode == "sgd":
+        return optax.identity()
+    rest = optax.masked(adam, _mask(factors=False))
+    if mode == "full":
+        first = 0.9 if b1 is None else b1
+        return optax.chain(
+            scale_by_lora_pro_full(first, b2, eps, x, damping, relative), rest
+        )
+    links = [scale_by_lora_pro_rowcol(b2, eps, x, damping, relative), rest]
+    if b1 is not None:
+        links.append(optax.masked(optax.ema(b1), _mask(factors=True)))
+    return optax.chain(*links)
+
+
+def _mask(factors: bool) -> Callable[[Adapters], Adapters]:
+    """A mask of the pairs' factors, or of all leaves but them."""
+
+    def marked(_: str, adapter: Any) -> Any:
+        pair = _pairs.is_pair(adapter)
+        is_factor = lambda role: pair and role in ("a", "b")
+        fields = adapter.roles.items()
+        return adapter.replace(**{f: is_factor(r) == factors for f, r in fields})
+
+    return lambda adapters: tree.map_adapters(marked, adapters)
+
+
+def _zeros(factor: jax.Array) -> jax.Array:
+    return jnp.zeros_like(factor, jnp.promote_types(factor.dtype, jnp.float32))
+
+
+def _thin(h: _pairs.Pair, given: _pairs.Pair) -> tuple[jax.Array, jax.Array]:
+    """L and R, `[n, in, 2 rank]` and `[n, 2 rank, out]`, of the projected gradient."""
+    left = jnp.concatenate([h.a, given.a], axis=-1)
+    return left, given.scale * jnp.concatenate([given.b, h.b], axis=-2)
+
+
+def _squares(left: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Means of the squares of L R along its rows `[n, in]` and columns `[n, out]`."""
+    dot = _gram.dot
+    rows = jnp.sum(dot(left, dot(right, right.mT)) * left, axis=-1) / right.shape[-1]
+    columns = jnp.sum(dot(dot(left.mT, left), right) * right, axis=-2) / left.shape[-2]
+    return jnp.maximum(rows, 0), jnp.maximum(columns, 0)
+
+
+def _again(
+    a: jax.Array,
+    b: jax.Array,
+    given: _pairs.Pair,
+    x: str,
+    damping: Any,
+    relative: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The step whose product is the projection of u, from `u B^T` and `A^T u`."""
+    u = _pairs.Pair(given.scale * a, given.scale * b, given.scale, given.rank)
+    return _projection.project(u, given, x, damping, relative)

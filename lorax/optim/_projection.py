@@ -1,0 +1,69 @@
+"""The factor updates whose product is closest to a gradient of the whole kernel.
+
+For `W = W0 + s A B`, gradient G of W and `gA = s G B^T`, `gB = s A^T G`, the minimisers
+of `|s (hA B + A hB) - G|` are, for any r x r matrix X,
+
+    hA = gA M^-1 / s^2                  + A X
+    hB = N^-1 (gB - K M^-1 B) / s^2     - X B,        K = A^T gA = gB B^T
+
+and `s (hA B + A hB)` is the orthogonal projection of G on the tangent space of the
+rank-r matrices at A B: only gA, gB and r x r algebra are needed, never G. With the
+spectra `N = U diag(n) U^T`, `M = V diag(m) V^T` and `K' = U^T K V`,
+
+    s^2 X = -U (K' / c) V^T,    c_ij = m_j (n_i + m_j)    sylvester
+                                     = 2 n_i m_j          symmetry
+                                     = infinity           zero
+
+References:
+  Wang et al., LoRA-Pro: Are Low-Rank Adapters Properly Optimized?, arXiv:2407.18242.
+  Su Jianlin, kexue.fm/archives/10266, for the symmetric choice of X.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from lorax.optim import _gram, _pairs
+
+CHOICES = ("sylvester", "symmetry", "zero")
+
+
+def project(
+    update: _pairs.Pair,
+    given: _pairs.Pair,
+    x: str,
+    damping: Any,
+    relative: bool = True,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `hA: [n, in, rank]` and `hB: [n, rank, out]`.
+
+    Where a Gram matrix is singular and undamped its pseudo-inverse is taken: at B = 0,
+    hA = 0 and `hB = N^-1 gB / s^2`.
+
+    Args:
+      update: gA and gB.
+      given: A and B, with the scale and the true rank.
+      x: "sylvester": hA, hB as close as possible to gA, gB (the paper's);
+        "symmetry": hA B and A hB as close as possible to one another; "zero".
+      damping: of N and M, see `_gram.damping_of`.
+      relative: False: absolute damping.
+    """
+    dot, inverse = _gram.dot, _gram.reciprocal
+    n, m = _gram.spectra(given, damping, relative)
+    u, v = n.vectors, m.vectors
+    rows, columns = inverse(n.values)[..., None], inverse(m.values)[..., None, :]
+    basis, cobasis = dot(given.a, u), dot(v.mT, given.b)  # AU, V^T B
+    ga, gb = dot(update.a, v), dot(u.mT, update.b)  # gA V, U^T gB
+    cross = dot(basis.mT, ga)  # K'
+    if x == "sylvester":
+        total = n.values[..., None] + m.values[..., None, :]
+        both = inverse(total.reshape(len(total), -1)).reshape(total.shape)
+        free = -cross * columns * both
+    else:
+        free = -cross * rows * columns * (0.5 if x == "symmetry" else 0.0)
+    ha = dot(ga * columns + dot(basis, free), v.mT)
+    hb = dot(u, gb * rows - dot(cross * rows * columns + free, cobasis))
+    square = given.scale**2
+    return _gram.true_rank_only(ha / square, hb / square, given.rank)

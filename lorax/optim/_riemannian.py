@@ -1,0 +1,126 @@
+"""Scaled gradient descent: each factor preconditioned by the other's Gram matrix.
+
+    gA <- gA (b b^T + d I)^-1,    gB <- (a^T a + d I)^-1 gB
+
+the gradient in a Riemannian metric under which a rescaling `(a T, T^-1 b)` of the
+factors changes nothing. The kernel then moves by s^2 (P_A G + G P_B): unlike LoRA-Pro,
+what both factors can express is counted twice. d is relative to both factors,
+
+    d = damping * max(tr a^T a, tr b b^T) / rank
+
+where the released code and PEFT add a constant, tuned between 1e-7 and 100 by task.
+
+References:
+  Zhang & Pilanci, Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models,
+  arXiv:2402.02347.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+
+from lorax.optim import _checks, _decay, _gram, _pairs
+from lorax.types import Adapters, PairStatics
+
+
+def scale_by_gram(
+    damping: _checks.Scalar = 0.1, relative: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies each factor's gradient by the other's inverse Gram matrix.
+
+    Args:
+      damping: relative to the larger trace of the two, at least 0. At 0 the
+        pseudo-inverse is taken. 0.1 as for LoRA-Pro: where b is still near zero it
+        bounds the step of a by the learning rate.
+      relative: False: `damping` is added as it is (1e-6 in the released code, 1e-2 in
+        PEFT).
+
+    Returns:
+      An optax transformation without state; `update` needs the adapters, as `params`,
+      and takes `pairs=` of a population's member. Other leaves pass.
+
+    Raises:
+      ValueError: negative damping; at `init`, an AdaLora; at `update`, no adapters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lorax.adapters import Lora
+      >>> from lorax.types import Axes
+      >>> lora = Lora(2 * jnp.eye(2), jnp.eye(2), 1.0, Axes((0,), (1,)))
+      >>> tx = scale_by_gram(damping=0.0)
+      >>> updates, _ = tx.update({"w": lora}, tx.init({"w": lora}), {"w": lora})
+      >>> updates["w"].b  # (4 I)^-1
+      Array([[0.25, 0.  ],
+             [0.  , 0.25]], dtype=float32)
+    """
+    _checks.at_least("damping", damping)
+
+    def init_fn(params: Adapters) -> optax.EmptyState:
+        _checks.factor_pairs(params, "scale_by_gram")
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: Adapters,
+        state: optax.EmptyState,
+        params: Adapters | None = None,
+        *,
+        pairs: Mapping[str, PairStatics] | None = None,
+        **extra: Any,
+    ) -> tuple[Adapters, optax.EmptyState]:
+        del extra
+
+        def scaled(path: str, update: _pairs.Pair, given: _pairs.Pair) -> Any:
+            n, m = _gram.spectra(given, damping, relative)
+            a = _gram.solve(m, update.a.mT).mT
+            b = _gram.solve(n, update.b)
+            return _gram.true_rank_only(a, b, given.rank)
+
+        return _pairs.map_pairs(scaled, updates, params, pairs), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def riemannian(
+    learning_rate: _checks.ScalarOrSchedule,
+    damping: _checks.Scalar = 0.1,
+    relative: bool = True,
+    b1: _checks.Scalar = 0.9,
+    b2: _checks.Scalar = 0.999,
+    eps: _checks.Scalar = 1e-8,
+    weight_decay: _checks.Scalar = 0.0,
+    full_decay: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Scaled AdamW: AdamW on preconditioned gradients.
+
+    Both factors are preconditioned by the parameters as given; the released code
+    updates a in place first, and preconditions b by the new one.
+
+    Args:
+      learning_rate: a number or a schedule, sized as for LoRA.
+      damping: see `scale_by_gram`.
+      relative: see `scale_by_gram`.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: see `add_decayed_weights`.
+      full_decay: True: Full leaves decay to their initial values.
+
+    Returns:
+      An optax transformation; `update` needs the adapters, as `params`.
+
+    Raises:
+      ValueError: a hyperparameter out of range.
+
+    Example:
+      >>> tx = riemannian(2e-4)
+    """
+    _checks.moments(b1, b2, eps, weight_decay)
+    return optax.chain(
+        scale_by_gram(damping, relative),
+        optax.scale_by_adam(b1, b2, eps),
+        _decay.add_decayed_weights(weight_decay, full_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )

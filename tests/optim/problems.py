@@ -1,0 +1,70 @@
+"""What the tests of optimisers share: adapters of every shape, by hand and tiny."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax.adapters import AdaLora, Dora, Full, Lora
+from lorax.types import Axes
+
+DENSE = Axes((0,), (1,))
+# name -> (axes, shape of the leaf); batch axes first, then in, then out
+LEAVES = {
+    "dense": (DENSE, (6, 5)),
+    "stacked": (Axes((1,), (2,), (0,)), (3, 4, 5)),
+    "heads": (Axes((0,), (1, 2)), (4, 2, 3)),
+    "conv": (Axes((0, 1), (2,)), (3, 2, 5)),
+}
+
+
+def draw(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    """Normal numbers by numpy: no compilation."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def lora(leaf: str = "dense", rank: int = 2, seed: int = 0, b: float = 1.0) -> Lora:
+    """A Lora of one of LEAVES with factors drawn; `b` multiplies the second."""
+    a_shape, b_shape = factor_shapes(leaf, rank)
+    factors = draw(seed, *a_shape), b * draw(seed + 1, *b_shape)
+    return Lora(*factors, scale=1.5, axes=LEAVES[leaf][0])
+
+
+def dora(leaf: str = "dense", rank: int = 2, seed: int = 0) -> Dora:
+    """A Dora of one of LEAVES with everything drawn."""
+    a_shape, b_shape = factor_shapes(leaf, rank)
+    axes, shape = LEAVES[leaf]
+    _, out, batch = axes.sizes(shape)
+    drawn = draw(seed, *a_shape), draw(seed + 1, *b_shape), draw(seed + 2, *batch, *out)
+    return Dora(*drawn, scale=1.5, axes=axes)
+
+
+def adalora(leaf: str = "dense", rank: int = 2, seed: int = 0) -> AdaLora:
+    """An AdaLora of one of LEAVES with everything drawn."""
+    a_shape, b_shape = factor_shapes(leaf, rank)
+    axes, shape = LEAVES[leaf]
+    lam = draw(seed + 2, *axes.sizes(shape)[2], rank)
+    return AdaLora(draw(seed, *a_shape), lam, draw(seed + 1, *b_shape), 1.5, axes)
+
+
+def full(size: int = 3, seed: int = 0) -> Full:
+    """A bias trained whole."""
+    return Full(draw(seed, size))
+
+
+def factor_shapes(leaf: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a and b."""
+    axes, shape = LEAVES[leaf]
+    in_, out, batch = axes.sizes(shape)
+    return (*batch, *in_, rank), (*batch, rank, *out)
+
+
+def like(adapters: Any, seed: int = 100) -> Any:
+    """Gradients: a tree of the same shapes, drawn anew."""
+    leaves, treedef = jax.tree.flatten(adapters)
+    return treedef.unflatten(
+        [draw(seed + i, *v.shape, dtype=v.dtype) for i, v in enumerate(leaves)]
+    )
