@@ -57,8 +57,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.adapter.patterns = ("all-linear", "head/kernel")
     config.adapter.rank = 8
     config.adapter.alpha = 16.0
+    config.adapter.adapter = "lora"  # or "dora", "adalora"
     config.adapter.scaling = "standard"
-    config.adapter.init = "standard"
+    config.adapter.init = "standard"  # any of lorax.inits.INITS
+    config.adapter.options = ()  # of init and adapter, such as (("gamma", 64.0),)
+    config.adapter.calibration_batches = 8  # for inits that look at gradients
     config.adapter.dropout = 0.0
     config.adapter.train_whole = (".*norm.*/scale",)  # 0.1 % of the leaves
 

@@ -58,9 +58,11 @@ def make_targets(method: str, config: ml_collections.ConfigDict) -> list[lorax.T
             pattern,
             rank=config.rank,
             alpha=config.alpha,
+            adapter=config.adapter,
             scaling=config.scaling,
             init=config.init,
             dropout=config.dropout,
+            options=config.options,
         )
         for pattern in config.patterns
     ]

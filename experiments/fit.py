@@ -12,7 +12,7 @@ import rich.progress
 import lorax
 from experiments import metrics, progress
 from experiments import writer as writers
-from lorax import training
+from lorax import inits, training
 
 
 class Fit(NamedTuple):
@@ -54,6 +54,7 @@ def fit(
     bars: rich.progress.Progress,
     writer: writers.Writer | None = None,
     eval_every: int = 0,
+    calibration_batches: int = 1,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
 ) -> Fit:
     """Fits adapters on `params` for a number of steps.
@@ -72,11 +73,17 @@ def fit(
       bars: where the progress bar goes.
       writer: where metrics go, None for nowhere.
       eval_every: steps between two evaluations, 0 for one at the end.
+      calibration_batches: how many of the first batches an init that looks at
+        gradients gets.
       evaluate: merged parameters -> values to write.
     """
     init_key, step_key = jax.random.split(key)
     kernels = lorax.discover(loss_fn, params, batches[0])
-    adapters, params = lorax.init(init_key, params, targets, kernels)
+    stats = None
+    if any(inits.INITS[t.init].stats for t in targets if t.init in inits.INITS):
+        first = [batches[i] for i in range(calibration_batches)]
+        stats = lorax.calibrate(init_key, loss_fn, params, targets, first, kernels)
+    adapters, params = lorax.init(init_key, params, targets, kernels, stats)
     state = training.create_state(step_key, adapters, tx)
     step = training.make_train_step(
         training.simple_loss(loss_fn), tx, clip_norm=clip_norm

@@ -151,6 +151,7 @@ def adapt(
         bars=bars,
         writer=writer,
         eval_every=config.eval.every,
+        calibration_batches=config.adapter.calibration_batches,
         evaluate=evaluate,
     )
 

@@ -100,3 +100,21 @@ def test_unknown_method_fails_before_any_work(tmp_path):
     config.run.methods = ("lora", "prefix")
     with pytest.raises(ValueError, match="run.methods.*prefix"):
         train.train(config, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "adapter,init,options",
+    [("dora", "lora_ga", (("scale", "gd"),)), ("adalora", "pissa", ())],
+)
+def test_other_adapters_and_inits_by_config_alone(
+    run, tmp_path, adapter, init, options
+):
+    folder, given, _ = run
+    config = given.copy_and_resolve_references()
+    config.run.cache_dir, config.run.methods = str(folder / "cache"), ("lora",)
+    config.adapter.adapter, config.adapter.init = adapter, init
+    config.adapter.options, config.adapter.calibration_batches = options, 1
+    results = train.train(config, str(tmp_path))
+    assert 0 < results["lora"]["test_bpb"] < 9
+    made = checkpoint.load_adapters(tmp_path / "adapter")["head/kernel"]
+    assert type(made).__name__.lower() == adapter
