@@ -14,9 +14,19 @@ from lorax.optim._lora_pro_moments import (
     scale_by_lora_pro_full,
     scale_by_lora_pro_rowcol,
 )
+from lorax.optim._muon import ScaleByMuonFactorsState, muon, scale_by_muon_factors
 from lorax.optim._riemannian import riemannian, scale_by_gram
+from lorax.optim._spectral import DecayedSpectralNormState, add_decayed_spectral_norm
+from lorax.optim._spectral_clip import ClipSpectralNormState, clip_spectral_norm
 
 __all__ = [
+    "ClipSpectralNormState",
+    "DecayedSpectralNormState",
+    "ScaleByMuonFactorsState",
+    "add_decayed_spectral_norm",
+    "clip_spectral_norm",
+    "muon",
+    "scale_by_muon_factors",
     "ScaleByFullState",
     "ScaleByLoraPlusState",
     "ScaleByRowColState",

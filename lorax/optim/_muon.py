@@ -1,0 +1,238 @@
+"""Muon on the factors: the polar factor of the momentum, exact on the rank side.
+
+    m <- beta m + (1 - beta) g,    u = (1 - beta) g + beta m          (Nesterov)
+    update = sqrt(max(1, out / in)) polar(u),    polar(U S V^T) = U V^T
+
+A factor has one short side, so the polar factor comes exactly from a QR decomposition
+and that of a rank x rank core; no Newton-Schulz steps. With this width scale the update
+of b is sqrt(in / rank) times as large as that of a, entry by entry: LoRA+'s ratio for
+free. Which factors are orthogonalised, and how:
+
+    b          polar(u_b); a follows Adam (reports find Muon on a to be noise)
+    both       polar(u_a), polar(u_b)
+    whitened   polar(u_a M^-1/2) M^-1/2,  N^-1/2 polar(N^-1/2 u_b),  without a width
+               scale; N = a^T a, M = b b^T. The kernel's step does not depend on how
+               the product is split
+    product    the polar factor P of LoRA-Pro's projection of the kernel's gradient
+               (rank 2r, from thin cores), projected back to the factors
+
+References:
+  Jordan et al., Muon: An optimizer for hidden layers in neural networks (2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorax import linalg, tree
+from lorax.optim import _checks, _decay, _gram, _pairs, _projection
+from lorax.types import Adapters, PairStatics
+
+Factors = Literal["b", "both", "whitened", "product"]
+CHOICES = ("b", "both", "whitened", "product")
+THRESHOLD = 1e-6  # of the largest: singular values below are rounding
+
+
+class ScaleByMuonFactorsState(NamedTuple):
+    """The momentum.
+
+    Attributes:
+      momentum: adapters, float32; zero where no factor is orthogonalised.
+    """
+
+    momentum: Adapters
+
+
+def scale_by_muon_factors(
+    factors: Factors = "b",
+    beta: _checks.Scalar = 0.95,
+    nesterov: bool = True,
+    damping: _checks.Scalar = 0.1,
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces the gradients of factors by orthogonalised momentum; others pass.
+
+    A singular value below 1e-6 of the largest gets no step, and neither does a factor
+    whose momentum is below 1e-6 of its partner's: while b is zero the gradient of a is
+    exactly zero, and rounding in its place must not become a whole step.
+
+    Args:
+      factors: which, see the module.
+      beta: decay rate of the momentum; 0.95 as published.
+      nesterov: as published.
+      damping: of the Gram matrices in "whitened" and "product", relative to the larger
+        trace; 0 for exact invariance, see `scale_by_lora_pro`.
+
+    Returns:
+      An optax transformation; `update` needs the adapters, as `params`.
+
+    Raises:
+      ValueError: an unknown choice, a hyperparameter out of range; at `init`, an
+        AdaLora.
+    """
+    _checks.one_of("factors", factors, CHOICES)
+    _checks.average("beta", beta)
+    _checks.at_least("damping", damping)
+
+    def init_fn(params: Adapters) -> ScaleByMuonFactorsState:
+        given = _checks.factor_pairs(params, "scale_by_muon_factors")
+        zero = lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
+        return ScaleByMuonFactorsState(jax.tree.map(zero, given))
+
+    def update_fn(
+        updates: Adapters,
+        state: ScaleByMuonFactorsState,
+        params: Adapters | None = None,
+        *,
+        pairs: Mapping[str, PairStatics] | None = None,
+        **extra: Any,
+    ) -> tuple[Adapters, ScaleByMuonFactorsState]:
+        del extra
+        handled = _handled(updates, factors)
+        mean = lambda m, g, on: beta * m + (1 - beta) * g.astype(m.dtype) if on else m
+        momentum = jax.tree.map(mean, state.momentum, updates, handled)
+        look = lambda m, g, on: (
+            g if not on else (1 - beta) * g + beta * m if nesterov else m
+        )
+        ahead = jax.tree.map(look, momentum, updates, handled)
+
+        def turned(path: str, update: _pairs.Pair, own: _pairs.Pair) -> Any:
+            a, b = _turned(factors, update, own, damping)
+            return _gram.true_rank_only(a, b, own.rank)
+
+        new = _pairs.map_pairs(turned, ahead, params, pairs)
+        back = lambda n, u: n.astype(u.dtype)
+        new = jax.tree.map(back, new, updates)
+        return new, ScaleByMuonFactorsState(momentum)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def muon(
+    learning_rate: _checks.ScalarOrSchedule,
+    factors: Factors = "b",
+    beta: _checks.Scalar = 0.95,
+    nesterov: bool = True,
+    damping: _checks.Scalar = 0.1,
+    adam_learning_rate: _checks.ScalarOrSchedule | None = None,
+    b1: _checks.Scalar = 0.9,
+    b2: _checks.Scalar = 0.999,
+    eps: _checks.Scalar = 1e-8,
+    weight_decay: _checks.Scalar = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon for the factors, Adam for every other leaf (magnitude, value, with "b" a).
+
+    Whole matrices (`Full`) follow Adam too; for those `optax.contrib.muon` with its
+    `muon_weight_dimension_numbers` serves.
+
+    Args:
+      learning_rate: of the orthogonalised factors; 0.02 is Muon's own default.
+      factors: see the module.
+      beta: see `scale_by_muon_factors`.
+      nesterov: see `scale_by_muon_factors`.
+      damping: see `scale_by_muon_factors`.
+      adam_learning_rate: of the leaves that follow Adam; None: `learning_rate`.
+      b1: of Adam.
+      b2: of Adam.
+      eps: of Adam.
+      weight_decay: decoupled, of the factors alone.
+
+    Returns:
+      An optax transformation; `update` needs the adapters, as `params`.
+
+    Raises:
+      ValueError: an unknown choice, a hyperparameter out of range.
+
+    Example:
+      >>> tx = muon(0.02, factors="b", adam_learning_rate=1e-3, weight_decay=0.01)
+    """
+    _checks.moments(b1, b2, eps, weight_decay)
+    other = learning_rate if adam_learning_rate is None else adam_learning_rate
+    turned = lambda adapters: _handled(adapters, factors)
+    rest = lambda adapters: jax.tree.map(lambda on: not on, turned(adapters))
+    return optax.chain(
+        scale_by_muon_factors(factors, beta, nesterov, damping),
+        optax.masked(optax.scale_by_adam(b1, b2, eps), rest),
+        _decay.add_decayed_weights(weight_decay),
+        optax.masked(optax.scale_by_learning_rate(learning_rate), turned),
+        optax.masked(optax.scale_by_learning_rate(other), rest),
+    )
+
+
+def _handled(adapters: Adapters, factors: str) -> Adapters:
+    """True for the leaves that are orthogonalised."""
+    roles = ("b",) if factors == "b" else ("a", "b")
+
+    def marked(_: str, adapter: Any) -> Any:
+        pair = _pairs.is_pair(adapter)
+        fields = adapter.roles.items()
+        return adapter.replace(**{f: pair and role in roles for f, role in fields})
+
+    return tree.map_adapters(marked, adapters)
+
+
+def _turned(
+    factors: str, update: _pairs.Pair, own: _pairs.Pair, damping: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The new directions of a and b, width scale included."""
+    n, m = own.a.shape[1], own.b.shape[2]
+    wide_a, wide_b = max(1.0, (own.a.shape[2] / n)) ** 0.5, _width(m, own.rank)
+    a, b = _alive(update.a, update.b), _alive(update.b, update.a)
+    if factors == "b":
+        return update.a, wide_b * polar(b.mT).mT
+    if factors == "both":
+        return wide_a * polar(a), wide_b * polar(b.mT).mT
+    if factors == "whitened":
+        left, right = _gram.spectra(own, damping)
+        root_n, root_m = _inverse_root(left), _inverse_root(right)
+        new_a = _gram.dot(polar(_gram.dot(a, root_m)), root_m)
+        new_b = _gram.dot(root_n, polar(_gram.dot(root_n, b).mT).mT)
+        return new_a, new_b
+    ha, hb = _projection.project(
+        _pairs.Pair(a, b, own.scale, own.rank), own, "zero", damping
+    )
+    s = own.scale
+    rows = jnp.concatenate([ha, own.a], axis=2)  # [n, in, 2 rank]
+    columns = jnp.concatenate([s * own.b, s * hb], axis=1)
+    u, values, vt = linalg.low_rank_svd(rows, columns)
+    keep = values > THRESHOLD * values[:, :1]
+    u = u * keep[:, None, :]
+    whole = max(1.0, m / n) ** 0.5
+    ga = s * _gram.dot(u, _gram.dot(vt, own.b.mT))
+    gb = s * _gram.dot(_gram.dot(own.a.mT, u), vt)
+    ha, hb = _projection.project(
+        _pairs.Pair(ga, gb, own.scale, own.rank), own, "sylvester", damping
+    )
+    return whole * ha, whole * hb
+
+
+def _width(out: int, rank: Any) -> Any:
+    return jnp.sqrt(jnp.maximum(1.0, out / rank))
+
+
+def _alive(own: jax.Array, other: jax.Array) -> jax.Array:
+    """Zero where a factor's momentum is rounding beside its partner's."""
+    norm = lambda x: jnp.linalg.norm(x, axis=(1, 2), keepdims=True)
+    return jnp.where(norm(own) > THRESHOLD * norm(other), own, 0)
+
+
+def polar(x: jax.Array) -> jax.Array:
+    """Returns `U V^T` of `x = U S V^T: [n, long, short]`, zero where S is rounding."""
+    u, s, vt = linalg.low_rank_svd(x, _eye(x))
+    keep = s > THRESHOLD * s[:, :1]
+    return _gram.dot(u * keep[:, None, :], vt)
+
+
+def _eye(x: jax.Array) -> jax.Array:
+    short = x.shape[-1]
+    return jnp.broadcast_to(jnp.eye(short, dtype=x.dtype), (len(x), short, short))
+
+
+def _inverse_root(spectrum: _gram.Spectrum) -> jax.Array:
+    v = spectrum.vectors
+    root = jnp.sqrt(_gram.reciprocal(spectrum.values))
+    return _gram.dot(v * root[:, None, :], v.mT)

@@ -1,0 +1,187 @@
+"""Decay of the spectral norm: pull in what is largest, leave the rest alone.
+
+    u <- u + weight_decay * grad 0.5 |W|^2,      grad 0.5 |W|_2^2 = sigma_1 u_1 v_1^T
+
+decoupled, before the learning rate: sigma_1 becomes (1 - lr * weight_decay) sigma_1 and
+no other singular value moves. For a Schatten norm with exponent p,
+
+    grad 0.5 |W|_Sp^2 = |sigma|_p^(2-p) U S^(p-1) V^T
+
+so p = 2 is Frobenius decay, and an even p a smooth stand-in where sigma_1 is repeated.
+Of the update `D = s a b` the decomposition is exact and thin, from rank x rank cores,
+
+    grad_a = s^2 U w (V^T b^T),      grad_b = s^2 (a^T U) w V^T
+
+and nothing is kept between steps. The norm of a whole kernel comes from one power
+iteration a step, warm-started. Names close to this one mean other things: "spectral
+weight decay" elsewhere is a decay of the nuclear norm.
+
+References:
+  Su, kexue.fm 10648 (2024) and 11729 (2026). Yoshida & Miyato, Spectral Norm
+  Regularization for Improving the Generalizability of Deep Learning, arXiv:1705.10941.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorax import linalg
+from lorax.kernels import Kernel
+from lorax.optim import _checks, _pairs, _whole
+from lorax.types import Adapters, PairStatics, PyTree
+
+Target = Literal["delta", "factors", "merged", "param"]
+
+
+class DecayedSpectralNormState(NamedTuple):
+    """What power iteration carries.
+
+    Attributes:
+      v: `{path: [*batch, out]}`, float32 unit vectors; empty for exact targets.
+    """
+
+    v: dict[str, jax.Array]
+
+
+def add_decayed_spectral_norm(
+    weight_decay: _checks.Scalar,
+    target: Target = "delta",
+    schatten: float = math.inf,
+    kernels: Mapping[str, Kernel] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds the gradient of `weight_decay * 0.5 |.|^2` to the updates.
+
+    | target | the norm of | of | state |
+    |---|---|---|---|
+    | delta | s a b | Lora, Dora | none |
+    | factors | a and b, each by itself | Lora, Dora | none |
+    | merged | the kernel that `merge` gives | Lora, Dora, AdaLora | v |
+    | param | the leaf | a plain tree, or Full | v |
+
+    "merged" is not the default: by itself it *grows* the adapter, until that cancels
+    the leading direction of the pretrained kernel. "factors" bounds "delta", for
+    `0.5 (|a|^2 + |b|^2) >= |a b|`. Magnitudes never decay.
+
+    Args:
+      weight_decay: strength, as of AdamW; keep it times the learning rate below 1.
+      target: which norm.
+      schatten: exponent of the Schatten norm, at least 1; infinity, the default, is the
+        spectral norm. "merged" and "param" have that one alone.
+      kernels: from `lorax.discover`, for "param": leaves of more than two dimensions
+        are read by its axes. Two-dimensional ones need none.
+
+    Returns:
+      An optax transformation; `update` needs the parameters, and with "merged" the
+      extra argument `base=`, the tree that `lorax.init` returned.
+
+    Raises:
+      ValueError: an unknown target, an exponent below 1 or one that the target lacks, a
+        negative strength; at `init`, a tree of another kind; at `update`, no parameters
+        or no base.
+
+    Example:
+      >>> from lorax.adapters import Lora
+      >>> from lorax.types import Axes
+      >>> b = jnp.diag(jnp.array([3.0, 1.0]))
+      >>> w = {"w": Lora(jnp.eye(2), b, 1.0, Axes((0,), (1,)))}
+      >>> tx = add_decayed_spectral_norm(0.1)
+      >>> zero = jax.tree.map(jnp.zeros_like, w)
+      >>> updates, _ = tx.update(zero, tx.init(w), w)
+      >>> updates["w"].b  # 0.1 sigma_1 u_1 v_1^T
+      Array([[0.3, 0. ],
+             [0. , 0. ]], dtype=float32)
+    """
+    _checks.at_least("weight_decay", weight_decay)
+    _checks.one_of("target", target, ("delta", "factors", "merged", "param"))
+    whole = target in ("merged", "param")
+    if not schatten >= 1 or (whole and schatten != math.inf):
+        raise ValueError(
+            f"schatten={schatten} of target={target!r}; give an exponent of at least 1"
+            + (", here infinity: power iteration finds sigma_1 alone" if whole else "")
+        )
+
+    def init_fn(params: PyTree) -> DecayedSpectralNormState:
+        if target == "param":
+            return DecayedSpectralNormState(
+                _whole.start(_whole.leaves(params, kernels))
+            )
+        name = f"add_decayed_spectral_norm(target={target!r})"
+        if target == "merged":
+            _pairs.require_adapters(params, name)
+            return DecayedSpectralNormState(_whole.start_merged(params))
+        _checks.factor_pairs(params, name)
+        return DecayedSpectralNormState({})
+
+    def update_fn(
+        updates: PyTree,
+        state: DecayedSpectralNormState,
+        params: PyTree = None,
+        *,
+        base: PyTree = None,
+        pairs: Mapping[str, PairStatics] | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, DecayedSpectralNormState]:
+        del extra
+        given = _pairs.require_params(params)
+        if target == "merged":
+            decay, v = _whole.merged_decay(given, base, pairs, state.v)
+            return _added(updates, decay, weight_decay), DecayedSpectralNormState(v)
+        if target == "param":
+            found, v = _whole.leaf_decay(_whole.leaves(given, kernels), state.v)
+            add = lambda u, d: (u + weight_decay * d).astype(u.dtype)
+            new = _whole.changed(updates, found, add)
+            return new, DecayedSpectralNormState(v)
+
+        def pulled(path: str, update: _pairs.Pair, own: _pairs.Pair) -> Any:
+            a, b = (_delta if target == "delta" else _factors)(own, schatten)
+            return update.a + weight_decay * a, update.b + weight_decay * b
+
+        return _pairs.map_pairs(pulled, updates, given, pairs), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _added(updates: Adapters, decay: Adapters, strength: Any) -> Adapters:
+    add = lambda u, d: (u + strength * d).astype(u.dtype)
+    return jax.tree.map(add, updates, decay)
+
+
+def weights(s: jax.Array, schatten: float) -> jax.Array:
+    """Returns `|s|_p^(2-p) s^(p-1)` for falling singular values `[..., k]`."""
+    if schatten == math.inf:
+        return s * (jnp.arange(s.shape[-1]) == 0)
+    first = s[..., :1]
+    share = s / jnp.where(first > 0, first, 1)  # of the largest, so that no power fails
+    norm = jnp.sum(share**schatten, -1, keepdims=True) ** (1 / schatten)
+    scale = jnp.where(first > 0, norm, 1) ** (2 - schatten) * first
+    return jnp.where(first > 0, scale * share ** (schatten - 1), 0)
+
+
+def _delta(pair: _pairs.Pair, schatten: float) -> tuple[jax.Array, jax.Array]:
+    """The gradient of `0.5 |s a b|_Sp^2` with respect to a and b."""
+    u, s, vt = linalg.low_rank_svd(pair.a, pair.b)
+    w = pair.scale**2 * weights(s, schatten)
+    dot = lambda x, y: jnp.matmul(x, y, precision=linalg.EXACT)
+    return dot(u * w[:, None, :], dot(vt, pair.b.mT)), dot(
+        dot(pair.a.mT, u) * w[:, None, :], vt
+    )
+
+
+def _factors(pair: _pairs.Pair, schatten: float) -> tuple[jax.Array, jax.Array]:
+    """The gradients of `0.5 |a|_Sp^2` and `0.5 |b|_Sp^2`."""
+    unit = jnp.broadcast_to(
+        jnp.eye(pair.a.shape[-1]), pair.a.shape[:1] + (pair.a.shape[-1],) * 2
+    )
+    dot = lambda x, y: jnp.matmul(x, y, precision=linalg.EXACT)
+
+    def pulled(a: jax.Array, b: jax.Array) -> jax.Array:
+        u, s, vt = linalg.low_rank_svd(a, b)
+        return dot(u * weights(s, schatten)[:, None, :], vt)
+
+    return pulled(pair.a, unit), pulled(unit, pair.b)

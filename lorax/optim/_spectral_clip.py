@@ -1,0 +1,118 @@
+"""A bound on singular values, kept after every step.
+
+    W <- W - max(sigma_1 - tau, 0) u_1 v_1^T          a leaf of a plain tree
+    D = s a b,  sigma_i(D) <- min(sigma_i(D), tau)    an adapter, every i at once
+
+For an adapter the decomposition is exact, so all of D is clipped, and both factors
+carry an equal part of it:
+
+    k_i = 1 - sqrt(min(1, tau / sigma_i)),    a <- a - U k U^T a,    b <- b - b V k V^T
+
+References:
+  Su, kexue.fm 11729 (2026), "post clip".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorax import linalg
+from lorax.kernels import Kernel
+from lorax.optim import _checks, _pairs, _whole
+from lorax.types import PairStatics, PyTree
+
+
+class ClipSpectralNormState(NamedTuple):
+    """What power iteration carries.
+
+    Attributes:
+      v: `{path: [*batch, out]}`, float32 unit vectors; empty for adapters.
+    """
+
+    v: dict[str, jax.Array]
+
+
+def clip_spectral_norm(
+    tau: _checks.Scalar,
+    target: Literal["delta", "param"] = "delta",
+    kernels: Mapping[str, Kernel] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Bounds the spectral norm of what the parameters are after the step.
+
+    The last link of a chain, after the learning rate: it reads `params + updates`.
+
+    Args:
+      tau: the bound, positive.
+      target: "delta": the update `s a b` of Lora and Dora, exactly. "param": the leaves
+        of a plain tree or Full adapters, by one warm-started power iteration a step,
+        which takes one singular value at a time.
+      kernels: as for `add_decayed_spectral_norm`.
+
+    Returns:
+      An optax transformation; `update` needs the parameters.
+
+    Raises:
+      ValueError: a bound that is not positive, an unknown target; at `init`, a tree of
+        another kind; at `update`, no parameters.
+
+    Example:
+      >>> params = {"w": jnp.diag(jnp.array([3.0, 1.0]))}
+      >>> tx = optax.chain(optax.sgd(1.0), clip_spectral_norm(2.0, target="param"))
+      >>> state = tx.init(params)
+      >>> zero = jax.tree.map(jnp.zeros_like, params)
+      >>> updates, state = tx.update(zero, state, params)
+      >>> abs(optax.apply_updates(params, updates)["w"]).round(3)
+      Array([[2., 0.],
+             [0., 1.]], dtype=float32)
+    """
+    _checks.positive("tau", tau)
+    _checks.one_of("target", target, ("delta", "param"))
+
+    def init_fn(params: PyTree) -> ClipSpectralNormState:
+        if target == "param":
+            return ClipSpectralNormState(_whole.start(_whole.leaves(params, kernels)))
+        _checks.factor_pairs(params, "clip_spectral_norm")
+        return ClipSpectralNormState({})
+
+    def update_fn(
+        updates: PyTree,
+        state: ClipSpectralNormState,
+        params: PyTree = None,
+        *,
+        pairs: Mapping[str, PairStatics] | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, ClipSpectralNormState]:
+        del extra
+        given = _pairs.require_params(params)
+        if target == "param":
+            after = optax.apply_updates(given, updates)
+            matrices = _whole.leaves(after, kernels)
+            excess, v = _whole.leaf_excess(matrices, state.v, tau)
+            less = lambda u, x: (u - x).astype(u.dtype)
+            return _whole.changed(updates, excess, less), ClipSpectralNormState(v)
+
+        def clipped(path: str, update: _pairs.Pair, own: _pairs.Pair) -> Any:
+            return _clipped(update, own, tau)
+
+        return _pairs.map_pairs(clipped, updates, given, pairs), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _clipped(
+    update: _pairs.Pair, own: _pairs.Pair, tau: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The updates after which no singular value of `s a b` is above tau."""
+    dot = lambda x, y: jnp.matmul(x, y, precision=linalg.EXACT)
+    a, b = own.a + update.a, own.b + update.b
+    u, s, vt = linalg.low_rank_svd(a, b)
+    s = jnp.abs(own.scale) * s
+    ratio = jnp.where(s > tau, tau / jnp.where(s > tau, s, 1), 1)
+    k = (1 - jnp.sqrt(ratio))[..., None]
+    a_less, b_less = dot(u, k * dot(u.mT, a)), dot(dot(b, vt.mT) * k.mT, vt)
+    return update.a - a_less, update.b - b_less
