@@ -24,11 +24,12 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # libraries announce what they lack at INFO
     # jax and flax load only once the flags are right
-    from experiments import population, train
+    from experiments import population
 
     config = _CONFIG.value
-    run = population.train if population.members(config) else train.train
-    run(config, _WORKDIR.value or str(pathlib.Path("runs") / config.run.name))
+    population.run(
+        config, _WORKDIR.value or str(pathlib.Path("runs") / config.run.name)
+    )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from experiments import writer as writers
 from experiments.data import documents, windows
 from experiments.pretrain import load_or_train
 from experiments.train import save_and_verify
+from experiments.train import train as train_methods
 from lorax import population, training
 
 
@@ -79,6 +80,13 @@ def members(config: ml_collections.ConfigDict) -> list[Member]:
     )
     rows = zip(*given.values(), strict=True)
     return [own._replace(**dict(zip(given, row, strict=True))) for row in rows]
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+    """Trains a population where the config has one, else every method of the config."""
+    if members(config):
+        return train(config, workdir)
+    return train_methods(config, workdir)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:

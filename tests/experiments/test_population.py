@@ -1,15 +1,13 @@
 """The population option, end to end at toy size, and what it refuses."""
 
 import json
-import sys
 
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
 from configs import quickstart
-from experiments import main, population, train
+from experiments import population, train
 from experiments import writer as writers
 from lorax import checkpoint
 
@@ -71,17 +69,14 @@ def test_everything_is_written_a_row_a_member(run):
     assert table.row_count == 2 and "Base: " in table.caption
 
 
-def test_the_command_line_trains_a_population_where_there_is_one(monkeypatch, tmp_path):
-    called = []
-    monkeypatch.setattr(population, "train", lambda *args: called.append("population"))
-    monkeypatch.setattr(train, "train", lambda *args: called.append("train"))
-    flags = ["main", "--config=configs/quickstart.py:runlocal", f"--workdir={tmp_path}"]
-    for more in ([], ["--config.population.seed=(0, 1)"]):
-        monkeypatch.setattr(sys, "argv", [*flags, *more])
-        with flagsaver.flagsaver():
-            main.flags.FLAGS(sys.argv)
-            main.main(["main"])
-    assert called == ["train", "population"]
+def test_a_population_is_trained_where_there_is_one(monkeypatch):
+    for name in ("train", "train_methods"):
+        monkeypatch.setattr(population, name, lambda *args, name=name: (name, *args))
+    for config, name in [
+        (config_of(), "train_methods"),
+        (config_of(rank=(1,)), "train"),
+    ]:
+        assert population.run(config, "runs/x") == (name, config, "runs/x")
 
 
 def test_empty_fields_take_the_configs_own_values():
