@@ -25,10 +25,11 @@ import rich.table
 
 import lorax
 from experiments import factory, metrics, progress
-from experiments import train as single
 from experiments import writer as writers
 from experiments.data import documents, windows
 from experiments.pretrain import load_or_train
+from experiments.train import save_and_verify
+from experiments.train import train as train_methods
 from lorax import population, training
 
 
@@ -82,8 +83,10 @@ def members(config: ml_collections.ConfigDict) -> list[Member]:
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
-    """Trains a population where the config has one, else its methods one by one."""
-    return train(config, workdir) if members(config) else single.train(config, workdir)
+    """Trains a population where the config has one, else every method of the config."""
+    if members(config):
+        return train(config, workdir)
+    return train_methods(config, workdir)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         # ------------------------------------------------------------- report
         rows: list[dict[str, Any]] = []
         for k, adapters in enumerate(population.unstack(trained)):
-            single.save_and_verify(folder / "members" / str(k), adapters, base)
+            save_and_verify(folder / "members" / str(k), adapters, base)
             rows.append(
                 {
                     **chosen[k]._asdict(),

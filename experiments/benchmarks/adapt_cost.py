@@ -24,7 +24,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import gpt2_shaped as gpt2
@@ -65,14 +64,8 @@ def compile_checked(made: Mapping[str, programs.Case]) -> dict[str, Any]:
         loss, grads = compiled[name](*case.inputs())
         results[name] = loss, programs.nested(grads) if name == "lorax" else grads
     for result in results.values():
-        jax.tree.map(agree, result, results["hand-written"])
+        jax.tree.map(measure.agree, result, results["hand-written"])
     return compiled
-
-
-def agree(value: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    """Raises unless two arrays differ by at most `tolerance` of the largest entry."""
-    largest = float(np.max(np.abs(expected)))
-    np.testing.assert_allclose(value, expected, rtol=0, atol=tolerance * largest)
 
 
 def counts(shape: gpt2.Shape) -> dict[str, Any]:
@@ -120,10 +113,10 @@ def steps(shape: gpt2.Shape, rounds: int, threads: int) -> dict[str, list[float]
         runners["PEFT + PyTorch"] = torch_peft.step(made["lorax"], shape, threads)
         loss, grads = runners["PEFT + PyTorch"]()
         expected, adapters = runners["lorax"]()
-        agree(loss, expected)
+        measure.agree(loss, expected)
         for path, (a, b) in grads.items():
-            agree(a.numpy(), adapters[path].a)
-            agree(b.numpy(), adapters[path].b)
+            measure.agree(a.numpy(), adapters[path].a)
+            measure.agree(b.numpy(), adapters[path].b)
     return measure.interleave(runners, rounds)
 
 
@@ -181,12 +174,17 @@ def step_table(table: Mapping[str, Sequence[float]]) -> str:
     return measure.markdown(header, rows)
 
 
+def pin(threads: int) -> None:
+    """Keeps this process to so many cores; call it before XLA counts its threads."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))[:threads]
+        os.sched_setaffinity(0, cores)
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs everything and prints the tables."""
     del argv
-    if hasattr(os, "sched_setaffinity"):  # before XLA counts its threads
-        cores = sorted(os.sched_getaffinity(0))[: _THREADS.value]
-        os.sched_setaffinity(0, cores)
+    pin(_THREADS.value)
     jax.config.update("jax_enable_compilation_cache", False)
     shape = gpt2.Shape(layers=_LAYERS.value, width=_WIDTH.value, batch=_BATCH.value)
     result: dict[str, Any] = {"backend": jax.default_backend(), "jax": jax.__version__}

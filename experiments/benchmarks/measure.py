@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from experiments.benchmarks.programs import Case
 
@@ -74,6 +75,12 @@ def interleave(
             if i >= 0:
                 seconds[name].append(clock() - start)
     return seconds
+
+
+def agree(value: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """Raises unless two arrays differ by at most `tolerance` of the largest entry."""
+    largest = float(np.max(np.abs(expected)))
+    np.testing.assert_allclose(value, expected, rtol=0, atol=tolerance * largest)
 
 
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:

@@ -70,12 +70,13 @@ def test_everything_is_written_a_row_a_member(run):
 
 
 def test_a_population_is_trained_where_there_is_one(monkeypatch):
-    called = []
-    monkeypatch.setattr(population, "train", lambda *args: called.append("population"))
-    monkeypatch.setattr(train, "train", lambda *args: called.append("train"))
-    population.run(config_of(), "")
-    population.run(config_of(seed=(0, 1)), "")
-    assert called == ["train", "population"]
+    for name in ("train", "train_methods"):
+        monkeypatch.setattr(population, name, lambda *args, name=name: (name, *args))
+    for config, name in [
+        (config_of(), "train_methods"),
+        (config_of(rank=(1,)), "train"),
+    ]:
+        assert population.run(config, "runs/x") == (name, config, "runs/x")
 
 
 def test_empty_fields_take_the_configs_own_values():

@@ -1,0 +1,187 @@
+"""What a population costs: K members in one program against K runs, one after another.
+
+    python -m experiments.benchmarks.population_cost --out=population_cost.json
+
+Train steps (adapted GPT-2-shaped model, Adam) of members that differ in seed, learning
+rate and alpha. A run of its own has its scale in the program's text, as LoRA is written
+by hand, so K members take K programs; the population takes one. Prints XLA's count of
+FLOPs, the wall and CPU time of a step per adapter, and the number and time of
+compilations. All members must agree with their own runs to 1e-5 before anything is
+reported.
+
+The arithmetic costs the same on XLA:CPU: its batched thin products are as fast as so
+many separate ones. What differs is memory. The population's temporaries are K times
+those of one run, out of the caches, and from 32 MB on (glibc's largest threshold) they
+are mapped anew and page-faulted at every step, where those of a small run come from the
+heap. `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` in the environment removes most faults
+where transparent huge pages are available; `accumulate` bounds the temporaries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from absl import app, flags
+
+from experiments.benchmarks import adapt_cost, measure, programs
+from experiments.benchmarks import gpt2_shaped as gpt2
+from lorax import population, training
+
+# Beside those of adapt_cost: --layers, --width, --rounds, --threads, --out.
+_SEQUENCES = flags.DEFINE_multi_integer(
+    "sequences", [1, 8], "Sequences in a batch, of 128 tokens each; repeat for rows."
+)
+_MEMBERS = flags.DEFINE_integer("members", 8, "Members of the population.")
+
+
+class Program(NamedTuple):
+    """A step with the state that it starts from."""
+
+    step: Callable[..., Any]
+    state: Any
+
+    def lower(self, *inputs: Any) -> jax.stages.Lowered:
+        """Traces the step, its state donated."""
+        return jax.jit(self.step, donate_argnums=0).lower(self.state, *inputs)
+
+
+def make(shape: gpt2.Shape, size: int) -> tuple[Program, list[Program], Any, Any]:
+    """The population, its members' own runs, the base and a batch."""
+    case = programs.adapted(shape)
+    model = gpt2.Gpt2(shape)
+
+    @training.simple_loss
+    def loss_fn(params: Any, batch: jax.Array) -> jax.Array:
+        logits: Any = model.apply({"params": params}, batch[:, :-1])
+        return gpt2.cross_entropy(logits, batch)
+
+    tx = optax.inject_hyperparams(optax.adam)(learning_rate=1.0)
+    keys = jax.random.split(jax.random.key(0), size)
+    rates = [1e-3 * (k + 1) for k in range(size)]
+    members = [_member(case.trained, k) for k in range(size)]
+    together = population.create_population(
+        keys, members, tx, case.params, hyperparams={"learning_rate": rates}
+    )
+    alone = []
+    for key, adapters, rate in zip(keys, members, rates, strict=True):
+        own = optax.adam(rate)
+        step = training.make_train_step(loss_fn, own, on_merge="error")
+        alone.append(Program(step, training.create_state(key, adapters, own)))
+    both = population.make_population_step(loss_fn, tx, on_merge="error")
+    return Program(both, together), alone, case.params, case.tokens
+
+
+def _member(adapters: Any, k: int) -> Any:
+    """Adapters of another alpha, and factors of their own."""
+    noise = lambda leaf: 1e-3 * jax.random.normal(jax.random.key(k), leaf.shape)
+    changed = jax.tree.map(lambda leaf: leaf + noise(leaf), adapters)
+    return {
+        path: dataclasses.replace(adapter, scale=adapter.scale * (k + 4) / 8)
+        for path, adapter in changed.items()
+    }
+
+
+def measured(shape: gpt2.Shape, size: int, rounds: int) -> dict[str, Any]:
+    """Everything there is to know of one shape."""
+    together, alone, *inputs = make(shape, size)
+    build = lambda program: lambda: program.lower(*inputs).compile()
+    seconds, compiled = _timed(build(together))
+    each, singles = zip(*(_timed(build(program)) for program in alone), strict=True)
+    count, own = measure.cost(compiled), [measure.cost(single) for single in singles]
+
+    # One step of each; the states that are left are what the clock runs on.
+    state, metrics = compiled(together.state, *inputs)
+    states = []
+    for k, single in enumerate(singles):
+        after, values = single(alone[k].state, *inputs)
+        measure.agree(metrics["loss"][k], values["loss"])
+        # Adam's first moments are gradients; its first updates are their signs, which
+        # rounding turns where a gradient is zero but for rounding.
+        moments = (optax.tree.get(s.opt_state, "mu") for s in (state.state, after))
+        for many, one in zip(*map(jax.tree.leaves, moments), strict=True):
+            measure.agree(many[k], one)
+        states.append(after)
+
+    def run_population() -> None:
+        nonlocal state
+        state, _ = jax.block_until_ready(compiled(state, *inputs))
+
+    def run_in_turn() -> None:
+        for k, single in enumerate(singles):
+            states[k], _ = jax.block_until_ready(single(states[k], *inputs))
+
+    steps = {"population": run_population, "in turn": run_in_turn}
+    return {
+        "flops_per_adapter": count.flops / size,
+        "flops_alone": statistics.fmean(cost.flops for cost in own),
+        "temp_bytes": count.temp,
+        "temp_bytes_alone": max(cost.temp for cost in own),
+        "compile_s": seconds,
+        "compile_s_alone": each,
+        "seconds": measure.interleave(steps, rounds),
+        "cpu_seconds": measure.interleave(steps, rounds, time.process_time),
+    }
+
+
+def _timed(build: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds, and what was built."""
+    jax.clear_caches()
+    began = time.process_time()
+    made = build()
+    return time.process_time() - began, made
+
+
+def table(rows: dict[int, dict[str, Any]], size: int) -> str:
+    """Everything as markdown, a row a batch size."""
+    header = ["sequences in a batch", "GFLOPs per adapter-step", "/ one run"]
+    header += ["ms per adapter-step", "best / in turn", "median of paired ratios"]
+    header += ["CPU time, median of paired ratios"]
+    header += ["temp MB", "/ one run", "programs", "compile CPU s", "/ K programs"]
+    lines = []
+    for batch, row in rows.items():
+        both = row["seconds"]
+        own, turn = both["population"], both["in turn"]
+        lines.append(
+            [
+                str(batch),
+                f"{row['flops_per_adapter'] / 1e9:.2f}",
+                f"{row['flops_per_adapter'] / row['flops_alone']:.4f}",
+                f"{1e3 * min(own) / size:.1f}",
+                f"{min(own) / min(turn):.3f}",
+                f"{measure.paired_ratio(own, turn):.3f}",
+                f"{measure.paired_ratio(*row['cpu_seconds'].values()):.3f}",
+                f"{row['temp_bytes'] / 1e6:.0f}",
+                f"{row['temp_bytes'] / row['temp_bytes_alone']:.2f}",
+                f"1 for {len(row['compile_s_alone'])}",
+                f"{row['compile_s']:.1f}",
+                f"{row['compile_s'] / sum(row['compile_s_alone']):.2f}",
+            ]
+        )
+    return measure.markdown(header, lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures every batch size and prints the table."""
+    del argv
+    flag = flags.FLAGS
+    adapt_cost.pin(flag.threads)
+    jax.config.update("jax_enable_compilation_cache", False)
+    rows = {}
+    for batch in _SEQUENCES.value:
+        shape = gpt2.Shape(layers=flag.layers, width=flag.width, batch=batch)
+        rows[batch] = measured(shape, _MEMBERS.value, flag.rounds)
+    print(table(rows, _MEMBERS.value))
+    if flag.out:
+        pathlib.Path(flag.out).write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    app.run(main)
