@@ -58,6 +58,25 @@ class PairStatics(NamedTuple):
     rank: Any
 
 
+class MicrobatchNorms(NamedTuple):
+    """Squared gradient norms of a step's microbatches, for noise-scale estimates.
+
+    A train step that accumulates passes them to `tx.update` as `microbatch=`; they are
+    taken before clipping.
+
+    Attributes:
+      small: [], mean over the microbatches with target tokens of `|g_i|^2`.
+      large: [], `|g|^2` of the gradient that they add up to.
+      small_batch: examples in a microbatch.
+      large_batch: examples in the whole batch.
+    """
+
+    small: jax.Array
+    large: jax.Array
+    small_batch: int
+    large_batch: int
+
+
 class Adapter(Protocol):
     """What every parametrisation offers; its array fields are all trainable.
 

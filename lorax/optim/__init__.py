@@ -1,1 +1,22 @@
 """Optimisers: optax gradient transformations over adapter trees."""
+
+from lorax.optim._adalora import AdaLoraState, adalora
+from lorax.optim._adalora_schedule import BudgetSchedule
+from lorax.optim._adalora_shrink import (
+    adalora_budget,
+    adalora_effective_ranks,
+    adalora_shrink,
+)
+from lorax.optim._noise_scale import NoiseScaleState, noise_scale, track_noise_scale
+
+__all__ = [
+    "AdaLoraState",
+    "BudgetSchedule",
+    "NoiseScaleState",
+    "adalora",
+    "adalora_budget",
+    "adalora_effective_ranks",
+    "adalora_shrink",
+    "noise_scale",
+    "track_noise_scale",
+]
