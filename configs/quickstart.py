@@ -65,7 +65,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.adapter.dropout = 0.0
     config.adapter.train_whole = (".*norm.*/scale",)  # 0.1 % of the leaves
 
-    config.optimizer.name = "adamw"
+    config.optimizer.name = "adamw"  # any of experiments.optimizers.READY, or "chain"
+    config.optimizer.options = ()  # of that optimiser, such as (("ratio", 16.0),)
+    config.optimizer.chain = ()  # links (name, arguments), for "chain"
+    config.optimizer.wrap = ()  # around it, such as (("accumulate", 4),)
     config.optimizer.learning_rate = ml_collections.ConfigDict()
     config.optimizer.learning_rate.lora = 1e-2
     config.optimizer.learning_rate.full = 2e-3

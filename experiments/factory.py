@@ -1,13 +1,11 @@
 """Turns the values of a config into the objects that a run needs."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
 import optax
-import optax.contrib
 
 import lorax
 from experiments import decoder
@@ -68,70 +66,3 @@ def make_targets(method: str, config: ml_collections.ConfigDict) -> list[lorax.T
     ]
     whole = [lorax.Target(p, adapter="full") for p in config.train_whole]
     return [*whole, *low_rank]
-
-
-def make_optimizer(
-    learning_rate: float, steps: int, config: ml_collections.ConfigDict
-) -> optax.GradientTransformation:
-    """AdamW or Muon under linear warm-up and cosine decay to `final_share` of the peak.
-
-    Clipping by global norm is the train step's.
-
-    Args:
-      learning_rate: the peak; under `optax.inject_hyperparams` a traced number.
-      steps: length of the schedule.
-      config: `config.optimizer`, or `config.model.pretrain`; Muon also reads
-        `adam_learning_rate`, the peak for what is no matrix of a layer.
-    """
-    warmup = min(config.warmup_steps, steps // 2)
-    unit = optax.warmup_cosine_decay_schedule(
-        0.0, 1.0, warmup, steps, config.final_share
-    )
-    schedule = lambda peak: lambda step: peak * unit(step)  # the peak may be traced
-
-    if config.name == "adamw":
-        return optax.adamw(
-            schedule(learning_rate),
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-            mask=_decayed,
-        )
-    if config.name == "muon":
-        return optax.contrib.muon(
-            schedule(learning_rate),
-            weight_decay=config.weight_decay,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_learning_rate=schedule(config.adam_learning_rate),
-            muon_weight_dimension_numbers=_layer_matrices,
-        )
-    raise ValueError(f"optimizer {config.name!r} is not one of adamw, muon")
-
-
-def _decayed(adapters: dict[str, Any]) -> dict[str, Any]:
-    """Which leaves weight decay acts on: all but norms and biases trained whole."""
-    return {
-        path: jax.tree.map(
-            lambda _, path=path: not path.endswith(("/scale", "/bias")), adapter
-        )
-        for path, adapter in adapters.items()
-    }
-
-
-def _layer_matrices(adapters: dict[str, Any]) -> dict[str, Any]:
-    """Which leaves Muon orthogonalises: the stacked kernels `[layers, in, out]`.
-
-    Embedding, head and norms are Adam's, as Muon's author advises.
-    """
-    return {
-        path: jax.tree.map(
-            lambda _, path=path: (
-                optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-                if re.fullmatch("layers/.*/kernel", path)
-                else None
-            ),
-            adapter,
-        )
-        for path, adapter in adapters.items()
-    }

@@ -24,7 +24,7 @@ import rich.progress
 import rich.table
 
 import lorax
-from experiments import factory, metrics, progress
+from experiments import factory, metrics, optimizers, progress
 from experiments import writer as writers
 from experiments.data import documents, windows
 from experiments.pretrain import load_or_train
@@ -164,7 +164,9 @@ def fit(
     """
 
     def make_tx(learning_rate: float) -> optax.GradientTransformation:
-        return factory.make_optimizer(learning_rate, config.run.steps, config.optimizer)
+        return optimizers.make_optimizer(
+            learning_rate, config.run.steps, config.optimizer
+        )
 
     # Keys as `experiments.train.adapt` draws them, so that a member is that run.
     keys = [jax.random.fold_in(jax.random.key(m.seed), 1) for m in chosen]

@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 
-from experiments import decoder, factory, writer
+from experiments import decoder, factory, optimizers, writer
 from experiments.data import documents, windows
 from experiments.fit import fit
 
@@ -100,7 +100,7 @@ def _train(
         factory.make_loss(model),
         params,
         factory.make_targets("full", config.adapter),
-        factory.make_optimizer(hp.learning_rate, hp.steps, hp),
+        optimizers.make_optimizer(hp.learning_rate, hp.steps, hp),
         windows.training_batches(
             documents.source_train(), hp.batch_size, config.data.length, config.run.seed
         ),

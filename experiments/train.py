@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 import rich.console
 
-from experiments import factory, metrics, plots, progress
+from experiments import factory, metrics, optimizers, plots, progress
 from experiments import writer as writers
 from experiments.data import documents, windows
 from experiments.fit import Fit, fit
@@ -141,7 +141,7 @@ def adapt(
         loss_fn,
         base,
         factory.make_targets(method, config.adapter),
-        factory.make_optimizer(learning_rate, config.run.steps, config.optimizer),
+        optimizers.make_optimizer(learning_rate, config.run.steps, config.optimizer),
         windows.training_batches(
             topics.train, config.data.batch_size, config.data.length, seed
         ),

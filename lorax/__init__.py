@@ -6,7 +6,7 @@ loss = lorax.adapt(loss_fn)                 # (adapters, params, batch)
 merged = lorax.merge(adapters, params)      # plain Flax params again
 """
 
-from lorax import compose
+from lorax import compose, optim, scaling
 from lorax.adapters import AdaLora, Dora, Full, Lora
 from lorax.calibration import calibrate
 from lorax.kernels import Kernel, KernelUse, discover
@@ -36,4 +36,6 @@ __all__ = [
     "init",
     "merge",
     "merge_report",
+    "optim",
+    "scaling",
 ]

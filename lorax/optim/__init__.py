@@ -1,5 +1,12 @@
 """Optimisers: optax gradient transformations over adapter trees."""
 
+from lorax.optim._adalora import AdaLoraState, adalora
+from lorax.optim._adalora_schedule import BudgetSchedule
+from lorax.optim._adalora_shrink import (
+    adalora_budget,
+    adalora_effective_ranks,
+    adalora_shrink,
+)
 from lorax.optim._decay import add_decayed_weights, decay_mask
 from lorax.optim._lora_fa import lora_fa, scale_by_lora_fa
 from lorax.optim._lora_plus import (
@@ -15,26 +22,34 @@ from lorax.optim._lora_pro_moments import (
     scale_by_lora_pro_rowcol,
 )
 from lorax.optim._muon import ScaleByMuonFactorsState, muon, scale_by_muon_factors
+from lorax.optim._noise_scale import NoiseScaleState, noise_scale, track_noise_scale
 from lorax.optim._riemannian import riemannian, scale_by_gram
 from lorax.optim._spectral import DecayedSpectralNormState, add_decayed_spectral_norm
 from lorax.optim._spectral_clip import ClipSpectralNormState, clip_spectral_norm
 
 __all__ = [
+    "AdaLoraState",
+    "BudgetSchedule",
     "ClipSpectralNormState",
     "DecayedSpectralNormState",
-    "ScaleByMuonFactorsState",
-    "add_decayed_spectral_norm",
-    "clip_spectral_norm",
-    "muon",
-    "scale_by_muon_factors",
+    "NoiseScaleState",
     "ScaleByFullState",
     "ScaleByLoraPlusState",
+    "ScaleByMuonFactorsState",
     "ScaleByRowColState",
+    "adalora",
+    "adalora_budget",
+    "adalora_effective_ranks",
+    "adalora_shrink",
+    "add_decayed_spectral_norm",
     "add_decayed_weights",
+    "clip_spectral_norm",
     "decay_mask",
     "lora_fa",
     "lora_plus",
     "lora_pro",
+    "muon",
+    "noise_scale",
     "riemannian",
     "scale_by_gram",
     "scale_by_lora_fa",
@@ -42,4 +57,6 @@ __all__ = [
     "scale_by_lora_pro",
     "scale_by_lora_pro_full",
     "scale_by_lora_pro_rowcol",
+    "scale_by_muon_factors",
+    "track_noise_scale",
 ]

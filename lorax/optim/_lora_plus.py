@@ -28,11 +28,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import tree
+from lorax import scaling, tree
 from lorax.optim import _checks, _decay, _pairs
 from lorax.types import Adapters, PairStatics
 
-AUTO_RANGE = 1.0, 64.0  # where the width rule is trusted
 SECOND = ("b", "q")  # roles of the second factor
 
 Ratio = Any
@@ -170,8 +169,9 @@ def width_ratio(adapter: Any, rank: Any = None) -> jax.Array | float:
     batch = len(adapter.axes.batch)
     n, m = math.prod(first.shape[batch:-1]), math.prod(second.shape[batch + 1 :])
     if rank is None:
-        return min(max(n / math.sqrt(m * adapter.rank), AUTO_RANGE[0]), AUTO_RANGE[1])
-    return jnp.clip(n / jnp.sqrt(m * jnp.asarray(rank, jnp.float32)), *AUTO_RANGE)
+        return scaling.lora_plus_ratio(n, m, adapter.rank)
+    ratio = n / jnp.sqrt(m * jnp.asarray(rank, jnp.float32))
+    return jnp.clip(ratio, *scaling.LORA_PLUS_RANGE)
 
 
 def _seconds(adapter: Any) -> list[str]:

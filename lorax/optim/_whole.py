@@ -21,7 +21,6 @@ from lorax.kernels import Kernel
 from lorax.linalg import EXACT
 from lorax.types import Adapters, Axes, PairStatics, PyTree
 
-
 WARM = 20  # power iterations at init, where the leaf is at hand
 
 

@@ -1,0 +1,228 @@
+"""From the values of `config.optimizer` to an optax transformation.
+
+`config.optimizer.name` is one of READY, or "chain":
+
+    config.optimizer.name = "chain"
+    config.optimizer.chain = (
+        ("clip", 1.0), ("lora_pro", {"damping": 0.1}), ("adam", {"b2": 0.99}),
+        ("lora_plus", 16.0), ("spectral_decay", 0.1))
+    config.optimizer.wrap = (("adalora", {"target_budget": 96, ...}), ("accumulate", 4))
+
+A link is a name and its arguments: a number for the first, or a dict by name. The
+learning rate is put in where it belongs. Links stand in the order of STAGES; wrappers
+go around the whole, the first innermost.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import optax
+import optax.contrib
+
+from lorax import optim
+
+STAGES = ("clip", "pair", "moments", "ratio", "decay", "learning_rate", "project")
+
+
+class Link(NamedTuple):
+    """A transformation of a chain, and where it stands."""
+
+    stage: str
+    make: Callable[..., Any]
+
+
+def _muon_of_layers(
+    learning_rate: Any,
+    adam_learning_rate: Any,
+    b1: float,
+    b2: float,
+    weight_decay: float,
+) -> Any:
+    return optax.contrib.muon(
+        learning_rate,
+        weight_decay=weight_decay,
+        adam_b1=b1,
+        adam_b2=b2,
+        adam_learning_rate=adam_learning_rate,
+        muon_weight_dimension_numbers=_layer_matrices,
+    )
+
+
+def _adamw(
+    learning_rate: Any, b1: float, b2: float, weight_decay: float, **options: Any
+) -> Any:
+    return optax.adamw(
+        learning_rate, b1, b2, weight_decay=weight_decay, mask=_decayed, **options
+    )
+
+
+def _sgd(momentum: float | None = None) -> Any:
+    return optax.identity() if momentum is None else optax.trace(momentum)
+
+
+LINKS = {
+    "clip": Link("clip", optax.clip_by_global_norm),
+    "noise_scale": Link("clip", optim.track_noise_scale),
+    "lora_pro": Link("pair", optim.scale_by_lora_pro),
+    "gram": Link("pair", optim.scale_by_gram),
+    "lora_fa": Link("pair", optim.scale_by_lora_fa),
+    "sgd": Link("moments", _sgd),
+    "adam": Link("moments", optax.scale_by_adam),
+    "muon_factors": Link("moments", optim.scale_by_muon_factors),
+    "lora_plus": Link("ratio", optim.scale_by_lora_plus),
+    "weight_decay": Link("decay", optim.add_decayed_weights),
+    "spectral_decay": Link("decay", optim.add_decayed_spectral_norm),
+    "clip_spectral": Link("project", optim.clip_spectral_norm),
+}
+"""Transformations by the name that a chain gives them."""
+
+READY = {
+    "adamw": _adamw,
+    "sgd": optax.sgd,
+    "lora_plus": optim.lora_plus,
+    "lora_pro": optim.lora_pro,
+    "lora_fa": optim.lora_fa,
+    "riemannian": optim.riemannian,
+    "muon_factors": optim.muon,
+    "muon": _muon_of_layers,
+}
+"""Whole optimisers by name, `(learning_rate, **options)`; "muon" is for whole trees."""
+
+WRAPPERS = {"adalora": optim.adalora, "accumulate": optax.MultiSteps}
+"""What goes around an optimiser, by name, `(inner, **options)`."""
+
+FIELDS = ("b1", "b2", "weight_decay", "adam_learning_rate")
+"""Fields of the config that a READY optimiser gets if it takes them."""
+
+
+def make_optimizer(
+    learning_rate: float, steps: int, config: ml_collections.ConfigDict
+) -> Any:
+    """The optimiser under linear warm-up and cosine decay to `final_share` of the peak.
+
+    Clipping by global norm is the train step's too (`clip_norm`).
+
+    Args:
+      learning_rate: the peak; under `optax.inject_hyperparams` a traced number.
+      steps: length of the schedule.
+      config: `config.optimizer`, or `config.model.pretrain`. `options`, pairs `(name,
+        value)`, are further arguments of a READY optimiser and go before its FIELDS.
+
+    Raises:
+      ValueError: an unknown name, a chain in another order than STAGES.
+    """
+    warmup = min(config.warmup_steps, steps // 2)
+    unit = optax.warmup_cosine_decay_schedule(
+        0.0, 1.0, warmup, steps, config.final_share
+    )
+    schedule = lambda peak: lambda step: peak * unit(step)  # the peak may be traced
+    if config.name == "chain":
+        tx = make_chain(config.get("chain", ()), schedule(learning_rate))
+    elif config.name in READY:
+        make = READY[config.name]
+        takes = inspect.signature(make).parameters
+        fields = {f: config[f] for f in FIELDS if f in config and f in takes}
+        options = {**fields, **dict(config.get("options", ()))}
+        if options.get("adam_learning_rate") is not None:
+            options["adam_learning_rate"] = schedule(options["adam_learning_rate"])
+        tx = make(schedule(learning_rate), **options)
+    else:
+        raise ValueError(
+            f"optimizer.name={config.name!r} is not one of {', '.join(READY)}, chain"
+        )
+    for name, given in config.get("wrap", ()):
+        tx = _wrapped(tx, name, given, steps)
+    return tx
+
+
+def make_chain(links: Any, learning_rate: Any) -> optax.GradientTransformation:
+    """Chains links, the learning rate among them.
+
+    Args:
+      links: pairs `(name, arguments)`.
+      learning_rate: a number or a schedule.
+
+    Raises:
+      ValueError: no link, an unknown name, or links that are not in the order of
+        STAGES.
+    """
+    if not links:
+        raise ValueError(
+            "optimizer.chain is empty: give links such as ('adam', {}), or a name"
+        )
+    made: list[tuple[str, Any]] = []
+    for name, given in links:
+        if name not in LINKS:
+            raise ValueError(
+                f"optimizer.chain: {name!r} is not one of {', '.join(LINKS)}"
+            )
+        made.append((name, _call(LINKS[name].make, given)))
+    stages = [STAGES.index(LINKS[name].stage) for name, _ in made]
+    if stages != sorted(stages):
+        right = sorted(made, key=lambda link: STAGES.index(LINKS[link[0]].stage))
+        raise ValueError(
+            f"optimizer.chain: {', '.join(name for name, _ in made)} is no order that "
+            f"means what it says ({' -> '.join(STAGES)}); write "
+            f"{', '.join(name for name, _ in right)}"
+        )
+    last = STAGES.index("learning_rate")
+    before = [tx for (_, tx), stage in zip(made, stages, strict=True) if stage < last]
+    after = [tx for (_, tx), stage in zip(made, stages, strict=True) if stage > last]
+    rate = optax.scale_by_learning_rate(learning_rate)
+    return optax.chain(*before, rate, *after)
+
+
+def _wrapped(tx: Any, name: str, given: Any, steps: int) -> Any:
+    if name not in WRAPPERS:
+        raise ValueError(
+            f"optimizer.wrap: {name!r} is not one of {', '.join(WRAPPERS)}"
+        )
+    if isinstance(tx, optax.MultiSteps):
+        raise ValueError(
+            f"optimizer.wrap: {name!r} around 'accumulate' would count microbatches; "
+            "put 'accumulate' last"
+        )
+    options = dict(given) if isinstance(given, Mapping) else {}
+    if name == "adalora":
+        return optim.adalora(tx, **{"total_steps": steps, **options})
+    return optax.MultiSteps(tx, **(options or {"every_k_schedule": given}))
+
+
+def _call(make: Callable[..., Any], given: Any) -> Any:
+    if given is None:
+        return make()
+    return make(**given) if isinstance(given, Mapping) else make(given)
+
+
+def _decayed(adapters: dict[str, Any]) -> dict[str, Any]:
+    """Factors decay, and kernels trained whole; magnitudes, norms and biases do not."""
+    factors = optim.decay_mask(adapters)
+
+    def mask(path: str, adapter: Any) -> Any:
+        if "value" not in adapter.roles.values():
+            return factors[path]
+        return adapter.replace(value=not path.endswith(("/scale", "/bias")))
+
+    return {path: mask(path, adapter) for path, adapter in adapters.items()}
+
+
+def _layer_matrices(adapters: dict[str, Any]) -> dict[str, Any]:
+    """Which leaves Muon orthogonalises: the stacked kernels `[layers, in, out]`.
+
+    Embedding, head and norms are Adam's, as Muon's author advises.
+    """
+    return {
+        path: jax.tree.map(
+            lambda _, path=path: (
+                optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+                if re.fullmatch("layers/.*/kernel", path)
+                else None
+            ),
+            adapter,
+        )
+        for path, adapter in adapters.items()
+    }

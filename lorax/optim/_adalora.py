@@ -1,0 +1,302 @@
+"""AdaLoRA: a total rank that moves to the triplets where the loss feels it most.
+
+With update `scale * p diag(lam) q` and, for every element w of p, lam, q, its gradient
+d (penalty included),
+
+    I = |w d|,    Ibar <- b1 Ibar + (1 - b1) I,    Ubar <- b2 Ubar + (1 - b2) |I - Ibar|
+    s = Ibar Ubar,    S_i = s(lam_i) + mean_j s(p_ji) + mean_j s(q_ij)
+
+every `interval` updates the b(t) triplets of largest S, over all matrices at once, are
+chosen and lam of the others lands on zero. p and q, and between two choices lam too, go
+on training, so a pruned triplet can come back: the interval gives it the chance. After
+T - t_f importance is frozen and the last choice holds at every update.
+
+References:
+  Zhang et al., AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient
+  Fine-Tuning, arXiv:2303.10512; github.com/QingruZhang/AdaLoRA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lorax.adapters import AdaLora, layout, orthogonal_penalty
+from lorax.optim._adalora_schedule import BudgetSchedule, require_int
+from lorax.optim._pairs import require_adapters, require_params
+from lorax.types import Adapters
+
+
+class AdaLoraState(NamedTuple):
+    """What the next update needs; the trees hold the AdaLora paths alone.
+
+    Attributes:
+      count: int32 []; updates made.
+      budget: int32 []; b(count), the total rank that the schedule allows.
+      sensitivity: Ibar, `{path: AdaLora}` in the shapes of the adapters, float32.
+      uncertainty: Ubar, likewise.
+      mask: `{path: bool [*batch, rank]}`; False for triplets that the last choice left
+        out.
+      inner: of the wrapped transformation.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    budget: jax.Array
+    sensitivity: Adapters
+    uncertainty: Adapters
+    mask: dict[str, jax.Array]
+    inner: optax.OptState
+
+
+def adalora(
+    inner: optax.GradientTransformation,
+    *,
+    init_budget: int | None = None,
+    target_budget: int,
+    total_steps: int,
+    initial_warmup: int,
+    final_steps: int,
+    interval: int | None = None,
+    beta1: float | jax.Array = 0.85,
+    beta2: float | jax.Array = 0.85,
+    orthogonal_weight: float | jax.Array = 0.1,
+    importance: Literal["post", "pre"] = "post",
+) -> optax.GradientTransformationExtraArgs:
+    """Trains AdaLora adapters by `inner` and allocates their total rank.
+
+    A wrapper, because it needs the final updates: put clipping, schedules and decay in
+    `inner`, and nothing behind it but `optax.MultiSteps` around it. Adapters other than
+    AdaLora go through `inner` unchanged.
+
+    The count is the only thing the program branches on. To train a population under
+    `jax.vmap` leave it unbatched, and a step that chooses nothing sorts nothing there
+    either: `in_axes` and `out_axes` of the state
+    `AdaLoraState(None, None, 0, 0, 0, 0)`. With a batched count the result is the same
+    and every member sorts at every step.
+
+    Args:
+      inner: the optimiser, such as `optax.adamw(1e-3, mask=decay_mask)`.
+      init_budget: b0, the sum of the ranks, which is checked; None takes it from the
+        adapters. Every layer of a stack is a matrix of its own.
+      target_budget: bT, total rank at the end; the paper's average rank times the
+        number of matrices. Published runs start from 1.5 bT.
+      total_steps: T, calls of update that are made; a skipped one does not count.
+      initial_warmup: t_i, updates before the budget falls.
+      final_steps: t_f, updates at the end with the choice fixed.
+      interval: updates between two choices; None for max(10, total_steps // 200). At
+        PEFT's 1 a pruned triplet has next to no chance to come back.
+      beta1: of Ibar; 0.85 as published.
+      beta2: of Ubar; 0.85 as published.
+      orthogonal_weight: of `lorax.adapters.orthogonal_penalty`, whose gradient is added
+        before importance and `inner`; 0.1 as in the paper's code (0.3 and 0.5 there for
+        RTE and CoLA). Do not add the penalty to the loss as well.
+      importance: w of |w d|: "post", after the update, as released; "pre", before it,
+        as in the paper's Algorithm 1.
+
+    Returns:
+      The transformation; its update needs the adapters.
+
+    Raises:
+      ValueError: numbers out of range; in `init`, a tree without AdaLora or another sum
+        of ranks than `init_budget`.
+      TypeError: `inner` is no optax transformation.
+
+    Example:
+      >>> from lorax.types import Axes
+      >>> lora = AdaLora(jnp.eye(3, 2), jnp.ones(2), jnp.eye(2), 1.0, Axes((0,), (1,)))
+      >>> tx = adalora(
+      ...     optax.sgd(0.5), target_budget=1, total_steps=2, initial_warmup=0,
+      ...     final_steps=1, orthogonal_weight=0.0)
+      >>> adapters = {"w": lora}
+      >>> grads = {"w": jax.tree.map(jnp.zeros_like, lora).replace(
+      ...     lam=jnp.array([0.1, 0.4]))}
+      >>> updates, state = tx.update(grads, tx.init(adapters), adapters)
+      >>> optax.apply_updates(adapters, updates)["w"].lam
+      Array([0. , 0.8], dtype=float32)
+      >>> state.mask["w"], int(state.budget)
+      (Array([False,  True], dtype=bool), 1)
+    """
+    inner = _wrapped(inner)
+    schedule = BudgetSchedule(
+        target_budget, total_steps, initial_warmup, final_steps, interval
+    )
+    _check(init_budget, target_budget, beta1, beta2, orthogonal_weight, importance)
+
+    def init_fn(params: Adapters) -> AdaLoraState:
+        adapters = require_adapters(params, "adalora")
+        total = _total(adapters, init_budget, target_budget)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros_like(leaf, layout.wide(leaf)), _chosen(adapters)
+        )
+        return AdaLoraState(
+            count=jnp.zeros((), jnp.int32),
+            budget=jnp.full((), total, jnp.int32),
+            sensitivity=zeros,
+            uncertainty=jax.tree.map(jnp.copy, zeros),  # donated apart from the first
+            mask={path: jnp.ones_like(a.lam, bool) for path, a in zeros.items()},
+            inner=inner.init(params),
+        )
+
+    def update_fn(
+        updates: Adapters, state: AdaLoraState, params: Any = None, **extra: Any
+    ) -> tuple[Adapters, AdaLoraState]:
+        adapters = require_params(params)
+        total = _total(adapters, init_budget, target_budget)
+        before = _chosen(adapters)
+        grads = _with_penalty(updates, before, orthogonal_weight)
+        updates, inner_state = inner.update(grads, state.inner, adapters, **extra)
+        after = optax.apply_updates(before, _chosen(updates))
+
+        step = optax.safe_increment(state.count)
+        frozen = step > schedule.last
+        weights = after if importance == "post" else before
+        own = _chosen(grads)
+        means = _importance(weights, own, state, beta1, beta2, frozen)
+        budget = schedule.budget_at(total, step)
+        now = schedule.chooses_at(step)
+        mask = jax.lax.cond(
+            now, lambda: _choose(*means, budget), lambda: dict(state.mask)
+        )
+        masked = {
+            path: _landing(update, before[path], mask[path] | ~(now | frozen))
+            for path, update in _chosen(updates).items()
+        }
+        updates = {**updates, **masked}
+        return updates, AdaLoraState(step, budget, *means, mask, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _wrapped(inner: Any) -> optax.GradientTransformationExtraArgs:
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            "inner must be an optax transformation, such as optax.adam(1e-3); got "
+            f"{inner!r}. MultiSteps goes around: optax.MultiSteps(adalora(...), k)"
+        )
+    return optax.with_extra_args_support(inner)
+
+
+def _check(
+    init_budget: int | None,
+    target_budget: int,
+    beta1: Any,
+    beta2: Any,
+    weight: Any,
+    importance: str,
+) -> None:
+    """Raises ValueError for what can be seen before the adapters are known."""
+    if init_budget is not None:
+        require_int("init_budget", init_budget, 1)
+        _require_room(init_budget, target_budget)
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not _traced(beta) and not 0 < beta < 1:
+            raise ValueError(f"{name}={beta}; give a decay between 0 and 1")
+    if not _traced(weight) and not 0 <= weight < float("inf"):
+        raise ValueError(f"orthogonal_weight={weight}; give a number >= 0")
+    if importance not in ("post", "pre"):
+        raise ValueError(
+            f"importance={importance!r}; choose 'post' (weights after the update, as "
+            "released) or 'pre' (before it, as in the paper)"
+        )
+
+
+def _traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
+def _require_room(init_budget: int, target_budget: int) -> None:
+    if target_budget > init_budget:
+        raise ValueError(
+            f"target_budget={target_budget} is above the initial budget {init_budget}; "
+            "both are total ranks over all AdaLora matrices: lower it, or start from a "
+            "larger rank"
+        )
+
+
+def _chosen(adapters: Mapping[str, Any]) -> dict[str, AdaLora]:
+    """The AdaLora entries, by path: the order in which ties are broken."""
+    return {p: a for p, a in sorted(adapters.items()) if isinstance(a, AdaLora)}
+
+
+def _total(adapters: Adapters, init_budget: int | None, target_budget: int) -> int:
+    """The number of triplets; raises ValueError unless it is the budget's start."""
+    chosen = _chosen(adapters)
+    if not chosen:
+        kinds = sorted({type(a).__name__ for a in adapters.values()})
+        raise ValueError(
+            f"adalora found no AdaLora adapter among {', '.join(kinds)}; make them by "
+            'Target(..., adapter="adalora")'
+        )
+    total = sum(adapter.lam.size for adapter in chosen.values())
+    if init_budget not in (None, total):
+        raise ValueError(
+            f"init_budget={init_budget}, and the ranks of {len(chosen)} AdaLora "
+            f"adapters sum to {total}; pass that, or None"
+        )
+    _require_room(total, target_budget)
+    return total
+
+
+def _with_penalty(
+    grads: Adapters, adapters: Mapping[str, AdaLora], weight: Any
+) -> Adapters:
+    """The gradients of loss + weight * orthogonal_penalty."""
+    if isinstance(weight, int | float) and weight == 0:
+        return dict(grads)
+    slopes = jax.grad(orthogonal_penalty)(adapters)
+    add = lambda g, slope: (g + weight * slope).astype(g.dtype)
+    own = {path: grads[path] for path in adapters}
+    return {**grads, **jax.tree.map(add, own, slopes)}
+
+
+def _importance(
+    weights: Mapping[str, AdaLora],
+    grads: Mapping[str, AdaLora],
+    state: AdaLoraState,
+    beta1: Any,
+    beta2: Any,
+    frozen: jax.Array,
+) -> tuple[Adapters, Adapters]:
+    """The next Ibar and Ubar; the same ones when frozen."""
+    ema = lambda old, new, beta: jnp.where(frozen, old, beta * old + (1 - beta) * new)
+    wide = lambda x: x.astype(layout.wide(x))
+    now = jax.tree.map(lambda w, d: jnp.abs(wide(w) * wide(d)), weights, grads)
+    mean = jax.tree.map(lambda old, i: ema(old, i, beta1), state.sensitivity, now)
+    spread = jax.tree.map(
+        lambda old, i, ibar: ema(old, jnp.abs(i - ibar), beta2),
+        state.uncertainty,
+        now,
+        mean,
+    )
+    return mean, spread
+
+
+def _choose(
+    sensitivity: Adapters, uncertainty: Adapters, budget: jax.Array
+) -> dict[str, jax.Array]:
+    """True for the `budget` triplets of largest score, the earlier path where tied."""
+    elements = jax.tree.map(jnp.multiply, sensitivity, uncertainty)
+    scores = {path: _triplet_scores(s) for path, s in sorted(elements.items())}
+    flat = jnp.concatenate([score.reshape(-1) for score in scores.values()])
+    kept = jnp.argsort(jnp.argsort(-flat)) < budget  # ranks: safe for ties and b = b0
+    ends = np.cumsum([score.size for score in scores.values()])[:-1]
+    parts = zip(scores.items(), jnp.split(kept, ends), strict=True)
+    return {path: part.reshape(score.shape) for (path, score), part in parts}
+
+
+def _landing(update: AdaLora, adapter: AdaLora, keep: jax.Array) -> AdaLora:
+    """The update with which lam becomes exactly zero where it is not kept."""
+    return dataclasses.replace(update, lam=jnp.where(keep, update.lam, -adapter.lam))
+
+
+def _triplet_scores(s: AdaLora) -> jax.Array:
+    """S_i from the scores of the elements, `[*batch, rank]`."""
+    batch = s.lam.ndim - 1
+    ins, outs = range(batch, s.p.ndim - 1), range(batch + 1, s.q.ndim)
+    return s.lam + s.p.mean(tuple(ins)) + s.q.mean(tuple(outs))

@@ -1,0 +1,128 @@
+"""What AdaLoRA left: ranks, budget, and adapters of the size they have come to.
+
+    lorax.optim.adalora_effective_ranks(opt_state)       # {path: int32 [*batch]}
+    small = lorax.optim.adalora_shrink(adapters, opt_state)
+
+During training pruned triplets are masked, never removed, so that shapes are static and
+a triplet can come back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lorax.adapters import AdaLora
+from lorax.optim import _states
+from lorax.optim._adalora import AdaLoraState
+from lorax.types import Adapters
+
+
+def adalora_effective_ranks(opt_state: optax.OptState) -> dict[str, jax.Array]:
+    """Returns how many triplets of every matrix the last choice kept.
+
+    Args:
+      opt_state: of `adalora`, or of anything around it.
+
+    Returns:
+      `{path: int32 [*batch]}`; they sum to the budget of the last choice.
+
+    Raises:
+      ValueError: no state of `adalora`, or several.
+    """
+    masks = _state(opt_state).mask
+    return {path: masks[path].sum(-1, dtype=jnp.int32) for path in sorted(masks)}
+
+
+def adalora_budget(opt_state: optax.OptState) -> jax.Array:
+    """Returns b(t), the total rank the schedule allowed at the last update, int32 [].
+
+    Args:
+      opt_state: of `adalora`, or of anything around it.
+
+    Returns:
+      The schedule's value; the masks keep that of the last choice, at most `interval`
+      updates ago.
+
+    Raises:
+      ValueError: no state of `adalora`, or several.
+    """
+    return _state(opt_state).budget
+
+
+def adalora_shrink(adapters: Adapters, opt_state: optax.OptState) -> Adapters:
+    """Returns the adapters without their pruned triplets: the same update, smaller.
+
+    A stack keeps one physical rank, the largest of its layers, and the others are
+    padded with zeros, which have zero gradients too. A leaf that is left with no
+    triplet at all loses its path: its kernel is the frozen one. `scale` stays alpha
+    over the initial rank. Not under jit: the shapes depend on the values.
+
+    Args:
+      adapters: after training; others than AdaLora are returned as they are.
+      opt_state: the optimiser state that goes with them.
+
+    Returns:
+      An adapter tree.
+
+    Raises:
+      ValueError: a pruned triplet whose lam is not zero, between two choices; no state
+        of `adalora`, or several.
+
+    Example:
+      >>> from lorax.optim import adalora
+      >>> from lorax.types import Axes
+      >>> lora = AdaLora(jnp.eye(3, 2), jnp.ones(2), jnp.eye(2), 1.0, Axes((0,), (1,)))
+      >>> tx = adalora(
+      ...     optax.sgd(0.5), target_budget=1, total_steps=2, initial_warmup=0,
+      ...     final_steps=1, orthogonal_weight=0.0)
+      >>> slope = jax.tree.map(jnp.zeros_like, lora).replace(lam=jnp.array([0.1, 0.4]))
+      >>> updates, state = tx.update({"w": slope}, tx.init({"w": lora}), {"w": lora})
+      >>> adapters = optax.apply_updates({"w": lora}, updates)
+      >>> adalora_shrink(adapters, state)["w"].lam
+      Array([0.8], dtype=float32)
+    """
+    shrunk = dict(adapters)
+    for path, mask in jax.device_get(_state(opt_state).mask).items():
+        adapter: Any = adapters[path]
+        if np.any(np.asarray(adapter.lam)[~mask]):
+            raise ValueError(
+                f"{path}: pruned triplets have trained on since the last choice, and "
+                "without them the function would change; shrink after an update that "
+                "chooses, or within the last final_steps"
+            )
+        if mask.any():
+            shrunk[path] = _packed(adapter, mask)
+        else:
+            del shrunk[path]
+    return shrunk
+
+
+def _state(opt_state: optax.OptState) -> AdaLoraState:
+    return _states.find(opt_state, AdaLoraState, "lorax.optim.adalora")
+
+
+def _packed(adapter: AdaLora, mask: np.ndarray) -> AdaLora:
+    """The kept triplets of every matrix in front, zeros behind, at the largest rank."""
+    rank = int(mask.sum(-1).max())
+    order = np.argsort(~mask, axis=-1, kind="stable")[..., :rank]
+    real = np.take_along_axis(mask, order, -1)
+    batch, old = mask.shape[:-1], mask.shape[-1]
+    row, column = (lambda x: x[..., None, :]), (lambda x: x[..., :, None])
+    take = lambda flat, lay, axis: jnp.where(
+        lay(real), jnp.take_along_axis(flat, jnp.asarray(lay(order)), axis), 0
+    )
+    p = take(adapter.p.reshape(*batch, -1, old), row, -1)
+    q = take(adapter.q.reshape(*batch, old, -1), column, -2)
+    outs = adapter.q.shape[len(batch) + 1 :]
+    return dataclasses.replace(
+        adapter,
+        p=p.reshape(*adapter.p.shape[:-1], rank),
+        lam=take(adapter.lam, lambda x: x, -1),
+        q=q.reshape(*batch, rank, *outs),
+    )

@@ -1,0 +1,37 @@
+"""One transformation's state inside the state of a chain."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import jax
+import optax
+
+State = TypeVar("State")
+
+
+def states(opt_state: Any, kind: type[State]) -> list[State]:
+    """Returns every state of this kind, however deep chains and wrappers hold it."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return [leaf for leaf in leaves if isinstance(leaf, kind)]
+
+
+def find(opt_state: optax.OptState, kind: type[State], made_by: str) -> State:
+    """Returns the only state of this kind.
+
+    Args:
+      opt_state: of any optax transformation, such as `TrainState.opt_state`.
+      kind: the NamedTuple to look for.
+      made_by: the transformation that has it, for the message.
+
+    Raises:
+      ValueError: there is none, or more than one.
+    """
+    found = states(opt_state, kind)
+    if len(found) != 1:
+        raise ValueError(
+            f"this needs one {kind.__name__}, which {made_by} keeps, and the optimiser "
+            f"state holds {len(found)}; pass the state that the optimiser's update "
+            "returned"
+        )
+    return found[0]
