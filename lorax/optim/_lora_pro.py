@@ -44,7 +44,7 @@ def scale_by_lora_pro(
         gradients. "symmetry": both factors move the kernel alike. "zero": no term.
         Without damping all three move the kernel alike under plain SGD.
       damping: of the Gram matrices, relative to the larger trace; at least 0. More
-        noise in the gradients wants more of it; 0.1 held up best on held-out noise.
+        noise in the gradients wants more of it.
       relative: False: `damping` is added as it is (1e-8 in the released code).
 
     Returns:

@@ -1,0 +1,62 @@
+"""The table of optimisers: one row each, the tests of test_common.py for every row.
+
+To add a method, append a Row. `make(**kwargs)` must give a whole optimiser, whose
+updates are added to the adapters; a transformation without a learning rate is chained
+with one here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optax
+
+from lorax import optim
+
+
+class Row(NamedTuple):
+    """An optimiser and what it may be asked.
+
+    Attributes:
+      name: unique.
+      make: factory of the optimiser.
+      kwargs: its arguments, the learning rate at which the regression falls included.
+      adalora: True: it acts on AdaLora too; False: it must refuse one at `init`.
+      decays: True: `make` takes `weight_decay`.
+      static: arguments that are no hyperparameters to `optax.inject_hyperparams`.
+    """
+
+    name: str
+    make: Callable[..., optax.GradientTransformation]
+    kwargs: dict[str, Any]
+    adalora: bool = False
+    decays: bool = True
+    static: tuple[str, ...] = ()
+
+
+def _pro(mode: str, learning_rate: float, **kwargs: Any) -> Row:
+    kwargs = {"learning_rate": learning_rate, "mode": mode, **kwargs}
+    return Row(f"lora_pro_{mode}", optim.lora_pro, kwargs)
+
+
+ROWS = [
+    Row(
+        "lora_plus",
+        optim.lora_plus,
+        {"learning_rate": 0.02, "ratio": 4.0},
+        adalora=True,
+    ),
+    Row(
+        "lora_plus_auto",
+        optim.lora_plus,
+        {"learning_rate": 0.02, "ratio": "auto"},
+        adalora=True,
+    ),
+    _pro("factor", 0.05),
+    _pro("sgd", 0.3),
+    _pro("rowcol", 0.05),
+    _pro("full", 0.05),
+    Row("riemannian", optim.riemannian, {"learning_rate": 0.05}),
+    Row("lora_fa", optim.lora_fa, {"learning_rate": 0.05}),
+]

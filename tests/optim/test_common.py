@@ -1,0 +1,253 @@
+"""What all optimisers share: one row each in rows.py, the same tests for every row."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lorax.adapters import Full, Lora
+from lorax.types import PairStatics
+from tests.optim import problems
+from tests.optim.rows import ROWS
+
+rows = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+
+
+def whole_tree(row, b=1.0):
+    """Adapters of every class the row acts on, in every layout."""
+    adapters = {leaf: problems.lora(leaf, b=b, seed=i) for i, leaf in enumerate(LEAVES)}
+    adapters |= {"dora": problems.dora("heads", seed=20), "bias": problems.full()}
+    if row.adalora:
+        adapters["svd"] = problems.adalora("stacked", seed=30)
+    return adapters
+
+
+LEAVES = problems.LEAVES
+SMALL = {"w": problems.lora(), "bias": problems.full()}
+
+
+def make(row, **more):
+    return row.make(**row.kwargs, **more)
+
+
+def compiled(function, *args):
+    """The results of a jitted function, compiled as quickly as XLA can."""
+    lowered = jax.jit(function).lower(*args)
+    return lowered.compile({"xla_backend_optimization_level": 0})(*args)
+
+
+def kind(tree):
+    """Structure, shapes, dtypes and weakness of a state."""
+    leaf = lambda v: (v.shape, v.dtype, getattr(v, "weak_type", False))
+    return jax.tree.structure(tree), [
+        leaf(jnp.asarray(v)) for v in jax.tree.leaves(tree)
+    ]
+
+
+@rows
+def test_state_keeps_its_kind_and_the_second_call_does_not_retrace(row):
+    adapters, tx = whole_tree(row), make(row)
+    abstract = jax.eval_shape(tx.init, adapters)
+    state = tx.init(adapters)
+    shapes = lambda tree: [(v.shape, v.dtype) for v in jax.tree.leaves(tree)]
+    assert shapes(abstract) == shapes(state)
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+    traces = []
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def update(grads, state, adapters):
+        traces.append(1)
+        updates, state = tx.update(grads, state, adapters)
+        return updates, state, optax.apply_updates(adapters, updates)
+
+    for seed in (0, 1):
+        grads = problems.like(adapters, seed)
+        updates, after, new = update(grads, state, adapters)
+        assert kind(after) == kind(state)
+        assert kind(updates) == kind(adapters) == kind(new)
+        assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+        state, adapters = after, new
+    assert len(traces) == 1
+    assert any(np.any(u) for u in jax.tree.leaves(updates["dora"]))
+
+
+@functools.cache
+def wrapped(name):
+    """Updates of a small tree, alone and inside optax's wrappers, in one program."""
+    row = next(row for row in ROWS if row.name == name)
+    wrappers = {
+        "plain": lambda: make(row),
+        "chain": lambda: optax.chain(optax.clip_by_global_norm(1e9), make(row)),
+        "multi_steps": lambda: optax.MultiSteps(make(row), 2).gradient_transformation(),
+        "hyperparams": lambda: optax.inject_hyperparams(row.make, row.static)(
+            **row.kwargs
+        ),
+    }
+
+    def updates(grads, adapters):
+        results = {}
+        for name, wrap in wrappers.items():
+            tx = wrap()
+            state = tx.init(adapters)
+            for _ in range(2 if name == "multi_steps" else 1):
+                result, state = tx.update(grads, state, adapters)
+            results[name] = result
+        return results
+
+    return compiled(updates, problems.like(SMALL), SMALL)
+
+
+@pytest.mark.parametrize("name", ["chain", "multi_steps", "hyperparams"])
+@rows
+def test_inside_optax_wrappers(row, name):
+    results = wrapped(row.name)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, results[name], results["plain"])
+    assert np.any(results["plain"]["w"].b)
+
+
+@rows
+def test_a_population_is_its_members(row):
+    """vmap over members of one physical rank, each with its own scale and true rank."""
+    ranks, scales = jnp.array([3, 1, 2]), jnp.array([1.5, 0.5, 3.0])
+    lora, grad = problems.lora(rank=3), problems.lora(rank=3, seed=7)
+    tx = make(row)
+
+    def member(lora, rank, scale, factor=1.0):
+        real = jnp.arange(3) < rank
+        own = lora.replace(
+            a=factor * jnp.where(real, lora.a, 0),
+            b=factor * jnp.where(real[:, None], lora.b, 0),
+        )
+        return {"w": own, "bias": SMALL["bias"]}, {"w": PairStatics(scale, rank)}
+
+    def two_updates(rank, scale):
+        adapters, pairs = member(lora, rank, scale)
+        grads, _ = member(grad, rank, scale)
+        state = tx.init(adapters)
+        for _ in range(2):
+            updates, state = tx.update(grads, state, adapters, pairs=pairs)
+        return updates
+
+    both = lambda *args: (
+        jax.vmap(two_updates)(*args),
+        jax.lax.map(lambda args: two_updates(*args), args),
+    )
+    together, alone = compiled(both, ranks, scales)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6)
+    jax.tree.map(close, together, alone)
+    for i, rank in enumerate([3, 1, 2]):
+        assert not np.any(together["w"].a[i, :, rank:])
+        assert not np.any(together["w"].b[i, rank:])
+        assert np.any(together["w"].b[i, :rank])
+
+
+@rows
+def test_sharding_of_the_state_is_unchanged_by_an_update(row):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    put = lambda v, *spec: jax.device_put(
+        v, jax.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    )
+    lora = Lora(
+        put(problems.draw(0, 8, 2), "x", None),
+        put(problems.draw(1, 2, 16), None, "x"),
+        1.5,
+        problems.DENSE,
+    )
+    adapters = {"w": lora, "bias": Full(put(problems.draw(2, 8), "x"))}
+    grads = jax.tree.map(lambda v: 2 * v, adapters)
+    tx = make(row)
+    state = tx.init(adapters)
+
+    def step(grads, state, adapters):
+        updates, state = tx.update(grads, state, adapters)
+        return state, optax.apply_updates(adapters, updates)
+
+    before, after = (state, adapters), compiled(step, grads, state, adapters)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
+        if old.ndim:
+            assert new.sharding.is_equivalent_to(old.sharding, old.ndim), (old, new)
+    alone = jax.tree.map(lambda v: jnp.asarray(np.asarray(v)), (grads, adapters))
+    _, want = compiled(step, alone[0], tx.init(alone[1]), alone[1])
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, after[1], want)
+
+
+@rows
+def test_loss_falls_on_a_rank_r_regression_in_every_layout(row):
+    """From b = 0, to kernels of rank r near what a spans."""
+    start = whole_tree(row, b=0.0)
+    start = {path: a for path, a in start.items() if path in LEAVES}
+    if row.adalora:
+        svd = problems.adalora("stacked", seed=30)
+        start["svd"] = svd.replace(lam=0 * svd.lam)
+    kernels = {p: jnp.zeros(LEAVES.get(p, LEAVES["stacked"])[1]) for p in start}
+
+    def teacher(path, adapter):
+        second = problems.like(adapter, 50)
+        fields = {
+            f: getattr(adapter, f) + 0.2 * getattr(second, f)
+            for f in "ap"
+            if hasattr(adapter, f)
+        }
+        return second.replace(**fields).delta(kernels[path])
+
+    targets = {path: teacher(path, a) for path, a in start.items()}
+
+    def losses(adapters):
+        off = lambda p: 0.5 * jnp.sum((adapters[p].delta(kernels[p]) - targets[p]) ** 2)
+        return {path: off(path) for path in adapters}
+
+    tx = make(row)
+
+    def step(carry, _):
+        adapters, state = carry
+        grads = jax.grad(lambda a: sum(losses(a).values()))(adapters)
+        updates, state = tx.update(grads, state, adapters)
+        return (optax.apply_updates(adapters, updates), state), None
+
+    def train(adapters):
+        (after, _), _ = jax.lax.scan(step, (adapters, tx.init(adapters)), length=80)
+        return losses(adapters), losses(after)
+
+    before, after = compiled(train, start)
+    for path in start:
+        assert after[path] < 0.5 * before[path], (path, before[path], after[path])
+
+
+@rows
+def test_without_gradient_magnitude_and_full_leaves_keep_still(row):
+    adapters = whole_tree(row)
+    adapters = {p: a for p, a in adapters.items() if p in ("dora", "bias", "svd")}
+    tx = make(row, weight_decay=0.1) if row.decays else make(row)
+    zero = jax.tree.map(jnp.zeros_like, adapters)
+    updates, _ = compiled(tx.update, zero, tx.init(adapters), adapters)
+    assert not np.any(updates["dora"].magnitude) and not np.any(updates["bias"].value)
+    if row.adalora and row.decays:
+        assert not np.any(updates["svd"].lam)
+    if row.decays:
+        assert np.any(updates["dora"].b), "factors decay"
+
+
+@rows
+def test_errors(row):
+    tx = make(row)
+    with pytest.raises(
+        ValueError, match="acts on the adapters that lorax.init returns"
+    ):
+        tx.init({"w": {"kernel": jnp.ones((2, 2))}})
+    state = tx.init(SMALL)
+    with pytest.raises(ValueError, match="reads the adapters: call tx.update"):
+        tx.update(SMALL, state)
+    wide = {"w": jax.tree.map(lambda v: v.astype(jnp.complex64), SMALL["w"])}
+    with pytest.raises(ValueError, match="w: .* needs real factors"):
+        tx.init(wide)
+    if not row.adalora:
+        with pytest.raises(ValueError, match="svd: .* AdaLora"):
+            tx.init({"svd": problems.adalora()})
+    if "learning_rate" in row.kwargs:
+        with pytest.raises(ValueError, match="eps"):
+            row.make(**{**row.kwargs, "eps": -1.0})
