@@ -40,6 +40,20 @@ def _pro(mode: str, learning_rate: float, **kwargs: Any) -> Row:
     return Row(f"lora_pro_{mode}", optim.lora_pro, kwargs)
 
 
+def _spectral(learning_rate: Any, target: str) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_adam(),
+        optim.add_decayed_spectral_norm(0.01, target=target),
+        optax.scale_by_learning_rate(learning_rate),
+        optim.clip_spectral_norm(50.0),
+    )
+
+
+def _muon(factors: str, learning_rate: float) -> Row:
+    kwargs = {"learning_rate": learning_rate, "factors": factors}
+    return Row(f"muon_{factors}", optim.muon, kwargs)
+
+
 ROWS = [
     Row(
         "lora_plus",
@@ -58,5 +72,21 @@ ROWS = [
     _pro("rowcol", 0.05),
     _pro("full", 0.05),
     Row("riemannian", optim.riemannian, {"learning_rate": 0.05}),
+    _muon("b", 0.02),
+    _muon("both", 0.02),
+    _muon("whitened", 0.1),
+    _muon("product", 0.1),
+    Row(
+        "spectral_delta",
+        _spectral,
+        {"learning_rate": 0.02, "target": "delta"},
+        decays=False,
+    ),
+    Row(
+        "spectral_factors",
+        _spectral,
+        {"learning_rate": 0.02, "target": "factors"},
+        decays=False,
+    ),
     Row("lora_fa", optim.lora_fa, {"learning_rate": 0.05}),
 ]

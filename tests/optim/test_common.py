@@ -248,6 +248,6 @@ def test_errors(row):
     if not row.adalora:
         with pytest.raises(ValueError, match="svd: .* AdaLora"):
             tx.init({"svd": problems.adalora()})
-    if "learning_rate" in row.kwargs:
+    if row.decays:  # a chain of ours, not of this table
         with pytest.raises(ValueError, match="eps"):
             row.make(**{**row.kwargs, "eps": -1.0})
