@@ -1,0 +1,167 @@
+"""What one update of each optimiser costs beside AdamW's.
+
+    python -m experiments.benchmarks.optimizer_cost --table=optimizer_cost.json
+
+The adapters are GPT-2 small's: 12 layers of width 768, all six linears, rank 16, a dict
+of Lora by path (of AdaLora for AdaLoRA). Prints a markdown table: XLA's count of FLOPs,
+bytes of state, and the time of an update, all interleaved in one run, as ratios to
+AdamW on the same tree; and the share of a whole train step (forward and backward of 8 x
+128 tokens, then the update of AdamW) that an update takes.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import app, flags
+
+import lorax
+from experiments.benchmarks import gpt2_shaped as gpt2
+from experiments.benchmarks import measure, programs
+from lorax import optim
+
+_ROUNDS = flags.DEFINE_integer("updates", 11, "Interleaved rounds of timed updates.")
+_OUT = flags.DEFINE_string("table", None, "Where to write every figure as JSON.")
+
+SHAPE = gpt2.Shape(layers=12, width=768, heads=12, rank=16, batch=8)
+RATE = 1e-3
+
+
+def _spectral(target: Any) -> Any:
+    return optax.chain(
+        optax.scale_by_adam(),
+        optim.add_decayed_spectral_norm(0.1, target=target),
+        optax.scale_by_learning_rate(RATE),
+    )
+
+
+def _adalora(budget: int) -> Any:
+    return optim.adalora(
+        optax.adamw(RATE),
+        target_budget=budget // 2,
+        total_steps=1000,
+        initial_warmup=100,
+        final_steps=100,
+        interval=10,
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[], Any]] = {
+    "adamw": lambda: optax.adamw(RATE),
+    "lora_plus": lambda: optim.lora_plus(RATE),
+    "lora_pro factor": lambda: optim.lora_pro(RATE),
+    "lora_pro rowcol": lambda: optim.lora_pro(RATE, mode="rowcol"),
+    "riemannian": lambda: optim.riemannian(RATE),
+    "lora_fa": lambda: optim.lora_fa(RATE),
+    "adam + spectral delta": lambda: _spectral("delta"),
+    "adam + spectral factors": lambda: _spectral("factors"),
+    "muon b": lambda: optim.muon(RATE),
+    "muon both": lambda: optim.muon(RATE, "both"),
+    "muon whitened": lambda: optim.muon(RATE, "whitened"),
+}
+
+
+def adapters(shape: gpt2.Shape, method: str = "lora") -> lorax.Adapters:
+    """The tree of adapters, every factor away from zero."""
+    width, hidden = shape.width, shape.hidden
+    sizes = {name: (width, width) for name in "qkvo"}
+    sizes |= {"up": (width, hidden), "down": (hidden, width)}
+    params = {
+        f"h_{i}": {name: {"kernel": jnp.zeros(size)} for name, size in sizes.items()}
+        for i in range(shape.layers)
+    }
+    target: Any = lorax.Target(".*", rank=shape.rank, adapter=method)  # type: ignore[arg-type]
+    made, _ = lorax.init(jax.random.key(0), params, target)
+    return jax.tree.map(
+        lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape), made
+    )
+
+
+def compiled(tx: Any, tree: lorax.Adapters) -> tuple[Any, Any]:
+    """The compiled update, and its arguments."""
+    state = tx.init(tree)
+    grads = jax.tree.map(lambda x: 0.1 * x, tree)
+    update = jax.jit(lambda g, s, a: tx.update(g, s, a))
+    return update.lower(grads, state, tree).compile(), (grads, state, tree)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def compare(shape: gpt2.Shape, rounds: int) -> dict[str, dict[str, Any]]:
+    """Every optimiser's update on the same tree, interleaved."""
+    plain, svd = adapters(shape), adapters(shape, "adalora")
+    budget = shape.layers * len(gpt2.LINEARS) * shape.rank
+    made = {name: compiled(make(), plain) for name, make in OPTIMIZERS.items()}
+    made["adamw on AdaLora"] = compiled(OPTIMIZERS["adamw"](), svd)
+    made["adalora"] = compiled(_adalora(budget), svd)
+    run = lambda step, args: lambda: jax.block_until_ready(step(*args))
+    seconds = measure.interleave(
+        {name: run(*both) for name, both in made.items()}, rounds
+    )
+    rows = {}
+    for name, (step, args) in made.items():
+        beside = "adamw on AdaLora" if name == "adalora" else "adamw"
+        rows[name] = {
+            "gflops": measure.cost(step).flops / 1e9,
+            "state": nbytes(args[1]),
+            "state_ratio": nbytes(args[1]) / nbytes(made[beside][1][1]),
+            "ms": 1e3 * min(seconds[name]),
+            "best": min(seconds[name]) / min(seconds[beside]),
+            "paired": measure.paired_ratio(seconds[name], seconds[beside]),
+        }
+    return rows
+
+
+def train_step_ms(shape: gpt2.Shape, rounds: int) -> float:
+    """The forward and backward pass of the adapted model."""
+    case = programs.adapted(shape)
+    step = measure.runner(measure.compile_step(case), case)
+    return 1e3 * statistics.median(measure.interleave({"step": step}, rounds)["step"])
+
+
+def table(rows: dict[str, dict[str, Any]], step_ms: float) -> str:
+    """The figures as markdown."""
+    header = ["update", "GFLOPs", "state MB", "state / AdamW", "best ms"]
+    header += ["best / AdamW", "median of paired ratios", "share of a train step"]
+    whole = step_ms + rows["adamw"]["ms"]
+    return measure.markdown(
+        header,
+        [
+            [
+                name,
+                f"{row['gflops']:.3f}",
+                f"{row['state'] / 1e6:.1f}",
+                f"{row['state_ratio']:.3f}",
+                f"{row['ms']:.1f}",
+                f"{row['best']:.2f}",
+                f"{row['paired']:.2f}",
+                f"{row['ms'] / whole:.1%}",
+            ]
+            for name, row in rows.items()
+        ],
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs everything and prints the table."""
+    del argv
+    step_ms = train_step_ms(SHAPE, 3)
+    rows = compare(SHAPE, _ROUNDS.value)
+    print(f"jax {jax.__version__}, {jax.default_backend()}\n\n{table(rows, step_ms)}")
+    print(f"\nforward and backward: {step_ms:.0f} ms")
+    if _OUT.value:
+        pathlib.Path(_OUT.value).write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,18 @@
+"""State sizes of the optimisers, by count; times are the benchmark's."""
+
+from experiments.benchmarks import gpt2_shaped, optimizer_cost
+
+
+def test_state_bytes_are_what_each_optimiser_promises():
+    shape = gpt2_shaped.Shape(layers=1, width=32, heads=2, rank=4)
+    rows = optimizer_cost.compare(shape, rounds=1)
+    ratio = {name: row["state_ratio"] for name, row in rows.items()}
+    for name in ("lora_plus", "lora_pro factor", "adam + spectral delta"):
+        assert ratio[name] <= 1.001
+    kernels = len(gpt2_shaped.LINEARS)
+    triplets = kernels * shape.rank
+    adamw = rows["adamw on AdaLora"]["state"]
+    assert rows["adalora"]["state"] <= 2 * adamw + triplets + 64 + 8 * 1000
+    widths = 4 * (8 * 32 + 2 * 32 + 2 * 128)  # n + m floats a kernel
+    assert rows["lora_pro rowcol"]["state"] <= widths + 64
+    assert "share of a train step" in optimizer_cost.table(rows, 100.0)
