@@ -132,6 +132,7 @@ def make_population_step(
     accumulate: int = 1,
     clip_norm: float | None = None,
     on_merge: Literal["warn", "error"] = "warn",
+    at_once: int | None = None,
 ) -> Callable[[Population, PyTree, PyTree], tuple[Population, Metrics]]:
     """Returns `step(population, params, batch) -> (population, metrics)`.
 
@@ -144,12 +145,14 @@ def make_population_step(
       accumulate: microbatches per step.
       clip_norm: bound on each member's gradient norm; None for none.
       on_merge: what `lorax.adapt` does when it must form a merged kernel.
+      at_once: members in flight, group after group in the same program; None for all.
+        Activations take as many times the memory of one run.
 
     Returns:
       The step; its metrics are those of `make_train_step`, each `[K]`.
 
     Raises:
-      ValueError: `accumulate` below 1, or `clip_norm` not positive.
+      ValueError: `accumulate` or `at_once` below 1, or `clip_norm` not positive.
       TypeError: `tx` is no optax transformation, or `loss_fn` not callable.
 
     Example:
@@ -163,6 +166,7 @@ def make_population_step(
       >>> metrics["loss"].tolist(), population.state.step.tolist()
       ([12.0, 12.0], 1)
     """
+    _require_count(at_once)
     single = training.make_train_step(
         loss_fn, tx, accumulate=accumulate, clip_norm=clip_norm, on_merge=on_merge
     )
@@ -170,9 +174,8 @@ def make_population_step(
     def step(
         population: Population, params: PyTree, batch: PyTree
     ) -> tuple[Population, Metrics]:
-        before, pairs = population.state, population.pairs
-        axes = (_axes(before), None, None, 0)
-        after, metrics = jax.vmap(single, axes)(before, params, batch, pairs)
+        before = population.state
+        after, metrics = _map_members(single, population, params, batch, at_once)
         # Of what is shared, any member that took the batch has the new value.
         first = jnp.argmax(after.skipped == before.skipped)
         same = lambda old, new: new if old.ndim else new[first]
@@ -183,23 +186,27 @@ def make_population_step(
 
 
 def make_population_eval_step(
-    loss_fn: LossFn, *, on_merge: Literal["warn", "error"] = "warn"
+    loss_fn: LossFn,
+    *,
+    on_merge: Literal["warn", "error"] = "warn",
+    at_once: int | None = None,
 ) -> Callable[[Population, PyTree, PyTree], Metrics]:
     """Returns `step(population, params, batch) -> metrics`, each `[K]`.
 
     Args:
       loss_fn: as `make_eval_step` takes it.
       on_merge: what `lorax.adapt` does when it must form a merged kernel.
+      at_once: members in flight, as `make_population_step` takes it.
 
     Raises:
+      ValueError: `at_once` below 1.
       TypeError: `loss_fn` is not callable.
     """
+    _require_count(at_once)
     single = training.make_eval_step(loss_fn, on_merge=on_merge)
 
     def step(population: Population, params: PyTree, batch: PyTree) -> Metrics:
-        axes = (_axes(population.state), None, None, 0)
-        run = jax.vmap(single, axes)
-        return run(population.state, params, batch, population.pairs)
+        return _map_members(single, population, params, batch, at_once)
 
     return step
 
@@ -245,9 +252,35 @@ def _bits(members: Sequence[Adapters], path: str) -> jax.Array:
     return jnp.asarray(scales.view(np.uint32))
 
 
-def _axes(state: TrainState) -> PyTree:
-    """The axes for vmap: what has no axis is shared, for members' leaves have [K]."""
-    return jax.tree.map(lambda leaf: 0 if leaf.ndim else None, state)
+def _require_count(at_once: int | None) -> None:
+    if at_once is not None and (type(at_once) is not int or at_once < 1):
+        raise ValueError(
+            f"at_once must be an int of at least 1, or None; got {at_once!r}"
+        )
+
+
+def _map_members(
+    single: Callable[..., Any],
+    population: Population,
+    params: PyTree,
+    batch: PyTree,
+    at_once: int | None,
+) -> Any:
+    """Returns `single(state, params, batch, pairs)` of every member, stacked."""
+    whole = (population.state, population.pairs)
+    leaves, structure = jax.tree.flatten(whole)
+
+    def one(own: list[jax.Array]) -> Any:
+        mine = iter(own)
+        # What has no axis is shared: leaves of members have at least theirs, [K].
+        both = [next(mine) if leaf.ndim else leaf for leaf in leaves]
+        state, pairs = jax.tree.unflatten(structure, both)
+        return single(state, params, batch, pairs)
+
+    stacked = [leaf for leaf in leaves if leaf.ndim]
+    if at_once is None or at_once >= population.size:
+        return jax.vmap(one)(stacked)
+    return jax.lax.map(one, stacked, batch_size=at_once)
 
 
 def _injected(key_path: tuple[Any, ...]) -> str:

@@ -82,6 +82,23 @@ def test_inside_multi_steps():
         assert_same(pop.member(population, k), alone.adapters)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 8])
+def test_members_in_groups_are_the_members_at_once(at_once):
+    members = [member_of(0, 1), member_of(1, 3), member_of(2, 2)]
+    tx = optax.chain(optax.scale_by_adam(), cond_on_count(), optax.sgd(0.05))
+    want, history = train(LOSS, tx, members, steps=3)
+    got, grouped = train(LOSS, tx, members, steps=3, at_once=at_once)
+    assert_same(got.state.adapters, want.state.adapters)
+    assert_same(grouped, history)
+    assert [int(count) for count in integers(got)] == [3, 3]
+    params, _, batch = problem()
+    step = pop.make_population_step(LOSS, tx, at_once=at_once)
+    assert " cond[" in str(jax.make_jaxpr(step)(got, params, batch))
+    evaluate = pop.make_population_eval_step(LOSS, at_once=at_once)
+    loss = evaluate(got, params, batch)["loss"]
+    assert loss.shape == (3,) and jnp.all(loss < history[0]["loss"])
+
+
 def test_a_member_that_diverges_leaves_the_others_alone():
     members = [member_of(0), member_of(1)]
     broken = members[0]["head"].replace(b=jnp.full((2, 3), jnp.inf))
@@ -178,5 +195,10 @@ def test_counts_of_members_keys_and_hyperparameters_are_checked():
         create(keys_of(2), members, plain, hyperparams={"learning_rate": (1, 2)})
     with pytest.raises(ValueError, match=r"'b1'\] has the shape \(3,\); give 2"):
         create(keys_of(2), members, tx, hyperparams={"b1": (0.1, 0.2, 0.3)})
+    for count in (0, 2.0, True):
+        with pytest.raises(ValueError, match="at_once must be an int of at least 1"):
+            pop.make_population_step(LOSS, plain, at_once=count)
+        with pytest.raises(ValueError, match="at_once must be an int of at least 1"):
+            pop.make_population_eval_step(LOSS, at_once=count)
     with pytest.raises(IndexError, match="member 2 of a population of 2"):
         pop.member(create(keys_of(2), members, plain), 2)

@@ -14,12 +14,14 @@ many separate ones. What differs is memory. The population's temporaries are K t
 those of one run, out of the caches, and from 32 MB on (glibc's largest threshold) they
 are mapped anew and page-faulted at every step, where those of a small run come from the
 heap. `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` in the environment removes most faults
-where transparent huge pages are available; `accumulate` bounds the temporaries.
+where transparent huge pages are available, and `at_once` bounds the temporaries: the
+table has every batch with all members at once and with one member at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import statistics
@@ -53,7 +55,9 @@ class Program(NamedTuple):
         return jax.jit(self.step, donate_argnums=0).lower(self.state, *inputs)
 
 
-def make(shape: gpt2.Shape, size: int) -> tuple[Program, list[Program], Any, Any]:
+def make(
+    shape: gpt2.Shape, size: int, at_once: int
+) -> tuple[Program, list[Program], Any, Any]:
     """The population, its members' own runs, the base and a batch."""
     case = programs.adapted(shape)
     model = gpt2.Gpt2(shape)
@@ -75,7 +79,9 @@ def make(shape: gpt2.Shape, size: int) -> tuple[Program, list[Program], Any, Any
         own = optax.adam(rate)
         step = training.make_train_step(loss_fn, own, on_merge="error")
         alone.append(Program(step, training.create_state(key, adapters, own)))
-    both = population.make_population_step(loss_fn, tx, on_merge="error")
+    both = population.make_population_step(
+        loss_fn, tx, on_merge="error", at_once=at_once
+    )
     return Program(both, together), alone, case.params, case.tokens
 
 
@@ -89,9 +95,9 @@ def _member(adapters: Any, k: int) -> Any:
     }
 
 
-def measured(shape: gpt2.Shape, size: int, rounds: int) -> dict[str, Any]:
-    """Everything there is to know of one shape."""
-    together, alone, *inputs = make(shape, size)
+def measured(shape: gpt2.Shape, size: int, rounds: int, at_once: int) -> dict[str, Any]:
+    """Everything there is to know of one shape; `at_once` is to divide `size`."""
+    together, alone, *inputs = make(shape, size, at_once)
     build = lambda program: lambda: program.lower(*inputs).compile()
     seconds, compiled = _timed(build(together))
     each, singles = zip(*(_timed(build(program)) for program in alone), strict=True)
@@ -120,7 +126,9 @@ def measured(shape: gpt2.Shape, size: int, rounds: int) -> dict[str, Any]:
 
     steps = {"population": run_population, "in turn": run_in_turn}
     return {
-        "flops_per_adapter": count.flops / size,
+        "sequences": shape.batch,
+        "at_once": at_once,
+        "flops_per_adapter": count.flops / at_once,  # a loop's body is counted once
         "flops_alone": statistics.fmean(cost.flops for cost in own),
         "temp_bytes": count.temp,
         "temp_bytes_alone": max(cost.temp for cost in own),
@@ -139,19 +147,20 @@ def _timed(build: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - began, made
 
 
-def table(rows: dict[int, dict[str, Any]], size: int) -> str:
-    """Everything as markdown, a row a batch size."""
-    header = ["sequences in a batch", "GFLOPs per adapter-step", "/ one run"]
+def table(rows: Sequence[dict[str, Any]], size: int) -> str:
+    """Everything as markdown, a row a batch size and group."""
+    header = ["sequences in a batch, members at once"]
+    header += ["GFLOPs per adapter-step", "/ one run"]
     header += ["ms per adapter-step", "best / in turn", "median of paired ratios"]
     header += ["CPU time, median of paired ratios"]
     header += ["temp MB", "/ one run", "programs", "compile CPU s", "/ K programs"]
     lines = []
-    for batch, row in rows.items():
+    for row in rows:
         both = row["seconds"]
         own, turn = both["population"], both["in turn"]
         lines.append(
             [
-                str(batch),
+                f"{row['sequences']}, {row['at_once']} of {size}",
                 f"{row['flops_per_adapter'] / 1e9:.2f}",
                 f"{row['flops_per_adapter'] / row['flops_alone']:.4f}",
                 f"{1e3 * min(own) / size:.1f}",
@@ -174,11 +183,11 @@ def main(argv: Sequence[str]) -> None:
     flag = flags.FLAGS
     adapt_cost.pin(flag.threads)
     jax.config.update("jax_enable_compilation_cache", False)
-    rows = {}
-    for batch in _SEQUENCES.value:
+    size, rows = _MEMBERS.value, []
+    for batch, at_once in itertools.product(_SEQUENCES.value, (size, 1)):
         shape = gpt2.Shape(layers=flag.layers, width=flag.width, batch=batch)
-        rows[batch] = measured(shape, _MEMBERS.value, flag.rounds)
-    print(table(rows, _MEMBERS.value))
+        rows.append(measured(shape, size, flag.rounds, at_once))
+    print(table(rows, size))
     if flag.out:
         pathlib.Path(flag.out).write_text(json.dumps(rows, indent=2))
 
