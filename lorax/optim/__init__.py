@@ -8,6 +8,7 @@ from lorax.optim._adalora_shrink import (
     adalora_shrink,
 )
 from lorax.optim._decay import add_decayed_weights, decay_mask
+from lorax.optim._diagnostics import AdamDiagnostics, adam_diagnostics
 from lorax.optim._lora_fa import lora_fa, scale_by_lora_fa
 from lorax.optim._lora_plus import (
     ScaleByLoraPlusState,
@@ -28,6 +29,8 @@ from lorax.optim._spectral import DecayedSpectralNormState, add_decayed_spectral
 from lorax.optim._spectral_clip import ClipSpectralNormState, clip_spectral_norm
 
 __all__ = [
+    "AdamDiagnostics",
+    "adam_diagnostics",
     "AdaLoraState",
     "BudgetSchedule",
     "ClipSpectralNormState",
