@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 import lorax
 from lorax.adapters import dora
@@ -216,46 +214,6 @@ def test_dropout_of_a_tied_use():
     one, again, other = (call(lora_key=jax.random.key(i)) for i in (0, 0, 1))
     assert one == again != other
     assert np.isfinite(one)
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map_over_the_inputs(check_vma):
-    """The norm is of the whole column though every shard holds some of its inputs."""
-    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "tensor"))
-    specs = {
-        "up": P(None, "tensor"),
-        "down": P("tensor", None),
-        "fsdp": P("data", None),
-    }
-
-    @functools.partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(specs, P("data", None)),
-        out_specs=P("data", None),
-        check_vma=check_vma,
-    )
-    def forward(params, x):
-        h = jnp.tanh(x @ params["up"])
-        x = x + jax.lax.psum(h @ params["down"], "tensor")
-        whole = jax.lax.all_gather(params["fsdp"], "data", axis=0, tiled=True)
-        return jnp.tanh(x @ whole)
-
-    fn = lambda params, x: jnp.sum(forward(params, x) ** 2)
-    params = {
-        "up": programs.normal(1, 4, 6),
-        "down": programs.normal(2, 6, 4),
-        "fsdp": programs.normal(3, 4, 5),
-    }
-    x = programs.normal(0, 8, 4)
-    kernels = lorax.discover(fn, params, x)
-    target = lorax.Target(".*", rank=2, adapter="dora")
-    adapters, params = lorax.init(KEY, params, target, kernels)
-    adapters = programs.perturbed(adapters)
-    got = programs.loss_and_grad(lorax.adapt(fn, on_merge="error"), adapters, params, x)
-    assert_close(
-        got, programs.loss_and_grad(programs.definition(fn), adapters, params, x)
-    )
 
 
 def test_bfloat16_compute_keeps_the_norm_in_float32():

@@ -119,9 +119,8 @@ def test_at_b_zero_the_value_is_the_base_bit_for_bit():
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (see conftest)")
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map(check_vma):
-    """Tensor-parallel and fsdp kernels: partial products summed, factors gathered."""
+def sharded_program(check_vma):
+    """Tensor-parallel and fsdp kernels: partial products summed, kernels gathered."""
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "tensor"))
     specs = {
         "up": P(None, "tensor"),
@@ -148,15 +147,22 @@ def test_shard_map(check_vma):
         "down": programs.normal(2, 6, 4),
         "fsdp": programs.normal(3, 4, 5),
     }
-    x = programs.normal(0, 8, 4)
-    kernels = lorax.discover(fn, params, x)
+    return programs.Program(fn, params, (programs.normal(0, 8, 4),))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map(check_vma, adapter):
+    """DoRA's norm is of the whole column though a shard holds some of its inputs."""
+    fn, params, args, _ = sharded_program(check_vma)
+    kernels = lorax.discover(fn, params, *args)
     assert {path: k.op for path, k in kernels.items()} == dict.fromkeys(params, "dot")
-    adapters, params = lorax.init(
-        jax.random.key(0), params, lorax.Target(".*", rank=2), kernels
-    )
+    target = lorax.Target(".*", rank=2, adapter=adapter)
+    adapters, params = lorax.init(jax.random.key(0), params, target, kernels)
     adapters = programs.perturbed(adapters)
-    got = programs.loss_and_grad(lorax.adapt(fn, on_merge="error"), adapters, params, x)
-    want = programs.loss_and_grad(programs.definition(fn), adapters, params, x)
+    adapted = lorax.adapt(fn, on_merge="error")
+    got = programs.loss_and_grad(adapted, adapters, params, *args)
+    want = programs.loss_and_grad(programs.definition(fn), adapters, params, *args)
     assert_close(got, want)
 
 
