@@ -52,7 +52,7 @@ class DecayedSpectralNormState(NamedTuple):
 def add_decayed_spectral_norm(
     weight_decay: _checks.Scalar,
     target: Target = "delta",
-    schatten: float = math.inf,
+    schatten: float | None = None,
     kernels: Mapping[str, Kernel] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the gradient of `weight_decay * 0.5 |.|^2` to the updates.
@@ -71,8 +71,9 @@ def add_decayed_spectral_norm(
     Args:
       weight_decay: strength, as of AdamW; keep it times the learning rate below 1.
       target: which norm.
-      schatten: exponent of the Schatten norm, at least 1; infinity, the default, is the
-        spectral norm. "merged" and "param" have that one alone.
+      schatten: exponent of the Schatten norm, at least 1; None, the default, is
+        infinity, the spectral norm. "merged" and "param" have that one alone. It shapes
+        the program: under `optax.inject_hyperparams` name it among `static_args`.
       kernels: from `lorax.discover`, for "param": leaves of more than two dimensions
         are read by its axes. Two-dimensional ones need none.
 
@@ -100,6 +101,12 @@ def add_decayed_spectral_norm(
     _checks.at_least("weight_decay", weight_decay)
     _checks.one_of("target", target, ("delta", "factors", "merged", "param"))
     whole = target in ("merged", "param")
+    if isinstance(schatten, jax.core.Tracer):
+        raise ValueError(
+            "schatten is traced, and it shapes the program: pass "
+            "optax.inject_hyperparams(..., static_args=('schatten',))"
+        )
+    schatten = math.inf if schatten is None else schatten
     if not schatten >= 1 or (whole and schatten != math.inf):
         raise ValueError(
             f"schatten={schatten} of target={target!r}; give an exponent of at least 1"

@@ -255,6 +255,10 @@ def test_bad_input():
         decay(0.1, target="param").init(w)
     with pytest.raises(ValueError, match="w: the shape .2, 3, 4. does not say"):
         decay(0.1, target="param").init({"w": jnp.ones((2, 3, 4))})
+    injected = optax.inject_hyperparams(decay)
+    assert injected(weight_decay=0.1).init(w).hyperparams.keys() == {"weight_decay"}
+    with pytest.raises(ValueError, match="static_args"):
+        jax.eval_shape(injected(weight_decay=0.1, schatten=4.0).init, w)
     with pytest.raises(ValueError, match="tau=0"):
         optim.clip_spectral_norm(0.0)
     ada = lorax.AdaLora(jnp.ones((4, 1)), jnp.ones(1), jnp.ones((1, 3)), 1.0, AXES)
