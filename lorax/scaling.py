@@ -215,9 +215,8 @@ def softsign(x: jax.Array, eps: Number) -> jax.Array:
 def adam_epsilon_shrinkage(
     gradient: jax.Array, sigma: jax.Array, batch: Number, eps: Number
 ) -> jax.Array:
-    """Returns beta in (0, 1], by which noise shrinks the mean step.
+    """Returns beta, by which noise shrinks the mean step: E[step_i] ~ nu_i beta.
 
-        E[step_i] ~ nu_i beta
         nu_i = softsign(g_i, eps),    kappa^2 = mean_i sigma_i^2 / (g_i^2 + eps^2)
         beta = (1 + pi kappa^2 / 2B)^(-1/2)
 
@@ -290,7 +289,7 @@ def adam_epsilon_learning_rate(
 
 
 def _noise(gradient: Any, sigma: Any, batch: Number, eps: Number) -> jax.Array:
-    """The ratio of noise to signal, pi kappa^2 / 2B."""
+    """The quantity pi kappa^2 / 2B."""
     kappa = jnp.asarray(sigma) / jnp.hypot(jnp.asarray(gradient), eps)
     return math.pi * jnp.mean(kappa**2) / (2 * batch)
 

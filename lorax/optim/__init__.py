@@ -8,7 +8,11 @@ from lorax.optim._adalora_shrink import (
     adalora_shrink,
 )
 from lorax.optim._decay import add_decayed_weights, decay_mask
-from lorax.optim._diagnostics import AdamDiagnostics, adam_diagnostics
+from lorax.optim._diagnostics import (
+    AdamDiagnostics,
+    adam_diagnostics,
+    hessian_row_norms,
+)
 from lorax.optim._lora_fa import lora_fa, scale_by_lora_fa
 from lorax.optim._lora_plus import (
     ScaleByLoraPlusState,
@@ -31,6 +35,7 @@ from lorax.optim._spectral_clip import ClipSpectralNormState, clip_spectral_norm
 __all__ = [
     "AdamDiagnostics",
     "adam_diagnostics",
+    "hessian_row_norms",
     "AdaLoraState",
     "BudgetSchedule",
     "ClipSpectralNormState",

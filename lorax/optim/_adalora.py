@@ -9,7 +9,8 @@ d (penalty included),
 every `interval` updates the b(t) triplets of largest S, over all matrices at once, are
 chosen and lam of the others lands on zero. p and q, and between two choices lam too, go
 on training, so a pruned triplet can come back: the interval gives it the chance. After
-T - t_f importance is frozen and the last choice holds at every update.
+T - t_f importance is frozen (in the released code one update earlier) and the last
+choice holds at every update.
 
 References:
   Zhang et al., AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient
@@ -94,8 +95,8 @@ def adalora(
       beta1: of Ibar; 0.85 as published.
       beta2: of Ubar; 0.85 as published.
       orthogonal_weight: of `lorax.adapters.orthogonal_penalty`, whose gradient is added
-        before importance and `inner`; 0.1 as in the paper's code (0.3 and 0.5 there for
-        RTE and CoLA). Do not add the penalty to the loss as well.
+        before importance and `inner`; 0.1 as in the paper (0.3 for RTE, 0.5 for CoLA).
+        Do not add the penalty to the loss as well.
       importance: w of |w d|: "post", after the update, as released; "pre", before it,
         as in the paper's Algorithm 1.
 

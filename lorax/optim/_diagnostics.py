@@ -1,91 +1,181 @@
-"""What Adam's state says of a step: how large, how downhill, how much of it is epsilon.
+"""What Adam is doing: the size of its steps, their direction, and what v says of H.
 
-Near a minimum, g = H (theta - theta*). Where theta wanders isotropically with standard
-deviation s, E[g g^T] = s^2 H^2, so
+Near a minimum g ~ H (theta - theta*), and if theta wanders with standard deviation s in
+every direction,
 
-    sqrt(v_i) = s |row i of H|                     (s |H_ii| where H is diagonal)
+    E[g g^T] = s^2 H^2,    sqrt(v_i) = s |row i of H|
 
-and the second moment is a reading of curvature, up to one unknown factor.
+which is s |H_ii| where H is diagonal, and above it where not. The same paper explains
+divergence at large batches by updates that grow and lose their correlation with
+descent, and a gradient below epsilon makes Adam a slow SGD: the gradient of `a` is
+proportional to b, so `a` may begin there while b steps by signs. Nothing here changes a
+step.
 
 References:
   Molybog et al., A Theory on Adam Instability in Large-Scale Machine Learning,
-  arXiv:2304.09871.
+  arXiv:2304.09871. Su, article 10588 of kexue.fm.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lorax.optim import _checks, _states
+from lorax import tree
+from lorax.optim import _states
 from lorax.types import Adapters
 
 
 class AdamDiagnostics(NamedTuple):
-    """Numbers to log beside the loss.
+    """Of the leaves of one role, or of all.
 
     Attributes:
-      update_rms: [], root mean square of the update, learning rate included.
-      cosine: [], of the update with the negative gradient; near 0 at large batches
-        before a divergence. 0 where either is zero.
-      below_epsilon: [], share of entries with sqrt(v) < eps, where Adam is slow SGD.
-      curvature: sqrt(v) over its root mean square, in the structure of the moments: the
-        relative size of the rows of the Hessian.
+      update_rms: root mean square of the update, the learning rate in it.
+      descent_cosine: cosine of the update with minus the gradient; 0 if either is zero.
+      below_epsilon: the fraction of elements with sqrt(v) < eps.
+      root_v: root mean square of sqrt(v).
     """
 
     update_rms: jax.Array
-    cosine: jax.Array
+    descent_cosine: jax.Array
     below_epsilon: jax.Array
-    curvature: Any
+    root_v: jax.Array
 
 
 def adam_diagnostics(
-    updates: Adapters,
     grads: Adapters,
+    updates: Adapters,
     opt_state: optax.OptState,
     *,
-    b2: _checks.Scalar = 0.999,
-    eps: _checks.Scalar = 1e-8,
-) -> AdamDiagnostics:
-    """Reads one step of any optimiser that holds one Adam.
+    eps: float = 1e-8,
+    b2: float = 0.999,
+) -> dict[str, AdamDiagnostics]:
+    """Returns how Adam steps, role by role: factors behave differently.
 
     Args:
-      updates: what the optimiser returned, to be added to the adapters.
-      grads: what it was given.
-      opt_state: its state after the step.
-      b2: of that Adam, for the bias of the second moment.
-      eps: of that Adam.
+      grads: what the optimiser was given.
+      updates: what it returned.
+      opt_state: the state it returned, with an `optax.ScaleByAdamState` somewhere in
+        it, or several of disjoint leaves (`optax.partition`).
+      eps: of the optimiser; 1e-8 as in optax.
+      b2: of the optimiser, for v without its bias towards zero; 0.999 as in optax.
 
     Returns:
-      AdamDiagnostics; jit it with the step.
+      `{role: AdamDiagnostics}` over the roles in the tree ("a", "b", ...), and "all";
+      float32 scalars. Leaves that no Adam trains are left out.
 
     Raises:
-      ValueError: the state holds no Adam, or several.
+      ValueError: b2 out of range, no state of Adam, or two for one leaf.
 
     Example:
-      >>> params = {"w": jnp.zeros(2)}
-      >>> tx = optax.adam(0.1)
-      >>> grads = {"w": jnp.array([1.0, 1e-9])}
-      >>> updates, state = tx.update(grads, tx.init(params))
-      >>> found = adam_diagnostics(updates, grads, state)
-      >>> found.below_epsilon
-      Array(0.5, dtype=float32)
+      >>> from lorax.adapters import Full
+      >>> tx, adapters = optax.adam(0.1), {"bias": Full(jnp.zeros(2))}
+      >>> grads = {"bias": Full(jnp.array([3.0, 0.0]))}
+      >>> updates, state = tx.update(grads, tx.init(adapters))
+      >>> info = adam_diagnostics(grads, updates, state)["value"]
+      >>> [round(float(x), 4) for x in info]  # -0.1 and 0; sqrt(v) is 3 and 0
+      [0.0707, 1.0, 0.5, 2.1213]
     """
-    adam = _states.find(opt_state, optax.ScaleByAdamState, "an Adam")
-    correction = 1 - jnp.asarray(b2, jnp.float32) ** adam.count
-    root = jax.tree.map(lambda v: jnp.sqrt(v / correction), adam.nu)
-    flat = lambda tree: jnp.concatenate(
-        [jnp.ravel(x).astype(jnp.float32) for x in jax.tree.leaves(tree)]
-    )
-    u, g, roots = flat(updates), flat(grads), flat(root)
-    length = jnp.linalg.norm(u) * jnp.linalg.norm(g)
-    mean = jnp.sqrt(jnp.mean(roots**2))
+    seconds = _second_moments(opt_state, b2)
+    pieces: dict[str, list[tuple[jax.Array, ...]]] = {"all": []}
+    for path, field in sorted(seconds):
+        role = grads[path].roles[field]
+        trees = (getattr(grads[path], field), getattr(updates[path], field))
+        flat = lambda x: jnp.ravel(x).astype(jnp.float32)
+        piece = (*map(flat, trees), jnp.sqrt(flat(seconds[path, field])))
+        pieces["all"].append(piece)
+        pieces.setdefault(role, []).append(piece)
+    return {role: _summary(found, eps) for role, found in pieces.items()}
+
+
+def hessian_row_norms(
+    adapters: Adapters, opt_state: optax.OptState, wander: float, *, b2: float = 0.999
+) -> Adapters:
+    """Returns sqrt(v) / s, Adam's reading of the norms of the rows of the Hessian.
+
+    The absolute diagonal if H is diagonal, and above it otherwise: for an H with much
+    off the diagonal, do not read |H_ii| from it. Valid near a minimum, where the
+    gradient's noise is that of a parameter that wanders alike in all directions, and
+    for a b2 that averages over many such steps; far from one, v is the gradient.
+
+    Args:
+      adapters: the parameters, for the shapes and for leaves that no Adam trains.
+      opt_state: as in `adam_diagnostics`.
+      wander: s, the standard deviation of each parameter about the minimum.
+      b2: of the optimiser.
+
+    Returns:
+      An adapter tree of row norms, float32; NaN where no Adam trains.
+
+    Raises:
+      ValueError: `wander` not positive, b2 out of range, no state of Adam, or two
+        for one leaf.
+
+    Example:
+      >>> from lorax.adapters import Full
+      >>> tx, adapters = optax.adam(0.1), {"bias": Full(jnp.zeros(2))}
+      >>> state = tx.update({"bias": Full(jnp.array([3.0, 0.5]))}, tx.init(adapters))[1]
+      >>> hessian_row_norms(adapters, state, wander=0.5)["bias"].value.round(4)
+      Array([6., 1.], dtype=float32)
+    """
+    if not wander > 0:
+        raise ValueError(f"wander={wander}; give a standard deviation > 0")
+    seconds = _second_moments(opt_state, b2)
+
+    def rows(path: str, adapter: Any) -> Any:
+        nothing = lambda field: jnp.full(getattr(adapter, field).shape, jnp.nan)
+        v = {f: seconds.get((path, f), nothing(f)) for f in adapter.roles}
+        return dataclasses.replace(
+            adapter,
+            **{f: jnp.sqrt(x.astype(jnp.float32)) / wander for f, x in v.items()},
+        )
+
+    return tree.map_adapters(rows, adapters)
+
+
+def _second_moments(opt_state: Any, b2: float) -> dict[tuple[str, str], jax.Array]:
+    """The debiased v of every leaf that has one, by (path, field)."""
+    if not 0 < b2 < 1:
+        raise ValueError(f"b2={b2}; give the optimiser's, between 0 and 1")
+    found: dict[tuple[str, str], jax.Array] = {}
+    for state in _states.states(opt_state, optax.ScaleByAdamState):
+        nu = state.nu if isinstance(state.nu, Mapping) else {}
+        for path, adapter in nu.items():
+            for field in getattr(adapter, "roles", ()):
+                leaf = getattr(adapter, field)
+                if not hasattr(leaf, "dtype"):  # a MaskedNode of optax.partition
+                    continue
+                if (path, field) in found:
+                    raise ValueError(
+                        f"{path}: two Adams train its {field!r}; pass the state of one"
+                    )
+                # 1 - b2^count, which float32 would cancel to five digits
+                found[path, field] = leaf / -jnp.expm1(state.count * math.log(b2))
+    if not found:
+        raise ValueError(
+            "the optimiser state holds no optax.ScaleByAdamState over adapters; these "
+            "diagnostics read Adam's second moment (optax.adam, adamw, or a chain of "
+            "them)"
+        )
+    return found
+
+
+def _summary(pieces: list[tuple[jax.Array, ...]], eps: float) -> AdamDiagnostics:
+    """From (gradient, update, sqrt(v)) of every leaf, flat."""
+    size = sum(root.size for _, _, root in pieces)
+    total = lambda f: sum((jnp.sum(f(*piece)) for piece in pieces), jnp.zeros(()))
+    gg, uu = total(lambda g, u, root: g**2), total(lambda g, u, root: u**2)
+    norms = jnp.sqrt(gg) * jnp.sqrt(uu)
+    dot = -total(lambda g, u, root: g * u)
     return AdamDiagnostics(
-        jnp.sqrt(jnp.mean(u**2)),
-        jnp.where(length > 0, -jnp.vdot(u, g) / jnp.where(length > 0, length, 1), 0),
-        jnp.mean(roots < eps),
-        jax.tree.map(lambda r: r / jnp.where(mean > 0, mean, 1), root),
+        update_rms=jnp.sqrt(uu / size),
+        descent_cosine=jnp.where(norms > 0, dot / jnp.where(norms > 0, norms, 1), 0.0),
+        below_epsilon=total(lambda g, u, root: root < eps) / size,
+        root_v=jnp.sqrt(total(lambda g, u, root: root**2) / size),
     )

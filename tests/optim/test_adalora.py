@@ -57,9 +57,9 @@ def test_the_budget_is_exact_where_floats_truncate_too_low():
 
 
 def test_choices_fall_on_the_interval_and_on_the_last_step():
-    schedule = optim.BudgetSchedule(4, 50, 10, 13, 6)
+    schedule = optim.BudgetSchedule(4, 50, 12, 13, 6)
     steps = jnp.arange(60)
-    assert steps[schedule.chooses_at(steps)].tolist() == [12, 18, 24, 30, 36, 37]
+    assert steps[schedule.chooses_at(steps)].tolist() == [18, 24, 30, 36, 37]
     assert optim.BudgetSchedule(4, 3000, 500, 1500).interval == 15
     assert optim.BudgetSchedule(4, 100, 0, 0).interval == 10
 

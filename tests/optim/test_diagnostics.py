@@ -1,4 +1,4 @@
-"""What Adam's state says, by hand and on a quadratic whose Hessian is known."""
+"""What Adam's diagnostics say: by hand, and of parameters wandering at a minimum."""
 
 import jax
 import jax.numpy as jnp
@@ -8,47 +8,105 @@ import pytest
 
 import lorax
 from lorax import optim
-from tests import programs
+
+AXES = lorax.Axes((0,), (1,))
+
+
+def lora(a, b):
+    return lorax.Lora(jnp.asarray(a), jnp.asarray(b), 1.0, AXES)
+
+
+ADAPTERS = {
+    "w": lora(np.zeros((2, 1), "f"), np.zeros((1, 2), "f")),
+    "head": lorax.Full(jnp.zeros(1)),
+}
+# of a half is below epsilon
+GRADS = {"w": lora([[3e-9], [4.0]], [[0.0, 2.0]]), "head": lorax.Full(jnp.array([1.0]))}
 
 
 def test_one_step_by_hand():
-    """Adam's first step is lr sign(g): RMS lr, cosine |g|_1 / (sqrt(n) |g|_2)."""
-    params = {"bias": lorax.Full(jnp.zeros(2))}
-    grads = {"bias": lorax.Full(jnp.array([3.0, -4.0]))}
-    tx = optax.chain(optax.clip_by_global_norm(100.0), optax.adam(0.1))
-    updates, state = tx.update(grads, tx.init(params), params)
-    found = jax.jit(optim.adam_diagnostics)(updates, grads, state)
-    np.testing.assert_allclose(found.update_rms, 0.1, rtol=1e-5)
-    np.testing.assert_allclose(found.cosine, 7 / (2**0.5 * 5), rtol=1e-5)
-    assert found.below_epsilon == 0
-    curvature = np.array([3, 4]) / np.sqrt(12.5)
-    np.testing.assert_allclose(found.curvature["bias"].value, curvature, rtol=1e-4)
+    tx = optax.adam(0.1)
+    updates, state = tx.update(GRADS, tx.init(ADAPTERS))
+    info = jax.jit(optim.adam_diagnostics)(GRADS, updates, state)
+    assert set(info) == {"all", "a", "b", "value"}
+    # u = -0.1 g / (|g| + 1e-8): 3e-9 / 1.3e-8 and 1 in a, 0 and 1 in b
+    small = 3 / 13
+    got = info["a"]
+    rms = 0.1 * np.sqrt((small**2 + 1) / 2)
+    assert float(got.update_rms) == pytest.approx(rms, rel=1e-5)
+    assert float(got.descent_cosine) == pytest.approx(1 / np.hypot(small, 1), rel=1e-5)
+    assert float(got.below_epsilon) == 0.5 == float(info["b"].below_epsilon)
+    assert float(got.root_v) == pytest.approx(4 / np.sqrt(2), rel=1e-5)
+    whole = info["all"]
+    assert float(whole.below_epsilon) == pytest.approx(2 / 5)
+    assert float(whole.root_v) == pytest.approx(np.sqrt((16 + 4 + 1) / 5), rel=1e-5)
+    cosine = (4 + 2 + 1) / (np.sqrt(16 + 4 + 1) * np.sqrt(small**2 + 3))
+    assert float(whole.descent_cosine) == pytest.approx(cosine, rel=1e-5)
 
 
-def test_the_second_moment_reads_the_rows_of_the_hessian():
-    h = programs.normal(0, 6, 6)
-    h = h @ h.T  # not diagonal: rows, not the diagonal, are what it reads
-    params, b2 = {"w": jnp.zeros(6)}, 0.9995
-    tx = optax.adam(0.0, b2=b2)
-    wander = jax.random.normal(jax.random.key(0), (4000, 6))
-
-    def step(state, theta):
-        grads = {"w": h @ theta}
-        updates, state = tx.update(grads, state, params)
-        return state, None
-
-    state, _ = jax.lax.scan(step, tx.init(params), wander)
-    grads = {"w": jnp.zeros(6)}
-    found = optim.adam_diagnostics(grads, grads, state, b2=b2)
-    rows = np.linalg.norm(h, axis=1)
-    np.testing.assert_allclose(
-        found.curvature["w"], rows / np.sqrt(np.mean(rows**2)), rtol=0.06
-    )
-    assert found.cosine == 0 == found.update_rms
+def test_nothing_moves_where_there_is_no_gradient():
+    tx = optax.adam(0.1)
+    zeros = jax.tree.map(jnp.zeros_like, ADAPTERS)
+    updates, state = tx.update(zeros, tx.init(ADAPTERS))
+    info = optim.adam_diagnostics(zeros, updates, state)["all"]
+    assert [float(x) for x in info] == [0, 0, 1, 0]
 
 
-def test_a_state_without_adam_is_refused():
-    tx = optax.sgd(0.1)
-    params = {"w": jnp.zeros(2)}
-    with pytest.raises(ValueError, match="needs one ScaleByAdamState.*holds 0"):
-        optim.adam_diagnostics(params, params, tx.init(params))
+def test_a_partition_is_read_leaf_by_leaf():
+    """LoRA+ and its like: one Adam per label, and leaves that none trains."""
+    labels = {
+        "w": lorax.Lora("slow", "fast", 1.0, AXES),
+        "head": lorax.Full("none"),
+    }
+    parts = {"slow": optax.adam(0.1), "fast": optax.adam(0.4), "none": optax.sgd(0.1)}
+    tx = optax.partition(parts, labels)
+    updates, state = tx.update(GRADS, tx.init(ADAPTERS), ADAPTERS)
+    info = optim.adam_diagnostics(GRADS, updates, state)
+    assert set(info) == {"all", "a", "b"}
+    assert float(info["b"].update_rms) == pytest.approx(0.4 / np.sqrt(2), rel=1e-5)
+    rows = optim.hessian_row_norms(ADAPTERS, state, wander=2.0)
+    np.testing.assert_allclose(rows["w"].a, [[1.5e-9], [2.0]], rtol=1e-5)
+    np.testing.assert_allclose(rows["w"].b, [[0.0, 1.0]], rtol=1e-5)
+    assert np.isnan(rows["head"].value).all()
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_the_second_moment_is_the_norm_of_a_row_of_the_hessian(diagonal):
+    rng = np.random.default_rng(0)
+    root = rng.standard_normal((6, 6))
+    hessian = root @ root.T / 6
+    if diagonal:
+        hessian = np.diag(np.diag(hessian))
+    wander, b2, steps = 0.3, 0.9995, 20_000
+    tx = optax.scale_by_adam(b2=b2)
+    adapters = {"x": lorax.Full(jnp.zeros(6))}
+    theta = wander * rng.standard_normal((steps, 6))
+    gradients = jnp.asarray(theta @ hessian, jnp.float32)
+
+    @jax.jit
+    def state_after(gradients):
+        step = lambda state, g: (tx.update({"x": lorax.Full(g)}, state)[1], None)
+        return jax.lax.scan(step, tx.init(adapters), gradients)[0]
+
+    state = state_after(gradients)
+    rows = optim.hessian_row_norms(adapters, state, wander, b2=b2)["x"].value
+    norms = np.linalg.norm(hessian, axis=1)
+    # v averages g^2 with relative variance 2 (1 - b2) / (1 + b2); its root has half
+    error = 5 * 0.5 * np.sqrt(2 * (1 - b2) / (1 + b2))
+    assert error < 0.06
+    np.testing.assert_allclose(rows, norms, rtol=error)
+    away = np.abs(np.diag(hessian)) / norms
+    assert diagonal == bool((away > 1 - error).all())  # not |H_ii| in general
+
+
+def test_what_cannot_be_read_is_refused():
+    sgd = optax.sgd(0.1).init(ADAPTERS)
+    with pytest.raises(ValueError, match="no optax.ScaleByAdamState over adapters"):
+        optim.adam_diagnostics(GRADS, GRADS, sgd)
+    state = optax.adam(0.1).init(ADAPTERS)
+    with pytest.raises(ValueError, match="two Adams train its"):
+        optim.adam_diagnostics(GRADS, GRADS, (state, state))
+    with pytest.raises(ValueError, match="wander=0; give a standard deviation"):
+        optim.hessian_row_norms(ADAPTERS, state, 0)
+    with pytest.raises(ValueError, match="b2=1.0; give the optimiser's"):
+        optim.hessian_row_norms(ADAPTERS, state, 1.0, b2=1.0)
