@@ -1,6 +1,6 @@
 """Which optimiser learns a low-rank change fastest, and does AdaLoRA find the ranks?
 
-    python -m experiments.studies.teacher_student --workdir=runs/teacher_student
+    python -m experiments.studies.teacher_student --study_dir=runs/teacher_student
 
 A student with frozen kernels W_k sees batches (x, x W*_k + noise) of teachers
 W*_k = W_k + D_k of low rank. Adapters are trained with a learning rate that falls
@@ -35,8 +35,8 @@ import lorax
 from experiments.benchmarks import measure
 from lorax import optim
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", "runs/teacher_student", "Folder for results.json and curves.png."
+_FOLDER = flags.DEFINE_string(
+    "study_dir", "runs/teacher_student", "Folder for results.json and curves.png."
 )
 _STEPS = flags.DEFINE_integer("steps", 400, "Steps of training.", lower_bound=20)
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds to choose on, and to report.")
@@ -252,7 +252,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the three problems, prints tables, writes results and figure."""
     del argv
     steps, seeds, count = _STEPS.value, _SEEDS.value, _RATES.value
-    folder = pathlib.Path(_WORKDIR.value)
+    folder = pathlib.Path(_FOLDER.value)
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = {}
     for title, problem, methods in (
