@@ -188,14 +188,6 @@ def counting(params, model_state, batch, key):
 CASES = [
     ("pair", (1, 3), (2.0, 12.0), {}, scaled_by_statics, {}),
     ("dora", (3, 1), (6.0, 3.0), {"adapter": "dora"}, optax.adam, {}),
-    (
-        "dora_whole_gradient",
-        (1, 2),
-        (2.0, 2.0),
-        {"adapter": "dora", "options": {"detach_norm": False}},
-        optax.adam,
-        {},
-    ),
     ("adalora", (2, 2), (2.0, 12.0), {"adapter": "adalora"}, optax.adam, {}),
     (
         "dropout",
@@ -205,7 +197,6 @@ CASES = [
         optax.adamw,
         {"accumulate": 2, "clip_norm": 0.1},
     ),
-    ("seeds", (2, 2), (4.0, 4.0), {}, optax.adam, {}),
 ]
 
 
@@ -231,16 +222,20 @@ def test_members_equal_their_own_runs(case):
             got = [{name: v[k] for name, v in row.items()} for row in history]
             assert_same(got, metrics, 1e-11)
             assert population.state.model_state["n"][k] == alone.model_state["n"]
-        differ = ranks[0] != ranks[1] or alphas[0] != alphas[1]
-        assert set(population.pairs) == ({"layers", "head"} if differ else set())
-        # Evaluation sees each member's own scale; so does the merge of what is folded.
-        params, _, batch = problem("float64")
-        evaluate = pop.make_population_eval_step(counting)
-        merged = [
-            network(lorax.merge(own, params), batch) for own in pop.unstack(population)
-        ]
-        losses = evaluate(population, params, batch)["loss"]
-        np.testing.assert_allclose(losses, jnp.stack(merged), rtol=1e-11)
+        assert set(population.pairs) == {"layers", "head"}
+
+
+def test_evaluation_sees_each_members_own_scale_as_the_merge_does():
+    members = [member_of(0, 1, 2.0, "dora"), member_of(1, 3, 12.0, "dora")]
+    population, _ = train(LOSS, optax.sgd(0.05), members, steps=3)
+    params, _, batch = problem()
+    evaluate = jax.jit(pop.make_population_eval_step(LOSS))
+    merged = jax.jit(lambda own: network(lorax.merge(own, params), batch))
+    losses = [merged(own) for own in pop.unstack(population)]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(
+        evaluate(population, params, batch)["loss"], jnp.stack(losses), rtol=1e-5
+    )
 
 
 # Padding

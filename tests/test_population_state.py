@@ -66,6 +66,7 @@ def test_counts_that_depend_on_the_gradients_are_each_members_own():
     members, tx = [member_of(0), member_of(1)], optax.apply_if_finite(optax.adam(1), 3)
     population = pop.create_population(keys_of(2), members, tx, params)
     assert {count.shape for count in integers(population)} == {(2,)}
+    assert population.pairs == {}  # for the members' scales and ranks are the same
 
 
 def test_inside_multi_steps():
