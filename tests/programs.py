@@ -376,3 +376,15 @@ def perturbed(adapters: Any, size: float = 0.3) -> Any:
     """Adapters away from their init, so that b is not zero."""
     noise = filled(adapters, size)
     return jax.tree.map(jnp.add, adapters, noise)
+
+
+def counted(fn: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
+    """The function, and a list that grows by one whenever jax traces it."""
+    traces: list[int] = []
+
+    @functools.wraps(fn)
+    def traced(*args: Any) -> Any:
+        traces.append(1)
+        return fn(*args)
+
+    return traced, traces

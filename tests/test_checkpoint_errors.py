@@ -75,8 +75,8 @@ def test_a_newer_format_asks_for_an_upgrade(tmp_path):
     "change, message",
     [
         (
-            lambda e: e.update({"class": "Dora"}),
-            r"class 'Dora' is none of .*upgrade lorax",
+            lambda e: e.update({"class": "Lokr"}),
+            r"class 'Lokr' is none of .*upgrade lorax",
         ),
         (lambda e: e.update({"class": ["Lora"]}), "unhashable"),
         (lambda e: e.pop("static"), "'static'"),

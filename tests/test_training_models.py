@@ -13,6 +13,7 @@ from flax import nnx
 from lorax import training, transform
 from lorax.adapters import Full, Lora
 from lorax.types import Axes
+from tests import programs
 
 KEY = jax.random.key(0)
 
@@ -177,13 +178,14 @@ def test_batch_norm_net_learns(convnet, accumulate):
     state = training.create_state(KEY, adapters, tx, model_state)
     before = jax.tree.map(np.asarray, (params, model_state))
     step = training.make_train_step(classify, tx, accumulate=accumulate, clip_norm=1.0)
+    step, traces = programs.counted(step)
     step = jax.jit(step, donate_argnums=0)
     evaluate = jax.jit(training.make_eval_step(classify))
     start = evaluate(state, params, batch)
     for _ in range(40):
         state, metrics = step(state, params, batch)
     end = evaluate(state, params, batch)
-    assert step._cache_size() == 1
+    assert len(traces) == 1
     assert metrics["accuracy"] == 1.0
     assert end["loss"] < 0.2 * start["loss"] and end["accuracy"] == 1.0
     assert not leaves_equal(state.model_state, model_state)
@@ -232,12 +234,13 @@ def test_an_nnx_model_carries_statistics_counts_and_keys():
     adapters = {"linear/kernel": adapters["w"]}
     tx = optax.adam(0.1)
     state = training.create_state(KEY, adapters, tx, model_state)
-    step = jax.jit(training.make_train_step(loss_fn, tx), donate_argnums=0)
+    step, traces = programs.counted(training.make_train_step(loss_fn, tx))
+    step = jax.jit(step, donate_argnums=0)
     evaluate = jax.jit(training.make_eval_step(loss_fn))
     for count in (1, 2):
         state, _ = step(state, params, batch)
         assert state.model_state["dropout"]["rngs"]["count"].get_value() == count
-    assert step._cache_size() == 1
+    assert len(traces) == 1
     assert np.all(state.model_state["norm"]["mean"].get_value() != 0)
     losses = [evaluate(state, params, batch)["loss"] for _ in range(2)]
     assert losses[0] == losses[1]
