@@ -49,8 +49,11 @@ def test_a_member_is_the_run_of_its_own(run):
     both = [folder / "both" / "members" / "1", folder / "alone" / "adapter"]
     ours, theirs = map(checkpoint.load_adapters, both)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    # Relative to the whole tree: where a gradient is nothing but rounding, Adam still
+    # makes a step of it (in float64 members are exact, tests/test_population.py).
+    norm = np.sqrt(sum(np.sum(np.square(y)) for y in jax.tree.leaves(theirs)))
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-5 * max(1e-2, np.abs(y).max()))
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * norm)
 
 
 def test_everything_is_written_a_row_a_member(run):
