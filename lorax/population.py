@@ -236,7 +236,7 @@ def member(population: Population, index: int) -> Adapters:
     adapters: Adapters = jax.tree.map(lambda leaf: leaf[index], stacked)
     for path, statics in population.pairs.items():
         bits = np.asarray(population.scale_bits[path][index])
-        own = stacking.resized(adapters[path], int(statics.rank[index]))
+        own = stacking.cut(adapters[path], int(statics.rank[index]))
         adapters[path] = own.replace(scale=float(bits.view(np.float64)[0]))
     return adapters
 

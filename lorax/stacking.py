@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax.adapters import AdaLora, layout
+from lorax.compose import forms
 from lorax.optim._pairs import is_pair
 from lorax.types import Adapters, PairStatics
 
@@ -49,7 +50,7 @@ def stack(members: Sequence[Adapters]) -> tuple[Adapters, dict[str, PairStatics]
                     jnp.array(scales, dtype), jnp.array(ranks, jnp.int32)
                 )
                 own = [
-                    resized(a, max(ranks)).replace(scale=scales[0])  # one treedef
+                    forms.padded(a, max(ranks)).replace(scale=scales[0])  # one treedef
                     for a in own
                 ]
         stacked[path] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
@@ -81,18 +82,10 @@ def _require_alike(path: str, k: int, adapter: Any, first: Any) -> None:
             )
 
 
-def resized(adapter: Any, rank: int) -> Any:
-    """Returns a Lora or Dora cut, or padded with zeros, to `rank` columns."""
-    if not is_pair(adapter) or adapter.rank == rank:
+def cut(adapter: Any, rank: int) -> Any:
+    """Returns a Lora or Dora without the columns beyond `rank`, which are padding."""
+    if not is_pair(adapter):
         return adapter
-    n = len(adapter.axes.batch)
-
-    def resize(factor: jax.Array, axis: int) -> jax.Array:
-        kept = jax.lax.slice_in_dim(factor, 0, min(rank, factor.shape[axis]), axis=axis)
-        widths = [(0, 0)] * factor.ndim
-        widths[axis] = 0, rank - kept.shape[axis]
-        return jnp.pad(kept, widths)
-
-    return adapter.replace(
-        a=resize(adapter.a, adapter.a.ndim - 1), b=resize(adapter.b, n)
-    )
+    a, n = adapter.a, len(adapter.axes.batch)
+    b = jax.lax.slice_in_dim(adapter.b, 0, rank, axis=n)
+    return adapter.replace(a=a[..., :rank], b=b)
