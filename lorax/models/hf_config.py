@@ -1,0 +1,105 @@
+"""Reading the fields of a Hugging Face config, so that none is ignored unseen.
+
+A field that changes the architecture and that the family does not implement is an
+error; so is one that nobody here has heard of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+# What says nothing of the forward pass without dropout.
+HARMLESS = frozenset(
+    """
+    _attn_implementation _name_or_path add_cross_attention architectures
+    attention_dropout attention_probs_dropout_prob attn_pdrop auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
+    dropout_rate early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing hidden_dropout_prob id2label
+    initializer_factor initializer_range is_decoder is_encoder_decoder
+    keys_to_ignore_at_inference label2id length_penalty max_length max_window_layers
+    min_length model_type n_ctx name_or_path no_repeat_ngram_size num_beam_groups
+    num_beams num_labels num_return_sequences output_attentions output_hidden_states
+    output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads
+    remove_invalid_values repetition_penalty resid_pdrop return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params
+    temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p use_bfloat16 use_cache
+    """.split()
+)
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "swish": nn.silu,
+}
+
+
+class Fields:
+    """The fields of one config.json; each is taken once.
+
+    Args:
+      config: as read from JSON.
+      family: named in errors.
+    """
+
+    def __init__(self, config: Mapping[str, Any], family: str) -> None:
+        self.left = dict(config)
+        self.family = family
+
+    def take(self, name: str, *default: Any) -> Any:
+        """Returns the field, or the default where it is absent or null."""
+        value = self.left.pop(name, None)
+        if value is not None:
+            return value
+        if not default:
+            raise ValueError(f"config.json of {self.family} lacks {name!r}")
+        return default[0]
+
+    def integer(self, name: str, *default: Any) -> Any:
+        """As `take`, for a positive whole number."""
+        value = self.take(name, *default)
+        if default and value is default[0]:
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"config.json: {name}={value!r}; it must be an int >= 1")
+        return value
+
+    def activation(self, name: str, *default: Any) -> str:
+        """As `take`, for the name of an activation that is known here."""
+        value = self.take(name, *default)
+        if value not in ACTIVATIONS:
+            raise ValueError(
+                f"config.json: {name}={value!r} is not implemented; known are "
+                f"{', '.join(sorted(ACTIVATIONS))}"
+            )
+        return value
+
+    def expect(self, **values: Any) -> None:
+        """Raises unless each field is absent, null, or has the value given here."""
+        for name, value in values.items():
+            given = self.left.pop(name, None)
+            if given is not None and given != value:
+                raise ValueError(
+                    f"config.json: {name}={given!r} is not implemented for "
+                    f"{self.family}, only {value!r}"
+                )
+
+    def finish(self, *harmless: str) -> None:
+        """Raises if a field is left that may change the architecture."""
+        unknown = sorted(set(self.left) - HARMLESS - set(harmless))
+        if unknown:
+            told = ", ".join(f"{name}={self.left[name]!r}" for name in unknown)
+            raise ValueError(
+                f"config.json of {self.family}: unknown fields, which may change the "
+                f"architecture: {told}; remove what you know to be harmless"
+            )

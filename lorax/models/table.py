@@ -1,0 +1,165 @@
+"""Where a tensor of a Hugging Face checkpoint lives in a Flax tree, and back.
+
+A family of models describes its parameters once, as a table of `Entry`: the name on
+disk, the path here, whether the matrix lies transposed, and the logical axes that
+sharding rules speak of. `locate` spells the table out for a number of layers.
+
+A torch `nn.Linear` keeps `[out, in]`, Flax `[*in, *out]`: the tensor is transposed and
+reshaped to the leaf. GPT-2's `Conv1D` keeps `[in, out]` and is only reshaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Entry(NamedTuple):
+    """One parameter of every layer, or one of the whole model.
+
+    Attributes:
+      key: name of the tensor on disk; `{}` stands for the number of the layer.
+      path: path of the leaf; `{}` follows the name of the stack, `layers{}/attn/...`.
+      axes: logical axis of every dimension of one layer's leaf; None: never sharded.
+      transposed: the tensor on disk is `[out, in]`.
+      inputs: number of leading axes that are inputs; 0: a vector on disk.
+    """
+
+    key: str
+    path: str
+    axes: tuple[str | None, ...]
+    transposed: bool = False
+    inputs: int = 1
+
+
+class Location(NamedTuple):
+    """Where one tensor on disk goes.
+
+    Attributes:
+      path: of the leaf.
+      layer: index on axis 0 of a leaf that stacks its layers; None: the whole leaf.
+      entry: what it was spelled from.
+    """
+
+    path: str
+    layer: int | None
+    entry: Entry
+
+
+def locate(
+    table: Sequence[Entry], stacks: Mapping[str, int], scan: bool
+) -> dict[str, Location]:
+    """Returns `{key on disk: Location}` for all layers.
+
+    Args:
+      table: of the family.
+      stacks: `{name: layers}`, the part of a path before `{}`.
+      scan: the layers are stacked, `layers/attn/...`; else `layers_0/attn/...`.
+    """
+    found = {}
+    for entry in table:
+        if "{}" not in entry.path:
+            found[entry.key] = Location(entry.path, None, entry)
+            continue
+        for layer in range(stacks[entry.path.partition("{}")[0]]):
+            path = entry.path.format("" if scan else f"_{layer}")
+            number = layer if scan else None
+            found[entry.key.format(layer)] = Location(path, number, entry)
+    return found
+
+
+def logical_axes(
+    table: Sequence[Entry], stacks: Mapping[str, int], scan: bool
+) -> dict[str, tuple[str | None, ...]]:
+    """Returns `{path: logical axes}`; a stack's leading axis is called "layers"."""
+    found = {}
+    for entry in table:
+        if "{}" not in entry.path:
+            found[entry.path] = entry.axes
+        elif scan:
+            found[entry.path.format("")] = ("layers", *entry.axes)
+        else:
+            for layer in range(stacks[entry.path.partition("{}")[0]]):
+                found[entry.path.format(f"_{layer}")] = entry.axes
+    return found
+
+
+def from_disk(tensor: np.ndarray, shape: Sequence[int], transposed: bool) -> np.ndarray:
+    """Returns the tensor as one layer's leaf of `shape`; no copy where none is needed.
+
+    Raises:
+      ValueError: it has another number of elements.
+    """
+    if tensor.size != math.prod(shape):
+        raise ValueError(f"shape {list(tensor.shape)} cannot be {list(shape)}")
+    return (tensor.T if transposed else tensor).reshape(shape)
+
+
+def to_disk(leaf: np.ndarray, shape: Sequence[int], transposed: bool) -> np.ndarray:
+    """Returns one layer's leaf as the tensor of `shape` on disk."""
+    if not transposed:
+        return leaf.reshape(shape)
+    return leaf.reshape(tuple(shape)[::-1]).T
+
+
+def disk_shape(shape: Sequence[int], inputs: int, transposed: bool) -> tuple[int, ...]:
+    """Returns the shape on disk of one layer's leaf of `shape`."""
+    if not inputs:
+        return (math.prod(shape),)
+    two = math.prod(shape[:inputs]), math.prod(shape[inputs:])
+    return two[::-1] if transposed else two
+
+
+def linear(
+    key: str,
+    path: str,
+    inputs: Sequence[str | None],
+    outputs: Sequence[str | None],
+    *,
+    bias: bool = False,
+    transposed: bool = True,
+) -> tuple[Entry, ...]:
+    """Returns the entries of a linear map: its kernel, and its bias if it has one.
+
+    Args:
+      key: of the module on disk, without `.weight`.
+      path: of the module here, without `/kernel`.
+      inputs: logical axes of the inputs.
+      outputs: likewise of the outputs.
+      bias: it has one.
+      transposed: `nn.Linear`; False: `Conv1D`.
+    """
+    axes = *inputs, *outputs
+    kernel = Entry(f"{key}.weight", f"{path}/kernel", axes, transposed, len(inputs))
+    if not bias:
+        return (kernel,)
+    return kernel, Entry(f"{key}.bias", f"{path}/bias", tuple(outputs), inputs=0)
+
+
+def layer_norm(key: str, path: str) -> tuple[Entry, ...]:
+    """Returns the entries of a layer norm: scale and bias."""
+    return (
+        Entry(f"{key}.weight", f"{path}/scale", (None,), inputs=0),
+        Entry(f"{key}.bias", f"{path}/bias", (None,), inputs=0),
+    )
+
+
+def rms_norm(key: str, path: str) -> tuple[Entry, ...]:
+    """Returns the entry of an RMS norm: its scale."""
+    return (Entry(f"{key}.weight", f"{path}/scale", (None,), inputs=0),)
+
+
+def embedding(key: str, path: str, rows: str | None = "vocab") -> Entry:
+    """Returns the entry of an embedding `[rows, width]`."""
+    return Entry(f"{key}.weight", f"{path}/embedding", (rows, "embed"))
+
+
+def inside(key: str, path: str, block: Sequence[Entry]) -> list[Entry]:
+    """Returns the entries of a module's parts with the module's own name in front."""
+    return [
+        Entry(f"{key}.{e.key}", f"{path}/{e.path}", e.axes, e.transposed, e.inputs)
+        for e in block
+    ]
