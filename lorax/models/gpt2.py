@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax.models import hf_config, layers, table
+from lorax.models.layers import Remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Config:
     tied: bool = True
     dropout: float = 0.0
     scan: bool = True
-    remat: layers.Remat = "none"
+    remat: Remat = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -69,7 +70,7 @@ class Config:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
-        """Returns the sizes of a config.json; `switches` are dropout, scan, dtype, ..."""
+        """Returns what a config.json says; `switches` are dropout, scan, dtype, ..."""
         fields = hf_config.Fields(config, "gpt2")
         width = fields.integer("n_embd", 768)
         fields.expect(reorder_and_upcast_attn=False, summary_type="cls_index")
@@ -204,7 +205,7 @@ class Model(nn.Module):
         logits = layers.head(x, embed, config)
         if cache is None:
             return logits
-        return logits, cache.replace(k=kept[0], v=kept[1])
+        return logits, dataclasses.replace(cache, k=kept[0], v=kept[1])
 
     def cache(self, batch: int, length: int) -> layers.Cache:
         """Returns a cache of `length` slots, empty."""

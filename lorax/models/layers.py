@@ -7,6 +7,7 @@ their padding is marked as not real.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ class Cache:
     k: jax.Array
     v: jax.Array
     real: jax.Array
-    index: jax.Array  # type: ignore[assignment]
+    index: jax.Array
 
     @property
     def length(self) -> int:
@@ -67,7 +68,8 @@ def announced(
         return None
     real = jnp.ones(tokens.shape, bool) if real is None else real
     at = (jnp.zeros((), jnp.int32), cache.index)
-    return cache.replace(
+    return dataclasses.replace(
+        cache,
         real=jax.lax.dynamic_update_slice(cache.real, real, at),
         index=cache.index + real.shape[1],
     )
@@ -148,7 +150,7 @@ def remember(
     k: jax.Array,
     v: jax.Array,
     kept: tuple[jax.Array, jax.Array] | None,
-    index: jax.Array | None,
+    index: Any,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Writes keys and values into one layer's cache and returns what to attend to.
 

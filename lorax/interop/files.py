@@ -1,0 +1,243 @@
+"""Files that came from elsewhere: JSON and safetensors, trusted with nothing.
+
+The safetensors library checks the header (sizes, offsets, gaps, overlaps); the bytes
+are then read by position rather than through its memory map, whose touched pages would
+count as memory of the process beside the arrays.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+JSON_LIMIT = 100 * 2**20  # bytes; as much as safetensors allows a header
+
+DTYPES = {
+    "BF16": jnp.bfloat16,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+    "BOOL": np.bool_,
+    **{f"F{bits}": np.dtype(f"f{bits // 8}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)},
+}
+"""numpy's dtypes by safetensors' names."""
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+      ValueError: it is too long, malformed, no object, or names a key twice.
+    """
+    if path.stat().st_size > JSON_LIMIT:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes of JSON: refused")
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """Returns the object in a JSON text; a ValueError if a key is there twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(f"duplicate keys: {', '.join(twice)}")
+        return found
+
+    value = json.loads(text, object_pairs_hook=once)
+    if not isinstance(value, dict):
+        raise ValueError(f"holds {type(value).__name__}, not an object")
+    return value
+
+
+def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
+    """Returns the path of a file of `directory`, which must not lead out of it.
+
+    Links into the store of blobs beside the snapshots of a hub cache are followed.
+
+    Raises:
+      ValueError: it leads out.
+      FileNotFoundError: there is none.
+    """
+    path = directory / name
+    roots = [directory.resolve()]
+    if directory.resolve().parent.name == "snapshots":
+        roots.append(directory.resolve().parent.parent / "blobs")
+    real = path.resolve()
+    if not any(real.is_relative_to(root) for root in roots):
+        raise ValueError(f"{path} leads out of its directory, to {real}: refused")
+    if not real.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    return path
+
+
+class Tensor(NamedTuple):
+    """One tensor on disk, not read yet.
+
+    Attributes:
+      path: of its file.
+      key: its name.
+      dtype: numpy's.
+      shape: on disk.
+      offset: of its first byte in the file.
+    """
+
+    path: pathlib.Path
+    key: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, rows: slice = slice(None)) -> np.ndarray:
+        """Returns the tensor, or those of its rows; only their bytes are read.
+
+        Raises:
+          ValueError: the file ended early, or a value is NaN or infinite.
+        """
+        if not self.shape:
+            return self._read(self.offset, ())
+        start, stop, _ = rows.indices(self.shape[0])
+        row = self.nbytes // max(self.shape[0], 1)
+        return self._read(self.offset + start * row, (stop - start, *self.shape[1:]))
+
+    def read_block(self, rows: slice, columns: slice) -> np.ndarray:
+        """Returns a block of a matrix, reading no more than its bytes."""
+        first, last, _ = columns.indices(self.shape[1])
+        if (first, last) == (0, self.shape[1]):
+            return self.read(rows)
+        start, stop, _ = rows.indices(self.shape[0])
+        block = np.empty((stop - start, last - first), self.dtype)
+        width, size = self.shape[1], self.dtype.itemsize
+        with open(self.path, "rb", buffering=0) as file:
+            for i, row in enumerate(range(start, stop)):
+                file.seek(self.offset + (row * width + first) * size)
+                self._fill(file, block[i])
+        return self._checked(block)
+
+    def _read(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+        whole = np.empty(shape, self.dtype)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(offset)
+            self._fill(file, whole)
+        return self._checked(whole)
+
+    def _fill(self, file: Any, array: np.ndarray) -> None:
+        left = memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        while left:
+            count = file.readinto(left[: 2**30])
+            if not count:
+                raise ValueError(f"{self.path}: ends inside of {self.key!r}")
+            left = left[count:]
+
+    def _checked(self, array: np.ndarray) -> np.ndarray:
+        if not is_finite(array):
+            raise ValueError(f"{self.path}: {self.key!r} holds NaN or infinity")
+        return array
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """True if no value is NaN or infinite; in pieces, to keep memory small."""
+    if array.dtype == jnp.bfloat16:
+        bits, mask = array.reshape(-1).view(np.uint16), np.uint16(0x7F80)
+        step = 2**22
+        return not any(
+            ((bits[i : i + step] & mask) == mask).any()
+            for i in range(0, bits.size, step)
+        )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return True
+    flat, step = array.reshape(-1), 2**22
+    return all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step))
+
+
+def open_tensors(path: pathlib.Path) -> dict[str, Tensor]:
+    """Returns what a safetensors file holds, after its header was checked.
+
+    Raises:
+      ValueError: it is truncated, its header lies or names a key twice, or a dtype is
+        unknown.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy"):
+            pass
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no sound safetensors file: {error}") from error
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = parse_json(file.read(length).decode())
+        except ValueError as error:
+            raise ValueError(f"{path}: in the header: {error}") from error
+    header.pop("__metadata__", None)
+    found = {}
+    for key, told in header.items():
+        if told["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {key!r} has the unknown dtype {told['dtype']!r}")
+        begin = 8 + length + told["data_offsets"][0]
+        dtype = np.dtype(DTYPES[told["dtype"]])
+        found[key] = Tensor(path, key, dtype, tuple(told["shape"]), begin)
+    return found
+
+
+def open_checkpoint(directory: pathlib.Path, stem: str = "model") -> dict[str, Tensor]:
+    """Returns the tensors of `stem.safetensors`, or of the files that its index names.
+
+    Raises:
+      FileNotFoundError: there is neither.
+      ValueError: as `open_tensors`; an index that disagrees with its files.
+    """
+    single = f"{stem}.safetensors"
+    index = f"{single}.index.json"
+    if (directory / single).exists():
+        return open_tensors(inside(directory, single))
+    if not (directory / index).exists():
+        raise FileNotFoundError(_nothing(directory, single))
+    where = read_json(inside(directory, index)).get("weight_map")
+    if not isinstance(where, dict) or not all(
+        isinstance(name, str) for name in where.values()
+    ):
+        raise ValueError(f"{directory / index} lacks a weight_map of file names")
+    found: dict[str, Tensor] = {}
+    for name in sorted(set(where.values())):
+        own = open_tensors(inside(directory, name))
+        named = {key for key, file in where.items() if file == name}
+        if named != set(own):
+            odd = ", ".join(sorted(named ^ set(own))[:5])
+            raise ValueError(f"{directory / index} and {name} disagree on {odd}")
+        found |= own
+    return found
+
+
+def _nothing(directory: pathlib.Path, name: str) -> str:
+    """What to say where there are no safetensors."""
+    told = f"{directory} has neither {name} nor {name}.index.json"
+    pickles = [p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt")]
+    if pickles:
+        told += (
+            f"; {pickles[0]} is a pickle, which can run code and is never read: "
+            "save it as safetensors (model.save_pretrained in transformers)"
+        )
+    return told
+
+
+def matches(patterns: Iterable[str], name: str) -> bool:
+    """True if one of the regular expressions matches the whole name."""
+    return any(re.fullmatch(pattern, name) for pattern in patterns)

@@ -1,0 +1,306 @@
+"""Hugging Face checkpoints: read into a Flax tree, straight into its shards, and back.
+
+    model, params = hf.load("path/or/hub-id")
+    logits = model.apply({"params": params}, tokens)
+    hf.save("merged", model.config, lorax.merge(adapters, params))
+
+Only `config.json` and safetensors are read; no code comes with a checkpoint. Everything
+that can be known from headers is checked before the first weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from lorax import models
+from lorax.interop import files, leaves
+from lorax.models import table
+from lorax.types import PyTree
+
+OLD_NAMES = ((r"(.*)\.gamma", r"\1.weight"), (r"(.*)\.beta", r"\1.bias"))
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja", "LICENSE*")
+
+
+def load(
+    source: str | pathlib.Path,
+    *,
+    shardings: PyTree | Callable[[PyTree], PyTree] | None = None,
+    key: jax.Array | None = None,
+    revision: str | None = None,
+    dtype: Any = None,
+    **switches: Any,
+) -> tuple[nn.Module, PyTree]:
+    """Reads a model.
+
+    Args:
+      source: a directory with `config.json` and safetensors; or, where there is no such
+        directory, the id of a model on the hub, which is then downloaded.
+      shardings: a tree of `jax.sharding.Sharding` like the parameters, or a function of
+        the abstract parameters that gives it; every process reads its slices only.
+        None: the default device.
+      key: draws a head that the checkpoint lacks, as when an encoder is to classify;
+        None: that is an error.
+      revision: of the hub's repository.
+      dtype: of the computation; None for the checkpoint's own. The parameters keep
+        theirs.
+      **switches: fields of the family's `Config` that config.json does not hold, such
+        as `scan`, `remat`, `dropout`, `head`.
+
+    Returns:
+      The Flax module, its `config` beside it, and its parameters.
+
+    Raises:
+      FileNotFoundError: no such files.
+      ValueError: a file that is not sound, an architecture or a field that is not
+        implemented, tensors that are missing, left over, misshapen or not finite.
+    """
+    directory = locate(source, revision)
+    raw = files.read_json(files.inside(directory, "config.json"))
+    family = family_of(raw, directory)
+    tensors = files.open_checkpoint(directory)
+    stored = _dtype(tensors.values())
+    try:
+        config = family.Config.from_hf(
+            raw,
+            dtype=stored if dtype is None else dtype,
+            param_dtype=stored,
+            **switches,
+        )
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
+    model = family.Model(config)
+    shapes = abstract(model)
+    found = _placed(family, config, tensors, shapes, directory, key is not None)
+    if callable(shardings):
+        shardings = shardings(shapes)
+    flat = {} if shardings is None else _flat(shardings)
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params = {}
+    for path, shape in _flat(shapes).items():
+        if path in found:
+            sharding = flat.get(path, default)
+            params[path] = leaves.read(found[path], shape.shape, sharding)
+    absent = [path for path in _flat(shapes) if path not in params]
+    if absent:
+        params |= _drawn(model, key, absent, flat)
+    return model, flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def save(
+    directory: str | pathlib.Path,
+    config: Any,
+    params: PyTree,
+    *,
+    file_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a model that transformers and `load` read, bit for bit.
+
+    Args:
+      directory: made if need be; files of the same names are replaced.
+      config: of the family, as `model.config`.
+      params: of the model, such as `lorax.merge` gives them.
+      file_bytes: a file is closed before it would grow beyond this.
+
+    Raises:
+      ValueError: the tree is not the model's.
+    """
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = to_disk(config, params)
+    kinds = {str(tensor.dtype) for tensor in tensors.values()}
+    written = dict(config.to_hf())
+    if len(kinds) == 1:
+        written |= dict.fromkeys(("dtype", "torch_dtype"), kinds.pop())
+    for stale in directory.glob("model*.safetensors*"):
+        stale.unlink()
+    _write(directory, tensors, file_bytes)
+    (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+
+
+def locate(source: str | pathlib.Path, revision: str | None = None) -> pathlib.Path:
+    """Returns the directory of a checkpoint, downloaded if `source` is a hub id."""
+    directory = pathlib.Path(source).expanduser()
+    if directory.is_dir():
+        return directory
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or directory.exists():
+        raise FileNotFoundError(f"there is no directory {directory}")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"there is no directory {directory}; to have it looked up on the hub, "
+            "install lorax-flax[interop]"
+        ) from error
+    return pathlib.Path(
+        huggingface_hub.snapshot_download(
+            str(source), revision=revision, allow_patterns=list(HUB_FILES)
+        )
+    )
+
+
+def family_of(config: Mapping[str, Any], directory: Any) -> ModuleType:
+    """Returns the module of `lorax.models` that implements a config.json."""
+    kind = config.get("model_type")
+    if kind not in models.FAMILIES:
+        raise ValueError(
+            f"{directory}: model_type={kind!r} is not implemented; known are "
+            f"{', '.join(sorted(models.FAMILIES))}"
+        )
+    return models.FAMILIES[kind]
+
+
+def abstract(model: Any) -> PyTree:
+    """Returns the shapes and dtypes of a model's parameters."""
+    return jax.eval_shape(model.init, jax.random.key(0), *_example(model))["params"]
+
+
+def to_disk(config: Any, params: PyTree) -> dict[str, np.ndarray]:
+    """Returns `{key: tensor}` as a checkpoint holds them."""
+    family = family_of(config.to_hf(), "config")
+    flat = _flat(params)
+    found = table.locate(family.entries(config), config.stacks, config.scan)
+    paths = {location.path for location in found.values()}
+    if paths != set(flat):
+        odd = ", ".join(sorted(paths ^ set(flat))[:5])
+        raise ValueError(f"these are not the parameters of the model: {odd}")
+    tensors = {}
+    for key, (path, layer, entry) in found.items():
+        leaf = flat[path] if layer is None else flat[path][layer]
+        shape = table.disk_shape(leaf.shape, entry.inputs, entry.transposed)
+        whole = table.to_disk(np.asarray(leaf), shape, entry.transposed)
+        tensors[key] = np.ascontiguousarray(whole)
+    return tensors
+
+
+def _example(model: Any) -> tuple[jax.Array, ...]:
+    """The smallest input: tokens, for an encoder and decoder both's."""
+    family = family_of(model.config.to_hf(), "config")
+    return (jnp.zeros((1, 1), jnp.int32),) * getattr(family, "INPUTS", 1)
+
+
+def _flat(tree: PyTree) -> dict[str, Any]:
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+def _dtype(tensors: Any) -> Any:
+    """The dtype of most of the bytes."""
+    count: dict[Any, int] = {}
+    for tensor in tensors:
+        if jnp.issubdtype(tensor.dtype, jnp.floating):
+            count[tensor.dtype] = count.get(tensor.dtype, 0) + tensor.nbytes
+    return max(count, key=lambda dtype: count[dtype], default=np.dtype(np.float32))
+
+
+def renamed(family: ModuleType, key: str) -> str | None:
+    """Returns the present name of a tensor; None for what is read by nobody."""
+    for pattern, new in OLD_NAMES:
+        if re.fullmatch(pattern, key):
+            key = re.sub(pattern, new, key, count=1)
+    for pattern, new in family.ALIASES:
+        if re.match(pattern, key):
+            key = re.sub(pattern, new, key, count=1)
+            break
+    return None if files.matches(family.IGNORED, key) else key
+
+
+def _placed(
+    family: ModuleType,
+    config: Any,
+    tensors: Mapping[str, files.Tensor],
+    shapes: PyTree,
+    directory: pathlib.Path,
+    draws_heads: bool,
+) -> dict[str, list[tuple[files.Tensor, table.Entry]]]:
+    """Returns for every leaf its tensors, one for each layer of a stack."""
+    known: dict[str, files.Tensor] = {}
+    for key, tensor in tensors.items():
+        name = renamed(family, key)
+        if name in known:
+            raise ValueError(f"{directory}: {key!r} and {known[name].key!r} are one")
+        if name is not None:
+            known[name] = tensor
+    where = table.locate(family.entries(config), config.stacks, config.scan)
+    heads = getattr(family, "HEADS", ())
+    optional = {
+        k for k, v in where.items() if draws_heads and files.matches(heads, v.path)
+    }
+    tied = {"lm_head.weight"} if getattr(config, "tied", False) else set()
+    missing = sorted(set(where) - set(known) - optional)
+    extra = sorted(set(known) - set(where) - tied)
+    if missing or extra:
+        raise ValueError(
+            f"{directory}: the tensors are not those of its config.json; "
+            f"missing: {_some(missing)}; left over: {_some(extra)}"
+        )
+    flat = _flat(shapes)
+    found: dict[str, list[tuple[files.Tensor, table.Entry]]] = {}
+    for key, (path, layer, entry) in where.items():
+        if key not in known:
+            continue
+        shape = flat[path].shape[layer is not None :]
+        need = table.disk_shape(shape, entry.inputs, entry.transposed)
+        if known[key].shape != need:
+            raise ValueError(
+                f"{known[key].path}: {key!r} has shape {list(known[key].shape)}, and "
+                f"config.json asks for {list(need)}"
+            )
+        found.setdefault(path, []).append((known[key], entry))
+    return found
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(names[:5]) or "none") + more
+
+
+def _drawn(
+    model: Any, key: jax.Array | None, absent: list[str], shardings: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    """Draws the leaves that the checkpoint lacks; XLA drops the others."""
+
+    def draw(key: jax.Array) -> dict[str, jax.Array]:
+        whole = _flat(model.init(key, *_example(model))["params"])
+        return {path: whole[path] for path in absent}
+
+    out = {path: shardings[path] for path in absent} if shardings else None
+    return jax.jit(draw, out_shardings=out)(key)
+
+
+def _write(
+    directory: pathlib.Path, tensors: Mapping[str, np.ndarray], file_bytes: int
+) -> None:
+    """Writes one file, or several and their index."""
+    groups: list[dict[str, np.ndarray]] = [{}]
+    size = 0
+    for key, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > file_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][key] = tensor
+        size += tensor.nbytes
+    metadata = {"format": "pt"}  # transformers refuses a file that does not say it
+    if len(groups) == 1:
+        safetensors.numpy.save_file(
+            groups[0], directory / "model.safetensors", metadata
+        )
+        return
+    where: dict[str, str] = {}
+    for i, group in enumerate(groups, 1):
+        name = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+        safetensors.numpy.save_file(group, directory / name, metadata)
+        where |= dict.fromkeys(group, name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

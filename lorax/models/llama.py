@@ -1,0 +1,353 @@
+"""The Llama family by switches: Llama 2 and 3, Mistral, Qwen2, Qwen2.5, Qwen3, SmolLM.
+
+Pre-norm blocks with RMS norms, rotary positions, grouped queries and a gated MLP.
+
+| model_type | what differs from Llama |
+|---|---|
+| mistral | a sliding window in every layer |
+| qwen2 | biases on q, k and v; a window in some layers, if it is switched on |
+| qwen3 | no such biases; RMS norms over the size of a head on q and k |
+
+References:
+  Touvron et al., Llama 2, arXiv:2307.09288. Jiang et al., Mistral 7B, arXiv:2310.06825.
+  Qwen2.5, arXiv:2412.15115. Qwen3, arXiv:2505.09388.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lorax.models import hf_config, layers, rope, table
+from lorax.models.layers import Remat
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and switches.
+
+    Attributes:
+      vocabulary: number of tokens.
+      positions: longest sequence of the training; nothing here depends on it.
+      width: of the residual stream.
+      layers: blocks.
+      heads: heads of the queries.
+      kv_heads: heads of keys and values; they divide `heads`.
+      head_dim: size of a head.
+      hidden: width of the MLP.
+      activation: of the gate, by its Hugging Face name.
+      eps: of the norms.
+      rope: rates of the rotation.
+      tied: the head is the embedding; else `head/kernel`.
+      qkv_bias: q, k and v have biases.
+      o_bias: o has one.
+      mlp_bias: gate, up and down have them.
+      qk_norm: q and k are normed.
+      windows: of every layer, the number of tokens it sees, itself included; 0 for
+        all. Empty: every layer sees all.
+      model_type: whose config.json `to_hf` writes.
+      scan: layers are stacked on axis 0.
+      remat: see `layers.run_layers`.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+    """
+
+    vocabulary: int = 32_000
+    positions: int = 4096
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+    hidden: int = 11_008
+    activation: str = "silu"
+    eps: float = 1e-6
+    rope: rope.Rope = rope.Rope()
+    tied: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int, ...] = ()
+    model_type: str = "llama"
+    scan: bool = True
+    remat: Remat = "none"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"{self.heads} heads of queries cannot share {self.kv_heads} of keys"
+            )
+        if self.windows and len(self.windows) != self.layers:
+            raise ValueError(
+                f"{len(self.windows)} windows for {self.layers} layers; give one each"
+            )
+
+    @property
+    def stacks(self) -> dict[str, int]:
+        """Layers of every stack."""
+        return {"layers": self.layers}
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
+        """Returns what a config.json says; `switches` are scan, remat, dtype, ..."""
+        kind = config.get("model_type", "llama")
+        if kind not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"config.json: model_type={kind!r} is not one of {known}")
+        fields = hf_config.Fields(config, kind)
+        width = fields.integer("hidden_size", 4096)
+        depth = fields.integer("num_hidden_layers", 32)
+        heads = fields.integer("num_attention_heads", 32)
+        shared = 8 if kind == "mistral" else heads
+        positions = fields.integer("max_position_embeddings", 4096)
+        biased = fields.take("attention_bias", False)
+        if kind == "mistral" and biased:
+            raise ValueError("config.json: attention_bias=True is no switch of mistral")
+        own = cls(
+            vocabulary=fields.integer("vocab_size", 32_000),
+            positions=positions,
+            width=width,
+            layers=depth,
+            heads=heads,
+            kv_heads=fields.integer("num_key_value_heads", shared),
+            head_dim=fields.integer("head_dim", width // heads),
+            hidden=fields.integer("intermediate_size", 11_008),
+            activation=fields.activation("hidden_act", "silu"),
+            eps=fields.take("rms_norm_eps", 1e-6),
+            rope=rope.from_hf(fields, positions),
+            tied=fields.take("tie_word_embeddings", False),
+            qkv_bias=biased or kind == "qwen2",
+            o_bias=biased and kind != "qwen2",
+            mlp_bias=kind == "llama" and fields.take("mlp_bias", False),
+            qk_norm=kind == "qwen3",
+            windows=_windows(fields, kind, depth),
+            model_type=kind,
+            **switches,
+        )
+        fields.finish()
+        return own
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the fields of a config.json that transformers 4 and 5 read."""
+        written: dict[str, Any] = {
+            "architectures": [ARCHITECTURES[self.model_type]],
+            "model_type": self.model_type,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": self.positions,
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.hidden,
+            "hidden_act": self.activation,
+            "rms_norm_eps": self.eps,
+            "tie_word_embeddings": self.tied,
+            **rope.to_hf(self.rope),
+        }
+        if self.model_type in ("llama", "qwen3"):
+            written["attention_bias"] = self.qkv_bias
+        if self.model_type == "llama":
+            written["mlp_bias"] = self.mlp_bias
+        return written | _windows_to_hf(self)
+
+
+def _windows(fields: hf_config.Fields, kind: str, depth: int) -> tuple[int, ...]:
+    """The window of every layer, as each model_type spells it."""
+    size = fields.take("sliding_window", None)
+    switched = fields.take("use_sliding_window", kind == "mistral")
+    first = fields.take("max_window_layers", 0 if kind == "mistral" else 28)
+    kinds = fields.take("layer_types", None)
+    if kinds is None:
+        slides = [switched and layer >= first for layer in range(depth)]
+    else:
+        known = {"full_attention": False, "sliding_attention": True}
+        unknown = sorted(set(kinds) - set(known))
+        if unknown or len(kinds) != depth:
+            raise ValueError(
+                f"config.json: layer_types has {len(kinds)} entries for {depth} layers "
+                f"and the unknown kinds {unknown}"
+            )
+        slides = [known[k] for k in kinds]
+    if kind == "llama" or not size or not any(slides):
+        return ()
+    return tuple(size if own else 0 for own in slides)
+
+
+def _windows_to_hf(config: Config) -> dict[str, Any]:
+    size = max(config.windows, default=0) or None
+    if config.model_type == "mistral":
+        return {"sliding_window": size}
+    if config.model_type == "llama":
+        return {}
+    kinds = ["sliding_attention" if w else "full_attention" for w in config.windows]
+    first = kinds.index("sliding_attention") if size else config.layers
+    return {
+        "sliding_window": size,
+        "use_sliding_window": size is not None,
+        "max_window_layers": first,
+        "layer_types": kinds or ["full_attention"] * config.layers,
+    }
+
+
+class Block(nn.Module):
+    """One layer; see `layers.run_layers` for its arguments."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
+        """Maps the residual stream to the next, and the layer's cache."""
+        config = self.config
+        mixed, kept = self._attention(self._norm("norm_attn")(x), own, shared)
+        x = x + mixed
+        h = self._norm("norm_mlp")(x)
+        gate = self._linear(config.hidden, "gate", config.mlp_bias)(h)
+        up = self._linear(config.hidden, "up", config.mlp_bias)(h)
+        h = hf_config.ACTIVATIONS[config.activation](gate) * up
+        return x + self._linear(config.width, "down", config.mlp_bias)(h), kept
+
+    def _attention(self, x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
+        config = self.config
+        shape, kv = (config.heads, config.head_dim), (config.kv_heads, config.head_dim)
+        q = self._linear(shape, "q", config.qkv_bias)(x)
+        k = self._linear(kv, "k", config.qkv_bias)(x)
+        v = self._linear(kv, "v", config.qkv_bias)(x)
+        if config.qk_norm:
+            q, k = self._norm("norm_q")(q), self._norm("norm_k")(k)
+        q, k = rope.rotate(q, shared["angles"]), rope.rotate(k, shared["angles"])
+        k, v, kept = layers.remember(k, v, own["cache"], shared["slot"])
+        mask = shared["mask"]
+        if config.windows:
+            mask = mask & ((shared["back"] < own["window"]) | (own["window"] == 0))
+        mixed = layers.attend(q, k, v, mask)
+        return self._linear(config.width, "o", config.o_bias, (-2, -1))(mixed), kept
+
+    def _linear(
+        self, features: Any, name: str, bias: bool, axis: Any = -1
+    ) -> nn.Module:
+        return layers.projection(features, name, self.config, use_bias=bias, axis=axis)
+
+    def _norm(self, name: str) -> nn.RMSNorm:
+        return layers.rms_norm(name, self.config)
+
+
+class Model(nn.Module):
+    """Tokens to logits of the next token."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        real: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: layers.Cache | None = None,
+        deterministic: bool = True,
+    ) -> Any:
+        """Reads tokens.
+
+        Args:
+          tokens: int `[batch, time]`.
+          positions: int `[batch, time]`; None counts the real tokens.
+          real: bool `[batch, time]`, False for padding; None: all are real.
+          segments: int `[batch, time]`, of packed documents.
+          cache: from `cache`, of what was read before.
+          deterministic: accepted for the sake of other families; there is no dropout.
+
+        Returns:
+          Logits `[batch, time, vocabulary]`, float32; with a cache also the new one.
+        """
+        del deterministic
+        config = self.config
+        if positions is None:
+            positions = layers.positions_of(tokens, real, cache)
+        slot = None if cache is None else cache.index
+        cache = layers.announced(cache, tokens, real)
+        mask, back = layers.causal_mask(tokens.shape[1], real, segments, cache)
+        embed = layers.embedding(config.vocabulary, "embed", config)
+        own = {
+            "cache": None if cache is None else (cache.k, cache.v),
+            "window": jnp.array(config.windows) if config.windows else None,
+        }
+        shared = {
+            "angles": config.rope.angles(positions, config.head_dim),
+            "mask": mask,
+            "back": back,
+            "slot": slot,
+        }
+        x, kept = layers.run_layers(
+            Block,
+            (config,),
+            config.layers,
+            embed(tokens),
+            own,
+            shared,
+            scan=config.scan,
+            remat=config.remat,
+        )
+        logits = layers.head(layers.rms_norm("norm_out", config)(x), embed, config)
+        if cache is None:
+            return logits
+        return logits, dataclasses.replace(cache, k=kept[0], v=kept[1])
+
+    def cache(self, batch: int, length: int) -> layers.Cache:
+        """Returns a cache of `length` slots, empty."""
+        c = self.config
+        return layers.empty_cache(
+            c.layers, batch, length, c.kv_heads, c.head_dim, c.dtype
+        )
+
+
+ALIASES: tuple[tuple[str, str], ...] = ()
+"""Older names on disk, as `(regex of a prefix, replacement)`."""
+
+IGNORED = (r".*\.rotary_emb\.inv_freq",)
+"""Buffers of older checkpoints, which hold nothing learnt."""
+
+
+def entries(config: Config) -> tuple[table.Entry, ...]:
+    """Returns the table of parameters."""
+    heads, kv = ("heads", "head_dim"), ("kv_heads", "head_dim")
+    width, hidden, linear = ("embed",), ("mlp",), table.linear
+    qkv, mlp = {"bias": config.qkv_bias}, {"bias": config.mlp_bias}
+    block = [
+        *table.rms_norm("input_layernorm", "norm_attn"),
+        *linear("self_attn.q_proj", "q", width, heads, **qkv),
+        *linear("self_attn.k_proj", "k", width, kv, **qkv),
+        *linear("self_attn.v_proj", "v", width, kv, **qkv),
+        *linear("self_attn.o_proj", "o", heads, width, bias=config.o_bias),
+        *table.rms_norm("post_attention_layernorm", "norm_mlp"),
+        *linear("mlp.gate_proj", "gate", width, hidden, **mlp),
+        *linear("mlp.up_proj", "up", width, hidden, **mlp),
+        *linear("mlp.down_proj", "down", hidden, width, **mlp),
+    ]
+    if config.qk_norm:
+        block += table.rms_norm("self_attn.q_norm", "norm_q")
+        block += table.rms_norm("self_attn.k_norm", "norm_k")
+    whole = [
+        table.embedding("model.embed_tokens", "embed"),
+        *table.inside("model.layers.{}", "layers{}", block),
+        *table.rms_norm("model.norm", "norm_out"),
+    ]
+    if not config.tied:
+        whole += linear("lm_head", "head", width, ("vocab",))
+    return tuple(whole)

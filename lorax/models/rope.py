@@ -1,0 +1,183 @@
+"""Rotary positions, and the ways checkpoints stretch them beyond their training length.
+
+Pairs `(x_i, x_{i + d/2})` are turned by the angle `position * rate_i` with
+
+    rate_i = base^(-2 i / d),    i = 0 .. d/2 - 1
+
+    linear    rate_i / factor
+    llama3    long waves as linear, short ones as they are, between them a blend
+    yarn      likewise by the number of turns in the original length, and all scores
+              multiplied by the square of 0.1 ln(factor) + 1
+
+References:
+  Su et al., RoFormer, arXiv:2104.09864. Chen et al., arXiv:2306.15595 (linear). Peng et
+  al., YaRN, arXiv:2309.00071. Llama 3.1's released code (llama3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+KINDS = ("default", "linear", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rates of the rotation.
+
+    Attributes:
+      base: theta; wavelength of the slowest pair over 2 pi.
+      kind: one of `KINDS`.
+      factor: by which the original length is stretched.
+      original: the original length, in tokens.
+      low: llama3: waves longer than `original / low` are stretched whole; yarn's
+        beta_slow.
+      high: llama3: waves shorter than `original / high` are left; yarn's beta_fast.
+      attention: yarn: factor on cosine and sine; None for `0.1 ln(factor) + 1`.
+      truncate: yarn: the bounds of the blend are rounded to whole pairs.
+    """
+
+    base: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original: int = 0
+    low: float = 1.0
+    high: float = 4.0
+    attention: float | None = None
+    truncate: bool = True
+
+    def rates(self, size: int) -> np.ndarray:
+        """Returns radians a token, `[size / 2]`, float64."""
+        rates = self.base ** (-np.arange(0, size, 2) / size)
+        if self.kind == "linear":
+            return rates / self.factor
+        if self.kind == "llama3":
+            turns = self.original * rates / (2 * math.pi)  # in the original length
+            keep = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+            return rates * (keep + (1 - keep) / self.factor)
+        if self.kind == "yarn":
+            bounds = self._pair(self.high, size), self._pair(self.low, size)
+            keep = 1 - _ramp(*bounds, size, self.truncate)
+            return rates * (keep + (1 - keep) / self.factor)
+        return rates
+
+    def _pair(self, turns: float, size: int) -> float:
+        """The pair that makes this many turns in the original length."""
+        return (
+            size
+            * math.log(self.original / (turns * 2 * math.pi))
+            / (2 * math.log(self.base))
+        )
+
+    @property
+    def gain(self) -> float:
+        """Factor on cosine and sine."""
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention is not None:
+            return self.attention
+        return 1.0 if self.factor <= 1 else 0.1 * math.log(self.factor) + 1
+
+    def angles(self, positions: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+        """Returns cosine and sine, float32 `[batch, time, 1, size / 2]`."""
+        rates = jnp.asarray(self.rates(size), jnp.float32)
+        angle = (positions[..., None].astype(jnp.float32) * rates)[..., None, :]
+        return self.gain * jnp.cos(angle), self.gain * jnp.sin(angle)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns `x: [batch, time, heads, head_dim]`, halves together."""
+    cos, sin = (part.astype(x.dtype) for part in angles)
+    left, right = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
+
+
+def _ramp(low: float, high: float, size: int, whole: bool) -> np.ndarray:
+    """0 up to pair `low`, 1 from pair `high` on."""
+    if whole:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    span = max(high - low, 1e-3)
+    return np.clip((np.arange(size // 2) - low) / span, 0, 1)
+
+
+def from_hf(fields: Any, positions: int) -> Rope:
+    """Reads `rope_parameters` (v5), or `rope_theta` and `rope_scaling` (v4).
+
+    Args:
+      fields: of the config.json.
+      positions: its `max_position_embeddings`.
+
+    Raises:
+      ValueError: a kind or a field that is not implemented, or one that is missing.
+    """
+    theta = fields.take("rope_theta", None)
+    scaling = fields.take("rope_scaling", None)
+    given = fields.take("rope_parameters", None)
+    values = dict(given or scaling or {})
+    kinds = {values.pop(k) for k in ("rope_type", "type") if values.get(k) is not None}
+    kind = kinds.pop() if kinds else "default"
+    if kinds or kind not in KINDS:
+        raise ValueError(
+            f"config.json: rope type {kind!r} is not implemented; known are "
+            f"{', '.join(KINDS)}"
+        )
+    base = values.pop("rope_theta", None) or theta or 10_000.0
+    if theta is not None and base != theta:
+        raise ValueError(f"config.json: rope_theta is {theta} and {base}")
+    return _read(kind, float(base), values, positions)
+
+
+def _read(kind: str, base: float, values: dict[str, Any], positions: int) -> Rope:
+    original = values.pop("original_max_position_embeddings", None)
+    need: dict[str, tuple[str, ...]] = {"linear": ("factor",), "yarn": ("factor",)}
+    need["llama3"] = ("factor", "low_freq_factor", "high_freq_factor")
+    missing = [n for n in need.get(kind, ()) if values.get(n) is None]
+    if kind == "llama3" and original is None:
+        missing.append("original_max_position_embeddings")
+    if missing:
+        raise ValueError(f"config.json: rope type {kind!r} lacks {', '.join(missing)}")
+    own: dict[str, Any] = {}
+    if kind in need:
+        own["factor"] = float(values.pop("factor"))
+    if kind == "llama3":
+        own |= {"low": values.pop("low_freq_factor")}
+        own |= {"high": values.pop("high_freq_factor")}
+    if kind == "yarn":
+        own |= {"low": values.pop("beta_slow", None) or 1.0}
+        own |= {"high": values.pop("beta_fast", None) or 32.0}
+        own |= {"attention": values.pop("attention_factor", None)}
+        own |= {"truncate": values.pop("truncate", True)}
+    if kind in ("llama3", "yarn"):
+        own["original"] = int(original or positions)
+    left = {n: v for n, v in values.items() if v is not None}
+    if left:
+        raise ValueError(f"config.json: rope type {kind!r} has unknown fields {left}")
+    return Rope(base=base, kind=kind, **own)
+
+
+def to_hf(rope: Rope) -> dict[str, Any]:
+    """Returns the fields that transformers of major version 4 and 5 both read."""
+    values: dict[str, Any] = {"rope_type": rope.kind}
+    if rope.kind != "default":
+        values["factor"] = rope.factor
+    if rope.kind == "llama3":
+        values |= {"low_freq_factor": rope.low, "high_freq_factor": rope.high}
+    if rope.kind == "yarn":
+        values |= {"beta_slow": rope.low, "beta_fast": rope.high}
+        values |= {"truncate": rope.truncate}
+    if rope.attention is not None:
+        values["attention_factor"] = rope.attention
+    if rope.original:
+        values["original_max_position_embeddings"] = rope.original
+    written: dict[str, Any] = {"rope_theta": rope.base}
+    written["rope_parameters"] = {**values, "rope_theta": rope.base}
+    if rope.kind != "default":
+        written["rope_scaling"] = values
+    return written

@@ -1,0 +1,62 @@
+"""Tiny transformers models whose every weight is redrawn, on disk, and their logits.
+
+At transformers' own initial weights a wrong rotary base moves logits by 4e-4 only; with
+these they have a standard deviation of at least 1 and every mistake shows.
+"""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the reference is torch's")
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-4  # of the standard deviation of the logits
+
+
+def redraw(model, seed=0, size=1.0):
+    """Draws kernels, norms and biases anew, so that nothing is at its default."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim > 1:
+                p.copy_(size * noise / p.shape[-1] ** 0.5)
+            else:
+                p.copy_(0.5 * noise + ("norm" in name or "ln_" in name))
+    return model.eval()
+
+
+def reference(model, tokens, real=None, positions=None):
+    """The logits in float64."""
+    model = model.double()
+    told = {"input_ids": torch.tensor(tokens)}
+    if real is not None:
+        told["attention_mask"] = torch.tensor(real).long()
+    if positions is not None:
+        told["position_ids"] = torch.tensor(positions)
+    with torch.no_grad():
+        return model(**told).logits.numpy()
+
+
+def assert_close(logits, expected, where=slice(None)):
+    """Holds logits to the tolerance, relative to their spread, which must be real."""
+    spread = expected.std()
+    assert spread >= 1, spread
+    error = np.abs(np.asarray(logits, np.float64) - expected)[where].max()
+    assert error <= TOLERANCE * spread, (error, spread)
+
+
+def assert_apart(logits, expected):
+    """Holds a mutated model away from the reference by 100 tolerances."""
+    error = np.abs(np.asarray(logits, np.float64) - expected).max()
+    assert error >= 100 * TOLERANCE * expected.std(), error
+
+
+def tokens_of(vocabulary, batch=2, time=17, seed=0):
+    """Random tokens, none of the first three, which may be special."""
+    return np.random.default_rng(seed).integers(3, vocabulary, (batch, time))
+
+
+def left_padded(real, time):
+    """bool `[batch, time]` for sequences of these lengths."""
+    return np.arange(time)[None] >= time - np.asarray(real)[:, None]
