@@ -45,14 +45,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Fields:
-    """The fields of one config.json; each is taken once.
-
-    Args:
-      config: as read from JSON.
-      family: named in errors.
-    """
+    """The fields of one config.json; each is taken once."""
 
     def __init__(self, config: Mapping[str, Any], family: str) -> None:
+        """Takes a config as read from JSON, and the name of the family for errors."""
         self.left = dict(config)
         self.family = family
 
