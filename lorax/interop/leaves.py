@@ -34,15 +34,21 @@ def read(
     stacked = len(shape) > len(parts[0][1].axes)
     dtype = np.result_type(*(tensor.dtype for tensor, _ in parts))
 
+    blocks: dict[Any, np.ndarray] = {}  # replicas ask for the same one
+
     def shard(index: Any) -> np.ndarray:
-        own = [slice(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        if bounds not in blocks:
+            blocks[bounds] = block([slice(*b) for b in bounds])
+        return blocks[bounds]
+
+    def block(own: list[slice]) -> np.ndarray:
         if not stacked:
             return _slice(*parts[0], shape, own)
-        size = [s.stop - s.start for s in own]
-        block = np.empty(size, dtype)
+        stack = np.empty([s.stop - s.start for s in own], dtype)
         for i, layer in enumerate(range(own[0].start, own[0].stop)):
-            block[i] = _slice(*parts[layer], shape[1:], own[1:])
-        return block
+            stack[i] = _slice(*parts[layer], shape[1:], own[1:])
+        return stack
 
     return jax.make_array_from_callback(shape, sharding, shard)
 

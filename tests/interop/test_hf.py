@@ -117,13 +117,24 @@ def test_loads_into_shards_and_reads_each_byte_once(made, monkeypatch):
         fill(self, file, array)
 
     monkeypatch.setattr(files.Tensor, "_fill", counted)
-    mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("x", "y", "z"))
+    axes = {"layers/q/kernel": (None, "x", "y"), "layers/o/kernel": (None, "y")}
+    axes |= {"embed/embedding": (None, "x"), "layers/up/kernel": ("x", "z", "y")}
 
     def split(shapes):
-        return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
+        return jax.tree_util.tree_map_with_path(
+            lambda at, _: NamedSharding(
+                mesh, PartitionSpec(*axes.get("/".join(k.key for k in at), ()))
+            ),
+            shapes,
+        )
 
     _, params = hf.load(made, shardings=split)
     jax.tree.map(np.testing.assert_array_equal, params, whole)
+    assert params["layers"]["q"]["kernel"].addressable_shards[0].data.shape[1:3] == (
+        16,
+        2,
+    )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert sum(read) == size
 
