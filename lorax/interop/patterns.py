@@ -29,7 +29,7 @@ class _Node(NamedTuple):
 
 
 class Pattern:
-    """A compiled pattern.
+    r"""A compiled pattern.
 
     Args:
       text: the regular expression.
@@ -38,7 +38,7 @@ class Pattern:
       ValueError: no regular expression, or a construct that is not understood.
 
     Example:
-      >>> Pattern(r".*\\.(q|v)_proj").fullmatch("layers.0.q_proj")
+      >>> Pattern(r".*\.(q|v)_proj").fullmatch("layers.0.q_proj")
       True
       >>> Pattern("(a+)+b").fullmatch("a" * 60)
       False
@@ -229,7 +229,7 @@ class _Parser:
             self.at = braces.end()
             exact, least, most = braces.groups()
             counts = (int(exact or least or 0), int(exact or most or 0))
-            if max(counts) > LIMIT:  # type: ignore[type-var]
+            if max(counts) > LIMIT:
                 raise self.refuse(f"more than {LIMIT} repetitions")
             if exact is None and not most:
                 counts = (counts[0], None)
