@@ -127,7 +127,7 @@ def save(
     modules, saved = _split(adapters, base)
     if kind == "adalora":
         modules = factors.one_scale(modules)
-    tensors = dict(saved)
+    tensors = {f"{peft_config.PREFIX}{key}": t for key, t in saved.items()}
     for module in modules:
         embedding = base.is_embedding(module.name)
         if embedding and kind == "adalora":
@@ -303,8 +303,7 @@ def _with_head(
                 "PEFT has no DoRA for both"
             )
         modules.append(factors.mirrored(module, base.head))
-    prefixed = {f"{peft_config.PREFIX}{key}": t for key, t in saved.items()}
-    return modules, prefixed
+    return modules, saved
 
 
 def _on_original(adapters: Adapters, initial: Adapters) -> Adapters:

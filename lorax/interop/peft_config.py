@@ -124,7 +124,7 @@ class Settings:
     def saves(self, module: str) -> bool:
         """True when PEFT stores the module whole, or one that contains it."""
         parts = module.split(".")
-        whole = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        whole = [PREFIX + ".".join(parts[: i + 1]) for i in range(len(parts))]
         return any(name.endswith(end) for name in whole for end in self.saved)
 
     def kept(self, module: str) -> int:
