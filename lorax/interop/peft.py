@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -286,7 +286,20 @@ def _split(
         chosen = range(len(keys[path])) if lora.layers is None else lora.layers
         names = [keys[path][layer].removesuffix(WEIGHT) for layer in chosen]
         modules += factors.split(lora, names)
+    _check_whole(saved, base)
     return _with_head(modules, saved, base)
+
+
+def _check_whole(saved: Collection[str], base: Base) -> None:
+    """PEFT stores a module whole or adapts it, and cannot load a part of one."""
+    whole = {key.rpartition(".")[0] for key in saved}
+    for key in base.where:
+        module = key.rpartition(".")[0]
+        if module in whole and key not in saved:
+            raise ValueError(
+                f"a part of {module!r} is Full, and PEFT stores modules whole: make "
+                f"{base.where[key].path!r} Full too, not another adapter"
+            )
 
 
 def _with_head(
