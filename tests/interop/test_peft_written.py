@@ -69,7 +69,10 @@ def test_targets_of_every_kind(tmp_path):
     assert config["lora_alpha"] == 5  # of o and up: the commonest
     assert "attn.c_attn" not in config["rank_pattern"]
     found, config = written(
-        adapters, tmp_path / "b", rank_stabilized=True, fields={"task_type": "CAUSAL_LM"}
+        adapters,
+        tmp_path / "b",
+        rank_stabilized=True,
+        fields={"task_type": "CAUSAL_LM"},
     )
     close(found, expected)
     assert config["use_rslora"] and config["task_type"] == "CAUSAL_LM"
@@ -145,7 +148,7 @@ def test_a_pruned_adalora_with_ranks_down_to_zero(tmp_path):
 
 
 def test_pefts_own_pruned_adalora(tmp_path):
-    """`update_and_allocate` writes the masks; some layers are left without a triplet."""
+    """`update_and_allocate` writes the masks; some layers keep no triplet."""
     config = peft.AdaLoraConfig(
         init_r=3,
         target_r=1,

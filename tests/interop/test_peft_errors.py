@@ -1,0 +1,207 @@
+"""Files of PEFT that are not sound or not for this base; by hand, without torch."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lorax.interop import peft
+from lorax.models import gpt2, llama
+
+CONFIG = llama.Config(31, 64, 16, 2, 4, 2, 4, 24, tied=False)
+TIED = gpt2.Config(31, 16, 8, 2, 2, 32)
+SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["v_proj"]}
+FRONT = "base_model.model."
+V = FRONT + "model.layers.{}.self_attn.v_proj.lora_{}.weight"
+
+
+def tensors(rank=2, dtype=np.float32):
+    """Factors of v in two layers."""
+    draw = np.random.default_rng(0)
+    sizes = {"A": (rank, 16), "B": (8, rank)}
+    return {
+        V.format(layer, x): draw.standard_normal(sizes[x]).astype(dtype)
+        for layer in range(2)
+        for x in "AB"
+    }
+
+
+def write(folder, arrays, **fields):
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(SETTINGS | fields))
+    safetensors.numpy.save_file(arrays, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_sound_files(tmp_path, dtype):
+    arrays = tensors(dtype=dtype)
+    adapters = peft.load(write(tmp_path, arrays), CONFIG)
+    (path, lora), *none = adapters.items()
+    assert path == "layers/v/kernel" and not none
+    assert lora.scale == 2 and lora.layers is None and lora.a.dtype == jnp.float32
+    for layer in range(2):
+        a, b = (arrays[V.format(layer, x)].astype(np.float32) for x in "AB")
+        np.testing.assert_array_equal(lora.a[layer], a.T)
+        np.testing.assert_array_equal(lora.b[layer], b.T.reshape(2, 2, 4))
+
+
+def test_a_model_without_its_head(tmp_path):
+    """GPT2Model has no `transformer.` in front, and PEFT no layer numbers for it."""
+    key = FRONT + "h.1.attn.c_attn.lora_{}.weight"
+    arrays = {key.format("A"): np.ones((2, 8), np.float32)}
+    arrays[key.format("B")] = np.ones((24, 2), np.float32)
+    write(tmp_path, arrays, target_modules="h.1.*c_attn")
+    (lora,) = peft.load(tmp_path, TIED).values()
+    assert lora.layers == (1,) and lora.b.shape == (1, 2, 3, 2, 4)
+
+
+def change(key, array):
+    return lambda arrays: arrays.update({key: np.asarray(array, np.float32)})
+
+
+def drop(key):
+    return lambda arrays: arrays.pop(key)
+
+
+A0, B1 = V.format(0, "A"), V.format(1, "B")
+OTHER = FRONT + "model.layers.{}.self_attn.{}.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "edit, fields, message",
+    [
+        (drop(B1), {}, r"layers.1.self_attn.v_proj' has \['.lora_A.weight'\]"),
+        (
+            lambda arrays: [arrays.pop(V.format(1, x)) for x in "AB"],
+            {},
+            "no factors for 'model.layers.1.self_attn.v_proj'",
+        ),
+        (
+            change(A0, np.ones((2, 17))),
+            {},
+            r"v_proj.lora_A.weight' has shape \[2, 17\]",
+        ),
+        (change(A0, np.full((2, 16), np.nan)), {}, "v_proj.lora_A.weight' holds NaN"),
+        (lambda _: None, {"r": 10**12}, r"shape \[2, 16\].*rank 1000000000000"),
+        (lambda _: None, {"rank_pattern": {"1.*v_proj": 3}}, r"for \[3, 16\]"),
+        (lambda _: None, {"target_modules": ["q_proj"]}, "no factors for .*q_proj"),
+        (
+            lambda _: None,
+            {"target_modules": "(.+)+0.*v_proj"},
+            "factors for 'model.layers.1.self_attn.v_proj'.* do not select",
+        ),
+        (
+            lambda _: None,
+            {"target_modules": "(a+)+b|(.*.*)*(v_proj|x)!"},
+            "target_modules and its companions do not select",
+        ),
+        (
+            change(OTHER.format(7, "v_proj"), np.ones((2, 16))),
+            {},
+            "no 'model.layers.7.self_attn.v_proj'; .*another base.*nearest",
+        ),
+        (change("x.lora_A.weight", [[1]]), {}, "does not begin with 'base_model"),
+        (
+            change(FRONT + "model.layers.0.self_attn.v_proj.lora_E", [[1]]),
+            {},
+            "no 'model.layers.0.self_attn.v_proj.lora_E'",
+        ),
+        (
+            change(FRONT + "model.norm.weight", np.ones(16)),
+            {},
+            "norm.weight': modules_to_save does not name it",
+        ),
+        (
+            change(FRONT + "model.norm.weight", np.ones(15)),
+            {"modules_to_save": ["norm"]},
+            r"shape \[15\], and the base asks for \[16\]",
+        ),
+        (
+            lambda _: None,
+            {"modules_to_save": ["lm_head"]},
+            "'lm_head.weight' is absent",
+        ),
+        (
+            change(FRONT + "model.layers.0.input_layernorm.weight", np.ones(16)),
+            {"modules_to_save": ["0.input_layernorm"]},
+            "1 of the 2 layers of 'layers/norm_attn/scale'.*scan=False",
+        ),
+        (lambda _: None, {"bias": "all"}, "adapter_config.json: bias='all'"),
+        (lambda _: None, {"init_lora_weights": "pissa_niter_4"}, "residual=True"),
+        (lambda _: None, {"use_dora": True}, "in dora form it needs"),
+    ],
+)
+def test_what_is_refused(tmp_path, edit, fields, message):
+    arrays = tensors()
+    edit(arrays)
+    with pytest.raises(ValueError, match=message) as error:
+        peft.load(write(tmp_path, arrays, **fields), CONFIG)
+    assert str(tmp_path / "adapter_") in str(error.value), "the file is not named"
+
+
+def test_residual_bases_are_taken_at_their_word(tmp_path):
+    write(tmp_path, tensors(), init_lora_weights="pissa_niter_4")
+    assert peft.load(tmp_path, CONFIG, residual=True).keys() == {"layers/v/kernel"}
+
+
+def test_a_frozen_embedding_that_is_not_the_bases(tmp_path):
+    key = FRONT + "model.embed_tokens.base_layer.weight"
+    table = np.ones((31, 16), np.float32)
+    write(tmp_path, tensors() | {key: table})
+    peft.load(tmp_path, CONFIG, {"embed": {"embedding": table}})
+    with pytest.raises(ValueError, match="base_layer.weight' is not the base's"):
+        peft.load(tmp_path, CONFIG, {"embed": {"embedding": 2 * table}})
+
+
+@pytest.mark.parametrize(
+    "field, arrays",
+    [
+        (
+            "target_modules",
+            {"wte.lora_embedding_A": (2, 31), "wte.lora_embedding_B": (8, 2)},
+        ),
+        ("target_modules", {"lm_head.lora_A.weight": (2, 8)}),
+        ("modules_to_save", {"lm_head.weight": (31, 8)}),
+    ],
+)
+def test_one_half_of_what_is_tied(tmp_path, field, arrays):
+    """PEFT leaves the other half frozen; one leaf cannot."""
+    front = {"wte": FRONT + "transformer.", "lm_": FRONT}
+    found = {front[key[:3]] + key: np.ones(s, np.float32) for key, s in arrays.items()}
+    if "lm_head.lora_A.weight" in arrays:
+        found[FRONT + "lm_head.lora_B.weight"] = np.ones((31, 2), np.float32)
+    names = [key.split(".")[0] for key in arrays][:1]
+    fields = {"target_modules": [], field: names}
+    with pytest.raises(ValueError, match="tied head apart.*tied=False"):
+        peft.load(write(tmp_path, found, **fields), TIED)
+
+
+def test_files_that_are_not_sound(tmp_path):
+    write(tmp_path, tensors())
+    file, config = tmp_path / peft.TENSORS, tmp_path / peft.CONFIG
+    whole, told = file.read_bytes(), config.read_text()
+    file.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is no sound"):
+        peft.load(tmp_path, CONFIG)
+    size = int.from_bytes(whole[:8], "little")
+    lie = whole[8 : 8 + size].replace(b"[2,16]", b"[9,16]", 1)
+    file.write_bytes(whole[:8] + lie + whole[8 + size :])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is no sound"):
+        peft.load(tmp_path, CONFIG)
+    file.write_bytes(whole)
+    config.write_text(told[:-1] + ', "r": 4}')
+    with pytest.raises(ValueError, match="adapter_config.json: duplicate keys: r"):
+        peft.load(tmp_path, CONFIG)
+    config.unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_config.json"):
+        peft.load(tmp_path, CONFIG)
+
+
+def test_pickles_are_never_read(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(SETTINGS))
+    (tmp_path / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    with pytest.raises(FileNotFoundError, match="is a pickle.*save_pretrained"):
+        peft.load(tmp_path, CONFIG)
