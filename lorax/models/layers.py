@@ -40,6 +40,12 @@ class Cache:
         """Number of slots."""
         return self.real.shape[1]
 
+    def rows(self, index: jax.Array) -> Cache:
+        """Returns the cache of these sequences, as a beam search reorders them."""
+        return dataclasses.replace(
+            self, k=self.k[:, index], v=self.v[:, index], real=self.real[index]
+        )
+
 
 def empty_cache(
     layers: int, batch: int, length: int, kv_heads: int, head_dim: int, dtype: Any
