@@ -6,7 +6,11 @@ Each file holds one family: `Config` (with `from_hf` and `to_hf`), `Model`, and
 
 from types import ModuleType
 
-from lorax.models import gpt2
+from lorax.models import bert, gpt2, roberta
 
-FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2}
+FAMILIES: dict[str, ModuleType] = {
+    "bert": bert,
+    "gpt2": gpt2,
+    "roberta": roberta,
+}
 """By `model_type` of a config.json."""
