@@ -75,10 +75,12 @@ class Config:
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        """Checks what only one family has."""
-        if self.family == "bert" and self.offset:
+        """Checks the offset."""
+        first = "0" if self.family == "bert" else "1 + padding token"
+        if (self.offset > 0) == (self.family == "bert"):
+            name = {"bert": "BERT", "roberta": "RoBERTa"}[self.family]
             raise ValueError(
-                f"offset={self.offset}: BERT's first token has position 0; set offset=0"
+                f"offset={self.offset}: {name}'s first token is in row {first}"
             )
 
     @property
