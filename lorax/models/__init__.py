@@ -6,11 +6,12 @@ Each file holds one family: `Config` (with `from_hf` and `to_hf`), `Model`, and
 
 from types import ModuleType
 
-from lorax.models import bert, gpt2, roberta
+from lorax.models import bert, gpt2, roberta, t5
 
 FAMILIES: dict[str, ModuleType] = {
     "bert": bert,
     "gpt2": gpt2,
     "roberta": roberta,
+    "t5": t5,
 }
 """By `model_type` of a config.json."""
