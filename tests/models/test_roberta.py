@@ -197,7 +197,7 @@ def test_positions_and_dropout():
     np.testing.assert_allclose(same, want, rtol=1e-5)
     train = functools.partial(roberta.Model(config).apply, deterministic=False)
     rngs = {"dropout": jax.random.key(1)}
-    moved = jax.jit(train)(variables, tokens, rngs=rngs)
+    moved = tools.call(train, variables, tokens, rngs=rngs)
     assert jnp.max(jnp.abs(moved - want)) > 0.01
 
 
@@ -264,7 +264,8 @@ def test_adapters_train(family):
         lorax.Target("classifier_.*", adapter="full"),
     ]
     adapters, params = lorax.init(jax.random.key(0), params, targets, kernels)
-    grads = jax.jit(jax.grad(lorax.adapt(loss, on_merge="error")))(adapters, params)
+    adapted = lorax.adapt(loss, on_merge="error")
+    grads = tools.call(jax.grad(adapted), adapters, params)
     assert grads["layers/q/kernel"].b.shape == (2, 2, 2, 8)
     for path, grad in grads.items():
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grad)), path
