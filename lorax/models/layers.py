@@ -109,6 +109,18 @@ def causal_mask(
     return mask, back
 
 
+def padding_mask(tokens: jax.Array, real: jax.Array | None) -> jax.Array:
+    """Which key every query sees: all that are real, bool `[1 or batch, 1, 1, time]`.
+
+    Args:
+      tokens: int `[batch, time]`.
+      real: bool `[batch, time]`; None: all are real.
+    """
+    if real is None:
+        return jnp.ones((1, 1, 1, tokens.shape[1]), bool)
+    return real[:, None, None, :]
+
+
 def positions_of(
     tokens: jax.Array, real: jax.Array | None, cache: Cache | None
 ) -> jax.Array:
