@@ -46,6 +46,7 @@ def read(
     columns: Sequence[str] = (),
     header: Sequence[str] | None = None,
     encoding: str = "utf-8",
+    use: Callable[[Row], Row] | None = None,
 ) -> Records:
     """Reads a file of rows by its ending: `.csv`, `.tsv`, `.jsonl` or `.json`.
 
@@ -56,6 +57,7 @@ def read(
       columns: what every row must have.
       header: the columns' names, of a CSV or TSV whose first line is no header.
       encoding: of the file; lines that are not valid in it are malformed rows.
+      use: see `convert`; applied to rows that have all columns.
 
     Returns:
       The good rows. If there are malformed ones too, a warning names the first.
@@ -80,7 +82,7 @@ def read(
             raise MalformedRow(
                 f"no {', '.join(map(repr, lacking))} among {sorted(row.values)}"
             )
-        return row
+        return row if use is None else use(row)
 
     return convert(path, found, complete)
 
