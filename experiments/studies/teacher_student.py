@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import math
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,19 +31,14 @@ import optax
 from absl import app, flags
 
 import lorax
-from experiments.benchmarks import measure
+from experiments.studies import comparison
 from lorax import optim
 
-_FOLDER = flags.DEFINE_string(
-    "study_dir", "runs/teacher_student", "Folder for results.json and curves.png."
-)
 _STEPS = flags.DEFINE_integer("steps", 400, "Steps of training.", lower_bound=20)
-_SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds to choose on, and to report.")
 _RATES = flags.DEFINE_integer("rates", 9, "Learning rates of a method's grid.")
 
 BATCH = 32
-STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
-"""The two-sided 95 % quantile for n paired differences, by n."""
+AXES = ("step", "relative squared distance")
 
 
 class Problem(NamedTuple):
@@ -194,66 +188,11 @@ def sweep(
     }
 
 
-def summary(results: dict[str, Any]) -> list[list[str]]:
-    """Rows: method, rate, final distance, paired difference, steps to LoRA's final."""
-    lora = np.array(results["LoRA"]["curves"])
-    goal, n = lora[:, -1].mean(), len(lora)
-    rows = []
-    for name, result in results.items():
-        curves = np.array(result["curves"])
-        final, off = curves[:, -1], curves[:, -1] - lora[:, -1]
-        error = lambda x: x.std(ddof=1) / math.sqrt(n)
-        reached = np.flatnonzero(curves.mean(0) <= goal)
-        half = STUDENT_T.get(n, 1.96) * error(off)
-        verdict = "-"
-        if name != "LoRA":
-            verdict = f"{off.mean():+.4f} +- {half:.4f}"
-            verdict += "" if abs(off.mean()) > half else ": no difference shown"
-        row = [
-            name,
-            f"{result['rate']:.2g}",
-            f"{final.mean():.4f} +- {error(final):.4f}",
-        ]
-        rows.append([*row, verdict, str(reached[0] + 1) if len(reached) else "not"])
-    return rows
-
-
-HEADER = [
-    "method",
-    "rate",
-    "final distance",
-    "minus LoRA (95 %)",
-    "steps to LoRA's final",
-]
-
-
-def draw(results: dict[str, dict[str, Any]], path: pathlib.Path) -> None:
-    """The mean curves of every problem."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(results), figsize=(4.5 * len(results), 3.4))
-    for axis, (title, methods) in zip(
-        np.atleast_1d(axes), results.items(), strict=True
-    ):
-        for name, result in methods.items():
-            curve = np.array(result["curves"])
-            axis.semilogy(np.arange(1, curve.shape[1] + 1), curve.mean(0), label=name)
-        axis.set(title=title, xlabel="step", ylabel="relative squared distance")
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def main(argv: Sequence[str]) -> None:
     """Runs the three problems, prints tables, writes results and figure."""
     del argv
-    steps, seeds, count = _STEPS.value, _SEEDS.value, _RATES.value
-    folder = pathlib.Path(_FOLDER.value)
-    folder.mkdir(parents=True, exist_ok=True)
+    steps, seeds, count = _STEPS.value, comparison.SEEDS.value, _RATES.value
+    folder = comparison.folder("teacher_student")
     results: dict[str, dict[str, Any]] = {}
     for title, problem, methods in (
         ("one kernel, noise 1", ONE, METHODS),
@@ -264,17 +203,14 @@ def main(argv: Sequence[str]) -> None:
             name: sweep(problem, method, steps, seeds, count)
             for name, method in methods.items()
         }
-        print(
-            f"\n{title}\n\n{measure.markdown(HEADER, summary(results[title]))}",
-            flush=True,
-        )
+        print(f"\n{title}\n\n{comparison.table(results[title])}", flush=True)
     ranks = results["unequal ranks"]["AdaLoRA"]["ranks"]
     mean = {path: f"{np.mean(r):.1f}" for path, r in sorted(ranks.items())}
     print(
         f"\nAdaLoRA's final ranks, mean over seeds: {mean}; teachers: {UNEQUAL.ranks}"
     )
     (folder / "results.json").write_text(json.dumps(results))
-    draw(results, folder / "curves.png")
+    comparison.draw(results, folder / "curves.png", AXES)
 
 
 if __name__ == "__main__":
