@@ -30,18 +30,7 @@ class Rendered(NamedTuple):
 
 
 class ChatTemplate:
-    """A chat template in a sandbox with limits.
-
-    Args:
-      source: the jinja2 template.
-      name: where it comes from, for messages.
-      special_tokens: what the template knows as `bos_token` and so on.
-      seconds: that one rendering may take.
-      characters: that it may write.
-
-    Raises:
-      ChatTemplateError: if it is no jinja2 template.
-    """
+    """A chat template in a sandbox with limits."""
 
     def __init__(
         self,
@@ -51,6 +40,18 @@ class ChatTemplate:
         seconds: float = 2.0,
         characters: int = 4_000_000,
     ) -> None:
+        """Compiles a template.
+
+        Args:
+          source: the jinja2 template.
+          name: where it comes from, for messages.
+          special_tokens: what the template knows as `bos_token` and so on.
+          seconds: that one rendering may take.
+          characters: that it may write.
+
+        Raises:
+          ChatTemplateError: if it is no jinja2 template.
+        """
         self._jinja2 = extras.require("jinja2", "interop", f"The chat template {name}")
         from experiments.data import chat_sandbox  # it needs jinja2 to be there
 

@@ -277,7 +277,7 @@ def _json(
         try:
             value = json.loads(line.values["text"], parse_constant=_no_constant)
         except (ValueError, RecursionError) as e:
-            yield f"{line.where}: not JSON: {e}"
+            yield f"{line.where}: not JSON: {e}{_key_of_constant(line.values['text'])}"
             continue
         yield _object(line.where, value)
 
@@ -287,6 +287,20 @@ def _object(where: str, value: Any) -> Row | str:
     if isinstance(value, dict):
         return Row(where, value)
     return f"{where}: expected an object, got {type(value).__name__}"
+
+
+def _key_of_constant(text: str) -> str:
+    """Names the key under which NaN or an infinity stands, if that is what is wrong."""
+    try:
+        value = json.loads(text)
+        for key in value if isinstance(value, dict) else ():
+            try:
+                json.dumps(value[key], allow_nan=False)
+            except ValueError:
+                return f" (under {key!r})"
+    except (ValueError, RecursionError):
+        pass
+    return ""
 
 
 def _no_constant(name: str) -> Any:

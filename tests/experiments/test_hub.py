@@ -19,8 +19,6 @@ def test_without_the_library_the_command_is_given(monkeypatch):
         records.read("hf:sst2:train")
 
 
-# dill's word on pyarrow, when datasets hashes what it was given
-@pytest.mark.filterwarnings("ignore:Cannot (locate reference|pickle)")
 def test_a_directory_saved_to_disk(tmp_path):
     datasets = pytest.importorskip("datasets", reason="needs the interop extra")
     features = datasets.Features(
