@@ -7,6 +7,7 @@ A path may end in `.gz`, or lead through a zip archive as if that were a folder:
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -14,6 +15,8 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
+
+from experiments.data import hub
 
 # How many malformed rows a warning or an error lists in full.
 LISTED = 5
@@ -50,7 +53,8 @@ def read(
 ) -> Records:
     """Reads a file of rows by its ending: `.csv`, `.tsv`, `.jsonl` or `.json`.
 
-    `.json` is a list of objects. In a `.tsv`, quotes are letters, as in GLUE.
+    `.json` is a list of objects. In a `.tsv`, quotes are letters, as in GLUE. And
+    "hf:NAME:SPLIT" is a Hugging Face dataset, see `hub.rows`.
 
     Args:
       path: the file, perhaps with `.gz` after its ending or inside a zip archive.
@@ -66,7 +70,10 @@ def read(
       ValueError: for another ending, or if no row is good.
     """
     kind = pathlib.Path(str(path).removesuffix(".gz")).suffix
-    if kind in (".csv", ".tsv"):
+    found: Iterable[Row | str]
+    if str(path).startswith(hub.PREFIX):
+        found = itertools.starmap(Row, hub.rows(str(path)))
+    elif kind in (".csv", ".tsv"):
         found = _tabular(path, "\t" if kind == ".tsv" else ",", header, encoding)
     elif kind in (".jsonl", ".json"):
         found = _json(path, kind, encoding)
@@ -144,6 +151,23 @@ def read_lines(
         if text.strip():
             found.append(Row(f"{path}:{number}", {"text": text}))
     return found
+
+
+def read_list(
+    path: str | os.PathLike[str], column: str, encoding: str = "utf-8"
+) -> list[Row]:
+    """The elements of one JSON list, as rows with the one column named.
+
+    Raises:
+      ValueError: if it is no JSON list.
+    """
+    try:
+        values = json.loads(read_text(path, encoding), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not JSON: {e}") from e
+    if not isinstance(values, list):
+        raise ValueError(f"{path}: expected a JSON list, got {type(values).__name__}")
+    return [Row(f"{path}[{i}]", {column: value}) for i, value in enumerate(values)]
 
 
 def read_text(path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
@@ -243,32 +267,40 @@ def _json(
 ) -> Iterator[Row | str]:
     """Rows of JSON lines, or of one JSON list."""
     if kind == ".json":
+        for row in read_list(path, "", encoding):
+            yield _object(row.where, row.values[""])
+        return
+    for line in read_lines(path, encoding):
+        if isinstance(line, str):
+            yield line
+            continue
         try:
-            values = json.loads(read_text(path, encoding), parse_constant=_no_constant)
+            value = json.loads(line.values["text"], parse_constant=_no_constant)
         except (ValueError, RecursionError) as e:
-            raise ValueError(f"{path}: not JSON: {e}") from e
-        if not isinstance(values, list):
-            raise ValueError(
-                f"{path}: expected a JSON list, got {type(values).__name__}"
-            )
-        found = [(f"{path}[{i}]", value) for i, value in enumerate(values)]
-    else:
-        found = []
-        for row in read_lines(path, encoding):
-            if isinstance(row, str):
-                yield row
-                continue
+            yield f"{line.where}: not JSON: {e}{_key_of_constant(line.values['text'])}"
+            continue
+        yield _object(line.where, value)
+
+
+def _object(where: str, value: Any) -> Row | str:
+    """A row, or what is wrong with it."""
+    if isinstance(value, dict):
+        return Row(where, value)
+    return f"{where}: expected an object, got {type(value).__name__}"
+
+
+def _key_of_constant(text: str) -> str:
+    """Names the key under which NaN or an infinity stands, if that is what is wrong."""
+    try:
+        value = json.loads(text)
+        for key in value if isinstance(value, dict) else ():
             try:
-                value = json.loads(row.values["text"], parse_constant=_no_constant)
-            except (ValueError, RecursionError) as e:
-                yield f"{row.where}: not JSON: {e}"
-                continue
-            found.append((row.where, value))
-    for where, value in found:
-        if isinstance(value, dict):
-            yield Row(where, value)
-        else:
-            yield f"{where}: expected an object, got {type(value).__name__}"
+                json.dumps(value[key], allow_nan=False)
+            except ValueError:
+                return f" (under {key!r})"
+    except (ValueError, RecursionError):
+        pass
+    return ""
 
 
 def _no_constant(name: str) -> Any:

@@ -77,20 +77,21 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A `tokenizer.json`, with the special tokens that the files beside it name.
-
-    Args:
-      directory: of a checkpoint, with `tokenizer.json` and, as a rule,
-        `tokenizer_config.json` and `special_tokens_map.json`.
-
-    Raises:
-      FileNotFoundError: if there is no `tokenizer.json`; where there is a sentencepiece
-        model, the message holds the command that converts it.
-      ValueError: if a file cannot be read, or names a token that is not in the
-        vocabulary; says which file and which key.
-    """
+    """A `tokenizer.json`, with the special tokens that the files beside it name."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
+        """Reads the files.
+
+        Args:
+          directory: of a checkpoint, with `tokenizer.json` and, as a rule,
+            `tokenizer_config.json` and `special_tokens_map.json`.
+
+        Raises:
+          FileNotFoundError: if there is no `tokenizer.json`; where there is a
+            sentencepiece model, the message holds the command that converts it.
+          ValueError: if a file cannot be read, or names a token that is not in the
+            vocabulary; says which file and which key.
+        """
         folder = pathlib.Path(directory)
         path = folder / "tokenizer.json"
         if not path.is_file():

@@ -75,7 +75,12 @@ BROKEN = [
         2,
         "expected an object, got list",
     ),
-    ("a.jsonl", b'{"a": "1", "b": "2"}\n{"a": 1, "b": NaN}\n', 2, "NaN is no JSON"),
+    (
+        "a.jsonl",
+        b'{"a": "1", "b": "2"}\n{"a": 1, "b": NaN}\n',
+        2,
+        "NaN is no JSON value .under 'b'",
+    ),
     ("a.jsonl", b'{"a": "1", "b": "2"}\n{"a": "1"}\n', 2, r"no 'b' among \['a'\]"),
     ("a.jsonl", b'{"a": "1", "b": "2"}\n{"a": 1, "b": null}\n', 2, "no 'b' among"),
     ("a.jsonl", b'{"a": "1", "b": "2"}\n{"\xff": 1}\n', 2, "0xff is not valid utf-8"),
