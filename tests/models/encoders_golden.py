@@ -9,6 +9,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
+import lorax
 from lorax import tree
 from lorax.models import table
 
@@ -131,3 +132,17 @@ def drawn(module, config, *example):
         lambda leaf: rng.normal(0.0, 0.4, leaf.shape).astype(leaf.dtype),
         jax.eval_shape(init, *example),
     )
+
+
+def gradients(loss, params, targets):
+    """Gradients of adapters made by `targets`: all finite, and none all zero."""
+    kernels = lorax.discover(loss, params)
+    init = lambda params: lorax.init(jax.random.key(0), params, targets, kernels)
+    adapters, params = call(init, params)
+    adapted = lorax.adapt(loss, on_merge="error")
+    grads = jax.device_get(call(jax.grad(adapted), adapters, params))
+    for path, grad in grads.items():
+        leaves = jax.tree.leaves(grad)
+        assert all(np.isfinite(leaf).all() for leaf in leaves), path
+        assert max(np.abs(leaf).max() for leaf in leaves) > 0, path
+    return grads

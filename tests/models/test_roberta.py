@@ -104,8 +104,9 @@ MUTATIONS = {
     "types": {},
     "real": {},
 }
-SWITCHES = [(family, switch) for family in MODULES for switch in MUTATIONS]
-SWITCHES.remove(("bert", "offset"))
+SWITCHES = [("roberta", switch) for switch in MUTATIONS]
+# the families share their code: BERT's own switches, and its head's activation
+SWITCHES += [("bert", name) for name in ("exact gelu", "positions of real tokens")]
 
 
 @pytest.mark.parametrize("family, switch", SWITCHES)
@@ -153,9 +154,8 @@ def test_the_table_names_every_parameter(family, head):
         }
 
 
-@pytest.mark.parametrize("head", TASKS)
-def test_scan_and_remat_change_nothing_and_bfloat16_little(head):
-    config = dataclasses.replace(SMALL, head=head)
+def test_scan_and_remat_change_nothing_and_bfloat16_little():
+    config = dataclasses.replace(SMALL, head="mlm")
     tokens = jnp.arange(10).reshape(2, 5)
     variables = tools.drawn(roberta, config, tokens)
     want = tools.run(roberta, config, variables, tokens)
@@ -258,18 +258,12 @@ def test_adapters_train(family):
         xent = optax.softmax_cross_entropy_with_integer_labels
         return jnp.mean(xent(logits, labels))
 
-    kernels = lorax.discover(loss, params)
     targets = [
         lorax.Target("layers/[qv]/kernel", rank=2),
         lorax.Target("classifier_.*", adapter="full"),
     ]
-    adapters, params = lorax.init(jax.random.key(0), params, targets, kernels)
-    adapted = lorax.adapt(loss, on_merge="error")
-    grads = tools.call(jax.grad(adapted), adapters, params)
-    assert grads["layers/q/kernel"].b.shape == (2, 2, 2, 8)
-    for path, grad in grads.items():
-        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grad)), path
-        assert max(jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(grad)) > 0, path
+    grads = tools.gradients(loss, params, targets)
+    assert len(grads) == 6 and grads["layers/q/kernel"].b.shape == (2, 2, 2, 8)
 
 
 @pytest.mark.parametrize("family, module", MODULES.items())

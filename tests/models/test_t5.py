@@ -117,12 +117,6 @@ def with_head(variables):
     return {"params": variables["params"] | {"head": {"kernel": kernel}}}
 
 
-def one_layer_less(variables):
-    part = jax.tree.map(lambda leaf: leaf[:2], variables["params"]["decoder"]["layers"])
-    decoder = variables["params"]["decoder"] | {"layers": part}
-    return {"params": variables["params"] | {"decoder": decoder}}
-
-
 SWITCHES = [
     ("1.0", {"activation": "gelu"}, None),
     ("1.0", {"eps": 1e-12}, None),
@@ -130,7 +124,6 @@ SWITCHES = [
     ("1.0", {"max_distance": 18}, None),
     ("1.0", {"buckets": 6}, fewer_buckets),
     ("1.0", {"heads": 2, "head_dim": 12}, cut),
-    ("1.0", {"decoder_layers": 2}, one_layer_less),
     ("1.1", {"activation": "gelu"}, None),
     ("1.1", {"gated": False}, None),
     ("1.1", {"tied": True}, None),
@@ -201,7 +194,7 @@ SMALL = t5.Config(
 V11 = dataclasses.replace(SMALL, activation="gelu_new", gated=True, tied=False)
 PAIR = jnp.arange(1, 15).reshape(2, 7), jnp.arange(2, 18).reshape(2, 8)
 REAL = jnp.array([[True] * 7, [True] * 4 + [False] * 3])
-TARGET_REAL = jnp.array([[False] * 2 + [True] * 6, [True] * 8])
+TARGET_REAL = np.array([[False] * 2 + [True] * 6, [True] * 8])
 
 
 @functools.cache
@@ -222,30 +215,26 @@ def test_the_table_names_every_parameter(config):
         }
 
 
-def test_scan_and_remat_change_nothing_and_bfloat16_little():
+def test_remat_changes_nothing_and_bfloat16_little():
     run = functools.partial(tools.run, t5)
-    want = run(V11, small(V11), *PAIR, real=REAL)
-    apart, split = tools.unscanned(V11, small(V11))
-    remat = dataclasses.replace(V11, remat="dots")
-    for other, values in ((apart, split), (remat, small(V11))):
-        got = run(other, values, *PAIR, real=REAL)
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * jnp.std(want))
-    half = dataclasses.replace(V11, dtype=jnp.bfloat16)
-    got = run(half, small(V11), *PAIR, real=REAL)
+    want = run(SMALL, small(SMALL), *PAIR, real=REAL)
+    remat = dataclasses.replace(SMALL, remat="dots")
+    got = run(remat, small(SMALL), *PAIR, real=REAL)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.std(want))
+    half = dataclasses.replace(SMALL, dtype=jnp.bfloat16)
+    got = run(half, small(SMALL), *PAIR, real=REAL)
     assert got.dtype == jnp.float32
-    assert 0 < jnp.max(jnp.abs(got - want)) < 0.3 * jnp.std(want)
+    assert 0 < np.abs(got - want).max() < 0.3 * np.std(want)
 
 
-@pytest.mark.parametrize(
-    "config", [SMALL, tools.unscanned(SMALL, {})[0]], ids=["scan", "apart"]
-)
-def test_cached_decoding_is_decoding(config):
-    variables = small(SMALL)
-    if not config.scan:
-        variables = tools.unscanned(SMALL, variables)[1]
-    model, (inputs, targets) = t5.Model(config), PAIR
-    run = functools.partial(tools.run, t5, config, variables)
-    want = run(inputs, targets, real=REAL, target_real=TARGET_REAL)
+@pytest.mark.parametrize("scan", [True, False])
+def test_cached_decoding_is_decoding(scan):
+    inputs, targets = PAIR
+    config, variables = SMALL, small(SMALL)
+    want = tools.run(t5, config, variables, *PAIR, real=REAL, target_real=TARGET_REAL)
+    if not scan:
+        config, variables = tools.unscanned(config, variables)
+    model, run = t5.Model(config), functools.partial(tools.run, t5, config, variables)
     cache = model.cache(2, 10, 7)
     got, cache = run(
         inputs, targets[:, :3], real=REAL, target_real=TARGET_REAL[:, :3], cache=cache
@@ -256,9 +245,12 @@ def test_cached_decoding_is_decoding(config):
         assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, cache)
         steps.append(got)
         cache = after
-    got = jnp.concatenate(steps, axis=1)
+    got = np.concatenate(steps, axis=1)
     np.testing.assert_allclose(
-        got[TARGET_REAL], want[TARGET_REAL], rtol=1e-4, atol=1e-4 * jnp.std(want)
+        got[TARGET_REAL],
+        np.asarray(want)[TARGET_REAL],
+        rtol=1e-4,
+        atol=1e-4 * np.std(want),
     )
     assert cache.own.index == 8 and cache.own.length == 10
     np.testing.assert_array_equal(cache.real, REAL)
@@ -271,7 +263,7 @@ def test_encoded_inputs_serve_as_inputs():
     assert encoded.shape == (2, 7, 16)
     got = run(None, targets, encoded=encoded, real=REAL)
     want = run(inputs, targets, real=REAL)
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * jnp.std(want))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.std(want))
     with pytest.raises(ValueError, match="no inputs: give inputs, encoded, or a cache"):
         t5.Model(SMALL).apply(small(SMALL), None, targets)
 
@@ -279,10 +271,11 @@ def test_encoded_inputs_serve_as_inputs():
 def test_targets_shift_and_dropout():
     config = dataclasses.replace(SMALL, start=7, dropout=0.5)
     assert t5.shift_right(PAIR[1], config)[0].tolist() == [7, 2, 3, 4, 5, 6, 7, 8]
-    want = tools.run(t5, config, small(SMALL), *PAIR)
+    want = tools.run(t5, SMALL, small(SMALL), *PAIR, real=REAL)
     train = functools.partial(t5.Model(config).apply, deterministic=False)
-    moved = tools.call(train, small(SMALL), *PAIR, rngs={"dropout": jax.random.key(1)})
-    assert jnp.max(jnp.abs(moved - want)) > 0.1 * jnp.std(want)
+    rngs = {"dropout": jax.random.key(1)}
+    moved = tools.call(train, small(SMALL), *PAIR, real=REAL, rngs=rngs)
+    assert np.abs(moved - want).max() > 0.1 * np.std(want)
 
 
 def test_fields_that_config_json_leaves_out():
@@ -323,16 +316,10 @@ def test_adapters_train():
         xent = optax.softmax_cross_entropy_with_integer_labels
         return jnp.mean(xent(logits, targets))
 
-    kernels = lorax.discover(loss, small(SMALL))
     rules = [
         lorax.Target("(encoder|decoder)/layers/(cross_)?[qv]/kernel", rank=2),
         lorax.Target(".*norm_out.*", adapter="full"),
     ]
-    adapters, params = lorax.init(jax.random.key(0), small(SMALL), rules, kernels)
-    assert len(adapters) == 8
-    adapted = lorax.adapt(loss, on_merge="error")
-    grads = tools.call(jax.grad(adapted), adapters, params)
+    grads = tools.gradients(loss, small(SMALL), rules)
+    assert len(grads) == 8
     assert grads["decoder/layers/cross_q/kernel"].b.shape == (3, 2, 2, 6)
-    for path, grad in grads.items():
-        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grad)), path
-        assert max(jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(grad)) > 0, path
