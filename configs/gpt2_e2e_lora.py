@@ -22,55 +22,31 @@ from configs import common
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config; `arg` may be `runlocal`."""
     args = common.parse_arg(arg, runlocal=False)
-    config = common.sections()
+    config = common.checkpoint_run()
 
     config.run.name = "gpt2_e2e_lora"
-    config.run.seed = 0
-    config.run.methods = ("lora",)  # or ("full",)
     config.run.steps = 26_285  # 5 epochs of 42,061 examples
-    config.run.log_every = 100
     config.run.label_smoothing = 0.1
 
-    config.model.source = "openai-community/gpt2-medium"  # a directory, or a hub id
-    config.model.dtype = ""  # of the computation; "" for the checkpoint's
-    config.model.remat = "none"
+    config.model.source = "openai-community/gpt2-medium"
 
     config.adapter.patterns = (".*/qkv/kernel",)
     config.adapter.rank = 4
     config.adapter.alpha = 32.0
-    config.adapter.adapter = "lora"
-    config.adapter.scaling = "standard"
-    config.adapter.init = "standard"
-    config.adapter.options = ()
-    config.adapter.calibration_batches = 8
     config.adapter.dropout = 0.1
-    config.adapter.train_whole = ()
 
-    config.optimizer.name = "adamw"
-    config.optimizer.options = ()
-    config.optimizer.chain = ()
-    config.optimizer.wrap = ()
-    config.optimizer.learning_rate = ml_collections.ConfigDict()
     config.optimizer.learning_rate.lora = 2e-4
-    config.optimizer.learning_rate.full = 1e-5
     config.optimizer.warmup_steps = 500
-    config.optimizer.final_share = 0.0
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.999
     config.optimizer.weight_decay = 0.01
-    config.optimizer.clip_norm = 1.0
 
+    config.data.task = "e2e"
     config.data.form = "lora_format"
-    config.data.train_rows = 0  # 0: all
-    config.data.lengths = (128, 256, 512)  # of the buckets, in tokens
+    config.data.lengths = (128, 256, 512)
     config.data.batch_size = 8
 
-    # One device: nothing is sharded.
-
     config.eval.every = 2_000
-    config.eval.rows = 600  # of the validation set, while training; all at the end
     config.eval.batch_size = 16
-    config.eval.test = 630  # prompts of the test set to write for, once; 0: none
+    config.eval.test = 630
     config.eval.max_tokens = 128
     config.eval.beams = 10
     config.eval.length_penalty = 0.8

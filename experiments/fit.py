@@ -89,11 +89,9 @@ def fit(
         training.simple_loss(loss_fn), tx, clip_norm=clip_norm
     )
     step = jax.jit(step, donate_argnums=0)
-    compiled: dict[
-        Any, Any
-    ] = {}  # by the shapes of the batch; no part of a step's time
+    compiled: dict[Any, Any] = {}  # by a batch's shapes: no part of a step's time
     merge = jax.jit(lorax.merge)
-    tokens = batches[0]["targets"].size
+    tokens = max(leaf.size for leaf in jax.tree.leaves(batches[0]))
     meter = progress.Meter(bars, name, steps)
     times: list[float] = []
     evaluation: dict[str, float] = {}

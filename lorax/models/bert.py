@@ -13,6 +13,9 @@ ALIASES = (
 )
 """Older names on disk, as `(regex of a prefix, replacement)`."""
 
+HEADS = ("classifier_.*",)
+"""Paths of what a checkpoint may lack and `interop.hf.load` then draws."""
+
 IGNORED = (
     r".*\.position_ids",
     r"bert\.pooler\..*",

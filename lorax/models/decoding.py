@@ -94,6 +94,30 @@ def causal(model: Any, slots: int) -> Engine:
     return Engine(prefill, step, slots, getattr(model.config, "limit", None))
 
 
+def sequence_to_sequence(model: Any, slots: int) -> Engine:
+    """Returns the engine of an encoder and decoder; prompts are the encoder's.
+
+    Args:
+      model: `t5.Model`, or another with its call and `cache`.
+      slots: of the decoder's cache: the new tokens, and one that starts.
+    """
+    start = model.config.start
+
+    def prefill(params: Any, tokens: jax.Array, real: jax.Array) -> Any:
+        cache = model.cache(len(tokens), slots, tokens.shape[1])
+        first = jnp.full((len(tokens), 1), start, jnp.int32)
+        logits, cache = model.apply(
+            {"params": params}, tokens, first, real=real, cache=cache
+        )
+        return logits[:, -1], cache
+
+    def step(params: Any, tokens: jax.Array, cache: Any) -> Any:
+        logits, cache = model.apply({"params": params}, None, tokens, cache=cache)
+        return logits[:, -1], cache
+
+    return Engine(prefill, step, slots, start=start)
+
+
 class Progress(NamedTuple):
     """Sequences under way.
 

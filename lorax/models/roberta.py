@@ -125,7 +125,7 @@ class Config:
             activation=fields.activation("hidden_act", "gelu"),
             eps=fields.take("layer_norm_eps", 1e-12),
             head=_head(fields, switches),
-            labels=_labels(fields),
+            labels=switches.pop("labels", None) or _labels(fields),
             **switches,
         )
         pooler = "fc_size num_attention_heads num_fc_layers size_per_head type"
@@ -298,6 +298,9 @@ ALIASES = (
     (r"(.*)\.beta$", r"\1.bias"),
 )
 """Older names on disk, as `(regex of a prefix, replacement)`."""
+
+HEADS = ("classifier_.*",)
+"""Paths of what a checkpoint may lack and `interop.hf.load` then draws."""
 
 IGNORED = (
     r".*\.position_ids",

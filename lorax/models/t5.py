@@ -45,6 +45,16 @@ class Cache:
     v: jax.Array
     real: jax.Array
 
+    def rows(self, index: jax.Array) -> Cache:
+        """Returns the cache of these sequences, as a beam search reorders them."""
+        return Cache(
+            self.own.rows(index), self.k[:, index], self.v[:, index], self.real[index]
+        )
+
+
+INPUTS = 2
+"""Arrays of tokens that the model is called with."""
+
 
 def shift_right(targets: jax.Array, config: Config) -> jax.Array:
     """Returns what the decoder reads to predict `targets`, int `[batch, time]`."""
