@@ -1,0 +1,118 @@
+"""The base model as PEFT sees it: modules by name, and what leaves they are here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from lorax.interop import hf
+from lorax.models import table
+
+WEIGHT = ".weight"
+
+
+class Base:
+    """Names and shapes of one model; nothing is allocated.
+
+    Args:
+      config: of a family of `lorax.models`.
+
+    Attributes:
+      where: `{key on disk: Location}`.
+      shapes: abstract leaf by path.
+      embedding: name of the module whose matrix is the head's too, or "".
+      head: name of that tied head, which has no leaf of its own, or "".
+    """
+
+    def __init__(self, config: Any) -> None:
+        family = hf.family_of(config.to_hf(), "config")
+        locate = lambda c: table.locate(family.entries(c), c.stacks, c.scan)
+        self.where = locate(config)
+        self.shapes: dict[str, jax.ShapeDtypeStruct] = flax.traverse_util.flatten_dict(
+            hf.abstract(family.Model(config)), sep="/"
+        )
+        self.aliases: Collection[tuple[str, str]] = family.ALIASES
+        self.embedding = self.head = ""
+        if getattr(config, "tied", False):
+            untied = locate(dataclasses.replace(config, tied=False))
+            heads = sorted(untied.keys() - self.where.keys())
+            both = [
+                key
+                for key, (_, _, entry) in self.where.items()
+                if entry.axes == ("vocab", "embed")
+            ]
+            self.embedding, self.head = (
+                name.removesuffix(WEIGHT) for name in (both[0], heads[0])
+            )
+
+    @property
+    def modules(self) -> dict[str, table.Location]:
+        """The modules that can have factors, by name; a tied head is its embedding."""
+        found = {
+            key.removesuffix(WEIGHT): location
+            for key, location in self.where.items()
+            if location.entry.inputs and key.endswith(WEIGHT)
+        }
+        if self.head:
+            found[self.head] = found[self.embedding]
+        return found
+
+    def is_embedding(self, module: str) -> bool:
+        """True for a lookup table; False for a linear map."""
+        path = self.modules[module].path
+        return path.endswith("/embedding") and module != self.head
+
+    def sizes(self, module: str) -> tuple[int, int]:
+        """Numbers of inputs and outputs of a module."""
+        path, layer, entry = self.modules[module]
+        shape = self.shapes[path].shape[layer is not None :]
+        sizes = math.prod(shape[: entry.inputs]), math.prod(shape[entry.inputs :])
+        return sizes[::-1] if module == self.head else sizes
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape on disk of a parameter."""
+        path, layer, entry = self.where[key]
+        leaf = self.shapes[path].shape[layer is not None :]
+        return table.disk_shape(leaf, entry.inputs, entry.transposed)
+
+    def tensor(self, key: str, leaves: Mapping[str, Any]) -> np.ndarray:
+        """Returns a parameter as it lies on disk, out of leaves by path."""
+        path, layer, entry = self.where[key]
+        leaf = leaves[path] if layer is None else leaves[path][layer]
+        whole = table.to_disk(np.asarray(leaf), self.shape(key), entry.transposed)
+        return np.ascontiguousarray(whole)
+
+    def prefix(self, names: Iterable[str]) -> str:
+        """What the names lack in front, when a model without head was adapted."""
+        for name in names:
+            for pattern, new in self.aliases:
+                if re.match(pattern, name):
+                    return re.sub(pattern, new, name, count=1).removesuffix(name)
+        return ""
+
+
+def short_names(chosen: Collection[str], others: Collection[str]) -> list[str]:
+    """Returns the shortest ends of names that match `chosen` and none of `others`.
+
+    Example:
+      >>> short_names(["h.0.q", "h.1.q", "h.0.v"], ["h.1.v"])
+      ['0.v', 'q']
+    """
+    found: set[str] = set()
+    for name in chosen:
+        parts = name.split(".")
+        ends = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+        found.add(
+            next(
+                (e for e in ends if not any(o.endswith(e) for o in others)),
+                name,
+            )
+        )
+    return sorted(found)
