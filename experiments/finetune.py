@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import ml_collections
 import rich.console
 
-from experiments import factory, metrics, optimizers, progress, tasks
+from experiments import factory, loading, metrics, optimizers, progress, tasks
 from experiments import writer as writers
-from experiments.data import paths, tokenization
+from experiments.data import tokenization
 from experiments.fit import fit
 from experiments.train import save_and_verify
 from lorax.interop import hf
@@ -114,10 +114,5 @@ def load_base(
         tokens = (jnp.zeros((1, 1), jnp.int32),) * getattr(family, "INPUTS", 1)
         params = jax.jit(model.init)(key, *tokens)["params"]
         return model, params, tokenization.ByteTokenizer()
-    below = paths.root() / config.source
-    directory = hf.locate(below if below.is_dir() else config.source)
-    model, params = hf.load(directory, key=key, dtype=config.dtype or None, **switches)
-    tokenizer = tokenization.load(directory)
-    vocabulary = model.config.vocabulary
-    tokenization.require_vocabulary(tokenizer, vocabulary, "config.json")
-    return model, params, tokenizer
+    dtype = config.dtype or None
+    return loading.load_model(config.source, key=key, dtype=dtype, **switches)

@@ -7,7 +7,6 @@ A prompt is encoded as in training: the tokenizer's BOS once, then the text. Gre
 default; `--temperature` samples, `--beams` searches. Prints prompt and continuation.
 """
 
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,13 +14,12 @@ import jax
 from absl import app, flags
 
 import lorax
+from experiments import loading
 from experiments.data import examples, tokenization
-from lorax import checkpoint
-from lorax.interop import hf
 from lorax.models import beam, decoding, sampling
 
 _MODEL = flags.DEFINE_string("model", None, "Directory of a checkpoint, or a hub id.")
-_ADAPTER = flags.DEFINE_string("adapter", None, "Folder of adapters that lorax saved.")
+_ADAPTER = flags.DEFINE_string("adapter", None, "Folder of adapters, ours or PEFT's.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeatable.")
 _TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most new tokens.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
@@ -86,10 +84,8 @@ def make_writer(
       adapted: `state` is `(adapters, params)`; else `(params,)`.
 
     Raises:
-      ValueError: a prompt without tokens, a tokenizer that is not the model's, stop
-        texts or a temperature with beams.
+      ValueError: a prompt without tokens, stop texts or a temperature with beams.
     """
-    tokenization.require_vocabulary(tokenizer, model.config.vocabulary, "config.json")
     ids = [examples.prompt_ids(tokenizer, prompt) for prompt in prompts]
     slots = -(-max(map(len, ids)) // BUCKET) * BUCKET + max_tokens
     engine = decoding.causal(model, slots)
@@ -127,13 +123,10 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     prompts: list[str] = _PROMPT.value or []
-    directory = hf.locate(_MODEL.value or "")
-    model, params = hf.load(directory)
-    tokenizer = tokenization.load(directory)
+    model, params, tokenizer = loading.load_model(_MODEL.value or "")
     state: tuple[Any, ...] = (params,)
     if _ADAPTER.value:
-        folder = pathlib.Path(_ADAPTER.value)
-        state = checkpoint.load_adapters(folder, params=params), params
+        state = loading.load_adapters(_ADAPTER.value, model, params), params
     write = make_writer(
         model,
         tokenizer,

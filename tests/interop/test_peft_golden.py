@@ -1,9 +1,8 @@
-"""PEFT's adapters give PEFT's logits here, and what is written back gives them there."""
+"""PEFT's adapters give PEFT's logits here, and what is written back does there."""
 
 import numpy as np
 import pytest
 
-from lorax import adapters as kinds
 from lorax.interop import peft as ours
 from tests.interop import peft_cases as cases
 

@@ -69,7 +69,10 @@ def test_targets_of_every_kind(tmp_path):
     assert config["lora_alpha"] == 5  # of o and up: the commonest
     assert "attn.c_attn" not in config["rank_pattern"]
     found, config = written(
-        adapters, tmp_path / "b", rank_stabilized=True, fields={"task_type": "CAUSAL_LM"}
+        adapters,
+        tmp_path / "b",
+        rank_stabilized=True,
+        fields={"task_type": "CAUSAL_LM"},
     )
     close(found, expected)
     assert config["use_rslora"] and config["task_type"] == "CAUSAL_LM"
