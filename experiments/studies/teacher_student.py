@@ -9,7 +9,11 @@ over sum |D_k|^2.
 
 Problems: "one kernel", 64 x 48, a teacher of rank 4, methods of one rank; "unequal
 ranks": six kernels 32 x 32 whose teachers have the ranks 8, 4, 2, 1, 0 and 0, LoRA of
-rank 3 each against AdaLoRA of the same total.
+rank 3 each against AdaLoRA of the same total at its end.
+
+The floor is the distance that the start leaves reachable: an adapter of rank r moves
+the kernel that `init` returned by any matrix of rank r, and what lies beyond the r
+largest singular values of (teacher - that kernel) stays.
 
 Every method has the same number of learning rates, a factor 2 apart, chosen on seeds
 that are not reported; a best rate at an end of the grid moves the grid. Reported are
@@ -94,7 +98,8 @@ METHODS = {
 }
 ALLOCATION = {
     "LoRA": Method(_lora(3), lambda rate, _: optax.adam(rate), 4e-3),
-    "AdaLoRA": Method(_lora(5, adapter="adalora"), _adalora, 8e-3),
+    "AdaLoRA from rank 5": Method(_lora(5, adapter="adalora"), _adalora, 8e-3),
+    "AdaLoRA from rank 8": Method(_lora(8, adapter="adalora"), _adalora, 8e-3),
 }
 
 
@@ -112,7 +117,7 @@ def teacher(problem: Problem, key: jax.Array) -> tuple[dict, dict]:
 
 
 def make_run(problem: Problem, method: Method, steps: int) -> Callable[..., Any]:
-    """Returns `run(seed, rate) -> (distance at every step, effective ranks)`."""
+    """Returns `run(seed, rate) -> (distance at every step, effective ranks, floor)`."""
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
         x, targets = batch
@@ -120,7 +125,7 @@ def make_run(problem: Problem, method: Method, steps: int) -> Callable[..., Any]
         total: Any = sum(map(error, params))
         return 0.5 * total / len(x)
 
-    def run(seed: jax.Array, rate: jax.Array) -> tuple[jax.Array, Any]:
+    def run(seed: jax.Array, rate: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
         key = jax.random.key(seed)
         base, change = teacher(problem, jax.random.fold_in(key, 0))
         goal = jax.tree.map(jnp.add, base, change)
@@ -153,13 +158,17 @@ def make_run(problem: Problem, method: Method, steps: int) -> Callable[..., Any]
             away = jax.tree.map(lambda w, g: jnp.sum((w - g) ** 2), merged, goal)
             return (adapters, state), sum(away.values())
 
+        rank = method.target.rank
+        values = lambda w, g: jnp.linalg.svd(g - w, compute_uv=False)
+        left = jax.tree.leaves(jax.tree.map(values, params, goal))
+        floor = jnp.sum(jnp.stack(left)[:, rank:] ** 2)
         carry = adapters, tx.init(adapters)
         (adapters, state), away = jax.lax.scan(step, carry, jnp.arange(1, steps + 1))
         size = sum(jnp.sum(d**2) for d in change.values())
         ranks: Any = {}
         if method.target.adapter == "adalora":
             ranks = optim.adalora_effective_ranks(state)
-        return away / size, ranks
+        return away / size, ranks, floor / size
 
     return jax.jit(jax.vmap(jax.vmap(run, (None, 0)), (0, None)))
 
@@ -179,11 +188,12 @@ def sweep(
         if 0 < best < count - 1 or abs(shift) > 3 * count:
             break
         shift += count // 2 if best else -(count // 2)
-    curves, ranks = run(report, jnp.asarray(rates[best : best + 1]))
+    curves, ranks, floor = run(report, jnp.asarray(rates[best : best + 1]))
     return {
         "rate": float(rates[best]),
         "grid": {f"{r:.3g}": float(v) for r, v in zip(rates, mean, strict=True)},
         "curves": np.asarray(curves)[:, 0].tolist(),
+        "floor": float(np.mean(floor)),
         "ranks": {path: np.asarray(r)[:, 0].tolist() for path, r in ranks.items()},
     }
 
@@ -203,12 +213,13 @@ def main(argv: Sequence[str]) -> None:
             name: sweep(problem, method, steps, seeds, count)
             for name, method in methods.items()
         }
-        print(f"\n{title}\n\n{comparison.table(results[title])}", flush=True)
-    ranks = results["unequal ranks"]["AdaLoRA"]["ranks"]
-    mean = {path: f"{np.mean(r):.1f}" for path, r in sorted(ranks.items())}
-    print(
-        f"\nAdaLoRA's final ranks, mean over seeds: {mean}; teachers: {UNEQUAL.ranks}"
-    )
+        print(f"\n{title}\n\n{comparison.table(results[title])}\n", flush=True)
+        floors = {name: f"{own['floor']:.4f}" for name, own in results[title].items()}
+        print(f"floors: {floors}", flush=True)
+    print(f"\nfinal ranks, mean over seeds; the teachers': {UNEQUAL.ranks}")
+    for name, own in results["unequal ranks"].items():
+        mean = [f"{np.mean(r):.1f}" for _, r in sorted(own["ranks"].items())]
+        print(f"{name}: {', '.join(mean) or '3 each'}")
     (folder / "results.json").write_text(json.dumps(results))
     comparison.draw(results, folder / "curves.png", AXES)
 

@@ -148,7 +148,7 @@ def test_a_pruned_adalora_with_ranks_down_to_zero(tmp_path):
 
 
 def test_pefts_own_pruned_adalora(tmp_path):
-    """`update_and_allocate` writes the masks; some layers are left without a triplet."""
+    """`update_and_allocate` writes the masks; some layers keep no triplet."""
     config = peft.AdaLoraConfig(
         init_r=3,
         target_r=1,
