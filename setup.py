@@ -29,11 +29,14 @@ EXPERIMENTS = [
     "grain>=0.2.10",
     "matplotlib>=3.9",
     "rich>=13.7",
+    "sacrebleu>=2.5",
     "tensorboardX>=2.6",
 ]
 NOTEBOOKS = [*EXPERIMENTS, "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
-INTEROP = ["datasets>=3", "huggingface_hub>=0.30", "jinja2>=3.1.6", "tokenizers>=0.21"]
-TEST = [*EXPERIMENTS, "hypothesis>=6.100", "pytest>=8.4"]
+CHECKPOINT_TEXT = ["jinja2>=3.1.6", "tokenizers>=0.21"]  # light enough for the tests
+INTEROP = [*CHECKPOINT_TEXT, "datasets>=3", "huggingface_hub>=0.30"]
+XDIST = "pytest-xdist>=3.6"  # the suite is compilations: twice as fast on two cores
+TEST = [*EXPERIMENTS, *CHECKPOINT_TEXT, "hypothesis>=6.100", "pytest>=8.4", XDIST]
 GOLDEN = ["peft>=0.17", "torch>=2.7", "transformers>=4.55"]
 LINT = ["mypy==2.4.1", "ruff==0.17.6"]  # pinned: they decide what passes
 

@@ -34,6 +34,83 @@ def sections() -> ml_collections.ConfigDict:
     return config
 
 
+def checkpoint_run() -> ml_collections.ConfigDict:
+    """Returns a config of `experiments.finetune` with what most runs have in common.
+
+    A config sets its own name, source, patterns, learning rate, sizes and task.
+    """
+    config = sections()
+    config.run.seed = 0
+    config.run.methods = ("lora",)  # or ("full",)
+    config.run.steps = 1_000
+    config.run.log_every = 100
+    config.run.label_smoothing = 0.0
+
+    config.model.source = ""  # a directory, or a hub id
+    config.model.random = ml_collections.ConfigDict()  # a config.json: drawn, no result
+    config.model.labels = 0  # of a classification head; 0: none
+    config.model.dtype = ""  # of the computation; "" for the checkpoint's
+    config.model.remat = "none"
+
+    config.adapter.patterns = ("all-linear",)
+    config.adapter.rank = 8
+    config.adapter.alpha = 16.0
+    config.adapter.adapter = "lora"
+    config.adapter.scaling = "standard"
+    config.adapter.init = "standard"
+    config.adapter.options = ()
+    config.adapter.calibration_batches = 8
+    config.adapter.dropout = 0.0
+    config.adapter.train_whole = ()
+
+    config.optimizer.name = "adamw"
+    config.optimizer.options = ()
+    config.optimizer.chain = ()
+    config.optimizer.wrap = ()
+    config.optimizer.learning_rate = ml_collections.ConfigDict()
+    config.optimizer.learning_rate.lora = 2e-4
+    config.optimizer.learning_rate.full = 1e-5
+    config.optimizer.warmup_steps = 100
+    config.optimizer.final_share = 0.0
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0
+
+    config.data.task = ""  # one of experiments.tasks.TASKS
+    config.data.train_rows = 0  # 0: all
+    config.data.valid_rows = 0  # 0: all
+    config.data.lengths = (128,)  # of the buckets, in tokens
+    config.data.batch_size = 16
+
+    # One device: nothing is sharded.
+
+    config.eval.every = 500
+    config.eval.rows = 600  # of the validation set, while training; all at the end
+    config.eval.batch_size = 32
+    config.eval.test = 0  # prompts of the test set to write for, once; 0: none
+    return config
+
+
+def shrink(config: ml_collections.ConfigDict, fields: dict) -> None:
+    """Makes a run a path check: 20 steps of a drawn model on movie reviews.
+
+    Args:
+      config: of a labelled task.
+      fields: the config.json of the model to draw.
+    """
+    config.run.steps, config.run.log_every = 20, 5
+    config.model.random = ml_collections.ConfigDict(fields)
+    config.model.labels = 2 if config.model.labels else 0
+    config.optimizer.learning_rate.lora = 5e-3
+    config.optimizer.warmup_steps = 2
+    config.data.name = "sentence_polarity"
+    config.data.train_rows = config.data.valid_rows = 512
+    config.data.lengths = (160,)
+    config.data.batch_size = 8
+    config.eval.rows, config.eval.every = 64, 10
+
+
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> dict:
     """Reads what follows the colon of `--config=configs/x.py:runlocal,seed=3`.
 

@@ -88,16 +88,23 @@ def fit(
     step = training.make_train_step(
         training.simple_loss(loss_fn), tx, clip_norm=clip_norm
     )
-    step = jax.jit(step, donate_argnums=0).lower(state, params, batches[0]).compile()
+    step = jax.jit(step, donate_argnums=0)
+    compiled: dict[Any, Any] = {}  # by a batch's shapes: no part of a step's time
     merge = jax.jit(lorax.merge)
-    tokens = batches[0]["targets"].size
+    tokens = max(leaf.size for leaf in jax.tree.leaves(batches[0]))
     meter = progress.Meter(bars, name, steps)
     times: list[float] = []
     evaluation: dict[str, float] = {}
 
     began, reported, losses = time.perf_counter(), 0, []
     for i in range(1, steps + 1):
-        state, values = step(state, params, batches[i - 1])
+        batch = batches[i - 1]
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if shapes not in compiled:
+            paused = time.perf_counter()
+            compiled[shapes] = step.lower(state, params, batch).compile()
+            began += time.perf_counter() - paused
+        state, values = compiled[shapes](state, params, batch)
         losses.append(values["loss"])
         if i % log_every == 0 or i == steps:
             values = jax.device_get(values)  # waits for the step

@@ -24,12 +24,12 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # libraries announce what they lack at INFO
     # jax and flax load only once the flags are right
-    from experiments import population
+    from experiments import finetune, population
 
     config = _CONFIG.value
-    population.run(
-        config, _WORKDIR.value or str(pathlib.Path("runs") / config.run.name)
-    )
+    workdir = _WORKDIR.value or str(pathlib.Path("runs") / config.run.name)
+    run = finetune.run if "source" in config.model else population.run
+    run(config, workdir)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from experiments import factory, metrics, optimizers, plots, progress
 from experiments import writer as writers
 from experiments.data import documents, windows
 from experiments.fit import Fit, fit
-from experiments.generate import sample_text
 from experiments.pretrain import load_or_train
+from experiments.sample import sample_text
 from lorax import checkpoint
 
 LABELS = {"base": "base", "lora": "LoRA", "full": "full"}

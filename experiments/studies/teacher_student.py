@@ -9,7 +9,11 @@ over sum |D_k|^2.
 
 Problems: "one kernel", 64 x 48, a teacher of rank 4, methods of one rank; "unequal
 ranks": six kernels 32 x 32 whose teachers have the ranks 8, 4, 2, 1, 0 and 0, LoRA of
-rank 3 each against AdaLoRA of the same total.
+rank 3 each against AdaLoRA of the same total at its end.
+
+The floor is the distance that the start leaves reachable: an adapter of rank r moves
+the kernel that `init` returned by any matrix of rank r, and what lies beyond the r
+largest singular values of (teacher - that kernel) stays.
 
 Every method has the same number of learning rates, a factor 2 apart, chosen on seeds
 that are not reported; a best rate at an end of the grid moves the grid. Reported are
@@ -21,7 +25,6 @@ from __future__ import annotations
 
 import json
 import math
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,19 +35,14 @@ import optax
 from absl import app, flags
 
 import lorax
-from experiments.benchmarks import measure
+from experiments.studies import comparison
 from lorax import optim
 
-_FOLDER = flags.DEFINE_string(
-    "study_dir", "runs/teacher_student", "Folder for results.json and curves.png."
-)
 _STEPS = flags.DEFINE_integer("steps", 400, "Steps of training.", lower_bound=20)
-_SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds to choose on, and to report.")
 _RATES = flags.DEFINE_integer("rates", 9, "Learning rates of a method's grid.")
 
 BATCH = 32
-STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
-"""The two-sided 95 % quantile for n paired differences, by n."""
+AXES = ("step", "relative squared distance")
 
 
 class Problem(NamedTuple):
@@ -100,7 +98,8 @@ METHODS = {
 }
 ALLOCATION = {
     "LoRA": Method(_lora(3), lambda rate, _: optax.adam(rate), 4e-3),
-    "AdaLoRA": Method(_lora(5, adapter="adalora"), _adalora, 8e-3),
+    "AdaLoRA from rank 5": Method(_lora(5, adapter="adalora"), _adalora, 8e-3),
+    "AdaLoRA from rank 8": Method(_lora(8, adapter="adalora"), _adalora, 8e-3),
 }
 
 
@@ -118,7 +117,7 @@ def teacher(problem: Problem, key: jax.Array) -> tuple[dict, dict]:
 
 
 def make_run(problem: Problem, method: Method, steps: int) -> Callable[..., Any]:
-    """Returns `run(seed, rate) -> (distance at every step, effective ranks)`."""
+    """Returns `run(seed, rate) -> (distance at every step, effective ranks, floor)`."""
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
         x, targets = batch
@@ -126,7 +125,7 @@ def make_run(problem: Problem, method: Method, steps: int) -> Callable[..., Any]
         total: Any = sum(map(error, params))
         return 0.5 * total / len(x)
 
-    def run(seed: jax.Array, rate: jax.Array) -> tuple[jax.Array, Any]:
+    def run(seed: jax.Array, rate: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
         key = jax.random.key(seed)
         base, change = teacher(problem, jax.random.fold_in(key, 0))
         goal = jax.tree.map(jnp.add, base, change)
@@ -159,13 +158,17 @@ def make_run(problem: Problem, method: Method, steps: int) -> Callable[..., Any]
             away = jax.tree.map(lambda w, g: jnp.sum((w - g) ** 2), merged, goal)
             return (adapters, state), sum(away.values())
 
+        rank = method.target.rank
+        values = lambda w, g: jnp.linalg.svd(g - w, compute_uv=False)
+        left = jax.tree.leaves(jax.tree.map(values, params, goal))
+        floor = jnp.sum(jnp.stack(left)[:, rank:] ** 2)
         carry = adapters, tx.init(adapters)
         (adapters, state), away = jax.lax.scan(step, carry, jnp.arange(1, steps + 1))
         size = sum(jnp.sum(d**2) for d in change.values())
         ranks: Any = {}
         if method.target.adapter == "adalora":
             ranks = optim.adalora_effective_ranks(state)
-        return away / size, ranks
+        return away / size, ranks, floor / size
 
     return jax.jit(jax.vmap(jax.vmap(run, (None, 0)), (0, None)))
 
@@ -185,75 +188,21 @@ def sweep(
         if 0 < best < count - 1 or abs(shift) > 3 * count:
             break
         shift += count // 2 if best else -(count // 2)
-    curves, ranks = run(report, jnp.asarray(rates[best : best + 1]))
+    curves, ranks, floor = run(report, jnp.asarray(rates[best : best + 1]))
     return {
         "rate": float(rates[best]),
         "grid": {f"{r:.3g}": float(v) for r, v in zip(rates, mean, strict=True)},
         "curves": np.asarray(curves)[:, 0].tolist(),
+        "floor": float(np.mean(floor)),
         "ranks": {path: np.asarray(r)[:, 0].tolist() for path, r in ranks.items()},
     }
-
-
-def summary(results: dict[str, Any]) -> list[list[str]]:
-    """Rows: method, rate, final distance, paired difference, steps to LoRA's final."""
-    lora = np.array(results["LoRA"]["curves"])
-    goal, n = lora[:, -1].mean(), len(lora)
-    rows = []
-    for name, result in results.items():
-        curves = np.array(result["curves"])
-        final, off = curves[:, -1], curves[:, -1] - lora[:, -1]
-        error = lambda x: x.std(ddof=1) / math.sqrt(n)
-        reached = np.flatnonzero(curves.mean(0) <= goal)
-        half = STUDENT_T.get(n, 1.96) * error(off)
-        verdict = "-"
-        if name != "LoRA":
-            verdict = f"{off.mean():+.4f} +- {half:.4f}"
-            verdict += "" if abs(off.mean()) > half else ": no difference shown"
-        row = [
-            name,
-            f"{result['rate']:.2g}",
-            f"{final.mean():.4f} +- {error(final):.4f}",
-        ]
-        rows.append([*row, verdict, str(reached[0] + 1) if len(reached) else "not"])
-    return rows
-
-
-HEADER = [
-    "method",
-    "rate",
-    "final distance",
-    "minus LoRA (95 %)",
-    "steps to LoRA's final",
-]
-
-
-def draw(results: dict[str, dict[str, Any]], path: pathlib.Path) -> None:
-    """The mean curves of every problem."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(results), figsize=(4.5 * len(results), 3.4))
-    for axis, (title, methods) in zip(
-        np.atleast_1d(axes), results.items(), strict=True
-    ):
-        for name, result in methods.items():
-            curve = np.array(result["curves"])
-            axis.semilogy(np.arange(1, curve.shape[1] + 1), curve.mean(0), label=name)
-        axis.set(title=title, xlabel="step", ylabel="relative squared distance")
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the three problems, prints tables, writes results and figure."""
     del argv
-    steps, seeds, count = _STEPS.value, _SEEDS.value, _RATES.value
-    folder = pathlib.Path(_FOLDER.value)
-    folder.mkdir(parents=True, exist_ok=True)
+    steps, seeds, count = _STEPS.value, comparison.SEEDS.value, _RATES.value
+    folder = comparison.folder("teacher_student")
     results: dict[str, dict[str, Any]] = {}
     for title, problem, methods in (
         ("one kernel, noise 1", ONE, METHODS),
@@ -264,17 +213,15 @@ def main(argv: Sequence[str]) -> None:
             name: sweep(problem, method, steps, seeds, count)
             for name, method in methods.items()
         }
-        print(
-            f"\n{title}\n\n{measure.markdown(HEADER, summary(results[title]))}",
-            flush=True,
-        )
-    ranks = results["unequal ranks"]["AdaLoRA"]["ranks"]
-    mean = {path: f"{np.mean(r):.1f}" for path, r in sorted(ranks.items())}
-    print(
-        f"\nAdaLoRA's final ranks, mean over seeds: {mean}; teachers: {UNEQUAL.ranks}"
-    )
+        print(f"\n{title}\n\n{comparison.table(results[title])}\n", flush=True)
+        floors = {name: f"{own['floor']:.4f}" for name, own in results[title].items()}
+        print(f"floors: {floors}", flush=True)
+    print(f"\nfinal ranks, mean over seeds; the teachers': {UNEQUAL.ranks}")
+    for name, own in results["unequal ranks"].items():
+        mean = [f"{np.mean(r):.1f}" for _, r in sorted(own["ranks"].items())]
+        print(f"{name}: {', '.join(mean) or '3 each'}")
     (folder / "results.json").write_text(json.dumps(results))
-    draw(results, folder / "curves.png")
+    comparison.draw(results, folder / "curves.png", AXES)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from lorax.interop import files, leaves
 from lorax.models import table
 from lorax.types import PyTree
 
-OLD_NAMES = ((r"(.*)\.gamma", r"\1.weight"), (r"(.*)\.beta", r"\1.bias"))
+OLD_NAMES = ((r"(.*)\.gamma$", r"\1.weight"), (r"(.*)\.beta$", r"\1.bias"))
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja", "LICENSE*")
 
 
@@ -203,16 +203,11 @@ def _dtype(tensors: Any) -> Any:
     return max(count, key=lambda dtype: count[dtype], default=np.dtype(np.float32))
 
 
-def renamed(family: ModuleType, key: str) -> str | None:
-    """Returns the present name of a tensor; None for what is read by nobody."""
-    for pattern, new in OLD_NAMES:
-        if re.fullmatch(pattern, key):
-            key = re.sub(pattern, new, key, count=1)
-    for pattern, new in family.ALIASES:
-        if re.match(pattern, key):
-            key = re.sub(pattern, new, key, count=1)
-            break
-    return None if files.matches(family.IGNORED, key) else key
+def renamed(family: ModuleType, key: str) -> str:
+    """Returns the present name of a tensor."""
+    for pattern, new in (*OLD_NAMES, *family.ALIASES):
+        key = re.sub(f"^{pattern}", new, key, count=1)
+    return key
 
 
 def _placed(
@@ -224,14 +219,14 @@ def _placed(
     draws_heads: bool,
 ) -> dict[str, list[tuple[files.Tensor, table.Entry]]]:
     """Returns for every leaf its tensors, one for each layer of a stack."""
+    where = table.locate(family.entries(config), config.stacks, config.scan)
     known: dict[str, files.Tensor] = {}
     for key, tensor in tensors.items():
         name = renamed(family, key)
         if name in known:
             raise ValueError(f"{directory}: {key!r} and {known[name].key!r} are one")
-        if name is not None:
+        if name in where or not files.matches(family.IGNORED, name):
             known[name] = tensor
-    where = table.locate(family.entries(config), config.stacks, config.scan)
     heads = getattr(family, "HEADS", ())
     optional = {
         k for k, v in where.items() if draws_heads and files.matches(heads, v.path)

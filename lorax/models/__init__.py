@@ -6,13 +6,16 @@ Each file holds one family: `Config` (with `from_hf` and `to_hf`), `Model`, and
 
 from types import ModuleType
 
-from lorax.models import gpt2, llama
+from lorax.models import bert, gpt2, llama, roberta, t5
 
 FAMILIES: dict[str, ModuleType] = {
+    "bert": bert,
     "gpt2": gpt2,
     "llama": llama,
     "mistral": llama,
     "qwen2": llama,
     "qwen3": llama,
+    "roberta": roberta,
+    "t5": t5,
 }
 """By `model_type` of a config.json."""

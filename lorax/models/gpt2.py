@@ -68,6 +68,11 @@ class Config:
         """Layers of every stack."""
         return {"layers": self.layers}
 
+    @property
+    def limit(self) -> int:
+        """Longest sequence."""
+        return self.positions
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
         """Returns what a config.json says; `switches` are dropout, scan, dtype, ..."""
@@ -163,6 +168,7 @@ class Model(nn.Module):
         segments: jax.Array | None = None,
         cache: layers.Cache | None = None,
         deterministic: bool = True,
+        last_only: bool = False,
     ) -> Any:
         """Reads tokens.
 
@@ -173,6 +179,7 @@ class Model(nn.Module):
           segments: int `[batch, time]`, of packed documents.
           cache: from `cache`, of what was read before.
           deterministic: no dropout.
+          last_only: logits of the last token alone, `[batch, 1, vocabulary]`.
 
         Returns:
           Logits `[batch, time, vocabulary]`, float32; with a cache also the new one.
@@ -201,7 +208,7 @@ class Model(nn.Module):
             scan=config.scan,
             remat=config.remat,
         )
-        x = layers.layer_norm("norm_out", config)(x)
+        x = layers.layer_norm("norm_out", config)(x[:, -1:] if last_only else x)
         logits = layers.head(x, embed, config)
         if cache is None:
             return logits

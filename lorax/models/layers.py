@@ -40,6 +40,12 @@ class Cache:
         """Number of slots."""
         return self.real.shape[1]
 
+    def rows(self, index: jax.Array) -> Cache:
+        """Returns the cache of these sequences, as a beam search reorders them."""
+        return dataclasses.replace(
+            self, k=self.k[:, index], v=self.v[:, index], real=self.real[index]
+        )
+
 
 def empty_cache(
     layers: int, batch: int, length: int, kv_heads: int, head_dim: int, dtype: Any
@@ -101,6 +107,18 @@ def causal_mask(
             raise ValueError("segments (packed documents) and a cache exclude another")
         mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
     return mask, back
+
+
+def padding_mask(tokens: jax.Array, real: jax.Array | None) -> jax.Array:
+    """Which key every query sees: all that are real, bool `[1 or batch, 1, 1, time]`.
+
+    Args:
+      tokens: int `[batch, time]`.
+      real: bool `[batch, time]`; None: all are real.
+    """
+    if real is None:
+        return jnp.ones((1, 1, 1, tokens.shape[1]), bool)
+    return real[:, None, None, :]
 
 
 def positions_of(

@@ -262,6 +262,7 @@ class Model(nn.Module):
         segments: jax.Array | None = None,
         cache: layers.Cache | None = None,
         deterministic: bool = True,
+        last_only: bool = False,
     ) -> Any:
         """Reads tokens.
 
@@ -272,6 +273,7 @@ class Model(nn.Module):
           segments: int `[batch, time]`, of packed documents.
           cache: from `cache`, of what was read before.
           deterministic: accepted for the sake of other families; there is no dropout.
+          last_only: logits of the last token alone, `[batch, 1, vocabulary]`.
 
         Returns:
           Logits `[batch, time, vocabulary]`, float32; with a cache also the new one.
@@ -304,7 +306,8 @@ class Model(nn.Module):
             scan=config.scan,
             remat=config.remat,
         )
-        logits = layers.head(layers.rms_norm("norm_out", config)(x), embed, config)
+        x = layers.rms_norm("norm_out", config)(x[:, -1:] if last_only else x)
+        logits = layers.head(x, embed, config)
         if cache is None:
             return logits
         return logits, dataclasses.replace(cache, k=kept[0], v=kept[1])

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lorax.adapters import AdaLora, layout, orthogonal_penalty
+from lorax.adapters import AdaLora, layout
+from lorax.optim import _gram
 from lorax.optim._adalora_schedule import BudgetSchedule, require_int
 from lorax.optim._pairs import require_adapters, require_params
 from lorax.types import Adapters
@@ -79,7 +80,8 @@ def adalora(
     `jax.vmap` leave it unbatched, and a step that chooses nothing sorts nothing there
     either: `in_axes` and `out_axes` of the state
     `AdaLoraState(None, None, 0, 0, 0, 0)`. With a batched count the result is the same
-    and every member sorts at every step.
+    and every member sorts at every step. `pairs=` of a population passes unread: members
+    must have the ranks that they were made with, as `lorax.population` sees to.
 
     Args:
       inner: the optimiser, such as `optax.adamw(1e-3, mask=decay_mask)`.
@@ -247,13 +249,25 @@ def _total(adapters: Adapters, init_budget: int | None, target_budget: int) -> i
 def _with_penalty(
     grads: Adapters, adapters: Mapping[str, AdaLora], weight: Any
 ) -> Adapters:
-    """The gradients of loss + weight * orthogonal_penalty."""
+    """The gradients of loss + weight * orthogonal_penalty.
+
+    In closed form, `4 p (p^T p - I)` and `4 (q q^T - I) q`: two thin products a factor,
+    where autodiff takes three.
+    """
     if isinstance(weight, int | float) and weight == 0:
         return dict(grads)
-    slopes = jax.grad(orthogonal_penalty)(adapters)
-    add = lambda g, slope: (g + weight * slope).astype(g.dtype)
-    own = {path: grads[path] for path in adapters}
-    return {**grads, **jax.tree.map(add, own, slopes)}
+
+    def added(grad: Any, own: AdaLora) -> AdaLora:
+        p = own.p.reshape(*own.lam.shape[:-1], -1, own.rank)
+        q = own.q.reshape(*own.lam.shape, -1)
+        p, q = p.astype(layout.wide(p)), q.astype(layout.wide(q))
+        eye = jnp.eye(own.rank, dtype=p.dtype)
+        left = _gram.dot(p, 4 * weight * (_gram.dot(p.mT, p) - eye))
+        right = _gram.dot(4 * weight * (_gram.dot(q, q.mT) - eye), q)
+        add = lambda g, slope: (g + slope.reshape(g.shape)).astype(g.dtype)
+        return dataclasses.replace(grad, p=add(grad.p, left), q=add(grad.q, right))
+
+    return {**grads, **{path: added(grads[path], a) for path, a in adapters.items()}}
 
 
 def _importance(
@@ -267,13 +281,15 @@ def _importance(
     """The next Ibar and Ubar; the same ones when frozen."""
     ema = lambda old, new, beta: jnp.where(frozen, old, beta * old + (1 - beta) * new)
     wide = lambda x: x.astype(layout.wide(x))
-    now = jax.tree.map(lambda w, d: jnp.abs(wide(w) * wide(d)), weights, grads)
-    mean = jax.tree.map(lambda old, i: ema(old, i, beta1), state.sensitivity, now)
+    sensed = lambda old, w, d: ema(old, jnp.abs(wide(w) * wide(d)), beta1)
+    mean = jax.tree.map(sensed, state.sensitivity, weights, grads)
+    # I - Ibar = (Ibar - its last value) beta1 / (1 - beta1): fewer arrays to read
+    swing = beta1 / (1 - beta1)
     spread = jax.tree.map(
-        lambda old, i, ibar: ema(old, jnp.abs(i - ibar), beta2),
+        lambda old, ibar, last: ema(old, swing * jnp.abs(ibar - last), beta2),
         state.uncertainty,
-        now,
         mean,
+        state.sensitivity,
     )
     return mean, spread
 

@@ -8,11 +8,17 @@ no other singular value moves. For a Schatten norm with exponent p,
     grad 0.5 |W|_Sp^2 = |sigma|_p^(2-p) U S^(p-1) V^T
 
 so p = 2 is Frobenius decay, and an even p a smooth stand-in where sigma_1 is repeated.
-Of the update `D = s a b` the decomposition is exact and thin, from rank x rank cores,
+Of the update `D = s a b` it is exact and thin. With `N = a^T a`, `M = b b^T`, the root
+`h = N^1/2` and the leading eigenpair (l, q) of `h M h`, so that l = |a b|_2^2,
 
-    grad_a = s^2 U w (V^T b^T),      grad_b = s^2 (a^T U) w V^T
+    z = h q,   y = M z / sqrt(l),      grad_a = s^2 (a y) y^T,   grad_b = s^2 z (z^T b)
 
-and nothing is kept between steps. The norm of a whole kernel comes from one power
+and for an even p, with k = p/2 - 1, from products of rank x rank matrices alone,
+
+    grad_a = s^2 c a M (N M)^k,   grad_b = s^2 c (N M)^k N b,   c = |a b|_Sp^(2-p)
+
+Another p takes the singular value decomposition of a b, from QR and a rank x rank core.
+Nothing is kept between steps. The norm of a whole kernel comes from one power
 iteration a step, warm-started. Names close to this one mean other things: "spectral
 weight decay" elsewhere is a decay of the nuclear norm.
 
@@ -33,9 +39,11 @@ import optax
 
 from lorax import linalg
 from lorax.kernels import Kernel
-from lorax.optim import _checks, _pairs, _whole
+from lorax.optim import _checks, _gram, _pairs, _whole
 from lorax.types import Adapters, PairStatics, PyTree
 
+dot = _gram.dot
+EVEN = (2, 4, 6, 8, 10, 12)  # exponents whose powers of r x r matrices stay in range
 Target = Literal["delta", "factors", "merged", "param"]
 
 
@@ -146,7 +154,8 @@ def add_decayed_spectral_norm(
             return new, DecayedSpectralNormState(v)
 
         def pulled(path: str, update: _pairs.Pair, own: _pairs.Pair) -> Any:
-            a, b = (_delta if target == "delta" else _factors)(own, schatten)
+            gradient = _delta if target == "delta" else _factors
+            a, b = _gram.true_rank_only(*gradient(own, schatten), own.rank)
             return update.a + weight_decay * a, update.b + weight_decay * b
 
         return _pairs.map_pairs(pulled, updates, given, pairs), state
@@ -172,23 +181,60 @@ def weights(s: jax.Array, schatten: float) -> jax.Array:
 
 def _delta(pair: _pairs.Pair, schatten: float) -> tuple[jax.Array, jax.Array]:
     """The gradient of `0.5 |s a b|_Sp^2` with respect to a and b."""
-    u, s, vt = linalg.low_rank_svd(pair.a, pair.b)
-    w = pair.scale**2 * weights(s, schatten)
-    dot = lambda x, y: jnp.matmul(x, y, precision=linalg.EXACT)
-    return dot(u * w[:, None, :], dot(vt, pair.b.mT)), dot(
-        dot(pair.a.mT, u) * w[:, None, :], vt
-    )
+    a, b, square = pair.a, pair.b, pair.scale**2
+    if schatten == math.inf:
+        y, z = _leading(*_gram.grams(pair))
+        return square * dot(dot(a, y), y.mT), square * dot(z, dot(z.mT, b))
+    if schatten in EVEN:
+        left, right = _powers(schatten, *_gram.grams(pair))
+        return square * dot(a, left), square * dot(right, b)
+    u, s, vt = linalg.low_rank_svd(a, b)
+    w = (square * weights(s, schatten))[:, None, :]
+    return dot(u * w, dot(vt, b.mT)), dot(dot(a.mT, u) * w, vt)
+
+
+def _leading(n: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The y and z of the module, `[n, rank, 1]`, from N and M `[n, rank, rank]`."""
+    values, vectors = jnp.linalg.eigh(n)
+    roots = jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
+    h = dot(vectors * roots, vectors.mT)
+    values, vectors = jnp.linalg.eigh(dot(h, dot(m, h)))
+    square = values[:, -1:, None]  # sigma_1^2 of a b
+    z = dot(h, vectors[..., -1:])
+    sigma = jnp.sqrt(jnp.where(square > 0, square, 1))
+    return jnp.where(square > 0, dot(m, z) / sigma, 0), z
+
+
+def _powers(p: float, n: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`c M X^(p/2-1)` and `c X^(p/2-1) N` with `X = N M / tr(N M)`; products alone."""
+    product = dot(n, m)
+    trace = lambda x: jnp.trace(x, axis1=1, axis2=2)[:, None, None]
+    size = trace(product)  # |sigma|_2^2
+    x = product / jnp.where(size > 0, size, 1)
+    power = jnp.broadcast_to(jnp.eye(n.shape[-1], dtype=n.dtype), n.shape)
+    for _ in range(int(p) // 2 - 1):
+        power = dot(power, x)
+    total = trace(dot(power, x))
+    c = jnp.where(total > 0, total, 1) ** ((2 - p) / p)
+    return c * dot(m, power), c * dot(power, n)
 
 
 def _factors(pair: _pairs.Pair, schatten: float) -> tuple[jax.Array, jax.Array]:
     """The gradients of `0.5 |a|_Sp^2` and `0.5 |b|_Sp^2`."""
-    unit = jnp.broadcast_to(
-        jnp.eye(pair.a.shape[-1]), pair.a.shape[:1] + (pair.a.shape[-1],) * 2
-    )
-    dot = lambda x, y: jnp.matmul(x, y, precision=linalg.EXACT)
+    a, b = _thin(pair.a, schatten), _thin(pair.b.mT, schatten)
+    return a, b.mT
 
-    def pulled(a: jax.Array, b: jax.Array) -> jax.Array:
-        u, s, vt = linalg.low_rank_svd(a, b)
+
+def _thin(x: jax.Array, schatten: float) -> jax.Array:
+    """The gradient of `0.5 |x|_Sp^2` for `x: [n, long, rank]`."""
+    if schatten < 2:  # small singular values count, and a Gram matrix loses them
+        unit = jnp.broadcast_to(jnp.eye(x.shape[-1]), (len(x), *x.shape[-1:] * 2))
+        u, s, vt = linalg.low_rank_svd(x, unit)
         return dot(u * weights(s, schatten)[:, None, :], vt)
-
-    return pulled(pair.a, unit), pulled(unit, pair.b)
+    values, v = jnp.linalg.eigh(dot(x.mT, x))
+    if schatten == math.inf:
+        top = v[..., -1:]
+        return dot(x, top) * top.mT
+    s = jnp.sqrt(jnp.maximum(values, 0))[:, ::-1]
+    share = weights(s, schatten) / jnp.where(s > 0, s, 1)
+    return dot(x, dot(v[..., ::-1] * share[:, None, :], v.mT[:, ::-1]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import decoder, factory, metrics
-from experiments.generate import sample_text
+from experiments.sample import sample_text
 
 
 @pytest.fixture(scope="module")

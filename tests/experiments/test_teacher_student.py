@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from experiments.studies import comparison
 from experiments.studies import teacher_student as study
 
 
@@ -17,7 +18,7 @@ def test_a_sweep_learns_and_its_table_says_what_is_shown(tmp_path):
         curves = np.array(result["curves"])
         assert curves.shape == (2, 60) and curves[:, -1].mean() < 0.5
         assert min(result["grid"].values()) == result["grid"][f"{result['rate']:.3g}"]
-    rows = study.summary(results)
+    rows = comparison.summary(results)
     assert [row[0] for row in rows] == ["LoRA", "LoRA+"] and rows[0][4] == "60"
-    study.draw({"toy": results}, tmp_path / "curves.png")
+    comparison.draw({"toy": results}, tmp_path / "curves.png", study.AXES)
     assert (tmp_path / "curves.png").stat().st_size > 5_000

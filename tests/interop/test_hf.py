@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorax.interop import files, hf
 from lorax.models import gpt2, llama
+from tests.data_paths import DATA, needs_data
 
 SMALL = llama.Config(61, 64, 32, 2, 4, 2, 8, 48, tied=False, qkv_bias=True, o_bias=True)
 
@@ -308,12 +308,7 @@ def test_saving_another_tree_is_refused(made, tmp_path):
         hf.save(tmp_path / "out", model.config, params)
 
 
-DATA = pathlib.Path(
-    os.environ.get("LORAX_DATA", pathlib.Path(__file__).parents[3] / "shared" / "data")
-)
-
-
-@pytest.mark.skipif(not (DATA / "stories260k").is_dir(), reason="no ../shared/data")
+@needs_data
 def test_a_real_checkpoint():
     model, params = hf.load(DATA / "stories260k")
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 260_032

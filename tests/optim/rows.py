@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
 from lorax import optim
+from lorax.types import MicrobatchNorms
 
 
 class Row(NamedTuple):
@@ -25,6 +27,8 @@ class Row(NamedTuple):
       adalora: True: it acts on AdaLora too; False: it must refuse one at `init`.
       decays: True: `make` takes `weight_decay`.
       static: arguments that are no hyperparameters to `optax.inject_hyperparams`.
+      needs_svd: True: its trees must hold an AdaLora.
+      extra: extra arguments of every update.
     """
 
     name: str
@@ -33,6 +37,8 @@ class Row(NamedTuple):
     adalora: bool = False
     decays: bool = True
     static: tuple[str, ...] = ()
+    needs_svd: bool = False
+    extra: dict[str, Any] = {}
 
 
 def _pro(mode: str, learning_rate: float, **kwargs: Any) -> Row:
@@ -53,6 +59,42 @@ def _muon(factors: str, learning_rate: float) -> Row:
     kwargs = {"learning_rate": learning_rate, "factors": factors}
     return Row(f"muon_{factors}", optim.muon, kwargs)
 
+
+def _adalora(
+    learning_rate: Any,
+    target_budget: int,
+    total_steps: int,
+    initial_warmup: int,
+    final_steps: int,
+    interval: int,
+    importance: Any = "post",
+    orthogonal_weight: Any = 0.1,
+) -> optax.GradientTransformation:
+    return optim.adalora(
+        optax.adamw(learning_rate, weight_decay=0.0, mask=optim.decay_mask),
+        target_budget=target_budget,
+        total_steps=total_steps,
+        initial_warmup=initial_warmup,
+        final_steps=final_steps,
+        interval=interval,
+        importance=importance,
+        orthogonal_weight=orthogonal_weight,
+    )
+
+
+def _adalora_row(name: str, **more: Any) -> Row:
+    """All trees of the tests hold 6 triplets; the tests take 80 steps at most."""
+    steps = {"total_steps": 80, "initial_warmup": 20, "final_steps": 20, "interval": 1}
+    kwargs = {"learning_rate": 0.05, "target_budget": 5, **steps, **more}
+    static = ("target_budget", "importance", *steps)
+    return Row(name, _adalora, kwargs, True, False, static, needs_svd=True)
+
+
+def _noise_scale(learning_rate: Any, decay: Any) -> optax.GradientTransformation:
+    return optax.chain(optim.track_noise_scale(decay), optim.lora_plus(learning_rate))
+
+
+NORMS = MicrobatchNorms(jnp.float32(3.0), jnp.float32(1.0), 2, 8)
 
 ROWS = [
     Row(
@@ -89,4 +131,15 @@ ROWS = [
         decays=False,
     ),
     Row("lora_fa", optim.lora_fa, {"learning_rate": 0.05}),
+    _adalora_row("adalora_post"),
+    _adalora_row("adalora_pre", importance="pre"),
+    _adalora_row("adalora_free", orthogonal_weight=0.0),
+    Row(
+        "noise_scale",
+        _noise_scale,
+        {"learning_rate": 0.02, "decay": 0.9},
+        adalora=True,
+        decays=False,
+        extra={"microbatch": NORMS},
+    ),
 ]

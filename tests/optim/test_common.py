@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lorax.adapters import Full, Lora
+from lorax.adapters import AdaLora, Full, Lora
 from lorax.types import PairStatics
 from tests.optim import problems
 from tests.optim.rows import ROWS
@@ -21,12 +21,18 @@ def whole_tree(row, b=1.0):
     adapters = {leaf: problems.lora(leaf, b=b, seed=i) for i, leaf in enumerate(LEAVES)}
     adapters |= {"dora": problems.dora("heads", seed=20), "bias": problems.full()}
     if row.adalora:
-        adapters["svd"] = problems.adalora("stacked", seed=30)
+        adapters |= SVD
     return adapters
 
 
 LEAVES = problems.LEAVES
 SMALL = {"w": problems.lora(), "bias": problems.full()}
+SVD = {"svd": problems.adalora("stacked", seed=30)}
+
+
+def small(row):
+    """One pair, one leaf trained whole, and an AdaLora where the row needs it."""
+    return {**SMALL, **(SVD if row.needs_svd else {})}
 
 
 def make(row, **more):
@@ -60,7 +66,7 @@ def test_state_keeps_its_kind_and_the_second_call_does_not_retrace(row):
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def update(grads, state, adapters):
         traces.append(1)
-        updates, state = tx.update(grads, state, adapters)
+        updates, state = tx.update(grads, state, adapters, **row.extra)
         return updates, state, optax.apply_updates(adapters, updates)
 
     for seed in (0, 1):
@@ -93,11 +99,11 @@ def wrapped(name):
             tx = wrap()
             state = tx.init(adapters)
             for _ in range(2 if name == "multi_steps" else 1):
-                result, state = tx.update(grads, state, adapters)
+                result, state = tx.update(grads, state, adapters, **row.extra)
             results[name] = result
         return results
 
-    return compiled(updates, problems.like(SMALL), SMALL)
+    return compiled(updates, problems.like(small(row)), small(row))
 
 
 @pytest.mark.parametrize("name", ["chain", "multi_steps", "hyperparams"])
@@ -122,14 +128,14 @@ def test_a_population_is_its_members(row):
             a=factor * jnp.where(real, lora.a, 0),
             b=factor * jnp.where(real[:, None], lora.b, 0),
         )
-        return {"w": own, "bias": SMALL["bias"]}, {"w": PairStatics(scale, rank)}
+        return {**small(row), "w": own}, {"w": PairStatics(scale, rank)}
 
     def two_updates(rank, scale):
         adapters, pairs = member(lora, rank, scale)
         grads, _ = member(grad, rank, scale)
         state = tx.init(adapters)
         for _ in range(2):
-            updates, state = tx.update(grads, state, adapters, pairs=pairs)
+            updates, state = tx.update(grads, state, adapters, pairs=pairs, **row.extra)
         return updates
 
     both = lambda *args: (
@@ -158,12 +164,16 @@ def test_sharding_of_the_state_is_unchanged_by_an_update(row):
         problems.DENSE,
     )
     adapters = {"w": lora, "bias": Full(put(problems.draw(2, 8), "x"))}
+    if row.needs_svd:
+        p, q = problems.draw(3, 3, 8, 2), problems.draw(4, 3, 2, 16)
+        split = put(p, None, "x"), put(problems.draw(5, 3, 2)), put(q, None, None, "x")
+        adapters["svd"] = AdaLora(*split, 1.5, problems.LEAVES["stacked"][0])
     grads = jax.tree.map(lambda v: 2 * v, adapters)
     tx = make(row)
     state = tx.init(adapters)
 
     def step(grads, state, adapters):
-        updates, state = tx.update(grads, state, adapters)
+        updates, state = tx.update(grads, state, adapters, **row.extra)
         return state, optax.apply_updates(adapters, updates)
 
     before, after = (state, adapters), compiled(step, grads, state, adapters)
@@ -182,7 +192,7 @@ def test_loss_falls_on_a_rank_r_regression_in_every_layout(row):
     start = whole_tree(row, b=0.0)
     start = {path: a for path, a in start.items() if path in LEAVES}
     if row.adalora:
-        svd = problems.adalora("stacked", seed=30)
+        svd = SVD["svd"]
         start["svd"] = svd.replace(lam=0 * svd.lam)
     kernels = {p: jnp.zeros(LEAVES.get(p, LEAVES["stacked"])[1]) for p in start}
 
@@ -206,7 +216,7 @@ def test_loss_falls_on_a_rank_r_regression_in_every_layout(row):
     def step(carry, _):
         adapters, state = carry
         grads = jax.grad(lambda a: sum(losses(a).values()))(adapters)
-        updates, state = tx.update(grads, state, adapters)
+        updates, state = tx.update(grads, state, adapters, **row.extra)
         return (optax.apply_updates(adapters, updates), state), None
 
     def train(adapters):
@@ -224,7 +234,8 @@ def test_without_gradient_magnitude_and_full_leaves_keep_still(row):
     adapters = {p: a for p, a in adapters.items() if p in ("dora", "bias", "svd")}
     tx = make(row, weight_decay=0.1) if row.decays else make(row)
     zero = jax.tree.map(jnp.zeros_like, adapters)
-    updates, _ = compiled(tx.update, zero, tx.init(adapters), adapters)
+    update = functools.partial(tx.update, **row.extra)
+    updates, _ = compiled(update, zero, tx.init(adapters), adapters)
     assert not np.any(updates["dora"].magnitude) and not np.any(updates["bias"].value)
     if row.adalora and row.decays:
         assert not np.any(updates["svd"].lam)
@@ -239,9 +250,10 @@ def test_errors(row):
         ValueError, match="acts on the adapters that lorax.init returns"
     ):
         tx.init({"w": {"kernel": jnp.ones((2, 2))}})
-    state = tx.init(SMALL)
+    tree = small(row)
+    state = tx.init(tree)
     with pytest.raises(ValueError, match="reads the adapters: call tx.update"):
-        tx.update(SMALL, state)
+        tx.update(tree, state, **row.extra)
     wide = {"w": jax.tree.map(lambda v: v.astype(jnp.complex64), SMALL["w"])}
     with pytest.raises(ValueError, match="w: .* needs real factors"):
         tx.init(wide)

@@ -57,6 +57,22 @@ def test_the_decay_of_the_update_is_its_gradient(p):
     np.testing.assert_allclose(got.b, 0.7 * a.T @ d, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("p", [3, 4, 12, math.inf])
+def test_float32_keeps_five_digits_of_ill_conditioned_factors(p):
+    """Gram matrices square the condition: 1e3 for each factor here."""
+    spread = np.logspace(0, -3, 16, dtype=np.float32)
+    a, b = (
+        programs.normal(0, 96, 16) * spread,
+        spread[:, None] * programs.normal(1, 16, 80),
+    )
+    mix = np.linalg.qr(programs.normal(2, 16, 16))[0]
+    a, b = a @ mix, mix.T @ b
+    d = half_square(wide(a) @ wide(b), p)[1]
+    got = decay_of({"w": lorax.Lora(a, b, 1.0, AXES)}, schatten=p)["w"]
+    for found, want in ((got.a, d @ wide(b).T), (got.b, wide(a).T @ d)):
+        assert np.linalg.norm(found - want) < 1e-5 * np.linalg.norm(want)
+
+
 def test_it_is_what_autodiff_makes_of_the_materialised_norm():
     lora = pair((2,), axes=STACK)
     norm = lambda ad: 0.5 * jnp.sum(jnp.linalg.norm(0.7 * ad.a @ ad.b, 2, (1, 2)) ** 2)
@@ -81,6 +97,9 @@ def test_nothing_fails_at_zero_or_at_a_repeated_singular_value(options):
     fresh = pair().replace(b=jnp.zeros((3, 6)))
     got = decay_of({"w": fresh}, **options)["w"]
     assert np.isfinite(got.a).all() and not got.b.any()
+    still = pair().replace(a=jnp.zeros((8, 3)))
+    got = decay_of({"w": still}, **options)["w"]
+    assert np.isfinite(got.b).all() and not got.a.any()
     twin = lorax.Lora(jnp.eye(8, 3), 2 * jnp.eye(3, 6), 1.0, AXES)
     got = decay_of({"w": twin}, **options)["w"]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))

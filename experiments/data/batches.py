@@ -1,0 +1,171 @@
+"""Examples to batches of a few static shapes.
+
+Each length that batches may have is one compilation, so examples are sorted into
+buckets by the shortest length that holds them and padded to it.
+
+Language modelling (`next_token`), with tokens t_0 .. t_n and their loss mask:
+
+    inputs:  int32 [batch, length]    t_0 .. t_{n-1}
+    targets: int32 [batch, length]    t_1 .. t_n
+    weights: float32 [batch, length]  the mask of the targets; 0 on padding
+    bytes:   int32 [batch]            UTF-8 bytes of the text trained on
+    index:   int32 [batch]            place of the example in the list given; -1 fills
+
+Classification (`labelled`):
+
+    tokens:  int32 [batch, length]
+    real:    bool [batch, length]     False on padding
+    labels:  int32 or float32 [batch]
+    weights: float32 [batch]          0 on rows that only fill the last batch
+    index:   int32 [batch]
+
+Padding is known by its weight alone, so any id may fill.
+"""
+
+import bisect
+from collections.abc import Callable, Sequence
+
+import grain
+import numpy as np
+
+from experiments.data.examples import Example
+
+Batch = dict[str, np.ndarray]
+# one example, the length to pad it to, the id that fills -> a row of a batch
+Collate = Callable[[Example, int, int], Batch]
+
+
+def next_token(example: Example, length: int, pad_id: int) -> Batch:
+    """A row that predicts each token from those before it."""
+    tokens, mask = example["tokens"], example["loss_mask"]
+    return {
+        "inputs": _padded(tokens[:-1], length, pad_id),
+        "targets": _padded(tokens[1:], length, pad_id),
+        "weights": _padded(mask[1:], length, 0),
+        "bytes": example["bytes"],
+    }
+
+
+def labelled(example: Example, length: int, pad_id: int) -> Batch:
+    """A row with one label."""
+    tokens = example["tokens"]
+    return {
+        "tokens": _padded(tokens, length, pad_id),
+        "real": np.arange(length) < len(tokens),
+        "labels": example["label"],
+        "weights": np.ones((), np.float32),
+    }
+
+
+def positions(example: Example) -> int:
+    """Model positions that an example takes: its last token may be a target only."""
+    return len(example["tokens"]) - ("loss_mask" in example)
+
+
+def training_batches(
+    examples: Sequence[Example],
+    batch_size: int,
+    lengths: Sequence[int],
+    pad_id: int,
+    seed: int,
+    collate: Collate = next_token,
+) -> grain.MapDataset:
+    """An endless dataset of batches, indexed by step.
+
+    A batch comes from one bucket, and buckets take turns by their share of the
+    examples. Every bucket goes through its own in a fresh order each epoch. All is a
+    function of `(seed, step)`: resuming needs no other state.
+
+    Args:
+      examples: what `experiments.data.examples` or `classification` makes.
+      batch_size: rows.
+      lengths: of the buckets, in any order; the longest must hold every example.
+      pad_id: fills rows; see `tokenization.padding_id`.
+      seed: of the order.
+      collate: `next_token` or `labelled`.
+
+    Raises:
+      ValueError: if an example fits no length, or there are none.
+    """
+    kept = [bucket for bucket in _buckets(examples, lengths) if bucket[1]]
+    parts = []
+    for length, members in kept:
+        rows = grain.MapDataset.source(members).seed(seed).shuffle().repeat()
+        made = rows.map(_row(examples, length, pad_id, collate)).batch(batch_size)
+        parts.append(made)
+    if len(parts) == 1:
+        return parts[0]
+    return grain.MapDataset.mix(parts, [len(members) for _, members in kept])
+
+
+def evaluation_batches(
+    examples: Sequence[Example],
+    batch_size: int,
+    lengths: Sequence[int],
+    pad_id: int,
+    collate: Collate = next_token,
+) -> list[Batch]:
+    """Batches in which every example counts once.
+
+    The last batch of a bucket is filled up with rows of weight 0.
+
+    Args:
+      examples: see `training_batches`, as for the other arguments.
+      batch_size: rows.
+      lengths: of the buckets.
+      pad_id: fills rows.
+      collate: `next_token` or `labelled`.
+    """
+    made = []
+    for length, members in _buckets(examples, lengths):
+        row = _row(examples, length, pad_id, collate)
+        for begin in range(0, len(members), batch_size):
+            rows = [row(i) for i in members[begin : begin + batch_size]]
+            filler = _filler(rows[0])
+            rows += [filler] * (batch_size - len(rows))
+            made.append({key: np.stack([r[key] for r in rows]) for key in rows[0]})
+    return made
+
+
+def _buckets(
+    examples: Sequence[Example], lengths: Sequence[int]
+) -> list[tuple[int, list[int]]]:
+    """(length, indices of the examples padded to it), shortest first."""
+    if not examples or not lengths:
+        raise ValueError(
+            f"{len(examples)} examples and lengths {list(lengths)}: give one or more "
+            "of each."
+        )
+    lengths = sorted(set(lengths))
+    members: list[list[int]] = [[] for _ in lengths]
+    for i, example in enumerate(examples):
+        bucket = bisect.bisect_left(lengths, positions(example))
+        if bucket == len(lengths):
+            raise ValueError(
+                f"examples[{i}] takes {positions(example)} positions, but the longest "
+                f"batches have {lengths[-1]}: truncate it (`examples.truncate`) or add "
+                "a length."
+            )
+        members[bucket].append(i)
+    return list(zip(lengths, members, strict=True))
+
+
+def _row(
+    examples: Sequence[Example], length: int, pad_id: int, collate: Collate
+) -> Callable[[int], Batch]:
+    """Index of an example -> its padded row."""
+    return lambda i: {
+        **collate(examples[i], length, pad_id),
+        "index": np.asarray(i, np.int32),
+    }
+
+
+def _filler(row: Batch) -> Batch:
+    """A row like another one that counts nothing, its tokens kept as valid ids."""
+    silent = {k: np.zeros_like(v) for k, v in row.items() if k in ("weights", "bytes")}
+    return {**row, **silent, "index": np.asarray(-1, np.int32)}
+
+
+def _padded(values: np.ndarray, length: int, fill: int) -> np.ndarray:
+    """`[n]` -> `[length]`."""
+    return np.pad(values, (0, length - len(values)), constant_values=fill)

@@ -1,0 +1,154 @@
+"""Token sequences with a loss mask: prompt in, response and EOS trained on.
+
+An example is a dict of numpy arrays:
+
+    tokens:    int32 [length]    BOS (if the tokenizer opens with one), text, EOS
+    loss_mask: float32 [length]  1 where the token is to be predicted
+    bytes:     int32 []          UTF-8 bytes of the text trained on, EOS not counted
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.data import tokenization
+
+Example = dict[str, np.ndarray]
+
+
+class Pair(NamedTuple):
+    """A prompt and the text that shall follow it."""
+
+    prompt: str
+    response: str
+    where: str = ""  # "file:line"
+
+
+class Encoded(NamedTuple):
+    """The examples that can be trained on, and what truncation did to the others."""
+
+    examples: list[Example]
+    truncated: int = 0  # lost the end of their response, EOS too; still in `examples`
+    dropped: int = 0  # lost all of it: nothing left to train on
+
+
+def prompt_ids(tokenizer: tokenization.Tokenizer, prompt: str) -> list[int]:
+    """Ids of a prompt, in training and in generation alike: BOS once, then the text."""
+    ids = tokenizer.encode(prompt)
+    if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id]:
+        return ids
+    return [tokenizer.bos_id, *ids]
+
+
+def encode_pair(
+    tokenizer: tokenization.Tokenizer, prompt: str, response: str
+) -> Example:
+    """One example: the prompt unseen by the loss, the response and EOS in it.
+
+    The two are tokenised apart and joined, so that a prompt has the same tokens in
+    generation, where no response follows. EOS is there once, whether or not the
+    response ends in its text.
+
+    Raises:
+      ValueError: if the tokenizer has no EOS, without which generation never learns to
+        stop.
+
+    Example:
+      >>> example = encode_pair(tokenization.ByteTokenizer(), "a", "bc")
+      >>> example["tokens"].tolist(), example["loss_mask"].astype(int).tolist()
+      ([256, 97, 98, 99, 257], [0, 0, 1, 1, 1])
+    """
+    if tokenizer.eos_id is None:
+        raise ValueError(
+            f"{tokenizer.name} has no EOS token, so no response would ever end: name "
+            "one as `eos_token` in tokenizer_config.json."
+        )
+    opened = prompt_ids(tokenizer, prompt)
+    closed = tokenizer.encode(response)
+    if closed[-1:] != [tokenizer.eos_id]:
+        closed = [*closed, tokenizer.eos_id]
+    return make(opened + closed, [0] * len(opened) + [1] * len(closed), response)
+
+
+def encode_pairs(
+    tokenizer: tokenization.Tokenizer,
+    pairs: Iterable[Pair],
+    max_length: int,
+    source: str,
+) -> Encoded:
+    """Examples of prompts and responses, see `encode_pair` and `truncate`."""
+    encoded = (encode_pair(tokenizer, pair.prompt, pair.response) for pair in pairs)
+    return truncate(encoded, max_length, source)
+
+
+def truncate(examples: Iterable[Example], max_length: int, source: str) -> Encoded:
+    """Cuts examples at the end, and drops those with nothing left to train on.
+
+    Args:
+      examples: whole ones.
+      max_length: positions of the model. An example keeps one token more, as the last
+        is a target only.
+      source: names the data in the warning.
+
+    Returns:
+      The examples and two counts. If any was dropped, a warning says how many. The
+      `bytes` of a truncated example are scaled to its share of trained tokens.
+
+    Raises:
+      ValueError: if all are dropped.
+    """
+    kept: list[Example] = []
+    truncated = dropped = 0
+    for example in examples:
+        cut = _cut(example, max_length + 1)
+        # the first token is no target: nothing comes before it
+        if not cut["loss_mask"][1:].any():
+            dropped += 1
+            continue
+        truncated += len(cut["tokens"]) < len(example["tokens"])
+        kept.append(cut)
+    if not kept:
+        raise ValueError(
+            f"{source}: none of {dropped} examples has a response within "
+            f"max_length={max_length}: raise it, or shorten the prompts."
+        )
+    if dropped:
+        warnings.warn(
+            f"{source}: dropped {dropped} of {dropped + len(kept)} examples, whose "
+            f"response lies wholly beyond max_length={max_length}"
+            + (f"; {truncated} more lost its end." if truncated else "."),
+            stacklevel=2,
+        )
+    return Encoded(kept, truncated, dropped)
+
+
+def make(tokens: Sequence[int], loss_mask: Sequence[int], text: str) -> Example:
+    """An example from lists; `text` is what is trained on, for `bytes`."""
+    return {
+        "tokens": np.asarray(tokens, np.int32),
+        "loss_mask": np.asarray(loss_mask, np.float32),
+        "bytes": np.asarray(len(text.encode()), np.int32),
+    }
+
+
+def trained_text(tokenizer: tokenization.Tokenizer, example: Example) -> Iterator[str]:
+    """The runs of tokens that an example trains on, decoded one by one."""
+    mask = np.concatenate([[0], example["loss_mask"] > 0, [0]])
+    edges = np.flatnonzero(np.diff(mask))
+    for begin, end in edges.reshape(-1, 2):
+        yield tokenizer.decode(example["tokens"][begin:end].tolist())
+
+
+def _cut(example: Example, length: int) -> Example:
+    """The first `length` tokens."""
+    mask = example["loss_mask"]
+    if len(mask) <= length:
+        return example
+    share = mask[:length].sum() / max(mask.sum(), 1)
+    return {
+        "tokens": example["tokens"][:length],
+        "loss_mask": mask[:length],
+        "bytes": np.asarray(round(int(example["bytes"]) * share), np.int32),
+    }

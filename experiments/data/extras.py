@@ -1,0 +1,28 @@
+"""Optional libraries, imported when first used, with the command that installs them."""
+
+import importlib
+from typing import Any
+
+
+def require(module: str, extra: str, purpose: str) -> Any:
+    """Imports an optional library.
+
+    Args:
+      module: its import name.
+      extra: the extra of this distribution that brings it.
+      purpose: what needs it, for the error.
+
+    Raises:
+      ImportError: if it is not installed; the message is the command that does so.
+
+    Example:
+      >>> require("json", "interop", "this line").dumps([1])
+      '[1]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise ImportError(
+            f"{purpose} needs `{module}`, which is not installed: "
+            f"`pip install -e '.[{extra}]'` at the root of the repository."
+        ) from e

@@ -1,0 +1,66 @@
+"""Writes an adapted model for other programs: merged, or as a PEFT adapter.
+
+    python -m experiments.export --base=stories260k --trained=runs/x/adapter \
+        --form=merged --to=merged   # a checkpoint that transformers and lorax load
+    python -m experiments.export --base=stories260k --trained=runs/x/adapter \
+        --form=peft --to=adapter    # for peft's PeftModel.from_pretrained
+
+The tokenizer's files go along with a merged model.
+"""
+
+import pathlib
+import shutil
+from collections.abc import Sequence
+
+from absl import app, flags
+
+import lorax
+from experiments import loading
+from lorax.interop import hf, peft
+
+_MODEL = flags.DEFINE_string("base", None, "The checkpoint: a directory or a hub id.")
+_ADAPTER = flags.DEFINE_string("trained", None, "Folder of adapters, ours or PEFT's.")
+_TO = flags.DEFINE_string("to", None, "Folder to write; made if need be.")
+_FORM = flags.DEFINE_enum("form", "merged", ["merged", "peft"], "What to write.")
+
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "*.jinja", "generation_config*")
+
+
+def export(source: str, adapter: str, to: str, form: str) -> None:
+    """Writes a merged checkpoint, or a PEFT adapter.
+
+    Args:
+      source: the base's checkpoint.
+      adapter: folder of adapters.
+      to: folder to write; it must not be the base's.
+      form: "merged" or "peft".
+
+    Raises:
+      ValueError: `to` is the base's own folder, or the adapters belong to another base.
+    """
+    directory, target = loading.find(source), pathlib.Path(to)
+    if target.resolve() == directory.resolve():
+        raise ValueError(f"--to={to} is the base's own folder: give another")
+    model, params = hf.load(directory)
+    adapters = loading.load_adapters(adapter, model, params)
+    config = model.config
+    if form == "peft":
+        peft.save(target, adapters, config, base_name=source)
+        return
+    hf.save(target, config, lorax.merge(adapters, params))
+    for pattern in TOKENIZER:
+        for file in directory.glob(pattern):
+            shutil.copyfile(file, target / file.name)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Exports as the flags say."""
+    if len(argv) > 1:
+        raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+    export(_MODEL.value or "", _ADAPTER.value or "", _TO.value or "", _FORM.value)
+    print(f"{_FORM.value}: written to {_TO.value}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["base", "trained", "to"])
+    app.run(main)

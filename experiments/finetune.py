@@ -1,0 +1,118 @@
+"""Adapts a Hugging Face checkpoint to a task, and reports what the task is judged by.
+
+    python -m experiments.main --config=configs/gpt2_e2e_lora.py:runlocal
+
+In the workdir: `metrics.jsonl`, `adapter/` (`lorax.checkpoint.load_adapters`),
+`results.json`, and what the task writes.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import rich.console
+
+from experiments import factory, loading, metrics, optimizers, progress, tasks
+from experiments import writer as writers
+from experiments.data import tokenization
+from experiments.fit import fit
+from experiments.train import save_and_verify
+from lorax.interop import hf
+
+RANDOM = "random base: path check, no result"
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+    """Runs the whole experiment and returns the values of `results.json`.
+
+    Args:
+      config: as `configs/gpt2_e2e_lora.py` returns it.
+      workdir: folder for everything that the run writes.
+    """
+    # ----------------------------------------------------------- model, task
+    folder = pathlib.Path(workdir)
+    console = rich.console.Console(soft_wrap=False)
+    key = jax.random.key(config.run.seed)
+    model, base, tokenizer = load_base(config.model, jax.random.fold_in(key, 0))
+    if config.data.task not in tasks.TASKS:
+        known = ", ".join(tasks.TASKS)
+        raise ValueError(f"data.task={config.data.task!r} is not one of {known}")
+    task = tasks.TASKS[config.data.task](config, model, tokenizer)
+    (method,) = config.run.methods
+
+    with writers.Writer(folder) as writer, progress.bars(console) as bars:
+        before = task.evaluate(base)
+
+        # ----------------------------------------------------------- training
+        done = fit(
+            method,
+            jax.random.fold_in(key, 1),
+            task.loss_fn,
+            base,
+            factory.make_targets(method, config.adapter),
+            optimizers.make_optimizer(
+                config.optimizer.learning_rate[method],
+                config.run.steps,
+                config.optimizer,
+            ),
+            task.train,
+            config.run.steps,
+            clip_norm=config.optimizer.clip_norm,
+            log_every=config.run.log_every,
+            bars=bars,
+            writer=writer,
+            eval_every=config.eval.every,
+            calibration_batches=config.adapter.calibration_batches,
+            evaluate=task.evaluate,
+        )
+
+        # ------------------------------------------------------------- report
+        results: dict[str, Any] = {
+            "steps": config.run.steps,
+            "trainable": done.trainable,
+            "trainable_share": done.trainable / metrics.size(base),
+            "step_ms": done.step_ms,
+            **{f"base_{name}": value for name, value in before.items()},
+            **done.evaluation,
+            **task.report(done.merged(), folder),
+        }
+        numbers = {k: v for k, v in results.items() if isinstance(v, int | float)}
+        writer.write("final", config.run.steps, numbers)
+
+    # ----------------------------------------------------------------- finish
+    if config.model.random:
+        results["note"] = RANDOM
+    save_and_verify(folder / "adapter", done.adapters, done.params)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    for name, value in results.items():
+        console.print(f"{name:>20}  {value}", highlight=False)
+    console.print(f"Written to {folder}: adapter/ metrics.jsonl results.json")
+    return results
+
+
+def load_base(
+    config: ml_collections.ConfigDict, key: jax.Array
+) -> tuple[Any, Any, tokenization.Tokenizer]:
+    """Returns the model, its parameters and its tokenizer.
+
+    Args:
+      config: `config.model`. `source` is a checkpoint below the folder of data sets, a
+        directory, or a hub id; where `random` is not empty, its fields are the
+        config.json of a model that is drawn, which reads bytes.
+      key: draws that model, or a head that the checkpoint lacks.
+    """
+    switches = {"labels": config.labels, "head": "classification"}
+    switches = switches if config.labels else {}
+    switches |= {"remat": config.remat}
+    if config.random:
+        fields = config.random.to_dict()
+        family = hf.family_of(fields, "config.model.random")
+        model = family.Model(family.Config.from_hf(fields, **switches))
+        tokens = (jnp.zeros((1, 1), jnp.int32),) * getattr(family, "INPUTS", 1)
+        params = jax.jit(model.init)(key, *tokens)["params"]
+        return model, params, tokenization.ByteTokenizer()
+    dtype = config.dtype or None
+    return loading.load_model(config.source, key=key, dtype=dtype, **switches)

@@ -1,0 +1,40 @@
+"""Checkpoints and adapters by the names people give: folders, data sets, the hub."""
+
+import pathlib
+from typing import Any
+
+from experiments.data import paths, tokenization
+from lorax import checkpoint
+from lorax.interop import hf, peft
+from lorax.types import Adapters
+
+
+def load_model(source: str, **kwargs: Any) -> tuple[Any, Any, tokenization.Tokenizer]:
+    """Returns the model, its parameters and its tokenizer.
+
+    Args:
+      source: a checkpoint below the folder of data sets, a directory, or a hub id.
+      **kwargs: of `lorax.interop.hf.load`.
+
+    Raises:
+      ValueError: also if the tokenizer has ids that the model lacks.
+    """
+    directory = find(source)
+    model, params = hf.load(directory, **kwargs)
+    tokenizer = tokenization.load(directory)
+    vocabulary = model.config.vocabulary
+    tokenization.require_vocabulary(tokenizer, vocabulary, "config.json")
+    return model, params, tokenizer
+
+
+def find(source: str) -> pathlib.Path:
+    """Returns the directory of a checkpoint, see `load_model`."""
+    below = paths.root() / source
+    return hf.locate(below if below.is_dir() else source)
+
+
+def load_adapters(folder: str, model: Any, params: Any) -> Adapters:
+    """Returns the adapters in a folder, lorax's own or PEFT's."""
+    if (pathlib.Path(folder) / "adapter_config.json").exists():
+        return peft.load(folder, model.config, params)
+    return checkpoint.load_adapters(folder, params=params)

@@ -1,0 +1,16 @@
+"""What a checkpoint is adapted to: batches, a loss, and the scores that matter."""
+
+from experiments.tasks.base import Task
+from experiments.tasks.classify import make_classify
+from experiments.tasks.respond import make_respond
+from experiments.tasks.text_to_text import make_text_to_text
+
+TASKS = {
+    "e2e": make_respond,
+    "instructions": make_respond,
+    "classification": make_classify,
+    "text_to_text": make_text_to_text,
+}
+"""By `config.data.task`: `(config, model, tokenizer) -> Task`."""
+
+__all__ = ["TASKS", "Task"]

@@ -1,0 +1,112 @@
+"""Sentences and pairs of them, labelled, for an encoder with a classification head."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from experiments.data import batches, classification, tokenization
+from experiments.scoring import labels as scoring
+from experiments.tasks import labelled_data
+from experiments.tasks.base import Scores, Task
+
+
+def make_classify(
+    config: ml_collections.ConfigDict, model: Any, tokenizer: tokenization.Tokenizer
+) -> Task:
+    """Returns the task of `config.data`.
+
+    Raises:
+      ValueError: the model's head has another number of labels than the data.
+    """
+    data, lengths = config.data, config.data.lengths
+    pad = tokenization.padding_id(tokenizer)
+    found = {split: labelled_data.load(data, split) for split in ("train", "valid")}
+    count = len(found["train"].labels) or 1
+    if model.config.labels != count:
+        raise ValueError(
+            f"the head has {model.config.labels} labels and {data.name} has {count}: "
+            f"set config.model.labels to {count}"
+        )
+
+    def encoded(split: str, rows: int = 0) -> list[Any]:
+        own = found[split]
+        own = own._replace(rows=own.rows[: rows or None])
+        return classification.encode(tokenizer, own, max(lengths), split).examples
+
+    valid, judged = (
+        encoded("valid", data.valid_rows),
+        labelled_data.scores_of(data.name),
+    )
+    held_out = lambda rows: batches.evaluation_batches(
+        valid[:rows], config.eval.batch_size, lengths, pad, batches.labelled
+    )
+    some, predict = held_out(config.eval.rows), make_predict(model)
+    score = lambda params, rows: {
+        f"valid_{name}": scoring.SCORES[name](*_collected(predict, params, rows))
+        for name in judged
+    }
+    return Task(
+        batches.training_batches(
+            encoded("train", data.train_rows),
+            data.batch_size,
+            lengths,
+            pad,
+            config.run.seed,
+            batches.labelled,
+        ),
+        make_loss(model),
+        lambda params: score(params, some),
+        lambda params, folder: _report(score(params, held_out(len(valid))), folder),
+    )
+
+
+def make_loss(model: Any) -> Any:
+    """Cross-entropy of the labels; of one number its squared error."""
+
+    def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits = model.apply({"params": params}, batch["tokens"], real=batch["real"])
+        if model.config.labels == 1:
+            loss = jnp.square(logits[:, 0] - batch["labels"])
+        else:
+            loss = optax.softmax_cross_entropy_with_integer_labels(
+                logits, batch["labels"]
+            )
+        weight = batch["weights"].sum()
+        return (loss * batch["weights"]).sum() / weight, {"weight": weight}
+
+    return loss_fn
+
+
+def make_predict(model: Any) -> Any:
+    """Returns `(params, batch) -> the label or the number of every row`."""
+
+    @jax.jit
+    def predict(params: Any, batch: Any) -> jax.Array:
+        logits = model.apply({"params": params}, batch["tokens"], real=batch["real"])
+        return logits[:, 0] if model.config.labels == 1 else logits.argmax(-1)
+
+    return predict
+
+
+def _collected(
+    predict: Any, params: Any, held_out: Sequence[Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions and labels of every example once."""
+    rows = [
+        (np.asarray(predict(params, batch))[real], batch["labels"][real])
+        for batch in held_out
+        for real in [batch["index"] >= 0]
+    ]
+    predicted, true = map(np.concatenate, zip(*rows, strict=True))
+    return predicted, true
+
+
+def _report(scores: Scores, folder: pathlib.Path) -> Scores:
+    del folder  # nothing is written but results.json
+    return scores

@@ -1,0 +1,147 @@
+"""Prompts and responses for a causal model: E2E, or rows of instructions.
+
+The loss is on the response and its EOS alone. E2E's test prompts are written for and
+scored by BLEU, NIST and ROUGE-L; `test.jsonl` then has every prompt, what was written,
+and the references.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from absl import logging
+
+from experiments import generate
+from experiments.data import batches, e2e, examples, instruction, paths, tokenization
+from experiments.scoring import bits, generation
+from experiments.tasks.base import Scores, Task
+from lorax.models import sampling
+
+
+def make_respond(
+    config: ml_collections.ConfigDict, model: Any, tokenizer: tokenization.Tokenizer
+) -> Task:
+    """Returns the task of `config.data`, for a model that reads tokens one way."""
+    data, lengths = config.data, config.data.lengths
+    pad = tokenization.padding_id(tokenizer)
+
+    def encoded(split: str, rows: int = 0) -> Sequence[examples.Example]:
+        pairs = read_pairs(data, split)[: rows or None]
+        found = examples.encode_pairs(tokenizer, pairs, max(lengths), split)
+        if found.truncated:
+            logging.warning("%s: %d responses cut short", split, found.truncated)
+        return found.examples
+
+    valid = encoded("valid", data.valid_rows)
+    held_out = lambda rows: batches.evaluation_batches(
+        valid[:rows], config.eval.batch_size, lengths, pad
+    )
+    bits_per_byte = make_bits_per_byte(make_loss(model))
+    some = held_out(config.eval.rows)
+
+    def report(params: Any, folder: pathlib.Path) -> Scores:
+        whole = {f"valid_bpb_{len(valid)}": bits_per_byte(params, held_out(len(valid)))}
+        if not config.eval.test or data.task != "e2e":
+            return whole
+        return whole | write_test(config, model, tokenizer, params, folder)
+
+    return Task(
+        batches.training_batches(
+            encoded("train", data.train_rows),
+            data.batch_size,
+            lengths,
+            pad,
+            config.run.seed,
+        ),
+        make_loss(model, config.run.label_smoothing),
+        lambda params: {f"valid_bpb_{config.eval.rows}": bits_per_byte(params, some)},
+        report,
+    )
+
+
+def read_pairs(data: ml_collections.ConfigDict, split: str) -> Sequence[examples.Pair]:
+    """The prompts and responses of a split, "train" or "valid"."""
+    if data.task == "e2e":
+        found: Any = e2e.load(split, data.form)
+    else:
+        found = instruction.read_pairs(paths.find(data[split]), data.template)
+    if found.malformed:
+        logging.warning("%s: %d malformed rows", split, len(found.malformed))
+    return found.pairs
+
+
+def make_loss(model: Any, smoothing: float = 0.0) -> Callable[..., Any]:
+    """Cross-entropy of the responses, `(params, batch) -> (mean nats, metrics)`.
+
+    Args:
+      model: tokens to logits.
+      smoothing: share of the target that is spread over the vocabulary.
+    """
+
+    def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits = model.apply({"params": params}, batch["inputs"])
+        return weighted_loss(logits, batch, smoothing)
+
+    return loss_fn
+
+
+def weighted_loss(
+    logits: jax.Array, batch: Any, smoothing: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The mean over the weights, with nats and bytes of the sums beside it."""
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    weight = batch["weights"].sum()
+    total = (nll * batch["weights"]).sum()
+    told = {"weight": weight, "nats": total, "bytes": batch["bytes"].sum()}
+    if smoothing:
+        spread = -jax.nn.log_softmax(logits).mean(-1)
+        mixed = (1 - smoothing) * nll + smoothing * spread
+        total = (mixed * batch["weights"]).sum()
+    return total / jnp.maximum(weight, 1), told
+
+
+def make_bits_per_byte(loss_fn: Any) -> Callable[[Any, Sequence[Any]], float]:
+    """Returns `evaluate(params, batches)`: all nats over all bytes."""
+    jitted = jax.jit(lambda params, batch: loss_fn(params, batch)[1])
+
+    def evaluate(params: Any, held_out: Sequence[Any]) -> float:
+        rows = [jax.device_get(jitted(params, batch)) for batch in held_out]
+        nats = sum(float(row["nats"]) for row in rows)
+        return bits.bits_per_byte(nats, sum(int(row["bytes"]) for row in rows))
+
+    return evaluate
+
+
+def write_test(
+    config: ml_collections.ConfigDict,
+    model: Any,
+    tokenizer: tokenization.Tokenizer,
+    params: Any,
+    folder: pathlib.Path,
+) -> Scores:
+    """Answers the test prompts and scores the answers."""
+    form = config.data.form
+    groups = e2e.groups(e2e.load("test", form).pairs)[: config.eval.test]
+    write = generate.make_writer(
+        model,
+        tokenizer,
+        [group.prompt for group in groups],
+        config.eval.max_tokens,
+        batch=config.eval.batch_size,
+        rule=sampling.Rule(no_repeat=config.eval.no_repeat),
+        beams=config.eval.beams,
+        length_penalty=config.eval.length_penalty,
+    )
+    texts = [text.strip() for text in write((params,))]
+    with open(folder / "test.jsonl", "w", encoding="utf-8") as file:
+        for group, text in zip(groups, texts, strict=True):
+            row = {"prompt": group.prompt, "text": text, "references": group.references}
+            file.write(json.dumps(row) + "\n")
+    references = [group.references for group in groups]
+    scores = generation.generation_scores(texts, references, e2e.TOKENIZE[form])
+    return {"test_prompts": len(groups), **scores}

@@ -1,0 +1,210 @@
+"""Beam search: the continuation of largest probability that K parallel guesses find.
+
+Among running guesses the 2 K (more, with several end tokens) best continuations are
+looked at; those of the first K that end are finished, with the score
+
+    log p(new tokens, end token included) / (number of new tokens) ** length_penalty
+
+and the K best that do not end run on. A search stops when its best running guess,
+scored at its present length, cannot beat its worst finished one. This is the procedure
+of transformers' `generate(num_beams=K, early_stopping=False)`, token for token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax.models import decoding, sampling
+from lorax.models.decoding import Engine, State, Tokens
+
+LOW = -1e9  # the score of what does not exist
+
+
+class Search(NamedTuple):
+    """All beams of a batch.
+
+    Attributes:
+      cache: of the engine, its rows `batch * beams`.
+      logits: `[batch * beams, vocabulary]`.
+      running: int `[batch, beams, slots]`, tokens by slot.
+      scores: `[batch, beams]`, log-probabilities of the running ones.
+      finished: int `[batch, beams, slots]`, the best ones first.
+      lengths: int `[batch, beams]`, new tokens of the finished ones.
+      best: `[batch, beams]`, their scores.
+      found: bool `[batch, beams]`, which of them exist.
+      improvable: bool `[batch]`.
+      index: int32 []; slot of the next token.
+      count: int32 []; new tokens so far.
+    """
+
+    cache: Any
+    logits: jax.Array
+    running: jax.Array
+    scores: jax.Array
+    finished: jax.Array
+    lengths: jax.Array
+    best: jax.Array
+    found: jax.Array
+    improvable: jax.Array
+    index: jax.Array  # type: ignore[assignment]
+    count: jax.Array  # type: ignore[assignment]
+
+
+def make_search(
+    engine: Engine,
+    *,
+    batch: int,
+    beams: int,
+    eos: Sequence[int],
+    pad: int = 0,
+    bucket: int = 64,
+    length_penalty: float = 1.0,
+    no_repeat: int = 0,
+) -> Callable[..., list[Tokens]]:
+    """Returns `search(state, prompts, max_tokens) -> the best new tokens of each`.
+
+    Args:
+      engine: of the model.
+      batch: prompts at a time; the cache has `batch * beams` rows.
+      beams: running guesses for each prompt.
+      eos: tokens that end a sequence; they are not returned.
+      pad: token in empty places.
+      bucket: prompts are padded to a multiple of it.
+      length_penalty: exponent of the length; larger favours longer answers. 1 as in
+        transformers; the LoRA paper's E2E runs use 0.8 (GPT-2 medium) and 0.9.
+      no_repeat: see `sampling.Rule`.
+
+    Raises:
+      ValueError: no beams, no end token; and as `decoding.make_generate`.
+    """
+    if beams < 1 or not eos:
+        raise ValueError(f"beams={beams}, eos={list(eos)}; give at least one of each")
+    rule = sampling.Rule(no_repeat=no_repeat)
+    begin = jax.jit(_begin(engine, beams))
+    run = jax.jit(_run(engine, beams, tuple(eos), length_penalty, rule))
+
+    def search(
+        state: State, prompts: Sequence[Sequence[int]], max_tokens: int
+    ) -> list[Tokens]:
+        results: list[Tokens] = []
+        for first in range(0, len(prompts), batch):
+            group = prompts[first : first + batch]
+            tokens, real = decoding.padded(
+                engine, group, batch, bucket, pad, max_tokens
+            )
+            now, known = begin(state, tokens, real, np.arange(batch) < len(group))
+            start = int(now.index)
+            now = run(state, now, known, jnp.int32(max_tokens))
+            best, size = np.asarray(now.finished[:, 0]), np.asarray(now.lengths[:, 0])
+            for row in range(len(group)):
+                answer = best[row, start : start + size[row]].tolist()
+                results.append(answer[:-1] if answer[-1] in eos else answer)
+        return results
+
+    return search
+
+
+def _begin(engine: Engine, beams: int) -> Callable[..., Any]:
+    def begin(state: State, tokens: jax.Array, real: jax.Array, asked: Any) -> Any:
+        logits, cache = engine.prefill(*state, tokens, real)
+        history, known = decoding.started(engine, tokens, real)
+        batch, index = len(tokens), tokens.shape[1] if engine.start is None else 1
+        rows = jnp.repeat(jnp.arange(batch), beams)
+        running = jnp.repeat(history[:, None], beams, axis=1)
+        first = jnp.where(jnp.arange(beams) == 0, 0.0, LOW)  # all are still the same
+        none = jnp.full((batch, beams), LOW)
+        return Search(
+            cache.rows(rows),
+            logits[rows],
+            running,
+            jnp.broadcast_to(first, (batch, beams)),
+            running,
+            jnp.zeros((batch, beams), jnp.int32),
+            none,
+            jnp.zeros((batch, beams), bool),
+            asked,
+            jnp.int32(index),
+            jnp.int32(0),
+        ), known[rows]
+
+    return begin
+
+
+def _run(
+    engine: Engine,
+    beams: int,
+    eos: tuple[int, ...],
+    penalty: float,
+    rule: sampling.Rule,
+) -> Callable[..., Search]:
+    """The whole search in one program."""
+    keep = max(2, 1 + len(eos)) * beams
+
+    def add(state: State, now: Search, known: jax.Array, most: jax.Array) -> Search:
+        batch, _, slots = now.running.shape
+        words = now.logits.shape[-1]
+        logp = jax.nn.log_softmax(now.logits, axis=-1)
+        flat = now.running.reshape(-1, slots)
+        logp = jnp.where(rule.banned(flat, known, now.index, words), -jnp.inf, logp)
+        logp = logp.reshape(batch, beams, words) + now.scores[..., None]
+        scores, at = jax.lax.top_k(logp.reshape(batch, -1), keep)
+        beam, token = at // words, (at % words).astype(jnp.int32)
+        sequences = _rows(now.running, beam)
+        sequences = jax.lax.dynamic_update_slice(
+            sequences, token[..., None], (0, 0, now.index)
+        )
+        count = now.count + 1
+        ends = jnp.isin(token, jnp.array(eos, jnp.int32)) | (count >= most)
+
+        going, chosen = jax.lax.top_k(jnp.where(ends, scores + LOW, scores), beams)
+        running, source = _rows(sequences, chosen), _rows(beam, chosen)
+        over = ends & (jnp.arange(keep) < beams) & now.improvable[:, None]
+        done = jnp.where(over, scores / count**penalty, LOW)
+        best, order = jax.lax.top_k(jnp.concatenate([now.best, done], 1), beams)
+        both = lambda old, new: _rows(jnp.concatenate([old, new], 1), order)
+        found = both(now.found, over)
+        size = jnp.broadcast_to(count, (batch, keep))
+
+        worst = jnp.where(found, best.min(axis=1, keepdims=True), LOW)
+        hope = going[:, :1] / count**penalty
+        improvable = now.improvable & jnp.any(hope > worst, axis=1)
+        rows = (jnp.arange(batch)[:, None] * beams + source).reshape(-1)
+        last = jnp.take(running, now.index, axis=2).reshape(-1, 1)
+        logits, cache = engine.step(*state, last, now.cache.rows(rows))
+        return Search(
+            cache,
+            logits,
+            running,
+            going,
+            both(now.finished, sequences),
+            both(now.lengths, size),
+            best,
+            found,
+            improvable,
+            now.index + 1,
+            count,
+        )
+
+    def run(state: State, now: Search, known: jax.Array, most: jax.Array) -> Search:
+        def body(carry: tuple[Search, jax.Array]) -> tuple[Search, jax.Array]:
+            now, known = carry
+            # every running guess has a token in this slot from now on
+            new = jnp.ones((len(known), 1), bool)
+            after = jax.lax.dynamic_update_slice(known, new, (0, now.index))
+            return add(state, now, known, most), after
+
+        more = lambda c: (c[0].count < most) & jnp.any(c[0].improvable)
+        return jax.lax.while_loop(more, body, (now, known))[0]
+
+    return run
+
+
+def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """`x[i, index[i, j]]` for `x: [batch, rows, ...]`."""
+    wide = index.reshape(index.shape + (1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, wide, axis=1)

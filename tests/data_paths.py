@@ -1,0 +1,11 @@
+"""Where the real data lies; tests that need it skip where it does not."""
+
+import os
+import pathlib
+
+import pytest
+
+DATA = pathlib.Path(
+    os.environ.get("LORAX_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data")
+)
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no data at ../shared/data")

@@ -1,0 +1,183 @@
+"""Chats: tokens as transformers gives them, and what is trained on, decoded."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.data import chat, tokenization
+from tests.experiments import chat_templates, toy_tokenizers
+
+pytest.importorskip("tokenizers", reason="needs the interop extra: tokenizers, jinja2")
+pytest.importorskip("jinja2", reason="needs the interop extra: tokenizers, jinja2")
+
+ONE_TURN = [
+    {"role": "user", "content": "What is two plus two?"},
+    {"role": "assistant", "content": "It is four."},
+]
+CHATS = {
+    "one turn": ONE_TURN,
+    "system": [{"role": "system", "content": "Be brief é."}, *ONE_TURN],
+    "two turns": [
+        *ONE_TURN,
+        {"role": "user", "content": " And\n\nthree? 😀 "},
+        {"role": "assistant", "content": "Six <b> & 'so'."},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return toy_tokenizers.write(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return tokenization.load(folder)
+
+
+def template(name, tokenizer):
+    return chat.ChatTemplate(chat_templates.ALL[name], name, tokenizer.special_tokens)
+
+
+each_template = pytest.mark.parametrize("name", sorted(chat_templates.ALL))
+each_chat = pytest.mark.parametrize("messages", CHATS.values(), ids=list(CHATS))
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    transformers = pytest.importorskip("transformers", reason="needs the golden extra")
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@each_template
+@each_chat
+def test_tokens_equal_those_of_transformers(tokenizer, theirs, name, messages):
+    expected = lambda chat, more: theirs.apply_chat_template(
+        chat,
+        chat_template=chat_templates.ALL[name],
+        add_generation_prompt=more,
+        return_dict=False,
+    )
+    ours = template(name, tokenizer)
+    example = chat.encode_chat(tokenizer, ours, messages)
+    assert example["tokens"].tolist() == expected(messages, False)
+    prompt = messages[:-1]
+    assert chat.prompt_ids(tokenizer, ours, prompt) == expected(prompt, True)
+
+
+def test_generation_blocks_mark_what_they_mark_in_transformers(tokenizer, theirs):
+    for messages in CHATS.values():
+        expected = theirs.apply_chat_template(
+            messages,
+            chat_template=chat_templates.GENERATION,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )["assistant_masks"]
+        example = chat.encode_chat(
+            tokenizer, template("generation", tokenizer), messages
+        )
+        assert example["loss_mask"].tolist() == expected
+
+
+@each_template
+@each_chat
+def test_what_is_trained_on_decoded(tokenizer, name, messages):
+    example = chat.encode_chat(tokenizer, template(name, tokenizer), messages)
+    # the tokens as they are, special ones too
+    text = lambda keep: tokenizer._tokenizer.decode(
+        example["tokens"][example["loss_mask"] == keep].tolist(),
+        skip_special_tokens=False,
+    )
+    end = chat_templates.END[name]
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    gap = " " if name == "inst" else ""  # it sets spaces around the answer
+    assert text(1) == "".join(f"{gap}{answer}{gap}{end}" for answer in answers)
+    for message in messages:
+        told = message["content"].strip()
+        assert (told in text(0)) == (message["role"] != "assistant")
+    assert example["bytes"] == len("".join(answers).encode())
+
+
+@each_template
+def test_bos_is_never_doubled(tokenizer, name):
+    example = chat.encode_chat(tokenizer, template(name, tokenizer), ONE_TURN)
+    assert (example["tokens"] == tokenizer.bos_id).sum() == (
+        1 if "bos_token" in chat_templates.ALL[name] else 0
+    )
+
+
+def test_bytes_give_the_same_spans():
+    tokenizer = tokenization.ByteTokenizer()
+    example = chat.encode_chat(
+        tokenizer, template("chatml", tokenizer), CHATS["system"]
+    )
+    trained = example["tokens"][example["loss_mask"] == 1].tolist()
+    assert tokenizer.decode(trained) == "It is four.<|im_end|>"
+
+
+def test_long_chats_are_cut_and_dropped(tokenizer):
+    ours = template("headers", tokenizer)
+    whole = chat.encode_chat(tokenizer, ours, ONE_TURN)
+    begin = int(np.argmax(whole["loss_mask"]))
+    long = [{"role": "user", "content": "old house " * 50}, ONE_TURN[1]]
+    with pytest.warns(UserWarning, match="a.jsonl: dropped 1 of 2 .*; 1 more lost"):
+        encoded = chat.encode_chats(
+            tokenizer, ours, [ONE_TURN, long], begin + 1, "a.jsonl"
+        )
+    (example,) = encoded.examples
+    assert example["loss_mask"].tolist() == [0] * begin + [1, 1]
+
+
+def test_a_template_that_looks_ahead_must_mark_what_is_generated(tokenizer):
+    source = chat_templates.GENERATION
+    source = source.replace("{%- generation -%}", "").replace(
+        "{%- endgeneration -%}", ""
+    )
+    messages = [dict(m) for m in CHATS["two turns"]]
+    messages[1]["content"] = "<think>hm</think>It is four."
+    ahead = chat.ChatTemplate(source, "ahead.jinja", tokenizer.special_tokens)
+    with pytest.raises(
+        chat.ChatTemplateError,
+        match=r"ahead.jinja: .*message 1 changes.*% generation %",
+    ):
+        chat.encode_chat(tokenizer, ahead, messages)
+    marked = chat.encode_chat(tokenizer, template("generation", tokenizer), messages)
+    trained = marked["tokens"][marked["loss_mask"] == 1].tolist()
+    assert tokenizer.decode(trained) == "It is four.Six <b> & 'so'."
+
+
+def test_messages_are_not_changed_and_none_is_left_out(tokenizer):
+    messages = [{"role": "user", "content": "a", "tool_calls": None}]
+    source = "{{ 'tool_calls' in messages[0] }}"
+    assert chat.ChatTemplate(source, "x", {}).render(messages).text == "False"
+    assert messages[0]["tool_calls"] is None
+
+
+def test_where_a_directory_keeps_its_template(tmp_path, tokenizer):
+    config = tmp_path / "tokenizer_config.json"
+    with pytest.raises(
+        chat.ChatTemplateError, match="neither chat_template.jinja, nor"
+    ):
+        chat.load(tmp_path, tokenizer)
+    render = lambda: chat.load(tmp_path, tokenizer).render(ONE_TURN).text
+    config.write_text(json.dumps({"chat_template": "one{{ eos_token }}"}))
+    assert render() == "one</s>"
+    named = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
+    config.write_text(json.dumps({"chat_template": named}))
+    assert render() == "d"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert render() == "file"
+
+
+def test_errors_name_the_template(tokenizer):
+    with pytest.raises(
+        chat.ChatTemplateError, match=r"m/x.jinja:2: not a chat template"
+    ):
+        chat.ChatTemplate("\n{% for %}", "m/x.jinja", {})
+    with pytest.raises(chat.ChatTemplateError, match="inst: .*roles must alternate"):
+        template("inst", tokenizer).render(ONE_TURN[::-1])
+    with pytest.raises(chat.ChatTemplateError, match=r"x: .*UndefinedError.*'content'"):
+        chat.ChatTemplate("{{ messages[0].content + 'a' }}", "x", {}).render(
+            [{"role": "user"}]
+        )

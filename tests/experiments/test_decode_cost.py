@@ -1,0 +1,12 @@
+"""The benchmark's wiring; its figures come from the command."""
+
+from experiments.benchmarks import decode_cost
+from tests.data_paths import needs_data
+
+
+@needs_data
+def test_both_ways_write_the_same_and_are_timed(monkeypatch):
+    monkeypatch.setattr(decode_cost, "transformers_model", lambda source: None)
+    seconds = decode_cost.compare("stories260k", count=5, batch=2, rounds=2)
+    assert set(seconds) == {"cached", "uncached, jitted"}
+    assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())

@@ -1,0 +1,86 @@
+"""Every config of a checkpoint runs its path: real data, tiny or drawn models."""
+
+import importlib
+import json
+
+import pytest
+
+from experiments import finetune
+from lorax import checkpoint
+from tests.data_paths import needs_data
+
+DRAWN = (
+    "roberta_glue_lora",
+    "roberta_glue_lora_plus",
+    "roberta_glue_adalora",
+    "t5_glue_lora_ga",
+    "t5_glue_lora_pro",
+)
+
+
+def config_of(name, steps, **fields):
+    config = importlib.import_module(f"configs.{name}").get_config("runlocal").unlock()
+    config.run.steps = config.run.log_every = config.eval.every = steps
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+@needs_data
+@pytest.mark.filterwarnings("ignore:.*cut .* examples")
+@pytest.mark.parametrize("name", ("roberta_glue_lora", "t5_glue_lora_ga"))
+def test_a_drawn_model_runs_and_says_that_it_is_no_result(name, tmp_path, capsys):
+    config = config_of(
+        name, 2, **{"data.train_rows": 64, "data.valid_rows": 16, "eval.rows": 16}
+    )
+    results = finetune.run(config, str(tmp_path))
+    assert results["note"] == finetune.RANDOM
+    assert finetune.RANDOM in capsys.readouterr().out
+    assert 0 <= results["valid_accuracy"] <= 1
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert checkpoint.load_adapters(tmp_path / "adapter")
+
+
+@needs_data
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*cut .* examples")
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_drawn_config_runs_its_twenty_steps(name, tmp_path):
+    config = importlib.import_module(f"configs.{name}").get_config("runlocal")
+    assert finetune.run(config, str(tmp_path))["note"] == finetune.RANDOM
+
+
+@needs_data
+def test_a_real_checkpoint_learns_and_writes(tmp_path):
+    config = config_of(
+        "gpt2_e2e_lora",
+        6,
+        **{
+            "data.train_rows": 200,
+            "data.valid_rows": 8,
+            "data.lengths": (344,),
+            "data.batch_size": 8,
+            "eval.rows": 8,
+            "eval.batch_size": 8,
+            "eval.test": 2,
+            "eval.beams": 2,
+            "eval.max_tokens": 8,
+        },
+    )
+    results = finetune.run(config, str(tmp_path))
+    assert results["valid_bpb_8"] < results["base_valid_bpb_8"]
+    assert results["test_prompts"] == 2 and "tok:none" in results["bleu_signature"]
+    rows = (tmp_path / "test.jsonl").read_text().splitlines()
+    assert len(rows) == 2 and json.loads(rows[0])["references"]
+
+
+def test_an_unknown_task_is_named(tmp_path):
+    config = config_of("roberta_glue_lora", 2, **{"data.task": "parsing"})
+    with pytest.raises(ValueError, match="data.task='parsing' is not one of e2e"):
+        finetune.run(config, str(tmp_path))
+
+
+@needs_data
+def test_a_head_of_another_size_is_refused(tmp_path):
+    config = config_of("roberta_glue_lora", 2, **{"model.labels": 5})
+    with pytest.raises(ValueError, match="head has 5 labels and .* has 2"):
+        finetune.run(config, str(tmp_path))

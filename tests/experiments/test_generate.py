@@ -1,0 +1,80 @@
+"""The command lines of generation and export, on the real checkpoint."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorax
+from experiments import export, generate, loading
+from lorax import checkpoint
+from lorax.models import sampling
+from tests.data_paths import DATA, needs_data
+
+pytestmark = needs_data
+BEGIN = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return loading.load_model("stories260k")
+
+
+@pytest.fixture(scope="module")
+def adapters(stories):
+    model, params, _ = stories
+    targets = [lorax.Target(".*/(q|v|down)/kernel", rank=2)]
+    loss = lambda p, t: model.apply({"params": p}, t).sum()
+    kernels = lorax.discover(loss, params, jnp.zeros((1, 4), int))
+    made, _ = lorax.init(jax.random.key(0), params, targets, kernels)
+    draw = lambda x: 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
+    return jax.tree.map(draw, made)
+
+
+def test_the_documented_sample_word_for_word(stories):
+    model, params, tokenizer = stories
+    text = (DATA / "stories260k" / "stories260K.md").read_text().replace("\r", "")
+    sample = text.split("-t 0.0\n")[1].split("\n```")[0]
+    write = generate.make_writer(model, tokenizer, [BEGIN], 256, batch=1)
+    assert (BEGIN + write((params,))[0]).startswith(sample)
+
+
+def test_stop_texts_sampling_and_beams(stories):
+    model, params, tokenizer = stories
+    prompts = [BEGIN, "The little dog"]
+    make = lambda **kwargs: generate.make_writer(
+        model, tokenizer, prompts, 40, batch=2, **kwargs
+    )
+    whole = make()((params,))
+    cut = make(stop=["Lily"])((params,))
+    assert "Lily" in whole[0] and "Lily" not in cut[0]
+    assert whole[0].startswith(cut[0]) and len(cut[0]) > 10
+    rule = sampling.Rule(temperature=1.0)
+    one, other = (make(rule=rule)((params,), jax.random.key(i)) for i in range(2))
+    assert one != other
+    assert len(make(beams=3)((params,))) == 2
+    with pytest.raises(ValueError, match="neither stop nor temperature apply"):
+        make(beams=3, stop=["x"])
+
+
+@pytest.mark.parametrize("form", ["merged", "peft"])
+def test_what_is_exported_writes_the_same(stories, adapters, tmp_path, form):
+    model, params, tokenizer = stories
+    checkpoint.save_adapters(tmp_path / "own", adapters, params)
+    target = tmp_path / form
+    export.export("stories260k", str(tmp_path / "own"), str(target), form)
+    tokens = np.arange(3, 43).reshape(2, 20)
+    run = jax.jit(lambda p: model.apply({"params": p}, tokens))
+    expected = run(lorax.merge(adapters, params))
+    if form == "merged":
+        _, again, same = loading.load_model(str(target))
+        assert same.encode(BEGIN) == tokenizer.encode(BEGIN)
+        np.testing.assert_array_equal(run(again), expected)
+    else:
+        read = loading.load_adapters(str(target), model, params)
+        np.testing.assert_allclose(
+            run(lorax.merge(read, params)), expected, rtol=1e-4, atol=1e-4
+        )
+    assert np.abs(run(params) - expected).max() > 0.1
+    with pytest.raises(ValueError, match="the base's own folder"):
+        export.export("stories260k", "x", str(DATA / "stories260k"), form)
