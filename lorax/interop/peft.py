@@ -270,6 +270,7 @@ def _split(
         keys.setdefault(location.path, []).append(key)
     modules, saved = [], {}
     for path, adapter in sorted(adapters.items()):
+        base.require_one(keys[path][0].removesuffix(WEIGHT))
         if isinstance(adapter, Full):
             leaves = {path: np.asarray(jax.device_get(adapter.value))}
             for key in keys[path]:
@@ -294,11 +295,11 @@ def _check_whole(saved: Collection[str], base: Base) -> None:
     """PEFT stores a module whole or adapts it, and cannot load a part of one."""
     whole = {key.rpartition(".")[0] for key in saved}
     for key in base.where:
-        module = key.rpartition(".")[0]
-        if module in whole and key not in saved:
+        parts = [key[:i] for i, letter in enumerate(key) if letter == "."]
+        if key not in saved and (module := whole.intersection(parts)):
             raise ValueError(
-                f"a part of {module!r} is Full, and PEFT stores modules whole: make "
-                f"{base.where[key].path!r} Full too, not another adapter"
+                f"a part of {min(module)!r} is Full, and PEFT stores modules whole: "
+                f"make {base.where[key].path!r} Full too, not another adapter"
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -29,6 +29,7 @@ class Base:
       shapes: abstract leaf by path.
       embedding: name of the module whose matrix is the head's too, or "".
       head: name of that tied head, which has no leaf of its own, or "".
+      shared: modules that torch has several times, one in encoder and decoder each.
     """
 
     def __init__(self, config: Any) -> None:
@@ -39,18 +40,11 @@ class Base:
             hf.abstract(family.Model(config)), sep="/"
         )
         self.aliases: Collection[tuple[str, str]] = family.ALIASES
-        self.embedding = self.head = ""
-        if getattr(config, "tied", False):
-            untied = locate(dataclasses.replace(config, tied=False))
-            heads = sorted(untied.keys() - self.where.keys())
-            both = [
-                key
-                for key, (_, _, entry) in self.where.items()
-                if entry.axes == ("vocab", "embed")
-            ]
-            self.embedding, self.head = (
-                name.removesuffix(WEIGHT) for name in (both[0], heads[0])
-            )
+        words = [k for k, v in self.where.items() if v.entry.axes == ("vocab", "embed")]
+        word = words[0].removesuffix(WEIGHT)
+        self.head = _tied_head(config, self.where, locate)
+        self.embedding = word if self.head else ""
+        self.shared = {word} if getattr(family, "INPUTS", 1) > 1 else set()
 
     @property
     def modules(self) -> dict[str, table.Location]:
@@ -63,6 +57,14 @@ class Base:
         if self.head:
             found[self.head] = found[self.embedding]
         return found
+
+    def require_one(self, module: str) -> None:
+        """Raises ValueError for a module that torch has several times."""
+        if module in self.shared:
+            raise ValueError(
+                f"{module!r} is an embedding that encoder, decoder and head share: in "
+                "torch these are modules of their own, and PEFT has no adapter for all"
+            )
 
     def is_embedding(self, module: str) -> bool:
         """True for a lookup table; False for a linear map."""
@@ -93,9 +95,23 @@ class Base:
         """What the names lack in front, when a model without head was adapted."""
         for name in names:
             for pattern, new in self.aliases:
-                if re.match(pattern, name):
-                    return re.sub(pattern, new, name, count=1).removesuffix(name)
+                whole = re.sub(f"^{pattern}", new, name, count=1)
+                if whole != name and whole.endswith(name):
+                    return whole.removesuffix(name)
         return ""
+
+
+def _tied_head(
+    config: Any, where: Mapping[str, table.Location], locate: Callable[[Any], Any]
+) -> str:
+    """The module of torch that shares the embedding of the words, or ""."""
+    if getattr(config, "tied", False):
+        untied = locate(dataclasses.replace(config, tied=False))
+        return min(untied.keys() - where.keys()).removesuffix(WEIGHT)
+    if getattr(config, "head", "") == "mlm":
+        head = {"roberta": "lm_head", "bert": "cls.predictions"}[config.family]
+        return f"{head}.decoder"
+    return ""
 
 
 def short_names(chosen: Collection[str], others: Collection[str]) -> list[str]:

@@ -104,6 +104,7 @@ def _check_modules(parts: Parts, settings: Settings, base: Base, front: str) -> 
         if module not in base.modules:
             key = next(iter(own.values())).key
             raise ValueError(f"{key!r}: {_unknown(module, base.modules)}")
+        base.require_one(module)
         ends = set(suffixes(settings.kind, base.is_embedding(module)).values())
         if ends != set(own):
             raise ValueError(
@@ -115,7 +116,8 @@ def _check_modules(parts: Parts, settings: Settings, base: Base, front: str) -> 
         for module in base.modules
         if module.startswith(front)
         and settings.selects(
-            module.removeprefix(front), linear=not base.is_embedding(module)
+            module.removeprefix(front),
+            linear=not base.is_embedding(module) and module != base.head,
         )
     }
     tied = {base.embedding, base.head} - {""}
@@ -144,6 +146,7 @@ def _check_rest(rest: Tensors, settings: Settings, base: Base, front: str) -> No
             raise ValueError(f"{tensor.key!r}: {_unknown(key, shapes)}")
         if tensor.shape != shapes[key]:
             raise ValueError(_misshapen(tensor, shapes[key], "the base asks"))
+        base.require_one(key.rpartition(".")[0])
         module = key.rpartition(".")[0].removeprefix(front)
         tied = settings.tying and key == f"{base.head}{WEIGHT}"
         if FROZEN not in name and not settings.saves(module) and not tied:

@@ -1,0 +1,136 @@
+"""Encoders and T5: what PEFT merges into its weights is what we merge into ours."""
+
+import functools
+import tempfile
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+import lorax
+from lorax.adapters import Lora
+from lorax.interop import hf
+from lorax.interop import peft as ours
+from lorax.models import roberta
+from tests.interop import peft_cases as cases
+
+peft, torch, transformers = cases.peft, cases.torch, cases.transformers
+TOKENS = cases.TOKENS
+SIZES = dict(
+    vocab_size=29,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=20,
+)
+
+
+@functools.cache
+def base(name):
+    if name == "t5":
+        config = transformers.T5Config(
+            vocab_size=29, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2
+        )
+        return cases.golden.redraw(transformers.T5ForConditionalGeneration(config))
+    kinds = {
+        "roberta": (transformers.RobertaConfig, "RobertaForSequenceClassification"),
+        "bert": (transformers.BertConfig, "BertForSequenceClassification"),
+        "mlm": (transformers.RobertaConfig, "RobertaForMaskedLM"),
+    }
+    config, model = kinds[name]
+    extra = {} if name == "bert" else {"type_vocab_size": 1, "pad_token_id": 1}
+    return cases.golden.redraw(
+        getattr(transformers, model)(config(num_labels=3, **SIZES, **extra))
+    )
+
+
+def fresh(name):
+    model = type(base(name))(base(name).config)
+    model.load_state_dict(base(name).state_dict())
+    return model
+
+
+@functools.cache
+def own(name):
+    with tempfile.TemporaryDirectory() as folder:
+        base(name).save_pretrained(folder)
+        model, params = hf.load(folder)
+    return model.config, params
+
+
+CASES = {
+    "roberta": dict(
+        r=2, target_modules=["query", "value"], task_type="SEQ_CLS", use_rslora=True
+    ),
+    "bert": dict(r=2, target_modules="all-linear", modules_to_save=["classifier"]),
+    "mlm": dict(r=2, target_modules=["output.dense", "word_embeddings", "decoder"]),
+    "t5": dict(r=2, target_modules=["q", "v", "wo", "relative_attention_bias"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_merged_weights(name, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(fresh(name), peft.LoraConfig(**CASES[name]))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p += 0.3 * torch.randn(p.shape, generator=generator)
+            if name == "mlm":  # one leaf here: the head's factors are the embedding's
+                parts = model.base_model.model
+                table = parts.roberta.embeddings.word_embeddings
+                head = parts.lm_head.decoder
+                head.lora_A["default"].weight.copy_(table.lora_embedding_B["default"].T)
+                head.lora_B["default"].weight.copy_(table.lora_embedding_A["default"].T)
+        model.save_pretrained(tmp_path / "theirs")
+    config, params = own(name)
+    adapters = ours.load(tmp_path / "theirs", config)
+    ours.save(tmp_path / "ours", adapters, config)
+    check = compare_logits if name == "mlm" else compare
+    for folder in ("theirs", "ours"):
+        check(name, adapters, tmp_path / folder)
+
+
+def compare_logits(name, adapters, folder):
+    """PEFT merges the two halves of what is tied into one weight: twice too much."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(fresh(name), folder)
+    config, params = own(name)
+    run = jax.jit(
+        lambda params: roberta.Model(config).apply({"params": params}, TOKENS)
+    )
+    expected = cases.logits(model)
+    cases.golden.assert_close(run(lorax.merge(adapters, params)), expected)
+    cases.golden.assert_apart(run(params), expected)
+
+
+def compare(name, adapters, folder):
+    """PEFT's merged weights beside ours, in the modules that moved and all others."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = peft.PeftModel.from_pretrained(fresh(name), folder)
+        theirs = model.merge_and_unload().state_dict()
+    assert not [w for w in told if "missing" in str(w.message)]
+    config, params = own(name)
+    before = hf.to_disk(config, params)
+    after = hf.to_disk(config, lorax.merge(adapters, params))
+    moved = 0
+    for key, tensor in after.items():
+        want = theirs[key].numpy()
+        np.testing.assert_allclose(tensor, want, atol=1e-5, err_msg=key)
+        moved += np.abs(want - before[key]).max() > 1e-3
+    layers = [len(getattr(a, "layers", None) or [0]) for a in adapters.values()]
+    assert moved >= len(layers)
+
+
+def test_the_shared_embedding_of_t5_is_refused(tmp_path):
+    config, params = own("t5")
+    table = params["embed"]["embedding"]
+    lora = Lora(table[:, :2], table[:2], 1.0, lorax.Axes((0,), (1,)))
+    with pytest.raises(ValueError, match="'shared' is an embedding that encoder"):
+        ours.save(tmp_path, {"embed/embedding": lora}, config)
