@@ -45,6 +45,7 @@ class Pattern:
     """
 
     def __init__(self, text: str) -> None:
+        """Parses the text."""
         if not isinstance(text, str):
             raise ValueError(f"{text!r} is no regular expression but {type(text)}")
         if len(text) > LIMIT:

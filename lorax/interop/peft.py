@@ -6,7 +6,8 @@
 LoRA, rsLoRA, DoRA and AdaLoRA on linear maps and embeddings, and modules stored whole.
 What is written computes in PEFT what it computes here, and back. A tied embedding and
 head are one leaf here, so an adapter on it is written for both; PEFT's adapters of only
-one of them need a model with `tied=False`.
+one of them need a model with `tied=False`. (Never merge an adapter of tied weights in
+PEFT: `merge_and_unload` adds both halves to the one weight.)
 
 References:
   Mangrulkar et al., PEFT: State-of-the-art Parameter-Efficient Fine-Tuning methods,
@@ -22,16 +23,22 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
 from lorax import compose, tree
 from lorax.adapters import AdaLora, Dora, Full, Lora
-from lorax.interop import factors, files, hf, peft_config, peft_tensors, peft_written
+from lorax.interop import (
+    assembly,
+    factors,
+    files,
+    hf,
+    peft_config,
+    peft_tensors,
+    peft_written,
+)
 from lorax.interop.factors import Module
 from lorax.interop.peft_base import WEIGHT, Base
-from lorax.models import table
 from lorax.types import Adapters, PyTree
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -79,8 +86,7 @@ def load(
     try:
         modules, saved = peft_tensors.read(tensors, settings, base, leaves)
         modules, saved = _untied(modules, saved, base)
-        adapters = _adapters(modules, base, settings.dropout)
-        return dict(sorted({**adapters, **_full(saved, base)}.items()))
+        return assembly.adapters(modules, saved, base, settings.dropout)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -207,44 +213,6 @@ def _untied(
             raise ValueError(f"the whole of {whole[0]!r}: {wrong}")
         del saved[base.head + WEIGHT]
     return [m for m in modules if m.name != base.head], saved
-
-
-def _adapters(modules: list[Module], base: Base, dropout: float) -> Adapters:
-    groups: dict[str, list[tuple[int | None, Module]]] = {}
-    for module in modules:
-        if module.a.shape[1]:  # AdaLoRA may leave rank 0
-            path, layer, _ = base.modules[module.name]
-            groups.setdefault(path, []).append((layer, module))
-    found: Adapters = {}
-    for path, group in groups.items():
-        name = group[0][1].name
-        rate = 0.0 if base.is_embedding(name) else dropout
-        shape = base.shapes[path].shape
-        found[path] = factors.joined(group, base.modules[name].entry, shape, rate)
-    return found
-
-
-def _full(saved: Mapping[str, np.ndarray], base: Base) -> Adapters:
-    """The leaves that are stored whole; of a stack every layer must be."""
-    groups: dict[str, dict[int | None, np.ndarray]] = {}
-    for key, tensor in saved.items():
-        path, layer, entry = base.where[key]
-        shape = base.shapes[path].shape[layer is not None :]
-        leaf = table.from_disk(tensor, shape, entry.transposed).astype(np.float32)
-        groups.setdefault(path, {})[layer] = leaf
-    found: Adapters = {}
-    for path, parts in groups.items():
-        if None in parts:
-            found[path] = Full(jnp.asarray(parts[None]))
-            continue
-        depth = base.shapes[path].shape[0]
-        if len(parts) < depth:
-            raise ValueError(
-                f"modules_to_save holds {len(parts)} of the {depth} layers of "
-                f"{path!r}, which is one leaf here; load the base with scan=False"
-            )
-        found[path] = Full(jnp.stack([parts[layer] for layer in range(depth)]))
-    return found
 
 
 def _kind(adapters: Adapters) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -33,12 +34,11 @@ class Base:
     """
 
     def __init__(self, config: Any) -> None:
+        """Reads the family's table."""
         family = hf.family_of(config.to_hf(), "config")
         locate = lambda c: table.locate(family.entries(c), c.stacks, c.scan)
         self.where = locate(config)
-        self.shapes: dict[str, jax.ShapeDtypeStruct] = flax.traverse_util.flatten_dict(
-            hf.abstract(family.Model(config)), sep="/"
-        )
+        self.shapes = _shapes(family.Model(config))
         self.aliases: Collection[tuple[str, str]] = family.ALIASES
         words = [k for k, v in self.where.items() if v.entry.axes == ("vocab", "embed")]
         word = words[0].removesuffix(WEIGHT)
@@ -99,6 +99,12 @@ class Base:
                 if whole != name and whole.endswith(name):
                     return whole.removesuffix(name)
         return ""
+
+
+@functools.lru_cache(8)
+def _shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The abstract leaves by path; a model is traced once."""
+    return flax.traverse_util.flatten_dict(hf.abstract(model), sep="/")
 
 
 def _tied_head(

@@ -131,7 +131,7 @@ class Settings:
         """The rank of the module's factors on disk."""
         if self.kind != "adalora":
             return self.ranks.get(_first(self.ranks, module), self.rank)
-        return sum(self.ranks.get(module, [True] * self.rank))
+        return sum(self.ranks[module]) if module in self.ranks else self.rank
 
     def scale(self, module: str) -> float:
         """The factor on the product of the module's factors."""

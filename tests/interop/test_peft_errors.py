@@ -142,6 +142,17 @@ def test_what_is_refused(tmp_path, edit, fields, message):
     assert str(tmp_path / "adapter_") in str(error.value), "the file is not named"
 
 
+def test_a_rank_that_no_file_holds(tmp_path):
+    arrays = {k.removesuffix(".weight"): t for k, t in tensors().items()}
+    for layer in range(2):
+        arrays[V.format(layer, "E").removesuffix(".weight")] = np.ones((2, 1))
+    fields = {"peft_type": "ADALORA", "init_r": 10**12, "total_step": 5}
+    with pytest.raises(ValueError, match="rank 1000000000000"):
+        peft.load(write(tmp_path, arrays, **fields), CONFIG)
+    adapters = peft.load(write(tmp_path, arrays, **fields | {"init_r": 2}), CONFIG)
+    assert adapters["layers/v/kernel"].lam.shape == (2, 2)
+
+
 def test_residual_bases_are_taken_at_their_word(tmp_path):
     write(tmp_path, tensors(), init_lora_weights="pissa_niter_4")
     assert peft.load(tmp_path, CONFIG, residual=True).keys() == {"layers/v/kernel"}

@@ -13,6 +13,7 @@ import pytest
 import lorax
 from lorax import optim
 from lorax.interop import peft as ours
+from lorax.interop import residual
 from tests.interop import peft_cases as cases
 
 peft, torch = cases.peft, cases.torch
@@ -83,15 +84,17 @@ def test_targets_of_every_kind(tmp_path):
 
 def test_rslora_keeps_a_whole_alpha(tmp_path):
     _, adapters, _ = made(T("layers/.*kernel", 3, 7, scaling="rank_stabilized"))
-    _, config = written(adapters, tmp_path, rank_stabilized=True)
+    ours.save(tmp_path, adapters, cases.own(*BASE)[0], rank_stabilized=True)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["lora_alpha"] == 7 and config["alpha_pattern"] == {}
     back = ours.load(tmp_path, cases.own(*BASE)[0])
     assert back["layers/o/kernel"].scale == 7 / 3**0.5
 
 
-@pytest.mark.parametrize("scale", [-2.0, 0.37])
-@pytest.mark.parametrize("adapter", ["lora", "adalora", "dora"])
-def test_any_scale(scale, adapter, tmp_path):
+@pytest.mark.parametrize(
+    "adapter, scale", [("lora", -2.0), ("adalora", -2.0), ("dora", 0.37)]
+)
+def test_any_scale(adapter, scale, tmp_path):
     _, adapters, _ = made(
         T("layers/qkv/kernel", 2, adapter=adapter),
         T("layers/up/kernel", 3, adapter=adapter),
@@ -101,8 +104,9 @@ def test_any_scale(scale, adapter, tmp_path):
     close(written(adapters, tmp_path)[0], logits(adapters))
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-@pytest.mark.parametrize("adapter", ["lora", "dora"])
+@pytest.mark.parametrize(
+    "init, adapter", [("pissa", "lora"), ("pissa", "dora"), ("olora", "lora")]
+)
 def test_inits_that_moved_the_base(init, adapter, tmp_path):
     initial, adapters, base = made(
         T("layers/qkv/kernel", 2, adapter=adapter, init=init),
@@ -113,8 +117,20 @@ def test_inits_that_moved_the_base(init, adapter, tmp_path):
     close(found, expected)
     assert config["init_lora_weights"] is True
     assert {config["r"], *config["rank_pattern"].values()} == {2, 4}
+    params = cases.own(*BASE)[1]
+    found = residual.initial(adapters, params, base)
+    close(written(adapters, tmp_path / "bases", initial=found)[0], expected)
     wrong, _ = written(adapters, tmp_path / "wrong")
     cases.golden.assert_apart(wrong, expected)
+
+
+def test_bases_that_are_no_pair():
+    _, adapters, base = made(T("layers/qkv/kernel", 2))
+    other = jax.tree.map(lambda x: 2 * x, base)
+    with pytest.raises(ValueError, match="layers/qkv/kernel: .*rank 2.*is left"):
+        residual.initial(adapters, base, other)
+    still = residual.initial(adapters, base, base)["layers/qkv/kernel"]
+    np.testing.assert_array_equal(still.b, 0)
 
 
 def test_a_pruned_adalora_with_ranks_down_to_zero(tmp_path):

@@ -1,0 +1,69 @@
+"""From the modules and whole tensors of a file to adapters of leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax.adapters import Full
+from lorax.interop import factors
+from lorax.interop.factors import Module
+from lorax.interop.peft_base import Base
+from lorax.models import table
+from lorax.types import Adapters
+
+
+def adapters(
+    modules: Sequence[Module],
+    saved: Mapping[str, np.ndarray],
+    base: Base,
+    dropout: float = 0.0,
+) -> Adapters:
+    """Returns adapters by path.
+
+    Args:
+      modules: with their factors; rank 0 is none.
+      saved: `{key on disk: tensor}` of parameters that are stored whole.
+      base: the model.
+      dropout: of the input of every adapter but an embedding's.
+
+    Raises:
+      ValueError: some layers only of a parameter that is one leaf here.
+    """
+    groups: dict[str, list[tuple[int | None, Module]]] = {}
+    for module in modules:
+        if module.a.shape[1]:  # AdaLoRA may leave rank 0
+            path, layer, _ = base.modules[module.name]
+            groups.setdefault(path, []).append((layer, module))
+    found: Adapters = {}
+    for path, group in groups.items():
+        name = group[0][1].name
+        rate = 0.0 if base.is_embedding(name) else dropout
+        shape = base.shapes[path].shape
+        found[path] = factors.joined(group, base.modules[name].entry, shape, rate)
+    return dict(sorted({**found, **_full(saved, base)}.items()))
+
+
+def _full(saved: Mapping[str, np.ndarray], base: Base) -> Adapters:
+    """The leaves that are stored whole; of a stack every layer must be."""
+    groups: dict[str, dict[int | None, np.ndarray]] = {}
+    for key, tensor in saved.items():
+        path, layer, entry = base.where[key]
+        shape = base.shapes[path].shape[layer is not None :]
+        leaf = table.from_disk(tensor, shape, entry.transposed).astype(np.float32)
+        groups.setdefault(path, {})[layer] = leaf
+    found: Adapters = {}
+    for path, parts in groups.items():
+        if None in parts:
+            found[path] = Full(jnp.asarray(parts[None]))
+            continue
+        depth = base.shapes[path].shape[0]
+        if len(parts) < depth:
+            raise ValueError(
+                f"modules_to_save holds {len(parts)} of the {depth} layers of "
+                f"{path!r}, which is one leaf here; load the base with scan=False"
+            )
+        found[path] = Full(jnp.stack([parts[layer] for layer in range(depth)]))
+    return found

@@ -1,0 +1,133 @@
+"""Checkpoints of loralib, the LoRA authors' library, as adapters.
+
+    <module>.lora_A   [rank, in]
+    <module>.lora_B   [out, rank]
+
+Everything else in the file was trained whole. The scale, alpha / rank, is not in it. A
+`MergedLinear` adapts some of the equal blocks that its outputs fall into (q and v of
+GPT-2's fused kernel), each with a rank of its own:
+
+    lora_A   [blocks x rank, in]
+    lora_B   [blocks x width, rank]
+
+and becomes one Lora of the summed rank, with zeros in b where a block does not read.
+
+References:
+  Hu et al., LoRA, arXiv:2106.09685; https://github.com/microsoft/LoRA.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lorax import tree
+from lorax.interop import assembly, files, hf
+from lorax.interop.factors import Module
+from lorax.interop.peft_base import Base
+from lorax.types import Adapters
+
+ENDS = (".lora_A", ".lora_B")
+
+
+def load(
+    path: str | pathlib.Path,
+    config: Any,
+    *,
+    alpha: float,
+    merged: Sequence[bool] | None = None,
+    dropout: float = 0.0,
+) -> Adapters:
+    """Reads a checkpoint of loralib, converted to safetensors.
+
+    Args:
+      path: the file.
+      config: of the base, `model.config`.
+      alpha: as in training: 16 in the paper's GLUE runs, 32 in its GPT-2 runs.
+      merged: `enable_lora` of `MergedLinear`: which blocks of its outputs are adapted;
+        `(True, False, True)` in the GPT-2 runs. None: there is none.
+      dropout: static field of the adapters.
+
+    Returns:
+      `{path: Lora | Full}`, in float32.
+
+    Raises:
+      ValueError: a file that is not sound, not for this base, or a pickle.
+    """
+    path = pathlib.Path(path)
+    if path.suffix in (".bin", ".pt", ".pth"):
+        raise ValueError(
+            f"{path} is a pickle, which can run code and is never read: save its "
+            "state dict with safetensors.torch.save_file"
+        )
+    base = Base(config)
+    family = hf.family_of(config.to_hf(), "config")
+    named = {hf.renamed(family, k): t for k, t in files.open_tensors(path).items()}
+    names = sorted({k.removesuffix(e) for k in named for e in ENDS if k.endswith(e)})
+    rest = {k: t for k, t in named.items() if not k.endswith(ENDS)}
+    try:
+        for name in names:
+            _check(name, named, base, merged)
+        for key, tensor in rest.items():
+            tree.require([key], base.where, "base model")
+            if tensor.shape != base.shape(key):
+                raise ValueError(f"{key!r} is {tensor.shape}, not {base.shape(key)}")
+        modules = [_module(name, named, base, alpha, merged) for name in names]
+        saved = {key: tensor.read() for key, tensor in rest.items()}
+        return assembly.adapters(modules, saved, base, dropout)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: {error.args[0]}") from error
+
+
+def _check(
+    name: str, named: dict[str, files.Tensor], base: Base, merged: Sequence[bool] | None
+) -> None:
+    """Raises unless the two factors fit each other and the base."""
+    tree.require([name], base.modules, "base model")
+    base.require_one(name)
+    if name == base.embedding:
+        raise ValueError(
+            f"{name!r} is the tied head too, which loralib leaves alone; load the base "
+            "with tied=False"
+        )
+    tree.require([name + end for end in ENDS], named, "file")
+    a, b = (named[name + end].shape for end in ENDS)
+    in_, out = base.sizes(name)
+    rank = b[-1]
+    if (a, b) == ((rank, in_), (out, rank)):
+        return
+    if merged is None:
+        raise ValueError(
+            f"{name!r} has factors {a} and {b}, which a map from {in_} to {out} cannot "
+            "have; if it was a MergedLinear, pass merged=, its enable_lora"
+        )
+    blocks, width = sum(merged), out // len(merged)
+    want = (blocks * rank, in_), (blocks * width, rank)
+    if (a, b) != want or width * len(merged) != out:
+        raise ValueError(
+            f"{name!r} has factors {a} and {b}, and merged={tuple(merged)} of {out} "
+            f"outputs asks for {want[0]} and {want[1]}"
+        )
+
+
+def _module(
+    name: str,
+    named: dict[str, files.Tensor],
+    base: Base,
+    alpha: float,
+    merged: Sequence[bool] | None,
+) -> Module:
+    a, b = (named[name + end].read().astype(np.float32) for end in ENDS)
+    rank, out = b.shape[1], base.sizes(name)[1]
+    if b.shape[0] == out and a.shape[0] == rank:
+        return Module(name, a.T, b.T, alpha / rank)
+    assert merged is not None
+    width = out // len(merged)
+    whole = np.zeros((a.shape[0], out), np.float32)
+    for i, block in enumerate(np.flatnonzero(merged)):
+        own = b[i * width : (i + 1) * width].T
+        whole[i * rank : (i + 1) * rank, block * width : (block + 1) * width] = own
+    return Module(name, a.T, whole, alpha / rank)

@@ -1,0 +1,83 @@
+"""The initial adapters of an init that moved the base, from the base before and after.
+
+PiSSA, LoRA-GA, OLoRA and CorDA leave `W_res = W - s a0 b0` as the frozen base. Whoever
+has both bases has `a0 b0`, which is all that a conversion needs:
+
+    initial = residual.initial(adapters, params, residual_params)
+    peft.save("plain", adapters, config, initial=initial)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax import linalg, tree
+from lorax.adapters import AdaLora, Full
+from lorax.types import Adapters, PyTree
+
+NOISE = 0.05  # of the difference: what rounding of the two bases may leave of it
+
+
+def initial(adapters: Adapters, original: PyTree, residual: PyTree) -> Adapters:
+    """Returns factors whose update is `original - residual`, of the adapters' ranks.
+
+    The difference of two bases kept in bfloat16 is of that rank up to rounding only;
+    the best approximation is taken.
+
+    Args:
+      adapters: `{path: Lora | Dora | AdaLora | Full}`, trained on the residual base.
+      original: the base before the init.
+      residual: the base after it.
+
+    Returns:
+      Adapters like the given ones, with zero factors where the base did not move.
+
+    Raises:
+      ValueError: bases whose difference has a larger rank.
+      KeyError: a path that they lack.
+    """
+    before, after = tree.flatten(original), tree.flatten(residual)
+    tree.require(adapters, before, "original base")
+    tree.require(adapters, after, "residual base")
+    return {
+        path: adapter
+        if isinstance(adapter, Full)
+        else _initial(path, adapter, before[path], after[path])
+        for path, adapter in adapters.items()
+    }
+
+
+def _initial(path: str, adapter: Any, before: Any, after: Any) -> Any:
+    adapter.check(path, before)
+    wide = lambda leaf: jnp.asarray(leaf).astype(jnp.float32)
+    moved = wide(before) - wide(after)
+    if adapter.layers is not None:
+        chosen = jnp.asarray(adapter.layers)
+        moved = jnp.take(moved, chosen, adapter.axes.batch[0])
+    in_, out, batch = adapter.axes.sizes(moved.shape)
+    moved = moved.transpose(adapter.axes.order)
+    matrix = moved.reshape(*batch, math.prod(in_), math.prod(out))
+    u, s, vt = linalg.svd(matrix, adapter.rank)
+    whole, kept = jnp.sum(matrix**2), jnp.sum(s**2)
+    if whole - kept > NOISE**2 * whole:
+        raise ValueError(
+            f"{path}: the two bases differ by more than an update of rank "
+            f"{adapter.rank}: {float(jnp.sqrt(whole - kept) / jnp.sqrt(whole)):.2g} of "
+            "the difference is left; are they the original and its residual?"
+        )
+    s = s / adapter.scale
+    u, vt = u.reshape(*batch, *in_, -1), vt.reshape(*batch, adapter.rank, *out)
+    lift = lambda s: s.reshape(*s.shape, *(1 for _ in out))
+    dtypes = {f: getattr(adapter, f).dtype for f in adapter.roles}
+    fields: dict[str, jax.Array]
+    if isinstance(adapter, AdaLora):
+        fields = {"p": u, "lam": s, "q": vt}
+    else:
+        fields = {"a": u, "b": lift(s) * vt}
+    cast = {f: x.astype(dtypes[f]) for f, x in fields.items()}
+    return dataclasses.replace(adapter, **cast)
