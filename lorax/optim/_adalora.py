@@ -80,8 +80,8 @@ def adalora(
     `jax.vmap` leave it unbatched, and a step that chooses nothing sorts nothing there
     either: `in_axes` and `out_axes` of the state
     `AdaLoraState(None, None, 0, 0, 0, 0)`. With a batched count the result is the same
-    and every member sorts at every step. `pairs=` of a population passes unread: members
-    must have the ranks that they were made with, as `lorax.population` sees to.
+    and every member sorts at every step. `pairs=` passes unread: the members of a
+    population must be of one rank, which `lorax.population` asks of AdaLora.
 
     Args:
       inner: the optimiser, such as `optax.adamw(1e-3, mask=decay_mask)`.
