@@ -5,7 +5,9 @@
     python -m experiments.export --base=stories260k --trained=runs/x/adapter \
         --form=peft --to=adapter    # for peft's PeftModel.from_pretrained
 
-The tokenizer's files go along with a merged model.
+The tokenizer's files go along with a merged model. Where the init moved a part of the
+base (PiSSA, LoRA-GA, OLoRA), the run left `initial/` beside `adapter/`: it is found
+there, or given by `--initial`, and what is written is for the original base.
 """
 
 import pathlib
@@ -16,17 +18,21 @@ from absl import app, flags
 
 import lorax
 from experiments import loading
+from lorax import checkpoint, compose
 from lorax.interop import hf, peft
 
 _MODEL = flags.DEFINE_string("base", None, "The checkpoint: a directory or a hub id.")
 _ADAPTER = flags.DEFINE_string("trained", None, "Folder of adapters, ours or PEFT's.")
+_INITIAL = flags.DEFINE_string("initial", None, "Folder of the adapters at the start.")
 _TO = flags.DEFINE_string("to", None, "Folder to write; made if need be.")
 _FORM = flags.DEFINE_enum("form", "merged", ["merged", "peft"], "What to write.")
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "*.jinja", "generation_config*")
 
 
-def export(source: str, adapter: str, to: str, form: str) -> None:
+def export(
+    source: str, adapter: str, to: str, form: str, initial: str | None = None
+) -> None:
     """Writes a merged checkpoint, or a PEFT adapter.
 
     Args:
@@ -34,6 +40,8 @@ def export(source: str, adapter: str, to: str, form: str) -> None:
       adapter: folder of adapters.
       to: folder to write; it must not be the base's.
       form: "merged" or "peft".
+      initial: folder of the adapters at the start; None for `initial/` beside `adapter`
+        if there is one.
 
     Raises:
       ValueError: `to` is the base's own folder, or the adapters belong to another base.
@@ -42,8 +50,13 @@ def export(source: str, adapter: str, to: str, form: str) -> None:
     if target.resolve() == directory.resolve():
         raise ValueError(f"--to={to} is the base's own folder: give another")
     model, params = hf.load(directory)
-    adapters = loading.load_adapters(adapter, model, params)
     config = model.config
+    beside = pathlib.Path(initial or pathlib.Path(adapter).parent / "initial")
+    start = checkpoint.load_adapters(beside) if initial or beside.is_dir() else None
+    if start is None:
+        adapters = loading.load_adapters(adapter, model, params)
+    else:  # of the moved base, which is not at hand: to_lora checks what can be checked
+        adapters = compose.to_lora(checkpoint.load_adapters(adapter), start)
     if form == "peft":
         peft.save(target, adapters, config, base_name=source)
         return
@@ -57,7 +70,13 @@ def main(argv: Sequence[str]) -> None:
     """Exports as the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
-    export(_MODEL.value or "", _ADAPTER.value or "", _TO.value or "", _FORM.value)
+    export(
+        _MODEL.value or "",
+        _ADAPTER.value or "",
+        _TO.value or "",
+        _FORM.value,
+        _INITIAL.value,
+    )
     print(f"{_FORM.value}: written to {_TO.value}")
 
 

@@ -3,7 +3,8 @@
     python -m experiments.main --config=configs/gpt2_e2e_lora.py:runlocal
 
 In the workdir: `metrics.jsonl`, `adapter/` (`lorax.checkpoint.load_adapters`),
-`results.json`, and what the task writes.
+`results.json`, and what the task writes; beside `adapter/`, if the init moved a part of
+the base, `initial/`, with which `experiments.export` brings it back to the original.
 """
 
 import json
@@ -86,6 +87,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     if config.model.random:
         results["note"] = RANDOM
     save_and_verify(folder / "adapter", done.adapters, done.params)
+    if done.initial is not None:
+        save_and_verify(folder / "initial", done.initial, done.params)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, value in results.items():
         console.print(f"{name:>20}  {value}", highlight=False)

@@ -25,6 +25,8 @@ class Fit(NamedTuple):
       opt_state_bytes: size of the optimiser's state.
       step_ms: median milliseconds a step, compilation and evaluation left out.
       evaluation: what `evaluate` returned after the last step, {} without it.
+      initial: the adapters at the start, if their init moved a part of the base; else
+        None.
     """
 
     adapters: dict[str, Any]
@@ -33,6 +35,7 @@ class Fit(NamedTuple):
     opt_state_bytes: int
     step_ms: float
     evaluation: dict[str, float]
+    initial: dict[str, Any] | None = None
 
     def merged(self) -> Any:
         """Plain parameters with what was learned."""
@@ -83,7 +86,10 @@ def fit(
     if any(inits.INITS[t.init].stats for t in targets if t.init in inits.INITS):
         first = [batches[i] for i in range(calibration_batches)]
         stats = lorax.calibrate(init_key, loss_fn, params, targets, first, kernels)
+    given = params
     adapters, params = lorax.init(init_key, params, targets, kernels, stats)
+    moved = params is not given
+    initial = jax.tree.map(jax.numpy.copy, adapters) if moved else None  # not donated
     state = training.create_state(step_key, adapters, tx)
     step = training.make_train_step(
         training.simple_loss(loss_fn), tx, clip_norm=clip_norm
@@ -130,4 +136,5 @@ def fit(
         opt_state_bytes=metrics.nbytes(state.opt_state),
         step_ms=statistics.median(times) * 1e3,
         evaluation=evaluation,
+        initial=initial,
     )

@@ -78,3 +78,23 @@ def test_what_is_exported_writes_the_same(stories, adapters, tmp_path, form):
     assert np.abs(run(params) - expected).max() > 0.1
     with pytest.raises(ValueError, match="the base's own folder"):
         export.export("stories260k", "x", str(DATA / "stories260k"), form)
+
+
+def test_what_pissa_learnt_is_exported_for_the_original_base(stories, tmp_path):
+    model, params, _ = stories
+    targets = [lorax.Target(".*/(q|down)/kernel", rank=2, init="pissa")]
+    loss = lambda p, t: model.apply({"params": p}, t).sum()
+    kernels = lorax.discover(loss, params, jnp.zeros((1, 4), int))
+    start, moved = lorax.init(jax.random.key(0), params, targets, kernels)
+    trained = jax.tree.map(lambda x: 1.1 * x + 0.02, start)
+    checkpoint.save_adapters(tmp_path / "adapter", trained, moved)
+    checkpoint.save_adapters(tmp_path / "initial", start, moved)
+    export.export(
+        "stories260k", str(tmp_path / "adapter"), str(tmp_path / "out"), "merged"
+    )
+    tokens = np.arange(3, 43).reshape(2, 20)
+    run = jax.jit(lambda p: model.apply({"params": p}, tokens))
+    expected = run(lorax.merge(trained, moved))
+    again = run(loading.load_model(str(tmp_path / "out"))[1])
+    np.testing.assert_allclose(again, expected, rtol=1e-3, atol=1e-3)
+    assert np.abs(run(params) - expected).max() > 0.1
