@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import rich.console
 
+import lorax
 from experiments import factory, loading, metrics, optimizers, progress, tasks
 from experiments import writer as writers
 from experiments.data import tokenization
@@ -94,6 +95,24 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         console.print(f"{name:>20}  {value}", highlight=False)
     console.print(f"Written to {folder}: adapter/ metrics.jsonl results.json")
     return results
+
+
+def score(
+    config: ml_collections.ConfigDict, adapter: str | None, folder: pathlib.Path
+) -> dict[str, Any]:
+    """Returns the task's scores.
+
+    Args:
+      config: of a run of `experiments.finetune`.
+      adapter: folder of adapters, ours or PEFT's; None scores the base.
+      folder: where the task puts what it writes.
+    """
+    key = jax.random.fold_in(jax.random.key(config.run.seed), 0)
+    model, params, tokenizer = load_base(config.model, key)
+    task = tasks.TASKS[config.data.task](config, model, tokenizer)
+    if adapter:
+        params = lorax.merge(loading.load_adapters(adapter, model, params), params)
+    return task.report(params, folder)
 
 
 def load_base(

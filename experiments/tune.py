@@ -8,12 +8,14 @@ then written into the config by hand, with the sweep in its docstring.
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import rich.console
 import rich.table
 from absl import app, flags
 from ml_collections import config_flags
+
+from experiments import bracketing
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
 _WORKDIR = flags.DEFINE_string(
@@ -21,39 +23,6 @@ _WORKDIR = flags.DEFINE_string(
 )
 _FACTOR = flags.DEFINE_float("factor", 2.0, "Ratio of neighbouring learning rates.")
 _RUNS = flags.DEFINE_integer("runs", 9, "Most learning rates to try per method.")
-
-
-def bracket(
-    score: Callable[[float], float], start: float, factor: float, limit: int
-) -> dict[float, float]:
-    """Scores `start`, its neighbours, and on downhill until the best is inside.
-
-    Args:
-      score: of a learning rate, lower is better; NaN counts as worst.
-      start: the first learning rate.
-      factor: ratio of neighbours.
-      limit: most evaluations to spend.
-
-    Returns:
-      Learning rate -> score, in order of learning rate.
-    """
-    found: dict[int, float] = {}
-
-    def value(power: int) -> float:
-        if power not in found:
-            result = score(start * factor**power)
-            found[power] = result if result == result else float("inf")
-        return found[power]
-
-    best = 0
-    value(best)
-    while len(found) < limit:
-        beside = [p for p in (best - 1, best + 1) if p not in found]
-        if not beside:
-            break
-        value(beside[0])
-        best = min(found, key=found.__getitem__)
-    return {start * factor**power: found[power] for power in sorted(found)}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -89,7 +58,9 @@ def main(argv: Sequence[str]) -> None:
                 return bits
 
             start = config.optimizer.learning_rate[method]
-            sweeps[method] = bracket(score, start, _FACTOR.value, _RUNS.value)
+            sweeps[method] = bracketing.bracket(
+                score, start, _FACTOR.value, _RUNS.value
+            )
 
     table = rich.table.Table("method", "learning rate", "selection bits/byte")
     for method, sweep in sweeps.items():

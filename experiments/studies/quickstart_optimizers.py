@@ -25,7 +25,15 @@ from absl import app, flags
 
 import lorax
 from configs import quickstart
-from experiments import factory, metrics, optimizers, pretrain, progress, tune, writer
+from experiments import (
+    bracketing,
+    factory,
+    metrics,
+    optimizers,
+    pretrain,
+    progress,
+    writer,
+)
 from experiments.data import documents, windows
 from experiments.studies import comparison
 from lorax import inits, training
@@ -129,7 +137,7 @@ def study(
     selection = windows.evaluation_batches(topics.selection, *size)
     test = windows.evaluation_batches(topics.test, *size)
     run = make_run(config, loss_fn, base, every)
-    grid = tune.bracket(
+    grid = bracketing.bracket(
         lambda rate: run(0, rate, selection, True)[-1], method.rate, 2.0, MOST
     )
     rate = min(grid, key=grid.__getitem__)

@@ -16,7 +16,7 @@ import ml_collections
 import optax
 from absl import logging
 
-from experiments import generate
+from experiments import writing
 from experiments.data import batches, e2e, examples, instruction, paths, tokenization
 from experiments.scoring import bits, generation
 from experiments.tasks.base import Scores, Task
@@ -127,7 +127,7 @@ def write_test(
     """Answers the test prompts and scores the answers."""
     form = config.data.form
     groups = e2e.groups(e2e.load("test", form).pairs)[: config.eval.test]
-    write = generate.make_writer(
+    write = writing.make_writer(
         model,
         tokenizer,
         [group.prompt for group in groups],

@@ -73,6 +73,18 @@ def test_a_real_checkpoint_learns_and_writes(tmp_path):
     assert len(rows) == 2 and json.loads(rows[0])["references"]
 
 
+@needs_data
+def test_scores_do_not_depend_on_the_batch_size(tmp_path):
+    fields = {"data.train_rows": 8, "data.valid_rows": 33, "data.lengths": (344,)}
+    scores = []
+    for size in (1, 7, 32):
+        config = config_of("gpt2_e2e_lora", 1, **fields, **{"eval.batch_size": size})
+        config.eval.test = 0
+        scores.append(finetune.score(config, None, tmp_path)["valid_bpb_33"])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+    assert scores[0] == pytest.approx(scores[2], rel=1e-6)
+
+
 def test_an_unknown_task_is_named(tmp_path):
     config = config_of("roberta_glue_lora", 2, **{"data.task": "parsing"})
     with pytest.raises(ValueError, match="data.task='parsing' is not one of e2e"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lorax
-from experiments import export, generate, loading
+from experiments import export, loading, writing
 from lorax import checkpoint
 from lorax.models import sampling
 from tests.data_paths import DATA, needs_data
@@ -35,14 +35,14 @@ def test_the_documented_sample_word_for_word(stories):
     model, params, tokenizer = stories
     text = (DATA / "stories260k" / "stories260K.md").read_text().replace("\r", "")
     sample = text.split("-t 0.0\n")[1].split("\n```")[0]
-    write = generate.make_writer(model, tokenizer, [BEGIN], 256, batch=1)
+    write = writing.make_writer(model, tokenizer, [BEGIN], 256, batch=1)
     assert (BEGIN + write((params,))[0]).startswith(sample)
 
 
 def test_stop_texts_sampling_and_beams(stories):
     model, params, tokenizer = stories
     prompts = [BEGIN, "The little dog"]
-    make = lambda **kwargs: generate.make_writer(
+    make = lambda **kwargs: writing.make_writer(
         model, tokenizer, prompts, 40, batch=2, **kwargs
     )
     whole = make()((params,))

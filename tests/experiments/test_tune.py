@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from experiments.tune import bracket
+from experiments.bracketing import bracket
 
 
 def bowl(best):

@@ -1,0 +1,40 @@
+"""Scores a checkpoint, with or without adapters, on the task of a config.
+
+    python -m experiments.evaluate --config=configs/gpt2_e2e_lora.py:runlocal \
+        --evaluated=runs/gpt2_e2e_lora/adapter
+
+Every validation example counts once, whatever the batch size; the test set is touched
+only if `config.eval.test` says so. Prints the scores and, with `--scores`, writes them.
+"""
+
+import json
+import pathlib
+import tempfile
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments import finetune
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
+_ADAPTER = flags.DEFINE_string("evaluated", None, "Folder of adapters; none: the base.")
+_SCORES = flags.DEFINE_string("scores", None, "Where to write the scores as JSON.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Evaluates as the flags say."""
+    if len(argv) > 1:
+        raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(_SCORES.value).parent if _SCORES.value else scratch
+        scores = finetune.score(_CONFIG.value, _ADAPTER.value, pathlib.Path(folder))
+    for name, value in scores.items():
+        print(f"{name:>20}  {value}")
+    if _SCORES.value:
+        pathlib.Path(_SCORES.value).write_text(json.dumps(scores, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)
