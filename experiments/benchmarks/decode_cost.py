@@ -24,7 +24,9 @@ from lorax.models import decoding
 
 _SOURCE = flags.DEFINE_string("source", "stories260k", "The checkpoint.")
 _NEW = flags.DEFINE_integer("new_tokens", 256, "Tokens to add.", lower_bound=1)
-_BATCH = flags.DEFINE_integer("sequences", 1, "Sequences at a time.", lower_bound=1)
+_BATCH = flags.DEFINE_integer(
+    "decode_sequences", 1, "Sequences at a time.", lower_bound=1
+)
 _ROUNDS = flags.DEFINE_integer("decode_rounds", 5, "Interleaved rounds.")
 
 PROMPT = "Once upon a time"
