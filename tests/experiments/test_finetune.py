@@ -6,6 +6,7 @@ import json
 import pytest
 
 from experiments import finetune
+from experiments.tasks import labelled_data
 from lorax import checkpoint
 from tests.data_paths import needs_data
 
@@ -83,6 +84,18 @@ def test_scores_do_not_depend_on_the_batch_size(tmp_path):
         scores.append(finetune.score(config, None, tmp_path)["valid_bpb_33"])
     assert scores[0] == pytest.approx(scores[1], rel=1e-6)
     assert scores[0] == pytest.approx(scores[2], rel=1e-6)
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["sentence_polarity", "subjectivity", "banking77"])
+def test_the_first_rows_are_a_fair_sample(name):
+    config = config_of("roberta_glue_lora", 1, **{"data.name": name})
+    found = labelled_data.load(config.data, "valid")
+    first = [row.label for row in found.rows[:400]]
+    share = len(set(first)) / len(found.labels)
+    assert share > 0.95 and found == labelled_data.load(config.data, "valid")
+    if len(found.labels) == 2:
+        assert 0.4 < sum(first) / 400 < 0.6
 
 
 def test_an_unknown_task_is_named(tmp_path):
