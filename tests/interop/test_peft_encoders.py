@@ -15,7 +15,9 @@ from lorax.interop import peft as ours
 from lorax.models import roberta
 from tests.interop import peft_cases as cases
 
-peft, torch, transformers = cases.peft, cases.torch, cases.transformers
+transformers = pytest.importorskip("transformers", reason="needs the golden extra")
+torch = pytest.importorskip("torch", reason="needs the golden extra")
+peft = pytest.importorskip("peft", reason="needs the golden extra")
 TOKENS = cases.TOKENS
 SIZES = dict(
     vocab_size=29,

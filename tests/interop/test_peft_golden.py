@@ -6,7 +6,7 @@ import pytest
 from lorax.interop import peft as ours
 from tests.interop import peft_cases as cases
 
-peft = cases.peft
+peft = pytest.importorskip("peft", reason="needs the golden extra")
 LORA, ADALORA = peft.LoraConfig, peft.AdaLoraConfig
 
 # name: (family, tied, class of our adapters, config)

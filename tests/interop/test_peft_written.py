@@ -16,7 +16,8 @@ from lorax.interop import peft as ours
 from lorax.interop import residual
 from tests.interop import peft_cases as cases
 
-peft, torch = cases.peft, cases.torch
+torch = pytest.importorskip("torch", reason="needs the golden extra")
+peft = pytest.importorskip("peft", reason="needs the golden extra")
 BASE = ("gpt2", True)
 T = lorax.Target
 

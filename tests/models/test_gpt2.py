@@ -11,7 +11,9 @@ import lorax
 from lorax.interop import hf
 from lorax.models import gpt2
 from tests.models import golden
-from tests.models.golden import transformers
+
+transformers = pytest.importorskip("transformers", reason="needs the golden extra")
+torch = pytest.importorskip("torch", reason="needs the golden extra")
 
 SIZES = {
     "vocab_size": 61,

@@ -10,7 +10,9 @@ import pytest
 from lorax.interop import hf
 from lorax.models import llama
 from tests.models import golden
-from tests.models.golden import transformers
+
+transformers = pytest.importorskip("transformers", reason="needs the golden extra")
+torch = pytest.importorskip("torch", reason="needs the golden extra")
 
 SIZES = {
     "vocab_size": 61,
