@@ -4,9 +4,11 @@ A result is `{"rate": learning rate, "curves": [seed][point]}`, what falls being
 "LoRA" is the method that the others are held to.
 """
 
+import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,10 @@ SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds to report.", lower_bound=2)
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
 """The two-sided 95 % quantile for n paired differences, by n."""
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
+    *("#E69F00", "#56B4E9", "#F0E442", "#000000"),
+)
 """Okabe and Ito's, told apart with any colour vision."""
 
 
@@ -29,6 +34,87 @@ def folder(name: str) -> pathlib.Path:
     made = pathlib.Path(_FOLDER.value or f"runs/{name}")
     made.mkdir(parents=True, exist_ok=True)
     return made
+
+
+class NotRun(Exception):
+    """A run that is not there, and may not be made now."""
+
+
+class Runs:
+    """Runs by key, each a line of a file, so that a study cut short goes on.
+
+    Attributes:
+      lines: by key, `{"key", "settings", "seconds", "curve"}`.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        settings: Mapping[str, str],
+        minutes: float | None = None,
+    ) -> None:
+        """Reads the lines that were made under the same settings.
+
+        Args:
+          path: of the file of JSON lines.
+          settings: a digest for each first part of a key.
+          minutes: after which no run is begun.
+        """
+        self._path, self._settings = path, settings
+        self._until = math.inf if minutes is None else time.time() + 60 * minutes
+        self.lines: dict[tuple[Hashable, ...], dict[str, Any]] = {}
+        for text in path.read_text().splitlines() if path.exists() else ():
+            line = json.loads(text)
+            if settings.get(line["key"][0]) == line["settings"]:
+                self.lines[_exact(line["key"])] = line
+
+    def get(
+        self,
+        key: tuple[Hashable, ...],
+        make: Callable[[], list[float]] | None = None,
+    ) -> list[float]:
+        """Returns the curve of a run, made if need be.
+
+        Args:
+          key: JSON values, the first one of `settings`.
+          make: trains; None: only a run that is there will do.
+
+        Raises:
+          NotRun: it is not there, and there is no time or no `make`.
+        """
+        key = _exact(key)
+        if key not in self.lines:
+            if make is None or time.time() > self._until:
+                raise NotRun(" ".join(map(str, key[1:])))
+            began = time.time()
+            curve = [float(value) for value in make()]
+            seconds = round(time.time() - began, 1)
+            line: dict[str, Any] = {"key": key, "settings": self._settings[str(key[0])]}
+            line |= {"seconds": seconds, "curve": curve}
+            with open(self._path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.lines[key] = line
+            print(*key, curve[-1], f"({seconds:.0f} s)", flush=True)
+        return self.lines[key]["curve"]
+
+
+def _exact(key: Sequence[Hashable]) -> tuple[Hashable, ...]:
+    """The key with its numbers as they are printed."""
+    return tuple(f"{x:.3g}" if isinstance(x, float) else x for x in key)
+
+
+def best_of_grid(score: Callable[[float], float], grid: Sequence[float]) -> float:
+    """Returns the best learning rate of a grid, one point wider where it is at an edge.
+
+    Args:
+      score: of a learning rate, lower is better; NaN counts as worst.
+      grid: learning rates, a constant ratio apart.
+    """
+    factor = grid[1] / grid[0]
+    value = lambda rate: math.inf if math.isnan(score(rate)) else score(rate)
+    best = min(grid, key=value)
+    beyond = {grid[0]: grid[0] / factor, grid[-1]: grid[-1] * factor}
+    return min(best, beyond.get(best, best), key=value)
 
 
 def table(results: Mapping[str, Any], every: int = 1, digits: int = 4) -> str:

@@ -14,29 +14,17 @@ A method's results land in a file of its own, so a run that was cut short goes o
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import ml_collections
-import optax
 import rich.console
 from absl import app, flags
 
-import lorax
 from configs import quickstart
-from experiments import (
-    bracketing,
-    factory,
-    metrics,
-    optimizers,
-    pretrain,
-    progress,
-    writer,
-)
+from experiments import bracketing, factory, metrics, pretrain, progress, writer
 from experiments.data import documents, windows
-from experiments.studies import comparison
-from lorax import inits, training
+from experiments.studies import comparison, trial
 
 _STEPS = flags.DEFINE_integer("study_steps", 90, "Steps of training.", lower_bound=2)
 _EVERY = flags.DEFINE_integer("study_every", 10, "Steps between two evaluations.")
@@ -79,55 +67,6 @@ def configured(method: Method, toy: bool, steps: int) -> ml_collections.ConfigDi
     return config
 
 
-def make_run(
-    config: ml_collections.ConfigDict, loss_fn: Any, base: Any, every: int
-) -> Callable[..., list[float]]:
-    """Returns `run(seed, rate, documents) -> bits per byte after every few steps`.
-
-    One compilation serves all: the learning rate is in the optimiser's state.
-    """
-    topics = documents.topics()
-    size = config.data.batch_size, config.data.length
-    targets = factory.make_targets("lora", config.adapter)
-    example = windows.training_batches(topics.train, *size, 0)[0]
-    kernels = lorax.discover(loss_fn, base, example)
-    tx = optax.inject_hyperparams(
-        lambda learning_rate: optimizers.make_optimizer(
-            learning_rate, config.run.steps, config.optimizer
-        )
-    )(learning_rate=1.0)
-    clip_norm = config.optimizer.clip_norm
-    step = jax.jit(
-        training.make_train_step(
-            training.simple_loss(loss_fn), tx, clip_norm=clip_norm
-        ),
-        donate_argnums=0,
-    )
-    merge = jax.jit(lorax.merge)
-    bits_per_byte = metrics.make_bits_per_byte(loss_fn)
-
-    def run(seed: int, rate: float, held_out: Any, only_last: bool) -> list[float]:
-        batches = windows.training_batches(topics.train, *size, seed)
-        init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1))
-        stats = None
-        if inits.INITS[config.adapter.init].stats:
-            first = [batches[i] for i in range(config.adapter.calibration_batches)]
-            stats = lorax.calibrate(init_key, loss_fn, base, targets, first, kernels)
-        adapters, params = lorax.init(init_key, base, targets, kernels, stats)
-        state = training.create_state(key, adapters, tx)
-        state.opt_state.hyperparams["learning_rate"] = jax.numpy.float32(rate)
-        found = []
-        for i in range(1, config.run.steps + 1):
-            state, _ = step(state, params, batches[i - 1])
-            last = i == config.run.steps
-            if last or (i % every == 0 and not only_last):
-                merged = merge(state.adapters, params)
-                found.append(bits_per_byte(merged, held_out))
-        return found
-
-    return run
-
-
 def study(
     method: Method, loss_fn: Any, base: Any, config: Any, seeds: int, every: int
 ) -> dict[str, Any]:
@@ -136,12 +75,18 @@ def study(
     size = config.eval.batch_size, config.data.length
     selection = windows.evaluation_batches(topics.selection, *size)
     test = windows.evaluation_batches(topics.test, *size)
-    run = make_run(config, loss_fn, base, every)
+    training = lambda seed: windows.training_batches(
+        topics.train, config.data.batch_size, config.data.length, seed
+    )
+    run = trial.make_trial(config, loss_fn, base, training)
+    bits_per_byte = metrics.make_bits_per_byte(loss_fn)
+    choose = lambda params: bits_per_byte(params, selection)
+    report = lambda params: bits_per_byte(params, test)
     grid = bracketing.bracket(
-        lambda rate: run(0, rate, selection, True)[-1], method.rate, 2.0, MOST
+        lambda rate: run(0, rate, choose, config.run.steps)[-1], method.rate, 2.0, MOST
     )
     rate = min(grid, key=grid.__getitem__)
-    curves = [run(1 + seed, rate, test, False) for seed in range(seeds)]
+    curves = [run(1 + seed, rate, report, every) for seed in range(seeds)]
     told = {f"{rate:.3g}": bits for rate, bits in grid.items()}
     return {"rate": rate, "grid": told, "curves": curves}
 

@@ -29,15 +29,7 @@ def make_respond(
     """Returns the task of `config.data`, for a model that reads tokens one way."""
     data, lengths = config.data, config.data.lengths
     pad = tokenization.padding_id(tokenizer)
-
-    def encoded(split: str, rows: int = 0) -> Sequence[examples.Example]:
-        pairs = read_pairs(data, split)[: rows or None]
-        found = examples.encode_pairs(tokenizer, pairs, max(lengths), split)
-        if found.truncated:
-            logging.warning("%s: %d responses cut short", split, found.truncated)
-        return found.examples
-
-    valid = encoded("valid", data.valid_rows)
+    valid = encode(data, tokenizer, "valid", data.valid_rows)
     held_out = lambda rows: batches.evaluation_batches(
         valid[:rows], config.eval.batch_size, lengths, pad
     )
@@ -52,7 +44,7 @@ def make_respond(
 
     return Task(
         batches.training_batches(
-            encoded("train", data.train_rows),
+            encode(data, tokenizer, "train", data.train_rows),
             data.batch_size,
             lengths,
             pad,
@@ -62,6 +54,20 @@ def make_respond(
         lambda params: {f"valid_bpb_{config.eval.rows}": bits_per_byte(params, some)},
         report,
     )
+
+
+def encode(
+    data: ml_collections.ConfigDict,
+    tokenizer: tokenization.Tokenizer,
+    split: str,
+    rows: int = 0,
+) -> Sequence[examples.Example]:
+    """The first rows of a split as tokens, all of them for 0."""
+    pairs = read_pairs(data, split)[: rows or None]
+    found = examples.encode_pairs(tokenizer, pairs, max(data.lengths), split)
+    if found.truncated:
+        logging.warning("%s: %d responses cut short", split, found.truncated)
+    return found.examples
 
 
 def read_pairs(data: ml_collections.ConfigDict, split: str) -> Sequence[examples.Pair]:

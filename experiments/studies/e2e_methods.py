@@ -1,0 +1,194 @@
+"""Eight methods on a real checkpoint and real data, each at a learning rate of its own.
+
+    python -m experiments.studies.e2e_methods --study_dir=docs/results/e2e_methods
+
+The base of 260 thousand parameters and the data of `configs/gpt2_e2e_lora.py:runlocal`:
+rank 4 on every linear kernel, 200 steps of 32 examples. A method gets the four learning
+rates of one grid on seed 0, and one more where the best lies at its edge, held against
+the last 600 rows of the validation set; at the best rate three fresh seeds are held
+against the first 600. All 64 runs are four to five hours on two cores.
+
+Every run is a line of `runs.jsonl`, so a study that was cut short goes on; until all
+are there, it says what is missing.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from absl import app, flags
+
+from configs import gpt2_e2e_lora
+from experiments import finetune
+from experiments.data import batches, tokenization
+from experiments.studies import comparison, trial
+from experiments.tasks import respond
+
+_MINUTES = flags.DEFINE_float("study_minutes", None, "Start no run after as many.")
+
+GRID = (1e-3, 10**-2.5, 1e-2, 10**-1.5)
+SEEDS = (1, 2, 3)
+STEPS, EVERY, ROWS, RANK = 200, 50, 600, 4
+AXES = ("step", "validation bits per byte")
+
+Chosen = dict[str, Any]
+
+
+def _adalora(matrices: int = 35, start: int = 6) -> Chosen:
+    """From rank 6 to an average of 4, a matrix; the same scale as LoRA's."""
+    budget = {
+        "target_budget": RANK * matrices,
+        "initial_warmup": STEPS // 10,
+        "final_steps": STEPS // 3,
+    }
+    return {
+        "adapter.adapter": "adalora",
+        "adapter.rank": start,
+        "adapter.alpha": 8.0 * start,
+        "optimizer.wrap": (("adalora", budget),),
+    }
+
+
+METHODS: dict[str, Chosen] = {
+    "LoRA": {},
+    "LoRA+": {"optimizer.name": "lora_plus", "optimizer.options": (("ratio", 16.0),)},
+    "AdaLoRA": _adalora(),
+    "DoRA": {"adapter.adapter": "dora"},
+    "PiSSA": {"adapter.init": "pissa", "adapter.alpha": float(RANK)},
+    "LoRA-GA": {"adapter.init": "lora_ga"},
+    "LoRA-Pro": {"optimizer.name": "lora_pro"},
+    "full": {"run.methods": ("full",)},
+}
+"""Fields of the config that a method changes."""
+
+
+class Setting(NamedTuple):
+    """What all methods have in common.
+
+    Attributes:
+      loss_fn: `(params, batch) -> (loss, metrics)`.
+      base: the parameters.
+      train: seed -> batches.
+      choose: parameters -> bits per byte on the rows that choose a rate.
+      report: likewise on the rows reported.
+    """
+
+    loss_fn: Callable[..., Any]
+    base: Any
+    train: Callable[[int], Any]
+    choose: Callable[[Any], float]
+    report: Callable[[Any], float]
+
+
+def configured(method: str, **fields: Any) -> ml_collections.ConfigDict:
+    """The config of `runlocal` with the method in place."""
+    config = gpt2_e2e_lora.get_config("runlocal").unlock()
+    config.run.steps, config.adapter.rank = STEPS, RANK
+    config.adapter.alpha = 8.0 * RANK
+    config.optimizer.warmup_steps = STEPS // 10
+    config.optimizer.final_share = 0.0
+    config.update_from_flattened_dict(METHODS[method] | fields)
+    return config.lock()
+
+
+def make_setting(config: ml_collections.ConfigDict, rows: int = ROWS) -> Setting:
+    """Reads model and data, once for all."""
+    data = config.data
+    model, base, tokenizer = finetune.load_base(config.model, jax.random.key(0))
+    pad = tokenization.padding_id(tokenizer)
+    train = respond.encode(data, tokenizer, "train", data.train_rows)
+    valid = respond.encode(data, tokenizer, "valid")
+    loss_fn = respond.make_loss(model)
+    bits_per_byte = respond.make_bits_per_byte(loss_fn)
+
+    def held_out(part: Sequence[Any]) -> Callable[[Any], float]:
+        size = config.eval.batch_size
+        made = batches.evaluation_batches(part, size, data.lengths, pad)
+        return lambda params: bits_per_byte(params, made)
+
+    return Setting(
+        loss_fn,
+        base,
+        lambda seed: batches.training_batches(
+            train, data.batch_size, data.lengths, pad, seed
+        ),
+        held_out(valid[-rows:]),
+        held_out(valid[:rows]),
+    )
+
+
+def study(
+    method: str, setting: Setting, runs: comparison.Runs, config: Any, grid: Any = GRID
+) -> None:
+    """Makes the runs of a method that are not there yet, each a line of `runs`."""
+    make = trial.make_trial(
+        config, setting.loss_fn, setting.base, setting.train, config.run.methods[0]
+    )
+
+    def score(rate: float) -> float:
+        run = lambda: make(0, rate, setting.choose, config.run.steps)
+        return runs.get((method, "choose", 0, rate), run)[-1]
+
+    rate = comparison.best_of_grid(score, grid)
+    for seed in SEEDS:
+        run = lambda seed=seed: make(seed, rate, setting.report, EVERY)
+        runs.get((method, "report", seed, rate), run)
+
+
+def read(runs: comparison.Runs, grid: Any = GRID) -> tuple[dict[str, Any], list[str]]:
+    """Returns results by method as `comparison.table` takes them, and what is missing.
+
+    Args:
+      runs: those made so far.
+      grid: the learning rates that every method gets.
+    """
+    results, missing = {}, []
+    for method in METHODS:
+        score = lambda rate, method=method: runs.get((method, "choose", 0, rate))[-1]
+        try:
+            rate = comparison.best_of_grid(score, grid)
+            curves = [runs.get((method, "report", seed, rate)) for seed in SEEDS]
+        except comparison.NotRun as error:
+            missing.append(f"{method}: {error}")
+        else:
+            results[method] = {"rate": rate, "curves": curves}
+    return results, missing
+
+
+def main(argv: Sequence[str]) -> None:
+    """Goes on with the study, prints the table, draws the figure."""
+    del argv
+    folder = comparison.folder("e2e_methods")
+    configs = {method: configured(method) for method in METHODS}
+    # What a run depends on: a line made under other settings counts for nothing.
+    settings = {m: _digest(config) for m, config in configs.items()}
+    runs = comparison.Runs(folder / "runs.jsonl", settings, _MINUTES.value)
+    if read(runs)[1]:
+        setting = make_setting(configs["LoRA"])
+        try:
+            for method, config in configs.items():
+                study(method, setting, runs, config)
+        except comparison.NotRun as error:
+            print(f"cut short after {_MINUTES.value} minutes, before {error}")
+    results, missing = read(runs)
+    if "LoRA" in results:
+        text = comparison.table(results, EVERY)
+        (folder / "table.md").write_text(f"{text}\n")
+        print(text)
+        comparison.draw(
+            {"stories260k, E2E": results}, folder / "curves.png", AXES, EVERY
+        )
+    hours = sum(line["seconds"] for line in runs.lines.values()) / 3600
+    print(f"{len(runs.lines)} runs, {hours:.1f} hours")
+    for line in missing:
+        print(f"CUT SHORT, not run: {line}")
+
+
+def _digest(config: ml_collections.ConfigDict) -> str:
+    return hashlib.sha256(config.to_json().encode()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    app.run(main)

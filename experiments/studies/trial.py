@@ -1,0 +1,68 @@
+"""One training run of a study: from a seed and a learning rate to a short curve."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import optax
+
+import lorax
+from experiments import factory, optimizers
+from lorax import inits, training
+
+
+def make_trial(
+    config: ml_collections.ConfigDict,
+    loss_fn: Callable[..., Any],
+    base: Any,
+    train: Callable[[int], Any],
+    method: str = "lora",
+) -> Callable[..., list[float]]:
+    """Returns `trial(seed, rate, evaluate, every) -> values`.
+
+    One compilation (for each shape of batch) serves all seeds and rates: the learning
+    rate is in the optimiser's state.
+
+    Args:
+      config: its `run.steps`, `adapter` and `optimizer` say how to train.
+      loss_fn: `(params, batch) -> (loss, metrics)`, written for plain parameters.
+      base: the parameters to start from; left as they are.
+      train: seed -> batches, indexed by step.
+      method: "lora" or "full".
+    """
+    steps, targets = config.run.steps, factory.make_targets(method, config.adapter)
+    kernels = lorax.discover(loss_fn, base, train(0)[0])
+    tx = optax.inject_hyperparams(
+        lambda learning_rate: optimizers.make_optimizer(
+            learning_rate, steps, config.optimizer
+        )
+    )(learning_rate=1.0)
+    step = jax.jit(
+        training.make_train_step(
+            training.simple_loss(loss_fn), tx, clip_norm=config.optimizer.clip_norm
+        ),
+        donate_argnums=0,
+    )
+    merge = jax.jit(lorax.merge)
+
+    def trial(
+        seed: int, rate: float, evaluate: Callable[[Any], float], every: int
+    ) -> list[float]:
+        batches = train(seed)
+        init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1))
+        stats = None
+        if any(inits.INITS[t.init].stats for t in targets if t.init in inits.INITS):
+            first = [batches[i] for i in range(config.adapter.calibration_batches)]
+            stats = lorax.calibrate(init_key, loss_fn, base, targets, first, kernels)
+        adapters, params = lorax.init(init_key, base, targets, kernels, stats)
+        state = training.create_state(key, adapters, tx)
+        state.opt_state.hyperparams["learning_rate"] = jax.numpy.float32(rate)
+        found = []
+        for i in range(1, steps + 1):
+            state, _ = step(state, params, batches[i - 1])
+            if i % every == 0 or i == steps:
+                found.append(evaluate(merge(state.adapters, params)))
+        return found
+
+    return trial

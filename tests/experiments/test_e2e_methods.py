@@ -1,0 +1,65 @@
+"""The study of eight methods: its wiring on a few rows, and what a cut leaves."""
+
+import json
+import math
+
+import pytest
+
+from experiments.studies import comparison
+from experiments.studies import e2e_methods as study
+from tests.data_paths import needs_data
+
+SMALL = {"run.steps": 2, "data.train_rows": 64, "data.batch_size": 4}
+GRID = (1e-3, 1e-2)
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return study.make_setting(study.configured("LoRA", **SMALL), rows=8)
+
+
+@needs_data
+@pytest.mark.parametrize("method", study.METHODS)
+def test_every_method_takes_its_runs(method, setting, tmp_path):
+    fields = dict(SMALL)
+    if method == "AdaLoRA":  # no room for a schedule in two steps
+        options = {"target_budget": 140, "initial_warmup": 0, "final_steps": 0}
+        fields["optimizer.wrap"] = (("adalora", options),)
+    config = study.configured(method, **fields)
+    runs = comparison.Runs(tmp_path / "runs.jsonl", {method: "x"})
+    study.study(method, setting, runs, config, GRID)
+    assert len(runs.lines) == len(GRID) + 1 + len(study.SEEDS)
+    assert all(math.isfinite(line["curve"][-1]) for line in runs.lines.values())
+    again = comparison.Runs(tmp_path / "runs.jsonl", {method: "x"}, minutes=-1)
+    study.study(method, setting, again, config, GRID)  # nothing is left to run
+    assert again.lines.keys() == runs.lines.keys()
+
+
+def test_what_was_cut_short_is_named_and_gone_on_with(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    runs = comparison.Runs(path, {"LoRA": "x"})
+    runs.get(("LoRA", "choose", 0, 1e-3), lambda: [2.0, 1.0])
+    results, missing = study.read(runs)
+    assert not results
+    assert missing[0] == "LoRA: choose 0 0.00316"
+    assert len(missing) == len(study.METHODS)
+
+    late = comparison.Runs(path, {"LoRA": "x"}, minutes=-1)
+    assert late.get(("LoRA", "choose", 0, 1e-3)) == [2.0, 1.0]
+    with pytest.raises(comparison.NotRun, match="choose 0 0.01"):
+        late.get(("LoRA", "choose", 0, 1e-2), lambda: [1.0])
+    assert not comparison.Runs(path, {"LoRA": "other settings"}).lines
+    assert json.loads(path.read_text())["settings"] == "x"
+
+
+@pytest.mark.parametrize(
+    "scores, best",
+    [
+        ({1: 3, 2: 1, 4: 2, 8: 4}, 2),
+        ({0.5: 1, 1: 2, 2: 3, 4: 3, 8: 4}, 0.5),
+        ({1: 5, 2: 4, 4: 3, 8: 2, 16: math.nan}, 8),
+    ],
+    ids=["inside", "one more below", "one more above, diverged"],
+)
+def test_an_optimum_at_the_edge_gets_one_more_point(scores, best):
+    assert comparison.best_of_grid(scores.__getitem__, (1, 2, 4, 8)) == best
