@@ -23,7 +23,7 @@ Padding is known by its weight alone, so any id may fill.
 """
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import grain
 import numpy as np
@@ -31,6 +31,7 @@ import numpy as np
 from experiments.data.examples import Example
 
 Batch = dict[str, np.ndarray]
+WHOLE = slice(None)
 # one example, the length to pad it to, the id that fills -> a row of a batch
 Collate = Callable[[Example, int, int], Batch]
 
@@ -69,12 +70,14 @@ def training_batches(
     pad_id: int,
     seed: int,
     collate: Collate = next_token,
+    part: slice = WHOLE,
 ) -> grain.MapDataset:
     """An endless dataset of batches, indexed by step.
 
     A batch comes from one bucket, and buckets take turns by their share of the
     examples. Every bucket goes through its own in a fresh order each epoch. All is a
-    function of `(seed, step)`: resuming needs no other state.
+    function of `(seed, step)`, whatever the number of processes: resuming needs no
+    other state, and with more of them or fewer the examples follow on.
 
     Args:
       examples: what `experiments.data.examples` or `classification` makes.
@@ -83,6 +86,8 @@ def training_batches(
       pad_id: fills rows; see `tokenization.padding_id`.
       seed: of the order.
       collate: `next_token` or `labelled`.
+      part: the rows of every batch that are made here, where several processes make
+        one batch together.
 
     Raises:
       ValueError: if an example fits no length, or there are none.
@@ -90,9 +95,11 @@ def training_batches(
     kept = [bucket for bucket in _buckets(examples, lengths) if bucket[1]]
     parts = []
     for length, members in kept:
-        rows = grain.MapDataset.source(members).seed(seed).shuffle().repeat()
-        made = rows.map(_row(examples, length, pad_id, collate)).batch(batch_size)
-        parts.append(made)
+        ids = grain.MapDataset.source(members).seed(seed).shuffle().repeat()
+        row = _row(examples, length, pad_id, collate)
+        parts.append(
+            ids.batch(batch_size).map(lambda ids, row=row: stack(map(row, ids[part])))
+        )
     if len(parts) == 1:
         return parts[0]
     return grain.MapDataset.mix(parts, [len(members) for _, members in kept])
@@ -104,10 +111,12 @@ def evaluation_batches(
     lengths: Sequence[int],
     pad_id: int,
     collate: Collate = next_token,
+    part: slice = WHOLE,
 ) -> list[Batch]:
     """Batches in which every example counts once.
 
-    The last batch of a bucket is filled up with rows of weight 0.
+    The last batch of a bucket is filled up with rows of weight 0, so that processes
+    that make batches together all make as many.
 
     Args:
       examples: see `training_batches`, as for the other arguments.
@@ -115,16 +124,25 @@ def evaluation_batches(
       lengths: of the buckets.
       pad_id: fills rows.
       collate: `next_token` or `labelled`.
+      part: see `training_batches`.
     """
     made = []
     for length, members in _buckets(examples, lengths):
         row = _row(examples, length, pad_id, collate)
         for begin in range(0, len(members), batch_size):
-            rows = [row(i) for i in members[begin : begin + batch_size]]
-            filler = _filler(rows[0])
-            rows += [filler] * (batch_size - len(rows))
-            made.append({key: np.stack([r[key] for r in rows]) for key in rows[0]})
+            ids = members[begin : begin + batch_size]
+            short = batch_size - len(ids)
+            rows = [*map(row, ids[part])]
+            wanted = len(range(batch_size)[part])
+            rows += [_filler(row(ids[0]))] * (wanted - len(rows)) if short else []
+            made.append(stack(rows))
     return made
+
+
+def stack(rows: Iterable[Batch]) -> Batch:
+    """Rows -> a batch."""
+    rows = [*rows]
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def _buckets(

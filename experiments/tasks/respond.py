@@ -90,7 +90,8 @@ def make_loss(model: Any, smoothing: float = 0.0) -> Callable[..., Any]:
     """
 
     def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits = model.apply({"params": params}, batch["inputs"])
+        packed = {k: batch[k] for k in ("segments", "positions") if k in batch}
+        logits = model.apply({"params": params}, batch["inputs"], **packed)
         return weighted_loss(logits, batch, smoothing)
 
     return loss_fn

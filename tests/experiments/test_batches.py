@@ -92,3 +92,21 @@ def test_what_does_not_fit_is_named():
         batches.evaluation_batches([of_length(3), of_length(9)], 2, [7, 4], 0)
     with pytest.raises(ValueError, match=r"0 examples and lengths \[4\]"):
         batches.training_batches([], 2, [4], 0, 0)
+
+
+@pytest.mark.parametrize("count", (2, 3))
+def test_processes_make_a_batch_together(count):
+    given = [of_length(2 + n % 7, first=10 * n) for n in range(40)]
+    training = lambda part: batches.training_batches(
+        given, 6, [4, 8], 0, seed=0, part=part
+    )
+    held_out = lambda part: batches.evaluation_batches(given, 6, [4, 8], 0, part=part)
+    rows = 6 // count
+    parts = [slice(rows * i, rows * (i + 1)) for i in range(count)]
+    for make in (lambda part: [training(part)[i] for i in range(9)], held_out):
+        whole, own = make(slice(None)), [make(part) for part in parts]
+        assert {len(part) for part in own} == {len(whole)}
+        for i, batch in enumerate(whole):
+            for key, value in batch.items():
+                joined = np.concatenate([part[i][key] for part in own])
+                np.testing.assert_array_equal(joined, value)
