@@ -1,0 +1,34 @@
+"""Where everything lies on a mesh of devices: parameters, adapters, optimiser, batch.
+
+    mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=4)
+    placed = sharding.place(abstract, mesh, logical)  # {path: PartitionSpec}
+    model, params = hf.load(source, shardings=placed.tree)
+    state = jax.device_put(state, sharding.state_shardings(state, placed))
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+
+Computation follows data: nothing else in a program says where it runs.
+"""
+
+from lorax.sharding.mesh import (
+    AXES,
+    batch_sharding,
+    make_mesh,
+    replicated,
+    require_auto,
+)
+from lorax.sharding.rules import LOGICAL, Placed, Row, place
+from lorax.sharding.states import adapter_specs, state_shardings
+
+__all__ = [
+    "AXES",
+    "LOGICAL",
+    "Placed",
+    "Row",
+    "adapter_specs",
+    "batch_sharding",
+    "make_mesh",
+    "place",
+    "replicated",
+    "require_auto",
+    "state_shardings",
+]

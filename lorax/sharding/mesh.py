@@ -1,0 +1,94 @@
+"""The mesh: devices in three axes, data, fsdp and tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+"""Copies of the model; slices of leaves, gathered where used; slices of products."""
+
+
+def make_mesh(
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """Returns a mesh of Auto axes over all the devices.
+
+    Args:
+      data: groups of devices that each hold the whole model and a part of the batch.
+      fsdp: devices that share each leaf, and split the batch further; it is gathered
+        layer by layer.
+      tensor: devices that split products: heads, the MLP's width, the vocabulary.
+      devices: None for all of `jax.devices()`; or those of a topology to compile for.
+
+    Returns:
+      A mesh of the axes AXES. One size may be -1: what the others leave.
+
+    Raises:
+      ValueError: sizes that are none, or do not multiply to the number of devices.
+
+    Example:
+      >>> dict(make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices()[:1]).shape)
+      {'data': 1, 'fsdp': 1, 'tensor': 1}
+    """
+    found = list(jax.devices() if devices is None else devices)
+    shape = _sizes((data, fsdp, tensor), len(found))
+    try:
+        grid = mesh_utils.create_device_mesh(
+            shape, found, allow_split_physical_axes=True
+        )
+    except NotImplementedError:  # no assignment along the torus: in the order given
+        grid = np.array(found).reshape(shape)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _sizes(given: tuple[int, ...], devices: int) -> tuple[int, ...]:
+    """The sizes with -1 filled in."""
+    said = ", ".join(f"{axis}={n}" for axis, n in zip(AXES, given, strict=True))
+    if any(type(n) is not int or (n < 1 and n != -1) for n in given):
+        raise ValueError(f"mesh {said}: sizes are whole numbers >= 1, or -1 once")
+    if given.count(-1) > 1:
+        raise ValueError(f"mesh {said}: only one size can be -1, the rest")
+    known = math.prod(n for n in given if n != -1)
+    if devices % known or (-1 not in given and known != devices):
+        raise ValueError(
+            f"mesh {said}: {known} devices do not make up the {devices} there are; "
+            "set one size to -1, or sizes that multiply to the number of devices"
+        )
+    return tuple(devices // known if n == -1 else n for n in given)
+
+
+def require_auto(mesh: Mesh) -> None:
+    """Raises ValueError unless every axis of the mesh is of type Auto."""
+    for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if kind != AxisType.Auto:
+            raise ValueError(
+                f"mesh axis {axis!r} is of type {kind}; lorax shards by Auto axes "
+                "only: under Explicit ones every product of an adapter's branch would "
+                "need an out_sharding of its own. Use sharding.make_mesh, or "
+                "axis_types=(jax.sharding.AxisType.Auto, ...)"
+            )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch's leading axis: over data and fsdp.
+
+    Tensor devices see the same examples. Every leaf of a batch has that axis.
+    """
+    require_auto(mesh)
+    axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
+    return NamedSharding(mesh, PartitionSpec(axes))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,237 @@
+"""From rules to the PartitionSpec of every parameter.
+
+Two kinds of rules, read in this order: `(regex, PartitionSpec)`, where the expression
+must match the whole path and the first that does wins; then the logical axes of a model
+family (`lorax.models.table.logical_axes`), each of which goes to mesh axes by a table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lorax import tree
+from lorax.sharding import mesh as meshes
+from lorax.types import PyTree
+
+LOGICAL: dict[str, str | tuple[str, ...] | None] = {
+    "layers": None,  # scanned: a slice of it is one layer
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,  # rotary positions mix it
+    "vocab": "tensor",
+}
+"""Mesh axes of every logical axis of the model families."""
+
+
+class Row(NamedTuple):
+    """How one leaf is placed.
+
+    Attributes:
+      path: of the leaf.
+      shape: of the leaf.
+      spec: one entry for each of its dimensions.
+      rule: the regular expression, or the logical axes, that gave it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    rule: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """The placement of a parameter tree; printed, a table of what matched.
+
+    Attributes:
+      mesh: of Auto axes.
+      rows: one for each leaf, in tree order.
+    """
+
+    mesh: Mesh
+    rows: tuple[Row, ...]
+
+    @property
+    def specs(self) -> dict[str, PartitionSpec]:
+        """The spec of every leaf, by path."""
+        return {row.path: row.spec for row in self.rows}
+
+    def tree(self, params: PyTree) -> PyTree:
+        """Returns a tree like `params` (arrays or shapes) of their shardings."""
+        shardings = {
+            path: NamedSharding(self.mesh, spec) for path, spec in self.specs.items()
+        }
+        return tree.replace(params, shardings)
+
+    def abstract(self, params: PyTree) -> PyTree:
+        """Returns `params` as ShapeDtypeStructs that say where they will lie."""
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=where
+            ),
+            params,
+            self.tree(params),
+        )
+
+    def __str__(self) -> str:
+        """The table."""
+        cells = [(r.path, str(r.shape), _say(r.spec), r.rule) for r in self.rows]
+        cells = [("leaf", "shape", "spec", "by"), *cells]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+            for row in cells
+        )
+
+
+def place(
+    params: PyTree,
+    mesh: Mesh,
+    logical: Mapping[str, Sequence[str | None]] | None = None,
+    rules: Sequence[tuple[str, PartitionSpec]] = (),
+    table: Mapping[str, str | tuple[str, ...] | None] = LOGICAL,
+    may_replicate: Sequence[str] = (),
+) -> Placed:
+    """Chooses a PartitionSpec for every leaf.
+
+    Where two logical axes of a leaf go to one mesh axis, the first has it.
+
+    Args:
+      params: arrays, or their shapes.
+      mesh: of Auto axes, see `make_mesh`.
+      logical: `{path: logical axes}`, `lorax.models.table.logical_axes(...)`.
+      rules: `(regex, spec)`, full match on paths, first match wins; before `logical`.
+      table: mesh axes of each logical axis. An axis that the mesh lacks is an error.
+      may_replicate: logical axes left whole where the mesh axis does not divide them,
+        such as "kv_heads" where there are fewer of them than tensor devices; else that
+        is an error.
+
+    Returns:
+      The placement, which prints what matched.
+
+    Raises:
+      ValueError: a leaf without a rule, a rule without a leaf, a spec that does not fit
+        its leaf, an axis that the mesh does not divide, axes that are not Auto.
+
+    Example:
+      >>> mesh = meshes.make_mesh(fsdp=1, devices=jax.devices()[:1])
+      >>> params = {"up": {"kernel": jax.numpy.ones((4, 6))}}
+      >>> print(place(params, mesh, {"up/kernel": ("embed", "mlp")}))
+      leaf       shape   spec            by
+      up/kernel  (4, 6)  (fsdp, tensor)  embed, mlp
+    """
+    meshes.require_auto(mesh)
+    leaves = tree.flatten(params)
+    named = dict(logical or {})
+    for pattern, _ in rules:
+        if not any(tree.match(pattern, path) for path in leaves):
+            raise ValueError(
+                f"sharding rule {pattern!r} matches no leaf; "
+                f"{tree.nearest(pattern, leaves)}"
+            )
+    rows = []
+    for path, leaf in leaves.items():
+        shape = tuple(leaf.shape)
+        spec = next((s for pattern, s in rules if tree.match(pattern, path)), None)
+        if spec is not None:
+            by = next(pattern for pattern, _ in rules if tree.match(pattern, path))
+            entries = _by_regex(path, shape, spec, mesh)
+        elif path in named:
+            by = ", ".join(str(axis or "-") for axis in named[path])
+            entries = _by_name(path, shape, named[path], mesh, table, may_replicate)
+        else:
+            raise ValueError(
+                f"{path}: no sharding rule matches; end the rules with "
+                "('.*', PartitionSpec()) to keep the rest whole"
+            )
+        rows.append(Row(path, shape, PartitionSpec(*entries), by))
+    return Placed(mesh, tuple(rows))
+
+
+def _by_regex(
+    path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
+) -> list[Any]:
+    if len(spec) > len(shape):
+        raise ValueError(f"{path}: {spec} has more entries than the shape {shape}")
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    for dim, entry in enumerate(entries):
+        require_divides(path, shape, dim, entry, mesh)
+    return entries
+
+
+def _by_name(
+    path: str,
+    shape: tuple[int, ...],
+    names: Sequence[str | None],
+    mesh: Mesh,
+    table: Mapping[str, str | tuple[str, ...] | None],
+    may_replicate: Sequence[str],
+) -> list[Any]:
+    if len(names) != len(shape):
+        raise ValueError(f"{path}: logical axes {names} for the shape {shape}")
+    entries: list[Any] = []
+    taken: set[str] = set()
+    for dim, name in enumerate(names):
+        if name is not None and name not in table:
+            raise ValueError(
+                f"{path}: the logical axis {name!r} is not in the table; it has "
+                f"{', '.join(table)}"
+            )
+        axes = () if name is None else as_axes(table[name])
+        axes = tuple(axis for axis in axes if axis not in taken)
+        whole = name in may_replicate and shape[dim] % axes_size(path, axes, mesh)
+        entry = None if whole or not axes else axes[0] if len(axes) == 1 else axes
+        require_divides(path, shape, dim, entry, mesh, name)
+        taken.update(as_axes(entry))
+        entries.append(entry)
+    return entries
+
+
+def as_axes(entry: Any) -> tuple[str, ...]:
+    """Returns one entry of a spec as a tuple of mesh axes."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def axes_size(path: str, entry: Any, mesh: Mesh) -> int:
+    """Returns into how many parts an entry of a spec cuts a dimension."""
+    for axis in as_axes(entry):
+        if axis not in mesh.shape:
+            raise ValueError(
+                f"{path}: the mesh has no axis {axis!r}, only {dict(mesh.shape)}"
+            )
+    return math.prod(mesh.shape[axis] for axis in as_axes(entry))
+
+
+def require_divides(
+    path: str,
+    shape: tuple[int, ...],
+    dim: int,
+    entry: Any,
+    mesh: Mesh,
+    name: str | None = None,
+) -> None:
+    """Raises ValueError unless an entry of a spec divides its dimension."""
+    parts = axes_size(path, entry, mesh)
+    if shape[dim] % parts:
+        said = f"axis {dim}" + (f" ({name})" if name else "")
+        raise ValueError(
+            f"{path}: {said} of the shape {shape} has size {shape[dim]}, which the "
+            f"{parts} devices of {' x '.join(as_axes(entry))} do not divide; use "
+            "another mesh, or leave it whole"
+            + (f" with may_replicate=({name!r},)" if name else " in the rule")
+        )
+
+
+def _say(spec: PartitionSpec) -> str:
+    """A spec, shortly: `(fsdp, -, data+tensor)`."""
+    return "(" + ", ".join("+".join(as_axes(entry)) or "-" for entry in spec) + ")"

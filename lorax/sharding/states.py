@@ -1,0 +1,183 @@
+"""Where adapters and the optimiser's state lie, given where the kernels do.
+
+    kernel     [batch, in, out]   (B, I, O)
+    a, p       [batch, in, rank]  (B, I, -)        b, q  [batch, rank, out]  (B, -, O)
+    magnitude  [batch, out]       (B, O)           lam   [batch, rank]       (B, -)
+    value      the leaf's own
+
+A factor so meets its activation cut as the kernel meets it, and the branch needs no
+collective that the kernel's own product does not need. The rank is never cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.tree_util as jtu
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lorax import tree
+from lorax.sharding import mesh as meshes
+from lorax.sharding import rules
+from lorax.types import Adapters, Axes
+
+# role -> the letters of its layout behind the batch axes
+LAYOUTS = {"a": "ir", "p": "ir", "b": "ro", "q": "ro", "magnitude": "o", "lam": "r"}
+
+
+def adapter_specs(
+    adapters: Adapters,
+    specs: Mapping[str, PartitionSpec],
+    replicate: bool = False,
+) -> Adapters:
+    """Returns adapters with a PartitionSpec in place of every array.
+
+    Args:
+      adapters: `{path: Adapter}`, of arrays or their shapes. Axes in front of what one
+        adapter has, as a population's members, are not cut.
+      specs: of the kernels, by path: `Placed.specs`.
+      replicate: True: every device holds the adapters whole.
+
+    Raises:
+      KeyError: an adapter whose kernel has no spec.
+
+    Example:
+      >>> from lorax.adapters import Lora
+      >>> import jax.numpy as jnp
+      >>> lora = Lora(jnp.ones((4, 2)), jnp.ones((2, 6)), 1.0, Axes((0,), (1,)))
+      >>> made = adapter_specs({"w": lora}, {"w": PartitionSpec("fsdp", "tensor")})
+      >>> tuple(made["w"].a), tuple(made["w"].b)
+      (('fsdp', None), (None, 'tensor'))
+    """
+    tree.require(adapters, specs, "placement")
+
+    def placed(path: str, adapter: Any) -> Any:
+        found = {}
+        for field, role in adapter.roles.items():
+            leaf = getattr(adapter, field)
+            spec = PartitionSpec() if replicate else _spec(adapter, role, specs[path])
+            if not replicate:
+                extra = [None] * (leaf.ndim - len(spec))
+                spec = PartitionSpec(*extra, *spec)
+            found[field] = spec
+        return adapter.replace(**found)
+
+    return tree.map_adapters(placed, adapters)
+
+
+def _spec(adapter: Any, role: str, kernel: PartitionSpec) -> PartitionSpec:
+    """The spec of one array of an adapter."""
+    if role == "value":
+        return kernel
+    axes: Axes = adapter.axes
+    entries = [*kernel, *[None] * (len(axes.order) - len(kernel))]
+    cut = {
+        "i": [entries[axis] for axis in axes.in_],
+        "o": [entries[axis] for axis in axes.out],
+        "r": [None],
+    }
+    batch = [entries[axis] for axis in axes.batch]
+    if adapter.layers is not None:  # some of the layers: fewer than the mesh divides
+        batch[0] = None
+    return PartitionSpec(*batch, *(e for c in LAYOUTS[role] for e in cut[c]))
+
+
+def state_shardings(state: Any, placed: rules.Placed, replicate: bool = False) -> Any:
+    """Returns a tree like the state of `lorax.training`, of shardings.
+
+    What the optimiser keeps under the path of an adapter lies as the adapter's array of
+    that name and shape does (moments, accumulated gradients, sensitivities); or, by its
+    shape, as the flattened kernel `[n, in, out]`, its inputs or its outputs do. What
+    fits none of them, or several that lie differently, counters, keys and the model's
+    own state are held whole by every device.
+
+    Args:
+      state: a TrainState, of arrays or their shapes.
+      placed: the placement of the parameters.
+      replicate: True: adapters and what follows them are held whole.
+
+    Raises:
+      KeyError: an adapter whose kernel has no spec.
+      ValueError: an axis of a factor that the mesh does not divide.
+    """
+    mesh = placed.mesh
+    specs = adapter_specs(state.adapters, placed.specs, replicate)
+    adapters = jax.tree.map(
+        lambda leaf, spec: _checked(leaf, spec, mesh), state.adapters, specs
+    )
+    whole = lambda part: jax.tree.map(lambda _: meshes.replicated(mesh), part)
+    return state.replace(
+        adapters=adapters,
+        opt_state=_following(state.opt_state, state.adapters, adapters, mesh),
+        model_state=whole(state.model_state),
+        step=whole(state.step),
+        skipped=whole(state.skipped),
+        key=whole(state.key),
+    )
+
+
+def _checked(leaf: Any, spec: PartitionSpec, mesh: Mesh) -> NamedSharding:
+    for dim, entry in enumerate(spec):
+        rules.require_divides("adapter", tuple(leaf.shape), dim, entry, mesh)
+    return NamedSharding(mesh, spec)
+
+
+def _following(opt_state: Any, adapters: Adapters, shardings: Any, mesh: Mesh) -> Any:
+    """The shardings of an optimiser's state: by the path and shape of each leaf."""
+    known = {path: _places(a, shardings[path]) for path, a in adapters.items()}
+
+    def follow(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        own = [k.key for k in keys if isinstance(k, jtu.DictKey) and k.key in known]
+        fields = known[own[-1]] if own else []
+        shape = tuple(getattr(leaf, "shape", ()))
+        same = [place for place in fields if place.shape == shape]
+        specs = [place.spec for place in same if place.key == keys[-1]]
+        specs = specs or [place.spec for place in same]
+        if not specs or any(spec != specs[0] for spec in specs):
+            return meshes.replicated(mesh)
+        return NamedSharding(mesh, specs[0])
+
+    return jtu.tree_map_with_path(follow, opt_state)
+
+
+class _Place(NamedTuple):
+    """What an optimiser may keep for an adapter; `key` is None where it names it."""
+
+    key: Any
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+
+
+def _places(adapter: Any, shardings: Any) -> list[_Place]:
+    """The arrays of an adapter, and what can be made of their axes."""
+    leaves = jtu.tree_flatten_with_path(adapter)[0]
+    wheres = jax.tree.leaves(shardings)
+    places = [
+        _Place(keys[-1], tuple(leaf.shape), where.spec)
+        for (keys, leaf), where in zip(leaves, wheres, strict=True)
+    ]
+    if not {"a", "b"} <= set(adapter.roles):
+        return places
+    n = len(adapter.axes.batch)
+    a, b = adapter.a, adapter.b
+    reads, writes = [*shardings.a.spec][:-1], [*shardings.b.spec]
+    if len(reads) + 1 != a.ndim or a.ndim != n + len(adapter.axes.in_) + 1:
+        return places  # whole, or a population's
+    batch, in_, out = reads[:n], reads[n:], writes[n + 1 :]
+    both = math.prod(a.shape[n:-1]), math.prod(b.shape[n + 1 :])
+    dense = (math.prod(a.shape[:n]), *both)
+    flat = (_flat(batch), _flat(in_), _flat(out))
+    return [
+        *places,
+        _Place(None, dense, PartitionSpec(*flat)),
+        _Place(None, a.shape[:-1], PartitionSpec(*batch, *in_)),
+        _Place(None, a.shape[:n] + b.shape[n + 1 :], PartitionSpec(*batch, *out)),
+    ]
+
+
+def _flat(entries: list[Any]) -> Any:
+    """The entry of axes flattened into one: the first one's, if no other is cut."""
+    return entries[0] if entries and not any(entries[1:]) else None
