@@ -1,14 +1,16 @@
 """What the configs share: their sections, in one order, and the argument language.
 
-A config is values only, in flat sections `run, model, adapter, optimizer, population,
-data, sharding, eval`; code that turns values into objects lives in
+A config is values only, in flat sections `run, distributed, model, adapter, optimizer,
+population, data, sharding, eval`; code that turns values into objects lives in
 `experiments/factory.py`.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 SECTIONS = (
     "run",
+    "distributed",
     "model",
     "adapter",
     "optimizer",
@@ -46,6 +48,12 @@ def checkpoint_run() -> ml_collections.ConfigDict:
     config.run.log_every = 100
     config.run.label_smoothing = 0.0
 
+    # Several processes. What is not set comes from the environment.
+    config.distributed.coordinator = ""  # host:port of process 0
+    config.distributed.processes = config_dict.placeholder(int)
+    config.distributed.process = config_dict.placeholder(int)
+    config.distributed.heartbeat = 30  # seconds until a silent process counts as dead
+
     config.model.source = ""  # a directory, or a hub id
     config.model.random = ml_collections.ConfigDict()  # a config.json: drawn, no result
     config.model.labels = 0  # of a classification head; 0: none
@@ -81,9 +89,14 @@ def checkpoint_run() -> ml_collections.ConfigDict:
     config.data.train_rows = 0  # 0: all
     config.data.valid_rows = 0  # 0: all
     config.data.lengths = (128,)  # of the buckets, in tokens
+    config.data.packed = False  # several examples in a row of the longest length
     config.data.batch_size = 16
 
-    # One device: nothing is sharded.
+    # The mesh. All 1: one device, and nothing is sharded. -1: what the others leave.
+    config.sharding.data = 1  # copies of the model
+    config.sharding.fsdp = 1  # slices of leaves, gathered where they are used
+    config.sharding.tensor = 1  # slices of heads, hidden units and vocabulary
+    config.sharding.may_replicate = ()  # logical axes left whole if indivisible
 
     config.eval.every = 500
     config.eval.rows = 600  # of the validation set, while training; all at the end

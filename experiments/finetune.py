@@ -7,6 +7,7 @@ In the workdir: `metrics.jsonl`, `adapter/` (`lorax.checkpoint.load_adapters`),
 the base, `initial/`, with which `experiments.export` brings it back to the original.
 """
 
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -17,7 +18,15 @@ import ml_collections
 import rich.console
 
 import lorax
-from experiments import factory, loading, metrics, optimizers, progress, tasks
+from experiments import (
+    distributed,
+    factory,
+    loading,
+    metrics,
+    optimizers,
+    progress,
+    tasks,
+)
 from experiments import writer as writers
 from experiments.data import tokenization
 from experiments.fit import fit
@@ -35,17 +44,19 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       workdir: folder for everything that the run writes.
     """
     # ----------------------------------------------------------- model, task
-    folder = pathlib.Path(workdir)
-    console = rich.console.Console(soft_wrap=False)
+    folder, primary = pathlib.Path(workdir), distributed.is_primary()
+    console = rich.console.Console(soft_wrap=False, quiet=not primary)
     key = jax.random.key(config.run.seed)
-    model, base, tokenizer = load_base(config.model, jax.random.fold_in(key, 0))
+    place = distributed.make_place(config.sharding)
+    model, base, tokenizer = load_base(config.model, jax.random.fold_in(key, 0), place)
     if config.data.task not in tasks.TASKS:
         known = ", ".join(tasks.TASKS)
         raise ValueError(f"data.task={config.data.task!r} is not one of {known}")
-    task = tasks.TASKS[config.data.task](config, model, tokenizer)
+    task = tasks.TASKS[config.data.task](config, model, tokenizer, place)
     (method,) = config.run.methods
 
-    with writers.Writer(folder) as writer, progress.bars(console) as bars:
+    opened = writers.Writer(folder) if primary else contextlib.nullcontext()
+    with opened as writer, progress.bars(console) as bars:
         before = task.evaluate(base)
 
         # ----------------------------------------------------------- training
@@ -69,6 +80,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             eval_every=config.eval.every,
             calibration_batches=config.adapter.calibration_batches,
             evaluate=task.evaluate,
+            place=place,
+            placed=place.params(model, base),
         )
 
         # ------------------------------------------------------------- report
@@ -82,7 +95,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             **task.report(done.merged(), folder),
         }
         numbers = {k: v for k, v in results.items() if isinstance(v, int | float)}
-        writer.write("final", config.run.steps, numbers)
+        if writer:
+            writer.write("final", config.run.steps, numbers)
 
     # ----------------------------------------------------------------- finish
     if config.model.random:
@@ -90,7 +104,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     save_and_verify(folder / "adapter", done.adapters, done.params)
     if done.initial is not None:
         save_and_verify(folder / "initial", done.initial, done.params)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if primary:
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, value in results.items():
         console.print(f"{name:>20}  {value}", highlight=False)
     console.print(f"Written to {folder}: adapter/ metrics.jsonl results.json")
@@ -116,7 +131,9 @@ def score(
 
 
 def load_base(
-    config: ml_collections.ConfigDict, key: jax.Array
+    config: ml_collections.ConfigDict,
+    key: jax.Array,
+    place: distributed.Place = distributed.ALONE,
 ) -> tuple[Any, Any, tokenization.Tokenizer]:
     """Returns the model, its parameters and its tokenizer.
 
@@ -125,6 +142,7 @@ def load_base(
         directory, or a hub id; where `random` is not empty, its fields are the
         config.json of a model that is drawn, which reads bytes.
       key: draws that model, or a head that the checkpoint lacks.
+      place: where the parameters go.
     """
     switches = {"labels": config.labels, "head": "classification"}
     switches = switches if config.labels else {}
@@ -134,7 +152,20 @@ def load_base(
         family = hf.family_of(fields, "config.model.random")
         model = family.Model(family.Config.from_hf(fields, **switches))
         tokens = (jnp.zeros((1, 1), jnp.int32),) * getattr(family, "INPUTS", 1)
-        params = jax.jit(model.init)(key, *tokens)["params"]
+        draw = lambda key: model.init(key, *tokens)["params"]
+        placed = place.params(model, shapes := jax.eval_shape(draw, key))
+        where = placed.tree(shapes) if placed else None
+        params = jax.jit(draw, out_shardings=where)(key)
         return model, params, tokenization.ByteTokenizer()
-    dtype = config.dtype or None
-    return loading.load_model(config.source, key=key, dtype=dtype, **switches)
+
+    def shardings(model: Any, shapes: Any) -> Any:
+        placed = place.params(model, shapes)
+        return placed.tree(shapes) if placed else None
+
+    return loading.load_model(
+        config.source,
+        key=key,
+        dtype=config.dtype or None,
+        shardings=shardings,
+        **switches,
+    )

@@ -10,9 +10,9 @@ import jax
 import rich.progress
 
 import lorax
-from experiments import metrics, progress
+from experiments import distributed, metrics, progress
 from experiments import writer as writers
-from lorax import inits, training
+from lorax import inits, sharding, training
 
 
 class Fit(NamedTuple):
@@ -59,6 +59,8 @@ def fit(
     eval_every: int = 0,
     calibration_batches: int = 1,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
+    place: distributed.Place = distributed.ALONE,
+    placed: sharding.Placed | None = None,
 ) -> Fit:
     """Fits adapters on `params` for a number of steps.
 
@@ -79,24 +81,34 @@ def fit(
       calibration_batches: how many of the first batches an init that looks at
         gradients gets.
       evaluate: merged parameters -> values to write.
+      place: where batches lie.
+      placed: where the parameters lie; adapters and optimiser follow them.
     """
     init_key, step_key = jax.random.split(key)
-    kernels = lorax.discover(loss_fn, params, batches[0])
+    kernels = lorax.discover(loss_fn, params, place.put(batches[0]))
     stats = None
     if any(inits.INITS[t.init].stats for t in targets if t.init in inits.INITS):
-        first = [batches[i] for i in range(calibration_batches)]
+        first = [place.put(batches[i]) for i in range(calibration_batches)]
         stats = lorax.calibrate(init_key, loss_fn, params, targets, first, kernels)
     given = params
     adapters, params = lorax.init(init_key, params, targets, kernels, stats)
     moved = params is not given
     initial = jax.tree.map(jax.numpy.copy, adapters) if moved else None  # not donated
     state = training.create_state(step_key, adapters, tx)
-    step = training.make_train_step(
-        training.simple_loss(loss_fn), tx, clip_norm=clip_norm
+    whole = state_lies = None  # as the arguments lie
+    if placed:
+        whole, state_lies = placed.tree(params), sharding.state_shardings(state, placed)
+        # device_put of a key asks for devices of this process alone
+        state = jax.jit(lambda state: state, out_shardings=state_lies)(state)
+    step = jax.jit(
+        training.make_train_step(
+            training.simple_loss(loss_fn), tx, clip_norm=clip_norm
+        ),
+        donate_argnums=0,
+        out_shardings=(state_lies, None),
     )
-    step = jax.jit(step, donate_argnums=0)
     compiled: dict[Any, Any] = {}  # by a batch's shapes: no part of a step's time
-    merge = jax.jit(lorax.merge)
+    merge = jax.jit(lorax.merge, out_shardings=whole)
     tokens = max(leaf.size for leaf in jax.tree.leaves(batches[0]))
     meter = progress.Meter(bars, name, steps)
     times: list[float] = []
@@ -104,7 +116,7 @@ def fit(
 
     began, reported, losses = time.perf_counter(), 0, []
     for i in range(1, steps + 1):
-        batch = batches[i - 1]
+        batch = place.put(batches[i - 1])
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in compiled:
             paused = time.perf_counter()

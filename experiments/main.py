@@ -24,9 +24,13 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # libraries announce what they lack at INFO
     # jax and flax load only once the flags are right
-    from experiments import finetune, population
+    from experiments import distributed
 
     config = _CONFIG.value
+    if "heartbeat" in config.get("distributed", ()):
+        distributed.initialize(config.distributed)  # before anything asks for devices
+    from experiments import finetune, population
+
     workdir = _WORKDIR.value or str(pathlib.Path("runs") / config.run.name)
     run = finetune.run if "source" in config.model else population.run
     run(config, workdir)

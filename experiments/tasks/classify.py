@@ -1,7 +1,7 @@
 """Sentences and pairs of them, labelled, for an encoder with a classification head."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -10,14 +10,19 @@ import ml_collections
 import numpy as np
 import optax
 
+from experiments import distributed
 from experiments.data import batches, classification, tokenization
 from experiments.scoring import labels as scoring
 from experiments.tasks import labelled_data
 from experiments.tasks.base import Scores, Task
+from lorax import sharding
 
 
 def make_classify(
-    config: ml_collections.ConfigDict, model: Any, tokenizer: tokenization.Tokenizer
+    config: ml_collections.ConfigDict,
+    model: Any,
+    tokenizer: tokenization.Tokenizer,
+    place: distributed.Place = distributed.ALONE,
 ) -> Task:
     """Returns the task of `config.data`.
 
@@ -44,11 +49,18 @@ def make_classify(
         labelled_data.scores_of(data.name),
     )
     held_out = lambda rows: batches.evaluation_batches(
-        valid[:rows], config.eval.batch_size, lengths, pad, batches.labelled
+        valid[:rows],
+        config.eval.batch_size,
+        lengths,
+        pad,
+        batches.labelled,
+        place.part(config.eval.batch_size),
     )
     some, predict = held_out(config.eval.rows), make_predict(model)
     score = lambda params, rows: {
-        f"valid_{name}": scoring.SCORES[name](*_collected(predict, params, rows))
+        f"valid_{name}": scoring.SCORES[name](
+            *_collected(predict, params, map(place.put, rows))
+        )
         for name in judged
     }
     return Task(
@@ -59,6 +71,7 @@ def make_classify(
             pad,
             config.run.seed,
             batches.labelled,
+            place.part(data.batch_size),
         ),
         make_loss(model),
         lambda params: score(params, some),
@@ -95,13 +108,14 @@ def make_predict(model: Any) -> Any:
 
 
 def _collected(
-    predict: Any, params: Any, held_out: Sequence[Any]
+    predict: Any, params: Any, held_out: Iterable[Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predictions and labels of every example once."""
+    fetch = sharding.fetch
     rows = [
-        (np.asarray(predict(params, batch))[real], batch["labels"][real])
+        (fetch(predict(params, batch))[real], fetch(batch["labels"])[real])
         for batch in held_out
-        for real in [batch["index"] >= 0]
+        for real in [fetch(batch["index"]) >= 0]
     ]
     predicted, true = map(np.concatenate, zip(*rows, strict=True))
     return predicted, true

@@ -16,24 +16,36 @@ import ml_collections
 import optax
 from absl import logging
 
-from experiments import writing
-from experiments.data import batches, e2e, examples, instruction, paths, tokenization
+from experiments import distributed, writing
+from experiments.data import (
+    batches,
+    e2e,
+    examples,
+    instruction,
+    packing,
+    paths,
+    tokenization,
+)
 from experiments.scoring import bits, generation
 from experiments.tasks.base import Scores, Task
 from lorax.models import sampling
 
 
 def make_respond(
-    config: ml_collections.ConfigDict, model: Any, tokenizer: tokenization.Tokenizer
+    config: ml_collections.ConfigDict,
+    model: Any,
+    tokenizer: tokenization.Tokenizer,
+    place: distributed.Place = distributed.ALONE,
 ) -> Task:
     """Returns the task of `config.data`, for a model that reads tokens one way."""
     data, lengths = config.data, config.data.lengths
     pad = tokenization.padding_id(tokenizer)
     valid = encode(data, tokenizer, "valid", data.valid_rows)
+    judged, own = config.eval.batch_size, place.part(config.eval.batch_size)
     held_out = lambda rows: batches.evaluation_batches(
-        valid[:rows], config.eval.batch_size, lengths, pad
+        valid[:rows], judged, lengths, pad, part=own
     )
-    bits_per_byte = make_bits_per_byte(make_loss(model))
+    bits_per_byte = make_bits_per_byte(make_loss(model), place)
     some = held_out(config.eval.rows)
 
     def report(params: Any, folder: pathlib.Path) -> Scores:
@@ -42,14 +54,14 @@ def make_respond(
             return whole
         return whole | write_test(config, model, tokenizer, params, folder)
 
+    train = encode(data, tokenizer, "train", data.train_rows)
+    how = {"seed": config.run.seed, "part": place.part(data.batch_size)}
+    if data.packed:
+        made = packing.packed_batches(train, data.batch_size, max(lengths), pad, **how)
+    else:
+        made = batches.training_batches(train, data.batch_size, lengths, pad, **how)
     return Task(
-        batches.training_batches(
-            encode(data, tokenizer, "train", data.train_rows),
-            data.batch_size,
-            lengths,
-            pad,
-            config.run.seed,
-        ),
+        made,
         make_loss(model, config.run.label_smoothing),
         lambda params: {f"valid_bpb_{config.eval.rows}": bits_per_byte(params, some)},
         report,
@@ -112,12 +124,14 @@ def weighted_loss(
     return total / jnp.maximum(weight, 1), told
 
 
-def make_bits_per_byte(loss_fn: Any) -> Callable[[Any, Sequence[Any]], float]:
+def make_bits_per_byte(
+    loss_fn: Any, place: distributed.Place = distributed.ALONE
+) -> Callable[[Any, Sequence[Any]], float]:
     """Returns `evaluate(params, batches)`: all nats over all bytes."""
     jitted = jax.jit(lambda params, batch: loss_fn(params, batch)[1])
 
     def evaluate(params: Any, held_out: Sequence[Any]) -> float:
-        rows = [jax.device_get(jitted(params, batch)) for batch in held_out]
+        rows = [jax.device_get(jitted(params, place.put(batch))) for batch in held_out]
         nats = sum(float(row["nats"]) for row in rows)
         return bits.bits_per_byte(nats, sum(int(row["bytes"]) for row in rows))
 

@@ -12,6 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from experiments import distributed
 from experiments.data import batches, classification, tokenization
 from experiments.data.examples import Example
 from experiments.tasks import labelled_data
@@ -21,7 +22,10 @@ from lorax.models import decoding, t5
 
 
 def make_text_to_text(
-    config: ml_collections.ConfigDict, model: Any, tokenizer: tokenization.Tokenizer
+    config: ml_collections.ConfigDict,
+    model: Any,
+    tokenizer: tokenization.Tokenizer,
+    place: distributed.Place = distributed.ALONE,
 ) -> Task:
     """Returns the task of `config.data`.
 
@@ -87,6 +91,7 @@ def make_text_to_text(
             pad,
             config.run.seed,
             collate,
+            place.part(data.batch_size),
         ),
         make_loss(model, config.run.label_smoothing),
         lambda params: accuracy(params, held_out[: config.eval.rows]),

@@ -36,7 +36,7 @@ HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja", "LICENSE*")
 def load(
     source: str | pathlib.Path,
     *,
-    shardings: PyTree | Callable[[PyTree], PyTree] | None = None,
+    shardings: PyTree | Callable[[nn.Module, PyTree], PyTree] | None = None,
     key: jax.Array | None = None,
     revision: str | None = None,
     dtype: Any = None,
@@ -48,8 +48,8 @@ def load(
       source: a directory with `config.json` and safetensors; or, where there is no such
         directory, the id of a model on the hub, which is then downloaded.
       shardings: a tree of `jax.sharding.Sharding` like the parameters, or a function of
-        the abstract parameters that gives it; every process reads its slices only.
-        None: the default device.
+        the model and its abstract parameters that gives it; every process reads its
+        slices only. None: the default device.
       key: draws a head that the checkpoint lacks, as when an encoder is to classify;
         None: that is an error.
       revision: of the hub's repository.
@@ -84,7 +84,7 @@ def load(
     shapes = abstract(model)
     found = _placed(family, config, tensors, shapes, directory, key is not None)
     if callable(shardings):
-        shardings = shardings(shapes)
+        shardings = shardings(model, shapes)
     flat = {} if shardings is None else _flat(shardings)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params = {}

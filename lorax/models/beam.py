@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax import sharding
 from lorax.models import decoding, sampling
 from lorax.models.decoding import Engine, State, Tokens
 
@@ -100,7 +101,8 @@ def make_search(
             now, known = begin(state, tokens, real, np.arange(batch) < len(group))
             start = int(now.index)
             now = run(state, now, known, jnp.int32(max_tokens))
-            best, size = np.asarray(now.finished[:, 0]), np.asarray(now.lengths[:, 0])
+            first_of = lambda found: sharding.fetch(found)[:, 0]
+            best, size = first_of(now.finished), first_of(now.lengths)
             for row in range(len(group)):
                 answer = best[row, start : start + size[row]].tolist()
                 results.append(answer[:-1] if answer[-1] in eos else answer)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax import sharding
 from lorax.models import sampling
 
 Tokens = list[int]
@@ -312,7 +313,9 @@ def _run(
                 cut = stop(tokens) if row not in kept else None
                 if cut is not None:
                     kept[row] = cut
-            done = np.asarray(now.done) | np.isin(np.arange(len(now.done)), list(kept))
+            done = sharding.fetch(now.done) | np.isin(
+                np.arange(len(now.done)), list(kept)
+            )
             now = now._replace(done=jnp.asarray(done))
         if int(now.count) >= max_tokens or bool(now.done.all()):
             return [tokens[: kept.get(row)] for row, tokens in enumerate(found)]
@@ -320,8 +323,8 @@ def _run(
 
 def _new(now: Progress, begin: int, rows: int) -> Iterator[Tokens]:
     """The new tokens of every sequence, without its last one if that ended it."""
-    history, real = np.asarray(now.history), np.asarray(now.real)
-    done, end = np.asarray(now.done), begin + int(now.count)
+    history, real = sharding.fetch(now.history), sharding.fetch(now.real)
+    done, end = sharding.fetch(now.done), begin + int(now.count)
     for row in range(rows):
         tokens = history[row, begin:end][real[row, begin:end]].tolist()
         yield tokens[:-1] if done[row] else tokens

@@ -12,6 +12,7 @@ Computation follows data: nothing else in a program says where it runs.
 from lorax.sharding.mesh import (
     AXES,
     batch_sharding,
+    fetch,
     make_mesh,
     replicated,
     require_auto,
@@ -26,6 +27,7 @@ __all__ = [
     "Row",
     "adapter_specs",
     "batch_sharding",
+    "fetch",
     "make_mesh",
     "place",
     "replicated",

@@ -121,7 +121,7 @@ def test_loads_into_shards_and_reads_each_byte_once(made, monkeypatch):
     axes = {"layers/q/kernel": (None, "x", "y"), "layers/o/kernel": (None, "y")}
     axes |= {"embed/embedding": (None, "x"), "layers/up/kernel": ("x", "z", "y")}
 
-    def split(shapes):
+    def split(_, shapes):
         return jax.tree_util.tree_map_with_path(
             lambda at, _: NamedSharding(
                 mesh, PartitionSpec(*axes.get("/".join(k.key for k in at), ()))
