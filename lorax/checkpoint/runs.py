@@ -271,9 +271,10 @@ class RunCheckpoints:
             with contextlib.suppress(Exception):  # the same error once more
                 if manager is not None:
                     manager.close()
+            reason = str(error).split(" [tensorstore_spec")[0]
             before = [other for other in self.steps() if other != step]
             raise OSError(
-                f"step {step} could not be written to {self.folder}: {error}. The "
+                f"step {step} could not be written to {self.folder}: {reason}. The "
                 f"steps before it, {before}, are as they were; make room there, or "
                 "permissions, and start again from them"
             ) from error

@@ -18,13 +18,23 @@ from tests.checkpoint.states import base, filled, fresh, same
 POSITIONS = {5: {"position": 500}, 9: {"position": 900}}
 
 
+def empty():
+    """A template with a leaf that orbax keeps in a file of its own, unverified."""
+    return fresh().replace(model_state={"noise": jnp.zeros(4_000)})
+
+
+def big(step):
+    """Drawn bits, another draw for every step."""
+    return filled(step, step, empty())
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with two good steps."""
     folder = tmp_path_factory.mktemp("saved") / "run"
     with RunCheckpoints(folder, base(), config={"seed": 1}) as run:
         for step, data in POSITIONS.items():
-            run.save(filled(step, step), data)
+            run.save(big(step), data)
     return folder
 
 
@@ -43,12 +53,12 @@ def outcome(saved, tmp_path, damage):
         warnings.simplefilter("always")
         try:
             run = RunCheckpoints(copy, base())
-            restored = run.restore(fresh())
+            restored = run.restore(empty())
         except (ValueError, OSError):
             return "error"
         finally:
             shutil.rmtree(copy)
-    assert same(restored.state, filled(restored.step, restored.step))
+    assert same(restored.state, big(restored.step))
     assert restored.data == POSITIONS[restored.step]
     assert restored.config == {"seed": 1}
     told = [w for w in caught if issubclass(w.category, CheckpointWarning)]
@@ -123,7 +133,7 @@ def test_a_changed_data_position_falls_back(saved, tmp_path):
 def wrong_array(folder, step):
     """Puts another step's arrays there: whole for orbax, and not what was saved."""
     with RunCheckpoints(folder.parent / "other") as other:
-        other.save(filled(77, step))
+        other.save(filled(77, step, empty()))
     shutil.rmtree(folder / str(step) / "state")
     shutil.copytree(
         folder.parent / "other" / str(step) / "state", folder / str(step) / "state"
@@ -137,11 +147,11 @@ def test_the_warning_names_step_and_leaf_and_the_run_goes_on(saved, tmp_path):
     with RunCheckpoints(folder, base()) as run:
         told = r"step 9: adapters/dense/kernel/a is damaged.*going on from step 5"
         with pytest.warns(CheckpointWarning, match=told):
-            assert run.restore(fresh()).step == 5
-        assert run.save(filled(7, 7)) and run.save(filled(9, 9))
+            assert run.restore(empty()).step == 5
+        assert run.save(big(7)) and run.save(big(9))
     assert run.steps() == [5, 7, 9] and (folder / "damaged-9").is_dir()
     with RunCheckpoints(folder, base()) as run:
-        assert same(run.restore(fresh()).state, filled(9, 9))
+        assert same(run.restore(empty()).state, big(9))
 
 
 def test_the_step_that_is_asked_for_and_no_other(saved, tmp_path):
@@ -151,7 +161,7 @@ def test_the_step_that_is_asked_for_and_no_other(saved, tmp_path):
     with pytest.raises(
         DamagedError, match="step 9: adapters/dense/kernel/a is damaged"
     ):
-        RunCheckpoints(folder).restore(fresh(), step=9)
+        RunCheckpoints(folder).restore(empty(), step=9)
 
 
 def test_no_step_that_is_whole_is_an_error(saved, tmp_path):
@@ -162,7 +172,7 @@ def test_no_step_that_is_whole_is_an_error(saved, tmp_path):
     with pytest.raises(
         DamagedError, match=r"no step .* is whole: step 9: .*; step 5: "
     ):
-        RunCheckpoints(folder).restore(fresh())
+        RunCheckpoints(folder).restore(empty())
 
 
 def test_a_step_under_another_number(saved, tmp_path):
@@ -170,7 +180,7 @@ def test_a_step_under_another_number(saved, tmp_path):
     shutil.copytree(saved, folder)
     (folder / "9").rename(folder / "11")
     with pytest.warns(CheckpointWarning, match="step 11: .* is of step 9"):
-        assert RunCheckpoints(folder).restore(fresh()).step == 5
+        assert RunCheckpoints(folder).restore(empty()).step == 5
 
 
 @pytest.mark.parametrize(
@@ -185,8 +195,8 @@ def test_a_damaged_record_falls_back(saved, tmp_path, text):
 def test_an_interrupted_first_save_is_a_fresh_start(saved, tmp_path):
     shutil.copytree(saved / "9", tmp_path / "run" / "9.orbax-checkpoint-tmp")
     with RunCheckpoints(tmp_path / "run") as run:
-        assert run.restore(fresh()) is None
-        assert run.save(filled(9, 9))
+        assert run.restore(empty()) is None
+        assert run.save(big(9))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["9"]
 
 
@@ -195,7 +205,7 @@ def test_a_step_half_deleted_is_no_obstacle(saved, tmp_path):
     shutil.rmtree(tmp_path / "run" / "5" / "state")
     shutil.rmtree(tmp_path / "run" / "5" / "run")
     with RunCheckpoints(tmp_path / "run") as run:
-        assert run.restore(fresh()).step == 9
+        assert run.restore(empty()).step == 9
 
 
 @pytest.fixture
@@ -210,12 +220,6 @@ def no_space():
     limit(soft)
 
 
-def big(step):
-    state = fresh()
-    more = {"noise": jnp.zeros(20_000)}
-    return filled(step, step, state.replace(model_state=more))
-
-
 @pytest.mark.parametrize("when", ["wait", "save", "close"])
 def test_no_space_left_is_an_error_and_older_steps_stay(tmp_path, no_space, when):
     run = RunCheckpoints(tmp_path, keep=1)
@@ -228,8 +232,24 @@ def test_no_space_left_is_an_error_and_older_steps_stay(tmp_path, no_space, when
     no_space(resource.RLIM_INFINITY)
     assert run.steps() == [1]
     with RunCheckpoints(tmp_path) as again:
-        assert same(again.restore(big(0)).state, big(1))
+        assert same(again.restore(empty()).state, big(1))
     assert run.save(big(2))  # and there is room again
     run.close()
     assert run.steps() == [2]
     assert json.loads((tmp_path / "2/run/metadata").read_text())["payload"]["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "commit_success.txt"])
+@pytest.mark.parametrize("step", [5, 9])
+def test_a_run_goes_on_beside_a_step_without_orbax_files(saved, tmp_path, name, step):
+    shutil.copytree(saved, tmp_path / "run")
+    path = tmp_path / "run" / str(step) / name
+    path.unlink(missing_ok=True)
+    path.touch()
+    with RunCheckpoints(tmp_path / "run") as run:
+        restored = run.restore(empty())
+        assert restored.step == 9 and same(restored.state, big(9))
+        path.unlink()
+        assert run.restore(empty()).step == 9
+        assert run.save(big(11))
+    assert {9, 11} <= set(run.steps())
