@@ -70,7 +70,7 @@ def save_adapters(
       ...     load_adapters(folder + "/adapter")
       {'head/bias': Full(value=Array([1., 2.], dtype=float32))}
     """
-    folder = _folder(path)
+    folder = folder_of(path)
     if (folder / INDEX).exists() and not overwrite:
         raise FileExistsError(
             f"{folder} holds adapters already; pass overwrite=True to replace them"
@@ -81,11 +81,11 @@ def save_adapters(
         "format": FORMAT,
         "library": f"lorax {_version()}",
         "generation": max(_generations(folder), default=-1) + 1,
-        "adapters": {name: _describe(name, a) for name, a in adapters.items()},
+        "adapters": {name: describe(name, a) for name, a in adapters.items()},
         "base": None if params is None else _fingerprint(adapters, params),
     }
     text = json.dumps(index, indent=1, allow_nan=False)
-    arrays = {_key(name): _arrays(adapter) for name, adapter in adapters.items()}
+    arrays = {item_name(name): _arrays(adapter) for name, adapter in adapters.items()}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         target = folder / f"arrays-{index['generation']}"
         checkpointer.save(target, args=ocp.args.PyTreeSave(arrays))
@@ -133,11 +133,11 @@ def load_adapters(
       >>> loaded["dense/kernel"].scale, loaded["dense/kernel"].axes
       (2.0, Axes(in_=(0,), out=(1,), batch=()))
     """
-    folder = _folder(path)
+    folder = folder_of(path)
     index = _read_index(folder)
-    skeleton = {name: _skeleton(name, e) for name, e in index["adapters"].items()}
+    skeleton = {name: skeleton_of(name, e) for name, e in index["adapters"].items()}
     if template is not None:
-        _check_template(skeleton, template)
+        check_template(skeleton, template)
     if params is not None:
         _check_base(skeleton, index["base"] or {}, params)
     arrays = _read_arrays(folder / f"arrays-{index['generation']:d}", skeleton)
@@ -146,11 +146,14 @@ def load_adapters(
         places = {}
         for field, leaf in _arrays(template[name] if template else adapter).items():
             places[field] = getattr(leaf, "sharding", None)
-        loaded[name] = adapter.replace(**jax.device_put(arrays[_key(name)], places))
+        loaded[name] = adapter.replace(
+            **jax.device_put(arrays[item_name(name)], places)
+        )
     return loaded
 
 
-def _folder(path: str | os.PathLike[str]) -> epath.Path:
+def folder_of(path: str | os.PathLike[str]) -> epath.Path:
+    """Returns the path as orbax wants it."""
     # Orbax wants absolute paths; a bucket's address already is one.
     folder = epath.Path(path)
     return folder if "://" in os.fspath(path) else folder.expanduser().absolute()
@@ -163,7 +166,7 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _key(path: str) -> str:
+def item_name(path: str) -> str:
     """The path as a key in orbax, which joins nested keys by dots."""
     return path.replace("%", "%25").replace(".", "%2E")
 
@@ -188,7 +191,7 @@ def _generations(folder: epath.Path) -> list[int]:
     return [int(name) for name in names if name.isdecimal()]
 
 
-def _describe(path: str, adapter: Any) -> dict[str, Any]:
+def describe(path: str, adapter: Any) -> dict[str, Any]:
     """Everything about an adapter but its numbers, as JSON data."""
     name = type(adapter).__name__
     if adapter_classes.CLASSES.get(name) is not type(adapter):
@@ -272,7 +275,7 @@ def _read_index(folder: epath.Path) -> dict[str, Any]:
     return index
 
 
-def _skeleton(path: str, entry: Any) -> Any:
+def skeleton_of(path: str, entry: Any) -> Any:
     """The adapter with abstract arrays."""
     try:
         name, static, kinds = entry["class"], entry["static"], entry["arrays"]
@@ -300,7 +303,8 @@ def _decode(value: Any) -> Any:
     return value
 
 
-def _check_template(skeleton: Adapters, template: Adapters) -> None:
+def check_template(skeleton: Adapters, template: Adapters) -> None:
+    """Raises ValueError naming the first path and field in which the two differ."""
     if differing := sorted(skeleton.keys() ^ template.keys()):
         where = "checkpoint" if differing[0] in skeleton else "template"
         raise ValueError(
@@ -308,7 +312,7 @@ def _check_template(skeleton: Adapters, template: Adapters) -> None:
             "paths differ)"
         )
     for path, adapter in skeleton.items():
-        ours, theirs = _describe(path, adapter), _describe(path, template[path])
+        ours, theirs = describe(path, adapter), describe(path, template[path])
         if ours["class"] != theirs["class"]:
             raise ValueError(
                 f"{path}: the checkpoint has class {ours['class']} and the template "
@@ -339,7 +343,7 @@ def _check_base(skeleton: Adapters, base: dict[str, Any], params: PyTree) -> Non
 
 def _read_arrays(folder: epath.Path, skeleton: Adapters) -> dict[str, Any]:
     """The arrays as numpy, so that they load whatever devices they were saved from."""
-    want = {_key(name): _arrays(adapter) for name, adapter in skeleton.items()}
+    want = {item_name(name): _arrays(adapter) for name, adapter in skeleton.items()}
     restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), want)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

@@ -1,0 +1,14 @@
+"""Checkpoints: adapters to share, and the whole state of a run to go on from."""
+
+from lorax.checkpoint.adapters import load_adapters, save_adapters
+from lorax.checkpoint.record import DamagedError
+from lorax.checkpoint.runs import CheckpointWarning, Restored, RunCheckpoints
+
+__all__ = [
+    "CheckpointWarning",
+    "DamagedError",
+    "Restored",
+    "RunCheckpoints",
+    "load_adapters",
+    "save_adapters",
+]

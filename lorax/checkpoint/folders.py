@@ -1,0 +1,67 @@
+"""What the folder of a run may hold, and which of its steps stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+STATE, RUN = "state", "run"
+ORBAX_FILES = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+TEMPORARY, ASIDE = ".orbax-checkpoint-tmp", "damaged-"
+
+
+def require_ours(folder: epath.Path) -> None:
+    """Raises ValueError if the folder holds anything but steps of a run."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; checkpoints need a directory")
+    for path in folder.iterdir():
+        if TEMPORARY in path.name or path.name.startswith(ASIDE):
+            continue
+        inside = {p.name for p in path.iterdir()} if path.is_dir() else set()
+        # A step half deleted may have lost its items, and holds nothing else then.
+        whole = not inside or inside & {STATE, RUN} or inside <= ORBAX_FILES
+        if not (path.name.isdecimal() and path.is_dir() and whole):
+            raise ValueError(
+                f"{folder} holds {path.name}, which is no step of a lorax run: give "
+                "checkpoints a directory of their own"
+            )
+
+
+def steps_in(folder: epath.Path) -> list[int]:
+    """Returns the complete steps in the folder, damaged ones included, in order."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+
+
+class KeepLastAndBest:
+    """Orbax's preservation policy over metrics of our own record.
+
+    Orbax's own metrics file is not sealed, and stops its manager when damaged.
+
+    Args:
+      keep: how many of the newest steps to keep.
+      best: the metric by which one more is kept; None for none.
+      mode: whether its best value is the smallest or the largest.
+    """
+
+    def __init__(self, keep: int, best: str | None, mode: str) -> None:
+        if type(keep) is not int or keep < 1:
+            raise ValueError(f"keep must be an int of at least 1; got {keep!r}")
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max'; got {mode!r}")
+        self.keep, self.best, self.sign = keep, best, 1 if mode == "max" else -1
+        self.metrics: dict[int, dict[str, float | None]] = {}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list:
+        """Returns True for the steps to keep."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        values = {s: self.metrics.get(s, {}).get(self.best or "") for s in steps}
+        known = {s: self.sign * v for s, v in values.items() if v is not None}
+        kept = set(steps[-self.keep :])
+        kept |= {max(known, key=known.__getitem__)} if known else set()
+        return [step in kept for step in steps]

@@ -1,0 +1,129 @@
+"""One step read by one process on its own, and agreement between processes.
+
+Reading calls no collectives, so an error on one process leaves no other waiting; then
+all of them agree on what to do about it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from lorax.checkpoint import record, states
+from lorax.checkpoint.adapters import item_name
+from lorax.checkpoint.folders import RUN, STATE
+from lorax.checkpoint.record import DamagedError
+from lorax.training import TrainState
+
+
+def read_payload(folder: epath.Path) -> dict[str, Any]:
+    """Returns what `save` sealed in the folder of a step; DamagedError if it is not."""
+    place = folder / RUN / "metadata"
+    try:
+        envelope = json.loads(place.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{place} cannot be read: {error}") from error
+    payload = record.opened(envelope, str(place))
+    if str(payload["step"]) != folder.name:
+        raise DamagedError(f"{place} is of step {payload['step']}")
+    return payload
+
+
+def read_step(
+    folder: epath.Path, template: TrainState, base: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the payload and the verified arrays of a step.
+
+    Args:
+      folder: of the step.
+      template: the expected state.
+      base: the expected base, None for any.
+
+    Raises:
+      DamagedError: it is not what was written.
+      ValueError: it is whole, and of another base or template.
+    """
+    payload = read_payload(folder)
+    if base is not None and payload["base"] is not None:
+        _check_base(payload["base"], base)
+    states.check(payload, template)
+    arrays = _read_arrays(folder / STATE, list(payload["leaves"]))
+    states.verify(payload, arrays)
+    return payload, arrays
+
+
+def _check_base(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    old, new = then["leaves"], now["leaves"]
+    if differing := sorted(old.keys() ^ new.keys()):
+        where = "checkpoint's base" if differing[0] in old else "params"
+        raise ValueError(
+            f"{differing[0]}: only the {where} has it; the checkpoint was made on "
+            f"another base, from {then['source']}"
+        )
+    for path, entry in new.items():
+        for field, value in entry.items():
+            if None not in (value, old[path][field]) and value != old[path][field]:
+                raise ValueError(
+                    f"{path}: the checkpoint was made on another base, from "
+                    f"{then['source']}: {field} {old[path][field]} there, {value} in "
+                    "params. Pass the params that lorax.init returned (an init may "
+                    "change them)"
+                )
+
+
+def _read_arrays(folder: epath.Path, names: Sequence[str]) -> dict[str, Any]:
+    """The arrays as numpy, whole, read by this process on its own."""
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(own, {own})
+    restore = ocp.RestoreArgs(restore_type=np.ndarray)
+    args = ocp.args.PyTreeRestore(
+        restore_args={item_name(name): restore for name in names}
+    )
+    try:
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        reader = ocp.Checkpointer(handler, multiprocessing_options=alone)
+        with reader as checkpointer:
+            return checkpointer.restore(folder, args=args)
+    except Exception as error:  # whatever a damaged file makes orbax raise
+        raise DamagedError(f"{folder} cannot be read: {error}") from error
+
+
+# Agreement between processes
+
+
+def of_process_0(steps: list[int]) -> list[int]:
+    """Returns the steps that process 0 sees, on every process."""
+    if jax.process_count() == 1:
+        return steps
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    mine = np.resize(np.array(steps or [0], np.int32), count)
+    return [int(step) for step in multihost_utils.broadcast_one_to_all(mine)]
+
+
+def agreed(read: Callable[[], Any]) -> Any:
+    """Returns `read()`, or raises on all processes if it raises on one.
+
+    DamagedError, on which all fall back, gives way to any other error.
+    """
+    error: Exception | None = None
+    try:
+        result = read()
+    except Exception as caught:
+        error = caught
+    code = 0 if error is None else 1 if isinstance(error, DamagedError) else 2
+    if jax.process_count() > 1:
+        codes = multihost_utils.process_allgather(np.int32(code))
+        worst, where = int(np.max(codes)), int(np.argmax(codes))
+        if worst > code:
+            kind = DamagedError if worst == 1 else RuntimeError
+            error = kind(f"process {where} could not restore it; its log says why")
+    if error is not None:
+        raise error
+    return result

@@ -1,0 +1,111 @@
+"""The JSON of a checkpoint: sealed by its own digest, so that damage shows.
+
+    {"format": 1, "digest": ..., "payload": {...}}
+
+The digest covers the format and the payload. This envelope is for ever: a lorax that
+does not know the format can still tell a newer checkpoint from a damaged one. It is
+data: reading it runs no code and imports nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+FORMAT = 1
+LIBRARIES = ("lorax-flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+
+class DamagedError(ValueError):
+    """A checkpoint, or a part of one, is not what was written."""
+
+
+def seal(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the envelope of JSON data.
+
+    Example:
+      >>> opened(seal({"step": 3}), "here")
+      {'step': 3}
+    """
+    payload = dict(payload)
+    return {"format": FORMAT, "digest": _digest(FORMAT, payload), "payload": payload}
+
+
+def opened(envelope: Any, where: str) -> dict[str, Any]:
+    """Returns the payload of an envelope.
+
+    Args:
+      envelope: JSON data, as read.
+      where: its place, for errors.
+
+    Raises:
+      DamagedError: it is no envelope, or not as it was sealed.
+      ValueError: it is whole, and of a newer format.
+    """
+    fields = {"format": int, "digest": str, "payload": dict}
+    for field, kind in fields.items():
+        if not isinstance(envelope, dict) or type(envelope.get(field)) is not kind:
+            raise DamagedError(f"{where} is damaged: no {field} in it")
+    number, payload = envelope["format"], envelope["payload"]
+    if envelope["digest"] != _digest(number, payload):
+        raise DamagedError(f"{where} is damaged: its digest is another")
+    if number > FORMAT:
+        raise ValueError(
+            f"{where} has format {number}, written with {payload.get('versions')}; "
+            f"this lorax reads up to {FORMAT}: upgrade lorax"
+        )
+    return payload
+
+
+def plain(where: str, value: Any) -> Any:
+    """Returns JSON data: tuples as lists, numbers of numpy and JAX as Python's.
+
+    Args:
+      where: what the value is, for errors.
+      value: dicts with string keys, lists, tuples, str, int, finite float, bool, None.
+
+    Raises:
+      TypeError: JSON could not hold it, or would give it back as another value.
+
+    Example:
+      >>> plain("data", {"epoch": np.int64(2), "order": (0, 1)})
+      {'epoch': 2, 'order': [0, 1]}
+    """
+    if isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: plain(f"{where}.{key}", item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(f"{where}[{i}]", item) for i, item in enumerate(value)]
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    raise TypeError(
+        f"{where} is {value!r}; a checkpoint holds JSON data: dicts with string keys, "
+        "lists, str, int, finite float, bool and None. Turn it into these, a large "
+        "array into a file of its own"
+    )
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the libraries that decide what a checkpoint holds."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "(not installed)"
+    return found
+
+
+def _digest(number: int, payload: Any) -> str:
+    text = json.dumps([number, payload], sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

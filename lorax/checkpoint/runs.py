@@ -1,0 +1,307 @@
+"""The state of a run on disk, to go on from: orbax's `CheckpointManager`, and digests.
+
+    folder/1200/state/   orbax: every leaf of the TrainState, {name: array}
+    folder/1200/run/     JSON, sealed (`record`): step, data position, config, metrics,
+                         the base by path and content, adapters with their static
+                         fields, and of every leaf shape, dtype and digest
+    folder/damaged-1100  set aside when a run went on from an older step
+
+Orbax writes a step beside its place and renames it when it is complete; it verifies no
+byte of an array when it reads. So every leaf is held against its digest before the
+state is used, and a step that is not whole falls back to the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from lorax.checkpoint import digests, folders, reading, record, states
+from lorax.checkpoint.adapters import folder_of, item_name
+from lorax.checkpoint.record import DamagedError
+from lorax.training import TrainState
+from lorax.types import PyTree
+
+
+class CheckpointWarning(UserWarning):
+    """A step on disk was not whole, and an older one is used."""
+
+
+class Restored(NamedTuple):
+    """What `RunCheckpoints.restore` returns.
+
+    Attributes:
+      state: on the template's shardings.
+      step: the number it was saved under.
+      data: the data position, as given to `save`.
+      config: as given to the `RunCheckpoints` that saved it.
+      metrics: as given to `save`, None where one was not finite.
+    """
+
+    state: TrainState
+    step: int
+    data: Any
+    config: Any
+    metrics: dict[str, float | None]
+
+
+class RunCheckpoints:
+    """Saves the whole state of a run, and restores it bit by bit or not at all.
+
+    Every process of a run makes one and calls the same methods in the same order.
+
+    Args:
+      folder: a directory of its own, local or anything orbax writes to; made at the
+        first save.
+      params: the frozen base, after `lorax.init`. Only a sum over its content is
+        kept, taken shard by shard; the base itself is never written. None leaves the
+        base unchecked.
+      source: where the base can be had again (a path, a hub id), for the reader.
+      config: JSON data; tuples become lists.
+      keep: how many of the newest steps stay (3, so that two may be damaged).
+      best: name of a metric; the step that is best by it stays as well. None for none.
+      mode: whether the best metric is the smallest or the largest.
+
+    Raises:
+      ValueError: the folder holds something else, or `keep` is below 1.
+      TypeError: `config` is no JSON data.
+
+    Example:
+      >>> import tempfile, optax
+      >>> from lorax import training
+      >>> from lorax.adapters import Full
+      >>> adapters = {"bias": Full(jax.numpy.zeros(3))}
+      >>> fresh = training.create_state(jax.random.key(0), adapters, optax.adam(0.1))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with RunCheckpoints(folder, config={"seed": 0}) as checkpoints:
+      ...         start = checkpoints.restore(fresh)      # None: nothing there yet
+      ...         saved = checkpoints.save(fresh, data={"position": 128})
+      ...     with RunCheckpoints(folder) as checkpoints:
+      ...         restored = checkpoints.restore(fresh)
+      >>> start, saved, restored.data, restored.config
+      (None, True, {'position': 128}, {'seed': 0})
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        params: PyTree = None,
+        *,
+        source: str | None = None,
+        config: Any = None,
+        keep: int = 3,
+        best: str | None = None,
+        mode: Literal["min", "max"] = "min",
+    ) -> None:
+        self.folder = folder_of(folder)
+        folders.require_ours(self.folder)
+        self._config = record.plain("config", config)
+        self._base = None
+        if params is not None:
+            self._base = {"source": source, "leaves": digests.content(params)}
+        self._policy = folders.KeepLastAndBest(keep, best, mode)
+        self._manager: ocp.CheckpointManager | None = None
+        self._course: set[int] = set()  # steps that this run's own past has been at
+        self._damaged: set[int] = set()
+        self._pending: int | None = None
+
+    def __enter__(self) -> RunCheckpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Returns the complete steps on disk, damaged ones included, in order."""
+        return folders.steps_in(self.folder)
+
+    def save(
+        self,
+        state: TrainState,
+        data: Any = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> bool:
+        """Saves the state as step `state.step`; the writing goes on in the background.
+
+        The arrays are copied before it returns, so the state may be donated. Waits for
+        the save before it.
+
+        Args:
+          state: the state; its leaves sharded in any way.
+          data: the data position, any JSON data, the same on every process.
+          metrics: for `best`, the same on every process.
+
+        Returns:
+          False if this run has saved or restored this very step already.
+
+        Raises:
+          ValueError: the folder holds this step or a later one of another course.
+          TypeError: `data` or `metrics` is no JSON data.
+          OSError: this save, or the one before it, could not be written (no space
+            left, no permission); older steps are as they were.
+        """
+        payload = {
+            "versions": record.versions(),
+            "data": record.plain("data", data),
+            "config": self._config,
+            "metrics": _finite(metrics or {}),
+            "base": self._base,
+        }
+        self.wait()
+        step = int(np.max(digests.on_host(state.step)))
+        if step in self._course:
+            return False
+        self._set_aside()
+        self._require_latest(step)
+        arrays, host = {}, {}
+        for name, leaf in states.leaves_of(state).items():
+            host[name] = digests.on_host(leaf)
+            whole = getattr(leaf, "is_fully_addressable", True)
+            data_of = jax.random.key_data if digests.is_key(leaf) else lambda leaf: leaf
+            arrays[item_name(name)] = host[name] if whole else data_of(leaf)
+        payload |= {"step": step, **states.describe(state, host)}
+        self._policy.metrics[step] = payload["metrics"]
+        args = ocp.args.Composite(
+            **{
+                folders.STATE: ocp.args.PyTreeSave(arrays),
+                folders.RUN: ocp.args.JsonSave(record.seal(payload)),
+            }
+        )
+        with self._writing(step):
+            self._open().save(step, args=args, force=True)
+        self._pending = step
+        self._course.add(step)
+        return True
+
+    def restore(
+        self, template: TrainState, *, step: int | None = None
+    ) -> Restored | None:
+        """Returns the newest state that is whole, on the template's shardings.
+
+        Args:
+          template: a state of the expected structure, of arrays or abstract; another
+            mesh, sharding or number of processes than the saved one's is fine.
+          step: this step and no other; None takes the newest, or, with a warning, the
+            newest that is whole, the same one on all processes.
+
+        Returns:
+          None if nothing has been saved.
+
+        Raises:
+          ValueError: the step was saved with another base, rank, class, set of targets
+            or optimiser, naming the difference; or by a newer lorax.
+          DamagedError: no step, or not the one asked for, is whole.
+          FileNotFoundError: there is no such step.
+        """
+        self.wait()
+        there = reading.of_process_0(self.steps())
+        if step is not None and step not in there:
+            raise FileNotFoundError(f"{self.folder} has no step {step}; it has {there}")
+        problems = {}
+        for candidate in [step] if step is not None else there[::-1]:
+            try:
+                read = functools.partial(
+                    reading.read_step, self._at(candidate), template, self._base
+                )
+                payload, arrays = reading.agreed(read)
+            except DamagedError as error:
+                problems[candidate] = f"step {candidate}: {error}"
+                continue
+            for problem in problems.values():
+                text = f"{problem}; going on from step {candidate} of {self.folder}"
+                warnings.warn(text, CheckpointWarning, stacklevel=2)
+            self._damaged = set(problems)
+            self._course = {candidate}
+            fields = (payload[name] for name in ("step", "data", "config", "metrics"))
+            return Restored(states.place(arrays, template), *fields)
+        if problems:
+            found = "; ".join(problems.values())
+            raise DamagedError(f"no step in {self.folder} is whole: {found}")
+        return None
+
+    def wait(self) -> None:
+        """Returns when the last save is complete; OSError if it failed."""
+        if self._manager is not None:
+            with self._writing(self._pending):
+                self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last save, and ends the threads behind it."""
+        self.wait()
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    # Writing
+
+    def _at(self, step: int) -> epath.Path:
+        return self.folder / str(step)
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            for step in self.steps():
+                with contextlib.suppress(ValueError):
+                    payload = reading.read_payload(self._at(step))
+                    self._policy.metrics[step] = payload["metrics"]
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=self._policy,
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,  # the metadata may be damaged
+            )
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        return self._manager
+
+    @contextlib.contextmanager
+    def _writing(self, step: int | None) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax and tensorstore raise what they like
+            self._course.discard(step if step is not None else -1)
+            manager, self._manager = self._manager, None
+            with contextlib.suppress(Exception):  # the same error once more
+                if manager is not None:
+                    manager.close()
+            reason = str(error).split(" [tensorstore_spec")[0]
+            before = [other for other in self.steps() if other != step]
+            raise OSError(
+                f"step {step} could not be written to {self.folder}: {reason}. The "
+                f"steps before it, {before}, are as they were; make room there, or "
+                "permissions, and start again from them"
+            ) from error
+
+    def _require_latest(self, step: int) -> None:
+        if (there := self.steps()) and step <= there[-1]:
+            raise ValueError(
+                f"{self.folder} holds step {there[-1]} already and this is step {step}:"
+                " restore from it before going on, delete the steps from there on, or "
+                "take another folder"
+            )
+
+    def _set_aside(self) -> None:
+        """Moves damaged steps out of the way of those that are saved again."""
+        if not self._damaged:
+            return
+        self.close()  # orbax's manager keeps a list of steps
+        if jax.process_index() == 0:
+            for step in self._damaged:
+                target = self.folder / f"{folders.ASIDE}{step}"
+                target.rmtree(missing_ok=True)
+                self._at(step).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("lorax.checkpoint.set_aside")
+        self._damaged = set()
+
+
+def _finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    values = {name: float(value) for name, value in metrics.items()}
+    return {name: v if np.isfinite(v) else None for name, v in values.items()}

@@ -1,0 +1,61 @@
+"""A checkpoint of format 1, committed once: every later lorax and JAX restores it.
+
+Written by this file, `python -m tests.checkpoint.test_golden_run FOLDER`, under lorax
+0.1.0, jax 0.10.2, orbax-checkpoint 0.12.8. A new format gets a folder beside it; this
+one is never written again.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from lorax.checkpoint import RunCheckpoints
+from tests.checkpoint.states import base, fresh, same
+
+FOLDER = pathlib.Path(__file__).parent / "golden_format_1"
+DATA = {"position": 1234, "packer": [[7, 8], []]}
+CONFIG = {"run": {"seed": 3}, "rate": 0.1, "note": "a µ", "none": None}
+
+
+def golden():
+    """A state by formula: leaf i counts up from i in quarters."""
+    leaves, structure = jax.tree.flatten(fresh())
+    for i, leaf in enumerate(leaves[:-1]):
+        counted = i + jnp.arange(leaf.size) / 4
+        leaves[i] = counted.reshape(leaf.shape).astype(leaf.dtype)
+    leaves[-1] = jax.random.key(11)
+    state = jax.tree.unflatten(structure, leaves)
+    return state.replace(step=jnp.asarray(6, jnp.int32))
+
+
+def write(folder):
+    """Saves it; not called by any test but on a scratch folder."""
+    with RunCheckpoints(folder, base(), source="base", config=CONFIG) as run:
+        run.save(golden(), DATA, {"loss": 0.5})
+
+
+def check(folder):
+    with RunCheckpoints(folder, base()) as run:
+        restored = run.restore(fresh())
+    assert same(restored.state, golden())
+    assert (restored.step, restored.data, restored.config) == (6, DATA, CONFIG)
+    assert restored.metrics == {"loss": 0.5}
+
+
+def test_the_committed_checkpoint_is_restored(tmp_path):
+    shutil.copytree(FOLDER, tmp_path / "run")  # nothing can write to the original
+    check(tmp_path / "run")
+
+
+def test_what_is_written_today_is_restored(tmp_path):
+    write(tmp_path / "run")
+    check(tmp_path / "run")
+
+
+if __name__ == "__main__":
+    write(sys.argv[1])
