@@ -105,9 +105,14 @@ def state_shardings(state: Any, placed: rules.Placed, replicate: bool = False) -
     """
     mesh = placed.mesh
     specs = adapter_specs(state.adapters, placed.specs, replicate)
-    adapters = jax.tree.map(
-        lambda leaf, spec: _checked(leaf, spec, mesh), state.adapters, specs
-    )
+    adapters = {
+        path: jax.tree.map(
+            lambda leaf, spec, path=path: _checked(path, leaf, spec, mesh),
+            state.adapters[path],
+            specs[path],
+        )
+        for path in state.adapters
+    }
     whole = lambda part: jax.tree.map(lambda _: meshes.replicated(mesh), part)
     return state.replace(
         adapters=adapters,
@@ -119,9 +124,9 @@ def state_shardings(state: Any, placed: rules.Placed, replicate: bool = False) -
     )
 
 
-def _checked(leaf: Any, spec: PartitionSpec, mesh: Mesh) -> NamedSharding:
+def _checked(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh) -> NamedSharding:
     for dim, entry in enumerate(spec):
-        rules.require_divides("adapter", tuple(leaf.shape), dim, entry, mesh)
+        rules.require_divides(f"{path}, adapter", tuple(leaf.shape), dim, entry, mesh)
     return NamedSharding(mesh, spec)
 
 
