@@ -8,6 +8,7 @@ their padding is marked as not real.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 Remat = Literal["none", "full", "dots"]
 
@@ -190,6 +192,22 @@ def remember(
     return k, v, (k, v)
 
 
+def along_batch(x: jax.Array) -> jax.Array:
+    """Cuts activations `[batch, ...]` along their batch alone, under `jax.set_mesh`.
+
+    Where parameters are cut along "fsdp" too, the compiler could as well cut the width
+    of the activations, and then every device holds the whole batch. Without a mesh of
+    Auto axes "data" or "fsdp", or a batch that they divide: nothing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    auto = jax.sharding.AxisType.Auto
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    axes = tuple(axis for axis in ("data", "fsdp") if kinds.get(axis) == auto)
+    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
 def run_layers(
     block: type[nn.Module],
     args: Sequence[Any],
@@ -220,6 +238,7 @@ def run_layers(
     Returns:
       The last x, and the outs with a leading axis of layers.
     """
+    x = jax.tree.map(along_batch, x)
     if remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         block = nn.remat(

@@ -5,8 +5,12 @@
     model, params = hf.load(source, shardings=placed.tree)
     state = jax.device_put(state, sharding.state_shardings(state, placed))
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        compiled = step.lower(state, params, batch).compile()
 
-Computation follows data: nothing else in a program says where it runs.
+Computation follows data. The one thing that a model says itself is that activations
+are cut along their batch (`lorax.models.layers.along_batch`), and it knows the mesh by
+`jax.set_mesh`; give the step `out_shardings` and its state stays where it lies.
 """
 
 from lorax.sharding.mesh import (

@@ -105,9 +105,14 @@ def state_shardings(state: Any, placed: rules.Placed, replicate: bool = False) -
     """
     mesh = placed.mesh
     specs = adapter_specs(state.adapters, placed.specs, replicate)
-    adapters = jax.tree.map(
-        lambda leaf, spec: _checked(leaf, spec, mesh), state.adapters, specs
-    )
+    adapters = {
+        path: jax.tree.map(
+            lambda leaf, spec, path=path: _checked(path, leaf, spec, mesh),
+            state.adapters[path],
+            specs[path],
+        )
+        for path in state.adapters
+    }
     whole = lambda part: jax.tree.map(lambda _: meshes.replicated(mesh), part)
     return state.replace(
         adapters=adapters,
@@ -119,9 +124,9 @@ def state_shardings(state: Any, placed: rules.Placed, replicate: bool = False) -
     )
 
 
-def _checked(leaf: Any, spec: PartitionSpec, mesh: Mesh) -> NamedSharding:
+def _checked(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh) -> NamedSharding:
     for dim, entry in enumerate(spec):
-        rules.require_divides("adapter", tuple(leaf.shape), dim, entry, mesh)
+        rules.require_divides(f"{path}, adapter", tuple(leaf.shape), dim, entry, mesh)
     return NamedSharding(mesh, spec)
 
 
@@ -134,7 +139,8 @@ def _following(opt_state: Any, adapters: Adapters, shardings: Any, mesh: Mesh) -
         fields = known[own[-1]] if own else []
         shape = tuple(getattr(leaf, "shape", ()))
         same = [place for place in fields if place.shape == shape]
-        specs = [place.spec for place in same if place.key == keys[-1]]
+        name = _name(keys[-1]) if keys else ""
+        specs = [place.spec for place in same if place.field == name]
         specs = specs or [place.spec for place in same]
         if not specs or any(spec != specs[0] for spec in specs):
             return meshes.replicated(mesh)
@@ -144,9 +150,9 @@ def _following(opt_state: Any, adapters: Adapters, shardings: Any, mesh: Mesh) -
 
 
 class _Place(NamedTuple):
-    """What an optimiser may keep for an adapter; `key` is None where it names it."""
+    """An array that an optimiser may keep for an adapter; no field: an optimiser's."""
 
-    key: Any
+    field: str
     shape: tuple[int, ...]
     spec: PartitionSpec
 
@@ -156,7 +162,7 @@ def _places(adapter: Any, shardings: Any) -> list[_Place]:
     leaves = jtu.tree_flatten_with_path(adapter)[0]
     wheres = jax.tree.leaves(shardings)
     places = [
-        _Place(keys[-1], tuple(leaf.shape), where.spec)
+        _Place(_name(keys[-1]), tuple(leaf.shape), where.spec)
         for (keys, leaf), where in zip(leaves, wheres, strict=True)
     ]
     if not {"a", "b"} <= set(adapter.roles):
@@ -172,10 +178,14 @@ def _places(adapter: Any, shardings: Any) -> list[_Place]:
     flat = (_flat(batch), _flat(in_), _flat(out))
     return [
         *places,
-        _Place(None, dense, PartitionSpec(*flat)),
-        _Place(None, a.shape[:-1], PartitionSpec(*batch, *in_)),
-        _Place(None, a.shape[:n] + b.shape[n + 1 :], PartitionSpec(*batch, *out)),
+        _Place("", dense, PartitionSpec(*flat)),
+        _Place("", a.shape[:-1], PartitionSpec(*batch, *in_)),
+        _Place("", a.shape[:n] + b.shape[n + 1 :], PartitionSpec(*batch, *out)),
     ]
+
+
+def _name(key: Any) -> str:
+    return jtu.keystr((key,), simple=True)
 
 
 def _flat(entries: list[Any]) -> Any:

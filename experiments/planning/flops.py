@@ -1,0 +1,52 @@
+"""Operations of a traced program, every loop's body times its trips.
+
+XLA's own count (`cost_analysis`) takes the body of a loop once, and a stack of layers
+is a loop.
+"""
+
+import math
+from typing import Any
+
+
+def count(jaxpr: Any) -> int:
+    """Returns the operations of all matrix products and convolutions.
+
+    A multiplication and an addition are two. A `while` loop whose trips are not known
+    counts once; of a `cond` the dearest branch counts.
+
+    Args:
+      jaxpr: `jax.jit(f).trace(*args).jaxpr`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> f = lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, None, length=3)[0]
+      >>> count(jax.jit(f).trace(jnp.ones((4, 4))).jaxpr)
+      384
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return sum(_equation(eqn) for eqn in jaxpr.eqns)
+
+
+def _equation(eqn: Any) -> int:
+    name = eqn.primitive.name
+    if name == "dot_general":
+        (read, _), _ = eqn.params["dimension_numbers"]
+        inner = math.prod(eqn.invars[0].aval.shape[d] for d in read)
+        return 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+    if name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        out = eqn.params["dimension_numbers"].rhs_spec[0]
+        return (
+            2
+            * math.prod(eqn.outvars[0].aval.shape)
+            * (math.prod(kernel) // kernel[out])
+        )
+    inside = [
+        count(item)
+        for value in eqn.params.values()
+        for item in (value if isinstance(value, tuple | list) else [value])
+        if hasattr(item, "eqns") or hasattr(item, "jaxpr")
+    ]
+    if name == "cond":
+        return max(inside, default=0)
+    return sum(inside) * (eqn.params["length"] if name == "scan" else 1)

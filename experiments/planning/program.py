@@ -1,0 +1,199 @@
+"""The real train step of a config, traced with shapes alone and their shardings.
+
+What trains is made as `experiments.fit` makes it: the task's loss, `lorax.init`, the
+config's optimiser, `lorax.training.make_train_step`. No array is ever made.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+import lorax
+from experiments import factory, optimizers
+from experiments.tasks import respond
+from lorax import inits, sharding, training
+from lorax.interop import hf
+from lorax.models import table
+
+FORMS = ("adapt", "merge")
+
+
+class Program(NamedTuple):
+    """A step that can be traced, and its arguments.
+
+    Attributes:
+      step: `(state, params, batch) -> (state, metrics)`, jitted.
+      state: abstract, with shardings.
+      params: likewise.
+      batch: likewise.
+      placed: where the parameters lie, and why.
+      tokens: of a batch.
+    """
+
+    step: Any
+    state: training.TrainState
+    params: Any
+    batch: dict[str, Any]
+    placed: sharding.Placed
+    tokens: int
+
+    def trace(self) -> Any:
+        """Returns the traced step."""
+        with jax.set_mesh(self.placed.mesh):
+            return self.step.trace(self.state, self.params, self.batch)
+
+
+def make_mesh(config: ml_collections.ConfigDict, devices: Any) -> Any:
+    """The mesh of `config.sharding`, over these devices."""
+    sizes = {axis: config[axis] for axis in sharding.AXES}
+    return sharding.make_mesh(**sizes, devices=devices)
+
+
+def build(
+    config: ml_collections.ConfigDict, devices: Any, form: str = "adapt"
+) -> Program:
+    """Makes the train step of a config for these devices.
+
+    Args:
+      config: of a run whose task is to respond; `config.model.published` has the fields
+        of its config.json, or `source` names a directory with one.
+      devices: of the topology.
+      form: "adapt": the step that trains; "merge": one whose loss reads merged kernels,
+        which is what adapters cost where they are materialised.
+
+    Raises:
+      ValueError: a mesh that does not divide the devices, the batch or an axis of a
+        leaf; a task that has no such batch.
+    """
+    mesh = make_mesh(config.sharding, devices)
+    model = make_model(config.model)
+    family = hf.family_of(model.config.to_hf(), "config")
+    shapes = hf.abstract(model)
+    logical = table.logical_axes(
+        family.entries(model.config), model.config.stacks, model.config.scan
+    )
+    placed = sharding.place(
+        shapes, mesh, logical, may_replicate=config.sharding.may_replicate
+    )
+    batch = make_batch(config.data, mesh)
+    loss_fn = respond.make_loss(model, config.run.label_smoothing)
+    state, tx = make_state(config, loss_fn, shapes, batch)
+    where = sharding.state_shardings(state, placed, config.sharding.replicate_adapters)
+    made = make_step(loss_fn, tx, config.optimizer.clip_norm, form)
+    step = jax.jit(
+        made, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh))
+    )
+    return Program(
+        step,
+        jax.tree.map(_abstract, state, where),
+        placed.abstract(shapes),
+        batch,
+        placed,
+        config.data.batch_size * max(config.data.lengths),
+    )
+
+
+def make_model(config: ml_collections.ConfigDict) -> Any:
+    """The model that a config.json describes, in one dtype, without its weights."""
+    if config.get("published"):
+        fields = config.published.to_dict()
+    elif config.random:
+        fields = config.random.to_dict()
+    else:
+        raise ValueError(
+            "a plan needs the shapes alone: give the fields of the checkpoint's "
+            "config.json as config.model.published"
+        )
+    family = hf.family_of(fields, "config.model.published")
+    dtype = jnp.dtype(config.dtype or "float32")
+    switches = {"dtype": dtype, "param_dtype": dtype, "remat": config.remat}
+    return family.Model(family.Config.from_hf(fields, **switches))
+
+
+def make_batch(config: ml_collections.ConfigDict, mesh: Any) -> dict[str, Any]:
+    """The longest batch that `experiments.data.batches.next_token` makes, abstract."""
+    rows, length = config.batch_size, max(config.lengths)
+    where = sharding.batch_sharding(mesh)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise ValueError(
+            f"data.batch_size={rows} is not divided by the {parts} devices of data x "
+            "fsdp that share a batch; change it, or the mesh"
+        )
+    leaf = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    return {
+        "inputs": leaf((rows, length), jnp.int32),
+        "targets": leaf((rows, length), jnp.int32),
+        "weights": leaf((rows, length), jnp.float32),
+        "bytes": leaf((rows,), jnp.int32),
+    }
+
+
+def make_state(
+    config: ml_collections.ConfigDict, loss_fn: Any, shapes: Any, batch: Any
+) -> tuple[training.TrainState, Any]:
+    """The abstract train state, and the optimiser that it belongs to."""
+    (method,) = config.run.methods
+    kernels = lorax.discover(loss_fn, shapes, batch)
+    targets = [
+        # inits that look at data start from factors of the same shapes
+        dataclasses.replace(t, init="standard", options=())
+        if t.adapter != "full" and inits.INITS[t.init].stats
+        else t
+        for t in factory.make_targets(method, config.adapter)
+    ]
+    tx = optimizers.make_optimizer(
+        config.optimizer.learning_rate[method], config.run.steps, config.optimizer
+    )
+
+    def create(key: jax.Array, params: Any) -> training.TrainState:
+        adapters, _ = lorax.init(key, params, targets, kernels)
+        return training.create_state(key, adapters, tx)
+
+    return jax.eval_shape(create, jax.random.key(0), shapes), tx
+
+
+def make_step(
+    loss_fn: Any, tx: Any, clip_norm: float | None, form: str
+) -> Callable[..., Any]:
+    """The train step in one of its forms."""
+    if form == "adapt":
+        simple = training.simple_loss(loss_fn)
+        return training.make_train_step(simple, tx, clip_norm=clip_norm)
+    if form not in FORMS:
+        raise ValueError(f"form={form!r}; choose one of {', '.join(FORMS)}")
+    tx = optax.with_extra_args_support(tx)
+
+    def loss(adapters: Any, params: Any, batch: Any) -> Any:
+        return loss_fn(lorax.merge(adapters, params), batch)
+
+    def step(state: Any, params: Any, batch: Any) -> Any:
+        value_and_grad = jax.value_and_grad(loss, has_aux=True)
+        (value, metrics), grads = value_and_grad(state.adapters, params, batch)
+        norm = optax.tree.norm(grads)
+        scale = 1.0 if clip_norm is None else jnp.minimum(1.0, clip_norm / norm)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.adapters, base=params
+        )
+        adapters = optax.apply_updates(state.adapters, updates)
+        new = state.replace(adapters=adapters, opt_state=opt_state, step=state.step + 1)
+        return new, {**metrics, "loss": value, "grad_norm": norm}
+
+    return step
+
+
+def without_remat(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config of the same run that recomputes nothing: whose operations count."""
+    other = config.copy_and_resolve_references()  # ConfigDict(config) shares sections
+    other.model.remat = "none"
+    return other
+
+
+def _abstract(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

@@ -1,0 +1,251 @@
+"""A plan: what one chip would hold and do, as the compiler sees it."""
+
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from experiments.planning import flops, hlo, program
+from experiments.planning import topology as topologies
+
+LABEL = "XLA estimate, not measured"
+RESERVE = 0.1
+"""Share of the memory that a plan should leave free."""
+
+
+class Memory(NamedTuple):
+    """Bytes of one chip.
+
+    Attributes:
+      weights: frozen parameters.
+      adapters: what trains.
+      optimizer: its state, and what else the train state holds.
+      batch: the examples.
+      activations: the compiler's temporaries, gradients among them.
+      program: the code.
+      arguments: all arguments as the compiler lays them out; the first four, padded.
+      limit: what there is; None: unknown.
+    """
+
+    weights: int
+    adapters: int
+    optimizer: int
+    batch: int
+    activations: int
+    program: int
+    arguments: int
+    limit: float | None
+
+    @property
+    def total(self) -> int:
+        """Of arguments (the state is updated in place), temporaries and code."""
+        return self.arguments + self.activations + self.program
+
+    @property
+    def headroom(self) -> float | None:
+        """Share of the memory that is left."""
+        return None if self.limit is None else 1 - self.total / self.limit
+
+
+class Plan(NamedTuple):
+    """What a compilation told.
+
+    Attributes:
+      topology: what was compiled for.
+      mesh: sizes by axis.
+      settings: what a sweep may change, as words.
+      memory: of one chip; None where the compiler ran out of it.
+      refused: the compiler's own words, where it did.
+      flops: operations of one chip in a step, recomputation included.
+      model_flops: without it.
+      cycles: XLA's estimates for what a chip computes in a step, added up; transfers
+        have none. None where it gives none.
+      collectives: bytes that one chip receives in a step, by kind; None: unknown.
+      seconds: of tracing and compiling.
+      tokens: of a batch.
+    """
+
+    topology: topologies.Topology
+    mesh: dict[str, int]
+    settings: str
+    memory: Memory | None
+    refused: str
+    flops: float
+    model_flops: float
+    cycles: int | None
+    collectives: dict[str, int] | None
+    seconds: float
+    tokens: int
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Of what a chip computes, as the cycles say; transfers are not in it."""
+        chip = self.topology.chip
+        return self.cycles / chip.clock if self.cycles and chip else None
+
+    @property
+    def mfu(self) -> float | None:
+        """Share of the chip's peak that the model's own operations take."""
+        chip, seconds = self.topology.chip, self.step_seconds
+        return self.model_flops / seconds / chip.flops if seconds and chip else None
+
+    @property
+    def verdict(self) -> str:
+        """Whether it fits, in words."""
+        if self.memory is None:
+            return "does not fit"
+        room = self.memory.headroom
+        if room is None:
+            return "no limit known"
+        if room < 0:
+            return "does not fit"
+        return "fits" if room >= RESERVE else f"fits, with less than {RESERVE:.0%} room"
+
+
+def make_plan(
+    config: ml_collections.ConfigDict,
+    topology: topologies.Topology,
+    form: str = "adapt",
+) -> Plan:
+    """Compiles the train step of a config for a topology.
+
+    Args:
+      config: see `program.build`.
+      topology: from `topology.parse`.
+      form: see `program.build`.
+
+    Raises:
+      ValueError: what `program.build` and `topology.devices` refuse.
+      ModuleNotFoundError: libtpu is missing.
+    """
+    began = time.perf_counter()
+    devices = topologies.devices(topology)
+    built = program.build(config, devices, form)
+    traced = built.trace()
+    plain = program.build(program.without_remat(config), devices, form).trace()
+    platform = "cpu" if topology.chip is None else "tpu"
+    told: dict[str, Any] = {
+        "topology": topology,
+        "mesh": dict(built.placed.mesh.shape),
+        "settings": settings(config, built.placed.mesh.shape, form),
+        "flops": flops.count(traced.jaxpr) / topology.chips,
+        "model_flops": flops.count(plain.jaxpr) / topology.chips,
+        "tokens": built.tokens,
+    }
+    try:
+        compiled = traced.lower(lowering_platforms=(platform,)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Plan(
+            **told,
+            memory=None,
+            refused=re.sub(r"\s*See https.*", "", str(error), flags=re.DOTALL),
+            cycles=None,
+            collectives=None,
+            seconds=time.perf_counter() - began,
+        )
+    seconds = time.perf_counter() - began
+    memory = _memory(built, compiled, topology)  # before the text, which may fail
+    facts = _facts(compiled)
+    return Plan(
+        **told,
+        memory=memory,
+        refused="",
+        cycles=facts.cycles if facts else None,
+        collectives=facts.bytes_by_kind() if facts else None,
+        seconds=seconds,
+    )
+
+
+def settings(
+    config: ml_collections.ConfigDict, mesh: Mapping[str, int], form: str = "adapt"
+) -> str:
+    """What a sweep may change, in words."""
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.items())
+    (method,) = config.run.methods
+    merged = ", merged kernels" if form == "merge" else ""
+    return (
+        f"{method}{merged}, {sizes}, {config.data.batch_size} x "
+        f"{max(config.data.lengths)} tokens, remat {config.model.remat}"
+    )
+
+
+def shard_bytes(tree: Any) -> int:
+    """Returns the bytes of one device's shards of abstract arrays."""
+    return sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _leaf_bytes(leaf: Any) -> int:
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+        return math.prod(leaf.shape) * leaf.dtype.itemsize
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def _memory(
+    built: program.Program, compiled: Any, topology: topologies.Topology
+) -> Memory:
+    found = compiled.memory_analysis()
+    state = built.state
+    adapters = shard_bytes(state.adapters)
+    return Memory(
+        weights=shard_bytes(built.params),
+        adapters=adapters,
+        optimizer=shard_bytes(state) - adapters,
+        batch=shard_bytes(built.batch),
+        activations=found.temp_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes,
+        program=found.generated_code_size_in_bytes,
+        arguments=found.argument_size_in_bytes,
+        limit=topology.chip.hbm if topology.chip else None,
+    )
+
+
+def _facts(compiled: Any) -> hlo.Facts | None:
+    try:
+        return hlo.read(compiled.as_text())
+    except (jax.errors.JaxRuntimeError, ValueError):  # too large to be written out
+        return None
+
+
+def _amount(nbytes: float) -> str:
+    unit, name = (2**30, "GiB") if nbytes >= 2**27 else (2**20, "MiB")
+    return f"{nbytes / unit:8.3f} {name}"
+
+
+def render(plan: Plan) -> str:
+    """Returns a plan as text."""
+    lines = [str(plan.topology), f"  {plan.settings}"]
+    add = lambda name, value: lines.append(f"  {name:<28}{value}")
+    add("verdict", plan.verdict)
+    if plan.refused:
+        add("the compiler says", plan.refused)
+    gib = lambda n: f"{_amount(n)} a chip"
+    if memory := plan.memory:
+        for name in ("weights", "adapters", "optimizer", "batch", "activations"):
+            add(name, gib(getattr(memory, name)))
+        add("code", gib(memory.program))
+        add("total", gib(memory.total))
+        if memory.limit is not None and memory.headroom is not None:
+            add("there is", gib(memory.limit))
+            add("headroom", f"{memory.headroom:8.1%}")
+    add("operations", f"{plan.flops:.4g} a chip and step")
+    add("  without recomputation", f"{plan.model_flops:.4g}")
+    if plan.cycles is not None:
+        add("cycles", f"{plan.cycles:.4g} ({LABEL})")
+    if plan.step_seconds is not None and plan.mfu is not None:
+        add("step", f"{plan.step_seconds:.3g} s, transfers left out ({LABEL})")
+        add("MFU", f"{plan.mfu:.1%}, transfers left out ({LABEL})")
+    if plan.collectives is None and not plan.refused:
+        add("collectives", "not known: the program was too large to read")
+    for kind, nbytes in sorted((plan.collectives or {}).items()):
+        add(kind, gib(nbytes) + " and step")
+    add("compiled in", f"{plan.seconds:.0f} s")
+    return "\n".join(lines)

@@ -1,0 +1,161 @@
+"""Names of TPU slices, what their chips are, and their devices without the chips.
+
+libtpu names a slice by its generation and the shape of its torus, in chips:
+`v5e:4x4`. The cloud counts chips for v5e and v6e, and TensorCores, two a chip, for v5p.
+"""
+
+import importlib.util
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+
+class Chip(NamedTuple):
+    """One chip of a generation.
+
+    Attributes:
+      hbm: bytes that the compiler lets a program have; less than what is built in.
+      flops: bf16 operations a second, as published.
+      clock: cycles a second: `flops` over what its matrix units do in a cycle.
+    """
+
+    hbm: float
+    flops: float
+    clock: float
+
+
+GIB = 2**30
+CHIPS = {  # matrix units: 4 of 128 x 128 a core, on v6e 256 x 256
+    "v5e": Chip(15.75 * GIB, 197e12, 197e12 / (4 * 128**2 * 2)),
+    "v5p": Chip(95.73 * GIB, 459e12, 459e12 / (2 * 4 * 128**2 * 2)),
+    "v6e": Chip(31.24 * GIB, 918e12, 918e12 / (4 * 256**2 * 2)),
+}
+"""HBM: as the compiler of libtpu 0.0.52 says it when a program needs more."""
+
+FLAT = {
+    1: "1x1",
+    4: "2x2",
+    8: "2x4",
+    16: "4x4",
+    32: "4x8",
+    64: "8x8",
+    128: "8x16",
+    256: "16x16",
+}
+CUBES = {
+    8: "2x2x1",
+    16: "2x2x2",
+    32: "2x2x4",
+    64: "2x4x4",
+    128: "4x4x4",
+    256: "4x4x8",
+    512: "4x8x8",
+    1024: "8x8x8",
+}
+CLOUD = {
+    **{f"v5litepod-{n}": f"v5e:{shape}" for n, shape in FLAT.items()},
+    **{f"v6e-{n}": f"v6e:{shape}" for n, shape in FLAT.items()},
+    **{f"v5p-{n}": f"v5p:{shape}" for n, shape in CUBES.items()},
+}
+"""The cloud's names of slices."""
+
+
+class Topology(NamedTuple):
+    """A set of devices to compile for.
+
+    Attributes:
+      name: libtpu's, or `cpu:8`.
+      given: as the user wrote it.
+      chips: how many.
+      chip: what each is; None for the CPU.
+    """
+
+    name: str
+    given: str
+    chips: int
+    chip: Chip | None
+
+    def __str__(self) -> str:
+        """The name, with the chips counted."""
+        said = f" ({self.given})" if self.given != self.name else ""
+        return f"{self.name}{said}: {self.chips} {'chips' if self.chip else 'devices'}"
+
+
+def parse(name: str) -> Topology:
+    """Reads the name of a topology.
+
+    Args:
+      name: `v5e:4x4`, `v5p:4x4x4`, a name of the cloud such as `v5p-128`, or `cpu:8`.
+
+    Raises:
+      ValueError: a name that is none of these.
+
+    Example:
+      >>> print(parse("v5p-128"))
+      v5p:4x4x4 (v5p-128): 64 chips
+    """
+    own = CLOUD.get(name, name)
+    if found := re.fullmatch(r"cpu:([1-9]\d*)", own):
+        return Topology(own, name, int(found[1]), None)
+    found = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", own)
+    if not found or found[1] not in CHIPS:
+        raise ValueError(
+            f"unknown topology {name!r}: give libtpu's name, such as v5e:4x4 or "
+            f"v5p:4x4x4 (of {', '.join(CHIPS)}), the cloud's, such as v5litepod-16 or "
+            "v5p-128 (it counts cores), or cpu:8"
+        )
+    shape = [int(n) for n in found[2].split("x")]
+    want = 3 if found[1] == "v5p" else 2
+    if len(shape) != want:
+        raise ValueError(
+            f"unknown topology {name!r}: {found[1]} slices have {want} dimensions, "
+            f"such as {found[1]}:{'x'.join(['4'] * want)}"
+        )
+    return Topology(own, name, math.prod(shape), CHIPS[found[1]])
+
+
+def prepare() -> None:
+    """Sets what libtpu reads when it is loaded, on a machine without a TPU.
+
+    It must not ask the cloud who this machine is, and may share the machine: nothing
+    runs, so there is no chip to hold.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def devices(topology: Topology) -> list[Any]:
+    """Returns the devices of a topology: of the CPU here, or TPUs to compile for.
+
+    Raises:
+      ModuleNotFoundError: libtpu is not installed.
+      ValueError: libtpu knows no such slice, or this process has too few CPU devices.
+    """
+    import jax
+
+    if topology.chip is None:
+        found = jax.devices("cpu")
+        if len(found) < topology.chips:
+            raise ValueError(
+                f"{topology.name}: this process has {len(found)} CPU devices; set "
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.chips}, "
+                "as `python -m experiments.plan` does for its child"
+            )
+        return found[: topology.chips]
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError(
+            "libtpu is not installed, and it is what compiles for TPUs, also where "
+            "there is none: pip install -e '.[tpu]'; or plan for --topology=cpu:8"
+        )
+    prepare()
+    from jax.experimental import topologies
+
+    try:
+        made = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"unknown topology {topology.name!r}; libtpu says: {error}"
+        ) from None
+    return list(made.devices)
