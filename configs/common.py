@@ -47,6 +47,10 @@ def checkpoint_run() -> ml_collections.ConfigDict:
     config.run.steps = 1_000
     config.run.log_every = 100
     config.run.label_smoothing = 0.0
+    config.run.skip_nonfinite = 3  # steps in a row; then the run stops
+    config.run.save_every = 0  # steps; 0: no checkpoints, a stop ends the run
+    config.run.save_keep = 3  # of the newest, so that two may be damaged
+    config.run.save_deadline = 25.0  # seconds between SIGTERM and giving up
 
     # Several processes. What is not set comes from the environment.
     config.distributed.coordinator = ""  # host:port of process 0

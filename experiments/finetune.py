@@ -9,6 +9,7 @@ the base, `initial/`, with which `experiments.export` brings it back to the orig
 
 import contextlib
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -21,8 +22,10 @@ import lorax
 from experiments import (
     distributed,
     factory,
+    keeping,
     loading,
     metrics,
+    nonfinite,
     optimizers,
     progress,
     tasks,
@@ -55,7 +58,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     task = tasks.TASKS[config.data.task](config, model, tokenizer, place)
     (method,) = config.run.methods
 
-    opened = writers.Writer(folder) if primary else contextlib.nullcontext()
+    keep = keeping.make_keep(config, folder)
+    fresh = keep is None
+    opened = writers.Writer(folder, fresh) if primary else contextlib.nullcontext()
     with opened as writer, progress.bars(console) as bars:
         before = task.evaluate(base)
 
@@ -82,6 +87,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             evaluate=task.evaluate,
             place=place,
             placed=place.params(model, base),
+            keep=keep,
+            guard=nonfinite.Guard(folder, config.run.skip_nonfinite),
         )
 
         # ------------------------------------------------------------- report
@@ -89,7 +96,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             "steps": config.run.steps,
             "trainable": done.trainable,
             "trainable_share": done.trainable / metrics.size(base),
-            "step_ms": done.step_ms,
+            **({} if math.isnan(done.step_ms) else {"step_ms": done.step_ms}),
             **{f"base_{name}": value for name, value in before.items()},
             **done.evaluation,
             **task.report(done.merged(), folder),

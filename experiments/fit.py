@@ -1,5 +1,7 @@
 """Trains what a list of targets selects, by whatever optimiser: the one inner loop."""
 
+import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +12,7 @@ import jax
 import rich.progress
 
 import lorax
-from experiments import distributed, metrics, progress
+from experiments import distributed, keeping, metrics, nonfinite, progress
 from experiments import writer as writers
 from lorax import inits, sharding, training
 
@@ -23,7 +25,8 @@ class Fit(NamedTuple):
       params: the parameters that the adapters belong to.
       trainable: number of trained array elements.
       opt_state_bytes: size of the optimiser's state.
-      step_ms: median milliseconds a step, compilation and evaluation left out.
+      step_ms: median milliseconds a step, compilation and evaluation left out; NaN if
+        no step was left to make.
       evaluation: what `evaluate` returned after the last step, {} without it.
       initial: the adapters at the start, if their init moved a part of the base; else
         None.
@@ -61,6 +64,8 @@ def fit(
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     place: distributed.Place = distributed.ALONE,
     placed: sharding.Placed | None = None,
+    keep: keeping.Keep | None = None,
+    guard: nonfinite.Guard | None = None,
 ) -> Fit:
     """Fits adapters on `params` for a number of steps.
 
@@ -83,6 +88,8 @@ def fit(
       evaluate: merged parameters -> values to write.
       place: where batches lie.
       placed: where the parameters lie; adapters and optimiser follow them.
+      keep: how the run keeps itself, to go on after a stop; None: not at all.
+      guard: stops the run after too many steps that are not finite.
     """
     init_key, step_key = jax.random.split(key)
     kernels = lorax.discover(loss_fn, params, place.put(batches[0]))
@@ -114,39 +121,52 @@ def fit(
     times: list[float] = []
     evaluation: dict[str, float] = {}
 
-    began, reported, losses = time.perf_counter(), 0, []
-    for i in range(1, steps + 1):
-        batch = place.put(batches[i - 1])
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-        if shapes not in compiled:
-            paused = time.perf_counter()
-            compiled[shapes] = step.lower(state, params, batch).compile()
-            began += time.perf_counter() - paused
-        state, values = compiled[shapes](state, params, batch)
-        losses.append(values["loss"])
-        if i % log_every == 0 or i == steps:
-            values = jax.device_get(values)  # waits for the step
-            # The mean since the last report: single batches differ by their documents.
-            values["loss"] = statistics.fmean(map(float, losses))
-            times.append((time.perf_counter() - began) / (i - reported))
-            meter.update(i, values["loss"] * metrics.BITS, tokens / times[-1])
-            if writer:
-                writer.write(name, i, {**values, "step_ms": times[-1] * 1e3})
-            began, reported, losses = time.perf_counter(), i, []
-        if evaluate and (i == steps or (eval_every and i % eval_every == 0)):
-            jax.block_until_ready(state)
-            paused = time.perf_counter()
-            evaluation = evaluate(merge(state.adapters, params))
-            if writer:
-                writer.write(name, i, evaluation)
-            began += time.perf_counter() - paused  # evaluation is no part of a step
+    with contextlib.ExitStack() as stack:
+        keeper = stack.enter_context(keeping.Keeper(keep, params)) if keep else None
+        state, start = keeper.restore(state) if keeper else (state, 0)
+        if keeper and writer:
+            writer.rewind(start)
+        began, reported, losses = time.perf_counter(), start, []
+        for i in range(start + 1, steps + 1):
+            batch = place.put(batches[i - 1])
+            shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+            if shapes not in compiled:
+                paused = time.perf_counter()
+                compiled[shapes] = step.lower(state, params, batch).compile()
+                began += time.perf_counter() - paused
+            state, values = compiled[shapes](state, params, batch)
+            losses.append(values["loss"])
+            if guard:
+                guard.watch(i, batch, values)
+                if i == steps:
+                    guard.finish()
+            if i % log_every == 0 or i == steps:
+                values = jax.device_get(values)  # waits for the step
+                # The mean since the last report: batches differ by their documents.
+                values["loss"] = statistics.fmean(map(float, losses))
+                times.append((time.perf_counter() - began) / (i - reported))
+                meter.update(i, values["loss"] * metrics.BITS, tokens / times[-1])
+                if writer:
+                    writer.write(name, i, {**values, "step_ms": times[-1] * 1e3})
+                began, reported, losses = time.perf_counter(), i, []
+            if evaluate and (i == steps or (eval_every and i % eval_every == 0)):
+                jax.block_until_ready(state)
+                paused = time.perf_counter()
+                evaluation = evaluate(merge(state.adapters, params))
+                if writer:
+                    writer.write(name, i, evaluation)
+                began += time.perf_counter() - paused  # evaluation is no part of a step
+            if keeper:
+                keeper.after(state, i)
+    if evaluate and not evaluation:  # the run was over when it was taken up again
+        evaluation = evaluate(merge(state.adapters, params))
 
     return Fit(
         adapters=state.adapters,
         params=params,
         trainable=metrics.size(state.adapters),
         opt_state_bytes=metrics.nbytes(state.opt_state),
-        step_ms=statistics.median(times) * 1e3,
+        step_ms=statistics.median(times) * 1e3 if times else math.nan,
         evaluation=evaluation,
         initial=initial,
     )

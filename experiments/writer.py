@@ -11,24 +11,26 @@ from absl import logging
 
 
 class Writer:
-    """Writes scalars to `metrics.jsonl` and `tensorboard/<run>/`, afresh every time.
+    """Writes scalars to `metrics.jsonl` and `tensorboard/<run>/`.
 
     One line holds one call: `{"run": "lora", "step": 10, "time": 1.7, "loss": 2.5}`,
     `time` in seconds since the writer was opened. A value that is not finite becomes
     `null`, for JSON has no NaN.
 
     Args:
-      workdir: folder to write to, made if need be; an earlier run's metrics are
-        replaced.
+      workdir: folder to write to, made if need be.
+      fresh: an earlier run's metrics are replaced; False: they stay, see `rewind`.
     """
 
-    def __init__(self, workdir: str | pathlib.Path) -> None:
+    def __init__(self, workdir: str | pathlib.Path, fresh: bool = True) -> None:
         """Opens the files."""
         self._workdir = pathlib.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
-        for stale in self._workdir.glob("tensorboard/*/events.out.tfevents.*"):
-            stale.unlink()
-        self._lines = open(self._workdir / "metrics.jsonl", "w", encoding="utf-8")
+        self._path, self._from = self._workdir / "metrics.jsonl", 0
+        if fresh:
+            for stale in self._workdir.glob("tensorboard/*/events.out.tfevents.*"):
+                stale.unlink()
+        self._lines = open(self._path, "w" if fresh else "a", encoding="utf-8")
         self._boards: dict[str, Any] = {}
         self._start = time.monotonic()
         try:
@@ -38,6 +40,15 @@ class Writer:
         except ImportError:
             self._tensorboard = None
             logging.warning("tensorboardX is not installed: writing JSON lines only")
+
+    def rewind(self, step: int) -> None:
+        """Drops what an earlier run wrote of later steps: they come once more."""
+        self._lines.close()
+        kept = [line for line in read(self._workdir) if line["step"] <= step]
+        with open(self._path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        self._lines = open(self._path, "a", encoding="utf-8")
+        self._from = step + 1
 
     def write(self, run: str, step: int, values: Mapping[str, Any]) -> None:
         """Appends the scalars `values` of `run` at `step`."""
@@ -50,7 +61,9 @@ class Writer:
         if self._tensorboard is not None:
             if run not in self._boards:
                 folder = str(self._workdir / "tensorboard" / run)
-                self._boards[run] = self._tensorboard.SummaryWriter(folder)
+                self._boards[run] = self._tensorboard.SummaryWriter(
+                    folder, purge_step=self._from or None
+                )
             for name, value in values.items():
                 self._boards[run].add_scalar(name, value, step)
 
