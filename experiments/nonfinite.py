@@ -1,0 +1,137 @@
+"""Losses that are not finite: a few may be skipped, then the run stops and says why.
+
+The train step itself leaves the state as it was before such a step (see
+`lorax.training.make_train_step`); here they are counted:
+
+    guard = nonfinite.Guard(folder, limit=3)
+    for step in range(start, steps):
+        state, metrics = train_step(state, params, batch)
+        guard.watch(step, batch, metrics)
+    guard.finish()
+"""
+
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+from lorax.checkpoint import digests
+
+
+class NonFiniteError(FloatingPointError):
+    """Too many steps in a row were not finite."""
+
+
+class Guard:
+    """Stops a run after more than `limit` steps in a row that were not finite.
+
+    A step is not finite if its loss or gradient norm is not, or if the train step
+    skipped it for what the model's state would have become. One without target tokens
+    is skipped too, and counts as neither. The values are looked at when the next step
+    has been dispatched, so that the device does not wait for the host.
+
+    Args:
+      folder: where the batch goes, as `nonfinite-step-17.npz`.
+      limit: how many steps in a row are skipped; 0 stops at the first.
+
+    Raises:
+      ValueError: `limit` is negative.
+
+    Example:
+      >>> guard = Guard("runs/a", limit=1)
+      >>> for step, loss in enumerate([1.0, math.nan, 2.0, math.inf]):
+      ...     guard.watch(step, {"x": np.ones(2)}, {"loss": loss})
+      >>> guard.finish()
+      >>> guard.in_a_row
+      1
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], limit: int) -> None:
+        if type(limit) is not int or limit < 0:
+            raise ValueError(f"limit must be an int of at least 0; got {limit!r}")
+        self.folder = pathlib.Path(folder)
+        self.limit = limit
+        self.in_a_row = 0
+        self._skipped: float | None = None
+        self._waiting: tuple[int, Any, Mapping[str, Any]] | None = None
+
+    def watch(self, step: int, batch: Any, metrics: Mapping[str, Any]) -> None:
+        """Takes a step that was dispatched, and looks at the one before it.
+
+        Args:
+          step: its number, for the message.
+          batch: what it was given; kept until the next call, so it must not be donated.
+          metrics: what it returned.
+
+        Raises:
+          NonFiniteError: on all processes alike, for the metrics are the same.
+        """
+        previous, self._waiting = self._waiting, (step, batch, metrics)
+        if previous is not None:
+            self._look(*previous)
+
+    def finish(self) -> None:
+        """Looks at the last step; NonFiniteError as `watch`."""
+        previous, self._waiting = self._waiting, None
+        if previous is not None:
+            self._look(*previous)
+
+    def _look(self, step: int, batch: Any, metrics: Mapping[str, Any]) -> None:
+        names = ("loss", "grad_norm", "skipped", "weight")
+        found = {n: float(np.asarray(metrics[n])) for n in names if n in metrics}
+        before, self._skipped = self._skipped, found.get("skipped")
+        if found.get("weight") == 0:
+            return
+        values = {n: found[n] for n in ("loss", "grad_norm") if n in found}
+        bad = not all(map(math.isfinite, values.values()))
+        if before is not None and self._skipped is not None:
+            bad |= self._skipped > before
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        if self.in_a_row <= self.limit:
+            return
+        told = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        raise NonFiniteError(
+            f"step {step} is not finite ({told}), the last of {self.in_a_row} in a row "
+            f"where {self.limit} may be skipped; adapters and optimiser are as before "
+            f"them. {self._keep(step, batch)} Lower the learning rate, clip the "
+            "gradients, or look for what that batch holds"
+        )
+
+    def _keep(self, step: int, batch: Any) -> str:
+        part = f"-process-{jax.process_index()}" if jax.process_count() > 1 else ""
+        path = self.folder / f"nonfinite-step-{step}{part}.npz"
+        try:
+            save_batch(path, batch)
+        except OSError as error:  # no reason to lose the step's number
+            return f"Its batch could not be written to {path}: {error}."
+        return f"Its batch is in {path}, for numpy.load."
+
+
+def save_batch(path: pathlib.Path, batch: Any) -> None:
+    """Writes a tree of arrays as `npz`, which loads with `allow_pickle=False`.
+
+    Args:
+      path: the file; its folder is made.
+      batch: any tree; the leaf `x` of a dict is called `batch/x`. Small floats and
+        integers that numpy lacks (bfloat16, int4) are widened, which is exact; of a
+        PRNG key the data is written, of an object its `str`. Arrays sharded over
+        processes are gathered, so all of them must call this.
+    """
+    arrays: dict[str, Any] = {}
+    for key_path, leaf in jtu.tree_flatten_with_path(batch)[0]:
+        array = digests.on_host(leaf)
+        if array.dtype.kind == "V":
+            floating = jnp.issubdtype(array.dtype, jnp.floating)
+            array = array.astype(np.float32 if floating else np.int32)
+        if array.dtype.hasobject:  # it would be pickled
+            array = array.astype(str)
+        name = jtu.keystr(key_path, simple=True, separator="/")
+        arrays[f"batch/{name}" if name else "batch"] = array
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **arrays)

@@ -1,0 +1,103 @@
+"""Steps that are not finite: counted, skipped, and at last an error with its batch."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.nonfinite import Guard, NonFiniteError, save_batch
+from lorax import training
+from lorax.adapters import Full
+
+
+def watch_all(guard, losses, **more):
+    for step, loss in enumerate(losses):
+        guard.watch(step, {"x": np.full(2, step)}, {"loss": loss, **more})
+    guard.finish()
+
+
+def test_so_many_in_a_row_and_no_more(tmp_path):
+    nan = math.nan
+    watch_all(Guard(tmp_path, 2), [nan, nan, 1.0, nan, math.inf, 1.0])
+    assert not list(tmp_path.iterdir())
+    told = r"step 4 is not finite \(loss nan\), the last of 3 in a row where 2 may be"
+    with pytest.raises(NonFiniteError, match=told):
+        watch_all(Guard(tmp_path, 2), [1.0, 1.0, nan, nan, nan, 1.0, 1.0])
+    with np.load(tmp_path / "nonfinite-step-4.npz", allow_pickle=False) as saved:
+        assert list(saved) == ["batch/x"]
+        np.testing.assert_array_equal(saved["batch/x"], [4, 4])
+
+
+def test_the_last_step_is_looked_at_as_well(tmp_path):
+    guard = Guard(tmp_path / "new" / "folder", 0)
+    guard.watch(7, np.arange(3), {"loss": 1.0, "grad_norm": math.inf})
+    with pytest.raises(NonFiniteError, match=r"step 7 .*loss 1, grad_norm inf"):
+        guard.finish()
+    saved = np.load(tmp_path / "new/folder/nonfinite-step-7.npz", allow_pickle=False)
+    np.testing.assert_array_equal(saved["batch"], [0, 1, 2])
+    guard.finish()  # nothing is left to look at
+
+
+def test_a_batch_without_targets_is_no_fault(tmp_path):
+    watch_all(Guard(tmp_path, 0), [math.nan, math.nan], weight=jnp.zeros(()))
+
+
+def test_with_the_train_step(tmp_path):
+    """The state is kept, whether the loss or only the model's statistics are bad."""
+
+    def loss_fn(params, model_state, batch, key):
+        hidden = {"mean": jnp.sum(batch)}
+        return jnp.sum(params["w"] * jax.nn.relu(batch[0])), ({}, hidden)
+
+    tx = optax.sgd(0.1)
+    state = training.create_state(
+        jax.random.key(0), {"w": Full(jnp.ones(()))}, tx, {"mean": jnp.zeros(())}
+    )
+    step = jax.jit(training.make_train_step(loss_fn, tx), donate_argnums=0)
+    params, guard = {"w": jnp.ones(())}, Guard(tmp_path, 1)
+    batches = [[1.0, 1.0], [jnp.nan, 1.0], [1.0, jnp.nan], [1.0, 1.0]]
+    with pytest.raises(NonFiniteError, match="step 2 .*the last of 2 in a row"):
+        for i, batch in enumerate(batches):
+            state, metrics = step(state, params, jnp.asarray(batch))
+            if i == 0:
+                after_one = float(state.adapters["w"].value)
+            if i == 2:
+                assert np.isfinite(metrics["loss"]) and state.skipped == 2
+                assert float(state.adapters["w"].value) == after_one
+            guard.watch(i, np.asarray(batch), metrics)
+    assert after_one == pytest.approx(0.9)
+
+
+def test_a_folder_that_cannot_be_written_hides_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NonFiniteError, match=r"step 0 .*batch could not be written"):
+        watch_all(Guard(tmp_path / "file", 0), [math.nan])
+
+
+def test_what_numpy_lacks_is_widened(tmp_path):
+    batch = {
+        "half": jnp.asarray([1.5, -2.0], jnp.bfloat16),
+        "small": jnp.asarray([3, -4], jnp.int4),
+        "file": [jax.random.key(9), "text", np.array(["a", None], object)],
+    }
+    save_batch(tmp_path / "batch.npz", batch)
+    with np.load(tmp_path / "batch.npz", allow_pickle=False) as saved:
+        found = {name: (saved[name].dtype.name, saved[name].tolist()) for name in saved}
+    assert found == {
+        "batch/file/0": ("uint32", [0, 9]),
+        "batch/file/1": ("str128", "text"),
+        "batch/file/2": ("str128", ["a", "None"]),
+        "batch/half": ("float32", [1.5, -2.0]),
+        "batch/small": ("int32", [3, -4]),
+    }
+
+
+def test_bad_arguments(tmp_path):
+    for limit in (-1, 1.0, True):
+        with pytest.raises(ValueError, match="limit must be an int of at least 0; got"):
+            Guard(tmp_path, limit)
