@@ -87,9 +87,9 @@ class Keeper(contextlib.ExitStack):
         for name in sorted(then.keys() | now.keys()):
             if then.get(name) != now.get(name) and not name.startswith(FREE):
                 raise ValueError(
-                    f"{self._folder} holds a run of {name}={then.get(name)!r}, and this "
-                    f"one has {now.get(name)!r}: take another workdir, or delete that "
-                    "folder"
+                    f"{self._folder} holds a run of {name}={then.get(name)!r}, and "
+                    f"this one has {now.get(name)!r}: take another workdir, or delete "
+                    "that folder"
                 )
         return found.state, int(found.data["batches"])
 
