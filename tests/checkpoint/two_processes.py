@@ -69,16 +69,13 @@ def main(port, process, folder):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(f"localhost:{port}", 2, process)
-    meshes = [
-        Mesh(np.array(jax.devices()).reshape(shape), ("x", "y"))
-        for shape in ((4, 1), (2, 2))
-    ]
-    params = spread(base(), meshes[1], P("x", "y"))
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
+    params = spread(base(), mesh, P("x", "y"))
     with RunCheckpoints(folder, params) as run:
-        assert run.restore(spread(fresh(), meshes[1], P("x"))) is None
+        assert run.restore(spread(fresh(), mesh, P("x"))) is None
         for step in (3, 6):
-            run.save(spread(filled(step, step), meshes[1], P("x", "y")), DATA)
-    template = spread(fresh(), meshes[1], P(None, "x"))
+            run.save(spread(filled(step, step), mesh, P("x", "y")), DATA)
+    template = spread(fresh(), mesh, P(None, "x"))
     print("whole", *restored_step(RunCheckpoints(folder, params), template))
 
     read = reading.read_step  # damage that one process alone sees
@@ -105,7 +102,7 @@ def main(port, process, folder):
                 time.sleep(0.05)
                 multihost_utils.sync_global_devices(f"step {step}")  # as a step would
                 if preempted.should_stop(step):
-                    run.save(spread(filled(step, step), meshes[1], P("x", "y")), DATA)
+                    run.save(spread(filled(step, step), mesh, P("x", "y")), DATA)
                     run.wait()
                     break
         print("stopped", step, *run.steps(), flush=True)
