@@ -258,7 +258,7 @@ class RunCheckpoints:
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,  # the metadata may be damaged
             )
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self._manager = _Manager(self.folder, options=options)
         return self._manager
 
     @contextlib.contextmanager
@@ -300,6 +300,18 @@ class RunCheckpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("lorax.checkpoint.set_aside")
         self._damaged = set()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves asking about preemption to the training loop.
+
+    Its own asking, from a thread that finalises an older step, would move the loop's
+    place in the agreement on a step; and what it then logs, the time since the last
+    save, fails after a lightweight initialisation.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:

@@ -19,8 +19,8 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 STEPS = 40
 
 
-def run(folder, stop_at=None, again=False, deadline=()):
-    """Starts the run, sends SIGTERM after a step; returns exit code and lines."""
+def run(folder, stop_at=None, again=False, deadline=(), by=signal.SIGTERM):
+    """Starts the run, sends a signal after a step; returns exit code and lines."""
     command = [sys.executable, "-m", "tests.experiments.preempted"]
     command += [str(folder), str(STEPS), *deadline]
     flags = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
@@ -35,7 +35,7 @@ def run(folder, stop_at=None, again=False, deadline=()):
             lines.append(line.strip())
             told = lines[-1] == f"step {stop_at}" or (again and lines[-1] == "saving")
             if told:
-                child.send_signal(signal.SIGTERM)
+                child.send_signal(by)
     timer.cancel()
     return child.returncode, lines
 
@@ -68,6 +68,15 @@ def test_a_run_that_is_told_to_go_ends_alike(tmp_path, uninterrupted, again):
 def test_ten_times_at_a_random_step(tmp_path, uninterrupted, seed):
     stop_at = random.Random(100 + seed).randrange(1, STEPS // 2)
     stopped_and_restarted(tmp_path, stop_at, uninterrupted, again=seed % 2)
+
+
+def test_a_run_that_is_killed_ends_alike(tmp_path, uninterrupted):
+    """At the step whose save has just begun: it goes on from that one or one before."""
+    code, _ = run(tmp_path, 14, by=signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    code, lines = run(tmp_path)
+    assert code == 0 and lines[0] in ("step 1", "step 8", "step 15")
+    assert lines[-1] == uninterrupted[-1], "another end"
 
 
 def test_a_save_past_its_deadline_is_left(tmp_path, capfd):

@@ -1,0 +1,43 @@
+"""Two processes of two devices: one checkpoint, one decision, one step to stop at."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+from lorax.checkpoint import RunCheckpoints
+from tests.checkpoint.states import base, filled, fresh, same
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+def test_two_processes_agree(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    module = [sys.executable, "-m", "tests.checkpoint.two_processes", port]
+    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    children = [
+        subprocess.Popen([*module, str(i), str(tmp_path)], cwd=ROOT, env=env, **pipe)
+        for i in range(2)
+    ]
+    try:
+        outputs = [child.communicate(timeout=240) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    for child, (_, errors) in zip(children, outputs):
+        assert child.returncode == 0, errors[-4000:]
+    lines = ([x for x in out.split("\n") if "[Gloo]" not in x] for out, _ in outputs)
+    one, two = lines
+    assert one == two, "the processes differ"
+    assert one[:3] == ["whole 6 0", "one 3 1", "both 3 1"]
+    stopped, *steps = map(int, one[3].removeprefix("stopped ").split())
+    assert steps == [3, stopped] and 8 <= stopped < 399
+    # and one process reads what two have written
+    with RunCheckpoints(tmp_path, base()) as run:
+        assert same(run.restore(fresh()).state, filled(stopped, stopped))
