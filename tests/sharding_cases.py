@@ -102,7 +102,7 @@ def batches():
 
 
 def train(method, mesh, dtype):
-    """Losses, initial and final adapters, AdaLoRA's choices; on a mesh or one device."""
+    """Losses, adapters before and after, AdaLoRA's choices; None is one device."""
     model, loss_fn, params, adapters, tx = problem(method, dtype)
     state = training.create_state(jax.random.key(2), adapters, tx)
     step = training.make_train_step(training.simple_loss(loss_fn), tx)

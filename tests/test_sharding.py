@@ -12,6 +12,7 @@ from lorax import optim, sharding, training
 from lorax.adapters import AdaLora, Dora, Full, Lora
 from lorax.models import FAMILIES, gpt2, layers, llama, table
 from lorax.optim import _states
+from lorax.optim._lora_pro_moments import ScaleByRowColState
 from lorax.types import Axes
 
 
@@ -71,23 +72,23 @@ def shape(*sizes):
 
 
 def test_logical_axes_and_the_report(mesh):
-    params = {"q": {"kernel": shape(3, 8, 4, 6)}, "norm": {"scale": shape(3, 7)}}
+    params = {"q": {"w": shape(3, 8, 4, 6)}, "norm": {"s": shape(3, 7)}}
     logical = {
-        "q/kernel": ("layers", "embed", "heads", "head_dim"),
-        "norm/scale": ("layers", None),
+        "q/w": ("layers", "embed", "heads", "head_dim"),
+        "norm/s": ("layers", None),
     }
     placed = sharding.place(params, mesh, logical)
     assert placed.specs == {
-        "q/kernel": P(None, "fsdp", "tensor", None),
-        "norm/scale": P(None, None),
+        "q/w": P(None, "fsdp", "tensor", None),
+        "norm/s": P(None, None),
     }
     assert str(placed).splitlines() == [
-        "leaf        shape         spec                  by",
-        "norm/scale  (3, 7)        (-, -)                layers, -",
-        "q/kernel    (3, 8, 4, 6)  (-, fsdp, tensor, -)  layers, embed, heads, head_dim",
+        "leaf    shape         spec                  by",
+        "norm/s  (3, 7)        (-, -)                layers, -",
+        "q/w     (3, 8, 4, 6)  (-, fsdp, tensor, -)  layers, embed, heads, head_dim",
     ]
     abstract = placed.abstract(params)
-    assert abstract["q"]["kernel"].sharding.shard_shape((3, 8, 4, 6)) == (3, 4, 2, 6)
+    assert abstract["q"]["w"].sharding.shard_shape((3, 8, 4, 6)) == (3, 4, 2, 6)
 
 
 def test_two_logical_axes_on_one_mesh_axis_the_first_has_it(mesh):
@@ -242,11 +243,7 @@ def test_adalora_keeps_its_masks_with_lam(mesh):
 
 def test_states_of_other_shapes(mesh):
     rowcol = specs_of(optim.lora_pro(0.1, "rowcol"), low_rank("lora"), mesh).opt_state
-    (means,) = (
-        [s for s in rowcol[1] if hasattr(s, "rows")]
-        if isinstance(rowcol[1], tuple) and not hasattr(rowcol[1], "rows")
-        else [rowcol[1]]
-    )
+    (means,) = _states.states(rowcol, ScaleByRowColState)
     assert means.rows["w"] == P(None, "fsdp")
     assert means.columns["w"] == P(None, "tensor", None)
     full = specs_of(optim.lora_pro(0.1, "full"), low_rank("lora"), mesh).opt_state

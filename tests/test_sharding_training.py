@@ -51,7 +51,7 @@ def holds_in_float64(row):
 
 
 def test_a_mixed_mesh_trains_as_one_device_in_float64(record_property):
-    rows = in_float64("dora,adalora", "mixed")
+    rows = in_float64("adalora", "mixed")
     record_property("rows", rows)
     for row in rows:
         holds_in_float64(row)
@@ -129,7 +129,7 @@ def size(shape):
     ("mesh", "method"),
     [
         ("fsdp", "lora"),
-        ("mixed", "lora"),
+        pytest.param("mixed", "lora", marks=pytest.mark.slow),
         pytest.param("fsdp", "dora", marks=pytest.mark.slow),
         pytest.param("mixed", "dora", marks=pytest.mark.slow),
         pytest.param("tensor", "dora", marks=pytest.mark.slow),
@@ -138,9 +138,8 @@ def size(shape):
 )
 def test_no_frozen_kernel_is_gathered_for_the_adapters(mesh, method):
     base, adapted = gathered(sharding.make_mesh(**cases.MESHES[mesh]), method)
-    assert base if mesh != "tensor" else True
+    assert base or mesh == "tensor"
     more = {s: n - base.get(s, 0) for s, n in adapted.items() if n > base.get(s, 0)}
-    # the smallest kernel is v's, [32, 8, 4], half of it on a device of the mixed mesh;
-    # what else is gathered are factors of rank 4, at most [32, 4] or [4, 16, 4]
-    print(mesh, method, base, more)
-    assert all(size(shape) <= 2 * 256 for shape in more), more
+    print(json.dumps({"mesh": mesh, "method": method, "base": base, "more": more}))
+    # a half of the smallest kernel, v's [32, 8, 4], has 512; a factor at most 4 x 64
+    assert all(size(shape) <= 256 for shape in more), more
