@@ -5,6 +5,7 @@
 prints as JSON how far the runs differ.
 """
 
+import contextlib
 import functools
 import json
 import sys
@@ -101,13 +102,13 @@ def batches():
 
 
 def train(method, mesh, dtype):
-    """Losses, initial and final adapters, optimiser state; on a mesh or one device."""
+    """Losses, adapters before and after, AdaLoRA's choices; None is one device."""
     model, loss_fn, params, adapters, tx = problem(method, dtype)
     state = training.create_state(jax.random.key(2), adapters, tx)
     step = training.make_train_step(training.simple_loss(loss_fn), tx)
     given = batches()
     if mesh is None:
-        jitted = jax.jit(step)
+        jitted, context = jax.jit(step), contextlib.nullcontext()
     else:
         placed = place(model, params, mesh)
         params = jax.device_put(params, placed.tree(params))
@@ -115,16 +116,20 @@ def train(method, mesh, dtype):
         state = jax.device_put(state, where)
         given = jax.device_put(given, sharding.batch_sharding(mesh))
         jitted = jax.jit(step, out_shardings=(where, sharding.replicated(mesh)))
+        context = jax.set_mesh(mesh)
     fast = {"xla_backend_optimization_level": 0}
-    compiled = jitted.lower(state, params, given[0]).compile(fast)
-    losses, before = [], state
+    with context:
+        compiled = jitted.lower(state, params, given[0]).compile(fast)
+    losses, choices, before = [], [], state
     for batch in given:
         state, metrics = compiled(state, params, batch)
         losses.append(metrics["loss"])
+        if method == "adalora":
+            choices.append((int(state.opt_state.budget), state.opt_state.mask))
     if mesh is not None:
         same = lambda new, old: new.sharding.is_equivalent_to(old.sharding, old.ndim)
         assert all(jax.tree.leaves(jax.tree.map(same, state, before)))
-    return jax.device_get((losses, adapters, state.adapters, state.opt_state))
+    return jax.device_get((losses, adapters, state.adapters, choices))
 
 
 def compare(one, many):
@@ -139,10 +144,16 @@ def compare(one, many):
         "adapters": max(jax.tree.leaves(apart)),
         "moved": (move / size) ** 0.5,
     }
-    if hasattr(one[3], "mask"):
-        masks = [jax.tree.leaves(run[3].mask) for run in (one, many)]
-        found["masks"] = all(np.array_equal(*pair) for pair in zip(*masks, strict=True))
-        found["kept"] = int(sum(mask.sum() for mask in masks[0]))
+    if one[3]:
+        pairs = both(one[3], many[3])
+        found["masks"] = all(np.array_equal(*pair) for pair in pairs)
+        found["budgets"] = len({budget for budget, _ in one[3]})
+        masks = [jax.tree.leaves(mask) for _, mask in one[3]]
+        changes = zip(masks[:-1], masks[1:], strict=True)
+        found["choices"] = sum(
+            any((x != y).any() for x, y in zip(old, new, strict=True))
+            for old, new in changes
+        )
     return jax.tree.map(lambda x: x if isinstance(x, bool | int) else float(x), found)
 
 

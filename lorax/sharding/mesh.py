@@ -72,9 +72,9 @@ def require_auto(mesh: Mesh) -> None:
     for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
         if kind != AxisType.Auto:
             raise ValueError(
-                f"mesh axis {axis!r} is of type {kind}; lorax shards by Auto axes "
-                "only: under Explicit ones every product of an adapter's branch would "
-                "need an out_sharding of its own. Use sharding.make_mesh, or "
+                f"mesh axis {axis!r} is of type {kind.name}; lorax shards by Auto axes "
+                "only: under Explicit ones every product of a model and of its "
+                "adapters would have to name its out_sharding. Use make_mesh, or "
                 "axis_types=(jax.sharding.AxisType.Auto, ...)"
             )
 

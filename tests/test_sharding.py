@@ -1,0 +1,315 @@
+"""Meshes, rules and placements, against specs written by hand."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lorax
+from lorax import optim, sharding, training
+from lorax.adapters import AdaLora, Dora, Full, Lora
+from lorax.models import FAMILIES, gpt2, layers, llama, table
+from lorax.optim import _states
+from lorax.optim._lora_pro_moments import ScaleByRowColState
+from lorax.types import Axes
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(data=2, fsdp=2, tensor=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ({}, (1, 8, 1)),
+        ({"data": -1, "fsdp": 2}, (4, 2, 1)),
+        ({"fsdp": 2, "tensor": -1}, (1, 2, 4)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
+    ],
+)
+def test_mesh_sizes(given, want):
+    mesh = sharding.make_mesh(**given)
+    assert tuple(mesh.shape.items()) == tuple(zip(sharding.AXES, want, strict=True))
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"fsdp": 3}, "fsdp=3.*3 devices do not make up the 8 there are"),
+        ({"data": 3, "fsdp": -1}, "3 devices do not make up the 8"),
+        ({"fsdp": 4}, "4 devices do not make up the 8"),
+        ({"data": -1, "fsdp": -1}, "only one size can be -1"),
+        ({"fsdp": 0}, "whole numbers >= 1"),
+        ({"fsdp": 2.0}, "whole numbers >= 1"),
+    ],
+)
+def test_meshes_that_are_none(given, said):
+    with pytest.raises(ValueError, match=said):
+        sharding.make_mesh(**given)
+
+
+def test_explicit_axes_are_refused_with_the_reason():
+    explicit = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Explicit,))
+    with pytest.raises(ValueError, match="'fsdp' is of type Explicit.*Auto axes only"):
+        sharding.place({"w": jnp.ones(8)}, explicit, {"w": (None,)})
+    with pytest.raises(ValueError, match="out_sharding"):
+        sharding.batch_sharding(explicit)
+
+
+def test_a_batch_is_cut_over_data_and_fsdp(mesh):
+    placed = jax.device_put(jnp.arange(8), sharding.batch_sharding(mesh))
+    assert placed.sharding.spec == P(("data", "fsdp"))
+    assert {s.data.shape for s in placed.addressable_shards} == {(2,)}
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def test_logical_axes_and_the_report(mesh):
+    params = {"q": {"w": shape(3, 8, 4, 6)}, "norm": {"s": shape(3, 7)}}
+    logical = {
+        "q/w": ("layers", "embed", "heads", "head_dim"),
+        "norm/s": ("layers", None),
+    }
+    placed = sharding.place(params, mesh, logical)
+    assert placed.specs == {
+        "q/w": P(None, "fsdp", "tensor", None),
+        "norm/s": P(None, None),
+    }
+    assert str(placed).splitlines() == [
+        "leaf    shape         spec                  by",
+        "norm/s  (3, 7)        (-, -)                layers, -",
+        "q/w     (3, 8, 4, 6)  (-, fsdp, tensor, -)  layers, embed, heads, head_dim",
+    ]
+    abstract = placed.abstract(params)
+    assert abstract["q"]["w"].sharding.shard_shape((3, 8, 4, 6)) == (3, 4, 2, 6)
+
+
+def test_two_logical_axes_on_one_mesh_axis_the_first_has_it(mesh):
+    logical = {"w": ("mlp", "vocab")}
+    assert sharding.place({"w": shape(4, 4)}, mesh, logical).specs["w"] == P(
+        "tensor", None
+    )
+    both = {"mlp": ("fsdp", "tensor"), "vocab": ("tensor", "data")}
+    placed = sharding.place({"w": shape(4, 4)}, mesh, logical, table=both)
+    assert placed.specs["w"] == P(("fsdp", "tensor"), "data")
+
+
+def test_regular_expressions_come_first_and_the_first_of_them_wins(mesh):
+    params = {"a": {"w": shape(4)}, "b": {"w": shape(4)}, "c": shape(4)}
+    rules = [("b/w", P("data")), (".*/w", P("tensor")), ("w", P("fsdp"))]
+    with pytest.raises(ValueError, match="rule 'w' matches no leaf; nearest"):
+        sharding.place(params, mesh, rules=rules)
+    placed = sharding.place(params, mesh, {"c": ("embed",)}, rules[:2])
+    assert placed.specs == {"a/w": P("tensor"), "b/w": P("data"), "c": P("fsdp")}
+    assert [row.rule for row in placed.rows] == [".*/w", "b/w", "embed"]
+
+
+@pytest.mark.parametrize(
+    ("logical", "rules", "said"),
+    [
+        ({"w": ("heads", None)}, (), r"w: axis 0 \(heads\) of the shape \(3, 4\) has"),
+        ({"w": ("heads", None)}, (), r"may_replicate=\('heads',\)"),
+        ({}, [("w", P(None, ("data", "fsdp", "tensor")))], "axis 1 .* has size 4"),
+        ({}, [("w", P(None, "experts"))], "the mesh has no axis 'experts'"),
+        ({}, [("w", P(None, None, None))], "more entries than the shape"),
+        ({}, (), r"w: no sharding rule matches; end the rules with \('\.\*'"),
+        ({"w": ("heads",)}, (), "logical axes .* for the shape"),
+        ({"w": ("head", None)}, (), "'head' is not in the table; it has layers, embed"),
+    ],
+)
+def test_rules_that_do_not_fit(mesh, logical, rules, said):
+    with pytest.raises(ValueError, match=said):
+        sharding.place({"w": shape(3, 4)}, mesh, logical, rules)
+
+
+def test_an_axis_may_be_left_whole_where_that_is_said(mesh):
+    logical = {"w": ("kv_heads", "mlp")}
+    placed = sharding.place(
+        {"w": shape(3, 4)}, mesh, logical, may_replicate=["kv_heads"]
+    )
+    assert placed.specs["w"] == P(None, "tensor")  # the free mesh axis goes on
+
+
+def test_every_family_has_a_mesh_axis_for_all_its_logical_axes():
+    for family in {id(f): f for f in FAMILIES.values()}.values():
+        config = family.Config()
+        named = table.logical_axes(family.entries(config), config.stacks, config.scan)
+        used = {axis for axes in named.values() for axis in axes} - {None}
+        assert used <= set(sharding.LOGICAL), family.__name__
+
+
+AXES = Axes((1,), (2, 3), (0,))
+KERNEL = P(None, "fsdp", "tensor", None)
+
+
+def low_rank(name):
+    a, b = jnp.ones((3, 8, 2)), jnp.ones((3, 2, 4, 6))
+    return {
+        "lora": Lora(a, b, 1.0, AXES),
+        "dora": Dora(a, b, jnp.ones((3, 4, 6)), 1.0, AXES),
+        "adalora": AdaLora(a, jnp.ones((3, 2)), b, 1.0, AXES),
+        "full": Full(jnp.ones((3, 8, 4, 6))),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("lora", [P(None, "fsdp", None), P(None, None, "tensor", None)]),
+        (
+            "dora",
+            [
+                P(None, "fsdp", None),
+                P(None, None, "tensor", None),
+                P(None, "tensor", None),
+            ],
+        ),
+        (
+            "adalora",
+            [P(None, "fsdp", None), P(None, None), P(None, None, "tensor", None)],
+        ),
+        ("full", [KERNEL]),
+    ],
+)
+def test_factors_lie_as_their_kernel(name, want):
+    found = sharding.adapter_specs({"w": low_rank(name)}, {"w": KERNEL})
+    leaves = jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, P))
+    assert leaves == want
+    whole = sharding.adapter_specs({"w": low_rank(name)}, {"w": KERNEL}, True)
+    assert set(jax.tree.leaves(whole, is_leaf=lambda x: isinstance(x, P))) == {P()}
+    with pytest.raises(KeyError, match="the placement has no leaf 'w'"):
+        sharding.adapter_specs({"w": low_rank(name)}, {})
+
+
+def test_factors_of_some_layers_and_of_a_population():
+    lora = low_rank("lora")
+    stacked = P("data", "fsdp", "tensor", None)
+    one = lora.replace(a=lora.a[1:2], b=lora.b[1:2], layers=(1,))
+    made = sharding.adapter_specs({"w": one}, {"w": stacked})["w"]
+    assert made.a == P(None, "fsdp", None)
+    many = jax.tree.map(lambda x: jnp.stack([x] * 5), lora)
+    made = sharding.adapter_specs({"w": many}, {"w": stacked})["w"]
+    assert made.b == P(None, "data", None, "tensor", None)
+
+
+def placed_of(params, mesh):
+    logical = {"w": ("layers", "embed", "heads", "head_dim")}
+    return sharding.place(params, mesh, logical)
+
+
+def specs_of(tx, adapter, mesh):
+    """The optimiser's state for one adapter, as specs."""
+    state = training.create_state(jax.random.key(0), {"w": adapter}, tx)
+    placed = placed_of({"w": shape(3, 8, 4, 6)}, mesh)
+    where = sharding.state_shardings(state, placed)
+    assert jax.tree.structure(where) == jax.tree.structure(state)
+    jax.device_put(state, where)  # every sharding fits its leaf
+    return jax.tree.map(lambda place: place.spec, where)
+
+
+A, B = P(None, "fsdp", None), P(None, None, "tensor", None)
+
+
+def test_moments_follow_their_factor_and_counters_are_whole(mesh):
+    tx = optax.MultiSteps(optax.adamw(optax.linear_schedule(1.0, 0.0, 9)), 2)
+    found = specs_of(tx, low_rank("dora"), mesh).opt_state
+    (adam,) = _states.states(found, optax.ScaleByAdamState)
+    for tree in (adam.mu["w"], adam.nu["w"], found.acc_grads["w"]):
+        assert (tree.a, tree.b) == (A, B)
+        assert tree.magnitude == P(None, "tensor", None)
+    assert adam.count == found.mini_step == P()
+
+
+def test_adalora_keeps_its_masks_with_lam(mesh):
+    tx = optim.adalora(
+        optax.sgd(0.1),
+        target_budget=3,
+        total_steps=9,
+        initial_warmup=1,
+        final_steps=1,
+        interval=1,
+    )
+    found = specs_of(tx, low_rank("adalora"), mesh).opt_state
+    assert found.sensitivity["w"].p == found.uncertainty["w"].p == A
+    assert found.mask["w"] == P(None, None) and found.budget == P()
+
+
+def test_states_of_other_shapes(mesh):
+    rowcol = specs_of(optim.lora_pro(0.1, "rowcol"), low_rank("lora"), mesh).opt_state
+    (means,) = _states.states(rowcol, ScaleByRowColState)
+    assert means.rows["w"] == P(None, "fsdp")
+    assert means.columns["w"] == P(None, "tensor", None)
+    full = specs_of(optim.lora_pro(0.1, "full"), low_rank("lora"), mesh).opt_state
+    dense = [
+        leaf
+        for leaf in jax.tree.leaves(full, is_leaf=lambda x: isinstance(x, P))
+        if leaf != P()
+    ]
+    assert dense and set(dense) == {P(None, "fsdp", "tensor")}
+
+
+def test_what_fits_several_places_is_whole(mesh):
+    square = Lora(jnp.ones((8, 2)), jnp.ones((2, 8)), 1.0, Axes((0,), (1,)))
+    tx = optim.lora_pro(0.1, "rowcol")
+    state = training.create_state(jax.random.key(0), {"w": square}, tx)
+    placed = sharding.place({"w": shape(8, 8)}, mesh, {"w": ("embed", "mlp")})
+    where = sharding.state_shardings(state, placed)
+    specs = {place.spec for place in jax.tree.leaves(where.opt_state)}
+    assert specs == {P()}
+    assert where.adapters["w"].a.spec == P("fsdp", None)
+
+
+def test_activations_are_cut_along_their_batch_under_a_mesh(mesh):
+    cut = jax.jit(layers.along_batch)
+    x = jnp.ones((8, 6))
+    assert cut(x).sharding.is_fully_replicated  # no mesh is set: nothing
+    placed = jax.device_put(x, NamedSharding(mesh, P(None, "fsdp")))
+    with jax.set_mesh(mesh):
+        assert cut(placed).sharding.spec == P(("data", "fsdp"))
+        odd = jax.device_put(jnp.ones((3, 6)), sharding.replicated(mesh))
+        assert cut(odd).sharding.is_fully_replicated  # 4 do not divide 3
+    other = Mesh(mesh.devices, ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(other):
+        text = jax.jit(layers.along_batch).lower(shape(8, 6)).as_text()
+    assert "sharding_constraint" not in text
+
+
+def test_a_model_of_another_family_is_placed(mesh):
+    config = gpt2.Config(vocabulary=12, width=8, layers=2, heads=2, hidden=16)
+    model = gpt2.Model(config)
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    named = table.logical_axes(gpt2.entries(config), config.stacks, config.scan)
+    specs = sharding.place(params, mesh, named).specs
+    assert specs["layers/qkv/kernel"] == P(None, "fsdp", None, "tensor", None)
+    assert specs["layers/down/kernel"] == P(None, "tensor", "fsdp")
+    assert specs["embed/embedding"] == P("tensor", "fsdp")
+
+
+def test_llama_adapters_by_hand(mesh):
+    config = llama.Config(
+        vocabulary=12, width=8, layers=2, heads=4, kv_heads=2, head_dim=4, hidden=16
+    )
+    model = llama.Model(config)
+    tokens = jnp.zeros((2, 3), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    loss_fn = lambda params, tokens: model.apply({"params": params}, tokens).sum()
+    kernels = lorax.discover(loss_fn, params, tokens)
+    adapters = jax.eval_shape(
+        lambda key, p: lorax.init(key, p, lorax.Target("all-linear", 2), kernels)[0],
+        jax.random.key(0),
+        params,
+    )
+    named = table.logical_axes(llama.entries(config), config.stacks, config.scan)
+    placed = sharding.place(params, mesh, named)
+    made = sharding.adapter_specs(adapters, placed.specs)
+    assert made["layers/o/kernel"].a == P(None, "tensor", None, None)
+    assert made["layers/o/kernel"].b == P(None, None, "fsdp")
+    assert made["layers/down/kernel"].a == P(None, "tensor", None)
