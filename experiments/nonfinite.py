@@ -53,6 +53,7 @@ class Guard:
     """
 
     def __init__(self, folder: str | os.PathLike[str], limit: int) -> None:
+        """Starts with no step seen."""
         if type(limit) is not int or limit < 0:
             raise ValueError(f"limit must be an int of at least 0; got {limit!r}")
         self.folder = pathlib.Path(folder)

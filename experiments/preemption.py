@@ -57,6 +57,7 @@ class Preemption:
     """
 
     def __init__(self, deadline: float | None = 25.0) -> None:
+        """Installs nothing yet."""
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline must be positive, or None; got {deadline!r}")
         self.deadline = deadline

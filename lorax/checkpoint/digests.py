@@ -4,7 +4,7 @@
 bytes in C order, taken on the host. `content` is for the frozen base, which may be too
 large to gather: a sum over its words, taken where the shards are,
 
-    lane_j = sum_i mix(word_i ^ mix(i + seed_j))  (mod 2^32),    j = 0..3
+    lane_j = sum_i mix(word_i ^ (mix(i) + seed_j))  (mod 2^32),    j = 0..3
 
 with `mix` the finaliser of MurmurHash3. `mix` is a bijection, so a change of one word
 changes every lane; the index in it tells permutations apart; a sum has no order, so
@@ -77,7 +77,7 @@ def content(params: PyTree) -> dict[str, dict[str, Any]]:
 
     Example:
       >>> content({"w": jnp.zeros(2, jnp.int8)})["w"]["content"]
-      '1b35223955556b9a4c092d553c4dd83d'
+      'e32f6afb092d86deb81864035f6b1cd2'
     """
     leaves = tree.flatten(params)
     lanes = {p: _lanes(x) for p, x in leaves.items() if tree.is_concrete(x)}
@@ -101,7 +101,8 @@ def _lanes(leaf: jax.Array) -> jax.Array:
         place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         index += place * jnp.uint32(stride % 2**32)
         stride *= words.shape[axis]
-    lane = lambda seed: jnp.sum(_mix(words ^ _mix(index + jnp.uint32(seed))))
+    place = _mix(index)
+    lane = lambda seed: jnp.sum(_mix(words ^ (place + jnp.uint32(seed))))
     return jnp.stack([lane(seed) for seed in SEEDS])  # [4]
 
 

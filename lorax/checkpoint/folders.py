@@ -50,6 +50,7 @@ class KeepLastAndBest:
     """
 
     def __init__(self, keep: int, best: str | None, mode: str) -> None:
+        """Starts with no metrics known."""
         if type(keep) is not int or keep < 1:
             raise ValueError(f"keep must be an int of at least 1; got {keep!r}")
         if mode not in ("min", "max"):

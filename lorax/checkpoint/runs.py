@@ -103,6 +103,7 @@ class RunCheckpoints:
         best: str | None = None,
         mode: Literal["min", "max"] = "min",
     ) -> None:
+        """Looks at the folder and sums the base; writes nothing."""
         self.folder = folder_of(folder)
         folders.require_ours(self.folder)
         self._config = record.plain("config", config)

@@ -26,7 +26,7 @@ def content_of(words):
     lanes = []
     for k in range(1, 5):
         seed = k * 0x9E3779B9 % 2**32
-        mixed = (fmix32(w ^ fmix32((i + seed) % 2**32)) for i, w in enumerate(words))
+        mixed = (fmix32(w ^ (fmix32(i) + seed) % 2**32) for i, w in enumerate(words))
         lanes.append(sum(mixed) % 2**32)
     return "".join(f"{lane:08x}" for lane in lanes)
 

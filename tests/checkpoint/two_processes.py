@@ -24,10 +24,15 @@ DATA = {"position": 128}
 
 
 def spread(tree, mesh, spec):
-    """The tree over both processes: what has two axes by `spec`, the rest whole."""
+    """The tree over both processes: what has two axes by `spec`, the rest whole.
+
+    Numbers stay with each process, as a state has them before its first step.
+    """
 
     def place(leaf):
         here = NamedSharding(mesh, spec if leaf.ndim == 2 else P())
+        if leaf.ndim == 0 and not digests.is_key(leaf):
+            return leaf
         if not digests.is_key(leaf):
             array = np.asarray(leaf)
             return jax.make_array_from_callback(array.shape, here, array.__getitem__)
@@ -103,6 +108,7 @@ def main(port, process, folder):
                 multihost_utils.sync_global_devices(f"step {step}")  # as a step would
                 if preempted.should_stop(step):
                     run.save(spread(filled(step, step), mesh, P("x", "y")), DATA)
+                    os.kill(os.getpid(), signal.SIGTERM)  # once more, to both
                     run.wait()
                     break
         print("stopped", step, *run.steps(), flush=True)
