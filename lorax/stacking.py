@@ -86,6 +86,6 @@ def cut(adapter: Any, rank: int) -> Any:
     """Returns a Lora or Dora without the columns beyond `rank`, which are padding."""
     if not is_pair(adapter):
         return adapter
-    a, n = adapter.a, len(adapter.axes.batch)
+    a, n = adapter.a, layout.stack_axes(adapter.a, adapter.axes)
     b = jax.lax.slice_in_dim(adapter.b, 0, rank, axis=n)
     return adapter.replace(a=a[..., :rank], b=b)

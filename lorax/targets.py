@@ -45,6 +45,9 @@ class Target:
       dtype: of the factors; float32 whatever the base's dtype.
       exclude: regular expression of paths to leave out, or several.
       layers: of a stacked kernel, the layers that get factors; None for all.
+      slices: of a fused kernel whose first out axis numbers its parts, such as GPT-2's
+        `[in, 3, heads, head_dim]`, the parts that get a pair each: (0, 2) for q and v.
+        None: one pair for the whole. With adapter="lora" and init="standard".
       options: hyperparameters of the init and of the adapter, as pairs `(name, value)`
         or a dict; the docstring of each init lists its own, and "dora" takes
         `detach_norm` (True).
@@ -74,6 +77,7 @@ class Target:
     exclude: str | Sequence[str] | None = None
     layers: tuple[int, ...] | None = None
     options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
+    slices: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -100,16 +104,17 @@ class Target:
             raise ValueError(
                 f"{self.pattern!r}: dtype={self.dtype}; give a floating dtype"
             )
-        if self.layers is not None:
-            layers = tuple(self.layers)
-            rising = all(map(_whole, layers)) and sorted(set(layers)) == list(layers)
-            if not layers or not rising or layers[0] < 0:
-                raise ValueError(
-                    f"{self.pattern!r}: layers={layers}; give increasing layer numbers "
-                    "from 0, or None for all"
-                )
-            object.__setattr__(self, "layers", layers)
-
+        for field in ("layers", "slices"):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, self._rising(field))
+        if self.slices is not None and (self.adapter, self.init) != (
+            "lora",
+            "standard",
+        ):
+            raise ValueError(
+                f"{self.pattern!r}: slices={self.slices} go with adapter='lora' and "
+                f"init='standard', not {self.adapter!r} and {self.init!r}"
+            )
         try:
             options = tuple(sorted(dict(self.options).items()))
         except (TypeError, ValueError):
@@ -117,6 +122,16 @@ class Target:
                 f"{self.pattern!r}: options={self.options!r}; give pairs (name, value)"
             ) from None
         object.__setattr__(self, "options", options)
+
+    def _rising(self, field: str) -> tuple[int, ...]:
+        numbers = tuple(getattr(self, field))
+        rising = all(map(_whole, numbers)) and sorted(set(numbers)) == list(numbers)
+        if not numbers or not rising or numbers[0] < 0:
+            raise ValueError(
+                f"{self.pattern!r}: {field}={numbers}; give increasing numbers from 0, "
+                "or None for all"
+            )
+        return numbers
 
     @property
     def scale(self) -> float:
@@ -288,6 +303,19 @@ def _check_low_rank(
             f"{path}: rank={target.rank} is above min(in, out) = {min(in_, out)} of "
             f"the kernel of shape {shape}; lower the rank or exclude the leaf"
         )
+    if target.slices is not None:
+        size = shape[axes.out[0]]
+        if len(axes.out) < 2 or target.slices[-1] >= size:
+            raise ValueError(
+                f"{path}: slices={target.slices}, but of the shape {shape} the first "
+                f"out axis has size {size} of {len(axes.out)} out axes; slices number "
+                "the parts of a fused kernel [*in, parts, *out]"
+            )
+        if target.rank > out // size:
+            raise ValueError(
+                f"{path}: rank={target.rank} is above the {out // size} outputs "
+                "of a slice; lower the rank"
+            )
     if target.layers is not None:
         depth = shape[axes.batch[0]] if axes.batch else None
         if depth is None or target.layers[-1] >= depth:

@@ -31,6 +31,10 @@ def heads(params, x):
     return jnp.tanh(jnp.einsum("bi,hid->bhd", x, params["w"]) + params["bias"])
 
 
+def fused(params, x):
+    return jnp.tanh(jnp.einsum("bi,ihd->bhd", x, params["w"]) + params["bias"])
+
+
 def image(params, x):
     x = jnp.stack([x, -x, 2 * x, x**2], axis=-1)
     y = jax.lax.conv_general_dilated(
@@ -51,6 +55,7 @@ ADAPTERS = [
     ("lora_stacked", layers, (3, IN, IN), IN, LORA()),
     ("lora_layer_subset", layers, (3, IN, IN), IN, LORA(layers=(0, 2))),
     ("lora_three_axes", heads, (2, IN, 4), 4, LORA()),
+    ("lora_slices", fused, (IN, 3, 4), 4, LORA(slices=(0, 2))),
     ("lora_conv", image, (3, 4, OUT), OUT, LORA()),
     ("dora", matrix, (IN, OUT), OUT, DORA()),
     (
@@ -275,6 +280,7 @@ def test_every_init_has_a_row():
 def fits(row, name):
     """Whether an init has a meaning for a row's adapter, and room for its rank."""
     room = name != "lora_ga" or row[4].rank <= 2
+    room &= name == "standard" or row[4].slices is None
     return room and row[4].adapter in inits.INITS[name].adapters
 
 

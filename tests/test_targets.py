@@ -138,10 +138,10 @@ FIELDS = [
     (dict(pattern="w", dropout=1.0), r"dropout=1.0; give a rate in \[0, 1\)"),
     (dict(pattern="w", dropout=-0.1), "dropout=-0.1"),
     (dict(pattern="w", dtype=jnp.int32), "give a floating dtype"),
-    (dict(pattern="w", layers=()), "give increasing layer numbers"),
-    (dict(pattern="w", layers=(2, 1)), "give increasing layer numbers"),
-    (dict(pattern="w", layers=(1, 1)), "give increasing layer numbers"),
-    (dict(pattern="w", layers=(-1,)), "give increasing layer numbers"),
+    (dict(pattern="w", layers=()), "give increasing numbers"),
+    (dict(pattern="w", layers=(2, 1)), "give increasing numbers"),
+    (dict(pattern="w", layers=(1, 1)), "give increasing numbers"),
+    (dict(pattern="w", layers=(-1,)), "give increasing numbers"),
 ]
 
 

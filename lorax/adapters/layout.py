@@ -77,6 +77,11 @@ def spread(
     return whole.at[jnp.asarray(layers)].set(factor)
 
 
+def stack_axes(reads: jax.Array, axes: Axes) -> int:
+    """How many leading axes of `[*stack, *in, rank]` number independent matrices."""
+    return reads.ndim - 1 - len(axes.in_)
+
+
 def depth(kernel: jax.Array, axes: Axes) -> int:
     """The number of layers in the stack; 1 where the leaf is none."""
     return kernel.shape[axes.batch[0]] if axes.batch else 1

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import linalg
-from lorax.adapters import AdaLora, Lora, layout
+from lorax.adapters import AdaLora, Lora, SlicedLora, layout
 from lorax.types import Adapters
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -36,7 +36,9 @@ class Combined(NamedTuple):
 
 
 def as_lora(adapter: Any) -> Any:
-    """Returns of an AdaLora the Lora `p @ (lam * q)`; others pass."""
+    """Returns an AdaLora as the Lora `p @ (lam * q)`, slices as one; others pass."""
+    if isinstance(adapter, SlicedLora):
+        return adapter.fused()
     if not isinstance(adapter, AdaLora):
         return adapter
     dtype = layout.wide(adapter.lam, adapter.q)

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax.adapters import AdaLora, Dora, Lora
+from lorax.adapters import AdaLora, Dora, Lora, SlicedLora
 from lorax.inits import build
 from lorax.kernels import Kernel
 from lorax.targets import Target
@@ -32,7 +32,7 @@ ADALORA_STD = 0.02  # of p and q, as in github.com/QingruZhang/AdaLoRA
 
 def standard(
     key: jax.Array, kernel: Kernel, target: Target, stats: Any = None
-) -> tuple[Lora | Dora | AdaLora, Kernel]:
+) -> tuple[Lora | SlicedLora | Dora | AdaLora, Kernel]:
     """Returns an adapter whose update is zero, and the kernel unchanged.
 
     Args:
@@ -66,6 +66,20 @@ def standard(
     if kernel.op == "gather":
         a = jnp.zeros(a_shape, target.dtype)
         b = jax.random.normal(key, b_shape, target.dtype)
+    elif target.slices is not None:
+        parts = len(target.slices)
+        bound = 1 / math.sqrt(math.prod(in_))
+        shape = (*batch, parts, *in_, target.rank)
+        return SlicedLora(
+            jax.random.uniform(key, shape, target.dtype, -bound, bound),
+            jnp.zeros((*batch, parts, target.rank, *out[1:]), target.dtype),
+            target.scale,
+            kernel.linear_axes(),
+            target.slices,
+            out[0],
+            target.dropout,
+            target.layers,
+        ), kernel
     else:
         bound = 1 / math.sqrt(math.prod(in_))
         a = jax.random.uniform(key, a_shape, target.dtype, -bound, bound)

@@ -27,7 +27,7 @@ import numpy as np
 import safetensors.numpy
 
 from lorax import compose, tree
-from lorax.adapters import AdaLora, Dora, Full, Lora
+from lorax.adapters import AdaLora, Dora, Full, Lora, SlicedLora
 from lorax.interop import (
     assembly,
     factors,
@@ -129,6 +129,10 @@ def save(
         adapter.check(path, base.shapes[path])  # type: ignore[arg-type]
     if initial is not None:
         adapters = _on_original(adapters, initial)
+    adapters = {  # PEFT has one adapter a module
+        path: a.fused() if isinstance(a, SlicedLora) else a
+        for path, a in adapters.items()
+    }
     kind = _kind(adapters)
     modules, saved = _split(adapters, base)
     if kind == "adalora":

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import optax
 
 from lorax import scaling, tree
+from lorax.adapters import layout
 from lorax.optim import _checks, _decay, _pairs
 from lorax.types import Adapters, PairStatics
 
@@ -166,7 +167,7 @@ def width_ratio(adapter: Any, rank: Any = None) -> jax.Array | float:
         )
         for c in (("a", "p"), SECOND)
     )
-    batch = len(adapter.axes.batch)
+    batch = layout.stack_axes(first, adapter.axes)
     n, m = math.prod(first.shape[batch:-1]), math.prod(second.shape[batch + 1 :])
     if rank is None:
         return scaling.lora_plus_ratio(n, m, adapter.rank)

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from lorax import tree
+from lorax.adapters import layout
 from lorax.optim import _checks, _gram, _pairs, _projection
 from lorax.types import Adapters, PairStatics
 
@@ -94,7 +95,7 @@ def scale_by_lora_pro_rowcol(
         pairs = {path: a for path, a in given.items() if _pairs.is_pair(a)}
         # Sums of zeros of the factors' own, so that they are sharded alike.
         rows = tree.map_adapters(lambda _, p: _zeros(p.a).sum(-1), pairs)
-        rank_axis = lambda p: len(p.axes.batch)
+        rank_axis = lambda p: layout.stack_axes(p.a, p.axes)
         columns = tree.map_adapters(lambda _, p: _zeros(p.b).sum(rank_axis(p)), pairs)
         return ScaleByRowColState(jnp.zeros((), jnp.int32), rows, columns)
 

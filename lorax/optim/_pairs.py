@@ -2,7 +2,7 @@
 
 Pair transforms need both factors of one kernel, and its scale, at once. They see every
 Lora and Dora as `a: [n, in, rank]`, `b: [n, rank, out]` in float32, whatever the axes
-of the leaf, and `n` the layers or experts stacked in it; other adapters pass.
+of the leaf, and `n` the layers, experts or slices in it; other adapters pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax.adapters import Dora, Lora
+from lorax.adapters import Dora, Lora, SlicedLora, layout
 from lorax.types import Adapters, PairStatics
 
 
@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
 def is_pair(adapter: Any) -> bool:
     """True for the adapters that pair transforms act on."""
-    return isinstance(adapter, Lora | Dora)
+    return isinstance(adapter, Lora | SlicedLora | Dora)
 
 
 def pair_of(adapter: Any, statics: PairStatics | None = None) -> Pair:
@@ -46,7 +46,7 @@ def pair_of(adapter: Any, statics: PairStatics | None = None) -> Pair:
       adapter: a Lora or Dora of parameters, gradients or updates.
       statics: scale and rank of this member of a population; None: the adapter's own.
     """
-    n = math.prod(adapter.a.shape[: len(adapter.axes.batch)])
+    n = math.prod(adapter.a.shape[: layout.stack_axes(adapter.a, adapter.axes)])
     rank = adapter.rank
     wide = lambda f: f.astype(jnp.promote_types(f.dtype, jnp.float32))
     own = PairStatics(adapter.scale, rank) if statics is None else statics

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import tree
-from lorax.adapters import Full, layout
+from lorax.adapters import Full, SlicedLora, layout
 from lorax.kernels import Kernel
 from lorax.linalg import EXACT
 from lorax.types import Adapters, Axes, PairStatics, PyTree
@@ -152,6 +152,8 @@ def start_merged(adapters: Adapters) -> dict[str, jax.Array]:
 
 def _sizes(adapter: Any) -> tuple[int, int]:
     """The number of matrices that have factors, and their outputs."""
+    if isinstance(adapter, SlicedLora):
+        adapter = adapter.fused()
     n = len(adapter.axes.batch)
     last = next(f for f, role in adapter.roles.items() if role in ("b", "q"))
     shape = getattr(adapter, last).shape

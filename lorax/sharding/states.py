@@ -20,6 +20,7 @@ import jax.tree_util as jtu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorax import tree
+from lorax.adapters import SlicedLora
 from lorax.sharding import mesh as meshes
 from lorax.sharding import rules
 from lorax.types import Adapters, Axes
@@ -80,6 +81,8 @@ def _spec(adapter: Any, role: str, kernel: PartitionSpec) -> PartitionSpec:
         "r": [None],
     }
     batch = [entries[axis] for axis in axes.batch]
+    if isinstance(adapter, SlicedLora):  # the slices are the first out axis
+        batch, cut["o"] = [*batch, None], cut["o"][1:]
     if adapter.layers is not None:  # some of the layers: fewer than the mesh divides
         batch[0] = None
     return PartitionSpec(*batch, *(e for c in LAYOUTS[role] for e in cut[c]))

@@ -23,7 +23,6 @@ FIELDS = {
     "run.log_every": 1,
     "run.save_every": 3,
     "run.save_keep": 4,
-    "distributed.heartbeat": 10,
     "data.train_rows": 96,
     "data.valid_rows": 8,
     "data.batch_size": 4,

@@ -1,0 +1,94 @@
+"""LoRA on some slices of a fused kernel: q and v of a kernel that holds q, k and v.
+
+    W[:, s] = W0[:, s] + scale * a_s @ b_s        for s in slices, others frozen
+
+Each slice has a pair of its own, so that the fused kernel's update is of rank
+`len(slices) * rank`, with zeros where a pair does not write: loralib's `MergedLinear`,
+as in the GPT-2 runs of the LoRA paper.
+
+References:
+  Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685;
+  github.com/microsoft/LoRA.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lorax.adapters import layout
+from lorax.adapters.lora import Lora
+from lorax.types import Axes, Factors
+
+
+@flax.struct.dataclass
+class SlicedLora:
+    """Low-rank updates of slices of a kernel, along the first of its out axes.
+
+    Attributes:
+      a: `[*batch, slices, *in, rank]`.
+      b: `[*batch, slices, rank, *out[1:]]`.
+      scale: the factor on the products.
+      axes: the leaf's in, out and batch axes.
+      slices: which of the `blocks` slices have factors, increasing.
+      blocks: the size of the first out axis.
+      dropout: rate on the input of the adapter branch, in [0, 1); one draw for all
+        slices.
+      layers: the layers of the first batch axis that have factors; None for all.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    scale: float = flax.struct.field(pytree_node=False)
+    axes: Axes = flax.struct.field(pytree_node=False)
+    slices: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    blocks: int = flax.struct.field(pytree_node=False)
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+    layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
+
+    roles: ClassVar[dict[str, str]] = {"a": "a", "b": "b"}
+
+    @property
+    def rank(self) -> int:
+        """The width of each slice's bottleneck."""
+        return self.a.shape[-1]
+
+    def fused(self) -> Lora:
+        """Returns the same update as one Lora of the summed rank, zeros in its b."""
+        n = layout.stack_axes(self.a, self.axes) - 1  # of the batch
+        count, rank = len(self.slices), self.rank
+        out = self.b.shape[n + 2 :]
+        a = jnp.moveaxis(self.a, n, -2)  # [*batch, *in, slices, rank]
+        a = a.reshape(*a.shape[:-2], count * rank)
+        b = jnp.moveaxis(self.b, (n, n + 1), (0, 1))  # [slices, rank, *batch, *out]
+        whole = jnp.zeros((count, rank, self.blocks, *b.shape[2:]), b.dtype)
+        own = jnp.arange(count)
+        whole = whole.at[own, :, jnp.asarray(self.slices)].set(b)
+        whole = jnp.moveaxis(whole, (0, 1, 2), (n, n + 1, n + 2))
+        b = whole.reshape(*self.b.shape[:n], count * rank, self.blocks, *out)
+        return Lora(a, b, self.scale, self.axes, self.dropout, self.layers)
+
+    def check(self, path: str, leaf: jax.Array) -> None:
+        """Raises ValueError unless the factors fit a leaf of this shape and dtype."""
+        size = leaf.shape[self.axes.out[0]] if max(self.axes.out) < leaf.ndim else None
+        if size != self.blocks:
+            raise ValueError(
+                f"{path}: the adapter has slices {self.slices} of {self.blocks} and "
+                f"the leaf the shape {leaf.shape}; was it made for another model?"
+            )
+        jax.eval_shape(lambda adapter: adapter.fused().check(path, leaf), self)
+
+    def factors(self, kernel: jax.Array) -> Factors:
+        """Returns the factors of the fused kernel, `a` and `scale * b`."""
+        return self.fused().factors(kernel)
+
+    def delta(self, kernel: jax.Array) -> jax.Array:
+        """Returns the update in the leaf's layout and at least float32."""
+        return self.fused().delta(kernel)
+
+    def merge(self, kernel: jax.Array) -> jax.Array:
+        """Returns the adapted kernel, rounded once to its dtype."""
+        return layout.added(kernel, self.delta(kernel))
