@@ -169,9 +169,10 @@ def settings(
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.items())
     (method,) = config.run.methods
     merged = ", merged kernels" if form == "merge" else ""
+    flash = ", flash" if config.model.get("attention") == "flash" else ""
     return (
         f"{method}{merged}, {sizes}, {config.data.batch_size} x "
-        f"{max(config.data.lengths)} tokens, remat {config.model.remat}"
+        f"{max(config.data.lengths)} tokens, remat {config.model.remat}{flash}"
     )
 
 
