@@ -239,7 +239,8 @@ class Block(nn.Module):
         q, k = rope.rotate(q, shared["angles"]), rope.rotate(k, shared["angles"])
         k, v, kept = layers.remember(k, v, own["cache"], shared["slot"])
         mask = shared["mask"]
-        if config.attention == "flash" and kept is None:
+        # one token, as init reads, has no scores to save; a cache is for decoding
+        if config.attention == "flash" and kept is None and x.shape[1] > 1:
             mixed = flash.attend(q, k, v, shared["segments"])
             return self._linear(config.width, "o", config.o_bias, (-2, -1))(mixed), kept
         if config.windows:
