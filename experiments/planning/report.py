@@ -128,7 +128,7 @@ def make_plan(
     devices = topologies.devices(topology)
     built = program.build(config, devices, form)
     traced = built.trace()
-    plain = program.build(program.without_remat(config), devices, form).trace()
+    plain = program.build(program.without_remat(config), devices).trace()
     platform = "cpu" if topology.chip is None else "tpu"
     told: dict[str, Any] = {
         "topology": topology,
