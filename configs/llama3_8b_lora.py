@@ -53,6 +53,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.published = ml_collections.ConfigDict(PUBLISHED)
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
+    config.model.attention = "plain"  # or "flash", compiled but never run on a TPU
 
     config.adapter.rank = 16
     config.adapter.alpha = 32.0

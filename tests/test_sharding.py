@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 import lorax
 from lorax import optim, sharding, training
 from lorax.adapters import AdaLora, Dora, Full, Lora
+from lorax.interop import hf
 from lorax.models import FAMILIES, gpt2, layers, llama, table
 from lorax.optim import _states
 from lorax.optim._lora_pro_moments import ScaleByRowColState
@@ -313,3 +314,26 @@ def test_llama_adapters_by_hand(mesh):
     assert made["layers/o/kernel"].a == P(None, "tensor", None, None)
     assert made["layers/o/kernel"].b == P(None, None, "fsdp")
     assert made["layers/down/kernel"].a == P(None, "tensor", None)
+
+
+def test_a_checkpoint_is_read_into_its_placement(mesh, tmp_path):
+    config = llama.Config(
+        vocabulary=12, width=8, layers=2, heads=4, kv_heads=2, head_dim=4, hidden=16
+    )
+    model = llama.Model(config)
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    hf.save(tmp_path, config, params)
+    named = table.logical_axes(llama.entries(config), config.stacks, config.scan)
+    place = lambda shapes: sharding.place(shapes, mesh, named).tree(shapes)
+    _, loaded = hf.load(tmp_path, shardings=place)
+    want = place(params)
+    same = jax.tree.map(
+        lambda x, y, where: (
+            x.sharding.is_equivalent_to(where, x.ndim) and bool((x == y).all())
+        ),
+        loaded,
+        params,
+        want,
+    )
+    assert all(jax.tree.leaves(same))

@@ -1,7 +1,9 @@
 """A plan: what one chip would hold and do, as the compiler sees it."""
 
 import math
+import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -126,7 +128,7 @@ def make_plan(
     devices = topologies.devices(topology)
     built = program.build(config, devices, form)
     traced = built.trace()
-    plain = program.build(program.without_remat(config), devices, form).trace()
+    plain = program.build(program.without_remat(config), devices).trace()
     platform = "cpu" if topology.chip is None else "tpu"
     told: dict[str, Any] = {
         "topology": topology,
@@ -137,7 +139,7 @@ def make_plan(
         "tokens": built.tokens,
     }
     try:
-        compiled = traced.lower(lowering_platforms=(platform,)).compile()
+        compiled, facts = _compile(traced.lower(lowering_platforms=(platform,)))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -150,11 +152,9 @@ def make_plan(
             seconds=time.perf_counter() - began,
         )
     seconds = time.perf_counter() - began
-    memory = _memory(built, compiled, topology)  # before the text, which may fail
-    facts = _facts(compiled)
     return Plan(
         **told,
-        memory=memory,
+        memory=_memory(built, compiled, topology),
         refused="",
         cycles=facts.cycles if facts else None,
         collectives=facts.bytes_by_kind() if facts else None,
@@ -169,9 +169,10 @@ def settings(
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.items())
     (method,) = config.run.methods
     merged = ", merged kernels" if form == "merge" else ""
+    flash = ", flash" if config.model.get("attention") == "flash" else ""
     return (
         f"{method}{merged}, {sizes}, {config.data.batch_size} x "
-        f"{max(config.data.lengths)} tokens, remat {config.model.remat}"
+        f"{max(config.data.lengths)} tokens, remat {config.model.remat}{flash}"
     )
 
 
@@ -208,11 +209,22 @@ def _memory(
     )
 
 
-def _facts(compiled: Any) -> hlo.Facts | None:
-    try:
-        return hlo.read(compiled.as_text())
-    except (jax.errors.JaxRuntimeError, ValueError):  # too large to be written out
-        return None
+def _compile(lowered: Any) -> tuple[Any, hlo.Facts | None]:
+    """Compiles, and reads the program's text.
+
+    `as_text` of libtpu 0.0.52 fails on some large programs (RET_CHECK in
+    hlo_instruction.cc), so the text that the compiler itself writes is kept for then.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(
+            {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        )
+        try:
+            text = compiled.as_text()
+        except jax.errors.JaxRuntimeError:
+            written = sorted(pathlib.Path(folder).glob("*.after_codegen.txt"))
+            text = written[-1].read_text() if written else ""
+    return compiled, hlo.read(text) if text else None
 
 
 def _amount(nbytes: float) -> str:
@@ -244,7 +256,7 @@ def render(plan: Plan) -> str:
         add("step", f"{plan.step_seconds:.3g} s, transfers left out ({LABEL})")
         add("MFU", f"{plan.mfu:.1%}, transfers left out ({LABEL})")
     if plan.collectives is None and not plan.refused:
-        add("collectives", "not known: the program was too large to read")
+        add("collectives", "not known: the compiler did not write the program out")
     for kind, nbytes in sorted((plan.collectives or {}).items()):
         add(kind, gib(nbytes) + " and step")
     add("compiled in", f"{plan.seconds:.0f} s")

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax.models import hf_config, layers, rope, table
+from lorax.models import flash, hf_config, layers, rope, table
 from lorax.models.layers import Remat
 
 ARCHITECTURES = {
@@ -58,6 +58,7 @@ class Config:
       windows: of every layer, the number of tokens it sees, itself included; 0 for
         all. Empty: every layer sees all.
       model_type: whose config.json `to_hf` writes.
+      attention: "plain"; or "flash", `lorax.models.flash`: for training on TPUs.
       scan: layers are stacked on axis 0.
       remat: see `layers.run_layers`.
       dtype: of the computation.
@@ -82,6 +83,7 @@ class Config:
     qk_norm: bool = False
     windows: tuple[int, ...] = ()
     model_type: str = "llama"
+    attention: Literal["plain", "flash"] = "plain"
     scan: bool = True
     remat: Remat = "none"
     dtype: Any = jnp.float32
@@ -96,6 +98,10 @@ class Config:
             raise ValueError(
                 f"{len(self.windows)} windows for {self.layers} layers; give one each"
             )
+        if self.attention not in ("plain", "flash"):
+            raise ValueError(f"attention={self.attention!r}; choose 'plain' or 'flash'")
+        if self.windows and self.attention == "flash":
+            raise ValueError("attention='flash' has no windows; use 'plain'")
 
     @property
     def stacks(self) -> dict[str, int]:
@@ -233,6 +239,10 @@ class Block(nn.Module):
         q, k = rope.rotate(q, shared["angles"]), rope.rotate(k, shared["angles"])
         k, v, kept = layers.remember(k, v, own["cache"], shared["slot"])
         mask = shared["mask"]
+        # one token, as init reads, has no scores to save; a cache is for decoding
+        if config.attention == "flash" and kept is None and x.shape[1] > 1:
+            mixed = flash.attend(q, k, v, shared["segments"])
+            return self._linear(config.width, "o", config.o_bias, (-2, -1))(mixed), kept
         if config.windows:
             mask = mask & ((shared["back"] < own["window"]) | (own["window"] == 0))
         mixed = layers.attend(q, k, v, mask)
@@ -293,6 +303,7 @@ class Model(nn.Module):
         shared = {
             "angles": config.rope.angles(positions, config.head_dim),
             "mask": mask,
+            "segments": flash.segments_of(real, segments),
             "back": back,
             "slot": slot,
         }

@@ -46,7 +46,7 @@ def make_mesh(
         grid = mesh_utils.create_device_mesh(
             shape, found, allow_split_physical_axes=True
         )
-    except NotImplementedError:  # no assignment along the torus: in the order given
+    except RuntimeError:  # no assignment along the torus: in the order given
         grid = np.array(found).reshape(shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
