@@ -251,3 +251,15 @@ def test_errors_of_save(tmp_path):
     broken = broken.replace(b=broken.b.at[0, 0, 0].set(jnp.nan))
     with pytest.raises(ValueError, match="c_proj.lora_B.weight' would hold NaN"):
         ours.save(tmp_path, {"layers/o/kernel": broken}, config)
+
+
+def test_slices_of_the_fused_kernel_are_one_adapter_with_zero_blocks(tmp_path):
+    _, adapters, _ = made(T("layers/qkv/kernel", 2, 6, slices=(0, 2), layers=(0, 2)))
+    found, config = written(adapters, tmp_path)
+    close(found, logits(adapters))
+    assert config["r"] == 4 and config["lora_alpha"] == 12
+    back = ours.load(tmp_path, cases.own(*BASE)[0])["layers/qkv/kernel"]
+    sliced = adapters["layers/qkv/kernel"]
+    np.testing.assert_array_equal(back.a[..., 2:], sliced.a[:, 1])
+    np.testing.assert_array_equal(back.b[:, 2:, 2], sliced.b[:, 1])
+    assert not np.any(back.b[:, :, 1]) and not np.any(back.b[:, :2, 2])
