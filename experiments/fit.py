@@ -14,6 +14,7 @@ import rich.progress
 import lorax
 from experiments import distributed, keeping, metrics, nonfinite, progress
 from experiments import writer as writers
+from experiments.data.batches import ahead
 from lorax import inits, sharding, training
 
 
@@ -127,8 +128,9 @@ def fit(
         if keeper and writer:
             writer.rewind(start)
         began, reported, losses = time.perf_counter(), start, []
-        for i in range(start + 1, steps + 1):
-            batch = place.put(batches[i - 1])
+        stream = ahead(batches, start, steps)
+        for i, rows in enumerate(stream, start + 1):
+            batch = place.put(rows)
             shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
             if shapes not in compiled:
                 paused = time.perf_counter()

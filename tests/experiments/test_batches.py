@@ -110,3 +110,14 @@ def test_processes_make_a_batch_together(count):
             for key, value in batch.items():
                 joined = np.concatenate([part[i][key] for part in own])
                 np.testing.assert_array_equal(joined, value)
+
+
+def test_batches_made_ahead_are_those_of_their_steps():
+    given = [of_length(2 + n % 7) for n in range(40)]
+    data = batches.training_batches(given, 4, [4, 8], 0, seed=0)
+    made = [*batches.ahead(data, 3, 19)]
+    assert len(made) == 16
+    for step, batch in enumerate(made, 3):
+        assert batch.keys() == data[step].keys()
+        for key, value in batch.items():
+            np.testing.assert_array_equal(value, data[step][key])
