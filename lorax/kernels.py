@@ -246,7 +246,9 @@ def _not_last(jaxpr: Any, equations: dict[tuple[int, ...], set[str]]) -> set[str
                 sources[consts + i] |= more
         results = [flow(body, sources, place) for body in bodies]
         if any(len(result) != len(eqn.outvars) for result in results):
-            return [none.union(*(o for r in results for o in r))] * len(eqn.outvars)
+            # a kernel that writes to references returns nothing: all it read counts
+            whole = none.union(*sources, *(o for r in results for o in r))
+            return [whole] * len(eqn.outvars)
         return [none.union(*column) for column in zip(*results, strict=True)]
 
     flow(jaxpr, [none] * len(jaxpr.jaxpr.invars), ())

@@ -49,10 +49,12 @@ class Facts(NamedTuple):
 
     Attributes:
       cycles: XLA's estimates, added up; None where it gives none.
+      opaque: kernels not of XLA's making (Pallas), for which it has no cycles.
       collectives: of one device.
     """
 
     cycles: int | None
+    opaque: int
     collectives: tuple[Collective, ...]
 
     def bytes_by_kind(self) -> dict[str, int]:
@@ -95,7 +97,8 @@ def read(text: str) -> Facts:
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = channel[1] if channel else f"{name}{line}"
                 collectives.setdefault((one.kind, key), one)
-    return Facts(cycles or None, tuple(collectives.values()))
+    opaque = text.count('custom_call_target="tpu_custom_call"')
+    return Facts(cycles or None, opaque, tuple(collectives.values()))
 
 
 def _split(text: str) -> tuple[dict[str, _Computation], str]:

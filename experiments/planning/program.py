@@ -192,9 +192,14 @@ def make_step(
 
 
 def without_remat(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config of the same run that recomputes nothing: whose operations count."""
+    """The same run, nothing recomputed, attention spelled out: whose operations count.
+
+    What a Pallas kernel does in its grid is not counted.
+    """
     other = config.copy_and_resolve_references()  # ConfigDict(config) shares sections
     other.model.remat = "none"
+    if "attention" in other.model:
+        other.model.attention = "plain"
     return other
 
 

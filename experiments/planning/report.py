@@ -63,9 +63,10 @@ class Plan(NamedTuple):
       memory: of one chip; None where the compiler ran out of it.
       refused: the compiler's own words, where it did.
       flops: operations of one chip in a step, recomputation included.
-      model_flops: without it.
+      model_flops: without it, of plain attention.
       cycles: XLA's estimates for what a chip computes in a step, added up; transfers
-        have none. None where it gives none.
+        and Pallas kernels have none. None where it gives none.
+      opaque: number of such kernels in the program.
       collectives: bytes that one chip receives in a step, by kind; None: unknown.
       seconds: of tracing and compiling.
       tokens: of a batch.
@@ -79,6 +80,7 @@ class Plan(NamedTuple):
     flops: float
     model_flops: float
     cycles: int | None
+    opaque: int
     collectives: dict[str, int] | None
     seconds: float
     tokens: int
@@ -148,6 +150,7 @@ def make_plan(
             memory=None,
             refused=re.sub(r"\s*See https.*", "", str(error), flags=re.DOTALL),
             cycles=None,
+            opaque=0,
             collectives=None,
             seconds=time.perf_counter() - began,
         )
@@ -157,6 +160,7 @@ def make_plan(
         memory=_memory(built, compiled, topology),
         refused="",
         cycles=facts.cycles if facts else None,
+        opaque=facts.opaque if facts else 0,
         collectives=facts.bytes_by_kind() if facts else None,
         seconds=seconds,
     )
@@ -250,11 +254,12 @@ def render(plan: Plan) -> str:
             add("headroom", f"{memory.headroom:8.1%}")
     add("operations", f"{plan.flops:.4g} a chip and step")
     add("  without recomputation", f"{plan.model_flops:.4g}")
+    left = "transfers" + (f" and {plan.opaque} kernels" if plan.opaque else "")
     if plan.cycles is not None:
         add("cycles", f"{plan.cycles:.4g} ({LABEL})")
     if plan.step_seconds is not None and plan.mfu is not None:
-        add("step", f"{plan.step_seconds:.3g} s, transfers left out ({LABEL})")
-        add("MFU", f"{plan.mfu:.1%}, transfers left out ({LABEL})")
+        add("step", f"{plan.step_seconds:.3g} s, {left} left out ({LABEL})")
+        add("MFU", f"{plan.mfu:.1%}, {left} left out ({LABEL})")
     if plan.collectives is None and not plan.refused:
         add("collectives", "not known: the compiler did not write the program out")
     for kind, nbytes in sorted((plan.collectives or {}).items()):

@@ -144,6 +144,7 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
   %while.2 = (s32[], f32[8,4]{1,0}) while(%a), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"10"}}
   %s = (f32[8]{0}, f32[64]{0}) all-gather-start(%a), channel_id=9, dimensions={0}
   %d = f32[64]{0} all-gather-done(%s)
+  %k = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call"
   ROOT %out = f32[8,4]{1,0} copy(%a), backend_config={"estimated_cycles":"7"}
 }
 """  # noqa: E501
@@ -152,7 +153,7 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
 def test_hlo_by_hand():
     found = hlo.read(HLO)
     # the fusion's own estimate, 5 in each of 6 x 10 trips, not those inside of it
-    assert found.cycles == 5 * 60 + 7
+    assert found.cycles == 5 * 60 + 7 and found.opaque == 1
     assert found.bytes_by_kind() == {
         "all-gather": 60 * 64 * 4 * 4 + 64 * 4,
         "all-reduce": 10 * 2 * 8 * 2,
@@ -263,7 +264,7 @@ def test_inits_that_look_at_data_are_planned_by_their_shapes():
     assert state.adapters["layers/q/kernel"].a.shape == (2, 64, 4)
 
 
-def made(total, cycles, settings, refused=""):
+def made(total, cycles, settings, refused="", opaque=0):
     memory = report.Memory(0, 0, 0, 0, 0, 0, total, 15.75 * 2**30)
     topology = topologies.parse("v5e:4x4")
     return report.Plan(
@@ -275,6 +276,7 @@ def made(total, cycles, settings, refused=""):
         flops=2e12,
         model_flops=1e12,
         cycles=cycles,
+        opaque=opaque,
         collectives={"all-gather": 2**30},
         seconds=60.0,
         tokens=1000,
@@ -290,6 +292,7 @@ def test_a_report_says_what_is_estimated_and_what_does_not_fit():
     assert all("XLA estimate, not measured" in line for line in estimated)
     # 1e12 operations in 3e9 cycles of a chip that does 4 x 128 x 128 x 2 in one
     assert f"{1e12 / (3e9 * 131072):.1%}" in text
+    assert "transfers and 3 kernels left out" in report.render(made(1, 1, "", "", 3))
     assert made(15 * 2**30, 1, "").verdict == "fits, with less than 10% room"
     assert made(16 * 2**30, 1, "").verdict == "does not fit"
     refused = made(0, None, "", "exceeds available HBM")

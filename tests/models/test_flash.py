@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+import lorax
 from lorax import sharding
 from lorax.models import flash, layers, llama
 
@@ -60,3 +61,26 @@ def test_every_device_takes_its_rows_and_heads():
     with jax.set_mesh(mesh):
         text = str(jax.make_jaxpr(flash.attend)(q, k, k))
     assert "shard_map" in text and "bf16[2,2,128,128]" in text
+
+
+def test_the_same_kernels_are_adapted_with_flash():
+    found = {}
+    for attention in ("plain", "flash"):
+        config = llama.Config(
+            vocabulary=8,
+            width=8,
+            layers=2,
+            heads=2,
+            kv_heads=1,
+            head_dim=128,
+            hidden=8,
+            attention=attention,
+        )
+        model = llama.Model(config)
+        tokens = jnp.zeros((2, 128), jnp.int32)
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+        loss_fn = lambda p, x, model=model: model.apply({"params": p}, x).sum()
+        kernels = lorax.discover(loss_fn, params, tokens)
+        found[attention] = {path: (k.op, k.axes, k.head) for path, k in kernels.items()}
+    assert found["flash"] == found["plain"]
+    assert [path for path, k in found["plain"].items() if k[2]] == ["head/kernel"]
