@@ -60,9 +60,11 @@ def checkpoint_run() -> ml_collections.ConfigDict:
 
     config.model.source = ""  # a directory, or a hub id
     config.model.random = ml_collections.ConfigDict()  # a config.json: drawn, no result
+    config.model.published = ml_collections.ConfigDict()  # of the source, for a plan
     config.model.labels = 0  # of a classification head; 0: none
     config.model.dtype = ""  # of the computation; "" for the checkpoint's
     config.model.remat = "none"
+    config.model.attention = "plain"  # "flash": the Llama family on TPUs
 
     config.adapter.patterns = ("all-linear",)
     config.adapter.rank = 8
@@ -101,6 +103,8 @@ def checkpoint_run() -> ml_collections.ConfigDict:
     config.sharding.fsdp = 1  # slices of leaves, gathered where they are used
     config.sharding.tensor = 1  # slices of heads, hidden units and vocabulary
     config.sharding.may_replicate = ()  # logical axes left whole if indivisible
+    config.sharding.replicate_adapters = False  # else they lie as their kernels
+    config.sharding.topology = ""  # for a plan: v5e:4x4, v5p-128, cpu:8
 
     config.eval.every = 500
     config.eval.rows = 600  # of the validation set, while training; all at the end

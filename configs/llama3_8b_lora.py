@@ -53,7 +53,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.published = ml_collections.ConfigDict(PUBLISHED)
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
-    config.model.attention = "plain"  # or "flash", compiled but never run on a TPU
 
     config.adapter.rank = 16
     config.adapter.alpha = 32.0
@@ -68,11 +67,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.batch_size = 16
 
     config.sharding.topology = "v5e:4x4"
-    config.sharding.data = 1
     config.sharding.fsdp = -1  # all chips share each leaf
-    config.sharding.tensor = 1
-    config.sharding.replicate_adapters = False
-    config.sharding.may_replicate = ()
 
     if args["runlocal"]:
         shrink(config)

@@ -9,14 +9,17 @@ model), so that losses, metrics and what is decoded are the same everywhere; onl
 first process writes.
 """
 
+import contextlib
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from lorax import models, sharding
+from lorax import sharding
+from lorax.interop import hf
 from lorax.models import table
 from lorax.sharding import Placed
 
@@ -92,15 +95,11 @@ class Place(NamedTuple):
         """Returns the placement of a model's parameters, by its family's axes."""
         if self.mesh is None:
             return None
-        family = models.FAMILIES[model.config.to_hf()["model_type"]]
-        own = model.config
-        logical = table.logical_axes(family.entries(own), own.stacks, own.scan)
-        return sharding.place(
-            shapes,
-            self.mesh,
-            logical,
-            may_replicate=tuple(self.config.get("may_replicate", ())),
-        )
+        return place_params(self.mesh, self.config, model, shapes)
+
+    def scope(self) -> AbstractContextManager[Any]:
+        """Inside of it, models keep their activations cut along the batch."""
+        return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
     def part(self, rows: int) -> slice:
         """Returns the rows of a batch of `rows` that this process makes.
@@ -135,6 +134,24 @@ class Place(NamedTuple):
         where = sharding.batch_sharding(self.mesh)
         make = jax.make_array_from_process_local_data
         return {key: make(where, np.asarray(value)) for key, value in batch.items()}
+
+
+def place_params(
+    mesh: jax.sharding.Mesh, config: Mapping[str, Any], model: Any, shapes: Any
+) -> Placed:
+    """Returns the placement of a model's parameters on a mesh, by its family's axes.
+
+    Args:
+      mesh: of Auto axes.
+      config: `config.sharding`.
+      model: of `lorax.models`.
+      shapes: its parameters, abstract or not.
+    """
+    own = model.config
+    family = hf.family_of(own.to_hf(), "config")
+    logical = table.logical_axes(family.entries(own), own.stacks, own.scan)
+    whole = tuple(config.get("may_replicate", ()))
+    return sharding.place(shapes, mesh, logical, may_replicate=whole)
 
 
 ALONE = Place()

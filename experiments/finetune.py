@@ -61,7 +61,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     keep = keeping.make_keep(config, folder)
     fresh = keep is None
     opened = writers.Writer(folder, fresh) if primary else contextlib.nullcontext()
-    with opened as writer, progress.bars(console) as bars:
+    with place.scope(), opened as writer, progress.bars(console) as bars:
         before = task.evaluate(base)
 
         # ----------------------------------------------------------- training
@@ -154,6 +154,8 @@ def load_base(
     switches = {"labels": config.labels, "head": "classification"}
     switches = switches if config.labels else {}
     switches |= {"remat": config.remat}
+    if config.attention != "plain":  # which not all families have
+        switches |= {"attention": config.attention}
     if config.random:
         fields = config.random.to_dict()
         family = hf.family_of(fields, "config.model.random")

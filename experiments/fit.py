@@ -105,7 +105,9 @@ def fit(
     state = training.create_state(step_key, adapters, tx)
     whole = state_lies = None  # as the arguments lie
     if placed:
-        whole, state_lies = placed.tree(params), sharding.state_shardings(state, placed)
+        whole = placed.tree(params)
+        replicate = bool(place.config.get("replicate_adapters"))
+        state_lies = sharding.state_shardings(state, placed, replicate)
         # device_put of a key asks for devices of this process alone
         state = jax.jit(lambda state: state, out_shardings=state_lies)(state)
     step = jax.jit(

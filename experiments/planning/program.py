@@ -14,11 +14,10 @@ import ml_collections
 import optax
 
 import lorax
-from experiments import factory, optimizers
+from experiments import distributed, factory, optimizers
 from experiments.tasks import respond
 from lorax import inits, sharding, training
 from lorax.interop import hf
-from lorax.models import table
 
 FORMS = ("adapt", "merge")
 
@@ -72,14 +71,8 @@ def build(
     """
     mesh = make_mesh(config.sharding, devices)
     model = make_model(config.model)
-    family = hf.family_of(model.config.to_hf(), "config")
     shapes = hf.abstract(model)
-    logical = table.logical_axes(
-        family.entries(model.config), model.config.stacks, model.config.scan
-    )
-    placed = sharding.place(
-        shapes, mesh, logical, may_replicate=config.sharding.may_replicate
-    )
+    placed = distributed.place_params(mesh, config.sharding, model, shapes)
     batch = make_batch(config.data, mesh)
     loss_fn = respond.make_loss(model, config.run.label_smoothing)
     state, tx = make_state(config, loss_fn, shapes, batch)
@@ -100,7 +93,7 @@ def build(
 
 def make_model(config: ml_collections.ConfigDict) -> Any:
     """The model that a config.json describes, in one dtype, without its weights."""
-    if config.get("published"):
+    if config.published:
         fields = config.published.to_dict()
     elif config.random:
         fields = config.random.to_dict()
@@ -113,7 +106,7 @@ def make_model(config: ml_collections.ConfigDict) -> Any:
     dtype = jnp.dtype(config.dtype or "float32")
     switches: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype}
     switches |= {"remat": config.remat}
-    if config.get("attention", "plain") != "plain":  # which not all families have
+    if config.attention != "plain":  # which not all families have
         switches["attention"] = config.attention
     return family.Model(family.Config.from_hf(fields, **switches))
 
@@ -198,8 +191,7 @@ def without_remat(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
     """
     other = config.copy_and_resolve_references()  # ConfigDict(config) shares sections
     other.model.remat = "none"
-    if "attention" in other.model:
-        other.model.attention = "plain"
+    other.model.attention = "plain"
     return other
 
 
