@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from experiments import launch_local
 from lorax.interop import hf
 from lorax.models import llama, table
 
@@ -21,6 +22,7 @@ def status(field):
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * int(next(l for l in lines if l.startswith(field)).split()[1])
 before = status("VmRSS")
+from experiments import launch_local
 from lorax.interop import hf
 model, params = hf.load(sys.argv[1], scan=sys.argv[2] == "scan")
 jax.block_until_ready(params)
@@ -53,3 +55,50 @@ def test_peak_memory_is_the_size_of_the_model(checkpoint, layout):
     assert size > 2e9
     print(f"{layout}: peak above import jax / bytes of the parameters = {ratio:.3f}")
     assert ratio <= 1.3
+
+
+SHARDED = """
+import sys
+import jax
+def status(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * int(next(l for l in lines if l.startswith(field)).split()[1])
+before = status("VmRSS")
+from experiments import distributed
+distributed.initialize({"coordinator": "", "processes": None, "process": None,
+                        "heartbeat": 100})
+from lorax.interop import files, hf
+read, fill = [0], files.Tensor._fill
+def counted(self, file, array):
+    read[0] += array.nbytes
+    fill(self, file, array)
+files.Tensor._fill = counted
+place = distributed.make_place({"fsdp": -1})
+lie = lambda model, shapes: place.params(model, shapes).tree(shapes)
+model, params = hf.load(sys.argv[1], shardings=lie)
+jax.block_until_ready(params)
+leaves = jax.tree.leaves(params)
+# what a process holds: replicas are read once
+parts = lambda leaf: {str(s.index): s.data.nbytes for s in leaf.addressable_shards}
+own = sum(sum(parts(leaf).values()) for leaf in leaves)
+held = sum(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards)
+largest = max(leaf.nbytes for leaf in leaves)
+peak = status("VmHWM") - before
+print("FOUND", read[0] / own, peak / (1.3 * held + largest), held, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_each_process_reads_and_holds_its_slices(checkpoint, capfd):
+    """Two processes of four devices, every leaf cut eightfold."""
+    command = [sys.executable, "-c", SHARDED, str(checkpoint)]
+    assert launch_local.launch(command, 2, 4) == 0
+    lines = [
+        line.split() for line in capfd.readouterr().out.splitlines() if "FOUND" in line
+    ]
+    assert len(lines) == 2
+    for _, _, read, peak, held in lines:
+        print(f"read / own bytes {read}, peak / allowed {peak}, held {held}")
+        assert float(held) > 0.9e9
+        assert float(read) <= 1.05
+        assert float(peak) <= 1
