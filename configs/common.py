@@ -102,6 +102,7 @@ def checkpoint_run() -> ml_collections.ConfigDict:
     config.sharding.data = 1  # copies of the model
     config.sharding.fsdp = 1  # slices of leaves, gathered where they are used
     config.sharding.tensor = 1  # slices of heads, hidden units and vocabulary
+    config.sharding.rules = ()  # (regex of paths, mesh axes by dimension), first wins
     config.sharding.may_replicate = ()  # logical axes left whole if indivisible
     config.sharding.replicate_adapters = False  # else they lie as their kernels
     config.sharding.topology = ""  # for a plan: v5e:4x4, v5p-128, cpu:8

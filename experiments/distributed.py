@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from lorax import sharding
 from lorax.interop import hf
@@ -143,15 +144,16 @@ def place_params(
 
     Args:
       mesh: of Auto axes.
-      config: `config.sharding`.
+      config: `config.sharding`; its `rules` go before the family's axes.
       model: of `lorax.models`.
       shapes: its parameters, abstract or not.
     """
     own = model.config
     family = hf.family_of(own.to_hf(), "config")
     logical = table.logical_axes(family.entries(own), own.stacks, own.scan)
+    rules = [(regex, PartitionSpec(*axes)) for regex, axes in config.get("rules", ())]
     whole = tuple(config.get("may_replicate", ()))
-    return sharding.place(shapes, mesh, logical, may_replicate=whole)
+    return sharding.place(shapes, mesh, logical, rules, may_replicate=whole)
 
 
 ALONE = Place()

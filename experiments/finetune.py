@@ -52,6 +52,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     key = jax.random.key(config.run.seed)
     place = distributed.make_place(config.sharding)
     model, base, tokenizer = load_base(config.model, jax.random.fold_in(key, 0), place)
+    placed = place.params(model, base)
+    if placed:
+        console.print(str(placed), highlight=False)
     if config.data.task not in tasks.TASKS:
         known = ", ".join(tasks.TASKS)
         raise ValueError(f"data.task={config.data.task!r} is not one of {known}")
@@ -86,7 +89,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             calibration_batches=config.adapter.calibration_batches,
             evaluate=task.evaluate,
             place=place,
-            placed=place.params(model, base),
+            placed=placed,
             keep=keep,
             guard=nonfinite.Guard(folder, config.run.skip_nonfinite),
         )

@@ -9,7 +9,8 @@ the last 600 rows of the validation set; at the best rate three fresh seeds are 
 against the first 600. All 64 runs are four to five hours on two cores.
 
 Every run is a line of `runs.jsonl`, so a study that was cut short goes on; until all
-are there, it says what is missing.
+are there, it says what is missing. Two processes that share the work, by
+`--study_methods`, may share the folder.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from experiments.data import batches, tokenization
 from experiments.studies import comparison, trial
 from experiments.tasks import respond
 
+_ONLY = flags.DEFINE_list("study_methods", [], "Run these alone; none: all.")
 _MINUTES = flags.DEFINE_float("study_minutes", None, "Start no run after as many.")
 
 GRID = (1e-3, 10**-2.5, 1e-2, 10**-1.5)
@@ -168,8 +170,8 @@ def main(argv: Sequence[str]) -> None:
     if read(runs)[1]:
         setting = make_setting(configs["LoRA"])
         try:
-            for method, config in configs.items():
-                study(method, setting, runs, config)
+            for method in _ONLY.value or METHODS:
+                study(method, setting, runs, configs[method])
         except comparison.NotRun as error:
             print(f"cut short after {_MINUTES.value} minutes, before {error}")
     results, missing = read(runs)

@@ -19,3 +19,12 @@ FAMILIES: dict[str, ModuleType] = {
     "t5": t5,
 }
 """By `model_type` of a config.json."""
+
+ATTENTION = r".*/(cross_)?(q|k|v|qkv|o)/kernel"
+"""Pattern of a `Target`: every kernel of attention, in all families."""
+
+QUERY_VALUE = r".*/(cross_)?(q|v)/kernel"
+"""Queries and values, what the LoRA paper adapts; GPT-2's are slices of one kernel."""
+
+MLP = r".*/(up|gate|down)/kernel"
+"""Every kernel of the layers between attention."""

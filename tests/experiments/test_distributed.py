@@ -6,9 +6,12 @@ import time
 
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from experiments import distributed, launch_local, writer
 from lorax import checkpoint
+from lorax.interop import hf
+from lorax.models import llama
 from tests.data_paths import needs_data
 
 MESHES = {
@@ -148,3 +151,17 @@ def test_when_one_process_ends_badly_the_others_are_ended(capfd):
     assert launch_local.launch([sys.executable, "-c", script], 2, 1) == 3
     assert time.monotonic() - began < 30
     assert sorted(capfd.readouterr().out.splitlines()) == ["[0] here", "[1] here"]
+
+
+def test_rules_of_the_config_go_before_the_axes_of_the_family():
+    model = llama.Model(llama.Config(16, 8, 8, 2, 2, 2, 4, 8))
+    shapes = hf.abstract(model)
+    rules = ((".*/up/kernel", (None, "fsdp", None)), ("embed/.*", ()))
+    place = distributed.make_place({"fsdp": -1, "rules": rules})
+    specs = place.params(model, shapes).specs
+    assert specs["layers/up/kernel"] == PartitionSpec(None, "fsdp", None)
+    assert specs["embed/embedding"] == PartitionSpec(None, None)
+    assert specs["layers/down/kernel"] == PartitionSpec(None, "tensor", "fsdp")
+    wrong = distributed.make_place({"fsdp": -1, "rules": (("embd/.*", ()),)})
+    with pytest.raises(ValueError, match="matches no leaf"):
+        wrong.params(model, shapes)
