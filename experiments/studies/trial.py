@@ -32,6 +32,7 @@ def make_trial(
       method: "lora" or "full".
     """
     steps, targets = config.run.steps, factory.make_targets(method, config.adapter)
+    looks = any(inits.INITS[t.init].stats for t in targets if t.init in inits.INITS)
     kernels = lorax.discover(loss_fn, base, train(0)[0])
     tx = optax.inject_hyperparams(
         lambda learning_rate: optimizers.make_optimizer(
@@ -45,17 +46,21 @@ def make_trial(
         donate_argnums=0,
     )
     merge = jax.jit(lorax.merge)
+    gradients: dict[int, Any] = {}  # sketches by seed: the rates of a grid share them
 
     def trial(
         seed: int, rate: float, evaluate: Callable[[Any], float], every: int
     ) -> list[float]:
         batches = train(seed)
         init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1))
-        stats = None
-        if any(inits.INITS[t.init].stats for t in targets if t.init in inits.INITS):
+        if looks and seed not in gradients:
             first = [batches[i] for i in range(config.adapter.calibration_batches)]
-            stats = lorax.calibrate(init_key, loss_fn, base, targets, first, kernels)
-        adapters, params = lorax.init(init_key, base, targets, kernels, stats)
+            gradients[seed] = lorax.calibrate(
+                init_key, loss_fn, base, targets, first, kernels
+            )
+        adapters, params = lorax.init(
+            init_key, base, targets, kernels, gradients.get(seed)
+        )
         state = training.create_state(key, adapters, tx)
         state.opt_state.hyperparams["learning_rate"] = jax.numpy.float32(rate)
         found = []

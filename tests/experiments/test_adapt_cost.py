@@ -4,6 +4,8 @@ import pytest
 
 from experiments.benchmarks import adapt_cost, dora_cost, gpt2_shaped, measure
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_flops_and_memory_are_those_of_hand_written_lora(scan):

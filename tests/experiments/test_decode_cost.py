@@ -1,7 +1,11 @@
 """The benchmark's wiring; its figures come from the command."""
 
+import pytest
+
 from experiments.benchmarks import decode_cost
 from tests.data_paths import needs_data
+
+pytestmark = pytest.mark.once
 
 
 @needs_data

@@ -61,6 +61,7 @@ def done(tmp_path_factory):
 
 
 @needs_data
+@pytest.mark.once
 @pytest.mark.parametrize("name", [*MESHES][1:])
 def test_meshes_and_processes_change_no_number(done, name):
     read = lambda name, file: (done / name / file).read_text()
@@ -74,6 +75,7 @@ def test_meshes_and_processes_change_no_number(done, name):
 
 
 @needs_data
+@pytest.mark.once
 def test_adapters_of_two_processes_are_those_of_one(done):
     one, two = (
         checkpoint.load_adapters(done / name / "adapter")

@@ -9,7 +9,16 @@ from experiments.studies import comparison
 from experiments.studies import e2e_methods as study
 from tests.data_paths import needs_data
 
-SMALL = {"run.steps": 2, "data.train_rows": 64, "data.batch_size": 4}
+pytestmark = pytest.mark.once
+
+SMALL = {
+    "run.steps": 2,
+    "data.train_rows": 64,
+    "data.batch_size": 4,
+    "data.lengths": (344,),
+    "adapter.calibration_batches": 1,
+}
+FAST = ("LoRA", "AdaLoRA", "full")
 GRID = (1e-3, 1e-2)
 
 
@@ -19,7 +28,13 @@ def setting():
 
 
 @needs_data
-@pytest.mark.parametrize("method", study.METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(m, marks=() if m in FAST else pytest.mark.slow)
+        for m in study.METHODS
+    ],
+)
 def test_every_method_takes_its_runs(method, setting, tmp_path):
     fields = dict(SMALL)
     if method == "AdaLoRA":  # no room for a schedule in two steps

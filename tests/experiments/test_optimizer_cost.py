@@ -1,6 +1,10 @@
 """State sizes of the optimisers, by count; times are the benchmark's."""
 
+import pytest
+
 from experiments.benchmarks import gpt2_shaped, optimizer_cost
+
+pytestmark = pytest.mark.once
 
 
 def test_state_bytes_are_what_each_optimiser_promises():

@@ -11,6 +11,8 @@ from experiments import population, train
 from experiments import writer as writers
 from lorax import checkpoint
 
+pytestmark = pytest.mark.once
+
 GIVEN = {
     "seed": (3, 0),
     "rank": (2, 4),

@@ -4,6 +4,8 @@ import pytest
 
 from experiments.benchmarks import gpt2_shaped, population_cost
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_an_adapter_step_costs_no_more_flops_than_a_run_of_its_own(at_once):

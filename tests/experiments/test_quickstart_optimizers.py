@@ -8,6 +8,8 @@ import pytest
 from experiments import factory
 from experiments.studies import quickstart_optimizers as study
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("name", study.METHODS)
 def test_every_method_is_one_of_the_config(name):

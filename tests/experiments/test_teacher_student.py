@@ -1,9 +1,12 @@
 """The study's wiring at toy size; its figures come from the command."""
 
 import numpy as np
+import pytest
 
 from experiments.studies import comparison
 from experiments.studies import teacher_student as study
+
+pytestmark = pytest.mark.once
 
 
 def test_a_sweep_learns_and_its_table_says_what_is_shown(tmp_path):

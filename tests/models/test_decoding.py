@@ -246,7 +246,11 @@ def theirs_of(theirs, prompt, count, **kwargs):
 @needs_data
 @pytest.mark.parametrize(
     ("penalty", "no_repeat", "eos"),
-    [(1.0, 0, [2, 426]), (0.6, 3, [2, 13, 426]), (0.0, 2, [426, 431])],
+    [
+        (0.6, 3, [2, 13, 426]),
+        pytest.param(1.0, 0, [2, 426], marks=pytest.mark.slow),
+        pytest.param(0.0, 2, [426, 431], marks=pytest.mark.slow),
+    ],
 )
 def test_beams_are_those_of_transformers(stories, penalty, no_repeat, eos):
     model, params, theirs = stories
