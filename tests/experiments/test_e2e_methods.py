@@ -78,3 +78,13 @@ def test_what_was_cut_short_is_named_and_gone_on_with(tmp_path):
 )
 def test_an_optimum_at_the_edge_gets_one_more_point(scores, best):
     assert comparison.best_of_grid(scores.__getitem__, (1, 2, 4, 8)) == best
+
+
+def test_runs_count_as_long_as_what_they_depend_on_stays():
+    digest = lambda **fields: study._digest(study.configured("LoRA", **fields))
+    same = digest()
+    assert digest(**{"eval.batch_size": 7, "run.name": "x"}) == same
+    for fields in ({"optimizer.b1": 0.8}, {"adapter.rank": 2}, {"run.steps": 3}):
+        assert digest(**fields) != same
+    others = {study._digest(study.configured(method)) for method in study.METHODS}
+    assert len(others) == len(study.METHODS)
