@@ -38,14 +38,15 @@ def wanted(config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -
 
     Args:
       config: `config.distributed`; its `coordinator`, if set, says yes.
-      environ: `JAX_COORDINATOR_ADDRESS`, a SLURM job of several tasks or a TPU pod's
-        list of hosts say so too.
+      environ: `JAX_COORDINATOR_ADDRESS`, a SLURM step of several tasks (not the shell
+        of a job, which has their number too) or a TPU pod's list of hosts say so too.
     """
     hosts = environ.get("TPU_WORKER_HOSTNAMES", "")
+    tasks = environ.get("SLURM_NTASKS", 1) if "SLURM_STEP_NODELIST" in environ else 1
     return (
         bool(config["coordinator"])
         or COORDINATOR in environ
-        or int(environ.get("SLURM_NTASKS", 1)) > 1
+        or int(tasks) > 1
         or "," in hosts
     )
 

@@ -93,7 +93,8 @@ def fit(
       guard: stops the run after too many steps that are not finite.
     """
     init_key, step_key = jax.random.split(key)
-    kernels = lorax.discover(loss_fn, params, place.put(batches[0]))
+    example = place.put(batches[0])  # of all processes together
+    kernels = lorax.discover(loss_fn, params, example)
     stats = None
     if any(inits.INITS[t.init].stats for t in targets if t.init in inits.INITS):
         first = [place.put(batches[i]) for i in range(calibration_batches)]
@@ -119,7 +120,7 @@ def fit(
     )
     compiled: dict[Any, Any] = {}  # by a batch's shapes: no part of a step's time
     merge = jax.jit(lorax.merge, out_shardings=whole)
-    tokens = max(leaf.size for leaf in jax.tree.leaves(batches[0]))
+    tokens = max(leaf.size for leaf in jax.tree.leaves(example))
     meter = progress.Meter(bars, name, steps)
     times: list[float] = []
     evaluation: dict[str, float] = {}

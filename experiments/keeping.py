@@ -22,7 +22,10 @@ import ml_collections
 from experiments import preemption
 from lorax import checkpoint
 
-FREE = ("distributed.", "sharding.", "eval.", "run.name", "run.log_every", "run.save_")
+FREE = (
+    *("distributed.", "sharding.", "eval."),
+    *("run.name", "run.log_every", "run.save_", "run.skip_nonfinite"),
+)
 """Fields of the config in which a run may differ from the one it goes on with."""
 
 

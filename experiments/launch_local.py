@@ -1,6 +1,6 @@
 """Runs a command as several processes of one program on this machine, for tests.
 
-    python -m experiments.launch_local --processes=2 --devices_per_process=4 -- \
+    python -m experiments.launch_local --processes=2 --devices-per-process=4 -- \
         python -m experiments.main --config=configs/gpt2_e2e_lora.py:runlocal \
         --config.sharding.data=-1
 
@@ -22,7 +22,7 @@ from absl import app, flags
 from experiments import distributed
 
 _PROCESSES = flags.DEFINE_integer("processes", 2, "How many.", lower_bound=1)
-_DEVICES = flags.DEFINE_integer("devices_per_process", 4, "CPU devices of each.")
+_DEVICES = flags.DEFINE_integer("devices-per-process", 4, "CPU devices of each.")
 _GRACE = flags.DEFINE_float("grace", 10.0, "Seconds between SIGTERM and SIGKILL.")
 
 

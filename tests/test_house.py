@@ -205,7 +205,7 @@ def test_the_front_door():
     assert not files & (set(names) - modules), "a module has the name of a public name"
 
 
-UNFINISHED = re.compile("TODO|FIXME|XXX|raise NotImplementedError")
+UNFINISHED = re.compile("TODO|FIXME|XXX|(?<!except )NotImplementedError")
 MACHINE = re.compile(r"/(?:work|root|opt|home|Users)/\w")
 IGNORE = re.compile(r"#\s*(?:type:\s*ignore(?!\[)|noqa(?!: ?[A-Z]))")
 TEXT = [*EVERYTHING, *ROOT.glob("*.md"), *ROOT.glob("*.py"), *ROOT.glob("*.toml")]

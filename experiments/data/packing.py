@@ -25,7 +25,7 @@ import numpy as np
 from experiments.data import batches
 from experiments.data.examples import Example
 
-OPEN = 64  # rows that an example may still go to; more pack little tighter
+OPEN = 64  # rows that an example may still go to
 ENDLESS = 2**40
 
 
@@ -41,8 +41,8 @@ def packed_batches(
 
     Every epoch packs all examples once, in a fresh order: each goes to the first open
     row that has room. Rows are counted through all epochs, so to start at a late step
-    the plans of the epochs before are made again, a second for some 100,000 examples;
-    nothing else is replayed.
+    the plans of the epochs before are made again, from lengths alone; nothing else is
+    replayed.
 
     Args:
       examples: what `experiments.data.examples` or `plain_text` makes.

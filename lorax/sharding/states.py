@@ -102,6 +102,10 @@ def state_shardings(state: Any, placed: rules.Placed, replicate: bool = False) -
       placed: the placement of the parameters.
       replicate: True: adapters and what follows them are held whole.
 
+    Returns:
+      For `jax.device_put(state, ...)`; among several processes, which cannot put a key
+      there, for `jax.jit(lambda state: state, out_shardings=...)(state)`.
+
     Raises:
       KeyError: an adapter whose kernel has no spec.
       ValueError: an axis of a factor that the mesh does not divide.

@@ -95,8 +95,9 @@ UNSET = {"coordinator": "", "processes": None, "process": None, "heartbeat": 30}
         ({}, {}, False),
         ({"coordinator": "host:1"}, {}, True),
         ({}, {"JAX_COORDINATOR_ADDRESS": "host:1"}, True),
-        ({}, {"SLURM_NTASKS": "1"}, False),
-        ({}, {"SLURM_NTASKS": "16"}, True),
+        ({}, {"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}, False),
+        ({}, {"SLURM_NTASKS": "16"}, False),
+        ({}, {"SLURM_NTASKS": "16", "SLURM_STEP_NODELIST": "a,b"}, True),
         ({}, {"TPU_WORKER_HOSTNAMES": "localhost"}, False),
         ({}, {"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, True),
     ],
@@ -119,7 +120,8 @@ def test_config_goes_before_the_environment(monkeypatch):
     distributed.initialize(UNSET, {})  # one process: nothing to join
     distributed.initialize(UNSET | {"heartbeat": 5}, environ)
     distributed.initialize(UNSET | {"processes": 2, "process": 0}, environ)
-    distributed.initialize(UNSET, {"SLURM_NTASKS": "2"})  # JAX finds the rest
+    srun = {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "a,b"}
+    distributed.initialize(UNSET, srun)  # JAX finds the rest
     assert told == [
         (("env:1", 4, 0), {"heartbeat_timeout_seconds": 5}),
         (("env:1", 2, 0), {"heartbeat_timeout_seconds": 30}),
