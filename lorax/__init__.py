@@ -6,7 +6,7 @@ loss = lorax.adapt(loss_fn)                 # (adapters, params, batch)
 merged = lorax.merge(adapters, params)      # plain Flax params again
 """
 
-from lorax import compose, optim, scaling
+from lorax import analysis, compose, optim, scaling
 from lorax.adapters import AdaLora, Dora, Full, Lora
 from lorax.calibration import calibrate
 from lorax.kernels import Kernel, KernelUse, discover
@@ -30,6 +30,7 @@ __all__ = [
     "MergeWarning",
     "Target",
     "adapt",
+    "analysis",
     "calibrate",
     "compose",
     "discover",

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
 
+from lorax.types import Factors
+
 Triplets = tuple[jax.Array, jax.Array, jax.Array]
 
 EXACT = jax.lax.Precision.HIGHEST
+
+CLOSE: Any = {"oversample": 24, "iterations": 16}
+"""For `randomized_svd` where a flat spectrum must be told apart, as analysis does."""
 
 
 def svd(matrix: jax.Array, rank: int) -> Triplets:
@@ -39,6 +46,7 @@ def randomized_svd(
     *,
     oversample: int | None = None,
     iterations: int = 4,
+    factors: Factors | None = None,
 ) -> Triplets:
     """Returns about the `rank` largest singular triplets, by subspace iteration.
 
@@ -54,6 +62,8 @@ def randomized_svd(
       oversample: further columns that the iteration carries; `rank` by default.
       iterations: each multiplies the suppression of what is left out by
         (s_k / s_r)^2. 4 as in PiSSA's fast variant, which uses 16 in its scripts.
+      factors: `a: [..., in, k]`, `b: [..., k, out]`, `gain: [..., out]`: decomposes
+        `(matrix + a @ b) * gain` without forming it.
 
     Returns:
       As `svd`.
@@ -68,11 +78,23 @@ def randomized_svd(
     width = min(rank + (rank if oversample is None else oversample), n, m)
     omega = jax.random.normal(key, (*batch, m, width), matrix.dtype)
     times = lambda x, y: jnp.matmul(x, y, precision=EXACT)
-    q = orthonormal(times(matrix, omega))
+
+    def forward(x: jax.Array) -> jax.Array:  # [..., out, width] -> [..., in, width]
+        if factors is None:
+            return times(matrix, x)
+        x = x if factors.gain is None else factors.gain[..., None] * x
+        return times(matrix, x) + times(factors.a, times(factors.b, x))
+
+    def backward(q: jax.Array) -> jax.Array:  # q^T M: [..., width, out]
+        if factors is None:
+            return times(q.mT, matrix)
+        rows = times(q.mT, matrix) + times(times(q.mT, factors.a), factors.b)
+        return rows if factors.gain is None else rows * factors.gain[..., None, :]
+
+    q = orthonormal(forward(omega))
     for _ in range(iterations):
-        back = orthonormal(times(q.mT, matrix).mT)
-        q = orthonormal(times(matrix, back))
-    u, s, vt = jnp.linalg.svd(times(q.mT, matrix), full_matrices=False)
+        q = orthonormal(forward(orthonormal(backward(q).mT)))
+    u, s, vt = jnp.linalg.svd(backward(q), full_matrices=False)
     u = times(q, u)
     return _signed(u[..., :rank], s[..., :rank], vt[..., :rank, :])
 

@@ -4,6 +4,7 @@ from lorax.adapters.adalora import AdaLora, orthogonal_penalty
 from lorax.adapters.dora import Dora
 from lorax.adapters.full import Full
 from lorax.adapters.lora import Lora
+from lorax.adapters.plain import as_lora
 from lorax.adapters.sliced import SlicedLora
 
 CLASSES = {cls.__name__: cls for cls in (Lora, SlicedLora, Dora, AdaLora, Full)}
@@ -16,5 +17,6 @@ __all__ = [
     "Full",
     "Lora",
     "SlicedLora",
+    "as_lora",
     "orthogonal_penalty",
 ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import tree
-from lorax.adapters import Full, Lora, layout
+from lorax.adapters import Full, Lora, as_lora, layout
 from lorax.compose import checks, conversion, deltas, forms
 from lorax.compose.forms import Combined
 from lorax.types import Adapters, PyTree
@@ -150,7 +150,7 @@ def _require_options(recipe: _Recipe) -> None:
 
 def _aligned(path: str, parts: Mapping[int, Any]) -> list[Lora]:
     """Returns the adapters as Lora, on the union of their layers."""
-    plain = {id(part): forms.as_lora(part) for part in parts.values()}
+    plain = {id(part): as_lora(part) for part in parts.values()}
     subsets = {lora.layers for lora in plain.values()}
     if len(subsets) > 1:
         own = [s for s in subsets if s is not None]

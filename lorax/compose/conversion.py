@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import linalg, tree
-from lorax.adapters import Full
+from lorax.adapters import Full, as_lora
 from lorax.compose import checks, forms
 from lorax.compose.forms import Combined
 from lorax.types import Adapters
@@ -112,10 +112,10 @@ def resized(path: str, adapter: Any, rank: int) -> tuple[Any, jax.Array]:
     checks.require_rank(path, adapter, rank)
     if rank >= adapter.rank:
         return forms.padded(adapter, rank), jnp.zeros(())
-    a, b = forms.matrices(forms.as_lora(adapter))
+    a, b = forms.matrices(as_lora(adapter))
     u, s, vt = _svd(a, b)
     after = forms.with_triplets(adapter, u[..., :rank], s[..., :rank], vt[:, :rank])
-    a_, b_ = forms.matrices(forms.as_lora(after))
+    a_, b_ = forms.matrices(as_lora(after))
     left = jnp.concatenate([a, a_], -1), jnp.concatenate([b, -b_], -2)
     _, lost, _ = _svd(*left)
     return after, forms.relative(jnp.linalg.norm(lost), jnp.linalg.norm(s))
@@ -149,7 +149,7 @@ def to_lora(adapters: Adapters, initial: Adapters | None = None) -> Adapters:
       Meng et al., PiSSA, arXiv:2404.02948. Wang et al., LoRA-GA, arXiv:2407.05000.
     """
     checks.refuse_dora(adapters, "to_lora")
-    plain = tree.map_adapters(lambda _, a: forms.as_lora(a), adapters)
+    plain = tree.map_adapters(lambda _, a: as_lora(a), adapters)
     if initial is None:
         return plain
     if lacking := sorted(adapters.keys() - initial.keys()):
@@ -165,7 +165,7 @@ def _on_base(path: str, adapter: Any, initial: Any) -> Any:
     """The adapter less its initial update."""
     if isinstance(adapter, Full):
         return adapter
-    start = forms.as_lora(initial)
+    start = as_lora(initial)
     checks.require_same(path, [("the adapter", adapter), ("initial", start)])
     still = lambda f: tree.is_concrete(f) and not np.asarray(f).any()
     if still(start.a) or still(start.b):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import linalg
-from lorax.adapters import AdaLora, Lora, SlicedLora, layout
+from lorax.adapters import AdaLora, Lora, layout
 from lorax.types import Adapters
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -33,25 +33,6 @@ class Combined(NamedTuple):
 
     adapters: Adapters
     error: dict[str, jax.Array]
-
-
-def as_lora(adapter: Any) -> Any:
-    """Returns an AdaLora as the Lora `p @ (lam * q)`, slices as one; others pass."""
-    if isinstance(adapter, SlicedLora):
-        return adapter.fused()
-    if not isinstance(adapter, AdaLora):
-        return adapter
-    dtype = layout.wide(adapter.lam, adapter.q)
-    lam = adapter.lam.astype(dtype)
-    lam = lam.reshape(lam.shape + (1,) * len(adapter.axes.out))
-    return Lora(
-        adapter.p,
-        lam * adapter.q.astype(dtype),
-        adapter.scale,
-        adapter.axes,
-        adapter.dropout,
-        adapter.layers,
-    )
 
 
 def is_delta(adapter: Any) -> bool:

@@ -1,0 +1,101 @@
+"""How an update relates to the kernel it changes.
+
+    amplification = |D|_F / |U^T W V|_F,       D = s a b = U diag(sigma) V^T
+
+The denominator is what the kernel itself has in the directions of its update. The paper
+holds it against W's own leading directions (the most there could be) and random ones:
+LoRA amplifies directions that W has, but not those that it has most of.
+
+References:
+  Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685,
+  section 7.3, table 7, and appendix H.4.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorax import linalg, tree
+from lorax.analysis import _matrices
+from lorax.types import Adapters, PyTree
+
+
+class Amplification(NamedTuple):
+    """Frobenius norms, each `[*stack]`.
+
+    Attributes:
+      update: |D|_F of the leading directions of D that were asked for.
+      projected: |U^T W V|_F with the directions of D.
+      own: with W's own leading ones: the largest possible.
+      random: with random ones, one draw.
+      kernel: |W|_F.
+    """
+
+    update: jax.Array
+    projected: jax.Array
+    own: jax.Array
+    random: jax.Array
+    kernel: jax.Array
+
+    @property
+    def factor(self) -> jax.Array:
+        """The amplification; `inf` where W has nothing in the update's directions."""
+        return self.update / self.projected
+
+
+def amplification(
+    key: jax.Array, adapters: Adapters, params: PyTree, rank: int | None = None
+) -> dict[str, Amplification]:
+    """Returns how much every update amplifies what its kernel has, by path.
+
+    W is read by thin products, never decomposed whole: `own` comes from
+    `linalg.randomized_svd`.
+
+    Args:
+      key: for the random directions and the randomised decomposition.
+      adapters: `{path: Adapter}`; of a Dora, the change of its directions.
+      params: the base. After an init that moves a part of the kernel, use the original
+        base and `lorax.compose.to_lora(trained, initial)`.
+      rank: leading directions of the update to look at; None: all that it has.
+
+    Returns:
+      `{path: Amplification}`.
+
+    Raises:
+      ValueError: no adapter has factors, or a rank below 1.
+      KeyError: a path that params lacks.
+    """
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank={rank}; look at one direction or more, or None for all")
+    chosen = _matrices.thin(adapters, "amplification")
+    leaves = tree.flatten(params)
+    tree.require(chosen, leaves, "parameter tree")
+    return {
+        path: _measured(tree.fold_path(key, path), adapter, leaves[path], rank)
+        for path, adapter in chosen.items()
+    }
+
+
+def _measured(key: jax.Array, adapter: Any, leaf: Any, rank: int | None) -> Any:
+    kernel = _matrices.leaf_matrices(jnp.asarray(leaf), adapter.axes)
+    if adapter.layers is not None:
+        kernel = kernel[jnp.asarray(adapter.layers)]
+    u, s, vt = linalg.low_rank_svd(*_matrices.matrices(adapter))
+    k = s.shape[-1] if rank is None else min(rank, s.shape[-1])
+    u, s, vt = u[..., :k], s[..., :k], vt[..., :k, :]
+    keys = jax.random.split(key, 3)
+    own = linalg.randomized_svd(keys[0], kernel, k, **linalg.CLOSE)[1]
+    draw = lambda key, like: linalg.orthonormal(jax.random.normal(key, like.shape))
+    norm = lambda x: jnp.sqrt(jnp.sum(x**2, (-2, -1)))
+    times = lambda x, y: jnp.matmul(x, y, precision=linalg.EXACT)
+    within = lambda u, v: norm(times(times(u.mT, kernel), v))
+    return Amplification(
+        update=jnp.sqrt(jnp.sum(s**2, -1)),
+        projected=within(u, vt.mT),
+        own=jnp.sqrt(jnp.sum(own**2, -1)),
+        random=within(draw(keys[1], u), draw(keys[2], vt.mT)),
+        kernel=norm(kernel),
+    )

@@ -1,0 +1,129 @@
+"""What adapters cost and save, counted from shapes: parameters, bytes, operations.
+
+Everything works on abstract trees (`jax.eval_shape`), so a model of any size can be
+counted on a laptop. A train step of a kernel with F operations a forward pass takes
+
+    trained whole   3 F         forward, gradient of the input, gradient of the kernel
+    frozen          2 F         no gradient of the kernel
+    low-rank        2 F + 3 f   f = F rank (in + out) / (in out), the thin products
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorax import tree
+from lorax.adapters import as_lora
+from lorax.kernels import Kernel
+from lorax.types import Adapters, PyTree
+
+
+class Cost(NamedTuple):
+    """The cost of one way to train.
+
+    Attributes:
+      trained: parameters that are trained.
+      checkpoint: bytes to keep what was trained.
+      params: bytes of the base, and of adapters beside it.
+      gradients: bytes of the gradients of what is trained.
+      moments: bytes of the optimiser's state.
+      flops: operations of all kernels in a train step; None without `kernels`.
+    """
+
+    trained: int
+    checkpoint: int
+    params: int
+    gradients: int
+    moments: int
+    flops: int | None
+
+    @property
+    def memory(self) -> int:
+        """Bytes of parameters, gradients and moments; activations come on top."""
+        return self.params + self.gradients + self.moments
+
+
+class Costs(NamedTuple):
+    """Adapters beside full fine-tuning.
+
+    Attributes:
+      adapters: the cost of training the adapters.
+      full: of training every floating leaf.
+    """
+
+    adapters: Cost
+    full: Cost
+
+    def ratio(self, field: str) -> float:
+        """How many times as much full fine-tuning takes of a field of `Cost`."""
+        return getattr(self.full, field) / getattr(self.adapters, field)
+
+
+def cost(
+    adapters: Adapters,
+    params: PyTree,
+    kernels: Mapping[str, Kernel] | None = None,
+    moments: int = 2,
+) -> Costs:
+    """Counts what training these adapters takes, and what full fine-tuning would.
+
+    Args:
+      adapters: `{path: Adapter}`, arrays or abstract.
+      params: the base, likewise.
+      kernels: from `lorax.discover`, for the operations; they are of the batch that it
+        was given. Attention and whatever else has no kernel is not among them.
+      moments: arrays of the trained leaves' size and dtype that the optimiser keeps: 2
+        for Adam, 1 for momentum, 0 for SGD.
+
+    Returns:
+      `Costs`. Leaves are counted in their own dtypes.
+
+    Raises:
+      KeyError: an adapter for a path that params lacks.
+
+    Example:
+      >>> import lorax
+      >>> params = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)}
+      >>> make = lambda key, params: lorax.init(key, params, [("w", 8)])[0]
+      >>> adapters = jax.eval_shape(make, jax.random.key(0), params)
+      >>> found = cost(adapters, params)
+      >>> found.adapters.trained, found.ratio("trained")
+      (16384, 64.0)
+    """
+    leaves = tree.flatten(params)
+    tree.require(adapters, leaves, "parameter tree")
+    floating = [leaf for leaf in leaves.values() if tree.is_floating(leaf)]
+    trained = jax.tree.leaves(adapters)
+    base = sum(map(_bytes, jax.tree.leaves(params)))
+
+    def made(trained: list[Any], params: int, flops: int | None) -> Cost:
+        size, count = sum(map(_bytes, trained)), sum(x.size for x in trained)
+        return Cost(count, size, params, size, moments * size, flops)
+
+    own = whole = None
+    if kernels is not None:
+        whole = 3 * sum(kernel.flops for kernel in kernels.values())
+        own = sum(_flops(k, adapters.get(path)) for path, k in kernels.items())
+    return Costs(
+        made(trained, base + sum(map(_bytes, trained)), own),
+        made(floating, base, whole),
+    )
+
+
+def _bytes(leaf: Any) -> int:
+    return leaf.size * jnp.dtype(leaf.dtype).itemsize
+
+
+def _flops(kernel: Kernel, adapter: Any) -> int:
+    """Of a train step, as the module says."""
+    if adapter is None or not hasattr(adapter, "rank"):
+        return (2 if adapter is None else 3) * kernel.flops
+    plain = jax.eval_shape(as_lora, adapter)
+    in_, out, _ = plain.axes.sizes(kernel.shape)
+    n, m = math.prod(in_), math.prod(out)
+    return 2 * kernel.flops + 3 * round(kernel.flops * plain.rank * (n + m) / (n * m))

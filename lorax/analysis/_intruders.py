@@ -1,0 +1,136 @@
+"""Intruder dimensions: leading directions of the tuned kernel that the base has not.
+
+    y_j is an intruder  <=>  max_i |cos(y_j, x_i)| < threshold,     j = 1..k
+
+with y_j the j-th singular vector of the adapted kernel and x_i those of the pretrained
+one. The paper finds them in LoRA, not in full fine-tuning.
+
+References:
+  Shuttleworth et al., LoRA vs Full Fine-tuning: An Illusion of Equivalence,
+  arXiv:2410.21228, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorax import linalg, tree
+from lorax.analysis import _matrices
+from lorax.types import Adapters, Factors, PyTree
+
+
+class Intruders(NamedTuple):
+    """What was found in a kernel.
+
+    Attributes:
+      number: `[*stack]` int32, intruders among the k leading directions.
+      cosines: `[*stack, k]`, of each direction the largest |cosine| with any of the
+        base's.
+    """
+
+    number: jax.Array
+    cosines: jax.Array
+
+
+def intruder_dimensions(
+    key: jax.Array,
+    adapters: Adapters,
+    params: PyTree,
+    *,
+    k: int = 10,
+    threshold: float = 0.5,
+    against: int | None = None,
+    side: Literal["in", "out"] = "out",
+) -> dict[str, Intruders]:
+    """Counts the intruder dimensions of every adapted kernel, by path.
+
+    The adapted kernel is decomposed by thin products with W and the factors, one kernel
+    of a stack at a time.
+
+    Args:
+      key: for the randomised decompositions.
+      adapters: `{path: Adapter}`; a Dora with its magnitudes.
+      params: the base that they were trained on.
+      k: leading directions of the adapted kernel; 10 as in the paper.
+      threshold: of the cosine; 0.5, the middle of the paper's figures.
+      against: how many leading directions of the base to hold them against; None: all,
+        by a full decomposition of W, as the paper defines it (minutes and several times
+        W's memory beyond a few thousand features). A number makes it cheap, and counts
+        as intruders also what is like a direction of W further down.
+      side: "out" as in the paper (the left vectors of PyTorch's `[out, in]`), or "in".
+
+    Returns:
+      `{path: Intruders}`.
+
+    Raises:
+      ValueError: no adapter has factors, k or against below 1, another side.
+      KeyError: a path that params lacks.
+    """
+    for name, value in (("k", k), ("against", against)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}; give 1 or more directions")
+    if side not in ("in", "out"):
+        raise ValueError(f"side={side!r}; choose 'in' or 'out'")
+    chosen = _matrices.thin(adapters, "intruder_dimensions")
+    leaves = tree.flatten(params)
+    tree.require(chosen, leaves, "parameter tree")
+
+    def measured(path: str, adapter: Any) -> Intruders:
+        leaf = jnp.asarray(leaves[path])
+        kernel = _matrices.leaf_matrices(leaf, adapter.axes)
+        factors = _flat(adapter.factors(leaf), kernel)
+        own = tree.fold_path(key, path)
+        cosines = _mapped(
+            lambda w, f: _cosines(own, w, f, k, against, side), kernel, factors
+        )
+        number = jnp.sum(cosines < threshold, -1, dtype=jnp.int32)
+        return Intruders(number, cosines)
+
+    return tree.map_adapters(measured, chosen)
+
+
+def _cosines(
+    key: jax.Array,
+    kernel: jax.Array,
+    factors: Factors,
+    k: int,
+    against: int | None,
+    side: str,
+) -> jax.Array:
+    """Of one kernel `[in, out]`: `[k]`."""
+    keys, size = jax.random.split(key), min(kernel.shape)
+    tuned = linalg.randomized_svd(
+        keys[0], kernel, min(k, size), factors=factors, **linalg.CLOSE
+    )
+    if against is None or against >= size:
+        base = linalg.svd(kernel, size)
+    else:
+        base = linalg.randomized_svd(keys[1], kernel, against, **linalg.CLOSE)
+    pick = lambda found: found[0] if side == "in" else found[2].mT  # [size, k]
+    overlap = jnp.matmul(pick(tuned).mT, pick(base), precision=linalg.EXACT)
+    return jnp.abs(overlap).max(-1)
+
+
+def _flat(factors: Factors, kernel: jax.Array) -> Factors:
+    """The factors of `[*batch, in, out]` matrices."""
+    *batch, n, m = kernel.shape
+    rank, gain = factors.a.shape[-1], factors.gain
+    return Factors(
+        factors.a.astype(kernel.dtype).reshape(*batch, n, rank),
+        factors.b.astype(kernel.dtype).reshape(*batch, rank, m),
+        None if gain is None else gain.astype(kernel.dtype).reshape(*batch, m),
+    )
+
+
+def _mapped(function: Any, kernel: jax.Array, factors: Factors) -> jax.Array:
+    """Runs over the matrices of a stack one by one: each needs working memory."""
+    batch = kernel.shape[:-2]
+    if not batch:
+        return function(kernel, factors)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), factors)
+    stacked = kernel.reshape(-1, *kernel.shape[-2:])
+    found = jax.lax.map(lambda given: function(*given), (stacked, flat))
+    return found.reshape(*batch, -1)

@@ -1,0 +1,85 @@
+"""What belongs to every kernel, laid out as layer x matrix: rank maps, and others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+NUMBERED = re.compile(r"(.*?)[_.]?(\d+)")
+
+
+class LayerMap(NamedTuple):
+    """A table with a row a matrix and a column a layer.
+
+    Attributes:
+      matrices: the rows' names, paths without the layer and the trailing `kernel`.
+      layers: the columns' numbers.
+      values: `[matrices, layers]` float64, NaN where a layer has no such matrix.
+    """
+
+    matrices: tuple[str, ...]
+    layers: tuple[int, ...]
+    values: np.ndarray
+
+
+def layer_map(values: Mapping[str, Any]) -> LayerMap:
+    """Lays out one number a kernel as matrix x layer.
+
+    For AdaLoRA's rank map give it `lorax.optim.adalora_effective_ranks(opt_state)`; for
+    others `{path: lorax.analysis.effective_rank(s)}` of the singular values, and so on.
+
+    Args:
+      values: `{path: number}`, or `{path: [layers]}` of stacked kernels. The layer of a
+        path is the number in its first component that ends in one (`h_3`, `layers/3`);
+        a path without any is in layer 0.
+
+    Returns:
+      A `LayerMap`, matrices in order of appearance, layers rising.
+
+    Raises:
+      ValueError: more than one value a layer, or two values for one place.
+
+    Example:
+      >>> ranks = {"h_0/attn/q/kernel": 4, "h_1/attn/q/kernel": 2, "h_1/up/kernel": 8}
+      >>> found = layer_map(ranks)
+      >>> found.matrices, found.layers
+      (('h/attn/q', 'h/up'), (0, 1))
+      >>> found.values.tolist()
+      [[4.0, 2.0], [nan, 8.0]]
+    """
+    cells: dict[tuple[str, int], float] = {}
+    for path, value in values.items():
+        array = np.asarray(value, np.float64)
+        if array.ndim > 1:
+            raise ValueError(
+                f"{path}: values of shape {array.shape}; a map has one a layer, so "
+                "reduce the further axes (experts) or map each by itself"
+            )
+        layer, name = _place(path)
+        for i, number in enumerate(np.atleast_1d(array)):
+            cell = name, i if array.ndim else layer
+            if cell in cells:
+                raise ValueError(
+                    f"{path}: there is a value for {name!r} in layer {cell[1]} already"
+                )
+            cells[cell] = float(number)
+    matrices = tuple(dict.fromkeys(name for name, _ in cells))
+    layers = tuple(sorted({layer for _, layer in cells}))
+    rows = [[cells.get((name, i), np.nan) for i in layers] for name in matrices]
+    return LayerMap(matrices, layers, np.array(rows))
+
+
+def _place(path: str) -> tuple[int, str]:
+    """The layer, and the name without it."""
+    parts = path.split("/")
+    if len(parts) > 1 and parts[-1] in ("kernel", "embedding"):
+        parts.pop()
+    for i, part in enumerate(parts):
+        if found := NUMBERED.fullmatch(part):
+            name, number = found.groups()
+            parts[i : i + 1] = [name] if name else []
+            return int(number), "/".join(parts) or path
+    return 0, "/".join(parts)

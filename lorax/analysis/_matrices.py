@@ -1,0 +1,53 @@
+"""Low-rank updates as stacks of matrices, and which adapters have one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+from lorax.adapters import AdaLora, Dora, Lora, SlicedLora, as_lora, layout
+from lorax.types import Adapters, Axes
+
+KINDS = (Lora, SlicedLora, Dora, AdaLora)
+
+
+def thin(adapters: Adapters, what: str) -> Adapters:
+    """Returns those adapters that have factors.
+
+    Raises:
+      ValueError: there are none.
+    """
+    chosen: Adapters = {path: a for path, a in adapters.items() if isinstance(a, KINDS)}
+    if not chosen:
+        names = sorted({type(adapter).__name__ for adapter in adapters.values()})
+        raise ValueError(
+            f"{what} reads low-rank factors, and was given "
+            f"{', '.join(names) or 'an empty tree'}; pass the dict that lorax.init "
+            "returns for at least one lora, dora or adalora target"
+        )
+    return chosen
+
+
+def matrices(adapter: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns `a: [*stack, in, rank]`, `b: [*stack, rank, out]`, the scale in b.
+
+    At least float32. Only layers that have factors are in the stack.
+    """
+    plain = as_lora(adapter)
+    a, b = plain.a, plain.b
+    stack = a.shape[: layout.stack_axes(a, plain.axes)]
+    dtype = layout.wide(a, b)
+    return (
+        a.astype(dtype).reshape(*stack, -1, plain.rank),
+        plain.scale * b.astype(dtype).reshape(*stack, plain.rank, -1),
+    )
+
+
+def leaf_matrices(leaf: jax.Array, axes: Axes) -> jax.Array:
+    """Returns a kernel as `[*batch, in, out]`, at least float32."""
+    in_, out, batch = axes.sizes(leaf.shape)
+    ordered = leaf.transpose(axes.order)
+    ordered = ordered.reshape(*batch, math.prod(in_), math.prod(out))
+    return ordered.astype(layout.wide(leaf))

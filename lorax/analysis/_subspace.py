@@ -1,0 +1,103 @@
+"""How far two adapters span the same directions.
+
+    phi(A, B, i, j) = |U_i^T V_j|_F^2 / min(i, j)        in [0, 1]
+
+with U_i the i leading singular directions of one adapter and V_j the j leading ones of
+the other: 1 where the smaller space lies within the larger, and max(i, j) / n for two
+random subspaces of n dimensions.
+
+References:
+  Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685,
+  section 7.2 and appendix G.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lorax import linalg, tree
+from lorax.analysis import _matrices
+from lorax.types import Adapters
+
+Of = Literal["a", "b", "in", "out"]
+OF = ("a", "b", "in", "out")
+
+
+def subspace_similarity(
+    first: Adapters, second: Adapters, of: Of = "a"
+) -> dict[str, jax.Array]:
+    """Returns phi for every pair of leading dimensions, by path.
+
+    Compare ranks (8 against 64), seeds, layers or tasks: the adapters must fit the same
+    kernels, their ranks may differ.
+
+    Args:
+      first: `{path: Adapter}`.
+      second: likewise; the paths that both have are compared.
+      of: "a": the input directions of the factor that reads, as in the paper; "b": the
+        output directions of the factor that writes; "in", "out": those of the whole
+        update `scale * a @ b`, which weighs a direction by what it does.
+
+    Returns:
+      `{path: [*stack, r1, r2]}`; entry (i - 1, j - 1) is phi(i, j). Directions of
+      singular value zero are noise: at the standard init all of b's are.
+
+    Raises:
+      ValueError: another `of`, no path in common, or kernels of different sizes.
+
+    Example:
+      >>> import lorax
+      >>> make = lambda a: lorax.Lora(a, jnp.ones((2, 3)), 1.0, lorax.Axes((0,), (1,)))
+      >>> x, y = jnp.eye(4)[:, :2] * jnp.array([2.0, 1.0]), jnp.eye(4)[:, 1:3]
+      >>> phi = subspace_similarity({"w": make(x)}, {"w": make(y)})["w"]
+      >>> phi.round(3).tolist()[1][1]  # one of two directions is shared
+      0.5
+    """
+    if of not in OF:
+        raise ValueError(f"of={of!r}; choose one of {', '.join(OF)}")
+    first = _matrices.thin(first, "subspace_similarity")
+    second = _matrices.thin(second, "subspace_similarity")
+    both = [path for path in first if path in second]
+    if not both:
+        raise ValueError(
+            f"the adapters have no path in common: the first has {sorted(first)[:3]}, "
+            f"and of the second {tree.nearest(next(iter(first)), second)}"
+        )
+    return {path: _phi(path, first[path], second[path], of) for path in both}
+
+
+def random_similarity(size: int, i: int, j: int) -> float:
+    """Returns what phi is on average for random subspaces: `max(i, j) / size`.
+
+    Args:
+      size: dimensions of the space, the kernel's inputs or outputs.
+      i: dimensions of one subspace.
+      j: of the other.
+    """
+    return max(i, j) / size
+
+
+def _phi(path: str, one: Any, other: Any, of: str) -> jax.Array:
+    u, v = _directions(one, of), _directions(other, of)
+    if u.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            f"{path}: directions of shape {u.shape} and {v.shape}; both adapters must "
+            "be of the same kernel, with factors for the same layers"
+        )
+    cosines = jnp.matmul(u.mT, v, precision=linalg.EXACT)  # [*stack, r1, r2]
+    sums = jnp.cumsum(jnp.cumsum(cosines**2, -2), -1)
+    i, j = (jnp.arange(1, n + 1) for n in cosines.shape[-2:])
+    return sums / jnp.minimum(i[:, None], j[None, :])
+
+
+def _directions(adapter: Any, of: str) -> jax.Array:
+    """`[*stack, size, rank]`, orthonormal, the leading first."""
+    a, b = _matrices.matrices(adapter)
+    if of in ("a", "b"):
+        factor = a if of == "a" else b.mT
+        return linalg.svd(factor, min(factor.shape[-2:]))[0]
+    u, _, vt = linalg.low_rank_svd(a, b)
+    return u if of == "in" else vt.mT
