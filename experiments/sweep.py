@@ -1,0 +1,93 @@
+"""Runs a config over a grid of its fields, and tables what comes out.
+
+    python -m experiments.sweep --config=configs/quickstart.py --workdir=runs/sweep \
+        --grid="adapter.rank=2,8; optimizer.learning_rate.lora=5e-3,1e-2" --jobs=2
+
+`--dry_run` lists the runs and how they are grouped into processes. What is finished
+stands in `runs.jsonl` (see `experiments/runs.py`); the same command goes on from there,
+and tries again what failed. `--config.field=value` sets a field of all runs.
+
+Runs that differ in nothing but LoRA's learning rate, rank and alpha train as one
+population, each member as it would have trained alone; "full" and the source's bits per
+byte are then left out. Alpha is as given: over ranks alone the scale alpha / rank
+changes. The table is sorted by a reported figure; to choose hyperparameters by
+documents apart from those reported, use `experiments.tune`.
+"""
+
+import contextlib
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments import runs, sweeping
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of all runs; `runs/<run.name>-sweep` by default."
+)
+_GRID = flags.DEFINE_string("grid", None, "`field=value,value; field=value,value`.")
+_JOBS = flags.DEFINE_integer("jobs", 1, "Processes side by side.", lower_bound=1)
+_POPULATIONS = flags.DEFINE_bool("populations", True, "Train runs as one where alike.")
+_MEMBERS = flags.DEFINE_integer(
+    "members", 16, "Most members of a population.", lower_bound=1
+)
+_METRIC = flags.DEFINE_string(
+    "metric", "", "Result to sort by, such as lora.test_bpb; the task's own by default."
+)
+_BEST = flags.DEFINE_enum("best", "auto", ["auto", "min", "max"], "Which is first.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs, and run none.")
+
+
+def command(job: sweeping.Job, folder: pathlib.Path) -> list[str]:
+    """The command line of a job."""
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    main = [sys.executable, "-m", "experiments.main", f"--config={file}"]
+    return [*main, *job.flags, f"--workdir={folder}"]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Sweeps as the flags say."""
+    if len(argv) > 1:
+        raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+    config = _CONFIG.value
+    folder = pathlib.Path(_WORKDIR.value or f"runs/{config.run.name}-sweep")
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    try:
+        grid = sweeping.parse_grid(_GRID.value, config, overrides)
+        every = sweeping.make_runs(config, grid)
+        alone = contextlib.nullcontext() if _DRY_RUN.value else runs.only_one(folder)
+        with alone:
+            sys.exit(sweep(folder, every, overrides))
+    except ValueError as e:
+        sys.exit(f"experiments.sweep: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def sweep(folder: pathlib.Path, every: Sequence[sweeping.Run], overrides: dict) -> int:
+    """Does what is not done yet, prints the table and returns the exit code."""
+    table = runs.RunTable(folder)
+    left = [run for run in every if not table.finished(run, _METRIC.value)]
+    jobs = sweeping.make_jobs(
+        left,
+        overrides,
+        populations=_POPULATIONS.value,
+        metric=_METRIC.value,
+        most=_MEMBERS.value,
+    )
+    print(sweeping.describe(every, jobs, _JOBS.value), flush=True)
+    if _DRY_RUN.value:
+        return 0
+    failed = runs.fill(table, jobs, _JOBS.value, command)
+    text = runs.report(table, every, _METRIC.value, _BEST.value)
+    (folder / "table.md").write_text(text + "\n")
+    print(f"\n{text}\n\nWritten to {folder}: runs.jsonl table.md")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "grid"])
+    app.run(main)
