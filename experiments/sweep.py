@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import runs, sweeping
+from experiments import grid, jobs, runs, sweeping
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
 _WORKDIR = flags.DEFINE_string(
@@ -56,8 +56,8 @@ def main(argv: Sequence[str]) -> None:
     folder = pathlib.Path(_WORKDIR.value or f"runs/{config.run.name}-sweep")
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     try:
-        grid = sweeping.parse_grid(_GRID.value, config, overrides)
-        every = sweeping.make_runs(config, grid)
+        values = grid.parse_grid(_GRID.value or "", config, overrides)
+        every = sweeping.make_runs(config, values)
         alone = contextlib.nullcontext() if _DRY_RUN.value else runs.only_one(folder)
         with alone:
             sys.exit(sweep(folder, every, overrides))
@@ -71,17 +71,17 @@ def sweep(folder: pathlib.Path, every: Sequence[sweeping.Run], overrides: dict) 
     """Does what is not done yet, prints the table and returns the exit code."""
     table = runs.RunTable(folder)
     left = [run for run in every if not table.finished(run, _METRIC.value)]
-    jobs = sweeping.make_jobs(
+    todo = sweeping.make_jobs(
         left,
         overrides,
         populations=_POPULATIONS.value,
         metric=_METRIC.value,
         most=_MEMBERS.value,
     )
-    print(sweeping.describe(every, jobs, _JOBS.value), flush=True)
+    print(sweeping.describe(every, todo, _JOBS.value), flush=True)
     if _DRY_RUN.value:
         return 0
-    failed = runs.fill(table, jobs, _JOBS.value, command)
+    failed = jobs.fill(table, todo, _JOBS.value, command)
     text = runs.report(table, every, _METRIC.value, _BEST.value)
     (folder / "table.md").write_text(text + "\n")
     print(f"\n{text}\n\nWritten to {folder}: runs.jsonl table.md")

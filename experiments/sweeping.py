@@ -1,6 +1,7 @@
 """What a sweep runs: a grid over fields of a config, and which runs go as one.
 
-    runs = make_runs(config, parse_grid("adapter.rank=2,8; adapter.init=pissa", config))
+    values = grid.parse_grid("adapter.rank=2,8; adapter.init=pissa", config)
+    runs = make_runs(config, values)
     jobs = make_jobs(runs, overrides={})
 
 A job is one process of `experiments.main`: a run of its own, or a population. Runs
@@ -12,16 +13,16 @@ Alpha is as given: a grid over `adapter.rank` alone keeps `adapter.alpha`, so th
 alpha / rank changes with it.
 """
 
-import ast
 import copy
-import difflib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
+
+from experiments import grid
 
 POOLED = {
     "optimizer.learning_rate.lora": "learning_rate",
@@ -33,7 +34,6 @@ SHARES_BASE = ("standard", "gaussian")
 """The inits that leave the base as it is and look at no data."""
 COMMON = ("base.test_bpb", "lora.test_bpb", "lora.trainable")
 """What a population and a run of its own both report."""
-KINDS = (bool, int, float, str, tuple)
 
 
 class Run(NamedTuple):
@@ -66,153 +66,21 @@ class Job(NamedTuple):
     why: str = ""
 
 
-# ------------------------------------------------------------------------- the grid
-
-
-def parse_grid(
-    text: str, config: ml_collections.ConfigDict, overridden: Iterable[str] = ()
-) -> dict[str, list[Any]]:
-    """Reads `field=value,value; field=value`.
-
-    Commas and semicolons inside brackets or quotes do not split. A value is a Python
-    literal where it is one, else a string; a field of strings takes any text.
-
-    Args:
-      text: the grid.
-      config: whose fields they are.
-      overridden: fields that the command line sets besides.
-
-    Returns:
-      Field -> its values, in the order given.
-
-    Raises:
-      ValueError: an unknown field, a value of another type than the field's, a field or
-        value given twice, no values, or an open bracket or quote.
-
-    Example:
-      >>> config = ml_collections.ConfigDict({"adapter": {"rank": 8, "init": "x"}})
-      >>> parse_grid("adapter.rank=2,4; adapter.init=pissa", config)
-      {'adapter.rank': [2, 4], 'adapter.init': ['pissa']}
-    """
-    grid: dict[str, list[Any]] = {}
-    overridden = set(overridden)
-    for axis in filter(None, map(str.strip, split(text, ";"))):
-        name, equals, values = (part.strip() for part in axis.partition("="))
-        if not equals or not values:
-            raise ValueError(f"--grid: {axis!r} has no values; write field=value,value")
-        kind = kind_of(name, config)
-        if name in grid or name in overridden:
-            twice = "--grid" if name in grid else f"--config.{name}"
-            raise ValueError(f"--grid: {name} is given here and by {twice}; keep one")
-        grid[name] = []
-        for value in map(str.strip, split(values, ",")):
-            read = read_value(name, value, kind)
-            if read in grid[name]:
-                raise ValueError(f"--grid: {name} has the value {value} twice")
-            grid[name].append(read)
-    if not grid:
-        raise ValueError("--grid is empty; write field=value,value; field=value")
-    return grid
-
-
-def split(text: str, separator: str) -> list[str]:
-    """Splits where the separator is inside no bracket and no quote."""
-    parts, closing, quote = [""], [], ""
-    pairs = {"(": ")", "[": "]", "{": "}"}
-    for letter in text:
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"":
-            quote = letter
-        elif letter in pairs:
-            closing.append(pairs[letter])
-        elif closing and letter == closing[-1]:
-            closing.pop()
-        elif letter == separator and not closing:
-            parts.append("")
-            continue
-        parts[-1] += letter
-    if quote or closing:
-        raise ValueError(f"--grid: {text!r} lacks a closing {quote or closing[-1]}")
-    return parts
-
-
-def fields_of(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
-    """The names of all fields, sections apart, with dots."""
-    names = []
-    for name in config:
-        held = config[name] if config.get(name) is not None else None
-        if isinstance(held, ml_collections.ConfigDict):
-            names += fields_of(held, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
-
-
-def kind_of(name: str, config: ml_collections.ConfigDict) -> type:
-    """The type of a field; ValueError for what is no field, or cannot be swept."""
-    known = fields_of(config)
-    if name.startswith("population."):
-        raise ValueError(
-            f"--grid: {name}: a sweep makes its populations itself; give "
-            f"{', '.join(POOLED)}"
-        )
-    if inside := [field for field in known if field.startswith(f"{name}.")]:
-        raise ValueError(f"--grid: {name} is a section; it has {', '.join(inside)}")
-    if name not in known:
-        last = name.rpartition(".")[2]
-        near = [field for field in known if field.rpartition(".")[2] == last]
-        near += difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-        told = ", ".join(dict.fromkeys(near)) or f"sections {', '.join(config)}"
-        raise ValueError(f"--grid: the config has no field {name}; near it: {told}")
-    holder, _, last = name.rpartition(".")
-    kind = _at(config, holder).get_type(last)
-    if kind not in KINDS:
-        raise ValueError(
-            f"--grid: {name} is of type {kind.__name__}, which no flag can set"
-        )
-    return kind
-
-
-def read_value(name: str, text: str, kind: type) -> Any:
-    """Reads a value as the type of its field; ValueError if it is of another."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if kind is str:
-        return value if isinstance(value, str) else text
-    if kind is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        like = {tuple: ", such as ('a', 'b') or (1,)"}.get(kind, "")
-        raise ValueError(
-            f"--grid: {name}={text}: the field holds {kind.__name__}{like}; this is "
-            f"{type(value).__name__}"
-        )
-    return value
-
-
-# ------------------------------------------------------------------------- the runs
-
-
 def make_runs(
-    config: ml_collections.ConfigDict, grid: Mapping[str, Sequence[Any]]
+    config: ml_collections.ConfigDict, values: Mapping[str, Sequence[Any]]
 ) -> list[Run]:
-    """Returns every combination of the grid's values, the last field fastest."""
+    """Returns every combination of `parse_grid`'s values, the last field fastest."""
     if any(value != () for value in config.get("population", {}).values()):
         raise ValueError(
             "config.population is set: a sweep makes its populations itself; give the "
             f"values to --grid, as {', '.join(POOLED)}"
         )
     runs = []
-    for values in itertools.product(*grid.values()):
-        fields, own = dict(zip(grid, values, strict=True)), copy.deepcopy(config)
+    for point in itertools.product(*values.values()):
+        fields, own = dict(zip(values, point, strict=True)), copy.deepcopy(config)
         for name, value in fields.items():
             holder, _, last = name.rpartition(".")
-            _at(own, holder)[last] = value
+            grid.at(own, holder)[last] = value
         runs.append(Run(fields, own, digest(own)))
     return runs
 
@@ -220,7 +88,7 @@ def make_runs(
 def digest(config: ml_collections.ConfigDict) -> str:
     """A hash of every value of a config, references resolved."""
     text = json.dumps(config.to_dict(), sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _short(text)
 
 
 def make_jobs(
@@ -259,8 +127,7 @@ def make_jobs(
             text = tuple(f"--config.{name}={flag_text(value)}" for name, value in flags)
             name = members[0].hash
             if len(members) > 1:
-                name = hashlib.sha256("".join(r.hash for r in members).encode())
-                name = "population-" + name.hexdigest()[:16]
+                name = f"population-{_short(''.join(run.hash for run in members))}"
             jobs.append(Job(name, members, text, whys[key]))
     return jobs
 
@@ -275,7 +142,7 @@ def apart(config: ml_collections.ConfigDict) -> str:
         return f"adapter.init={config.adapter.init} does not leave the base as it is"
     for name in POOLED:
         holder, _, last = name.rpartition(".")
-        if not _at(config, holder)[last] > 0:
+        if not grid.at(config, holder)[last] > 0:
             return f"{name} is not positive"
     return ""
 
@@ -309,15 +176,9 @@ def describe(runs: Sequence[Run], jobs: Sequence[Job], at_once: int) -> str:
     if beside:
         lines.append(
             f"populations train lora alone, not {', '.join(sorted(beside))}; "
-            "--populations=false trains all of run.methods"
+            "--populations=false, or a --metric of it, trains all of run.methods"
         )
     return "\n".join(lines)
-
-
-def _at(config: ml_collections.ConfigDict, path: str) -> Any:
-    for name in filter(None, path.split(".")):
-        config = config[name]
-    return config
 
 
 def _pool(config: ml_collections.ConfigDict) -> str:
@@ -328,7 +189,7 @@ def _pool(config: ml_collections.ConfigDict) -> str:
     for name in POOLED:
         if name != "adapter.rank" or ranks:
             holder, _, last = name.rpartition(".")
-            del (held := _at(rest, holder).unlock())[last]
+            del (held := grid.at(rest, holder).unlock())[last]
             held.lock()
     return "pool " + digest(rest)
 
@@ -343,3 +204,7 @@ def _flags_of(members: Sequence[Run]) -> list[tuple[str, Any]]:
         else:
             flags.append((name, value))
     return flags
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

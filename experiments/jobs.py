@@ -1,0 +1,175 @@
+"""The processes of a sweep: some side by side, none left behind."""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from experiments.runs import Line, RunTable
+from experiments.sweeping import Job
+
+TAIL = 15  # lines of a failed run's log
+
+
+def fill(
+    table: RunTable,
+    jobs: Sequence[Job],
+    at_once: int,
+    command: Callable[[Job, pathlib.Path], Sequence[str]],
+) -> int:
+    """Launches the jobs, writes the lines and returns how many runs failed."""
+    failed, left = 0, len(jobs)
+
+    def finished(job: Job, lines: list[Line]) -> None:
+        nonlocal failed, left
+        table.add(lines)
+        left -= 1
+        first = lines[0]
+        if first["ok"]:
+            print(f"{job.name}: done in {first['seconds']:.1f} s, {left} left")
+        else:
+            failed += len(lines)
+            print(
+                f"{job.name}: FAILED with exit code {first['exit_code']}, {left} left; "
+                f"the end of {first['log']}:\n{first['tail']}"
+            )
+            if len(job.runs) > 1:
+                print("--populations=false runs its members one by one")
+        sys.stdout.flush()
+
+    launch(jobs, at_once, command, table.path.parent, finished)
+    return failed
+
+
+def launch(
+    jobs: Sequence[Job],
+    at_once: int,
+    command: Callable[[Job, pathlib.Path], Sequence[str]],
+    folder: pathlib.Path,
+    finished: Callable[[Job, list[Line]], None],
+    grace: float = 30.0,
+) -> None:
+    """Runs every job in a process, some side by side; a failure stops no other.
+
+    However it is left, SIGTERM and Ctrl-C included, no process stays behind.
+
+    Args:
+      jobs: in the order in which they start.
+      at_once: how many side by side.
+      command: of a job and its folder.
+      folder: of the sweep; a job's is `folder/<name>`, with its output in `log.txt`.
+      finished: gets each job with its lines, one a run, as soon as it is over.
+      grace: seconds that processes have between SIGTERM and SIGKILL; a run that keeps
+        itself saves meanwhile.
+    """
+    environment = dict(os.environ)
+    if at_once > 1:  # or the first process takes most of an accelerator's memory
+        share = f"{0.9 / at_once:.2f}"
+        environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+    waiting = list(reversed(jobs))
+    running: dict[subprocess.Popen, tuple[Job, float]] = {}
+    try:
+        with _terminated_as_exit():
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    job = waiting.pop()
+                    own = folder / job.name
+                    own.mkdir(parents=True, exist_ok=True)
+                    (own / "results.json").unlink(missing_ok=True)  # of another try
+                    with open(own / "log.txt", "wb") as log:
+                        process = subprocess.Popen(
+                            command(job, own),
+                            env=environment,
+                            stdin=subprocess.DEVNULL,
+                            stdout=log,
+                            stderr=subprocess.STDOUT,
+                            start_new_session=True,  # Ctrl-C comes to us alone
+                        )
+                    running[process] = job, time.monotonic()
+                for process in [p for p in running if p.poll() is not None]:
+                    job, began = running.pop(process)
+                    seconds = round(time.monotonic() - began, 2)
+                    lines = lines_of(job, folder / job.name, process.returncode)
+                    finished(job, [line | {"seconds": seconds} for line in lines])
+                time.sleep(0.05)
+    finally:
+        _stop(running, grace)
+
+
+def lines_of(job: Job, folder: pathlib.Path, code: int) -> list[Line]:
+    """The lines of a job that is over, one a run, but for the seconds."""
+    results, tail = None, ""
+    if code == 0:
+        try:
+            results = _finite(json.loads((folder / "results.json").read_text()))
+        except (OSError, ValueError) as e:
+            tail = f"results.json cannot be read: {e}"
+    log = folder / "log.txt"
+    if results is None:
+        text = log.read_text("utf-8", errors="replace").splitlines()
+        tail = "\n".join([*text[-TAIL:], *filter(None, [tail])])
+    lines = []
+    for k, run in enumerate(job.runs):
+        line: Line = {"fields": run.fields, "hash": run.hash, "ok": results is not None}
+        if results is None:
+            line |= {"exit_code": code, "log": str(log), "tail": tail}
+        elif len(job.runs) == 1:
+            line["results"] = results
+        else:  # in the form of a run of its own
+            row = results["members"][k]
+            own = {name: row[name] for name in ("test_bpb", "trainable", "skipped")}
+            line["results"] = {"base": results["base"], "lora": own}
+        if len(job.runs) > 1:
+            line |= {"member": k, "population": len(job.runs)}
+        lines.append(line | {"workdir": str(folder)})
+    return lines
+
+
+@contextlib.contextmanager
+def _terminated_as_exit() -> Iterator[None]:
+    """SIGTERM leaves the block as an exception would."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(running: dict[subprocess.Popen, Any], grace: float) -> None:
+    """Ends the processes and what they started, at the latest after the grace."""
+    alive = lambda: [process for process in running if process.poll() is None]
+
+    def tell(number: int) -> None:
+        for process in alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+    end = time.monotonic() + grace
+    try:
+        tell(signal.SIGTERM)
+        while alive() and time.monotonic() < end:
+            time.sleep(0.05)
+    finally:  # after a second Ctrl-C too
+        tell(signal.SIGKILL)
+        for process in running:
+            process.wait()
+
+
+def _finite(value: Any) -> Any:
+    """The same without NaN and infinities, which JSON has not: None."""
+    if isinstance(value, dict):
+        return {name: _finite(held) for name, held in value.items()}
+    if isinstance(value, list):
+        return [_finite(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
