@@ -67,7 +67,10 @@ def launch(
       folder: of the sweep; a job's is `folder/<name>`, with its output in `log.txt`.
       finished: gets each job with its lines, one a run, as soon as it is over.
       grace: seconds that processes have between SIGTERM and SIGKILL; a run that keeps
-        itself saves meanwhile.
+        itself saves meanwhile. A second signal ends them at once.
+
+    Raises:
+      SystemExit: after a signal, with 128 and its number.
     """
     environment = dict(os.environ)
     if at_once > 1:  # or the first process takes most of an accelerator's memory
@@ -75,32 +78,37 @@ def launch(
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
     waiting = list(reversed(jobs))
     running: dict[subprocess.Popen, tuple[Job, float]] = {}
-    try:
-        with _terminated_as_exit():
-            while waiting or running:
+
+    def start(job: Job) -> None:
+        own = folder / job.name
+        own.mkdir(parents=True, exist_ok=True)
+        (own / "results.json").unlink(missing_ok=True)  # of another try
+        with open(own / "log.txt", "wb") as log:
+            process = subprocess.Popen(
+                command(job, own),
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C comes to us alone
+            )
+        running[process] = job, time.monotonic()
+
+    with _signals() as told:
+        try:
+            while (waiting or running) and not told:
                 while waiting and len(running) < at_once:
-                    job = waiting.pop()
-                    own = folder / job.name
-                    own.mkdir(parents=True, exist_ok=True)
-                    (own / "results.json").unlink(missing_ok=True)  # of another try
-                    with open(own / "log.txt", "wb") as log:
-                        process = subprocess.Popen(
-                            command(job, own),
-                            env=environment,
-                            stdin=subprocess.DEVNULL,
-                            stdout=log,
-                            stderr=subprocess.STDOUT,
-                            start_new_session=True,  # Ctrl-C comes to us alone
-                        )
-                    running[process] = job, time.monotonic()
+                    start(waiting.pop())
                 for process in [p for p in running if p.poll() is not None]:
                     job, began = running.pop(process)
                     seconds = round(time.monotonic() - began, 2)
                     lines = lines_of(job, folder / job.name, process.returncode)
                     finished(job, [line | {"seconds": seconds} for line in lines])
                 time.sleep(0.05)
-    finally:
-        _stop(running, grace)
+        finally:
+            _stop(running, grace, told)
+    if told:
+        raise SystemExit(128 + told[0])
 
 
 def lines_of(job: Job, folder: pathlib.Path, code: int) -> list[Line]:
@@ -133,37 +141,41 @@ def lines_of(job: Job, folder: pathlib.Path, code: int) -> list[Line]:
 
 
 @contextlib.contextmanager
-def _terminated_as_exit() -> Iterator[None]:
-    """SIGTERM leaves the block as an exception would."""
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM: an exception could come between two lines of ours.
 
-    def leave(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, leave)
+    It could leave a process that we have started and not yet noted down, or half a
+    table.
+    """
+    told: list[int] = []
+    take = lambda number, _: told.append(number)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, take) for number in numbers}
     try:
-        yield
+        yield told
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _stop(running: dict[subprocess.Popen, Any], grace: float) -> None:
-    """Ends the processes and what they started, at the latest after the grace."""
+def _stop(
+    running: dict[subprocess.Popen, Any], grace: float, told: Sequence[int]
+) -> None:
+    """Ends the processes, at the latest after the grace or at a second signal."""
     alive = lambda: [process for process in running if process.poll() is None]
 
     def tell(number: int) -> None:
         for process in alive():
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
+                os.killpg(process.pid, number)  # and what it started
 
     end = time.monotonic() + grace
-    try:
-        tell(signal.SIGTERM)
-        while alive() and time.monotonic() < end:
-            time.sleep(0.05)
-    finally:  # after a second Ctrl-C too
-        tell(signal.SIGKILL)
-        for process in running:
-            process.wait()
+    tell(signal.SIGTERM)
+    while alive() and time.monotonic() < end and len(told) < 2:
+        time.sleep(0.05)
+    tell(signal.SIGKILL)
+    for process in running:
+        process.wait()
 
 
 def _finite(value: Any) -> Any:

@@ -174,5 +174,6 @@ def _cells(run: Run, line: Line | None, metric: str) -> list[str]:
     told = "failed"
     if line["ok"]:
         value = value_of(line["results"], metric)
-        told = "not finite" if value is None else f"{value:.5g}"
+        lacks = "not finite" if metric in names_of(line["results"]) else "none"
+        told = lacks if value is None else f"{value:.5g}"
     return [told, *values, f"{line['seconds']:.1f}", name]

@@ -63,8 +63,6 @@ def main(argv: Sequence[str]) -> None:
             sys.exit(sweep(folder, every, overrides))
     except ValueError as e:
         sys.exit(f"experiments.sweep: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def sweep(folder: pathlib.Path, every: Sequence[sweeping.Run], overrides: dict) -> int:

@@ -104,6 +104,10 @@ def test_the_report_is_sorted_failures_last(tmp_path):
     named = f"{made[3].hash} #1 of 2"
     assert rows[2] == ["0.12346", "4", "a\\|b", "1.5", named]
     assert [row[0] for row in rows[3:]] == ["2", "not finite", "failed", "not run"]
+    other = line_of(made[4]) | {"results": {"base": {}, "full": {"test_bpb": 1.0}}}
+    table.add([other])
+    rows = runs.report(table, made, "lora.test_bpb").splitlines()
+    assert [row.split()[1] for row in rows[4:]] == ["not", "none", "failed"]
     most = runs.report(table, made, "lora.test_bpb", "max").splitlines()
     assert [row.split()[1] for row in most[2:4]] == ["2", "0.12346"]
     with pytest.raises(
@@ -186,7 +190,7 @@ def test_a_failed_population_is_a_failed_line_a_member(tmp_path, capsys):
 
 SLEEPER = """
 import pathlib, signal, sys, time
-if sys.argv[2] == "stubborn":
+if sys.argv[2] != "gentle":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 folder = pathlib.Path(sys.argv[1])
 (folder / "pid").write_text(str(__import__("os").getpid()))
@@ -194,8 +198,15 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("kind", ["gentle", "stubborn"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (signal.SIGTERM, "gentle"),
+        (signal.SIGINT, "gentle"),
+        (signal.SIGTERM, "stubborn"),
+        (signal.SIGINT, "impatient"),
+    ],
+)
 def test_a_signal_stops_the_children(tmp_path, number, kind):
     todo = sweeping.make_jobs(runs_of("adapter.rank=2,4,8"), {}, populations=False)
     command = lambda job, own: [sys.executable, "-S", "-c", SLEEPER, str(own), kind]
@@ -206,16 +217,20 @@ def test_a_signal_stops_the_children(tmp_path, number, kind):
         while not all(pid.exists() and pid.read_text() for pid in pids):
             time.sleep(0.02)
         os.kill(os.getpid(), number)
+        if kind == "impatient":
+            time.sleep(0.2)
+            os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    before, kinds = signal.getsignal(signal.SIGTERM), (SystemExit, KeyboardInterrupt)
-    with pytest.raises(kinds) as told:
+    before, began = signal.getsignal(number), time.monotonic()
+    with pytest.raises(SystemExit) as left:
         finished = lambda job, lines: table.add(lines)
-        jobs.launch(todo, 2, command, tmp_path, finished, grace=0.3)
+        grace = 0.3 if kind == "stubborn" else 30.0
+        jobs.launch(todo, 2, command, tmp_path, finished, grace)
     thread.join()
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert number == signal.SIGINT or told.value.code == 143
+    assert left.value.code == 128 + number and time.monotonic() - began < 20
+    assert signal.getsignal(number) is before
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid.read_text()), 0)
