@@ -181,6 +181,9 @@ def test_a_failure_stops_no_other_and_is_tried_again(tmp_path, capsys):
 def test_a_failed_population_is_a_failed_line_a_member(tmp_path, capsys):
     todo = sweeping.make_jobs(runs_of("adapter.rank=2,4"), {})
     table = runs.RunTable(tmp_path)
+    stale = tmp_path / todo[0].name / "results.json"
+    stale.parent.mkdir()
+    stale.write_text(json.dumps({"base": {}, "members": []}))  # of another try
     silent = lambda job, folder: [sys.executable, "-S", "-c", "print('all well')"]
     assert jobs.fill(table, todo, 1, silent) == 2
     assert [line["ok"] for line in table.lines] == [False, False]
