@@ -44,7 +44,7 @@ class Runs:
     """Runs by key, each a line of a file, so that a study cut short goes on.
 
     Attributes:
-      lines: by key, `{"key", "settings", "seconds", "curve"}`.
+      lines: by key, `{"key", "settings", "seconds", "cpu_seconds", "curve", ...}`.
     """
 
     def __init__(
@@ -71,13 +71,22 @@ class Runs:
     def get(
         self,
         key: tuple[Hashable, ...],
-        make: Callable[[], list[float]] | None = None,
+        make: Callable[[], Any] | None = None,
     ) -> list[float]:
-        """Returns the curve of a run, made if need be.
+        """Returns the curve of a run, made if need be; arguments as for `line`."""
+        return self.line(key, make)["curve"]
+
+    def line(
+        self,
+        key: tuple[Hashable, ...],
+        make: Callable[[], Any] | None = None,
+    ) -> dict[str, Any]:
+        """Returns the line of a run, made if need be.
 
         Args:
           key: JSON values, the first one of `settings`.
-          make: trains; None: only a run that is there will do.
+          make: trains, and returns the curve, or a dict with "curve" and more JSON;
+            None: only a run that is there will do.
 
         Raises:
           NotRun: it is not there, and there is no time or no `make`.
@@ -86,16 +95,19 @@ class Runs:
         if key not in self.lines:
             if make is None or time.time() > self._until:
                 raise NotRun(" ".join(map(str, key[1:])))
-            began = time.time()
-            curve = [float(value) for value in make()]
-            seconds = round(time.time() - began, 1)
+            began, work = time.time(), time.process_time()
+            made = make()
+            made = made if isinstance(made, Mapping) else {"curve": made}
+            curve = [float(value) for value in made["curve"]]
             line: dict[str, Any] = {"key": key, "settings": self._settings[str(key[0])]}
-            line |= {"seconds": seconds, "curve": curve}
+            line["seconds"] = round(time.time() - began, 1)
+            line["cpu_seconds"] = round(time.process_time() - work, 1)
+            line |= {**made, "curve": curve}
             with open(self._path, "a") as file:
                 file.write(json.dumps(line) + "\n")
             self.lines[key] = line
-            print(*key, curve[-1], f"({seconds:.0f} s)", flush=True)
-        return self.lines[key]["curve"]
+            print(*key, curve[-1], f"({line['seconds']:.0f} s)", flush=True)
+        return self.lines[key]
 
 
 def _exact(key: Sequence[Hashable]) -> tuple[Hashable, ...]:
@@ -117,23 +129,33 @@ def best_of_grid(score: Callable[[float], float], grid: Sequence[float]) -> floa
     return min(best, beyond.get(best, best), key=value)
 
 
-def table(results: Mapping[str, Any], every: int = 1, digits: int = 4) -> str:
+def table(
+    results: Mapping[str, Any],
+    every: int = 1,
+    digits: int = 4,
+    baseline: str = "LoRA",
+) -> str:
     """Returns markdown: method, rate, final value, paired difference, steps.
 
     Args:
       results: by method.
       every: steps between two points of a curve.
       digits: behind the point.
+      baseline: the method that the others are held to.
     """
-    header = ["method", "rate", "final", "minus LoRA (95 %)", "steps to LoRA's final"]
-    return measure.markdown(header, summary(results, every, digits))
+    header = ["method", "rate", "final", f"minus {baseline} (95 %)"]
+    header.append(f"steps to {baseline}'s final")
+    return measure.markdown(header, summary(results, every, digits, baseline))
 
 
 def summary(
-    results: Mapping[str, Any], every: int = 1, digits: int = 4
+    results: Mapping[str, Any],
+    every: int = 1,
+    digits: int = 4,
+    baseline: str = "LoRA",
 ) -> list[list[str]]:
     """Returns the rows of `table`."""
-    lora = np.array(results["LoRA"]["curves"])
+    lora = np.array(results[baseline]["curves"])
     goal, n = lora[:, -1].mean(), len(lora)
     rows = []
     for name, result in results.items():
@@ -141,11 +163,7 @@ def summary(
         final, off = curves[:, -1], curves[:, -1] - lora[:, -1]
         error = lambda x: x.std(ddof=1) / math.sqrt(n)
         reached = np.flatnonzero(curves.mean(0) <= goal)
-        half = STUDENT_T.get(n, 1.96) * error(off)
-        verdict = "-"
-        if name != "LoRA":
-            verdict = f"{off.mean():+.{digits}f} +- {half:.{digits}f}"
-            verdict += "" if abs(off.mean()) > half else ": no difference shown"
+        verdict = "-" if name == baseline else difference(off, digits)
         rows.append(
             [
                 name,
@@ -156,6 +174,19 @@ def summary(
             ]
         )
     return rows
+
+
+def difference(off: np.ndarray, digits: int = 4) -> str:
+    """Returns a paired difference with its 95 % interval, and whether it covers 0.
+
+    Args:
+      off: `[seeds]`, one value minus the other, seed by seed.
+      digits: behind the point.
+    """
+    n = len(off)
+    half = STUDENT_T.get(n, 1.96) * off.std(ddof=1) / math.sqrt(n)
+    told = f"{off.mean():+.{digits}f} +- {half:.{digits}f}"
+    return told + ("" if abs(off.mean()) > half else ": no difference shown")
 
 
 def draw(

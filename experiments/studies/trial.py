@@ -1,7 +1,8 @@
 """One training run of a study: from a seed and a learning rate to a short curve."""
 
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -12,6 +13,20 @@ from experiments import factory, optimizers
 from lorax import inits, training
 
 
+class Run(NamedTuple):
+    """What a run leaves.
+
+    Attributes:
+      curve: values of `evaluate`.
+      watched: what `watch` returned at the same steps.
+      ms: milliseconds of a step, the fastest stretch between two evaluations.
+    """
+
+    curve: list[float]
+    watched: list[Any]
+    ms: float
+
+
 def make_trial(
     config: ml_collections.ConfigDict,
     loss_fn: Callable[..., Any],
@@ -19,7 +34,21 @@ def make_trial(
     train: Callable[[int], Any],
     method: str = "lora",
 ) -> Callable[..., list[float]]:
-    """Returns `trial(seed, rate, evaluate, every) -> values`.
+    """Returns `trial(seed, rate, evaluate, every) -> values`; see `make_run`."""
+    run = make_run(config, loss_fn, base, train, method)
+    return lambda seed, rate, evaluate, every: run(seed, rate, evaluate, every).curve
+
+
+def make_run(
+    config: ml_collections.ConfigDict,
+    loss_fn: Callable[..., Any],
+    base: Any,
+    train: Callable[[int], Any],
+    method: str = "lora",
+) -> Callable[..., Run]:
+    """Returns `run(seed, rate, evaluate, every, watch=None) -> Run`.
+
+    `watch(seed, step, state, params)` sees the train state and the base that it adapts.
 
     One compilation (for each shape of batch) serves all seeds and rates: the learning
     rate is in the optimiser's state.
@@ -48,9 +77,13 @@ def make_trial(
     merge = jax.jit(lorax.merge)
     gradients: dict[int, Any] = {}  # sketches by seed: the rates of a grid share them
 
-    def trial(
-        seed: int, rate: float, evaluate: Callable[[Any], float], every: int
-    ) -> list[float]:
+    def run(
+        seed: int,
+        rate: float,
+        evaluate: Callable[[Any], float],
+        every: int,
+        watch: Callable[..., Any] | None = None,
+    ) -> Run:
         batches = train(seed)
         init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1))
         if looks and seed not in gradients:
@@ -63,11 +96,17 @@ def make_trial(
         )
         state = training.create_state(key, adapters, tx)
         state.opt_state.hyperparams["learning_rate"] = jax.numpy.float32(rate)
-        found = []
+        found, watched, ms, before = [], [], [], 0
+        began = time.perf_counter()
         for i in range(1, steps + 1):
             state, _ = step(state, params, batches[i - 1])
             if i % every == 0 or i == steps:
+                jax.block_until_ready(state)
+                ms.append(1e3 * (time.perf_counter() - began) / (i - before))
                 found.append(evaluate(merge(state.adapters, params)))
-        return found
+                if watch is not None:
+                    watched.append(watch(seed, i, state, params))
+                began, before = time.perf_counter(), i
+        return Run(found, watched, min(ms[1:] or ms))  # the first stretch compiles
 
-    return trial
+    return run

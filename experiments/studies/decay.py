@@ -1,0 +1,79 @@
+"""Decay of the spectral norm, of the Frobenius norm, or none: what becomes of spectra?
+
+References:
+  Su, kexue.fm 10648 and 11729 (decay of the spectral norm); Loshchilov & Hutter,
+  Decoupled Weight Decay Regularization, arXiv:1711.05101.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from experiments.studies import plots, text
+from lorax import analysis
+
+STRENGTH = 1.0  # times the learning rate: about half of what is there, in 90 steps
+
+
+def _chain(*links: Any) -> dict[str, Any]:
+    chain = (("adam", {"b1": 0.9, "b2": 0.98}), *links)
+    return {"optimizer.name": "chain", "optimizer.chain": chain}
+
+
+def watch(setting: text.Setting, chosen: Any) -> Any:
+    """The singular values of all updates, mean over matrices, and the four metrics."""
+    del setting, chosen
+
+    def spectra(seed: int, step: int, state: Any, params: Any) -> dict[str, Any]:
+        values = analysis.singular_values(state.adapters).values()
+        found = {k: float(v) for k, v in analysis.metrics(state.adapters).items()}
+        mean = np.mean(
+            [np.asarray(v).reshape(-1, v.shape[-1]).mean(0) for v in values], 0
+        )
+        return {**found, "values": mean.tolist()}
+
+    return spectra
+
+
+STUDY = text.Study(
+    "decay",
+    "What does spectral decay do to the spectrum, and to the loss?",
+    {
+        "no decay": _chain(),
+        "Frobenius": _chain(("weight_decay", STRENGTH)),
+        "spectral": _chain(("spectral_decay", STRENGTH)),
+        "spectral x 10": _chain(("spectral_decay", 10 * STRENGTH)),
+    },
+    "no decay",
+    seeds=(1, 2, 3),
+    watch=watch,
+)
+
+
+def _followed(field: str, label: str) -> Any:
+    def panel(axis: Any, results: Any) -> None:
+        for arm, style in plots.styles(results).items():
+            runs = results["arms"][arm]["watched"]
+            mean = np.mean([[point[field] for point in run] for run in runs], 0)
+            axis.plot(plots.steps_of(results), mean, label=arm, **style)
+        axis.set(xlabel="step", ylabel=label)
+        axis.legend(fontsize=7)
+
+    return panel
+
+
+def last_spectrum(axis: Any, results: Any) -> None:
+    """The singular values at the end, mean over matrices and seeds."""
+    for arm, style in plots.styles(results).items():
+        runs = results["arms"][arm]["watched"]
+        mean = np.mean([run[-1]["values"] for run in runs], 0)
+        axis.semilogy(1 + np.arange(len(mean)), mean, label=arm, **style)
+    axis.set(xlabel="index", ylabel="singular value of the update at the end")
+    axis.legend(fontsize=7)
+
+
+PANELS = (
+    plots.curves,
+    _followed("spectral_norm", "largest singular value of any update"),
+    last_spectrum,
+)

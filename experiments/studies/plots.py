@@ -1,0 +1,94 @@
+"""Figures of the studies: panels side by side, legible at the width of a README."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from experiments.studies import comparison
+
+Results = Mapping[str, Any]
+Panel = Callable[[Any, Results], None]
+MARKS = "osD^vP*X<>"
+BITS = "held-out bits per byte"
+
+
+def figure(results: Results, path: pathlib.Path, *panels: Panel) -> None:
+    """Draws the panels of a study; toy results are marked as such.
+
+    Args:
+      results: as `text.results` returns them.
+      path: of the PNG.
+      *panels: functions of a matplotlib axis and the results.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    made, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.5))
+    for axis, panel in zip(np.atleast_1d(axes), panels, strict=True):
+        panel(axis, results)
+    made.tight_layout()
+    if results["smoke"]:
+        made.text(
+            0.5, 0.5, "toy sizes: no result", fontsize=30, color="red", alpha=0.4,
+            ha="center", va="center", rotation=20,
+        )  # fmt: skip
+    made.savefig(path, dpi=110)
+    plt.close(made)
+
+
+def styles(results: Results) -> dict[str, dict[str, Any]]:
+    """Colour, mark and line of every arm."""
+    found = {}
+    for i, arm in enumerate(results["arms"]):
+        again = i // len(comparison.COLOURS)
+        found[arm] = {
+            "color": comparison.COLOURS[i % len(comparison.COLOURS)],
+            "marker": MARKS[i % len(MARKS)],
+            "linestyle": ("-", "--", ":")[again % 3],
+            "markersize": 4,
+        }
+    return found
+
+
+def rates(axis: Any, results: Results) -> None:
+    """Scores on the selection split by learning rate, one seed."""
+    for arm, style in styles(results).items():
+        grid = sorted((float(k), v) for k, v in results["arms"][arm]["grid"].items())
+        axis.plot(*zip(*grid, strict=True), label=arm, **style)
+    axis.set(xscale="log", xlabel="learning rate", ylabel=f"{BITS} (selection)")
+    axis.legend(fontsize=7)
+
+
+def curves(axis: Any, results: Results) -> None:
+    """The mean over seeds at the best rate, by step."""
+    for arm, style in styles(results).items():
+        mean = np.mean(results["arms"][arm]["curves"], 0)
+        axis.plot(steps_of(results), mean, label=arm, **style)
+    axis.set(xlabel="step", ylabel=BITS)
+    axis.legend(fontsize=7)
+
+
+def steps_of(results: Results) -> np.ndarray:
+    """The steps of the points of a curve."""
+    return results["every"] * np.arange(1, results["steps"] // results["every"] + 1)
+
+
+def final(results: Results, arm: str) -> np.ndarray:
+    """The final values of an arm's seeds."""
+    return np.array(results["arms"][arm]["curves"])[:, -1]
+
+
+def bars(axis: Any, results: Results) -> None:
+    """Final values, mean and standard error over seeds."""
+    for i, (arm, style) in enumerate(styles(results).items()):
+        values = final(results, arm)
+        error = values.std(ddof=1) / np.sqrt(len(values))
+        style = {"color": style["color"], "marker": style["marker"]}
+        axis.errorbar(i, values.mean(), error, capsize=3, **style)
+    axis.set_xticks(range(len(results["arms"])), results["arms"], rotation=35)
+    axis.tick_params(axis="x", labelsize=7)
+    axis.set(ylabel=f"{BITS} at the end")

@@ -1,0 +1,78 @@
+"""Rank, under alpha / r and under alpha / sqrt(r).
+
+The claim: with the standard scaling larger ranks train alike ("collapse"), with
+rsLoRA's they go on improving, at one learning rate for all. So two readings: every arm
+at its own best rate (the table), and all at one rate (the figure's second panel).
+
+References:
+  Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA,
+  arXiv:2312.03732, figures 1 and 2.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from experiments.studies import plots, text
+
+RANKS = (2, 8, 32, 128)
+FORMS = {"standard": "alpha / r", "rank_stabilized": "alpha / sqrt(r)"}
+
+
+def name(rank: int, scaling: str) -> str:
+    """Of an arm."""
+    return f"r = {rank}" + (", rs" if scaling == "rank_stabilized" else "")
+
+
+STUDY = text.Study(
+    "ranks",
+    "Does a larger rank learn more, and does it need rsLoRA's scale?",
+    {
+        name(rank, scaling): {"adapter.rank": rank, "adapter.scaling": scaling}
+        for scaling in FORMS
+        for rank in RANKS
+    },
+    name(8, "standard"),
+)
+
+
+def by_rank(axis: Any, results: Any) -> None:
+    """The final value by rank, each at its own best rate."""
+    for (scaling, label), mark in zip(FORMS.items(), "os", strict=True):
+        found = [r for r in RANKS if name(r, scaling) in results["arms"]]
+        values = [plots.final(results, name(r, scaling)) for r in found]
+        error = [v.std(ddof=1) / np.sqrt(len(v)) for v in values]
+        axis.errorbar(
+            found,
+            [v.mean() for v in values],
+            error,
+            marker=mark,
+            label=label,
+            capsize=3,
+        )
+    axis.set(xscale="log", xlabel="rank", ylabel=plots.BITS, title="best rate of each")
+    axis.set_xticks(RANKS, map(str, RANKS))
+    axis.legend(fontsize=7)
+
+
+def at_one_rate(axis: Any, results: Any) -> None:
+    """By rank at each fixed learning rate, on the selection split, one seed."""
+    colours = plots.comparison.COLOURS
+    for (scaling, label), line in zip(FORMS.items(), ("-", "--"), strict=True):
+        for colour, rate in zip(colours, text.GRID, strict=False):
+            pairs = [
+                (r, results["arms"][name(r, scaling)]["grid"].get(f"{rate:.3g}"))
+                for r in RANKS
+                if name(r, scaling) in results["arms"]
+            ]
+            pairs = [pair for pair in pairs if pair[1] is not None]
+            if pairs:
+                told = f"{label}, {rate:.2g}"
+                axis.plot(*zip(*pairs, strict=True), line, color=colour, label=told)
+    axis.set(xscale="log", xlabel="rank", ylabel=f"{plots.BITS} (selection)")
+    axis.set(title="one rate for all")
+    axis.set_xticks(RANKS, map(str, RANKS))
+    axis.legend(fontsize=6)
+
+
+PANELS = (by_rank, at_one_rate)

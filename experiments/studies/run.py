@@ -1,0 +1,79 @@
+"""Runs the studies that share the quickstart's text, and writes what they found.
+
+    python -m experiments.studies.run --study=ranks
+    python -m experiments.studies.run --study=all --minutes=60
+    python -m experiments.studies.run --study=all:smoke
+
+A study's folder (below `--study_dir`, by default `runs/studies`; the committed ones
+are below `docs/results/studies`) gets
+`runs.jsonl`, a line a run, so that a study which was cut short goes on;
+`results.json`, and the figure. `:smoke` proves the path at toy sizes below
+`runs/smoke`: its figures are marked, and `experiments.report` refuses its results.
+"""
+
+import importlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app, flags
+
+from experiments import report
+from experiments.studies import comparison, plots, text
+
+_STUDY = flags.DEFINE_string("study", None, "A study, or all; with :smoke, toy sizes.")
+_MINUTES = flags.DEFINE_float("minutes", None, "Begin no run after as many.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Goes on with one study or all, prints the tables."""
+    del argv
+    name, _, form = (_STUDY.value or "").partition(":")
+    if form not in ("", "smoke"):
+        raise app.UsageError(f"--study={_STUDY.value}: the form is NAME or NAME:smoke")
+    if name != "all" and name not in report.STUDIES:
+        raise app.UsageError(f"--study={name}: choose {', '.join(report.STUDIES)}, all")
+    toy = form == "smoke"
+    top = comparison.folder("smoke" if toy else "studies")
+    setting = None
+    for study in report.STUDIES if name == "all" else (name,):
+        module = importlib.import_module(f"experiments.studies.{study}")
+        folder = top / study
+        folder.mkdir(exist_ok=True)
+        setting = setting or text.make_setting(pathlib.Path("runs/studies"), toy)
+        found = go_on(module, setting, folder, _MINUTES.value)
+        print(f"\n{report.section(module, found)}\n", flush=True)
+
+
+def go_on(
+    module: Any, setting: text.Setting, folder: pathlib.Path, minutes: float | None
+) -> dict[str, Any]:
+    """Makes the runs that are missing, writes results and figure, returns the results.
+
+    Args:
+      module: of the study, with STUDY and PANELS.
+      setting: what the studies share.
+      folder: where its files go.
+      minutes: after which no run is begun.
+    """
+    study = module.STUDY
+    settings = {
+        arm: text.digest(study, fields, setting.toy)
+        for arm, fields in study.arms.items()
+    }
+    runs = comparison.Runs(folder / "runs.jsonl", settings, minutes)
+    try:
+        text.run(study, setting, runs)
+    except comparison.NotRun as error:
+        print(f"cut short after {minutes} minutes, before {error}")
+    found = text.results(study, runs, setting.toy)
+    (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    if study.baseline in found["arms"]:
+        plots.figure(found, folder / "figure.png", *module.PANELS)
+    return found
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("study")
+    app.run(main)

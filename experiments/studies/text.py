@@ -1,0 +1,213 @@
+"""The common ground of the studies: a byte model of Python source learns English.
+
+The base and the task of `configs/quickstart.py`. An arm changes fields of its config.
+It gets four learning rates half a decade apart, and one more where the best lies at the
+edge, on seed 0 against the `selection` documents; at the best rate, fresh seeds against
+the `test` documents, the same ones for every arm: batches and keys are paired.
+"""
+
+import hashlib
+import json
+import pathlib
+import platform
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import rich.console
+
+import lorax
+from configs import quickstart
+from experiments import factory, metrics, pretrain, progress, writer
+from experiments.data import documents, windows
+from experiments.studies import comparison, trial
+
+GRID = (10**-3, 10**-2.5, 10**-2, 10**-1.5)
+SEEDS = (1, 2, 3, 4)
+TOY_RANK = 16  # the toy model is 32 wide
+Fields = Mapping[str, Any]
+
+
+class Study(NamedTuple):
+    """A question, and the arms that answer it.
+
+    Attributes:
+      name: of its folder.
+      question: one sentence.
+      arms: fields of the config by arm.
+      baseline: the arm that others are held to.
+      grids: learning rates of the arms that need others than GRID.
+      steps: of a run.
+      every: steps between two evaluations.
+      seeds: reported.
+      watch: `(setting, results so far) -> watch` of `trial.make_run`, for the runs
+        reported; None to watch nothing.
+    """
+
+    name: str
+    question: str
+    arms: Mapping[str, Fields]
+    baseline: str
+    grids: Mapping[str, tuple[float, ...]] = {}
+    steps: int = 90
+    every: int = 10
+    seeds: tuple[int, ...] = SEEDS
+    watch: Callable[[Any, Any], Callable[..., Any]] | None = None
+
+
+class Setting(NamedTuple):
+    """What all arms share: the loss, the base, and evaluations on either documents."""
+
+    loss_fn: Callable[..., Any]
+    base: Any
+    topics: documents.Splits
+    choose: Callable[[Any], float]
+    report: Callable[[Any], float]
+    toy: bool
+
+
+def configured(study: Study, fields: Fields, toy: bool) -> ml_collections.ConfigDict:
+    """The quickstart's config with an arm's fields in place."""
+    config = quickstart.get_config("runlocal" if toy else None).unlock()
+    config.run.steps = study.steps
+    config.run.methods = ("lora",)
+    config.update_from_flattened_dict(dict(fields))
+    if toy:
+        config.adapter.rank = min(config.adapter.rank, TOY_RANK)
+    return config.lock()
+
+
+def make_setting(folder: pathlib.Path, toy: bool) -> Setting:
+    """Loads the base, or trains it once for all."""
+    config = quickstart.get_config("runlocal" if toy else None)
+    model = factory.make_model(config.model)
+    with (
+        writer.Writer(folder) as lines,
+        progress.bars(rich.console.Console(stderr=True)) as bars,
+    ):
+        base = pretrain.load_or_train(config, model, bars, lines)
+    loss_fn, topics = factory.make_loss(model), documents.topics()
+    bits_per_byte = metrics.make_bits_per_byte(loss_fn)
+    size = config.eval.batch_size, config.data.length
+
+    def held_out(part: Any) -> Callable[[Any], float]:
+        made = windows.evaluation_batches(part, *size)
+        return lambda params: bits_per_byte(params, made[:1] if toy else made)
+
+    return Setting(
+        loss_fn, base, topics, held_out(topics.selection), held_out(topics.test), toy
+    )
+
+
+def training(setting: Setting, config: Any) -> Callable[[int], Any]:
+    """Returns seed -> batches."""
+    size = config.data.batch_size, config.data.length
+    return lambda seed: windows.training_batches(setting.topics.train, *size, seed)
+
+
+def digest(study: Study, fields: Fields, toy: bool) -> str:
+    """Of all that a run of the arm depends on."""
+    config = configured(study, fields, toy).to_dict()
+    told = [config, study.every, jax.__version__]
+    return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:16]
+
+
+def run(study: Study, setting: Setting, runs: comparison.Runs) -> None:
+    """Makes the runs of every arm that are not there yet."""
+    for arm in study.arms:
+        _run_arm(study, arm, setting, runs)
+
+
+def _run_arm(study: Study, arm: str, setting: Setting, runs: comparison.Runs) -> None:
+    config = configured(study, study.arms[arm], setting.toy)
+    make = trial.make_run(
+        config,
+        setting.loss_fn,
+        setting.base,
+        training(setting, config),
+        config.run.methods[0],
+    )
+
+    def score(rate: float) -> float:
+        once = lambda: make(0, rate, setting.choose, config.run.steps)._asdict()
+        return runs.get((arm, "choose", 0, rate), once)[-1]
+
+    rate = comparison.best_of_grid(score, grid_of(study, arm, setting.toy))
+    watch = None
+    if study.watch is not None:
+        watch = study.watch(setting, chosen(study, runs, setting.toy))
+    for seed in seeds_of(study, setting.toy):
+        reported = lambda seed=seed: make(
+            seed, rate, setting.report, study.every, watch
+        )._asdict()
+        runs.line((arm, "report", seed, rate), reported)
+
+
+def seeds_of(study: Study, toy: bool) -> tuple[int, ...]:
+    """The seeds that an arm reports."""
+    return study.seeds[: 2 if toy else None]
+
+
+def grid_of(study: Study, arm: str, toy: bool) -> tuple[float, ...]:
+    """The learning rates that an arm gets."""
+    grid = study.grids.get(arm, GRID)
+    return grid[:2] if toy else grid
+
+
+def chosen(study: Study, runs: comparison.Runs, toy: bool) -> dict[str, float]:
+    """The rates of the arms that have one."""
+    found = {}
+    for arm in study.arms:
+        known = lambda rate, arm=arm: runs.get((arm, "choose", 0, rate))[-1]
+        try:
+            found[arm] = comparison.best_of_grid(known, grid_of(study, arm, toy))
+        except comparison.NotRun:
+            continue
+    return found
+
+
+def results(study: Study, runs: comparison.Runs, toy: bool = False) -> dict[str, Any]:
+    """Returns what a study found, as JSON.
+
+    Returns:
+      "arms": for each finished one its `rate`, the `grid` of rates and scores, the
+      `curves` of its seeds, what was `watched`, and `ms` of a step (the fastest of any
+      run); "missing": what was not run; and where, how and at what cost.
+    """
+    arms, missing = {}, []
+    rates = chosen(study, runs, toy)
+    for arm in study.arms:
+        own = {key: line for key, line in runs.lines.items() if key[0] == arm}
+        try:
+            if arm not in rates:
+                raise comparison.NotRun("its learning rates")
+            keys = [(arm, "report", s, rates[arm]) for s in seeds_of(study, toy)]
+            lines = [runs.line(key) for key in keys]
+        except comparison.NotRun as error:
+            missing.append(f"{arm}: {error}")
+            continue
+        arms[arm] = {
+            "rate": rates[arm],
+            "grid": {k[3]: v["curve"][-1] for k, v in own.items() if k[1] == "choose"},
+            "curves": [line["curve"] for line in lines],
+            "watched": [line.get("watched") for line in lines],
+            "ms": min(line["ms"] for line in own.values()),
+            "config": digest(study, study.arms[arm], toy),
+        }
+    hours = sum(line["cpu_seconds"] for line in runs.lines.values()) / 3600
+    return {
+        "study": study.name,
+        "question": study.question,
+        "baseline": study.baseline,
+        "steps": study.steps,
+        "every": study.every,
+        "smoke": toy,
+        "arms": arms,
+        "missing": missing,
+        "runs": len(runs.lines),
+        "cpu_hours": round(hours, 3),
+        "jax": jax.__version__,
+        "lorax": lorax.__version__,
+        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
+    }

@@ -1,0 +1,108 @@
+"""Does LoRA-Pro walk with full fine-tuning?
+
+At every tenth step, over the kernels that adapters reach, with D the change from the
+base and D* that of full fine-tuning at its own best rate on the same batches:
+
+    cosine    <D, D*> / |D| |D*|          distance    |D - D*| / |D*|
+
+References:
+  Wang et al., LoRA-Pro, arXiv:2407.18242: the pair's step is full fine-tuning's,
+  projected.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lorax
+from experiments.studies import plots, text, trial
+from lorax import tree
+
+GA = {"adapter.init": "lora_ga", "adapter.options": (("scale", "stable"),)}
+ARMS: dict[str, dict[str, Any]] = {
+    "full": {"run.methods": ("full",)},
+    "LoRA": {},
+    "LoRA-Pro": {"optimizer.name": "lora_pro"},
+    "LoRA-Pro, rowcol": {
+        "optimizer.name": "lora_pro",
+        "optimizer.options": (("mode", "rowcol"),),
+    },
+    "LoRA-GA + LoRA-Pro": {"optimizer.name": "lora_pro", **GA},
+}
+
+
+def watch(setting: text.Setting, chosen: Any) -> Any:
+    """Cosine and distance to the full run of the same seed."""
+    references: dict[int, dict[int, Any]] = {}
+
+    def kernels(params: Any) -> jax.Array:
+        leaves = tree.flatten(params)
+        kept = [leaf for path, leaf in leaves.items() if re.fullmatch(".*kernel", path)]
+        return jnp.concatenate([leaf.reshape(-1) for leaf in kept])
+
+    start = kernels(setting.base)
+
+    def reference(seed: int) -> dict[int, Any]:
+        if seed not in references:
+            own: dict[int, Any] = {}
+
+            def keep(seed: int, step: int, state: Any, params: Any) -> None:
+                own[step] = kernels(lorax.merge(state.adapters, params)) - start
+
+            config = text.configured(STUDY, ARMS["full"], setting.toy)
+            run = trial.make_run(
+                config,
+                setting.loss_fn,
+                setting.base,
+                text.training(setting, config),
+                "full",
+            )
+            run(seed, chosen["full"], lambda params: 0.0, STUDY.every, keep)
+            references[seed] = own
+        return references[seed]
+
+    def measure(seed: int, step: int, state: Any, params: Any) -> dict[str, float]:
+        own = kernels(lorax.merge(state.adapters, params)) - start
+        goal = reference(seed)[step]
+        size = jnp.linalg.norm(goal)
+        cosine = own @ goal / (jnp.linalg.norm(own) * size)
+        return {
+            "cosine": float(cosine),
+            "distance": float(jnp.linalg.norm(own - goal) / size),
+        }
+
+    return measure
+
+
+STUDY = text.Study(
+    "trajectories",
+    "Does LoRA-Pro follow full fine-tuning more closely than LoRA does?",
+    ARMS,
+    "LoRA",
+    grids={"full": tuple(rate / 10**0.5 for rate in text.GRID)},
+    seeds=(1, 2, 3),
+    watch=watch,
+)
+
+
+def _watched(field: str, label: str) -> Any:
+    def panel(axis: Any, results: Any) -> None:
+        for arm, style in plots.styles(results).items():
+            runs = results["arms"][arm]["watched"]
+            mean = np.mean([[point[field] for point in run] for run in runs], 0)
+            if arm != "full":
+                axis.plot(plots.steps_of(results), mean, label=arm, **style)
+        axis.set(xlabel="step", ylabel=label)
+        axis.legend(fontsize=7)
+
+    return panel
+
+
+PANELS = (
+    plots.curves,
+    _watched("cosine", "cosine of the changes to full fine-tuning's"),
+    _watched("distance", "distance to full fine-tuning / its own change"),
+)

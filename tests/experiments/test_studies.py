@@ -1,0 +1,109 @@
+"""The studies on the quickstart's text: their path at toy sizes, their report."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+
+from experiments import report
+from experiments.studies import comparison, plots, text
+
+pytestmark = pytest.mark.once
+
+TINY = text.Study(
+    "ranks", "A question?", {"LoRA": {}, "r = 2": {"adapter.rank": 2}}, "LoRA",
+    steps=4, every=2, watch=lambda setting, chosen: lambda seed, step, *_: step,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    return text.make_setting(tmp_path_factory.mktemp("base"), toy=True)
+
+
+def settings(study):
+    return {a: text.digest(study, f, True) for a, f in study.arms.items()}
+
+
+@pytest.mark.parametrize("name", report.STUDIES)
+def test_every_arm_is_a_config_with_rates_of_one_budget(name):
+    study = importlib.import_module(f"experiments.studies.{name}").STUDY
+    assert study.name == name and study.baseline in study.arms
+    assert set(study.grids) <= set(study.arms)
+    for arm, fields in study.arms.items():
+        config = text.configured(study, fields, toy=False)
+        assert config.run.steps == study.steps
+        assert len(text.grid_of(study, arm, False)) == len(text.GRID)
+    digests = {text.digest(study, f, False) for f in study.arms.values()}
+    assert len(digests) == len(study.arms)
+
+
+def test_a_study_runs_goes_on_and_is_reported(setting, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    runs = comparison.Runs(path, settings(TINY))
+    text.run(TINY, setting, runs)
+    found = text.results(TINY, runs, toy=True)
+    assert not found["missing"] and set(found["arms"]) == {"LoRA", "r = 2"}
+    arm = found["arms"]["LoRA"]
+    assert np.shape(arm["curves"]) == (2, 2) and arm["watched"] == [[2, 4], [2, 4]]
+    assert arm["ms"] > 0 and found["cpu_hours"] >= 0
+
+    late = comparison.Runs(path, settings(TINY), minutes=-1)
+    text.run(TINY, setting, late)  # nothing is left to run
+    assert late.lines.keys() == runs.lines.keys()
+
+    plots.figure(found, tmp_path / "figure.png", plots.rates, plots.curves, plots.bars)
+    assert (tmp_path / "figure.png").stat().st_size > 5_000
+    module = importlib.import_module("experiments.studies.ranks")
+    written = report.section(module, found)
+    assert "| LoRA |" in written and "A question?" in written
+
+
+def results(arms, **more):
+    return {
+        "study": "ranks", "question": "Q?", "baseline": "LoRA", "steps": 4, "every": 2,
+        "smoke": False, "arms": arms, "missing": [], "runs": 3, "cpu_hours": 0.5,
+        "jax": "x", "device": "cpu", **more,
+    }  # fmt: skip
+
+
+def arm(curves, ms=10.0):
+    return {
+        "rate": 0.01,
+        "grid": {},
+        "curves": curves,
+        "ms": ms,
+        "config": "abcdefghij",
+    }
+
+
+def test_the_table_by_hand():
+    arms = {
+        "LoRA": arm([[3.0, 2.0], [3.0, 2.2]]),
+        "slow": arm([[2.0, 1.0], [2.0, 1.2]], ms=20.0),  # half way when LoRA is done
+        "same": arm([[3.0, 2.5], [3.0, 2.1]], ms=5.0),
+    }
+    rows = report.table(results(arms)).splitlines()
+    assert "| LoRA | 0.01 | 2.1000 +- 0.1000 | - | - | 1.00 |" in rows
+    slow = next(row for row in rows if "slow" in row)
+    assert "-1.0000 +- 0.0000 |" in slow and slow.endswith("| 2.00 |")
+    # 40 ms of training: at its first point, 2.0, against 2.0 and 2.2
+    assert "-0.1000 +- 1.2706: no difference shown" in slow
+    same = next(row for row in rows if "same" in row)
+    assert same.count("no difference shown") == 2
+
+
+def test_the_page_refuses_toy_results_and_names_what_was_not_run(tmp_path):
+    folder = tmp_path / "results" / "studies" / "ranks"
+    folder.mkdir(parents=True)
+    arms = {"LoRA": arm([[3.0, 2.0], [3.0, 2.2]])}
+    told = results(arms, missing=["r = 8: choose 0 0.01"])
+    (folder / "results.json").write_text(json.dumps(told))
+    page = report.write(tmp_path).read_text()
+    assert "Not run: r = 8: choose 0 0.01" in page and "2.1000" in page
+    assert "studies/ranks/figure.png" in page
+    assert "Not run at all: budgets, decay, inits" in page
+    (folder / "results.json").write_text(json.dumps({**told, "smoke": True}))
+    with pytest.raises(ValueError, match="of toy sizes"):
+        report.write(tmp_path)
