@@ -151,7 +151,7 @@ def api_pages() -> dict[str, str]:
 def nav_entry(entry: Any, pages: list[str]) -> Any:
     """An entry of the nav with `*` replaced by the pages that it stands for."""
     ((title, target),) = entry.items()
-    if not target.endswith("*"):
+    if not (isinstance(target, str) and target.endswith("*")):
         return entry
     return {title: [page for page in pages if page.startswith(target[:-1])]}
 
