@@ -38,7 +38,8 @@ INTEROP = [*CHECKPOINT_TEXT, "datasets>=3", "huggingface_hub>=0.30"]
 XDIST = "pytest-xdist>=3.6"  # the suite is compilations: twice as fast on two cores
 TEST = [*EXPERIMENTS, *CHECKPOINT_TEXT, "hypothesis>=6.100", "pytest>=8.4", XDIST]
 GOLDEN = ["peft>=0.17", "torch>=2.7", "transformers>=4.55"]
-LINT = ["mypy==2.4.1", "ruff==0.17.6"]  # pinned: they decide what passes
+DOCS = ["mkdocs==1.6.1", "mkdocstrings==1.0.8", "mkdocstrings-python==2.0.11"]
+LINT = ["mypy==2.4.1", "ruff==0.17.6"]  # pinned, as DOCS: they decide what passes
 
 setuptools.setup(
     name="lorax-flax",
@@ -60,6 +61,7 @@ setuptools.setup(
         "test": TEST,
         "golden": GOLDEN,
         "lint": LINT,
+        "docs": DOCS,
     },
     classifiers=[
         "Intended Audience :: Science/Research",

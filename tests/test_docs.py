@@ -1,0 +1,136 @@
+"""The documentation is whole: every page is reached, every link leads somewhere."""
+
+import importlib
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+AT_THE_ROOT = [ROOT / "README.md"]
+
+
+@pytest.fixture(scope="module")
+def site():
+    spec = importlib.util.spec_from_file_location("site_of", ROOT / "docs" / "site.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def api(site):
+    return site.api_pages()
+
+
+def test_every_page_is_in_the_nav(site, api):
+    written = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES]
+    pages = sorted([*written, *site.COPIED.values(), *api])
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    reached = []
+    for entry in nav:
+        (target,) = site.nav_entry(entry, pages).values()
+        reached += [target] if isinstance(target, str) else target
+    assert sorted(reached) == pages
+
+
+def test_an_entry_with_a_star_stands_for_the_pages_below_it(site):
+    pages = ["a.md", "results.md", "results/x/y.md", "results/z.md"]
+    assert site.nav_entry({"R": "results*"}, pages) == {"R": pages[1:]}
+    assert site.nav_entry({"A": "a.md"}, pages) == {"A": "a.md"}
+
+
+def packages():
+    folders = (path.parent for path in (ROOT / "lorax").glob("*/__init__.py"))
+    return sorted(folder.name for folder in folders)
+
+
+@pytest.mark.parametrize("name", ["lorax", "population", "scaling", "training"])
+def test_modules_that_users_meet_have_a_page(api, name):
+    assert f"api/{name}.md" in api
+
+
+@pytest.mark.parametrize("name", packages())
+def test_every_package_has_a_page_with_all_that_it_hands_on(api, name):
+    page = api[f"api/{name}.md"].splitlines()
+    package = importlib.import_module(f"lorax.{name}")
+    for exported in getattr(package, "__all__", ()):
+        own = f"lorax.{name}.{exported}"
+        module = importlib.util.find_spec(own) if "." not in exported else None
+        if module is None:
+            assert f"::: {own}" in page
+
+
+def test_the_front_door_is_a_page(api):
+    page, front = api["api/lorax.md"], importlib.import_module("lorax")
+    shown = set(re.findall(r"^::: lorax\.(\w+)$", page, re.M))
+    modules = {"compose", "optim", "scaling"}  # with pages of their own
+    assert modules.isdisjoint(shown) and set(front.__all__) - modules <= shown
+
+
+def test_what_a_page_names_is_there(api):
+    for page, text in api.items():
+        names = re.findall(r"^::: (\S+)$", text, re.M)
+        assert names, page
+        for name in names:
+            parent, _, last = name.rpartition(".")
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError:
+                assert hasattr(importlib.import_module(parent), last), name
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.S | re.M)
+
+
+@pytest.mark.parametrize(
+    "page", [*AT_THE_ROOT, *PAGES], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(CODE.sub("", page.read_text())):
+        path, _, anchor = target.partition("#")
+        if ":" in path:
+            continue
+        there = page.parent / path if path else page
+        assert there.resolve().is_relative_to(ROOT) and there.exists(), target
+        if anchor and there.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", there.read_text(), re.M)
+            slugs = [re.sub(r"[^\w\- ]", "", h.lower()) for h in headings]
+            assert anchor in [slug.replace(" ", "-") for slug in slugs], target
+
+
+def test_links_keep_their_meaning_in_the_site(site):
+    class Files:
+        def get_file_from_path(self, path):
+            return path if path in ("index.md", "pods.md", "results/plan.md") else None
+
+    def page(uri):
+        file = type("File", (), {"src_uri": uri})
+        return type("Page", (), {"file": file})
+
+    def turned(uri, text):
+        return site.on_page_markdown(text, page(uri), None, Files())
+
+    assert turned("index.md", "[a](docs/pods.md)") == "[a](pods.md)"
+    assert turned("index.md", "[a](docs/results/plan.md#x)") == "[a](results/plan.md#x)"
+    assert turned("results/plan.md", "[a](../pods.md)") == "[a](../pods.md)"
+    assert turned("results/plan.md", "[a](../../README.md)") == "[a](../index.md)"
+    assert turned("pods.md", "see [a](../setup.py)!") == "see a!"  # not of the site
+    assert turned("pods.md", "[a](https://b.org/c.md)") == "[a](https://b.org/c.md)"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    for tool in ("mkdocs", "mkdocstrings"):
+        if importlib.util.find_spec(tool) is None:
+            pytest.skip(f"no {tool}: pip install -e '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "-d", str(tmp_path / "site")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    page = (tmp_path / "site" / "api" / "optim" / "index.html").read_text()
+    assert 'id="lorax.optim.lora_plus"' in page and "arXiv:2402.12354" in page

@@ -1,0 +1,211 @@
+"""The how-to pages are true: their code runs, and does what the page says."""
+
+import importlib.util
+import pathlib
+import re
+import shlex
+
+import jax
+import numpy as np
+import pytest
+
+import lorax
+from lorax import checkpoint, compose
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs" / "howto").glob("*.md"))
+EVERYWHERE = [*PAGES, *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+COMMAND = re.compile(r"^(?: {4})?python -m (experiments\S*(?:.*\\\n)*.*)$", re.M)
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Half of the time of these toys would go into optimising their programs."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def run(name):
+    page = ROOT / "docs" / "howto" / f"{name}.md"
+    scope: dict = {}
+    exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), scope)
+    return scope
+
+
+def own_model(scope):
+    classes = {path: type(a).__name__ for path, a in scope["adapters"].items()}
+    low_rank = {"conv/kernel": "Lora", "hidden/kernel": "Lora"}
+    whole = ["head/bias", "head/kernel", "norm/bias", "norm/scale"]
+    assert classes == low_rank | dict.fromkeys(whole, "Full")
+    start = scope["loss_fn"](
+        scope["params"], scope["statistics"], scope["batch"], jax.random.key(0)
+    )
+    state = scope["state"]
+    assert scope["metrics"]["loss"] < 0.5 * start[0]
+    moved = state.model_state["batch_stats"]["norm"]["mean"]
+    assert np.abs(moved).max() > 0
+
+
+def targets(scope, printed):
+    assert "layers/qkv/kernel" in printed
+    found = scope["adapters"]
+    assert type(found["layers/qkv/kernel"]).__name__ == "SlicedLora"
+    assert found["layers/up/kernel"].a.shape == (2, 16, 2)  # of two layers of three
+    assert found["layers/down/kernel"].scale == pytest.approx(16 / 8**0.5)
+    assert type(found["layers/o/kernel"]).__name__ == "Dora"
+    assert scope["trained"] == sum(leaf.size for leaf in jax.tree.leaves(found))
+    rest = [("layers/qkv/kernel", 4), "layers/(up|down)/kernel"]  # the page's list
+    key, kernels = jax.random.key(0), scope["kernels"]
+    short, _ = lorax.init(key, scope["params"], rest, kernels)
+    assert {p: a.rank for p, a in short.items()} == {
+        "layers/qkv/kernel": 4,
+        "layers/up/kernel": 8,
+        "layers/down/kernel": 8,
+    }
+
+
+def data_inits(scope):
+    original, params = scope["original"], scope["params"]
+    assert all(np.abs(params[p] - original[p]).max() > 1e-2 for p in original)
+    assert {p: a.rank for p, a in scope["plain"].items()} == {"up": 8, "down": 4}
+
+
+def optimizer_chain(scope):
+    assert scope["losses"][-1] < 0.8 * scope["losses"][0]
+    up = scope["mask"]["up"]
+    assert (up.a, up.b, up.magnitude) == (True, True, False)
+    assert scope["mask"]["bias"].value is False
+
+
+def adalora(scope):
+    assert sum(map(int, scope["ranks"].values())) == 9
+    assert scope["metrics"]["loss"] < 0.8 * scope["first"]
+    ranks = {path: a.rank for path, a in scope["small"].items()}
+    kept = {path: int(rank) for path, rank in scope["ranks"].items() if rank}
+    assert ranks == kept
+
+
+def saving(scope):
+    for path, adapter in scope["adapters"].items():
+        jax.tree.map(np.testing.assert_array_equal, adapter, scope["again"][path])
+    assert "w" in scope["refused"]
+    scope["folder"] += "/afresh"
+    straight = scope["run"](6)
+    assert int(scope["resumed"].step) == 6
+    jax.tree.map(
+        np.testing.assert_array_equal, straight.adapters, scope["resumed"].adapters
+    )
+    assert checkpoint.RunCheckpoints(scope["folder"] + "/run").steps() == [6]
+
+
+def peft(scope):
+    assert {a.rank for a in scope["loaded"].values()} == {4}  # twice the target's
+    folder = pathlib.Path(scope["folder"])
+    for file in ("adapter/adapter_config.json", "merged/config.json"):
+        assert (folder / file).exists()
+    moved, params = jax.tree.leaves(scope["moved"]), jax.tree.leaves(scope["params"])
+    assert any((new != old).any() for new, old in zip(moved, params))
+
+
+def many_adapters(scope):
+    assert scope["apply"]._cache_size() == 1
+    assert scope["both"]["w"].rank == 5 and scope["small"]["w"].rank == 2
+    assert scope["ties"].adapters["w"].rank == 3
+    base = scope["params"]["w"]
+    first, second = (scope[name]["w"].delta(base) for name in ("french", "german"))
+    difference = scope["less"]["w"].delta(base)
+    np.testing.assert_allclose(difference, first - second, atol=1e-5)
+    assert "w" in str(scope["report"])
+    dora, _ = lorax.init(
+        jax.random.key(0), scope["params"], [lorax.Target("w", adapter="dora", rank=2)]
+    )
+    with pytest.raises(ValueError, match="Dora"):
+        compose.combine([dora], [1.0])
+    compose.resize(dora, 1)
+
+
+def population(scope):
+    assert scope["losses"].shape == (3,)
+    assert scope["best"]["w"].rank in scope["ranks"]
+    assert scope["several"].state.adapters["w"].a.shape == (3, 8, 4)
+
+
+def sharding(scope):
+    lora = scope["state"].adapters["layers/up/kernel"]
+    assert lora.a.sharding.spec[1] == "fsdp"  # as the kernel's rows
+    assert int(scope["state"].step) == 1 and np.isfinite(scope["metrics"]["loss"])
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        own_model,
+        targets,
+        data_inits,
+        optimizer_chain,
+        adalora,
+        saving,
+        peft,
+        many_adapters,
+        population,
+        sharding,
+    )
+}
+
+
+@pytest.mark.parametrize("name", [page.stem for page in PAGES])
+def test_the_code_does_what_the_page_says(name, capsys):
+    if name not in CHECKS:
+        assert name == "runs", "a page without a check of what it shows"
+        return
+    scope = run(name)
+    printed = capsys.readouterr().out
+    CHECKS[name](*([scope, printed] if name == "targets" else [scope]))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_are_short(page):
+    assert len(page.read_text().splitlines()) < 60
+
+
+def commands():
+    """(page, words) of every command of ours that a page shows."""
+    for page in EVERYWHERE:
+        for block in re.findall(r"```(?:bash|text)\n(.*?)```", page.read_text(), re.S):
+            for command in COMMAND.findall(block):
+                text = command.replace("\\\n", " ").split(" && ")[0]
+                yield pytest.param(shlex.split(text), id=f"{page.stem}: {text[:60]}")
+
+
+def config_of(value):
+    path, _, argument = value.partition(":")
+    spec = importlib.util.spec_from_file_location("shown", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument or None)
+
+
+@pytest.mark.parametrize("words", list(commands()))
+def test_commands_name_programs_configs_and_fields_that_exist(words):
+    program = ROOT / (words[0].replace(".", "/") + ".py")
+    known = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', program.read_text()))
+    config = None
+    for word in words[1:]:
+        flag, _, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or words[0].endswith("launch_local"):
+            continue
+        if flag == "config":
+            config = config_of(value)
+        elif flag.startswith("config."):
+            field = config
+            for name in flag.split(".")[1:]:
+                assert name in field, word
+                field = field[name]
+        else:
+            assert flag in known, f"{words[0]} has no --{flag}"
