@@ -12,6 +12,8 @@ import pytest
 import lorax
 from lorax import checkpoint, compose
 
+pytestmark = pytest.mark.once
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "howto").glob("*.md"))
 EVERYWHERE = [*PAGES, *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]

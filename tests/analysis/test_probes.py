@@ -12,6 +12,8 @@ import lorax
 from lorax import analysis, linalg, optim
 from lorax.types import Factors
 
+pytestmark = pytest.mark.once
+
 AXES = lorax.Axes((0,), (1,))
 
 

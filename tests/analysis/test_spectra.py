@@ -8,6 +8,8 @@ import pytest
 import lorax
 from lorax import analysis
 
+pytestmark = pytest.mark.once
+
 AXES = lorax.Axes((0,), (1,))
 
 
