@@ -18,6 +18,8 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COPIED = {
     "README.md": "index.md",
+    "CONTRIBUTING.md": "CONTRIBUTING.md",
+    "CHANGELOG.md": "CHANGELOG.md",
 }
 """Pages from the root of the repository, and what they are in the site."""
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.once
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-AT_THE_ROOT = [ROOT / "README.md"]
+AT_THE_ROOT = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,23 @@ def test_what_a_page_names_is_there(api):
                 importlib.import_module(name)
             except ModuleNotFoundError:
                 assert hasattr(importlib.import_module(parent), last), name
+
+
+def test_the_citation_is_of_this_version():
+    lorax = importlib.import_module("lorax")
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    needed = {"cff-version", "message", "title", "authors"}  # of the schema
+    assert needed <= set(cited) and str(cited["cff-version"]) == "1.2.0"
+    assert cited["version"] == lorax.__version__
+    assert cited["license"] == "Apache-2.0" and cited["authors"][0]["name"]
+
+
+def test_the_changelog_names_this_version():
+    versions = re.findall(
+        r"^## \[(\S+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    assert versions[0][0] == importlib.import_module("lorax").__version__
+    assert re.fullmatch(r"unreleased|\d{4}-\d\d-\d\d", versions[0][1])
 
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
