@@ -32,7 +32,7 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs"
 HEAD = """# What the studies found
 
 Written by `python -m experiments.report`; run again by
-`python -m experiments.studies.run --study=NAME`.
+`python -m experiments.studies.run --study=NAME --study_dir=docs/results/studies`.
 
 A byte model of Python source (1.4 million parameters, `configs/quickstart.py`) learns
 the English of the language reference: bits per byte held out, lower is better.
@@ -65,7 +65,8 @@ def read(folder: pathlib.Path) -> list[tuple[Any, dict[str, Any]]]:
         if results["smoke"]:
             raise ValueError(
                 f"{path} is of toy sizes, which prove the path and nothing else; run "
-                f"python -m experiments.studies.run --study={name}"
+                f"python -m experiments.studies.run --study={name} "
+                "--study_dir=docs/results/studies"
             )
         module = importlib.import_module(f"experiments.studies.{name}")
         found.append((module, results))

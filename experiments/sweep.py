@@ -4,8 +4,8 @@
         --grid="adapter.rank=2,8; optimizer.learning_rate.lora=5e-3,1e-2" --jobs=2
 
 `--dry_run` lists the runs and how they are grouped into processes. What is finished
-stands in `runs.jsonl` (see `experiments/runs.py`); the same command goes on from there,
-and tries again what failed. `--config.field=value` sets a field of all runs.
+stands in `runs.jsonl` (see `experiments/sweeping/runs.py`); the same command goes on
+from there, and tries again what failed. `--config.field=value` sets a field of all.
 
 Runs that differ in nothing but LoRA's learning rate, rank and alpha train as one
 population, each member as it would have trained alone; "full" and the source's bits per
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import grid, jobs, runs, sweeping
+from experiments.sweeping import combinations, grid, jobs, runs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
 _WORKDIR = flags.DEFINE_string(
@@ -41,7 +41,7 @@ _BEST = flags.DEFINE_enum("best", "auto", ["auto", "min", "max"], "Which is firs
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs, and run none.")
 
 
-def command(job: sweeping.Job, folder: pathlib.Path) -> list[str]:
+def command(job: combinations.Job, folder: pathlib.Path) -> list[str]:
     """The command line of a job."""
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     main = [sys.executable, "-m", "experiments.main", f"--config={file}"]
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     try:
         values = grid.parse_grid(_GRID.value or "", config, overrides)
-        every = sweeping.make_runs(config, values)
+        every = combinations.make_runs(config, values)
         alone = contextlib.nullcontext() if _DRY_RUN.value else runs.only_one(folder)
         with alone:
             sys.exit(sweep(folder, every, overrides))
@@ -65,18 +65,20 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"experiments.sweep: {e}")
 
 
-def sweep(folder: pathlib.Path, every: Sequence[sweeping.Run], overrides: dict) -> int:
+def sweep(
+    folder: pathlib.Path, every: Sequence[combinations.Run], overrides: dict
+) -> int:
     """Does what is not done yet, prints the table and returns the exit code."""
     table = runs.RunTable(folder)
     left = [run for run in every if not table.finished(run, _METRIC.value)]
-    todo = sweeping.make_jobs(
+    todo = combinations.make_jobs(
         left,
         overrides,
         populations=_POPULATIONS.value,
         metric=_METRIC.value,
         most=_MEMBERS.value,
     )
-    print(sweeping.describe(every, todo, _JOBS.value), flush=True)
+    print(combinations.describe(every, todo, _JOBS.value), flush=True)
     if _DRY_RUN.value:
         return 0
     failed = jobs.fill(table, todo, _JOBS.value, command)

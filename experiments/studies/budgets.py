@@ -66,14 +66,12 @@ PAIRS = tuple((f"AdaLoRA r = {r}", f"LoRA r = {r}") for r in BUDGETS)
 
 def by_budget(axis: Any, results: Any) -> None:
     """The final value by budget."""
-    for method, mark in (("LoRA", "o"), ("AdaLoRA", "s")):
-        found = [r for r in BUDGETS if f"{method} r = {r}" in results["arms"]]
-        values = [plots.final(results, f"{method} r = {r}") for r in found]
-        error = [v.std(ddof=1) / np.sqrt(len(v)) for v in values]
-        means = [v.mean() for v in values]
-        axis.errorbar(found, means, error, marker=mark, label=method, capsize=3)
-    axis.set(xlabel="average rank of a matrix at the end", ylabel=plots.BITS)
-    axis.legend(fontsize=7)
+    arms = {
+        method: lambda r, method=method: f"{method} r = {r}"
+        for method in ("LoRA", "AdaLoRA")
+    }
+    plots.by_size(axis, results, BUDGETS, arms)
+    axis.set(xlabel="average rank of a matrix at the end")
 
 
 def rank_map(axis: Any, results: Any) -> None:

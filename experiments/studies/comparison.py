@@ -179,11 +179,15 @@ def summary(
 def difference(off: np.ndarray, digits: int = 4) -> str:
     """Returns a paired difference with its 95 % interval, and whether it covers 0.
 
+    A run that diverged has no difference, which is another thing than none shown.
+
     Args:
       off: `[seeds]`, one value minus the other, seed by seed.
       digits: behind the point.
     """
     n = len(off)
+    if not np.isfinite(off).all():
+        return "not finite"
     half = STUDENT_T.get(n, 1.96) * off.std(ddof=1) / math.sqrt(n)
     told = f"{off.mean():+.{digits}f} +- {half:.{digits}f}"
     return told + ("" if abs(off.mean()) > half else ": no difference shown")

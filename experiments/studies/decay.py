@@ -50,18 +50,6 @@ STUDY = text.Study(
 )
 
 
-def _followed(field: str, label: str) -> Any:
-    def panel(axis: Any, results: Any) -> None:
-        for arm, style in plots.styles(results).items():
-            runs = results["arms"][arm]["watched"]
-            mean = np.mean([[point[field] for point in run] for run in runs], 0)
-            axis.plot(plots.steps_of(results), mean, label=arm, **style)
-        axis.set(xlabel="step", ylabel=label)
-        axis.legend(fontsize=7)
-
-    return panel
-
-
 def last_spectrum(axis: Any, results: Any) -> None:
     """The singular values at the end, mean over matrices and seeds."""
     for arm, style in plots.styles(results).items():
@@ -74,6 +62,6 @@ def last_spectrum(axis: Any, results: Any) -> None:
 
 PANELS = (
     plots.curves,
-    _followed("spectral_norm", "largest singular value of any update"),
+    plots.watched("spectral_norm", "largest singular value of any update"),
     last_spectrum,
 )

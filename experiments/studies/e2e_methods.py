@@ -126,17 +126,17 @@ def study(
     method: str, setting: Setting, runs: comparison.Runs, config: Any, grid: Any = GRID
 ) -> None:
     """Makes the runs of a method that are not there yet, each a line of `runs`."""
-    make = trial.make_trial(
+    make = trial.make_run(
         config, setting.loss_fn, setting.base, setting.train, config.run.methods[0]
     )
 
     def score(rate: float) -> float:
-        run = lambda: make(0, rate, setting.choose, config.run.steps)
+        run = lambda: make(0, rate, setting.choose, config.run.steps).curve
         return runs.get((method, "choose", 0, rate), run)[-1]
 
     rate = comparison.best_of_grid(score, grid)
     for seed in SEEDS:
-        run = lambda seed=seed: make(seed, rate, setting.report, EVERY)
+        run = lambda seed=seed: make(seed, rate, setting.report, EVERY).curve
         runs.get((method, "report", seed, rate), run)
 
 

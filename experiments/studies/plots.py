@@ -1,7 +1,7 @@
 """Figures of the studies: panels side by side, legible at the width of a README."""
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,13 +82,43 @@ def final(results: Results, arm: str) -> np.ndarray:
     return np.array(results["arms"][arm]["curves"])[:, -1]
 
 
-def bars(axis: Any, results: Results) -> None:
-    """Final values, mean and standard error over seeds."""
-    for i, (arm, style) in enumerate(styles(results).items()):
-        values = final(results, arm)
-        error = values.std(ddof=1) / np.sqrt(len(values))
-        style = {"color": style["color"], "marker": style["marker"]}
-        axis.errorbar(i, values.mean(), error, capsize=3, **style)
-    axis.set_xticks(range(len(results["arms"])), results["arms"], rotation=35)
-    axis.tick_params(axis="x", labelsize=7)
-    axis.set(ylabel=f"{BITS} at the end")
+def by_size(
+    axis: Any, results: Results, sizes: Sequence[int], arms: Mapping[str, Any]
+) -> None:
+    """Final values by a size that arms differ in, mean and standard error over seeds.
+
+    Args:
+      axis: of the panel.
+      results: with the arms.
+      sizes: along the axis.
+      arms: label of a line -> the function from a size to the name of its arm.
+    """
+    for (label, name), mark in zip(arms.items(), MARKS, strict=False):
+        found = [size for size in sizes if name(size) in results["arms"]]
+        values = [final(results, name(size)) for size in found]
+        error = [v.std(ddof=1) / np.sqrt(len(v)) for v in values]
+        means = [v.mean() for v in values]
+        axis.errorbar(found, means, error, marker=mark, label=label, capsize=3)
+    axis.set(ylabel=BITS)
+    axis.legend(fontsize=7)
+
+
+def watched(field: str, label: str, but: str = "") -> Panel:
+    """Returns a panel of what was watched, the mean over seeds by step.
+
+    Args:
+      field: of what `watch` returned.
+      label: of the axis, unit included.
+      but: an arm to leave out.
+    """
+
+    def panel(axis: Any, results: Results) -> None:
+        for arm, style in styles(results).items():
+            runs = results["arms"][arm]["watched"]
+            mean = np.mean([[point[field] for point in run] for run in runs], 0)
+            if arm != but:
+                axis.plot(steps_of(results), mean, label=arm, **style)
+        axis.set(xlabel="step", ylabel=label)
+        axis.legend(fontsize=7)
+
+    return panel

@@ -78,15 +78,18 @@ def study(
     training = lambda seed: windows.training_batches(
         topics.train, config.data.batch_size, config.data.length, seed
     )
-    run = trial.make_trial(config, loss_fn, base, training)
+    run = trial.make_run(config, loss_fn, base, training)
     bits_per_byte = metrics.make_bits_per_byte(loss_fn)
     choose = lambda params: bits_per_byte(params, selection)
     report = lambda params: bits_per_byte(params, test)
     grid = bracketing.bracket(
-        lambda rate: run(0, rate, choose, config.run.steps)[-1], method.rate, 2.0, MOST
+        lambda rate: run(0, rate, choose, config.run.steps).curve[-1],
+        method.rate,
+        2.0,
+        MOST,
     )
     rate = min(grid, key=grid.__getitem__)
-    curves = [run(1 + seed, rate, report, every) for seed in range(seeds)]
+    curves = [run(1 + seed, rate, report, every).curve for seed in range(seeds)]
     told = {f"{rate:.3g}": bits for rate, bits in grid.items()}
     return {"rate": rate, "grid": told, "curves": curves}
 

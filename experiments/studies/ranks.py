@@ -11,8 +11,6 @@ References:
 
 from typing import Any
 
-import numpy as np
-
 from experiments.studies import plots, text
 
 RANKS = (2, 8, 32, 128)
@@ -38,21 +36,13 @@ STUDY = text.Study(
 
 def by_rank(axis: Any, results: Any) -> None:
     """The final value by rank, each at its own best rate."""
-    for (scaling, label), mark in zip(FORMS.items(), "os", strict=True):
-        found = [r for r in RANKS if name(r, scaling) in results["arms"]]
-        values = [plots.final(results, name(r, scaling)) for r in found]
-        error = [v.std(ddof=1) / np.sqrt(len(v)) for v in values]
-        axis.errorbar(
-            found,
-            [v.mean() for v in values],
-            error,
-            marker=mark,
-            label=label,
-            capsize=3,
-        )
-    axis.set(xscale="log", xlabel="rank", ylabel=plots.BITS, title="best rate of each")
+    arms = {
+        label: lambda rank, scaling=scaling: name(rank, scaling)
+        for scaling, label in FORMS.items()
+    }
+    plots.by_size(axis, results, RANKS, arms)
+    axis.set(xscale="log", xlabel="rank", title="best rate of each")
     axis.set_xticks(RANKS, map(str, RANKS))
-    axis.legend(fontsize=7)
 
 
 def at_one_rate(axis: Any, results: Any) -> None:

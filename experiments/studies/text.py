@@ -41,8 +41,8 @@ class Study(NamedTuple):
       steps: of a run.
       every: steps between two evaluations.
       seeds: reported.
-      watch: `(setting, results so far) -> watch` of `trial.make_run`, for the runs
-        reported; None to watch nothing.
+      watch: `(setting, the rates chosen so far) -> watch` of `trial.make_run`, for the
+        runs reported; None to watch nothing.
     """
 
     name: str

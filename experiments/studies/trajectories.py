@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import lorax
 from experiments.studies import plots, text, trial
@@ -88,21 +87,8 @@ STUDY = text.Study(
 )
 
 
-def _watched(field: str, label: str) -> Any:
-    def panel(axis: Any, results: Any) -> None:
-        for arm, style in plots.styles(results).items():
-            runs = results["arms"][arm]["watched"]
-            mean = np.mean([[point[field] for point in run] for run in runs], 0)
-            if arm != "full":
-                axis.plot(plots.steps_of(results), mean, label=arm, **style)
-        axis.set(xlabel="step", ylabel=label)
-        axis.legend(fontsize=7)
-
-    return panel
-
-
 PANELS = (
     plots.curves,
-    _watched("cosine", "cosine of the changes to full fine-tuning's"),
-    _watched("distance", "distance to full fine-tuning / its own change"),
+    plots.watched("cosine", "cosine of the changes to full fine-tuning's", "full"),
+    plots.watched("distance", "distance to full fine-tuning / its own change", "full"),
 )

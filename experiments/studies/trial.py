@@ -27,18 +27,6 @@ class Run(NamedTuple):
     ms: float
 
 
-def make_trial(
-    config: ml_collections.ConfigDict,
-    loss_fn: Callable[..., Any],
-    base: Any,
-    train: Callable[[int], Any],
-    method: str = "lora",
-) -> Callable[..., list[float]]:
-    """Returns `trial(seed, rate, evaluate, every) -> values`; see `make_run`."""
-    run = make_run(config, loss_fn, base, train, method)
-    return lambda seed, rate, evaluate, every: run(seed, rate, evaluate, every).curve
-
-
 def make_run(
     config: ml_collections.ConfigDict,
     loss_fn: Callable[..., Any],

@@ -65,14 +65,13 @@ def amplification(
       `{path: Amplification}`.
 
     Raises:
-      ValueError: no adapter has factors, or a rank below 1.
+      ValueError: no adapter has factors, one does not fit, or a rank below 1.
       KeyError: a path that params lacks.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank}; look at one direction or more, or None for all")
     chosen = _matrices.thin(adapters, "amplification")
-    leaves = tree.flatten(params)
-    tree.require(chosen, leaves, "parameter tree")
+    leaves = _matrices.leaves_of(chosen, params)
     return {
         path: _measured(tree.fold_path(key, path), adapter, leaves[path], rank)
         for path, adapter in chosen.items()
@@ -80,7 +79,7 @@ def amplification(
 
 
 def _measured(key: jax.Array, adapter: Any, leaf: Any, rank: int | None) -> Any:
-    kernel = _matrices.leaf_matrices(jnp.asarray(leaf), adapter.axes)
+    kernel = _matrices.leaf_matrices(leaf, adapter.axes)
     if adapter.layers is not None:
         kernel = kernel[jnp.asarray(adapter.layers)]
     u, s, vt = linalg.low_rank_svd(*_matrices.matrices(adapter))

@@ -66,7 +66,8 @@ def intruder_dimensions(
       `{path: Intruders}`.
 
     Raises:
-      ValueError: no adapter has factors, k or against below 1, another side.
+      ValueError: no adapter has factors, one does not fit, k or against below 1,
+        another side.
       KeyError: a path that params lacks.
     """
     for name, value in (("k", k), ("against", against)):
@@ -75,11 +76,10 @@ def intruder_dimensions(
     if side not in ("in", "out"):
         raise ValueError(f"side={side!r}; choose 'in' or 'out'")
     chosen = _matrices.thin(adapters, "intruder_dimensions")
-    leaves = tree.flatten(params)
-    tree.require(chosen, leaves, "parameter tree")
+    leaves = _matrices.leaves_of(chosen, params)
 
     def measured(path: str, adapter: Any) -> Intruders:
-        leaf = jnp.asarray(leaves[path])
+        leaf = leaves[path]
         kernel = _matrices.leaf_matrices(leaf, adapter.axes)
         factors = _flat(adapter.factors(leaf), kernel)
         own = tree.fold_path(key, path)

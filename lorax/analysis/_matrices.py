@@ -6,9 +6,11 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from lorax import tree
 from lorax.adapters import AdaLora, Dora, Lora, SlicedLora, as_lora, layout
-from lorax.types import Adapters, Axes
+from lorax.types import Adapters, Axes, PyTree
 
 KINDS = (Lora, SlicedLora, Dora, AdaLora)
 
@@ -28,6 +30,20 @@ def thin(adapters: Adapters, what: str) -> Adapters:
             "returns for at least one lora, dora or adalora target"
         )
     return chosen
+
+
+def leaves_of(adapters: Adapters, params: PyTree) -> dict[str, jax.Array]:
+    """Returns the leaf of every adapter.
+
+    Raises:
+      KeyError: a path that params lacks.
+      ValueError: an adapter that does not fit its leaf.
+    """
+    leaves = tree.flatten(params)
+    tree.require(adapters, leaves, "parameter tree")
+    for path, adapter in adapters.items():
+        adapter.check(path, leaves[path])
+    return {path: jnp.asarray(leaves[path]) for path in adapters}
 
 
 def matrices(adapter: Any) -> tuple[jax.Array, jax.Array]:

@@ -188,5 +188,9 @@ def test_errors_teach():
         analysis.subspace_similarity(one, {"x": lora(0, (10, 9))})
     with pytest.raises(ValueError, match="rank=0"):
         analysis.amplification(jax.random.key(0), one, {"x": jnp.ones((12, 9))}, 0)
+    with pytest.raises(ValueError, match="made for another model"):
+        analysis.amplification(jax.random.key(0), one, {"x": jnp.ones((12, 8))})
+    with pytest.raises(ValueError, match="made for another model"):
+        analysis.intruder_dimensions(jax.random.key(0), one, {"x": jnp.ones((12, 8))})
     with pytest.raises(KeyError, match="no leaf 'x'"):
         analysis.amplification(jax.random.key(0), one, {"w": jnp.ones((12, 9))})

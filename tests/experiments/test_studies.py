@@ -53,7 +53,7 @@ def test_a_study_runs_goes_on_and_is_reported(setting, tmp_path):
     text.run(TINY, setting, late)  # nothing is left to run
     assert late.lines.keys() == runs.lines.keys()
 
-    plots.figure(found, tmp_path / "figure.png", plots.rates, plots.curves, plots.bars)
+    plots.figure(found, tmp_path / "figure.png", plots.rates, plots.curves)
     assert (tmp_path / "figure.png").stat().st_size > 5_000
     module = importlib.import_module("experiments.studies.ranks")
     written = report.section(module, found)
@@ -92,6 +92,11 @@ def test_the_table_by_hand():
     assert "-0.1000 +- 1.2706: no difference shown" in slow
     same = next(row for row in rows if "same" in row)
     assert same.count("no difference shown") == 2
+
+
+def test_a_run_that_diverged_is_not_called_alike():
+    told = comparison.difference(np.array([0.1, np.nan]))
+    assert told == "not finite"
 
 
 def test_the_page_refuses_toy_results_and_names_what_was_not_run(tmp_path):

@@ -13,24 +13,12 @@ import time
 import numpy as np
 import pytest
 
-from configs import gpt2_e2e_lora, quickstart
-from experiments import grid, jobs, runs, sweeping, train
+from configs import gpt2_e2e_lora
+from experiments import train
+from experiments.sweeping import combinations, jobs, runs
+from tests.experiments.sweep_cases import RATE, config_of, runs_of
 
 ROOT = pathlib.Path(__file__).parents[2]
-RATE = "optimizer.learning_rate.lora"
-
-
-def config_of(**given):
-    config = quickstart.get_config("runlocal")
-    for name, value in given.items():
-        section, _, field = name.partition("__")
-        config[section][field] = value
-    return config
-
-
-def runs_of(text, config=None):
-    config = config or config_of()
-    return sweeping.make_runs(config, grid.parse_grid(text, config))
 
 
 # The table
@@ -150,7 +138,7 @@ def stand_in(job, folder):
 
 def test_a_failure_stops_no_other_and_is_tried_again(tmp_path, capsys):
     made = runs_of("adapter.rank=2,4; adapter.init=standard,pissa,olora")
-    todo = sweeping.make_jobs(made, {})
+    todo = combinations.make_jobs(made, {})
     assert [len(job.runs) for job in todo] == [2, 1, 1, 1, 1]
     bad = tmp_path / todo[1].name
     bad.mkdir()
@@ -172,14 +160,14 @@ def test_a_failure_stops_no_other_and_is_tried_again(tmp_path, capsys):
         assert line["results"]["base"]["test_bpb"] is None and line["seconds"] > 0
         assert pathlib.Path(line["workdir"]) == tmp_path / todo[0].name
     (bad / "fail").unlink()
-    again = sweeping.make_jobs(left, {})
+    again = combinations.make_jobs(left, {})
     assert jobs.fill(table, again, 2, stand_in) == 0
     assert all(runs.RunTable(tmp_path).finished(run) for run in made)
     assert "failed" not in runs.report(table, made)
 
 
 def test_a_failed_population_is_a_failed_line_a_member(tmp_path, capsys):
-    todo = sweeping.make_jobs(runs_of("adapter.rank=2,4"), {})
+    todo = combinations.make_jobs(runs_of("adapter.rank=2,4"), {})
     table = runs.RunTable(tmp_path)
     stale = tmp_path / todo[0].name / "results.json"
     stale.parent.mkdir()
@@ -211,7 +199,7 @@ time.sleep(60)
     ],
 )
 def test_a_signal_stops_the_children(tmp_path, number, kind):
-    todo = sweeping.make_jobs(runs_of("adapter.rank=2,4,8"), {}, populations=False)
+    todo = combinations.make_jobs(runs_of("adapter.rank=2,4,8"), {}, populations=False)
     command = lambda job, own: [sys.executable, "-S", "-c", SLEEPER, str(own), kind]
     table = runs.RunTable(tmp_path)
     pids = [tmp_path / job.name / "pid" for job in todo[:2]]
@@ -288,7 +276,7 @@ def test_a_sweep_and_a_member_is_its_run(tmp_path):
     for line in lines:
         alone = copy.deepcopy(config)
         alone.adapter.rank = line["fields"]["adapter.rank"]
-        assert sweeping.digest(alone) == line["hash"]
+        assert combinations.digest(alone) == line["hash"]
     results = train.train(alone, str(tmp_path / "alone"))
     for name in ("base", "lora"):
         np.testing.assert_allclose(

@@ -9,25 +9,13 @@ from absl import flags
 from ml_collections import config_flags
 
 import lorax
-from configs import gpt2_e2e_lora, quickstart
-from experiments import grid, population, sweeping
+from configs import gpt2_e2e_lora
+from experiments import population
+from experiments.sweeping import combinations, grid
 from lorax import inits
+from tests.experiments.sweep_cases import RATE, config_of, runs_of
 
 ROOT = pathlib.Path(__file__).parents[2]
-RATE = "optimizer.learning_rate.lora"
-
-
-def config_of(**given):
-    config = quickstart.get_config("runlocal")
-    for name, value in given.items():
-        section, _, field = name.partition("__")
-        config[section][field] = value
-    return config
-
-
-def runs_of(text, config=None):
-    config = config or config_of()
-    return sweeping.make_runs(config, grid.parse_grid(text, config))
 
 
 # The grid
@@ -106,8 +94,8 @@ def test_every_combination_is_a_run_with_a_hash_of_all_its_values():
         (4, 3),
     ]
     assert len({run.hash for run in made}) == 4
-    assert made[1].hash == sweeping.digest(config_of(adapter__rank=2, run__steps=3))
-    assert made[1].hash != sweeping.digest(
+    assert made[1].hash == combinations.digest(config_of(adapter__rank=2, run__steps=3))
+    assert made[1].hash != combinations.digest(
         config_of(adapter__rank=2, run__steps=3, data__batch_size=5)
     )
 
@@ -133,13 +121,13 @@ def test_the_flags_of_a_job_make_its_config_again(parsed):
     config = config_of(run__name="it's", adapter__options=(("gamma", 64.0),))
     text = f"adapter.init=pissa,standard; {RATE}=5e-3,1e-7; adapter.train_whole=(),"
     made = runs_of(text + "('a','.*/[bc]{1,2}')", config)
-    single = sweeping.make_jobs(made, given, populations=False)
+    single = combinations.make_jobs(made, given, populations=False)
     assert len(single) == 8
     for job, run in zip(single, made):
         config = parsed(job, "quickstart")
         assert (job.runs, job.name) == ((run,), run.hash)
-        assert sweeping.digest(config) == run.hash
-    together = [j for j in sweeping.make_jobs(made, given) if len(j.runs) > 1]
+        assert combinations.digest(config) == run.hash
+    together = [j for j in combinations.make_jobs(made, given) if len(j.runs) > 1]
     assert len(together) == 2
     for job in together:
         members = population.members(parsed(job, "quickstart"))
@@ -153,13 +141,13 @@ def test_the_flags_of_a_job_make_its_config_again(parsed):
 def sizes(text, config=None, **options):
     return [
         len(job.runs)
-        for job in sweeping.make_jobs(runs_of(text, config), {}, **options)
+        for job in combinations.make_jobs(runs_of(text, config), {}, **options)
     ]
 
 
 def test_runs_that_differ_in_members_values_alone_are_a_population():
     text = f"adapter.rank=2,8; {RATE}=5e-3,1e-2; adapter.init=standard,pissa"
-    made = sweeping.make_jobs(runs_of(text), {})
+    made = combinations.make_jobs(runs_of(text), {})
     assert [len(job.runs) for job in made] == [4, 1, 1, 1, 1]
     assert [bool(job.why) for job in made] == [False, True, True, True, True]
     assert made[0].flags == (
@@ -186,7 +174,7 @@ def test_runs_from_a_checkpoint_go_alone(parsed):
     text = f"adapter.rank=2,4; {RATE}=1e-3,1e-2"
     made = runs_of(text, gpt2_e2e_lora.get_config("runlocal"))
     given = {"data.packed": True}
-    whole = sweeping.make_jobs(made, given)
+    whole = combinations.make_jobs(made, given)
     assert [len(job.runs) for job in whole] == [1] * 4
     assert whole[0].flags[0] == "--config.data.packed=true"
     config = parsed(whole[3], "gpt2_e2e_lora")
@@ -200,12 +188,12 @@ def test_which_inits_share_the_base(init):
     shares = inits.INITS[init].stats is None
     if shares:
         shares = lorax.init(jax.random.key(0), params, [target])[1] is params
-    assert (init in sweeping.SHARES_BASE) == shares
+    assert (init in combinations.SHARES_BASE) == shares
 
 
 def test_the_list_says_how_runs_are_grouped():
     made = runs_of("adapter.rank=2,8; adapter.init=standard,pissa")
-    told = sweeping.describe(made, sweeping.make_jobs(made[:3], {}), 2)
+    told = combinations.describe(made, combinations.make_jobs(made[:3], {}), 2)
     assert "4 runs: 1 finished before, 3 to do in 2 processes, 2 at once" in told
     assert "population of 2\n    adapter.rank=2, adapter.init=standard\n" in told
     assert "alone (adapter.init=pissa does not leave the base as it is)" in told
@@ -213,5 +201,5 @@ def test_the_list_says_how_runs_are_grouped():
     made = runs_of(
         "adapter.rank=2,8; adapter.alpha=2,8", config_of(run__methods=("lora",))
     )
-    told = sweeping.describe(made, sweeping.make_jobs(made, {}), 1)
+    told = combinations.describe(made, combinations.make_jobs(made, {}), 1)
     assert "alpha is as given" not in told and "alone" not in told

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from experiments.runs import Line, RunTable
-from experiments.sweeping import Job
+from experiments.sweeping.combinations import Job
+from experiments.sweeping.runs import Line, RunTable
 
 TAIL = 15  # lines of a failed run's log
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import logging
 
-from experiments.sweeping import COMMON, Run
+from experiments.sweeping.combinations import COMMON, Run
 
 Line = dict[str, Any]
 LESS = ("bpb", "loss", "perplexity", "seconds", "_ms", "bytes", "trainable")

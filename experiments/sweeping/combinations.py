@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from experiments import grid
+from experiments.sweeping import grid
 
 POOLED = {
     "optimizer.learning_rate.lora": "learning_rate",

@@ -1,0 +1,1 @@
+"""A grid over the fields of a config: its runs, their processes, their table."""
