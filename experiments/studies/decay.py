@@ -12,7 +12,12 @@ import numpy as np
 from experiments.studies import plots, text
 from lorax import analysis
 
-STRENGTH = 1.0  # times the learning rate: about half of what is there, in 90 steps
+STRENGTH = 1.0  # of the factors: lr * STRENGTH of each at every step
+SPECTRAL = (0.01, 0.1)
+"""Of the update, whose gradient reaches the factors multiplied by its own size.
+
+So no strength is the equal of another's; at 1 the toy model learns next to nothing.
+"""
 
 
 def _chain(*links: Any) -> dict[str, Any]:
@@ -41,8 +46,7 @@ STUDY = text.Study(
     {
         "no decay": _chain(),
         "Frobenius": _chain(("weight_decay", STRENGTH)),
-        "spectral": _chain(("spectral_decay", STRENGTH)),
-        "spectral x 10": _chain(("spectral_decay", 10 * STRENGTH)),
+        **{f"spectral, {x:g}": _chain(("spectral_decay", x)) for x in SPECTRAL},
     },
     "no decay",
     seeds=(1, 2, 3),

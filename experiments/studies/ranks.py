@@ -62,6 +62,7 @@ def at_one_rate(axis: Any, results: Any) -> None:
     axis.set(xscale="log", xlabel="rank", ylabel=f"{plots.BITS} (selection)")
     axis.set(title="one rate for all")
     axis.set_xticks(RANKS, map(str, RANKS))
+    axis.margins(y=0.4)  # room for the legend
     axis.legend(fontsize=6)
 
 
