@@ -10,6 +10,8 @@ from experiments.tasks import labelled_data
 from lorax import checkpoint
 from tests.data_paths import needs_data
 
+pytestmark = pytest.mark.once
+
 DRAWN = (
     "roberta_glue_lora",
     "roberta_glue_lora_plus",

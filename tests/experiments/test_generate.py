@@ -11,7 +11,7 @@ from lorax import checkpoint
 from lorax.models import sampling
 from tests.data_paths import DATA, needs_data
 
-pytestmark = needs_data
+pytestmark = [needs_data, pytest.mark.once]
 BEGIN = "Once upon a time"
 
 

@@ -80,6 +80,7 @@ def test_fingerprint_covers_what_makes_the_base_and_nothing_else(run):
     assert pretrain.fingerprint(other) != pretrain.fingerprint(config)
 
 
+@pytest.mark.once
 def test_a_broken_cache_is_trained_anew(run, tmp_path, caplog):
     folder, config, (cold, _) = run
     (path,) = (folder / "cache").glob("base-*.safetensors")
@@ -102,6 +103,7 @@ def test_unknown_method_fails_before_any_work(tmp_path):
         train.train(config, str(tmp_path))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "adapter,init,options",
     [("dora", "lora_ga", (("scale", "gd"),)), ("adalora", "pissa", ())],
