@@ -45,6 +45,20 @@ def available() -> bool:
     return all(importlib.util.find_spec(name) for name in ("torch", "peft"))
 
 
+def sees_cuda() -> bool:
+    """True where torch has a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pin(threads: int) -> None:
+    """Keeps torch to so many threads."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+
 def oriented(path: str, parameter: Any) -> Any:
     """A torch tensor in lorax's orientation: what belongs to a kernel is transposed."""
     turned = path.endswith("/kernel") and parameter.ndim == 2
@@ -102,7 +116,7 @@ def adapted(
                 parameter, value = get(layer), getattr(adapter, field)
                 parameter.copy_(_tensor(value.T).reshape(parameter.shape))
                 trained[path, field] = parameter
-    # what PeftModelForCausalLM calls; a PeftModel of no task passes AdaLoRA's penalty by
+    # what PeftModelForCausalLM calls; a PeftModel of no task leaves out the penalty
     return Adapted(made.base_model, trained)
 
 
@@ -122,7 +136,7 @@ def step(
     """
     import torch
 
-    torch.set_num_threads(threads)
+    pin(threads)
     model, trained = adapted(case, shape, "lora")
     paths = {path for path, _ in trained}
     tokens = torch.from_numpy(np.array(case.tokens)).long()
