@@ -98,7 +98,7 @@ class Gpt2(nnx.Module):
 def of_nnx(case: programs.Case, shape: gpt2.Shape) -> Rival:
     """`flax.nnx.LoRA`."""
     model = nnx.eval_shape(lambda: Gpt2(shape, nnx.Rngs(0)))
-    graph, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+    graph, lora, *others = nnx.split(model, nnx.LoRAParam, ...)
     given: dict[str, Any] = {}
     for path, leaf in traverse_util.flatten_dict(case.params, sep="/").items():
         owner, name = path.rsplit("/", 1)
@@ -115,7 +115,7 @@ def of_nnx(case: programs.Case, shape: gpt2.Shape) -> Rival:
             [(p, v.replace(given["/".join(map(str, p))])) for p, v in flat]
         )
 
-    lora, rest = filled(lora), filled(rest)
+    lora, rest = filled(lora), filled(others[0])
 
     def loss(lora: Any, params: Any, batch: jax.Array) -> jax.Array:
         logits = nnx.merge(graph, lora, params)(batch[:, :-1])

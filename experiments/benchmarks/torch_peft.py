@@ -13,8 +13,11 @@ import numpy as np
 from experiments.benchmarks import gpt2_shaped as gpt2
 from experiments.benchmarks import programs
 
-ADALORA = {"total": 1000, "final": 100, "interval": 1, "penalty": 0.5}
-"""Settings of AdaLoRA in steps and by weight; the last two are PEFT's defaults."""
+ADALORA: dict[str, Any] = {"total_step": 1000, "tinit": 0, "tfinal": 100, "deltaT": 1}
+"""AdaLoRA's settings in PEFT's names, in steps; the last is its default."""
+
+PENALTY = 0.5
+"""AdaLoRA's weight on orthogonality, PEFT's default."""
 
 # lorax's field, and where PEFT has it
 _FIELDS: dict[str, dict[str, Callable[[Any], Any]]] = {
@@ -101,11 +104,8 @@ def adapted(
             target_r=shape.rank // 2,
             lora_alpha=int(shape.alpha),
             target_modules=linears,
-            tinit=0,
-            tfinal=ADALORA["final"],
-            total_step=ADALORA["total"],
-            deltaT=ADALORA["interval"],
-            orth_reg_weight=ADALORA["penalty"],
+            orth_reg_weight=PENALTY,
+            **ADALORA,
         )
     made: Any = peft.get_peft_model(model, config)
     with torch.no_grad():

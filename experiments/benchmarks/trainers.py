@@ -17,8 +17,8 @@ import optax
 
 from experiments.benchmarks import gpt2_shaped as gpt2
 from experiments.benchmarks import measure, programs, torch_peft
-from lorax import adapters as adapters_lib
 from lorax import optim, training
+from lorax.adapters import orthogonal_penalty
 
 RATE, DECAY, BETA1 = 1e-3, 0.01, 0.9
 
@@ -50,16 +50,16 @@ def optimizer(method: str, adapters: Any, own_penalty: bool = False) -> Any:
     allocated = optim.adalora(
         adamw,
         target_budget=sum(a.rank // 2 for a in adapters.values()),
-        total_steps=int(settings["total"]),
-        initial_warmup=0,
-        final_steps=int(settings["final"]),
-        interval=int(settings["interval"]),
+        total_steps=settings["total_step"],
+        initial_warmup=settings["tinit"],
+        final_steps=settings["tfinal"],
+        interval=settings["deltaT"],
         orthogonal_weight=0.1 if own_penalty else 0.0,
     )
     if own_penalty:
         return allocated
-    weight = settings["penalty"]
-    slope = jax.grad(lambda a: weight * adapters_lib.orthogonal_penalty(a, "norm"))
+    penalty = lambda a: torch_peft.PENALTY * orthogonal_penalty(a, "norm")
+    slope = jax.grad(penalty)
     add = lambda grads, adapters: jax.tree.map(jnp.add, grads, slope(adapters))
     return optax.chain(optax.stateless(add), allocated)
 
@@ -82,11 +82,11 @@ def of_lorax(
     step = training.make_train_step(loss_fn, tx, on_merge="error")
     state = training.create_state(jax.random.key(0), case.trained, tx)
 
-    def plain(state: Any, params: Any, batch: Any) -> Any:
+    def with_loss(state: Any, params: Any, batch: Any) -> Any:
         state, metrics = step(state, params, batch)
         return state, metrics["loss"]
 
-    return _started(plain, state, case, lambda state: state.opt_state, named)
+    return _started(with_loss, state, case, lambda state: state.opt_state, named)
 
 
 def of_loss(case: programs.Case, names: Callable[[Any], Named]) -> Trainer:
@@ -95,6 +95,16 @@ def of_loss(case: programs.Case, names: Callable[[Any], Named]) -> Trainer:
     Args:
       case: what is trained, as its library keeps it.
       names: of a tree like `case.trained`.
+    """
+    return _started(*plain(case), case, lambda state: state[1], names)
+
+
+def plain(case: programs.Case) -> tuple[Callable[..., Any], Any]:
+    """AdamW around the gradients of a case.
+
+    Returns:
+      `step(state, params, batch) -> (state, loss)`, and the state, whose arrays are its
+      own.
     """
     tx = optax.adamw(RATE, weight_decay=DECAY)
     gradients = case.step()
@@ -106,8 +116,7 @@ def of_loss(case: programs.Case, names: Callable[[Any], Named]) -> Trainer:
         return (optax.apply_updates(trained, updates), moments), loss
 
     trained = jax.tree.map(jnp.copy, case.trained)
-    state = trained, tx.init(trained)
-    return _started(step, state, case, lambda state: state[1], names)
+    return step, (trained, tx.init(trained))
 
 
 def _started(
