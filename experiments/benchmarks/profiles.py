@@ -25,27 +25,24 @@ Parts = dict[str, Callable[[], Any]]
 
 def of_lorax(shape: gpt2.Shape, method: str, dtype: Any) -> Parts:
     """The steps of lorax with parts left out."""
-    case, bare = _cases(shape, method, dtype)
+    case = programs.adapted(shape, method, dtype)
     loss = jax.jit(case.loss).lower(*case.inputs()).compile()
-    return {
+    parts: Parts = {
         "forward": measure.runner(loss, case),
         "gradient": measure.runner(measure.compile_step(case), case),
         "step": trainers.of_lorax(case, shape, method).step,
-        "bare": trainers.of_lorax(bare, shape, "none").step,
     }
-
-
-def _cases(shape: gpt2.Shape, *names: Any) -> tuple[programs.Case, programs.Case]:
-    method, dtype = names
-    make = lambda method: programs.adapted(shape, method, dtype)
-    return make(method), make("none")
+    if method != "none":
+        bare = programs.adapted(shape, "none", dtype)
+        parts["bare"] = trainers.of_lorax(bare, shape, "none").step
+    return parts
 
 
 def of_torch(shape: gpt2.Shape, method: str, dtype: Any, device: str) -> Parts:
     """The steps of PEFT + PyTorch with parts left out."""
     import torch
 
-    case, bare = _cases(shape, method, dtype)
+    case = programs.adapted(shape, method, dtype)
     model, trained = torch_peft.adapted(case, shape, method, device)
     tokens = torch.from_numpy(np.array(case.tokens)).long().to(device)
 
@@ -56,12 +53,15 @@ def of_torch(shape: gpt2.Shape, method: str, dtype: Any, device: str) -> Parts:
             parameter.grad = None
         loss.item()  # waits for the device
 
-    return {
+    parts: Parts = {
         "forward": lambda: model(tokens).loss.item(),
         "gradient": gradient,
         "step": trainers.of_torch(case, shape, method, device).step,
-        "bare": trainers.of_torch(bare, shape, "none", device).step,
     }
+    if method != "none":
+        bare = programs.adapted(shape, "none", dtype)
+        parts["bare"] = trainers.of_torch(bare, shape, "none", device).step
+    return parts
 
 
 def measured(
@@ -98,7 +98,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
                     median(wall["forward"]),
                     median(wall["gradient"] - wall["forward"]),
                     median(wall["step"] - wall["gradient"]),
-                    median(wall["step"] - wall["bare"]) if method != "none" else "-",
+                    median(wall["step"] - wall["bare"]) if "bare" in wall else "-",
                     f"{step[:, 2].sum() / step[:, 1].sum():.0%}",
                     f"{statistics.median(step[:, 3]):,.0f}",
                 ]

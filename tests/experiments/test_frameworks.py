@@ -1,5 +1,6 @@
 """Train steps of other libraries are lorax's, and the tables say what was measured."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -8,7 +9,6 @@ from experiments.benchmarks import (
     jax_rivals,
     measure,
     profiles,
-    programs,
     torch_peft,
     trainers,
 )
@@ -27,13 +27,20 @@ needs_torch = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def results():
     """Every method compared, after its programs were found to agree."""
-    if not torch_peft.available():
-        pytest.skip("torch or peft is not installed")
-    torch_peft.pin(1)
-    setting = frameworks.Setting()
-    return {m: frameworks.compare(m, SHAPE, setting, rounds=2) for m in METHODS}
+    if torch_peft.available():
+        torch_peft.pin(1)
+    setting, compile_ = frameworks.Setting(), jax.stages.Lowered.compile
+    fast = lambda self: compile_(self, {"xla_backend_optimization_level": 0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", fast)
+        return {m: frameworks.compare(m, SHAPE, setting, rounds=2) for m in METHODS}
 
 
+def test_nnx_agrees(results):
+    assert "flax.nnx.LoRA" in results["lora"]["seconds"], results["lora"]["not_run"]
+
+
+@needs_torch
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_agree_with_those_of_peft(results, method):
     assert 0 < results[method]["deviation"] <= 1e-5
@@ -68,6 +75,8 @@ def test_a_rival_that_is_not_there_is_named_with_the_reason(monkeypatch):
     def absent(case, shape):
         raise ImportError("No module named 'rival'")
 
+    fake = trainers.Trainer(float, dict, 0.0)
+    monkeypatch.setattr(trainers, "of_lorax", lambda *args: fake)
     monkeypatch.setattr(jax_rivals, "RIVALS", {"rival": absent})
     monkeypatch.setattr(torch_peft, "available", lambda: False)
     made = frameworks.contest("lora", SHAPE, frameworks.Setting())
@@ -78,23 +87,13 @@ def test_a_rival_that_is_not_there_is_named_with_the_reason(monkeypatch):
     assert list(made.trainers) == ["lorax"]
 
 
-def test_nnx_agrees():
-    case = programs.adapted(SHAPE)
-    rival = jax_rivals.of_nnx(case, SHAPE)
-    made = {
-        "lorax": trainers.of_lorax(case, SHAPE, "lora"),
-        "nnx": trainers.of_loss(rival.case, rival.names),
-    }
-    assert trainers.require_agreement(made, {}) <= 1e-5
-
-
 def test_disagreement_is_an_error():
     moments = lambda scale: lambda: {("w/kernel", "a"): scale * np.ones(2)}
     one = trainers.Trainer(lambda: 1.0, moments(1.0), 0.0)
     other = trainers.Trainer(lambda: 1.0, moments(1.001), 0.0)
     with pytest.raises(AssertionError, match="other: the gradient of w/kernel is"):
         trainers.require_agreement({"one": one, "other": other}, {})
-    assert trainers.require_agreement({"one": one, "other": other}, {"other": False})
+    assert trainers.require_agreement({"one": one, "other": other}, {"other": 0}) == 0
     louder = trainers.Trainer(lambda: 1.1, moments(1.0), 0.0)
     with pytest.raises(AssertionError, match="tolerance"):
         trainers.require_agreement({"one": one, "louder": louder}, {})
@@ -103,12 +102,12 @@ def test_disagreement_is_an_error():
 @needs_torch
 def test_the_profile_has_a_row_for_every_framework():
     torch_peft.pin(1)
-    parts = profiles.measured("lora", SHAPE, "float32", rounds=2)
+    parts = profiles.measured("none", SHAPE, "float32", rounds=2)
     assert np.shape(parts["PyTorch"]["gradient"]) == (2, 4)
-    lines = profiles.table({"lora": parts}).splitlines()
+    lines = profiles.table({"none": parts}).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [
-        "| lora, lorax",
-        "| lora, PyTorch",
+        "| none, lorax",
+        "| none, PyTorch",
     ]
 
 
