@@ -10,6 +10,9 @@ first step to 1e-5 of the largest entry of each array, the losses of the next tw
 1e-4 (5e-2 throughout in bfloat16). Gradients are read from Adam's first moments, so it
 is the timed programs that agree. Compilation is apart, in a column of its own.
 
+In bfloat16 lorax and PEFT keep the adapters in float32; full fine-tuning trains
+float32 masters in lorax, and the bfloat16 weights themselves in torch.
+
 Methods: LoRA, DoRA, AdaLoRA on the linears of the blocks, full fine-tuning of every
 parameter, and "none", the same model with three biases trained: the frameworks' own
 difference.
@@ -112,6 +115,12 @@ def contest(method: str, shape: gpt2.Shape, setting: Setting) -> Contest:
             if not compiled:
                 raise
             missing[row] = _reason(error)
+    if method == "full":
+        loss = programs.loss_of(gpt2.Gpt2(shape))
+        by_hand = lambda trained, params, batch: loss(trained, batch)
+        whole = case._replace(loss=by_hand, trained=case.params, params=())
+        if setting.dtype == "float32":  # in bfloat16 it would train without a master
+            made["JAX by hand"] = trainers.of_loss(whole, trainers.whole)
     if method == "lora":
         for row, build in jax_rivals.RIVALS.items():
             if setting.dtype != "float32":

@@ -35,6 +35,7 @@ class LoraLinear(nnx.Module):
     def __init__(
         self, inputs: int, features: int, shape: gpt2.Shape, rngs: nnx.Rngs
     ) -> None:
+        """Makes both; `of_nnx` fills them."""
         self.base = nnx.Linear(inputs, features, rngs=rngs)
         self.lora = nnx.LoRA(inputs, shape.rank, features, rngs=rngs)
         self.scale = shape.scale
@@ -48,6 +49,7 @@ class Block(nnx.Module):
     """`gpt2_shaped.Block`."""
 
     def __init__(self, shape: gpt2.Shape, rngs: nnx.Rngs) -> None:
+        """Makes the layers."""
         width, hidden = shape.width, shape.hidden
         norm = functools.partial(
             nnx.LayerNorm, width, epsilon=1e-5, use_fast_variance=False, rngs=rngs
@@ -77,6 +79,7 @@ class Gpt2(nnx.Module):
     """`gpt2_shaped.Gpt2`, not scanned."""
 
     def __init__(self, shape: gpt2.Shape, rngs: nnx.Rngs) -> None:
+        """Makes the layers."""
         self.layers, width = shape.layers, shape.width
         self.wte = nnx.Embed(shape.vocabulary, width, rngs=rngs)
         self.wpe = nnx.Embed(shape.time, width, rngs=rngs)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 
 from experiments.benchmarks import gpt2_shaped as gpt2
 from experiments.benchmarks import measure, programs, torch_peft
@@ -71,6 +72,12 @@ def named(adapters: Mapping[str, Any]) -> Named:
         for path, adapter in adapters.items()
         for field in adapter.roles
     }
+
+
+def whole(params: Any) -> Named:
+    """The arrays of a tree of parameters, as `Full` adapters would hold them."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return {(path, "value"): np.asarray(leaf) for path, leaf in flat.items()}
 
 
 def of_lorax(
