@@ -1,4 +1,4 @@
-"""A whole train step of lorax beside PEFT + PyTorch, `flax.nnx.LoRA` and qwix.
+r"""A whole train step of lorax beside PEFT + PyTorch, `flax.nnx.LoRA` and qwix.
 
     python -m experiments.benchmarks.frameworks --profile --out=frameworks.json
 
@@ -31,10 +31,17 @@ leaves out steps that are not finite; the other programs do neither. torch runs 
 fused AdamW and its fused attention; lorax, nnx and qwix the attention of
 `gpt2_shaped`.
 
-On Linux, `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` in the environment removes most page
-faults of XLA:CPU where transparent huge pages are available; it is malloc's for all
-programs alike. On a GPU set `XLA_PYTHON_CLIENT_PREALLOCATE=false`, or jax takes the
-memory that torch needs.
+On Linux glibc maps XLA:CPU's temporaries anew at every step and clears their pages:
+100,000 faults a step at the default size, a sixth of lorax's CPU time, and few of
+torch's. In the environment of the process
+
+    GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:\
+    glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
+
+(one line) keeps the memory and removes them all, for every program alike; the profile
+counts them. `glibc.malloc.hugetlb=1` removes most, but some steps then take twice as
+long, while the kernel makes huge pages. On a GPU set
+`XLA_PYTHON_CLIENT_PREALLOCATE=false`, or jax takes the memory that torch needs.
 """
 
 from __future__ import annotations

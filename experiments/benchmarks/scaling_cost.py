@@ -58,6 +58,8 @@ MEASURES = {
     "build_seconds": "trace + compile, CPU time",
 }
 
+TICKS = (1, 1.25, 1.5, 2, 3, 4, 5)
+
 
 class Point(NamedTuple):
     """A program and the two batches that it is run on."""
@@ -191,9 +193,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
         ):
             ratio = [row["adapted"][key] / row["without"][key] for row in own]
             axis.plot(x, ratio, color=colour, marker=marker, markersize=4, label=label)
-        axis.axhline(1.0, color="#777777", linewidth=0.8, linestyle=":")
         axis.set_xscale("log", base=2)
         axis.set_xticks(x, [str(value) for value in x])
+        axis.set_yscale("log", base=2)
+        axis.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
         axis.set(xlabel=LABELS[sweep])
     for axis in axes.flat[len(sweeps) :]:
         axis.remove()
