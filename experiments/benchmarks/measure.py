@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +19,7 @@ import numpy as np
 
 from experiments.benchmarks.programs import Case
 
-Clock = Callable[[], float]
+Clock = Callable[[], Any]
 
 
 class Cost(NamedTuple):
@@ -62,12 +69,13 @@ def interleave(
     Args:
       steps: what to time, by name.
       rounds: how often.
-      clock: `time.process_time` counts this process alone, on all its threads.
+      clock: `time.process_time` counts this process alone, on all its threads; of
+        `usage` each entry is an array.
 
     Returns:
       Seconds by name, one per round.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[Any]] = {name: [] for name in steps}
     for i in range(-1, rounds):  # the first round warms up and is not counted
         for name in list(steps)[:: 1 if i % 2 else -1]:
             start = clock()
@@ -75,6 +83,13 @@ def interleave(
             if i >= 0:
                 seconds[name].append(clock() - start)
     return seconds
+
+
+def usage() -> np.ndarray:
+    """Wall seconds, CPU seconds, those of them in the kernel, and minor page faults."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    wall, cpu = time.perf_counter(), used.ru_utime + used.ru_stime
+    return np.array([wall, cpu, used.ru_stime, used.ru_minflt])
 
 
 def agree(value: Any, expected: Any, tolerance: float = 1e-5) -> None:
@@ -85,7 +100,57 @@ def agree(value: Any, expected: Any, tolerance: float = 1e-5) -> None:
 
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
     """The median over rounds of one step's time over another's in the same round."""
-    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+    return statistics.median(paired_ratios(numerator, denominator))
+
+
+def paired_ratios(
+    numerator: Sequence[float], denominator: Sequence[float]
+) -> list[float]:
+    """One step's time over another's, round by round."""
+    return [a / b for a, b in zip(numerator, denominator, strict=True)]
+
+
+def about(packages: Sequence[str]) -> dict[str, Any]:
+    """Returns what a table is of: date, command, device, versions, malloc's settings.
+
+    Args:
+      packages: names of distributions; those that are not installed are left out.
+    """
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    called = f"python -m {spec.name}" if spec else "python"
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": " ".join([called, *sys.argv[1:]]),
+        "device": _device(),
+        "versions": versions,
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
+    }
+
+
+def caption(facts: Mapping[str, Any]) -> str:
+    """Returns `about` in one sentence."""
+    versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
+    malloc = facts["GLIBC_TUNABLES"]
+    command = f"{f'GLIBC_TUNABLES={malloc} ' if malloc else ''}{facts['command']}"
+    return f"{facts['date']}, {facts['device']}; {versions}; `{command}`"
+
+
+def _device() -> str:
+    """The accelerator, or the processor and how many of its cores may be used."""
+    if jax.default_backend() != "cpu":
+        return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    own = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    name, info = platform.machine(), pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        found = [line for line in info.read_text().splitlines() if "model name" in line]
+        name = found[0].partition(":")[2].strip() if found else name
+    return f"{len(own(0))} cores of {name}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

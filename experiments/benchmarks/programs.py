@@ -9,12 +9,16 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import traverse_util
 
 import lorax
 from experiments.benchmarks import gpt2_shaped as gpt2
 
 Loss = Callable[..., jax.Array]
+
+WHOLE = {"full": ".*", "none": "h_0/[qkv]/bias"}
+"""What is trained as it is, by the name of a method that has no factors."""
 
 
 class Case(NamedTuple):
@@ -56,26 +60,42 @@ class LoraDense(nn.Module):
         return x @ kernel + bias + self.scale * ((x @ a) @ b)
 
 
-def adapted(shape: gpt2.Shape, method: str = "lora", **switches: Any) -> Case:
-    """`lorax.adapt` of the model's loss, with every factor away from zero."""
+def adapted(
+    shape: gpt2.Shape, method: str = "lora", dtype: Any = jnp.float32, **switches: Any
+) -> Case:
+    """`lorax.adapt` of the model's loss, with every factor away from zero.
+
+    Args:
+      shape: sizes.
+      method: of the block's linears: "lora", "dora" or "adalora"; "full" trains every
+        parameter of the model, and "none" the biases of `frozen`.
+      dtype: of the frozen parameters and so of the activations.
+      **switches: of `gpt2_shaped.Gpt2`.
+    """
     batch, key = gpt2.tokens(shape), jax.random.key(1)
-    loss = _loss(gpt2.Gpt2(shape, **switches))
+    loss = loss_of(gpt2.Gpt2(shape, **switches))
     params = _weights(shape, switches.get("scan", False))
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    pattern = WHOLE.get(method, "all-linear")
     target = lorax.Target(
-        "all-linear",
+        pattern,
         rank=shape.rank,
         alpha=shape.alpha,
-        adapter=method,  # type: ignore[arg-type]
+        adapter="full" if method in WHOLE else method,  # type: ignore[arg-type]
     )
     kernels = lorax.discover(loss, params, batch)
     adapters, params = lorax.init(key, params, [target], kernels)
     expected = len(gpt2.LINEARS) * (1 if switches.get("scan") else shape.layers)
-    if len(adapters) != expected:
+    if method not in WHOLE and len(adapters) != expected:
         raise RuntimeError(f"{expected} kernels to adapt, found {sorted(adapters)}")
     for i, (path, adapter) in enumerate(sorted(adapters.items())):
-        assert isinstance(adapter, lorax.Lora | lorax.Dora)
-        b = 0.02 * jax.random.normal(jax.random.fold_in(key, i), adapter.b.shape)
-        adapters[path] = dataclasses.replace(adapter, b=b)
+        draw = functools.partial(jax.random.normal, jax.random.fold_in(key, i))
+        if isinstance(adapter, lorax.Lora | lorax.Dora):
+            b = 0.02 * draw(adapter.b.shape)
+            adapters[path] = dataclasses.replace(adapter, b=b)
+        elif isinstance(adapter, lorax.AdaLora):
+            lam = draw(adapter.lam.shape)
+            adapters[path] = dataclasses.replace(adapter, lam=lam)
     return Case(lorax.adapt(loss, on_merge="error"), adapters, params, batch)
 
 
@@ -94,7 +114,7 @@ def by_hand(case: Case, shape: gpt2.Shape, **switches: Any) -> Case:
 
 def materialised(case: Case, shape: gpt2.Shape, **switches: Any) -> Case:
     """The same program with `W + scale * a @ b` formed before the model runs."""
-    plain = _loss(gpt2.Gpt2(shape, **switches))
+    plain = loss_of(gpt2.Gpt2(shape, **switches))
 
     def loss(lora: Any, params: Any, batch: jax.Array) -> jax.Array:
         flat: Any = traverse_util.flatten_dict(params)
@@ -115,7 +135,7 @@ def frozen(case: Case, shape: gpt2.Shape) -> Case:
     crosses exactly the activations that an adapter's gradients need, and no kernel
     gradient is formed.
     """
-    plain = _loss(gpt2.Gpt2(shape))
+    plain = loss_of(gpt2.Gpt2(shape))
 
     def loss(biases: Any, params: Any, batch: jax.Array) -> jax.Array:
         first = dict(params["h_0"])
@@ -136,16 +156,18 @@ def nested(adapters: Any) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat)
 
 
-@functools.cache
-def _weights(shape: gpt2.Shape, scan: bool) -> Any:
-    """Random parameters; drawing them takes longer to compile than a step."""
-    model = gpt2.Gpt2(shape, scan=scan)
-    return jax.jit(model.init)(jax.random.key(0), gpt2.tokens(shape)[:, :-1])["params"]
+def loss_of(model: nn.Module) -> Loss:
+    """The mean loss `(params, batch) -> []` of a model."""
 
-
-def _loss(model: nn.Module) -> Loss:
     def loss(params: Any, batch: jax.Array) -> jax.Array:
         logits: Any = model.apply({"params": params}, batch[:, :-1])
         return gpt2.cross_entropy(logits, batch)
 
     return loss
+
+
+@functools.cache
+def _weights(shape: gpt2.Shape, scan: bool) -> Any:
+    """Random parameters; drawing them takes longer to compile than a step."""
+    model = gpt2.Gpt2(shape, scan=scan)
+    return jax.jit(model.init)(jax.random.key(0), gpt2.tokens(shape)[:, :-1])["params"]

@@ -1,0 +1,242 @@
+r"""A whole train step of lorax beside PEFT + PyTorch, `flax.nnx.LoRA` and qwix.
+
+    python -m experiments.benchmarks.frameworks --profile --out=frameworks.json
+
+Forward, backward and the AdamW update of what is trained, of a GPT-2-shaped model with
+the same weights, factors and batch, interleaved in one run on the same pinned cores.
+Prints a markdown table, a row a method and program; `--profile` another of where the
+time goes. Before anything is timed, the programs must agree: loss and gradients of the
+first step to 1e-5 of the largest entry of each array, the losses of the next two to
+1e-4 (5e-2 throughout in bfloat16). Gradients are read from Adam's first moments, so it
+is the timed programs that agree. Compilation is apart, in a column of its own.
+
+In bfloat16 lorax and PEFT keep the adapters in float32; full fine-tuning trains
+float32 masters in lorax, and the bfloat16 weights themselves in torch.
+
+Methods: LoRA, DoRA, AdaLoRA on the linears of the blocks, full fine-tuning of every
+parameter, and "none", the same model with three biases trained: the frameworks' own
+difference.
+
+Equal for AdaLoRA: triplets, scale (PEFT divides by rank + 1e-5), the cubic budget from
+r to r / 2 a matrix over 1,000 steps of which the last 100 are fixed, a choice of
+triplets at *every* step (PEFT's default; lorax's is every tenth or rarer), importance
+with both decays 0.85 after the update, and PEFT's penalty, 0.5 times the mean of the
+norms. Not equal: PEFT ranks by a threshold and drops ties, lorax drops one of them. The
+row "lorax, its own penalty" has the paper's sum of squares in closed form, 0.1 times,
+as `lorax.optim.adalora` does unless told otherwise; of it only the loss of the first
+step is held to the others.
+
+lorax runs `lorax.training.make_train_step`, which also takes the gradients' norm and
+leaves out steps that are not finite; the other programs do neither. torch runs its
+fused AdamW and its fused attention; lorax, nnx and qwix the attention of
+`gpt2_shaped`.
+
+On Linux glibc maps XLA:CPU's temporaries anew at every step and clears their pages:
+100,000 faults a step at the default size, a sixth of lorax's CPU time, and few of
+torch's. In the environment of the process
+
+    GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:\
+    glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
+
+(one line) keeps the memory and removes them all, for every program alike; the profile
+counts them. `glibc.malloc.hugetlb=1` removes most, but some steps then take twice as
+long, while the kernel makes huge pages. On a GPU set
+`XLA_PYTHON_CLIENT_PREALLOCATE=false`, or jax takes the memory that torch needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from absl import app, flags
+
+from experiments.benchmarks import (
+    adapt_cost,
+    jax_rivals,
+    measure,
+    profiles,
+    programs,
+    torch_peft,
+    trainers,
+)
+from experiments.benchmarks import gpt2_shaped as gpt2
+
+# Beside those of adapt_cost: --layers, --width, --batch, --rounds, --threads, --out.
+_METHODS = flags.DEFINE_list(
+    "methods", ["lora", "dora", "adalora", "full", "none"], "Which to compare."
+)
+_COMPILE = flags.DEFINE_bool("compile", False, "Rows for torch.compile as well.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Of frozen weights and activations."
+)
+_DEVICE = flags.DEFINE_enum(
+    "device", "auto", ["auto", "cpu", "cuda"], "auto: cuda where torch and jax see it."
+)
+_PROFILE = flags.DEFINE_bool("profile", False, "Also say where the time goes.")
+
+PACKAGES = ("jax", "flax", "optax", "torch", "peft", "qwix")
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
+
+
+class Setting(NamedTuple):
+    """How to run, beside the sizes."""
+
+    dtype: str = "float32"
+    device: str = "cpu"  # torch's name
+    compiled: bool = False  # by torch.compile, as well
+
+
+class Contest(NamedTuple):
+    """The programs of one method."""
+
+    trainers: dict[str, trainers.Trainer]  # lorax first
+    missing: dict[str, str]  # why a program is not among them
+    alike: dict[str, bool]  # False: of other gradients, by design
+
+
+def contest(method: str, shape: gpt2.Shape, setting: Setting) -> Contest:
+    """Builds and compiles the programs of a method."""
+    case = programs.adapted(shape, method, setting.dtype)
+    made = {"lorax": trainers.of_lorax(case, shape, method)}
+    missing, alike = {}, {}
+    if method == "adalora":
+        own = "lorax, its own penalty"
+        made[own] = trainers.of_lorax(case, shape, method, own_penalty=True)
+        alike[own] = False
+    name = "PyTorch" if method in programs.WHOLE else "PEFT + PyTorch"
+    for compiled in (False, True)[: 1 + setting.compiled]:
+        row = name.replace("PyTorch", "torch.compile") if compiled else name
+        if not torch_peft.available():
+            missing[row] = "torch or peft is not installed"
+            continue
+        try:
+            args = case, shape, method, setting.device, compiled
+            made[row] = trainers.of_torch(*args)
+        except Exception as error:  # torch.compile's are of many classes
+            if not compiled:
+                raise
+            missing[row] = _reason(error)
+    if method == "full":
+        loss = programs.loss_of(gpt2.Gpt2(shape))
+        by_hand = lambda trained, params, batch: loss(trained, batch)
+        whole = case._replace(loss=by_hand, trained=case.params, params=())
+        if setting.dtype == "float32":  # in bfloat16 it would train without a master
+            made["JAX by hand"] = trainers.of_loss(whole, trainers.whole)
+    if method == "lora":
+        for row, build in jax_rivals.RIVALS.items():
+            if setting.dtype != "float32":
+                missing[row] = "compared in float32 only"
+                continue
+            try:
+                rival = build(case, shape)
+                made[row] = trainers.of_loss(rival.case, rival.names)
+            except Exception as error:  # theirs may not fit this jax or flax
+                missing[row] = _reason(error)
+    return Contest(made, missing, alike)
+
+
+def _reason(error: Exception) -> str:
+    first = str(error).strip().split("\n")[0].replace("|", "/")
+    return f"{type(error).__name__}: {first[:90]}"
+
+
+def compare(
+    method: str, shape: gpt2.Shape, setting: Setting, rounds: int
+) -> dict[str, Any]:
+    """Every program's agreement, build and step time."""
+    made = contest(method, shape, setting)
+    tolerance = TOLERANCE[setting.dtype]
+    off = trainers.require_agreement(made.trainers, made.alike, tolerance)
+    steps = {name: trainer.step for name, trainer in made.trainers.items()}
+    seconds = measure.interleave(steps, rounds)
+    return {
+        "deviation": off,
+        "build_seconds": {n: t.build_seconds for n, t in made.trainers.items()},
+        "seconds": seconds,
+        "not_run": made.missing,
+    }
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown, a row a method and program; a ratio below 1 is lorax being faster."""
+    header = ["method, program", "build s", "best ms", "median ms", "range ms"]
+    header += ["lorax / it, best", "paired, median", "paired, range"]
+    rows = []
+    for method, result in results.items():
+        lorax = result["seconds"]["lorax"]
+        for name, seconds in result["seconds"].items():
+            ms = [1e3 * s for s in seconds]
+            built = result["build_seconds"][name]
+            ratios = measure.paired_ratios(lorax, seconds)
+            row = [f"{method}, {name}", f"{built:.1f}" if built else "-"]
+            row += [f"{min(ms):.0f}", f"{statistics.median(ms):.0f}"]
+            row += [f"{min(ms):.0f}-{max(ms):.0f}"]
+            if name != "lorax":
+                row += [f"{min(lorax) / min(seconds):.2f}"]
+                row += [f"{statistics.median(ratios):.2f}"]
+                row += [f"{min(ratios):.2f}-{max(ratios):.2f}"]
+            rows.append(row + ["-"] * (len(header) - len(row)))
+        for name, reason in result["not_run"].items():
+            row = [f"{method}, {name}: not run, {reason}"]
+            rows.append(row + ["-"] * (len(header) - 1))
+    return measure.markdown(header, rows)
+
+
+def chosen_device(wanted: str) -> str:
+    """Returns torch's name of the device, and sets jax to the same.
+
+    Raises:
+      RuntimeError: cuda is asked for and one of the two has none.
+    """
+    seen = torch_peft.available() and torch_peft.sees_cuda()
+    both = seen and jax.default_backend() == "gpu" if wanted != "cpu" else False
+    if wanted == "cuda" and not both:
+        raise RuntimeError(
+            f"--device=cuda: torch sees cuda: {seen}; jax runs on "
+            f"{jax.default_backend()}; install both for it, or pass --device=cpu"
+        )
+    if both:  # float32 is to mean float32, in torch as here
+        jax.config.update("jax_default_matmul_precision", "highest")
+        return "cuda"
+    jax.config.update("jax_platforms", "cpu")
+    return "cpu"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Compares every method and prints the tables."""
+    del argv
+    flag = flags.FLAGS
+    adapt_cost.pin(flag.threads)
+    jax.config.update("jax_enable_compilation_cache", False)
+    setting = Setting(_DTYPE.value, chosen_device(_DEVICE.value), _COMPILE.value)
+    if torch_peft.available():
+        torch_peft.pin(flag.threads)
+    shape = gpt2.Shape(layers=flag.layers, width=flag.width, batch=flag.batch)
+    facts = measure.about(PACKAGES)
+    result: dict[str, Any] = {"about": facts, "shape": dataclasses.asdict(shape)}
+    print(measure.caption(facts) + "\n", flush=True)
+    results = {}
+    for method in _METHODS.value:
+        results[method] = compare(method, shape, setting, flag.rounds)
+        print(f"{method} agrees to {results[method]['deviation']:.0e}", flush=True)
+    print("\n" + table(results), flush=True)
+    result["steps"] = results
+    if _PROFILE.value:
+        parts = {
+            method: profiles.measured(method, shape, setting.dtype, setting.device)
+            for method in _METHODS.value
+        }
+        result["profile"] = parts
+        print("\n" + profiles.table(parts), flush=True)
+    if flag.out:
+        pathlib.Path(flag.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,119 @@
+"""Train steps of other libraries are lorax's, and the tables say what was measured."""
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.benchmarks import (
+    frameworks,
+    jax_rivals,
+    measure,
+    profiles,
+    torch_peft,
+    trainers,
+)
+from experiments.benchmarks import gpt2_shaped as gpt2
+
+pytestmark = pytest.mark.once
+
+SHAPE = gpt2.Shape(layers=2, width=32, heads=4, vocabulary=32, batch=2, time=8, rank=4)
+METHODS = ("lora", "dora", "adalora", "full")
+
+needs_torch = pytest.mark.skipif(
+    not torch_peft.available(), reason="torch or peft is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Every method compared, after its programs were found to agree."""
+    if torch_peft.available():
+        torch_peft.pin(1)
+    setting, compile_ = frameworks.Setting(), jax.stages.Lowered.compile
+    fast = lambda self: compile_(self, {"xla_backend_optimization_level": 0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", fast)
+        return {m: frameworks.compare(m, SHAPE, setting, rounds=2) for m in METHODS}
+
+
+def test_nnx_agrees(results):
+    assert "flax.nnx.LoRA" in results["lora"]["seconds"], results["lora"]["not_run"]
+
+
+@needs_torch
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_agree_with_those_of_peft(results, method):
+    assert 0 < results[method]["deviation"] <= 1e-5
+    name = "PyTorch" if method == "full" else "PEFT + PyTorch"
+    assert len(results[method]["seconds"][name]) == 2
+
+
+def test_the_table_has_a_row_for_every_program(results):
+    lines = frameworks.table(results).splitlines()
+    rows = [line.split(" | ") for line in lines]
+    assert {len(row) for row in rows} == {8}
+    names = [row[0].removeprefix("| ") for row in rows[2:]]
+    for method in METHODS:
+        assert f"{method}, lorax" in names
+    assert {"adalora, lorax, its own penalty", "full, JAX by hand"} <= set(names)
+    for rival in jax_rivals.RIVALS:
+        assert any(name.startswith(f"lora, {rival}") for name in names)
+
+
+def test_ratios_are_lorax_over_the_other_program():
+    seconds = {"lorax": [1.0, 3.0, 2.0], "PEFT + PyTorch": [2.0, 3.0, 8.0]}
+    built = {"lorax": 4.0, "PEFT + PyTorch": 0.0}
+    result = {"seconds": seconds, "build_seconds": built, "not_run": {"qwix": "why"}}
+    *_, lorax, peft, qwix = frameworks.table({"lora": result}).splitlines()
+    assert lorax == "| lora, lorax | 4.0 | 1000 | 2000 | 1000-3000 | - | - | - |"
+    assert peft.startswith("| lora, PEFT + PyTorch | - | 2000 | 3000 | 2000-8000 |")
+    assert peft.endswith("| 0.50 | 0.50 | 0.25-1.00 |")
+    assert qwix == "| lora, qwix: not run, why" + " | -" * 7 + " |"
+
+
+def test_a_rival_that_is_not_there_is_named_with_the_reason(monkeypatch):
+    def absent(case, shape):
+        raise ImportError("No module named 'rival'")
+
+    fake = trainers.Trainer(float, dict, 0.0)
+    monkeypatch.setattr(trainers, "of_lorax", lambda *args: fake)
+    monkeypatch.setattr(jax_rivals, "RIVALS", {"rival": absent})
+    monkeypatch.setattr(torch_peft, "available", lambda: False)
+    made = frameworks.contest("lora", SHAPE, frameworks.Setting())
+    assert made.missing == {
+        "PEFT + PyTorch": "torch or peft is not installed",
+        "rival": "ImportError: No module named 'rival'",
+    }
+    assert list(made.trainers) == ["lorax"]
+
+
+def test_disagreement_is_an_error():
+    moments = lambda scale: lambda: {("w/kernel", "a"): scale * np.ones(2)}
+    one = trainers.Trainer(lambda: 1.0, moments(1.0), 0.0)
+    other = trainers.Trainer(lambda: 1.0, moments(1.001), 0.0)
+    with pytest.raises(AssertionError, match="other: the gradient of w/kernel is"):
+        trainers.require_agreement({"one": one, "other": other}, {})
+    assert trainers.require_agreement({"one": one, "other": other}, {"other": 0}) == 0
+    louder = trainers.Trainer(lambda: 1.1, moments(1.0), 0.0)
+    with pytest.raises(AssertionError, match="tolerance"):
+        trainers.require_agreement({"one": one, "louder": louder}, {})
+
+
+@needs_torch
+def test_the_profile_has_a_row_for_every_framework():
+    torch_peft.pin(1)
+    parts = profiles.measured("none", SHAPE, "float32", rounds=2)
+    assert np.shape(parts["PyTorch"]["gradient"]) == (2, 4)
+    lines = profiles.table({"none": parts}).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| none, lorax",
+        "| none, PyTorch",
+    ]
+
+
+def test_what_a_table_is_of_can_be_read():
+    facts = measure.about(["jax", "surely-not-installed"])
+    assert set(facts["versions"]) == {"python", "jax"}
+    assert facts["date"] in measure.caption(facts)
+    wall, cpu, kernel, faults = measure.usage()
+    assert 0 <= kernel <= cpu and wall > 0 and faults >= 0
