@@ -24,6 +24,11 @@ STUDIES = (
     "inits",
     "trajectories",
     "decay",
+    "matrices",
+    "dora_ranks",
+    "muon",
+    "batch_sizes",
+    "epsilon",
 )
 """In the order of the page; each a module of `experiments.studies`."""
 
@@ -77,7 +82,7 @@ def section(module: Any, results: dict[str, Any]) -> str:
     """Returns a study's part of the page, without its figure.
 
     Args:
-      module: the study's, for its docstring's first line and further pairs.
+      module: the study's, for its docstring's first line, PAIRS and `notes`.
       results: as its `results.json` has them.
     """
     lines = [f"## {module.__doc__.splitlines()[0]}", "", results["question"], ""]
@@ -88,6 +93,8 @@ def section(module: Any, results: dict[str, Any]) -> str:
         if one in arms and other in arms:
             off = _final(arms[one]) - _final(arms[other])
             lines.append(f"- {one} minus {other}: {comparison.difference(off)}")
+    if baseline in arms and hasattr(module, "notes"):
+        lines += [f"- {note}" for note in module.notes(results)]
     lines += [f"- Not run: {missing}" for missing in results["missing"]]
     lines += ["", cost(results)]
     return "\n".join(lines).replace("\n\n\n", "\n\n")

@@ -115,16 +115,21 @@ def _exact(key: Sequence[Hashable]) -> tuple[Hashable, ...]:
     return tuple(f"{x:.3g}" if isinstance(x, float) else x for x in key)
 
 
-def best_of_grid(score: Callable[[float], float], grid: Sequence[float]) -> float:
+def best_of_grid(
+    score: Callable[[float], float], grid: Sequence[float], widen: bool = True
+) -> float:
     """Returns the best learning rate of a grid, one point wider where it is at an edge.
 
     Args:
       score: of a learning rate, lower is better; NaN counts as worst.
       grid: learning rates, a constant ratio apart.
+      widen: False: not wider than the grid.
     """
     factor = grid[1] / grid[0]
     value = lambda rate: math.inf if math.isnan(score(rate)) else score(rate)
     best = min(grid, key=value)
+    if not widen:
+        return best
     beyond = {grid[0]: grid[0] / factor, grid[-1]: grid[-1] * factor}
     return min(best, beyond.get(best, best), key=value)
 

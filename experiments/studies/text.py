@@ -41,6 +41,7 @@ class Study(NamedTuple):
       steps: of a run.
       every: steps between two evaluations.
       seeds: reported.
+      refine: two more rates, half way to the neighbours of an arm's best.
       watch: `(setting, the rates chosen so far) -> watch` of `trial.make_run`, for the
         runs reported; None to watch nothing.
     """
@@ -53,6 +54,7 @@ class Study(NamedTuple):
     steps: int = 90
     every: int = 10
     seeds: tuple[int, ...] = SEEDS
+    refine: bool = False
     watch: Callable[[Any, Any], Callable[..., Any]] | None = None
 
 
@@ -133,7 +135,7 @@ def _run_arm(study: Study, arm: str, setting: Setting, runs: comparison.Runs) ->
         once = lambda: make(0, rate, setting.choose, config.run.steps)._asdict()
         return runs.get((arm, "choose", 0, rate), once)[-1]
 
-    rate = comparison.best_of_grid(score, grid_of(study, arm, setting.toy))
+    rate = best_rate(study, arm, score, setting.toy)
     watch = None
     if study.watch is not None:
         watch = study.watch(setting, chosen(study, runs, setting.toy))
@@ -155,13 +157,25 @@ def grid_of(study: Study, arm: str, toy: bool) -> tuple[float, ...]:
     return grid[:2] if toy else grid
 
 
+def best_rate(
+    study: Study, arm: str, score: Callable[[float], float], toy: bool
+) -> float:
+    """The best learning rate of an arm by its score, lower being better."""
+    grid = grid_of(study, arm, toy)
+    best = comparison.best_of_grid(score, grid)
+    if not study.refine:
+        return best
+    half = (grid[1] / grid[0]) ** 0.5
+    return comparison.best_of_grid(score, (best / half, best, best * half), widen=False)
+
+
 def chosen(study: Study, runs: comparison.Runs, toy: bool) -> dict[str, float]:
     """The rates of the arms that have one."""
     found = {}
     for arm in study.arms:
         known = lambda rate, arm=arm: runs.get((arm, "choose", 0, rate))[-1]
         try:
-            found[arm] = comparison.best_of_grid(known, grid_of(study, arm, toy))
+            found[arm] = best_rate(study, arm, known, toy)
         except comparison.NotRun:
             continue
     return found

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import report
-from experiments.studies import comparison, plots, text
+from experiments.studies import batch_sizes, comparison, plots, text
 
 pytestmark = pytest.mark.once
 
@@ -94,6 +94,40 @@ def test_the_table_by_hand():
     assert same.count("no difference shown") == 2
 
 
+def test_refined_rates_lie_half_way_to_the_neighbours(monkeypatch):
+    study = TINY._replace(refine=True, grids={"LoRA": (1.0, 4.0, 16.0)})
+    asked = []
+
+    def score(rate):
+        asked.append(rate)
+        return abs(rate - 7.0)
+
+    assert text.best_rate(study, "LoRA", score, toy=False) == 8.0
+    assert set(asked) == {1.0, 4.0, 16.0, 2.0, 8.0}
+    plain = study._replace(refine=False)
+    assert text.best_rate(plain, "LoRA", score, toy=False) == 4.0
+
+
+def test_the_best_rate_is_a_parabolas_vertex():
+    log = np.log([0.01, 0.02, 0.04])
+    scores = (log - np.log(0.025)) ** 2
+    grid = {f"{np.exp(x):.3g}": y for x, y in zip(log, scores, strict=True)}
+    assert batch_sizes.optimum(grid) == pytest.approx(0.025, rel=1e-6)
+    assert batch_sizes.optimum({"0.1": 2.0, "1": 1.0}) == pytest.approx(1.0)
+
+
+def test_a_law_is_found_again():
+    sizes = (4, 8, 16, 32, 64)
+    sqrt = [0.01 * (size / 4) ** 0.5 for size in sizes]
+    constant, scale, error = batch_sizes.fit(sizes, sqrt, "sqrt")
+    assert constant == pytest.approx(0.01) and np.isnan(scale) and error < 1e-6
+    # 2 / (sqrt(N / B) + sqrt(B / N)) with N = 16, by hand
+    surge = [0.02 / (4 / size**0.5 + size**0.5 / 4) for size in sizes]
+    constant, scale, error = batch_sizes.fit(sizes, surge, "surge")
+    assert (constant, scale) == pytest.approx((0.008, 16.0)) and error < 1e-6
+    assert batch_sizes.fit(sizes, surge, "sqrt")[2] > 0.5
+
+
 def test_a_run_that_diverged_is_not_called_alike():
     told = comparison.difference(np.array([0.1, np.nan]))
     assert told == "not finite"
@@ -108,7 +142,7 @@ def test_the_page_refuses_toy_results_and_names_what_was_not_run(tmp_path):
     page = report.write(tmp_path).read_text()
     assert "Not run: r = 8: choose 0 0.01" in page and "2.1000" in page
     assert "studies/ranks/figure.png" in page
-    assert "Not run at all: budgets, decay, inits" in page
+    assert "Not run at all: batch_sizes, budgets, decay" in page
     (folder / "results.json").write_text(json.dumps({**told, "smoke": True}))
     with pytest.raises(ValueError, match="of toy sizes"):
         report.write(tmp_path)
