@@ -58,6 +58,7 @@ from absl import app, flags
 
 from experiments.benchmarks import (
     adapt_cost,
+    agreement,
     jax_rivals,
     measure,
     profiles,
@@ -152,7 +153,7 @@ def compare(
     """Every program's agreement, build and step time."""
     made = contest(method, shape, setting)
     tolerance = TOLERANCE[setting.dtype]
-    off = trainers.require_agreement(made.trainers, made.alike, tolerance)
+    off = agreement.require(made.trainers, made.alike, tolerance)
     steps = {name: trainer.step for name, trainer in made.trainers.items()}
     seconds = measure.interleave(steps, rounds)
     return {

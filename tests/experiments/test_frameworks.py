@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import (
+    agreement,
     frameworks,
     jax_rivals,
     measure,
@@ -92,11 +93,11 @@ def test_disagreement_is_an_error():
     one = trainers.Trainer(lambda: 1.0, moments(1.0), 0.0)
     other = trainers.Trainer(lambda: 1.0, moments(1.001), 0.0)
     with pytest.raises(AssertionError, match="other: the gradient of w/kernel is"):
-        trainers.require_agreement({"one": one, "other": other}, {})
-    assert trainers.require_agreement({"one": one, "other": other}, {"other": 0}) == 0
+        agreement.require({"one": one, "other": other}, {})
+    assert agreement.require({"one": one, "other": other}, {"other": 0}) == 0
     louder = trainers.Trainer(lambda: 1.1, moments(1.0), 0.0)
     with pytest.raises(AssertionError, match="tolerance"):
-        trainers.require_agreement({"one": one, "louder": louder}, {})
+        agreement.require({"one": one, "louder": louder}, {})
 
 
 @needs_torch
