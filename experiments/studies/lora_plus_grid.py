@@ -47,7 +47,9 @@ def heat(axis: Any, results: Any) -> None:
     made = axis.scatter(a, b, c=shown, cmap="cividis_r", s=90, edgecolors="black")
     axis.figure.colorbar(made, ax=axis, label="bits per byte (selection)")
     low, high = min(a), max(a)
-    axis.plot([low, high], [low, high], color="black", linewidth=0.7, label="LoRA")
+    axis.plot(
+        [low, high], [low, high], color="black", linewidth=0.7, label="LoRA: equal"
+    )
     winner = points[value.index(best)]
     axis.plot(*winner[:2], "r*", markersize=9, label="best")
     axis.set(xscale="log", yscale="log", xlabel="learning rate of a")

@@ -93,12 +93,14 @@ def by_size(
       sizes: along the axis.
       arms: label of a line -> the function from a size to the name of its arm.
     """
-    for (label, name), mark in zip(arms.items(), MARKS, strict=False):
+    looks = zip(arms.items(), MARKS, comparison.COLOURS, strict=False)
+    for (label, name), mark, colour in looks:
         found = [size for size in sizes if name(size) in results["arms"]]
         values = [final(results, name(size)) for size in found]
         error = [v.std(ddof=1) / np.sqrt(len(v)) for v in values]
         means = [v.mean() for v in values]
-        axis.errorbar(found, means, error, marker=mark, label=label, capsize=3)
+        look: Any = {"marker": mark, "color": colour, "label": label, "capsize": 3}
+        axis.errorbar(found, means, error, **look)
     axis.set(ylabel=BITS)
     axis.legend(fontsize=7)
 

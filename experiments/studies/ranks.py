@@ -33,6 +33,9 @@ STUDY = text.Study(
     name(8, "standard"),
 )
 
+PAIRS = tuple((name(r, "rank_stabilized"), name(r, "standard")) for r in RANKS)
+"""Further pairs that the table holds against each other."""
+
 
 def by_rank(axis: Any, results: Any) -> None:
     """The final value by rank, each at its own best rate."""
@@ -47,7 +50,7 @@ def by_rank(axis: Any, results: Any) -> None:
 
 def at_one_rate(axis: Any, results: Any) -> None:
     """By rank at each fixed learning rate, on the selection split, one seed."""
-    colours = plots.comparison.COLOURS
+    colours, seen = plots.comparison.COLOURS, []
     for (scaling, label), line in zip(FORMS.items(), ("-", "--"), strict=True):
         for colour, rate in zip(colours, text.GRID, strict=False):
             pairs = [
@@ -59,11 +62,13 @@ def at_one_rate(axis: Any, results: Any) -> None:
             if pairs:
                 told = f"{label}, {rate:.2g}"
                 axis.plot(*zip(*pairs, strict=True), line, color=colour, label=told)
+                seen += [value for _, value in pairs]
     axis.set(xscale="log", xlabel="rank", ylabel=f"{plots.BITS} (selection)")
-    axis.set(title="one rate for all")
+    axis.set(title="one rate for all (what diverged is above)")
     axis.set_xticks(RANKS, map(str, RANKS))
-    axis.margins(y=0.4)  # room for the legend
-    axis.legend(fontsize=6)
+    if seen:
+        axis.set_ylim(min(seen) - 0.02, min(seen) + 0.4)
+    axis.legend(fontsize=6, ncols=2, loc="upper center")
 
 
 PANELS = (by_rank, at_one_rate)

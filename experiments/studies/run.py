@@ -6,9 +6,11 @@
 
 A study's folder (below `--study_dir`, by default `runs/studies`; the committed ones
 are below `docs/results/studies`) gets
-`runs.jsonl`, a line a run, so that a study which was cut short goes on;
-`results.json`, and the figure. `:smoke` proves the path at toy sizes below
-`runs/smoke`: its figures are marked, and `experiments.report` refuses its results.
+`runs.jsonl`, a line a run, so that a study which was cut short goes on; `times.json`,
+the time of a step of every arm, measured side by side when the runs are there (deleted,
+it is measured anew); `results.json`, and the figure. `:smoke` proves the path at toy
+sizes below `runs/smoke`: its figures are marked, and `experiments.report` refuses its
+results.
 """
 
 import importlib
@@ -68,6 +70,13 @@ def go_on(
     except comparison.NotRun as error:
         print(f"cut short after {minutes} minutes, before {error}")
     found = text.results(study, runs, setting.toy)
+    path = folder / "times.json"
+    times = json.loads(path.read_text()) if path.exists() else {}
+    if not {arm["config"] for arm in found["arms"].values()} <= set(times):
+        ms = text.times(study, setting, list(found["arms"]))
+        times = {settings[arm]: round(value, 3) for arm, value in ms.items()}
+        path.write_text(json.dumps(times, indent=1) + "\n")
+    found = text.results(study, runs, setting.toy, times)
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     if study.baseline in found["arms"]:
         plots.figure(found, folder / "figure.png", *module.PANELS)

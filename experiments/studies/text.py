@@ -10,7 +10,7 @@ import hashlib
 import json
 import pathlib
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +20,14 @@ import rich.console
 import lorax
 from configs import quickstart
 from experiments import factory, metrics, pretrain, progress, writer
+from experiments.benchmarks import measure
 from experiments.data import documents, windows
 from experiments.studies import comparison, trial
 
 GRID = (10**-3, 10**-2.5, 10**-2, 10**-1.5)
 SEEDS = (1, 2, 3, 4)
 TOY_RANK = 16  # the toy model is 32 wide
+STRETCH = 3  # steps that are timed together: AdaLoRA chooses its triplets every third
 Fields = Mapping[str, Any]
 
 
@@ -121,15 +123,43 @@ def run(study: Study, setting: Setting, runs: comparison.Runs) -> None:
         _run_arm(study, arm, setting, runs)
 
 
-def _run_arm(study: Study, arm: str, setting: Setting, runs: comparison.Runs) -> None:
+def times(
+    study: Study, setting: Setting, arms: Sequence[str], rounds: int = 7
+) -> dict[str, float]:
+    """Returns milliseconds of a train step by arm, interleaved, the best of `rounds`.
+
+    While a study runs, other work slows one arm and not another.
+    """
+    steps = {arm: _stretch(study, arm, setting) for arm in arms}
+    seconds = measure.interleave(steps, rounds)
+    return {arm: 1e3 * min(s) / STRETCH for arm, s in seconds.items()}
+
+
+def _stretch(study: Study, arm: str, setting: Setting) -> Callable[[], Any]:
+    """A few steps of an arm, each call going on from the last."""
+    config, given = _given(study, arm, setting)
+    made, batches = trial.make_trial(*given), training(setting, config)(0)
+    state, params = made.start(0, 1e-4)
+
+    def run() -> Any:
+        nonlocal state
+        for i in range(STRETCH):
+            state, _ = made.step(state, params, batches[i])
+        return state
+
+    return run
+
+
+def _given(study: Study, arm: str, setting: Setting) -> tuple[Any, tuple[Any, ...]]:
+    """The config of an arm, and the arguments of `trial.make_trial`."""
     config = configured(study, study.arms[arm], setting.toy)
-    make = trial.make_run(
-        config,
-        setting.loss_fn,
-        setting.base,
-        training(setting, config),
-        config.run.methods[0],
-    )
+    batches, method = training(setting, config), config.run.methods[0]
+    return config, (config, setting.loss_fn, setting.base, batches, method)
+
+
+def _run_arm(study: Study, arm: str, setting: Setting, runs: comparison.Runs) -> None:
+    config, given = _given(study, arm, setting)
+    make = trial.make_run(*given)
 
     def score(rate: float) -> float:
         once = lambda: make(0, rate, setting.choose, config.run.steps)._asdict()
@@ -181,13 +211,25 @@ def chosen(study: Study, runs: comparison.Runs, toy: bool) -> dict[str, float]:
     return found
 
 
-def results(study: Study, runs: comparison.Runs, toy: bool = False) -> dict[str, Any]:
+def results(
+    study: Study,
+    runs: comparison.Runs,
+    toy: bool = False,
+    ms: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """Returns what a study found, as JSON.
+
+    Args:
+      study: the study.
+      runs: that were made.
+      toy: whether at toy sizes.
+      ms: of a step, by the config's digest; of an arm that is not there the fastest
+        stretch of any of its runs is taken.
 
     Returns:
       "arms": for each finished one its `rate`, the `grid` of rates and scores, the
-      `curves` of its seeds, what was `watched`, and `ms` of a step (the fastest of any
-      run); "missing": what was not run; and where, how and at what cost.
+      `curves` of its seeds, what was `watched`, and `ms` of a step; "missing": what was
+      not run; and where, how and at what cost.
     """
     arms, missing = {}, []
     rates = chosen(study, runs, toy)
@@ -201,13 +243,15 @@ def results(study: Study, runs: comparison.Runs, toy: bool = False) -> dict[str,
         except comparison.NotRun as error:
             missing.append(f"{arm}: {error}")
             continue
+        own_digest = digest(study, study.arms[arm], toy)
         arms[arm] = {
             "rate": rates[arm],
             "grid": {k[3]: v["curve"][-1] for k, v in own.items() if k[1] == "choose"},
             "curves": [line["curve"] for line in lines],
             "watched": [line.get("watched") for line in lines],
-            "ms": min(line["ms"] for line in own.values()),
-            "config": digest(study, study.arms[arm], toy),
+            "ms": (ms or {}).get(own_digest)
+            or min(line["ms"] for line in own.values()),
+            "config": own_digest,
         }
     hours = sum(line["cpu_seconds"] for line in runs.lines.values()) / 3600
     return {

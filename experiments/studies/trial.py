@@ -27,19 +27,26 @@ class Run(NamedTuple):
     ms: float
 
 
-def make_run(
+class Trial(NamedTuple):
+    """How an arm trains; one compilation serves all its seeds and rates.
+
+    Attributes:
+      start: `(seed, learning rate) -> (train state, the base that it adapts)`.
+      step: `(state, base, batch) -> (state, metrics)`, jitted; the state is donated.
+    """
+
+    start: Callable[[int, float], tuple[Any, Any]]
+    step: Callable[..., tuple[Any, Any]]
+
+
+def make_trial(
     config: ml_collections.ConfigDict,
     loss_fn: Callable[..., Any],
     base: Any,
     train: Callable[[int], Any],
     method: str = "lora",
-) -> Callable[..., Run]:
-    """Returns `run(seed, rate, evaluate, every, watch=None) -> Run`.
-
-    `watch(seed, step, state, params)` sees the train state and the base that it adapts.
-
-    One compilation (for each shape of batch) serves all seeds and rates: the learning
-    rate is in the optimiser's state.
+) -> Trial:
+    """Builds an arm; the learning rate is in the optimiser's state.
 
     Args:
       config: its `run.steps`, `adapter` and `optimizer` say how to train.
@@ -62,19 +69,12 @@ def make_run(
         ),
         donate_argnums=0,
     )
-    merge = jax.jit(lorax.merge)
     gradients: dict[int, Any] = {}  # sketches by seed: the rates of a grid share them
 
-    def run(
-        seed: int,
-        rate: float,
-        evaluate: Callable[[Any], float],
-        every: int,
-        watch: Callable[..., Any] | None = None,
-    ) -> Run:
-        batches = train(seed)
+    def start(seed: int, rate: float) -> tuple[Any, Any]:
         init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1))
         if looks and seed not in gradients:
+            batches = train(seed)
             first = [batches[i] for i in range(config.adapter.calibration_batches)]
             gradients[seed] = lorax.calibrate(
                 init_key, loss_fn, base, targets, first, kernels
@@ -84,10 +84,38 @@ def make_run(
         )
         state = training.create_state(key, adapters, tx)
         state.opt_state.hyperparams["learning_rate"] = jax.numpy.float32(rate)
+        return state, params
+
+    return Trial(start, step)
+
+
+def make_run(
+    config: ml_collections.ConfigDict,
+    loss_fn: Callable[..., Any],
+    base: Any,
+    train: Callable[[int], Any],
+    method: str = "lora",
+) -> Callable[..., Run]:
+    """Returns `run(seed, rate, evaluate, every, watch=None) -> Run`.
+
+    `watch(seed, step, state, params)` sees the train state and the base that it adapts.
+    Arguments are those of `make_trial`.
+    """
+    trial, steps = make_trial(config, loss_fn, base, train, method), config.run.steps
+    merge = jax.jit(lorax.merge)
+
+    def run(
+        seed: int,
+        rate: float,
+        evaluate: Callable[[Any], float],
+        every: int,
+        watch: Callable[..., Any] | None = None,
+    ) -> Run:
+        batches, (state, params) = train(seed), trial.start(seed, rate)
         found, watched, ms, before = [], [], [], 0
         began = time.perf_counter()
         for i in range(1, steps + 1):
-            state, _ = step(state, params, batches[i - 1])
+            state, _ = trial.step(state, params, batches[i - 1])
             if i % every == 0 or i == steps:
                 jax.block_until_ready(state)
                 ms.append(1e3 * (time.perf_counter() - began) / (i - before))

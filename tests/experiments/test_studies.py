@@ -49,6 +49,12 @@ def test_a_study_runs_goes_on_and_is_reported(setting, tmp_path):
     assert np.shape(arm["curves"]) == (2, 2) and arm["watched"] == [[2, 4], [2, 4]]
     assert arm["ms"] > 0 and found["cpu_hours"] >= 0
 
+    ms = text.times(TINY, setting, list(found["arms"]), rounds=2)
+    assert set(ms) == set(found["arms"]) and min(ms.values()) > 0
+    timed = text.results(TINY, runs, True, {arm["config"]: 7.5})
+    assert timed["arms"]["LoRA"]["ms"] == 7.5
+    assert timed["arms"]["r = 2"]["ms"] == found["arms"]["r = 2"]["ms"]
+
     late = comparison.Runs(path, settings(TINY), minutes=-1)
     text.run(TINY, setting, late)  # nothing is left to run
     assert late.lines.keys() == runs.lines.keys()
