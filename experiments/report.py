@@ -46,7 +46,7 @@ the edge) on seed 0 and documents that are not reported; at its best rate, fresh
 Seeds are paired: same batches, same keys. A difference is the mean over seeds with its
 95 % interval (Student's t); where that covers 0, no difference is shown. "At equal wall
 time" reads an arm's curves at the moment when the baseline has finished, by the time of
-a step: the best of seven, all arms interleaved after the runs. An arm that is faster has
+a step, best of seven, all arms interleaved after the runs; an arm that is faster has
 its final value there. One small model on one task: what it shows is no more than that.
 
 """
