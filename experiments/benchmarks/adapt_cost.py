@@ -8,8 +8,8 @@ to the adapters: XLA's count of FLOPs and temporary memory in four variants (pla
 programs must agree to 1e-5 in loss and gradients before anything is reported.
 
 On Linux, XLA:CPU maps and unmaps its temporary memory at every call, and spends a part
-of every step on the page faults. `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` in the
-environment removes them where transparent huge pages are available.
+of every step on the page faults; `frameworks` has the setting of malloc that keeps the
+memory.
 """
 
 from __future__ import annotations

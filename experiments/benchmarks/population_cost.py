@@ -13,9 +13,8 @@ The arithmetic costs the same on XLA:CPU: its batched thin products are as fast 
 many separate ones. What differs is memory. The population's temporaries are K times
 those of one run, out of the caches, and from 32 MB on (glibc's largest threshold) they
 are mapped anew and page-faulted at every step, where those of a small run come from the
-heap. `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` in the environment removes most faults
-where transparent huge pages are available, and `at_once` bounds the temporaries: the
-table has every batch with all members at once and with one member at a time.
+heap. A setting of malloc keeps the memory (see `frameworks`), and `at_once` bounds the
+temporaries: the table has every batch with all members at once and one at a time.
 """
 
 from __future__ import annotations
