@@ -56,11 +56,22 @@ def styles(results: Results) -> dict[str, dict[str, Any]]:
 
 def rates(axis: Any, results: Results) -> None:
     """Scores on the selection split by learning rate, one seed."""
+    seen: list[float] = []
     for arm, style in styles(results).items():
         grid = sorted((float(k), v) for k, v in results["arms"][arm]["grid"].items())
         axis.plot(*zip(*grid, strict=True), label=arm, **style)
+        seen += [value for _, value in grid]
     axis.set(xscale="log", xlabel="learning rate", ylabel=f"{BITS} (selection)")
+    leave_out_diverged(axis, seen)
     axis.legend(fontsize=7)
+
+
+def leave_out_diverged(axis: Any, values: Sequence[float], span: float = 0.4) -> None:
+    """Ends the axis `span` above the best value, and says so if values are beyond."""
+    best = float(np.nanmin(values))
+    if not np.nanmax(values) <= best + span:
+        axis.set_ylim(best - 0.05 * span, best + span)
+        axis.set_title(f"{axis.get_title()} (what diverged is above)", fontsize=9)
 
 
 def curves(axis: Any, results: Results) -> None:

@@ -64,10 +64,10 @@ def at_one_rate(axis: Any, results: Any) -> None:
                 axis.plot(*zip(*pairs, strict=True), line, color=colour, label=told)
                 seen += [value for _, value in pairs]
     axis.set(xscale="log", xlabel="rank", ylabel=f"{plots.BITS} (selection)")
-    axis.set(title="one rate for all (what diverged is above)")
+    axis.set(title="one rate for all")
     axis.set_xticks(RANKS, map(str, RANKS))
     if seen:
-        axis.set_ylim(min(seen) - 0.02, min(seen) + 0.4)
+        plots.leave_out_diverged(axis, seen)
     axis.legend(fontsize=6, ncols=2, loc="upper center")
 
 

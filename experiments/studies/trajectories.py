@@ -89,6 +89,6 @@ STUDY = text.Study(
 
 PANELS = (
     plots.curves,
-    plots.watched("cosine", "cosine of the changes to full fine-tuning's", "full"),
-    plots.watched("distance", "distance to full fine-tuning / its own change", "full"),
+    plots.watched("cosine", "cosine to full's change", "full"),
+    plots.watched("distance", "distance to full's change / its norm", "full"),
 )
