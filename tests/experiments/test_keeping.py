@@ -11,6 +11,8 @@ from lorax import checkpoint
 from tests.data_paths import needs_data
 from tests.experiments.test_finetune import config_of
 
+pytestmark = pytest.mark.once
+
 SMALL = {
     "data.train_rows": 64,
     "data.valid_rows": 8,

@@ -8,6 +8,8 @@ from experiments.data import batches, examples, packing
 from experiments.tasks import respond
 from lorax.models import gpt2, llama
 
+pytestmark = pytest.mark.once
+
 
 def made(count, seed=0, most=9):
     draw = np.random.default_rng(seed)

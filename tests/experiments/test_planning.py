@@ -12,6 +12,8 @@ from configs import llama3_8b_lora, llama3_70b_lora
 from experiments.planning import flops, hlo, program, report, sweep
 from experiments.planning import topology as topologies
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize(
     ("given", "name", "chips"),

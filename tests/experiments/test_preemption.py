@@ -15,6 +15,8 @@ import pytest
 from experiments import preemption
 from experiments.preemption import EXIT_DEADLINE, EXIT_PREEMPTED, Preemption
 
+pytestmark = pytest.mark.once
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 STEPS = 40
 
