@@ -67,7 +67,7 @@ def interleave(
     A busy machine then slows all of them alike, and the ratios hold.
 
     Args:
-      steps: what to time, by name.
+      steps: what to time, by name; of arrays that one returns the end is awaited.
       rounds: how often.
       clock: `time.process_time` counts this process alone, on all its threads; of
         `usage` each entry is an array.
@@ -79,7 +79,7 @@ def interleave(
     for i in range(-1, rounds):  # the first round warms up and is not counted
         for name in list(steps)[:: 1 if i % 2 else -1]:
             start = clock()
-            steps[name]()
+            jax.block_until_ready(steps[name]())
             if i >= 0:
                 seconds[name].append(clock() - start)
     return seconds

@@ -33,4 +33,6 @@ STUDY = text.Study(
     {chosen: _arm(chosen) for chosen in SETS},
     "q v",
 )
+PAIRS = (("q k v o up down", "up down"), ("q k v o up down", "q k v o"))
+"""Further pairs that the table holds against each other."""
 PANELS = (plots.curves, plots.rates)

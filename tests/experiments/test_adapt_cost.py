@@ -1,5 +1,9 @@
 """The cost of adapt stays that of hand-written LoRA, by XLA's own counts."""
 
+import time
+
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments.benchmarks import adapt_cost, dora_cost, gpt2_shaped, measure
@@ -26,3 +30,14 @@ def test_the_magnitudes_of_dora_cost_little():
     row = dora_cost.compare(shape, rounds=1)
     assert row["flops"] <= 1.1
     assert row["temp"] <= 1.2
+
+
+def test_a_step_is_timed_to_its_end():
+    busy = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda _, y: jnp.sin(y @ x), x))
+    x = jnp.ones((200, 200))
+    began = time.perf_counter()
+    (seconds,) = measure.interleave({"busy": lambda: busy(x)}, rounds=1)["busy"]
+    whole = time.perf_counter() - began  # with compilation, and the warming round
+    began = time.perf_counter()
+    jax.block_until_ready(busy(x))
+    assert 0.2 * (time.perf_counter() - began) < seconds < whole
