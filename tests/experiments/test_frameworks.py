@@ -1,5 +1,7 @@
 """Train steps of other libraries are lorax's, and the tables say what was measured."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from experiments.benchmarks import (
     frameworks,
     jax_rivals,
     measure,
+    page,
     profiles,
     torch_peft,
     trainers,
@@ -118,3 +121,12 @@ def test_what_a_table_is_of_can_be_read():
     assert facts["date"] in measure.caption(facts)
     wall, cpu, kernel, faults = measure.usage()
     assert 0 <= kernel <= cpu and wall > 0 and faults >= 0
+
+
+def test_the_page_has_every_file_that_is_there(results, tmp_path):
+    facts = measure.about(["jax"])
+    told = {"about": facts, "steps": results}
+    (tmp_path / "frameworks.json").write_text(json.dumps(told))
+    written = page.write(tmp_path).read_text()
+    assert frameworks.table(results) in written and measure.caption(facts) in written
+    assert "malloc" not in written.split("## ", 1)[1]

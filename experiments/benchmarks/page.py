@@ -1,0 +1,71 @@
+"""Writes `docs/results/benchmarks/README.md` from what the benchmarks left there.
+
+    python -m experiments.benchmarks.page
+
+Of `frameworks.json`, `frameworks_kept_memory.json` and `scaling.json`, those that are
+there; nothing is pasted by hand.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app
+
+from experiments.benchmarks import frameworks, measure, profiles, scaling_cost
+
+FOLDER = pathlib.Path(__file__).parents[2] / "docs" / "results" / "benchmarks"
+
+HEAD = """# Benchmarks
+
+Written by `python -m experiments.benchmarks.page` from the JSON files beside it. What
+is compared with what, and what differs, is told at the top of
+`experiments/benchmarks/frameworks.py` and `scaling_cost.py`.
+"""
+
+
+def _frameworks(result: dict[str, Any]) -> str:
+    steps = result["steps"]
+    off = ", ".join(f"{name} {each['deviation']:.0e}" for name, each in steps.items())
+    parts = [frameworks.table(steps), f"Gradients agree to: {off}."]
+    if "profile" in result:
+        parts.append(f"Where the time goes:\n\n{profiles.table(result['profile'])}")
+    return "\n\n".join(parts)
+
+
+def _scaling(result: dict[str, Any]) -> str:
+    figure = "![A step with adapters / without, by size](scaling.png)"
+    return f"{figure}\n\n{scaling_cost.table(result['rows'])}"
+
+
+PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "frameworks": ("A train step of several frameworks", _frameworks),
+    "frameworks_kept_memory": ("The same, malloc keeping the memory", _frameworks),
+    "scaling": ("Cost of adapters by rank, width, depth and number", _scaling),
+}
+"""Title and text by the name of a JSON file."""
+
+
+def write(folder: pathlib.Path = FOLDER) -> pathlib.Path:
+    """Writes the page into the folder of the JSON files and returns its path."""
+    parts = [HEAD]
+    for name, (title, text) in PARTS.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            caption = measure.caption(result["about"])
+            parts.append(f"## {title}\n\n{caption}\n\n{text(result)}\n")
+    page = folder / "README.md"
+    page.write_text("\n".join(parts))
+    return page
+
+
+def main(argv: Sequence[str]) -> None:
+    """Writes the page."""
+    del argv
+    print(write())
+
+
+if __name__ == "__main__":
+    app.run(main)
