@@ -32,6 +32,12 @@ STUDIES = (
 )
 """In the order of the page; each a module of `experiments.studies`."""
 
+NOT_BUILT = (
+    "the best ratio of both rates against width",
+    "prefix-tuning combined with LoRA",
+)
+"""Questions that were asked of these studies and have none."""
+
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
 HEAD = """# What the studies found
@@ -162,6 +168,7 @@ def write(docs: pathlib.Path = DOCS) -> pathlib.Path:
     tail = f"All together {hours:.1f} CPU-hours."
     if absent:
         tail += f" Not run at all: {', '.join(absent)}."
+    tail += f" No study was built of: {'; '.join(NOT_BUILT)}."
     path = docs / "results.md"
     path.write_text(HEAD + "\n".join(parts) + f"\n{tail}\n")
     return path
