@@ -18,7 +18,7 @@ SMALL = {
     "data.lengths": (344,),
     "adapter.calibration_batches": 1,
 }
-FAST = ("LoRA", "AdaLoRA", "full")
+FAST = ("LoRA",)
 GRID = (1e-3, 1e-2)
 
 

@@ -11,6 +11,8 @@ from lorax.models import beam, decoding, llama, sampling
 from tests.data_paths import DATA, needs_data
 from tests.programs import counted
 
+pytestmark = pytest.mark.once
+
 PROMPTS = [[1, 5, 9, 33], [1, 40], [1, 7, 7, 7, 12, 60, 3], [1, 11, 20]]
 CONFIG = llama.Config(61, 64, 32, 2, 4, 2, 8, 48, windows=(6, 6), tied=True)
 
