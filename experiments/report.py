@@ -47,10 +47,10 @@ Written by `python -m experiments.report`; run again by
 
 A byte model of Python source (1.4 million parameters, `configs/quickstart.py`) learns
 the English of the language reference: bits per byte held out, lower is better.
-An arm gets four learning rates half a decade apart (and one more where the best lies at
-the edge) on seed 0 and documents that are not reported; at its best rate, fresh seeds.
-Seeds are paired: same batches, same keys. A difference is the mean over seeds with its
-95 % interval (Student's t); where that covers 0, no difference is shown. "At equal wall
+An arm gets four learning rates half a decade apart (and up to three more for as long as
+the best lies at the edge) on seed 0 and documents that are not reported; at its best
+rate, fresh seeds. Seeds are paired: same batches, same keys. A difference is the mean
+over seeds with its 95 % interval (Student's t); where that covers 0, no difference is shown. "At equal wall
 time" reads an arm's curves at the moment when the baseline has finished, by the time of
 a step, best of seven, all arms interleaved after the runs; an arm that is faster has
 its final value there. One small model on one task: what it shows is no more than that.

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from lorax import _lapack
 from lorax.types import Factors
 
 Triplets = tuple[jax.Array, jax.Array, jax.Array]
@@ -35,7 +36,7 @@ def svd(matrix: jax.Array, rank: int) -> Triplets:
       ([3.0], [[1.0], [0.0]], [[-0.0, -1.0]])
     """
     matrix = matrix.astype(jnp.result_type(jnp.float32, matrix))
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    u, s, vt = _lapack.svd(matrix)
     return _signed(u[..., :rank], s[..., :rank], vt[..., :rank, :])
 
 
@@ -94,7 +95,7 @@ def randomized_svd(
     q = orthonormal(forward(omega))
     for _ in range(iterations):
         q = orthonormal(forward(orthonormal(backward(q).mT)))
-    u, s, vt = jnp.linalg.svd(backward(q), full_matrices=False)
+    u, s, vt = _lapack.svd(backward(q))
     u = times(q, u)
     return _signed(u[..., :rank], s[..., :rank], vt[..., :rank, :])
 
@@ -121,17 +122,17 @@ def low_rank_svd(a: jax.Array, b: jax.Array) -> Triplets:
       ([10.0], [[0.0, 1.0]])
     """
     dtype = jnp.result_type(jnp.float32, a, b)
-    left, r_left = jnp.linalg.qr(a.astype(dtype))
-    right, r_right = jnp.linalg.qr(b.astype(dtype).mT)
+    left, r_left = _lapack.qr(a.astype(dtype))
+    right, r_right = _lapack.qr(b.astype(dtype).mT)
     core = jnp.matmul(r_left, r_right.mT, precision=EXACT)
-    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
+    u, s, vt = _lapack.svd(core)
     u = jnp.matmul(left, u, precision=EXACT)
     return _signed(u, s, jnp.matmul(vt, right.mT, precision=EXACT))
 
 
 def orthonormal(matrix: jax.Array) -> jax.Array:
     """Returns an orthonormal basis of the columns, `[..., in, min(in, columns)]`."""
-    return jnp.linalg.qr(matrix)[0]
+    return _lapack.qr(matrix)[0]
 
 
 def _signed(u: jax.Array, s: jax.Array, vt: jax.Array) -> Triplets:

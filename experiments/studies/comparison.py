@@ -116,22 +116,26 @@ def _exact(key: Sequence[Hashable]) -> tuple[Hashable, ...]:
 
 
 def best_of_grid(
-    score: Callable[[float], float], grid: Sequence[float], widen: bool = True
+    score: Callable[[float], float], grid: Sequence[float], widen: int = 1
 ) -> float:
-    """Returns the best learning rate of a grid, one point wider where it is at an edge.
+    """Returns the best learning rate of a grid, wider where it is at an edge.
 
     Args:
       score: of a learning rate, lower is better; NaN counts as worst.
       grid: learning rates, a constant ratio apart.
-      widen: False: not wider than the grid.
+      widen: how many rates beyond the grid may be tried, one after another for as long
+        as the last one is the best.
     """
-    factor = grid[1] / grid[0]
+    rates, factor = sorted(grid), grid[1] / grid[0]
     value = lambda rate: math.inf if math.isnan(score(rate)) else score(rate)
-    best = min(grid, key=value)
-    if not widen:
-        return best
-    beyond = {grid[0]: grid[0] / factor, grid[-1]: grid[-1] * factor}
-    return min(best, beyond.get(best, best), key=value)
+    best = min(rates, key=value)
+    for _ in range(widen):
+        if best not in (rates[0], rates[-1]):
+            break
+        beyond = rates[0] / factor if best == rates[0] else rates[-1] * factor
+        rates = sorted((*rates, beyond))
+        best = min((best, beyond), key=value)
+    return best
 
 
 def table(

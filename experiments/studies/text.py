@@ -1,9 +1,10 @@
 """The common ground of the studies: a byte model of Python source learns English.
 
 The base and the task of `configs/quickstart.py`. An arm changes fields of its config.
-It gets four learning rates half a decade apart, and one more where the best lies at the
-edge, on seed 0 against the `selection` documents; at the best rate, fresh seeds against
-the `test` documents, the same ones for every arm: batches and keys are paired.
+It gets four learning rates half a decade apart, and up to three more for as long as the
+best lies at the edge, on seed 0 against the `selection` documents; at the best rate,
+fresh seeds against the `test` documents, the same ones for every arm: batches and keys
+are paired.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from experiments.studies import comparison, trial
 
 GRID = (10**-3, 10**-2.5, 10**-2, 10**-1.5)
 SEEDS = (1, 2, 3, 4)
+WIDER = 3  # rates beyond the grid, while the best lies at its edge
 TOY_RANK = 16  # the toy model is 32 wide
 STRETCH = 3  # steps that are timed together: AdaLoRA chooses its triplets every third
 Fields = Mapping[str, Any]
@@ -192,11 +194,11 @@ def best_rate(
 ) -> float:
     """The best learning rate of an arm by its score, lower being better."""
     grid = grid_of(study, arm, toy)
-    best = comparison.best_of_grid(score, grid)
+    best = comparison.best_of_grid(score, grid, 1 if toy else WIDER)
     if not study.refine:
         return best
     half = (grid[1] / grid[0]) ** 0.5
-    return comparison.best_of_grid(score, (best / half, best, best * half), widen=False)
+    return comparison.best_of_grid(score, (best / half, best, best * half), widen=0)
 
 
 def chosen(study: Study, runs: comparison.Runs, toy: bool) -> dict[str, float]:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax import _lapack
 from lorax.adapters import Dora, Lora
 from lorax.inits import build
 from lorax.kernels import Kernel
@@ -36,7 +37,7 @@ def olora(
       stats: not used.
     """
     del key, stats
-    q, r = jnp.linalg.qr(build.matrices(kernel, target).mT)
+    q, r = _lapack.qr(build.matrices(kernel, target).mT)
     diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
     sign = jnp.where(diagonal < 0, -1.0, 1.0).astype(r.dtype)[..., : target.rank]
     a = r[..., : target.rank, :].mT * sign[..., None, :]

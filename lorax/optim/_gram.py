@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorax import _lapack
 from lorax.optim import _pairs
 
 
@@ -68,7 +69,7 @@ def spectra(
 
 def damped_spectrum(gram: jax.Array, d: jax.Array) -> Spectrum:
     """Returns the spectrum of `gram + d I` for a Gram matrix and d `[n, 1]`."""
-    values, vectors = jnp.linalg.eigh(gram)
+    values, vectors = _lapack.eigh(gram)
     # A Gram matrix has no negative eigenvalue; rounding makes some.
     return Spectrum(jnp.maximum(values, 0) + d, vectors)
 

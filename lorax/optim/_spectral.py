@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import linalg
+from lorax import _lapack, linalg
 from lorax.kernels import Kernel
 from lorax.optim import _checks, _gram, _pairs, _whole
 from lorax.types import Adapters, PairStatics, PyTree
@@ -195,10 +195,10 @@ def _delta(pair: _pairs.Pair, schatten: float) -> tuple[jax.Array, jax.Array]:
 
 def _leading(n: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The y and z of the module, `[n, rank, 1]`, from N and M `[n, rank, rank]`."""
-    values, vectors = jnp.linalg.eigh(n)
+    values, vectors = _lapack.eigh(n)
     roots = jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
     h = dot(vectors * roots, vectors.mT)
-    values, vectors = jnp.linalg.eigh(dot(h, dot(m, h)))
+    values, vectors = _lapack.eigh(dot(h, dot(m, h)))
     square = values[:, -1:, None]  # sigma_1^2 of a b
     z = dot(h, vectors[..., -1:])
     sigma = jnp.sqrt(jnp.where(square > 0, square, 1))
@@ -231,7 +231,7 @@ def _thin(x: jax.Array, schatten: float) -> jax.Array:
         unit = jnp.broadcast_to(jnp.eye(x.shape[-1]), (len(x), *x.shape[-1:] * 2))
         u, s, vt = linalg.low_rank_svd(x, unit)
         return dot(u * weights(s, schatten)[:, None, :], vt)
-    values, v = jnp.linalg.eigh(dot(x.mT, x))
+    values, v = _lapack.eigh(dot(x.mT, x))
     if schatten == math.inf:
         top = v[..., -1:]
         return dot(x, top) * top.mT

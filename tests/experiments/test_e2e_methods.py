@@ -80,6 +80,15 @@ def test_an_optimum_at_the_edge_gets_one_more_point(scores, best):
     assert comparison.best_of_grid(scores.__getitem__, (1, 2, 4, 8)) == best
 
 
+@pytest.mark.parametrize(
+    "optimum, widen, best",
+    [(256, 1, 16), (256, 3, 64), (256, 9, 256), (1 / 32, 9, 1 / 32), (4, 9, 4)],
+)
+def test_a_grid_is_widened_while_the_best_lies_at_its_edge(optimum, widen, best):
+    score = lambda rate: abs(math.log2(rate / optimum))
+    assert comparison.best_of_grid(score, (1, 2, 4, 8), widen) == best
+
+
 def test_runs_count_as_long_as_what_they_depend_on_stays():
     digest = lambda **fields: study._digest(study.configured("LoRA", **fields))
     same = digest()
