@@ -6,6 +6,8 @@ two-dimensional operands at full speed, and pays several times the FLOPs for gra
 that contract two leading axes. Only attention's inner products see four axes.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -71,6 +73,8 @@ class Decoder(nn.Module):
       width: size of the residual stream.
       heads: attention heads; `width / heads` is the head's size and must be even.
       hidden: width of the MLP.
+      prefix: learned places before every sequence, `prefix: [prefix, width]`, that give
+        no logits (the LoRA paper's prefix-embedding tuning); see `with_prefix`.
     """
 
     vocabulary: int
@@ -78,6 +82,7 @@ class Decoder(nn.Module):
     width: int
     heads: int
     hidden: int
+    prefix: int = 0
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -92,10 +97,36 @@ class Decoder(nn.Module):
             in_axes=nn.broadcast,
             length=self.layers,
         )(self.heads, self.hidden, name="layers")
+        if self.prefix:
+            shape = self.prefix, self.width
+            own = self.param("prefix", nn.initializers.normal(self.width**-0.5), shape)
+            own = jnp.broadcast_to(own.astype(x.dtype), (batch, *shape))
+            x = jnp.concatenate([own, x.reshape(batch, time, -1)], axis=1)
+            x = x.reshape(-1, self.width)
         x, _ = blocks(x, batch)
+        if self.prefix:
+            x = x.reshape(batch, -1, self.width)[:, self.prefix :]
+            x = x.reshape(-1, self.width)
         x = nn.RMSNorm(name="norm_out")(x)
         logits = nn.Dense(self.vocabulary, use_bias=False, name="head")(x)
         return logits.reshape(batch, time, self.vocabulary)
+
+
+def with_prefix(
+    model: Decoder, params: Any, tokens: jax.Array
+) -> tuple[Decoder, dict[str, Any]]:
+    """Returns the model with places before every sequence, and its parameters.
+
+    They begin as the embeddings of real tokens, which trains more stably than random
+    ones (Li and Liang, Prefix-Tuning, arXiv:2101.00190).
+
+    Args:
+      model: without a prefix.
+      params: its parameters.
+      tokens: int `[prefix]`.
+    """
+    rows = params["embed"]["embedding"][jnp.asarray(tokens)]
+    return model.clone(prefix=len(rows)), {**params, "prefix": rows}
 
 
 def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:

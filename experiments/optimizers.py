@@ -15,7 +15,7 @@ go around the whole, the first innermost.
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +60,30 @@ def _adamw(
     )
 
 
+def scale_by_path(
+    factors: Sequence[tuple[str, float]],
+) -> optax.GradientTransformation:
+    """Multiplies the updates of whole paths: learning rates of their own.
+
+    Args:
+      factors: pairs (regular expression of a path, factor); the first that matches the
+        path from its start to its end decides, and others keep their step.
+    """
+
+    def factor(path: str) -> float:
+        found = (own for pattern, own in factors if re.fullmatch(pattern, path))
+        return next(found, 1.0)
+
+    def scaled(updates: Any, params: Any) -> Any:
+        del params
+        return {
+            path: jax.tree.map(lambda u, path=path: factor(path) * u, update)
+            for path, update in updates.items()
+        }
+
+    return optax.stateless(scaled)
+
+
 def _sgd(momentum: float | None = None) -> Any:
     return optax.identity() if momentum is None else optax.trace(momentum)
 
@@ -74,6 +98,7 @@ LINKS = {
     "adam": Link("moments", optax.scale_by_adam),
     "muon_factors": Link("moments", optim.scale_by_muon_factors),
     "lora_plus": Link("ratio", optim.scale_by_lora_plus),
+    "scale_by_path": Link("ratio", scale_by_path),
     "weight_decay": Link("decay", optim.add_decayed_weights),
     "spectral_decay": Link("decay", optim.add_decayed_spectral_norm),
     "clip_spectral": Link("project", optim.clip_spectral_norm),

@@ -29,14 +29,10 @@ STUDIES = (
     "muon",
     "batch_sizes",
     "epsilon",
+    "widths",
+    "prefix",
 )
 """In the order of the page; each a module of `experiments.studies`."""
-
-NOT_BUILT = (
-    "the best ratio of both rates against width",
-    "prefix-tuning combined with LoRA",
-)
-"""Questions that were asked of these studies and have none."""
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
@@ -50,10 +46,11 @@ the English of the language reference: bits per byte held out, lower is better.
 An arm gets four learning rates half a decade apart (and up to three more for as long as
 the best lies at the edge) on seed 0 and documents that are not reported; at its best
 rate, fresh seeds. Seeds are paired: same batches, same keys. A difference is the mean
-over seeds with its 95 % interval (Student's t); where that covers 0, no difference is shown. "At equal wall
-time" reads an arm's curves at the moment when the baseline has finished, by the time of
-a step, best of seven, all arms interleaved after the runs; an arm that is faster has
-its final value there. One small model on one task: what it shows is no more than that.
+over seeds with its 95 % interval (Student's t); where that covers 0, no difference is
+shown. "At equal wall time" reads an arm's curves at the moment when the other has
+finished, by the time of a step, best of seven, all arms interleaved after the runs; an
+arm that is faster has its final value there. One small model on one task: what it shows
+is no more than that.
 
 """
 
@@ -97,8 +94,9 @@ def section(module: Any, results: dict[str, Any]) -> str:
         lines += [table(results), ""]
     for one, other in getattr(module, "PAIRS", ()):
         if one in arms and other in arms:
-            off = _final(arms[one]) - _final(arms[other])
-            lines.append(f"- {one} minus {other}: {comparison.difference(off)}")
+            equal, timed = _differences(arms[one], arms[other], results)
+            told = f"{equal} at equal steps, {timed} at equal wall time"
+            lines.append(f"- {one} minus {other}: {told}")
     if baseline in arms and hasattr(module, "notes"):
         lines += [f"- {note}" for note in module.notes(results)]
     lines += [f"- Not run: {missing}" for missing in results["missing"]]
@@ -109,22 +107,17 @@ def section(module: Any, results: dict[str, Any]) -> str:
 def table(results: dict[str, Any]) -> str:
     """Returns the arms as markdown, each held to the baseline."""
     arms, baseline = results["arms"], results["baseline"]
-    base = arms[baseline]
-    goal, limit = _final(base), base["ms"] * results["steps"]
-    rows = []
+    base, rows = arms[baseline], []
     for name, arm in arms.items():
-        values, n = _final(arm), len(goal)
-        error = values.std(ddof=1) / np.sqrt(n)
+        values = _final(arm)
+        error = values.std(ddof=1) / np.sqrt(len(values))
         same = name == baseline
         rows.append(
             [
                 name,
                 f"{arm['rate']:.2g}",
                 f"{values.mean():.4f} +- {error:.4f}",
-                "-" if same else comparison.difference(values - goal),
-                "-"
-                if same
-                else comparison.difference(_at(arm, limit, results["every"]) - goal),
+                *(("-", "-") if same else _differences(arm, base, results)),
                 f"{arm['ms'] / base['ms']:.2f}",
             ]
         )
@@ -141,6 +134,16 @@ def cost(results: dict[str, Any]) -> str:
         f"CPU-hours ({results['device']}, jax {results['jax']}); configs "
         f"{', '.join(config[:8] for config in configs)}."
     )
+
+
+def _differences(
+    arm: dict[str, Any], other: dict[str, Any], results: dict[str, Any]
+) -> tuple[str, str]:
+    """An arm's paired differences to another: at equal steps, at equal wall time."""
+    goal, limit = _final(other), other["ms"] * results["steps"]
+    values = _final(arm), _at(arm, limit, results["every"])
+    equal, timed = (comparison.difference(own - goal) for own in values)
+    return equal, timed
 
 
 def _final(arm: dict[str, Any]) -> np.ndarray:
@@ -168,7 +171,6 @@ def write(docs: pathlib.Path = DOCS) -> pathlib.Path:
     tail = f"All together {hours:.1f} CPU-hours."
     if absent:
         tail += f" Not run at all: {', '.join(absent)}."
-    tail += f" No study was built of: {'; '.join(NOT_BUILT)}."
     path = docs / "results.md"
     path.write_text(HEAD + "\n".join(parts) + f"\n{tail}\n")
     return path

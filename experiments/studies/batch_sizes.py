@@ -94,7 +94,7 @@ def laws(axis: Any, results: Any) -> None:
         axis.plot(fine, values, line, label=law)
     axis.set(xscale="log", yscale="log", xlabel="batch size (examples)")
     axis.set(ylabel="best learning rate")
-    axis.set_xticks(sizes, map(str, sizes))
+    plots.label_sizes(axis, sizes)
     axis.legend(fontsize=7)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.studies import plots, text
+from experiments.studies import plots, shared, text
 from lorax import analysis, optim
 
 BUDGETS = (2, 4, 8)
@@ -34,7 +34,7 @@ def _adalora(rank: int) -> dict[str, Any]:
     return {**_lora(start), **fields}
 
 
-def watch(setting: text.Setting, chosen: Any) -> Any:
+def watch(setting: shared.Setting, chosen: Any) -> Any:
     """The effective ranks of an AdaLoRA at the step."""
     del setting, chosen
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.studies import plots, text
+from experiments.studies import plots, shared, text
 from lorax import analysis
 
 STRENGTH = 1.0  # of the factors: lr * STRENGTH of each at every step
@@ -25,7 +25,7 @@ def _chain(*links: Any) -> dict[str, Any]:
     return {"optimizer.name": "chain", "optimizer.chain": chain}
 
 
-def watch(setting: text.Setting, chosen: Any) -> Any:
+def watch(setting: shared.Setting, chosen: Any) -> Any:
     """The singular values of all updates, mean over matrices, and the four metrics."""
     del setting, chosen
 

@@ -44,7 +44,7 @@ def by_rank(axis: Any, results: Any) -> None:
     }
     plots.by_size(axis, results, RANKS, arms)
     axis.set(xscale="log", xlabel="rank")
-    axis.set_xticks(RANKS, map(str, RANKS))
+    plots.label_sizes(axis, RANKS)
 
 
 PANELS = (by_rank, plots.curves)

@@ -54,6 +54,12 @@ def styles(results: Results) -> dict[str, dict[str, Any]]:
     return found
 
 
+def label_sizes(axis: Any, sizes: Sequence[float]) -> None:
+    """Labels a logarithmic axis with the sizes alone, without the ticks between."""
+    axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    axis.set_xticks([], minor=True)
+
+
 def rates(axis: Any, results: Results) -> None:
     """Scores on the selection split by learning rate, one seed."""
     seen: list[float] = []

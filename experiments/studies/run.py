@@ -22,7 +22,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments import report
-from experiments.studies import comparison, plots, text
+from experiments.studies import comparison, plots, shared, text
 
 _STUDY = flags.DEFINE_string("study", None, "A study, or all; with :smoke, toy sizes.")
 _MINUTES = flags.DEFINE_float("minutes", None, "Begin no run after as many.")
@@ -43,13 +43,13 @@ def main(argv: Sequence[str]) -> None:
         module = importlib.import_module(f"experiments.studies.{study}")
         folder = top / study
         folder.mkdir(exist_ok=True)
-        setting = setting or text.make_setting(pathlib.Path("runs/studies"), toy)
+        setting = setting or shared.Setting(pathlib.Path("runs/studies"), toy)
         found = go_on(module, setting, folder, _MINUTES.value)
         print(f"\n{report.section(module, found)}\n", flush=True)
 
 
 def go_on(
-    module: Any, setting: text.Setting, folder: pathlib.Path, minutes: float | None
+    module: Any, setting: shared.Setting, folder: pathlib.Path, minutes: float | None
 ) -> dict[str, Any]:
     """Makes the runs that are missing, writes results and figure, returns the results.
 

@@ -9,26 +9,22 @@ are paired.
 
 import hashlib
 import json
-import pathlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-import rich.console
 
 import lorax
 from configs import quickstart
-from experiments import factory, metrics, pretrain, progress, writer
 from experiments.benchmarks import measure
-from experiments.data import documents, windows
-from experiments.studies import comparison, trial
+from experiments.studies import comparison, shared, trial
 
 GRID = (10**-3, 10**-2.5, 10**-2, 10**-1.5)
 SEEDS = (1, 2, 3, 4)
 WIDER = 3  # rates beyond the grid, while the best lies at its edge
-TOY_RANK = 16  # the toy model is 32 wide
+TOY_RANK, TOY_WIDTH = 16, 64
 STRETCH = 3  # steps that are timed together: AdaLoRA chooses its triplets every third
 Fields = Mapping[str, Any]
 
@@ -62,17 +58,6 @@ class Study(NamedTuple):
     watch: Callable[[Any, Any], Callable[..., Any]] | None = None
 
 
-class Setting(NamedTuple):
-    """What all arms share: the loss, the base, and evaluations on either documents."""
-
-    loss_fn: Callable[..., Any]
-    base: Any
-    topics: documents.Splits
-    choose: Callable[[Any], float]
-    report: Callable[[Any], float]
-    toy: bool
-
-
 def configured(study: Study, fields: Fields, toy: bool) -> ml_collections.ConfigDict:
     """The quickstart's config with an arm's fields in place."""
     config = quickstart.get_config("runlocal" if toy else None).unlock()
@@ -81,35 +66,9 @@ def configured(study: Study, fields: Fields, toy: bool) -> ml_collections.Config
     config.update_from_flattened_dict(dict(fields))
     if toy:
         config.adapter.rank = min(config.adapter.rank, TOY_RANK)
+        config.model.width, config.model.heads = min(config.model.width, TOY_WIDTH), 1
+        config.model.hidden = min(config.model.hidden, 2 * TOY_WIDTH)
     return config.lock()
-
-
-def make_setting(folder: pathlib.Path, toy: bool) -> Setting:
-    """Loads the base, or trains it once for all."""
-    config = quickstart.get_config("runlocal" if toy else None)
-    model = factory.make_model(config.model)
-    with (
-        writer.Writer(folder) as lines,
-        progress.bars(rich.console.Console(stderr=True)) as bars,
-    ):
-        base = pretrain.load_or_train(config, model, bars, lines)
-    loss_fn, topics = factory.make_loss(model), documents.topics()
-    bits_per_byte = metrics.make_bits_per_byte(loss_fn)
-    size = config.eval.batch_size, config.data.length
-
-    def held_out(part: Any) -> Callable[[Any], float]:
-        made = windows.evaluation_batches(part, *size)
-        return lambda params: bits_per_byte(params, made[:1] if toy else made)
-
-    return Setting(
-        loss_fn, base, topics, held_out(topics.selection), held_out(topics.test), toy
-    )
-
-
-def training(setting: Setting, config: Any) -> Callable[[int], Any]:
-    """Returns seed -> batches."""
-    size = config.data.batch_size, config.data.length
-    return lambda seed: windows.training_batches(setting.topics.train, *size, seed)
 
 
 def digest(study: Study, fields: Fields, toy: bool) -> str:
@@ -119,14 +78,14 @@ def digest(study: Study, fields: Fields, toy: bool) -> str:
     return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:16]
 
 
-def run(study: Study, setting: Setting, runs: comparison.Runs) -> None:
+def run(study: Study, setting: shared.Setting, runs: comparison.Runs) -> None:
     """Makes the runs of every arm that are not there yet."""
     for arm in study.arms:
         _run_arm(study, arm, setting, runs)
 
 
 def times(
-    study: Study, setting: Setting, arms: Sequence[str], rounds: int = 7
+    study: Study, setting: shared.Setting, arms: Sequence[str], rounds: int = 7
 ) -> dict[str, float]:
     """Returns milliseconds of a train step by arm, interleaved, the best of `rounds`.
 
@@ -137,10 +96,10 @@ def times(
     return {arm: 1e3 * min(s) / STRETCH for arm, s in seconds.items()}
 
 
-def _stretch(study: Study, arm: str, setting: Setting) -> Callable[[], Any]:
+def _stretch(study: Study, arm: str, setting: shared.Setting) -> Callable[[], Any]:
     """A few steps of an arm, each call going on from the last."""
     config, given = _given(study, arm, setting)
-    made, batches = trial.make_trial(*given), training(setting, config)(0)
+    made, batches = trial.make_trial(*given), setting.train(config)(0)
     state, params = made.start(0, 1e-4)
 
     def run() -> Any:
@@ -152,19 +111,23 @@ def _stretch(study: Study, arm: str, setting: Setting) -> Callable[[], Any]:
     return run
 
 
-def _given(study: Study, arm: str, setting: Setting) -> tuple[Any, tuple[Any, ...]]:
+def _given(
+    study: Study, arm: str, setting: shared.Setting
+) -> tuple[Any, tuple[Any, ...]]:
     """The config of an arm, and the arguments of `trial.make_trial`."""
     config = configured(study, study.arms[arm], setting.toy)
-    batches, method = training(setting, config), config.run.methods[0]
-    return config, (config, setting.loss_fn, setting.base, batches, method)
+    task, batches = setting.task(config), setting.train(config)
+    return config, (config, task.loss_fn, task.base, batches, config.run.methods[0])
 
 
-def _run_arm(study: Study, arm: str, setting: Setting, runs: comparison.Runs) -> None:
+def _run_arm(
+    study: Study, arm: str, setting: shared.Setting, runs: comparison.Runs
+) -> None:
     config, given = _given(study, arm, setting)
-    make = trial.make_run(*given)
+    make, task = trial.make_run(*given), setting.task(config)
 
     def score(rate: float) -> float:
-        once = lambda: make(0, rate, setting.choose, config.run.steps)._asdict()
+        once = lambda: make(0, rate, task.choose, config.run.steps)._asdict()
         return runs.get((arm, "choose", 0, rate), once)[-1]
 
     rate = best_rate(study, arm, score, setting.toy)
@@ -173,7 +136,7 @@ def _run_arm(study: Study, arm: str, setting: Setting, runs: comparison.Runs) ->
         watch = study.watch(setting, chosen(study, runs, setting.toy))
     for seed in seeds_of(study, setting.toy):
         reported = lambda seed=seed: make(
-            seed, rate, setting.report, study.every, watch
+            seed, rate, task.report, study.every, watch
         )._asdict()
         runs.line((arm, "report", seed, rate), reported)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import lorax
-from experiments.studies import plots, text, trial
+from experiments.studies import plots, shared, text, trial
 from lorax import tree
 
 GA = {"adapter.init": "lora_ga", "adapter.options": (("scale", "stable"),)}
@@ -33,7 +33,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def watch(setting: text.Setting, chosen: Any) -> Any:
+def watch(setting: shared.Setting, chosen: Any) -> Any:
     """Cosine and distance to the full run of the same seed."""
     references: dict[int, dict[int, Any]] = {}
 
@@ -42,7 +42,9 @@ def watch(setting: text.Setting, chosen: Any) -> Any:
         kept = [leaf for path, leaf in leaves.items() if re.fullmatch(".*kernel", path)]
         return jnp.concatenate([leaf.reshape(-1) for leaf in kept])
 
-    start = kernels(setting.base)
+    config = text.configured(STUDY, ARMS["full"], setting.toy)
+    task = setting.task(config)
+    start = kernels(task.base)
 
     def reference(seed: int) -> dict[int, Any]:
         if seed not in references:
@@ -51,13 +53,8 @@ def watch(setting: text.Setting, chosen: Any) -> Any:
             def keep(seed: int, step: int, state: Any, params: Any) -> None:
                 own[step] = kernels(lorax.merge(state.adapters, params)) - start
 
-            config = text.configured(STUDY, ARMS["full"], setting.toy)
             run = trial.make_run(
-                config,
-                setting.loss_fn,
-                setting.base,
-                text.training(setting, config),
-                "full",
+                config, task.loss_fn, task.base, setting.train(config), "full"
             )
             run(seed, chosen["full"], lambda params: 0.0, STUDY.every, keep)
             references[seed] = own

@@ -31,6 +31,22 @@ def test_a_byte_changes_only_what_follows(model_and_params):
     assert jnp.abs(before[:, 5:] - after[:, 5:]).max() > 1e-4
 
 
+def test_a_prefix_is_places_before_the_sequence(model_and_params):
+    model, params = model_and_params
+    first, tokens = jnp.array([65, 66, 67]), jnp.arange(10).reshape(2, 5)
+    longer, own = decoder.with_prefix(model, params, first)
+    given = longer.apply({"params": own}, tokens)
+    assert given.shape == (2, 5, 256)
+    # untrained, it is the same as those bytes before the sequence
+    joined = jnp.concatenate([jnp.broadcast_to(first, (2, 3)), tokens], axis=1)
+    expected = model.apply({"params": params}, joined)[:, 3:]
+    np.testing.assert_allclose(given, expected, atol=1e-5)
+    made = longer.init(jax.random.key(0), tokens)["params"]
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, own)
+    moved = {**own, "prefix": own["prefix"] + 1}
+    assert jnp.abs(longer.apply({"params": moved}, tokens) - given).max() > 1e-4
+
+
 def test_rotation_depends_on_distance_alone():
     q, k = jax.random.normal(jax.random.key(0), (2, 4))
     place = lambda x, at: decoder.rotate(jnp.zeros((1, 9, 1, 4)).at[0, at, 0].set(x))

@@ -117,6 +117,22 @@ def test_a_chain_is_the_links_with_the_learning_rate_in_its_place():
     )
 
 
+def test_paths_may_have_rates_of_their_own():
+    links = [("adam", {}), ("scale_by_path", (("f/.*", 10.0), ("f/bias", 3.0)))]
+    plain = step(make(name="chain", chain=links[:1]), LORA)
+    scaled = step(make(name="chain", chain=links), LORA)
+    np.testing.assert_allclose(
+        scaled["f/bias"].value, 10 * plain["f/bias"].value, rtol=1e-6
+    )
+    kept = [scaled["w/kernel"], plain["w/kernel"]]
+    jax.tree.map(np.testing.assert_array_equal, *kept)
+    part = step(
+        make(name="chain", chain=[links[0], ("scale_by_path", (("kernel", 9.0),))]),
+        LORA,
+    )
+    jax.tree.map(np.testing.assert_array_equal, part, plain)  # whole paths alone
+
+
 def test_wrappers_go_around_the_first_innermost():
     adalora = {
         "target_budget": 1,

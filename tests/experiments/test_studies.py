@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import report
-from experiments.studies import batch_sizes, comparison, plots, text
+from experiments.studies import batch_sizes, comparison, plots, shared, text, widths
 
 pytestmark = pytest.mark.once
 
@@ -19,7 +19,7 @@ TINY = text.Study(
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    return text.make_setting(tmp_path_factory.mktemp("base"), toy=True)
+    return shared.Setting(tmp_path_factory.mktemp("base"), toy=True)
 
 
 def settings(study):
@@ -132,6 +132,44 @@ def test_a_law_is_found_again():
     constant, scale, error = batch_sizes.fit(sizes, surge, "surge")
     assert (constant, scale) == pytest.approx((0.008, 16.0)) and error < 1e-6
     assert batch_sizes.fit(sizes, surge, "sqrt")[2] > 0.5
+
+
+def test_the_exponent_of_a_known_growth_is_found_again():
+    # values with their minimum at the ratio n^(1/2) / 4: 2, 2.83, 4, 5.66
+    best = {n: n**0.5 / 4 for n in widths.WIDTHS}
+    arms = {
+        widths.name(n, ratio): arm([[9.0, np.log2(ratio / best[n]) ** 2]] * 2)
+        for n in widths.WIDTHS
+        for ratio in widths.RATIOS
+    }
+    found = widths.bests(results(arms))
+    for n, values in found.items():
+        np.testing.assert_allclose(values, best[n], rtol=1e-6)
+    np.testing.assert_allclose(widths.exponents(found), 0.5, rtol=1e-6)
+    told = widths.notes(results(arms))
+    assert "2 at n = 64" in told[0] and "+0.50 +- 0.00" in told[1]
+    del arms[widths.name(64, 4)]
+    assert sorted(widths.bests(results(arms))) == [128, 256, 512]
+
+
+def test_a_best_ratio_stays_within_what_was_tried():
+    assert widths.best_ratio([9.0, 4.0, 1.0, 0.0]) == pytest.approx(64.0)
+    assert widths.best_ratio([4.0, 1.0, 0.0, 1.0]) == pytest.approx(16.0)
+    assert widths.best_ratio([0.0, 2.0, 3.0, 3.5]) == 1.0  # a maximum: the better end
+
+
+def test_pairs_are_told_at_equal_steps_and_at_equal_wall_time():
+    arms = {
+        "LoRA": arm([[3.0, 2.0], [3.0, 2.2]]),
+        "r = 8": arm([[3.0, 2.0], [3.0, 2.2]]),
+        "r = 8, rs": arm([[2.0, 1.0], [2.0, 1.2]], ms=20.0),
+    }
+    written = report.section(importlib.import_module("experiments.studies.ranks"),
+                             results(arms))  # fmt: skip
+    assert (
+        "- r = 8, rs minus r = 8: -1.0000 +- 0.0000 at equal steps, "
+        "-0.1000 +- 1.2706: no difference shown at equal wall time"
+    ) in written
 
 
 def test_a_run_that_diverged_is_not_called_alike():
