@@ -10,6 +10,8 @@ import pytest
 
 import lorax
 
+pytestmark = pytest.mark.once
+
 ROOT = pathlib.Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "lorax").rglob("*.py"))
 PROGRAMS = sorted((ROOT / "experiments").rglob("*.py"))
