@@ -55,6 +55,7 @@ def one_by_one(decompose: Decompose) -> Decompose:
         return found, tuple(True for _ in found)
 
     @jax.custom_jvp
+    @jax.jit  # outside of a program too a shape compiles once
     def result(x: jax.Array) -> Parts:
         return stacked(x)
 

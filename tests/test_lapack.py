@@ -57,6 +57,20 @@ def test_vmap_adds_to_the_stack(name):
     assert calls and not [line for line in calls if "tensor<3x" in line]
 
 
+def test_outside_of_a_program_a_shape_is_traced_once(name):
+    traced = []
+
+    def decompose(x):
+        traced.append(x.shape)
+        return PLAIN[name](x)
+
+    one = _lapack.one_by_one(decompose)
+    one(stack(name, 3, 5, 4))
+    before = len(traced)
+    one(stack(name, 3, 5, 4, seed=1))
+    assert len(traced) == before > 0
+
+
 def test_derivatives_are_those_of_jax(name):
     x, t = stack(name, 3, 5, 4), stack(name, 3, 5, 4, seed=1)
     one = _lapack.one_by_one(PLAIN[name])
