@@ -113,7 +113,7 @@ class Decoder(nn.Module):
 
 
 def with_prefix(
-    model: Decoder, params: Any, tokens: jax.Array
+    model: Decoder, params: Any, tokens: jax.typing.ArrayLike
 ) -> tuple[Decoder, dict[str, Any]]:
     """Returns the model with places before every sequence, and its parameters.
 

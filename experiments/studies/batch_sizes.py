@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.studies import plots, text
+from experiments.studies import comparison, plots, text
 from lorax import scaling
 
 SIZES = (4, 8, 16, 32, 64)
@@ -82,7 +82,8 @@ def laws(axis: Any, results: Any) -> None:
     sizes, rates = _optima(results)
     axis.plot(sizes, rates, "ko", label="best rate")
     fine = np.geomspace(sizes[0], sizes[-1], 50)
-    for law, line in zip(LAWS, ("-", "--", ":"), strict=True):
+    looks = zip(LAWS, ("-", "--", ":"), comparison.COLOURS, strict=False)
+    for law, line, colour in looks:
         constant, scale, _ = fit(sizes, rates, law)
         known = None if np.isnan(scale) else scale
         values = [
@@ -91,7 +92,7 @@ def laws(axis: Any, results: Any) -> None:
             )
             for size in fine
         ]
-        axis.plot(fine, values, line, label=law)
+        axis.plot(fine, values, line, color=colour, label=law)
     axis.set(xscale="log", yscale="log", xlabel="batch size (examples)")
     axis.set(ylabel="best learning rate")
     plots.label_sizes(axis, sizes)
