@@ -95,7 +95,7 @@ def laws(axis: Any, results: Any) -> None:
         axis.plot(fine, values, line, color=colour, label=law)
     axis.set(xscale="log", yscale="log", xlabel="batch size (examples)")
     axis.set(ylabel="best learning rate")
-    plots.label_sizes(axis, sizes)
+    plots.label_sizes(axis.xaxis, sizes)
     axis.legend(fontsize=7)
 
 

@@ -44,7 +44,7 @@ def by_rank(axis: Any, results: Any) -> None:
     }
     plots.by_size(axis, results, RANKS, arms)
     axis.set(xscale="log", xlabel="rank")
-    plots.label_sizes(axis, RANKS)
+    plots.label_sizes(axis.xaxis, RANKS)
 
 
 PANELS = (by_rank, plots.curves)

@@ -54,10 +54,15 @@ def styles(results: Results) -> dict[str, dict[str, Any]]:
     return found
 
 
-def label_sizes(axis: Any, sizes: Sequence[float]) -> None:
-    """Labels a logarithmic axis with the sizes alone, without the ticks between."""
-    axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
-    axis.set_xticks([], minor=True)
+def label_sizes(line: Any, sizes: Sequence[float]) -> None:
+    """Labels a logarithmic axis with the sizes alone, without the ticks between.
+
+    Args:
+      line: `axis.xaxis` or `axis.yaxis`.
+      sizes: to be told.
+    """
+    line.set_ticks(sizes, [f"{size:g}" for size in sizes])
+    line.set_ticks([], minor=True)
 
 
 def rates(axis: Any, results: Results) -> None:

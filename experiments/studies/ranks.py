@@ -45,7 +45,7 @@ def by_rank(axis: Any, results: Any) -> None:
     }
     plots.by_size(axis, results, RANKS, arms)
     axis.set(xscale="log", xlabel="rank", title="best rate of each")
-    plots.label_sizes(axis, RANKS)
+    plots.label_sizes(axis.xaxis, RANKS)
 
 
 def at_one_rate(axis: Any, results: Any) -> None:
@@ -65,7 +65,7 @@ def at_one_rate(axis: Any, results: Any) -> None:
                 seen += [value for _, value in pairs]
     axis.set(xscale="log", xlabel="rank", ylabel=f"{plots.BITS} (selection)")
     axis.set(title="one rate for all")
-    plots.label_sizes(axis, RANKS)
+    plots.label_sizes(axis.xaxis, RANKS)
     if seen:
         plots.leave_out_diverged(axis, seen)
     axis.legend(fontsize=6, ncols=2, loc="upper center")

@@ -103,7 +103,7 @@ def losses(axis: Any, results: Any) -> None:
     axis.axhline(0, color="black", linewidth=0.7)
     axis.set(xscale="log", xlabel="lr of b / lr of a")
     axis.set(ylabel="bits per byte minus ratio 1's")
-    plots.label_sizes(axis, RATIOS)
+    plots.label_sizes(axis.xaxis, RATIOS)
     axis.legend(fontsize=7)
 
 
@@ -115,7 +115,8 @@ def law(axis: Any, results: Any) -> None:
         return
     widths = list(found)
     for n, values in found.items():
-        axis.plot([n] * len(values), values, "ko", markersize=4, alpha=0.6)
+        told = "a seed" if n == widths[0] else None
+        axis.plot([n] * len(values), values, "ko", markersize=4, alpha=0.6, label=told)
     mean = np.array([2 ** np.log2(values).mean() for values in found.values()])
     axis.plot(widths, mean, "k_", markersize=16, label="geometric mean of the seeds")
     shapes = ((1.0, "--", "n"), (0.5, ":", "sqrt(n)"))
@@ -126,7 +127,8 @@ def law(axis: Any, results: Any) -> None:
     axis.set(
         xscale="log", yscale="log", xlabel="width n", ylabel="best lr of b / lr of a"
     )
-    plots.label_sizes(axis, widths)
+    plots.label_sizes(axis.xaxis, widths)
+    plots.label_sizes(axis.yaxis, (1, 2, 4, 8))
     axis.legend(fontsize=7)
 
 
