@@ -127,6 +127,20 @@ def by_size(
     axis.legend(fontsize=7)
 
 
+def by_arm(axis: Any, results: Results) -> None:
+    """Final values, an arm a line: mean and standard error over seeds."""
+    for row, (arm, style) in enumerate(styles(results).items()):
+        values = final(results, arm)
+        error = values.std(ddof=1) / np.sqrt(len(values))
+        axis.errorbar(values.mean(), row, xerr=error, capsize=3, **style)
+    axis.axvline(
+        final(results, results["baseline"]).mean(), color="black", linewidth=0.7
+    )
+    axis.set_yticks(range(len(results["arms"])), results["arms"], fontsize=7)
+    axis.invert_yaxis()
+    axis.set(xlabel=BITS)
+
+
 def watched(field: str, label: str, but: str = "") -> Panel:
     """Returns a panel of what was watched, the mean over seeds by step.
 

@@ -60,4 +60,4 @@ STUDY = text.Study(
 )
 
 
-PANELS = (plots.rates, plots.curves)
+PANELS = (plots.by_arm, plots.rates)

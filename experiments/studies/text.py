@@ -24,7 +24,7 @@ from experiments.studies import comparison, shared, trial
 GRID = (10**-3, 10**-2.5, 10**-2, 10**-1.5)
 SEEDS = (1, 2, 3, 4)
 WIDER = 3  # rates beyond the grid, while the best lies at its edge
-TOY_RANK, TOY_WIDTH = 16, 64
+TOY_RANK, TOY_SHARE = 16, 8  # the largest rank, and how much narrower
 STRETCH = 3  # steps that are timed together: AdaLoRA chooses its triplets every third
 Fields = Mapping[str, Any]
 
@@ -66,8 +66,10 @@ def configured(study: Study, fields: Fields, toy: bool) -> ml_collections.Config
     config.update_from_flattened_dict(dict(fields))
     if toy:
         config.adapter.rank = min(config.adapter.rank, TOY_RANK)
-        config.model.width, config.model.heads = min(config.model.width, TOY_WIDTH), 1
-        config.model.hidden = min(config.model.hidden, 2 * TOY_WIDTH)
+        if "model.width" in fields:  # other arms have the toy model's
+            config.model.width //= TOY_SHARE
+            config.model.hidden //= TOY_SHARE
+            config.model.heads = 1
     return config.lock()
 
 

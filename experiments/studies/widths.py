@@ -128,7 +128,9 @@ def law(axis: Any, results: Any) -> None:
         xscale="log", yscale="log", xlabel="width n", ylabel="best lr of b / lr of a"
     )
     plots.label_sizes(axis.xaxis, widths)
-    plots.label_sizes(axis.yaxis, (1, 2, 4, 8))
+    low, high = axis.get_ylim()
+    ticks = [2**i for i in range(7) if low <= 2**i <= high]
+    plots.label_sizes(axis.yaxis, ticks)
     axis.legend(fontsize=7)
 
 

@@ -39,6 +39,14 @@ def test_every_arm_is_a_config_with_rates_of_one_budget(name):
     assert len(digests) == len(study.arms)
 
 
+def test_toy_models_of_a_study_of_widths_differ_too():
+    study = widths.STUDY
+    sizes = [text.configured(study, f, True).model.width for f in study.arms.values()]
+    assert sorted(set(sizes)) == [8, 16, 32, 64]
+    digests = {text.digest(study, f, True) for f in study.arms.values()}
+    assert len(digests) == len(study.arms)
+
+
 def test_a_study_runs_goes_on_and_is_reported(setting, tmp_path):
     path = tmp_path / "runs.jsonl"
     runs = comparison.Runs(path, settings(TINY))
