@@ -126,7 +126,8 @@ def best_of_grid(
       widen: how many rates beyond the grid may be tried, one after another for as long
         as the last one is the best.
     """
-    rates, factor = sorted(grid), grid[1] / grid[0]
+    rates = sorted(grid)
+    factor = rates[1] / rates[0]
     value = lambda rate: math.inf if math.isnan(score(rate)) else score(rate)
     best = min(rates, key=value)
     for _ in range(widen):
