@@ -22,6 +22,9 @@ SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds to report.", lower_bound=2)
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
 """The two-sided 95 % quantile for n paired differences, by n."""
 
+WIDER = 3
+"""Rates beyond a grid that may be tried while the best lies at its edge."""
+
 COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
     *("#E69F00", "#56B4E9", "#F0E442", "#000000"),
@@ -116,7 +119,7 @@ def _exact(key: Sequence[Hashable]) -> tuple[Hashable, ...]:
 
 
 def best_of_grid(
-    score: Callable[[float], float], grid: Sequence[float], widen: int = 1
+    score: Callable[[float], float], grid: Sequence[float], widen: int = WIDER
 ) -> float:
     """Returns the best learning rate of a grid, wider where it is at an edge.
 
@@ -124,7 +127,7 @@ def best_of_grid(
       score: of a learning rate, lower is better; NaN counts as worst.
       grid: learning rates, a constant ratio apart.
       widen: how many rates beyond the grid may be tried, one after another for as long
-        as the last one is the best.
+        as the best lies at the edge.
     """
     rates = sorted(grid)
     factor = rates[1] / rates[0]

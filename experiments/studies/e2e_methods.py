@@ -4,8 +4,8 @@
 
 The base of 260 thousand parameters and the data of `configs/gpt2_e2e_lora.py:runlocal`:
 rank 4 on every linear kernel, 200 steps of 32 examples. A method gets the four learning
-rates of one grid on seed 0, and one more where the best lies at its edge, held against
-the last 600 rows of the validation set; at the best rate three fresh seeds are held
+rates of one grid on seed 0, and more while the best lies at its edge, held against the
+last 600 rows of the validation set; at the best rate three fresh seeds are held
 against the first 600. All runs are about five hours of one core each.
 
 Every run is a line of `runs.jsonl`, so a study that was cut short goes on; until all

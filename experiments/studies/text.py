@@ -23,7 +23,6 @@ from experiments.studies import comparison, shared, trial
 
 GRID = (10**-3, 10**-2.5, 10**-2, 10**-1.5)
 SEEDS = (1, 2, 3, 4)
-WIDER = 3  # rates beyond the grid, while the best lies at its edge
 TOY_RANK, TOY_SHARE = 16, 8  # the largest rank, and how much narrower
 STRETCH = 3  # steps that are timed together: AdaLoRA chooses its triplets every third
 Fields = Mapping[str, Any]
@@ -159,7 +158,7 @@ def best_rate(
 ) -> float:
     """The best learning rate of an arm by its score, lower being better."""
     grid = grid_of(study, arm, toy)
-    best = comparison.best_of_grid(score, grid, 1 if toy else WIDER)
+    best = comparison.best_of_grid(score, grid, 1 if toy else comparison.WIDER)
     if not study.refine:
         return best
     half = (grid[1] / grid[0]) ** 0.5
