@@ -110,7 +110,7 @@ def table(results: dict[str, Any]) -> str:
     base, rows = arms[baseline], []
     for name, arm in arms.items():
         values = _final(arm)
-        error = values.std(ddof=1) / np.sqrt(len(values))
+        error = comparison.standard_error(values)
         same = name == baseline
         rows.append(
             [

@@ -1,9 +1,9 @@
 """QR, SVD and eigenvectors of stacks, matrix by matrix where jaxlib could hang.
 
-Up to jaxlib 0.11.1 a stack that XLA:CPU hands to LAPACK is spread over the pool of
+Up to jaxlib 0.11.0 a stack that XLA:CPU hands to LAPACK is spread over the pool of
 threads from within the pool: as many such calls at once as the pool has threads wait
 for one another for good. On two cores a step of Muon, vmapped over members, comes to
-that. A loop over the matrices keeps every call single. From 0.11.2 on, and on any
+that. A loop over the matrices keeps every call single. From 0.11.1 on, and on any
 accelerator, these are `jax.numpy.linalg`'s functions as they are.
 """
 
@@ -18,14 +18,14 @@ import jax.numpy as jnp
 Parts = tuple[jax.Array, ...]
 Decompose = Callable[[jax.Array], Parts]
 
-FIXED = (0, 11, 2)
-"""The first version of jax whose CPU backend takes stacks without harm."""
+FIXED = (0, 11, 1)
+"""The first version of jax, and of the jaxlib it asks for, that takes stacks safely."""
 
 
 def one_by_one(decompose: Decompose) -> Decompose:
     """Returns `decompose` for stacks that a CPU takes matrix by matrix.
 
-    Its derivatives are of first order; `jax.vmap` adds to the stack.
+    `jax.vmap` adds to the stack; of a derivative it makes whole stacks again.
 
     Args:
       decompose: of one matrix or a stack `[..., m, n]`, to a tuple of arrays with the

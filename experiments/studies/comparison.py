@@ -169,24 +169,28 @@ def summary(
 ) -> list[list[str]]:
     """Returns the rows of `table`."""
     lora = np.array(results[baseline]["curves"])
-    goal, n = lora[:, -1].mean(), len(lora)
+    goal = lora[:, -1].mean()
     rows = []
     for name, result in results.items():
         curves = np.array(result["curves"])
         final, off = curves[:, -1], curves[:, -1] - lora[:, -1]
-        error = lambda x: x.std(ddof=1) / math.sqrt(n)
         reached = np.flatnonzero(curves.mean(0) <= goal)
         verdict = "-" if name == baseline else difference(off, digits)
         rows.append(
             [
                 name,
                 f"{result['rate']:.2g}",
-                f"{final.mean():.{digits}f} +- {error(final):.{digits}f}",
+                f"{final.mean():.{digits}f} +- {standard_error(final):.{digits}f}",
                 verdict,
                 str(every * (reached[0] + 1)) if len(reached) else "not",
             ]
         )
     return rows
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Returns the standard error of the mean of `values: [seeds]`."""
+    return float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def difference(off: np.ndarray, digits: int = 4) -> str:
@@ -201,7 +205,7 @@ def difference(off: np.ndarray, digits: int = 4) -> str:
     n = len(off)
     if not np.isfinite(off).all():
         return "not finite"
-    half = STUDENT_T.get(n, 1.96) * off.std(ddof=1) / math.sqrt(n)
+    half = STUDENT_T.get(n, 1.96) * standard_error(off)
     told = f"{off.mean():+.{digits}f} +- {half:.{digits}f}"
     return told + ("" if abs(off.mean()) > half else ": no difference shown")
 

@@ -15,11 +15,12 @@ from experiments.studies import plots, text
 RATIOS = (1 / 4, 4, 16, 64)
 
 
-def _arm(ratio: float) -> dict[str, Any]:
+def arm(ratio: float) -> dict[str, Any]:
+    """The fields of LoRA+ at a ratio."""
     return {"optimizer.name": "lora_plus", "optimizer.options": (("ratio", ratio),)}
 
 
-def _grid(ratio: float) -> tuple[float, ...]:
+def grid(ratio: float) -> tuple[float, ...]:
     """Centred so that the geometric mean of both rates is that of LoRA's grid."""
     return tuple(rate / ratio**0.5 for rate in text.GRID)
 
@@ -27,9 +28,9 @@ def _grid(ratio: float) -> tuple[float, ...]:
 STUDY = text.Study(
     "lora_plus_grid",
     "Is the best pair of learning rates of a and b off the diagonal?",
-    {"LoRA": {}, **{f"ratio {ratio:g}": _arm(ratio) for ratio in RATIOS}},
+    {"LoRA": {}, **{f"ratio {ratio:g}": arm(ratio) for ratio in RATIOS}},
     "LoRA",
-    grids={f"ratio {ratio:g}": _grid(ratio) for ratio in RATIOS},
+    grids={f"ratio {ratio:g}": grid(ratio) for ratio in RATIOS},
 )
 
 

@@ -119,7 +119,7 @@ def by_size(
     for (label, name), mark, colour in looks:
         found = [size for size in sizes if name(size) in results["arms"]]
         values = [final(results, name(size)) for size in found]
-        error = [v.std(ddof=1) / np.sqrt(len(v)) for v in values]
+        error = [comparison.standard_error(v) for v in values]
         means = [v.mean() for v in values]
         look: Any = {"marker": mark, "color": colour, "label": label, "capsize": 3}
         axis.errorbar(found, means, error, **look)
@@ -131,7 +131,7 @@ def by_arm(axis: Any, results: Results) -> None:
     """Final values, an arm a line: mean and standard error over seeds."""
     for row, (arm, style) in enumerate(styles(results).items()):
         values = final(results, arm)
-        error = values.std(ddof=1) / np.sqrt(len(values))
+        error = comparison.standard_error(values)
         axis.errorbar(values.mean(), row, xerr=error, capsize=3, **style)
     axis.axvline(
         final(results, results["baseline"]).mean(), color="black", linewidth=0.7

@@ -6,7 +6,7 @@ Beside LoRA its rate is the adapters', or ten times it; alone it gets a grid of 
 LoRA at twice the rank tells what as many parameters, and more, make otherwise.
 
 References:
-  Hu et al., LoRA, arXiv:2106.09685, section 7 and appendix E (LoRA+PrefixEmbed).
+  Hu et al., LoRA, arXiv:2106.09685, section 1 and appendix E (LoRA+PrefixEmbed).
   Li and Liang, Prefix-Tuning, arXiv:2101.00190.
 """
 

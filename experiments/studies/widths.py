@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.studies import comparison, plots, text
+from experiments.studies import comparison, lora_plus_grid, plots, text
 
 WIDTHS = (64, 128, 256, 512)
 RATIOS = (1, 4, 16, 64)
@@ -33,14 +33,8 @@ def _arm(width: int, ratio: int) -> dict[str, Any]:
         "model.width": width,
         "model.heads": width // HEAD,
         "model.hidden": 3 * width,
-        "optimizer.name": "lora_plus",
-        "optimizer.options": (("ratio", float(ratio)),),
+        **lora_plus_grid.arm(float(ratio)),
     }
-
-
-def _grid(ratio: int) -> tuple[float, ...]:
-    """Centred so that the geometric mean of both rates is that of LoRA's grid."""
-    return tuple(rate / ratio**0.5 for rate in text.GRID)
 
 
 STUDY = text.Study(
@@ -48,7 +42,9 @@ STUDY = text.Study(
     "Does the best ratio of b's learning rate to a's grow with the width?",
     {name(n, ratio): _arm(n, ratio) for n in WIDTHS for ratio in RATIOS},
     name(256, 1),
-    grids={name(n, ratio): _grid(ratio) for n in WIDTHS for ratio in RATIOS},
+    grids={
+        name(n, ratio): lora_plus_grid.grid(ratio) for n in WIDTHS for ratio in RATIOS
+    },
     seeds=(1, 2, 3),
 )
 PAIRS = tuple((name(n, r), name(n, 1)) for n in WIDTHS for r in RATIOS if r != 1)
@@ -97,7 +93,7 @@ def losses(axis: Any, results: Any) -> None:
         base = plots.final(results, name(n, 1))
         off = [plots.final(results, name(n, ratio)) - base for ratio in there]
         means = [values.mean() for values in off]
-        error = [values.std(ddof=1) / np.sqrt(len(values)) for values in off]
+        error = [comparison.standard_error(values) for values in off]
         look: Any = {"marker": mark, "color": colour, "label": f"n = {n}", "capsize": 3}
         axis.errorbar(there, means, error, **look)
     axis.axhline(0, color="black", linewidth=0.7)
