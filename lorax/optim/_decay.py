@@ -1,11 +1,13 @@
 """Weight decay over adapters: of the factors, and of nothing else by accident.
 
-    u <- u + weight_decay * w      for the roles a, b, p and q
+    u <- u + weight_decay * w      for the roles a, b, p, lam and q
 
 Decaying both factors shrinks their product: (|a|^2 + |b|^2) / 2 is at least the nuclear
 norm of a @ b, and equals it when the two are balanced, so it pulls a kernel to its
-pretrained value. A DoRA magnitude or a `Full` leaf would be pulled to zero, away from
-it. With `full=True` a Full leaf is pulled to where it started,
+pretrained value. AdaLoRA's lam belongs to the product: while a penalty holds p and q
+orthonormal, |p diag(lam) q| = |lam|, and lam alone can bring the kernel back. A DoRA
+magnitude or a `Full` leaf would be pulled to zero, away from the pretrained value. With
+`full=True` a Full leaf is pulled to where it started,
 
     u <- u + weight_decay * (value - base leaf)
 
@@ -26,8 +28,8 @@ from lorax.adapters import Full
 from lorax.optim import _checks, _pairs
 from lorax.types import Adapters, PyTree
 
-FACTORS = ("a", "b", "p", "q")
-"""Roles of the leaves that decay."""
+FACTORS = ("a", "b", "p", "lam", "q")
+"""Roles of the leaves that decay: at zero, the update is zero."""
 
 
 def role_mask(adapters: Adapters, roles: tuple[str, ...]) -> Adapters:
@@ -42,7 +44,7 @@ def role_mask(adapters: Adapters, roles: tuple[str, ...]) -> Adapters:
 
 
 def decay_mask(adapters: Adapters) -> Adapters:
-    """Returns True for factors (a, b, p, q), False for magnitude, lam and value.
+    """Returns True for factors (a, b, p, lam, q), False for magnitude and value.
 
     It is the `mask=` of an optax optimiser over adapters.
 

@@ -168,8 +168,9 @@ def merged_decay(
 ) -> tuple[Adapters, dict[str, jax.Array]]:
     """Returns the gradient of `0.5 |merge(adapters, base)|_2^2`, and the new v.
 
-    With v fixed it is that of `0.5 |W v|^2`, for any parametrisation. Only factors get
-    it: magnitudes do not decay, `Full` leaves are no adapted kernels.
+    With v fixed it is that of `0.5 |W v|^2`, for any parametrisation. Every field gets
+    it, AdaLoRA's singular values too, but a DoRA magnitude. `Full` leaves get none:
+    they have no base kernel under them.
 
     Raises:
       ValueError: no base.
@@ -189,9 +190,9 @@ def merged_decay(
         if pairs is not None and path in pairs:
             own = own.replace(scale=pairs[path].scale)
         after[path], found = _merged(own, kernels[path], v[path])
-        kept = [f for f, r in own.roles.items() if r in ("a", "b", "p", "q")]
+        still = [f for f, role in own.roles.items() if role == "magnitude"]
         decay[path] = own.replace(
-            **{f: x if f in kept else jnp.zeros_like(x) for f, x in found.items()}
+            **{f: jnp.zeros_like(x) if f in still else x for f, x in found.items()}
         )
     return decay, after
 

@@ -167,7 +167,7 @@ def test_decay_mask_by_role():
         if getattr(adapter, field)
     }
     factors = [("attn/q", "a"), ("attn/q", "b"), ("dora", "a"), ("dora", "b")]
-    assert on == {*factors, ("svd", "p"), ("svd", "q")}
+    assert on == {*factors, ("svd", "p"), ("svd", "lam"), ("svd", "q")}
 
 
 def test_full_leaves_may_decay_to_where_they_started():
@@ -177,7 +177,9 @@ def test_full_leaves_may_decay_to_where_they_started():
     updates, _ = tx.update(zero, tx.init(TREE), TREE, base=base)
     value = np.asarray(TREE["bias"].value)
     np.testing.assert_allclose(updates["bias"].value, -0.05 * (value - 2), rtol=1e-6)
-    assert not np.any(updates["dora"].magnitude) and not np.any(updates["svd"].lam)
+    assert not np.any(updates["dora"].magnitude)
+    lam = -0.05 * np.asarray(TREE["svd"].lam)
+    np.testing.assert_allclose(updates["svd"].lam, lam, rtol=1e-6)
     a = np.asarray(TREE["dora"].a)
     np.testing.assert_allclose(updates["dora"].a, -0.05 * a, rtol=1e-6)
 

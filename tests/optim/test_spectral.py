@@ -176,12 +176,34 @@ def test_merged_is_the_gradient_of_the_merged_kernels_norm(adapter):
     want = jax.grad(norm)(adapters)["w"]
     for field, role in want.roles.items():
         found = getattr(got["w"], field)
-        if role in ("magnitude", "lam"):
+        if role == "magnitude":
             assert not found.any()
         else:
             np.testing.assert_allclose(
                 found, getattr(want, field), rtol=2e-3, atol=2e-3
             )
+
+
+def test_decay_alone_brings_the_merged_kernel_of_adalora_to_zero():
+    """On a base of zeros W = x y lam u v^T, so three scalars by hand tell it all."""
+    u, v = (np.linalg.qr(programs.normal(i, n, 1))[0] for i, n in ((0, 8), (1, 6)))
+    ada = lorax.AdaLora(jnp.asarray(u), jnp.full(1, 3.0), jnp.asarray(v.T), 1.0, AXES)
+    tx = optax.chain(
+        optim.add_decayed_spectral_norm(1.0, target="merged"), optax.scale(-0.1)
+    )
+    after, _ = run(tx, {"w": ada}, 40, base={"w": jnp.zeros((8, 6))})
+    x, lam, y = 1.0, 3.0, 1.0
+    for _ in range(40):
+        sigma = lam * x * y  # the gradients of sigma^2 / 2
+        x, lam, y = (
+            x - 0.1 * sigma * lam * y,
+            lam - 0.1 * sigma * x * y,
+            y - 0.1 * sigma * lam * x,
+        )
+    got = after["w"]
+    np.testing.assert_allclose(got.p, x * u, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got.lam, [lam], rtol=1e-4)
+    np.testing.assert_allclose(got.q, y * v.T, rtol=1e-4, atol=1e-6)
 
 
 def test_a_plain_tree_and_full_leaves_by_power_iteration():
