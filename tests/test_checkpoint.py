@@ -53,9 +53,14 @@ def assert_same(left, right):
                 assert one == two, field.name
 
 
+def blake2b(text):
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
 def edit(path, change):
-    """Passes the index through `change` and writes it back."""
+    """Passes the index through `change` and writes it back, as before the digests."""
     index = json.loads((path / "adapters.json").read_text())
+    del index["digests"]
     change(index)
     (path / "adapters.json").write_text(json.dumps(index))
 
@@ -66,7 +71,24 @@ def edit(path, change):
 def test_the_index_by_hand(tmp_path):
     checkpoint.save_adapters(tmp_path, both(), base())
     index = json.loads((tmp_path / "adapters.json").read_text())
-    assert index.pop("library").startswith("lorax ")
+    library, digests = index.pop("library"), index.pop("digests")
+    assert library.startswith("lorax ")
+    leaf = lambda entry, field: entry["arrays"][field].pop("digest")
+    both_digests = [leaf(index["adapters"]["dense/kernel"], field) for field in "ab"]
+    both_digests.append(leaf(index["adapters"]["head"], "value"))
+    kinds = "float32 [3, 1] ", "float32 [1, 2] ", "float32 [4] "
+    numbers = [0, 1, 2], [1 / 3, 1 / 3], [1, 1, 1, 1]
+    assert both_digests == [
+        blake2b(kind.encode() + np.float32(n).tobytes())
+        for kind, n in zip(kinds, numbers, strict=True)
+    ]
+    assert digests["format"] == blake2b(b'["format",1]')
+    assert digests["generation"] == blake2b(b'["generation",0]')
+    assert digests["library"] == blake2b(f'["library","{library}"]'.encode())
+    told = json.dumps(index["base"]["head"], sort_keys=True, separators=(",", ":"))
+    assert digests["base"]["head"] == blake2b(f'["base","head",{told}]'.encode())
+    assert digests["adapters"].keys() == digests["base"].keys() == both().keys()
+    assert len(digests) == 5
     digest = lambda *numbers: hashlib.sha256(np.float32(numbers).tobytes()).hexdigest()
     assert index == {
         "format": 1,

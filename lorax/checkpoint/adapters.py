@@ -1,40 +1,59 @@
 """Adapters on disk: arrays in orbax, everything else in `adapters.json`.
 
-    path/adapters.json   {"format": 1, "library": ..., "generation": n, "adapters":
-                          {path: {class, static fields, shapes and dtypes}}, "base":
-                          {path: {shape, dtype, sha256}} or null}
+    path/adapters.json   {"format": 1, "library": ..., "generation": n,
+                          "adapters": {path: {class, static fields; of every array
+                          shape, dtype and digest}},
+                          "base": {path: {shape, dtype, sha256}} or null,
+                          "digests": of every field above; of adapters and base by path}
     path/arrays-n/       orbax: {path: {field: array}}
 
 `adapters.json` is written last and replaced in one move, so a directory without it is
 no checkpoint, and overwriting one keeps the old arrays until the new ones are complete.
-It is data: reading it runs no code and imports nothing.
+It is data: reading it runs no code and imports nothing. Every field is held to its type
+and range, and to its digest, before an array is read; every array is then held to its
+own. (Older files have no digests, and load as well.)
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import math
 import os
+import re
 from importlib import metadata
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lorax import adapters as adapter_classes
-from lorax import tree
-from lorax.types import Adapters, Axes, PyTree
+from lorax import tree, untrusted
+from lorax.checkpoint import digests, entries, record
+from lorax.checkpoint.entries import item_name
+from lorax.types import Adapters, PyTree
 
 FORMAT = 1
 INDEX = "adapters.json"
-RECORDS = {cls.__name__: cls for cls in (Axes,)}
-"""Named tuples that static fields may hold, by name."""
+FIELDS = {
+    "format": untrusted.whole(1),
+    "library": untrusted.TEXT,
+    "generation": untrusted.whole(),
+    "adapters": untrusted.mapping(untrusted.TABLE, 1),
+    "base": untrusted.mapping(untrusted.TABLE) | None,
+}
+"""What the fields of the index must be; it may have others, which are sealed too."""
+BASE = {
+    "shape": untrusted.SHAPE,
+    "dtype": untrusted.TEXT,
+    "sha256": untrusted.Rule(
+        "64 hex digits, or null",
+        lambda v: (
+            v is None or (isinstance(v, str) and bool(re.fullmatch("[0-9a-f]{64}", v)))
+        ),
+    ),
+}
 
 
 def save_adapters(
@@ -56,13 +75,15 @@ def save_adapters(
 
     Raises:
       FileExistsError: there is one, and `overwrite` is False.
-      ValueError: no adapters, or ones that do not fit `params`.
+      ValueError: no adapters, ones that do not fit `params`, or a static field out of
+        its range.
       KeyError: `params` lacks an adapted path.
       TypeError: an adapter of no class in `lorax.adapters.CLASSES`, or a static field
         that JSON cannot hold.
 
     Example:
       >>> import tempfile
+      >>> import jax.numpy as jnp
       >>> from lorax.adapters import Full
       >>> adapters = {"head/bias": Full(jnp.array([1.0, 2.0]))}
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -81,11 +102,12 @@ def save_adapters(
         "format": FORMAT,
         "library": f"lorax {_version()}",
         "generation": max(_generations(folder), default=-1) + 1,
-        "adapters": {name: describe(name, a) for name, a in adapters.items()},
+        "adapters": {name: _entry(name, a) for name, a in adapters.items()},
         "base": None if params is None else _fingerprint(adapters, params),
     }
+    index["digests"] = seals(index)
     text = json.dumps(index, indent=1, allow_nan=False)
-    arrays = {item_name(name): _arrays(adapter) for name, adapter in adapters.items()}
+    arrays = {item_name(name): entries.arrays(a) for name, a in adapters.items()}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         target = folder / f"arrays-{index['generation']}"
         checkpointer.save(target, args=ocp.args.PyTreeSave(arrays))
@@ -125,7 +147,9 @@ def load_adapters(
 
     Example:
       >>> import tempfile
+      >>> import jax.numpy as jnp
       >>> from lorax.adapters import Lora
+      >>> from lorax.types import Axes
       >>> lora = Lora(jnp.ones((3, 1)), jnp.zeros((1, 2)), 2.0, Axes((0,), (1,)))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     save_adapters(folder, {"dense/kernel": lora})
@@ -134,17 +158,20 @@ def load_adapters(
       (2.0, Axes(in_=(0,), out=(1,), batch=()))
     """
     folder = folder_of(path)
-    index = _read_index(folder)
-    skeleton = {name: skeleton_of(name, e) for name, e in index["adapters"].items()}
+    index, skeleton = _read_index(folder)
     if template is not None:
-        check_template(skeleton, template)
+        entries.check_template(skeleton, template)
     if params is not None:
         _check_base(skeleton, index["base"] or {}, params)
-    arrays = _read_arrays(folder / f"arrays-{index['generation']:d}", skeleton)
+    place = folder / f"arrays-{index['generation']}"
+    arrays = _read_arrays(place, skeleton)
+    for name, entry in index["adapters"].items():
+        _verify(f"{place}: {name}", entry["arrays"], arrays[item_name(name)])
     loaded = {}
     for name, adapter in skeleton.items():
         places = {}
-        for field, leaf in _arrays(template[name] if template else adapter).items():
+        like = template[name] if template else adapter
+        for field, leaf in entries.arrays(like).items():
             places[field] = getattr(leaf, "sharding", None)
         loaded[name] = adapter.replace(
             **jax.device_put(arrays[item_name(name)], places)
@@ -166,23 +193,7 @@ def _version() -> str:
         return "(not installed)"
 
 
-def item_name(path: str) -> str:
-    """The path as a key in orbax, which joins nested keys by dots."""
-    return path.replace("%", "%25").replace(".", "%2E")
-
-
 # Writing
-
-
-def _fields(adapter: Any, static: bool) -> list[str]:
-    is_static = lambda field: not field.metadata.get("pytree_node", True)
-    return [f.name for f in dataclasses.fields(adapter) if is_static(f) == static]
-
-
-def _arrays(adapter: Any) -> dict[str, Any]:
-    """The array fields that are not None."""
-    values = {name: getattr(adapter, name) for name in _fields(adapter, static=False)}
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _generations(folder: epath.Path) -> list[int]:
@@ -191,44 +202,33 @@ def _generations(folder: epath.Path) -> list[int]:
     return [int(name) for name in names if name.isdecimal()]
 
 
-def describe(path: str, adapter: Any) -> dict[str, Any]:
-    """Everything about an adapter but its numbers, as JSON data."""
-    name = type(adapter).__name__
-    if adapter_classes.CLASSES.get(name) is not type(adapter):
-        raise TypeError(
-            f"{path}: {name} is not in lorax.adapters.CLASSES, so it could not be "
-            "loaded again; register it there"
-        )
-    static = {
-        field: _encode(f"{path}: {field}", getattr(adapter, field))
-        for field in _fields(adapter, static=True)
-    }
-    arrays = {field: _kind(value) for field, value in _arrays(adapter).items()}
-    return {"class": name, "static": static, "arrays": arrays}
+def _entry(path: str, adapter: Any) -> dict[str, Any]:
+    """An adapter's description, which is sure to load, with its arrays' digests."""
+    entry = entries.describe(path, adapter)
+    try:
+        entries.skeleton(entry)
+    except ValueError as error:
+        raise ValueError(f"{path} could not be loaded again: {error}") from error
+    for field, array in entries.arrays(adapter).items():
+        entry["arrays"][field]["digest"] = digests.of(digests.on_host(array))
+    return entry
 
 
-def _kind(array: Any) -> dict[str, Any]:
-    return {"shape": list(array.shape), "dtype": jnp.dtype(array.dtype).name}
+def seals(index: dict[str, Any]) -> dict[str, Any]:
+    """Returns a digest of every field of an index; of tables one of every item.
 
-
-def _encode(where: str, value: Any) -> Any:
-    """A static field as JSON data: tuples are lists, named tuples {name: fields}."""
-    if isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, float) and math.isfinite(value):
-        return float(value)
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, tuple):
-        if RECORDS.get(type(value).__name__) is type(value):
-            fields = value._asdict().items()
-            return {type(value).__name__: {k: _encode(where, v) for k, v in fields}}
-        if type(value) is tuple:
-            return [_encode(where, item) for item in value]
-    raise TypeError(
-        f"{where} is {value!r}; adapters.json holds None, bool, int, finite float, str "
-        f"and tuples of these ({', '.join(RECORDS)} among them)"
-    )
+    Example:
+      >>> seals({"format": 1, "base": None, "digests": {}}).keys()
+      dict_keys(['format', 'base'])
+    """
+    found: dict[str, Any] = {}
+    for field, value in index.items():
+        if isinstance(value, dict):
+            found[field] = {k: record.digest([field, k, v]) for k, v in value.items()}
+        else:
+            found[field] = record.digest([field, value])
+    found.pop("digests", None)
+    return found
 
 
 def _fingerprint(adapters: Adapters, params: PyTree) -> dict[str, Any]:
@@ -241,91 +241,82 @@ def _fingerprint(adapters: Adapters, params: PyTree) -> dict[str, Any]:
 
 def _seal(leaf: Any) -> dict[str, Any]:
     if not tree.is_concrete(leaf):
-        return _kind(leaf) | {"sha256": None}
+        return entries.kind(leaf) | {"sha256": None}
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     data = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
-    return _kind(leaf) | {"sha256": hashlib.sha256(data.data).hexdigest()}
+    return entries.kind(leaf) | {"sha256": hashlib.sha256(data.data).hexdigest()}
 
 
 # Reading
 
 
-def _read_index(folder: epath.Path) -> dict[str, Any]:
+def _read_index(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The index, of which every field has been checked, and the abstract adapters."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no directory {folder}")
-    if not (folder / INDEX).exists():
+    place = folder / INDEX
+    if not place.exists():
         raise ValueError(
             f"{folder} has no {INDEX}: another kind of checkpoint, or one whose saving "
             "was cut short"
         )
     try:
-        index = json.loads((folder / INDEX).read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / INDEX} is damaged: {error}") from error
-    form = {"format": int, "generation": int, "adapters": dict, "base": dict | None}
-    for field, kind in form.items():
-        if not isinstance(index, dict) or not isinstance(index.get(field), kind):
-            raise ValueError(f"{folder / INDEX} is damaged: no {field} in it")
-        if field == "format" and index[field] > FORMAT:  # the rest may look otherwise
-            raise ValueError(
-                f"{folder / INDEX} has format {index[field]} of {index.get('library')}"
-                f"; this lorax reads up to {FORMAT}: upgrade lorax"
-            )
-    return index
-
-
-def skeleton_of(path: str, entry: Any) -> Any:
-    """The adapter with abstract arrays."""
-    try:
-        name, static, kinds = entry["class"], entry["static"], entry["arrays"]
-        if name not in adapter_classes.CLASSES:
-            raise LookupError(f"class {name!r} is none of {[*adapter_classes.CLASSES]}")
-        cls = adapter_classes.CLASSES[name]
-        arrays: dict[str, Any] = dict.fromkeys(_fields(cls, static=False))
-        for field, kind in kinds.items():
-            shape, dtype = tuple(kind["shape"]), jnp.dtype(kind["dtype"])
-            arrays[field] = jax.ShapeDtypeStruct(shape, dtype)
-        return cls(**arrays, **{k: _decode(v) for k, v in static.items()})
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        index = untrusted.parsed(place.read_text())
+        if untrusted.field(index, "format", FIELDS["format"]) <= FORMAT:
+            _require_form(index)
+    except ValueError as error:
+        raise ValueError(f"{place} is damaged: {error}") from error
+    if index["format"] > FORMAT:  # the rest may look otherwise
         raise ValueError(
-            f"{path}: its entry in {INDEX} does not fit this lorax ({error}); upgrade "
-            "lorax if a newer one wrote it, else the file is damaged"
-        ) from error
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(map(_decode, value))
-    if isinstance(value, dict):
-        ((name, fields),) = value.items()
-        return RECORDS[name](**{k: _decode(v) for k, v in fields.items()})
-    return value
-
-
-def check_template(skeleton: Adapters, template: Adapters) -> None:
-    """Raises ValueError naming the first path and field in which the two differ."""
-    if differing := sorted(skeleton.keys() ^ template.keys()):
-        where = "checkpoint" if differing[0] in skeleton else "template"
-        raise ValueError(
-            f"{differing[0]}: only the {where} has an adapter there ({len(differing)} "
-            "paths differ)"
+            f"{place} has format {index['format']} of {index.get('library')}; this "
+            f"lorax reads up to {FORMAT}: upgrade lorax"
         )
-    for path, adapter in skeleton.items():
-        ours, theirs = describe(path, adapter), describe(path, template[path])
-        if ours["class"] != theirs["class"]:
+    skeletons = {}
+    for path, entry in index["adapters"].items():
+        try:
+            skeletons[path] = entries.skeleton(entry)
+        except ValueError as error:
             raise ValueError(
-                f"{path}: the checkpoint has class {ours['class']} and the template "
-                f"{theirs['class']}"
-            )
-        for part in ("static", "arrays"):
-            for field in ours[part] | theirs[part]:
-                pair = ours[part].get(field), theirs[part].get(field)
-                if pair[0] != pair[1]:
-                    raise ValueError(
-                        f"{path}: the checkpoint has {field}={pair[0]} and the "
-                        f"template {field}={pair[1]}"
-                    )
+                f"{place}: {path}: its entry does not fit this lorax: {error}; if a "
+                "newer lorax wrote it, upgrade, else the file is damaged"
+            ) from error
+    if damaged := _unsealed(index):
+        raise ValueError(
+            f"{place} is damaged: {damaged} is not what was written, by its digest"
+        )
+    return index, skeletons
+
+
+def _require_form(index: dict[str, Any]) -> None:
+    """Raises ValueError unless all fields but the adapters' own are what they must."""
+    for field, rule in FIELDS.items():
+        untrusted.field(index, field, rule)
+    if "digests" in index:
+        untrusted.field(index, "digests", untrusted.TABLE)
+    base = index["base"]
+    for path, seal in (base or {}).items():
+        for field, rule in BASE.items():
+            untrusted.field(seal, field, rule, f"base.{path}")
+    if base is not None and (odd := sorted(base.keys() ^ index["adapters"].keys())):
+        raise ValueError(f"only one of base and adapters has {odd[0]!r}")
+
+
+def _unsealed(index: dict[str, Any]) -> str:
+    """The first field that is not what its digest says, or ""; the oldest have none."""
+    if "digests" not in index:
+        return ""
+    then, now = index["digests"], seals(index)
+    for field in [*then, *now]:
+        old, new = then.get(field), now.get(field)
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            if old != new:
+                return field
+            continue
+        for name in [*old, *new]:
+            if old.get(name) != new.get(name):
+                return f"{field}.{name}"
+    return ""
 
 
 def _check_base(skeleton: Adapters, base: dict[str, Any], params: PyTree) -> None:
@@ -341,15 +332,16 @@ def _check_base(skeleton: Adapters, base: dict[str, Any], params: PyTree) -> Non
                 )
 
 
-def _read_arrays(folder: epath.Path, skeleton: Adapters) -> dict[str, Any]:
+def _read_arrays(folder: epath.Path, skeletons: Adapters) -> dict[str, Any]:
     """The arrays as numpy, so that they load whatever devices they were saved from."""
-    want = {item_name(name): _arrays(adapter) for name, adapter in skeleton.items()}
+    want = {item_name(name): entries.arrays(a) for name, a in skeletons.items()}
     restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), want)
+    kind = entries.kind
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             args = ocp.args.PyTreeRestore(restore_args=restore)
             arrays = checkpointer.restore(folder, args=args)
-        same = jax.tree.map(lambda x, w: _kind(x) == _kind(w), arrays, want)
+        same = jax.tree.map(lambda x, w: kind(x) == kind(w), arrays, want)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"the arrays in {folder} are damaged: {error}") from error
     if not all(jax.tree.leaves(same)):
@@ -361,3 +353,10 @@ def _read_arrays(folder: epath.Path, skeleton: Adapters) -> dict[str, Any]:
                 "jax.config.update('jax_enable_x64', True) before loading"
             )
     return arrays
+
+
+def _verify(where: str, told: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Holds the arrays of an adapter against their digests; the oldest have none."""
+    for field, kind in told.items():
+        if "digest" in kind and digests.of(arrays[field]) != kind["digest"]:
+            raise ValueError(f"{where}/{field} is damaged: its digest is another")

@@ -17,7 +17,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from lorax.checkpoint import record, states
-from lorax.checkpoint.adapters import item_name
+from lorax.checkpoint.entries import item_name
 from lorax.checkpoint.folders import RUN, STATE
 from lorax.checkpoint.record import DamagedError
 from lorax.training import TrainState

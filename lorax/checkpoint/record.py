@@ -35,7 +35,7 @@ def seal(payload: Mapping[str, Any]) -> dict[str, Any]:
       {'step': 3}
     """
     payload = dict(payload)
-    return {"format": FORMAT, "digest": _digest(FORMAT, payload), "payload": payload}
+    return {"format": FORMAT, "digest": digest([FORMAT, payload]), "payload": payload}
 
 
 def opened(envelope: Any, where: str) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def opened(envelope: Any, where: str) -> dict[str, Any]:
         if not isinstance(envelope, dict) or type(envelope.get(field)) is not kind:
             raise DamagedError(f"{where} is damaged: no {field} in it")
     number, payload = envelope["format"], envelope["payload"]
-    if envelope["digest"] != _digest(number, payload):
+    if envelope["digest"] != digest([number, payload]):
         raise DamagedError(f"{where} is damaged: its digest is another")
     if number > FORMAT:
         raise ValueError(
@@ -62,6 +62,17 @@ def opened(envelope: Any, where: str) -> dict[str, Any]:
             f"this lorax reads up to {FORMAT}: upgrade lorax"
         )
     return payload
+
+
+def digest(value: Any) -> str:
+    """Returns 32 hex digits: BLAKE2b over JSON data with its keys in order.
+
+    Example:
+      >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1.0})
+      True
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def plain(where: str, value: Any) -> Any:
@@ -104,8 +115,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "(not installed)"
     return found
-
-
-def _digest(number: int, payload: Any) -> str:
-    text = json.dumps([number, payload], sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

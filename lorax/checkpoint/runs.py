@@ -27,7 +27,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from lorax.checkpoint import digests, folders, reading, record, states
-from lorax.checkpoint.adapters import folder_of, item_name
+from lorax.checkpoint.adapters import folder_of
+from lorax.checkpoint.entries import item_name
 from lorax.checkpoint.record import DamagedError
 from lorax.training import TrainState
 from lorax.types import PyTree

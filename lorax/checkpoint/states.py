@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from lorax.checkpoint import adapters as described
-from lorax.checkpoint import digests
+from lorax.checkpoint import digests, entries
 from lorax.checkpoint.record import DamagedError
 from lorax.training import TrainState
 from lorax.types import PyTree
@@ -52,7 +51,7 @@ def describe(state: TrainState, host: Host | None = None) -> dict[str, Any]:
     leaves = {name: _kind(leaf) for name, leaf in leaves_of(state).items()}
     for name, array in (host or {}).items():
         leaves[name]["digest"] = digests.of(array)
-    adapters = {p: described.describe(p, a) for p, a in state.adapters.items()}
+    adapters = {p: entries.describe(p, a) for p, a in state.adapters.items()}
     return {"adapters": adapters, "leaves": leaves}
 
 
@@ -62,8 +61,8 @@ def check(then: Mapping[str, Any], template: TrainState) -> None:
     Adapters first: another rank shows in the optimiser's state as well, and is better
     named where it comes from.
     """
-    skeleton = {p: described.skeleton_of(p, e) for p, e in then["adapters"].items()}
-    described.check_template(skeleton, template.adapters)
+    skeleton = {p: entries.skeleton(e) for p, e in then["adapters"].items()}
+    entries.check_template(skeleton, template.adapters)
     ours, theirs = then["leaves"], describe(template)["leaves"]
     if differing := sorted(ours.keys() ^ theirs.keys()):
         where = "checkpoint" if differing[0] in ours else "template"
@@ -81,9 +80,9 @@ def check(then: Mapping[str, Any], template: TrainState) -> None:
 
 
 def verify(then: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
-    """Raises DamagedError naming the first array that is not as described."""
+    """Raises DamagedError naming the first array that is not as entries."""
     for name, entry in then["leaves"].items():
-        array = arrays.get(described.item_name(name))
+        array = arrays.get(entries.item_name(name))
         if not isinstance(array, np.ndarray):
             raise DamagedError(f"{name} is missing")
         if digests.of(array) != entry["digest"]:
@@ -99,7 +98,7 @@ def place(arrays: Mapping[str, Any], template: TrainState) -> TrainState:
         arrays that are bound to no device, give arrays that are bound to none.
     """
     placed = [
-        _placed(np.asarray(arrays[described.item_name(name)]), leaf)
+        _placed(np.asarray(arrays[entries.item_name(name)]), leaf)
         for name, leaf in leaves_of(template).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(template), placed)

@@ -7,7 +7,6 @@ count as memory of the process beside the arrays.
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 import re
@@ -17,6 +16,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+
+from lorax import untrusted
 
 JSON_LIMIT = 100 * 2**20  # bytes; as much as safetensors allows a header
 
@@ -41,26 +42,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if path.stat().st_size > JSON_LIMIT:
         raise ValueError(f"{path} has {path.stat().st_size} bytes of JSON: refused")
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return untrusted.parsed(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def parse_json(text: str) -> dict[str, Any]:
-    """Returns the object in a JSON text; a ValueError if a key is there twice."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise ValueError(f"duplicate keys: {', '.join(twice)}")
-        return found
-
-    value = json.loads(text, object_pairs_hook=once)
-    if not isinstance(value, dict):
-        raise ValueError(f"holds {type(value).__name__}, not an object")
-    return value
 
 
 def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
@@ -183,7 +167,7 @@ def open_tensors(path: pathlib.Path) -> dict[str, Tensor]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            header = parse_json(file.read(length).decode())
+            header = untrusted.parsed(file.read(length).decode())
         except ValueError as error:
             raise ValueError(f"{path}: in the header: {error}") from error
     header.pop("__metadata__", None)

@@ -1,0 +1,254 @@
+"""An adapter without its numbers, as JSON data, and back.
+
+    {"class": "Lora",
+     "static": {"scale": 2.0, "axes": {"Axes": {"in_": [0], ...}}, ...},
+     "arrays": {"a": {"shape": [3, 1], "dtype": "float32"}, ...}}
+
+describe(path, adapter)   the entry
+skeleton(entry)           the adapter with abstract arrays, every field held to `STATIC`
+check_template(...)       skeletons against a template: what differs is named
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import adapters as adapter_classes
+from lorax import untrusted
+from lorax.types import Adapters, Axes
+
+RECORDS = {cls.__name__: cls for cls in (Axes,)}
+"""Named tuples that static fields may hold, by name."""
+
+NUMBERS = untrusted.listed(untrusted.whole())
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+STATIC = {
+    "scale": untrusted.number(-FLOAT32_MAX, FLOAT32_MAX),
+    "dropout": untrusted.number(0, below=1),
+    "axes": untrusted.Rule(
+        "an Axes of axes that are each there once",
+        lambda v: (
+            isinstance(v, Axes)
+            and all(NUMBERS.fits(part) for part in v)
+            and sorted(v.order) == list(range(len(v.order)))
+        ),
+    ),
+    "layers": untrusted.Rule(
+        "the numbers of layers, each once, or null",
+        lambda v: v is None or (NUMBERS.fits(v) and 0 < len(v) == len(set(v))),
+    ),
+    "slices": untrusted.Rule(
+        "the numbers of slices, increasing",
+        lambda v: NUMBERS.fits(v) and len(v) > 0 and list(v) == sorted(set(v)),
+    ),
+    "blocks": untrusted.whole(1),
+    "detach_norm": untrusted.FLAG,
+}
+"""What the static fields of adapters must be, by name; others may be any such data."""
+
+
+def fields(adapter: Any, static: bool) -> list[str]:
+    """Returns the names of the static fields, or of the others."""
+    return [f.name for f in dataclasses.fields(adapter) if _is_static(f) == static]
+
+
+def arrays(adapter: Any) -> dict[str, Any]:
+    """Returns the array fields that are not None."""
+    values = {name: getattr(adapter, name) for name in fields(adapter, static=False)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def kind(array: Any) -> dict[str, Any]:
+    """Returns shape and dtype as JSON data."""
+    return {"shape": list(array.shape), "dtype": jnp.dtype(array.dtype).name}
+
+
+def item_name(path: str) -> str:
+    """The path as a key in orbax, which joins nested keys by dots."""
+    return path.replace("%", "%25").replace(".", "%2E")
+
+
+def describe(path: str, adapter: Any) -> dict[str, Any]:
+    """Returns everything about an adapter but its numbers, as JSON data.
+
+    Raises:
+      TypeError: a class that is not registered, or a field that JSON cannot hold.
+    """
+    name = type(adapter).__name__
+    if adapter_classes.CLASSES.get(name) is not type(adapter):
+        raise TypeError(
+            f"{path}: {name} is not in lorax.adapters.CLASSES, so it could not be "
+            "loaded again; register it there"
+        )
+    static = {
+        field: _encode(f"{path}: {field}", getattr(adapter, field))
+        for field in fields(adapter, static=True)
+    }
+    shapes = {field: kind(value) for field, value in arrays(adapter).items()}
+    return {"class": name, "static": static, "arrays": shapes}
+
+
+def skeleton(entry: Any) -> Any:
+    """Returns the adapter with abstract arrays.
+
+    Args:
+      entry: as `describe` gives it, and as a file may hold it.
+
+    Raises:
+      ValueError: a field that is absent, unknown or out of its range, or fields that
+        do not fit one another; the field is named.
+    """
+    name = untrusted.field(entry, "class", untrusted.TEXT)
+    if name not in adapter_classes.CLASSES:
+        raise ValueError(f"class {name!r} is none of {[*adapter_classes.CLASSES]}")
+    cls: Any = adapter_classes.CLASSES[name]
+    static = untrusted.field(entry, "static", untrusted.TABLE)
+    kinds = untrusted.field(entry, "arrays", untrusted.TABLE)
+    for given, part in ((static, "static"), (kinds, "arrays")):
+        _require_names(cls, given, part)
+    values: dict[str, Any] = dict.fromkeys(fields(cls, static=False))
+    values |= {field: _abstract(f"arrays.{field}", k) for field, k in kinds.items()}
+    for field, value in static.items():
+        where = f"static.{field}"
+        rule = STATIC.get(field, untrusted.ANY)
+        values[field] = untrusted.check(where, _decode(where, value), rule)
+    made = cls(**values)
+    _require_layout(made)
+    return made
+
+
+def check_template(skeletons: Adapters, template: Adapters) -> None:
+    """Raises ValueError naming the first path and field in which the two differ."""
+    if differing := sorted(skeletons.keys() ^ template.keys()):
+        where = "checkpoint" if differing[0] in skeletons else "template"
+        raise ValueError(
+            f"{differing[0]}: only the {where} has an adapter there ({len(differing)} "
+            "paths differ)"
+        )
+    for path, adapter in skeletons.items():
+        ours, theirs = describe(path, adapter), describe(path, template[path])
+        if ours["class"] != theirs["class"]:
+            raise ValueError(
+                f"{path}: the checkpoint has class {ours['class']} and the template "
+                f"{theirs['class']}"
+            )
+        for part in ("static", "arrays"):
+            for field in ours[part] | theirs[part]:
+                pair = ours[part].get(field), theirs[part].get(field)
+                if pair[0] != pair[1]:
+                    raise ValueError(
+                        f"{path}: the checkpoint has {field}={pair[0]} and the "
+                        f"template {field}={pair[1]}"
+                    )
+
+
+def _is_static(field: dataclasses.Field) -> bool:
+    return not field.metadata.get("pytree_node", True)
+
+
+def _encode(where: str, value: Any) -> Any:
+    """A static field as JSON data: tuples are lists, named tuples {name: fields}."""
+    if isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, tuple):
+        if RECORDS.get(type(value).__name__) is type(value):
+            items = value._asdict().items()
+            return {type(value).__name__: {k: _encode(where, v) for k, v in items}}
+        if type(value) is tuple:
+            return [_encode(where, item) for item in value]
+    raise TypeError(
+        f"{where} is {value!r}; adapters.json holds None, bool, int, finite float, str "
+        f"and tuples of these ({', '.join(RECORDS)} among them)"
+    )
+
+
+def _decode(where: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(where, item) for item in value)
+    if isinstance(value, dict):
+        name, items = next(iter(value.items()), ("", None))
+        cls = RECORDS.get(name)
+        if cls is None or len(value) > 1 or not isinstance(items, dict):
+            raise ValueError(
+                f"{where}={untrusted.shown(value)}; an object there must be the fields "
+                f"of one of {', '.join(RECORDS)}"
+            )
+        if set(items) != set(cls._fields):
+            raise ValueError(
+                f"{where}.{name} has the fields {sorted(items)} and needs "
+                f"{list(cls._fields)}"
+            )
+        return cls(**{k: _decode(f"{where}.{name}.{k}", v) for k, v in items.items()})
+    return value
+
+
+def _abstract(where: str, told: Any) -> jax.ShapeDtypeStruct:
+    shape = untrusted.field(told, "shape", untrusted.SHAPE, where)
+    name = untrusted.field(told, "dtype", untrusted.TEXT, where)
+    try:
+        return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(name))
+    except TypeError as error:
+        raise ValueError(f"{where}.dtype={name!r} is not a dtype") from error
+
+
+def _require_names(cls: Any, given: dict[str, Any], part: str) -> None:
+    """Holds the names of fields against those of the class."""
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    own = [n for n, f in known.items() if _is_static(f) == (part == "static")]
+    for name in given:
+        if name not in own:
+            raise ValueError(
+                f"{part}.{name}: {cls.__name__} has no such field; it has {own}"
+            )
+    for name in own:
+        field = known[name]
+        free = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        if name not in given and not free:
+            raise ValueError(f"{part}: there is no {name!r} in it")
+
+
+def _require_layout(made: Any) -> None:
+    """Holds factors, axes and layers against one another, where there are such.
+
+    A population's adapters have its axes in front of all arrays.
+    """
+    axes, layers = getattr(made, "axes", None), getattr(made, "layers", None)
+    if not isinstance(axes, Axes):
+        return
+    if hasattr(made, "slices") and max(made.slices) >= made.blocks:
+        raise ValueError(f"static.slices={made.slices} of blocks={made.blocks}")
+    try:
+        plain: Any = jax.eval_shape(adapter_classes.as_lora, made)
+        before = plain.a.ndim - len(axes.in_) - 1
+        members = before - len(axes.batch)
+        batch, in_ = plain.a.shape[members:before], plain.a.shape[before:-1]
+        out = plain.b.shape[before + 1 :]
+        if layers is not None:
+            batch = (max(layers) + 1, *batch[1:])
+        leaf = dict(zip(axes.order, (*batch, *in_, *out), strict=True))
+        shape = tuple(leaf[axis] for axis in range(len(leaf)))
+        fronts = {x.shape[:members] for x in arrays(made).values()}
+        if members < 0 or len(fronts) > 1:
+            raise ValueError("the arrays do not have the same axes in front")
+        one = {
+            name: jax.ShapeDtypeStruct(x.shape[members:], x.dtype)
+            for name, x in arrays(made).items()
+        }
+        whole = jax.ShapeDtypeStruct(shape, jnp.float32)
+        dataclasses.replace(made, **one).check("arrays", whole)
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise ValueError(
+            f"arrays and static.axes={axes}, layers={layers} do not fit one another: "
+            f"{error}"
+        ) from error

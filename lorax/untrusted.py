@@ -1,0 +1,177 @@
+"""Values from files: held to a type and a range before anything computes with them.
+
+A `Rule` says in words what a field must be and tells whether a value is that; `check`
+raises an error that names the field, its value and the rule. JSON has no integers apart
+from its numbers, Python's `bool` is an `int`, and its parser reads NaN: so no rule
+takes a boolean for a number, and none takes NaN or infinity.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+LARGEST = 2**31 - 1
+"""Of every count, size and coefficient: what XLA indexes with."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+class Rule(NamedTuple):
+    """What a field must be.
+
+    Attributes:
+      says: in words that follow "it must be".
+      fits: True for the values that are that.
+    """
+
+    says: str
+    fits: Callable[[Any], bool]
+
+    def __or__(self, other: Any) -> Rule:
+        """Either of two rules; `rule | None` takes null as well."""
+        if other is None:
+            return Rule(f"{self.says}, or null", lambda v: v is None or self.fits(v))
+        return Rule(
+            f"{self.says}, or {other.says}", lambda v: self.fits(v) or other.fits(v)
+        )
+
+
+def check(where: str, value: Any, rule: Rule) -> Any:
+    """Returns the value.
+
+    Args:
+      where: the field's name, for the error.
+      value: as read.
+      rule: what it must be.
+
+    Raises:
+      ValueError: it is something else.
+
+    Example:
+      >>> check("rank", 8, whole(1))
+      8
+      >>> check("rank", True, whole(1))
+      Traceback (most recent call last):
+      ...
+      ValueError: rank=True; it must be an int >= 1
+    """
+    if not rule.fits(value):
+        raise ValueError(f"{where}={shown(value)}; it must be {rule.says}")
+    return value
+
+
+def field(table: Any, name: str, rule: Rule, where: str = "") -> Any:
+    """Returns a field that must be there; `where` names the table in errors."""
+    check(where or "the whole", table, TABLE)
+    if name not in table:
+        raise ValueError(f"{where}{': ' if where else ''}there is no {name!r} in it")
+    return check(f"{where}{'.' if where else ''}{name}", table[name], rule)
+
+
+def shown(value: Any) -> str:
+    """The value in a message: long ones are cut."""
+    return _SHORT.repr(value)
+
+
+# Rules
+
+
+def whole(least: int = 0, most: int = LARGEST) -> Rule:
+    """An int in a range, both ends included."""
+    says = f"an int >= {least}" + (f" and <= {most}" if most != LARGEST else "")
+    return Rule(says, lambda v: type(v) is int and least <= v <= most)
+
+
+def number(
+    least: float = -LARGEST,
+    most: float = LARGEST,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> Rule:
+    """A finite number: from `least` to `most`, more than `above`, less than `below`."""
+    parts = [f"> {above:g}" if above > -math.inf else f">= {least:.12g}"]
+    parts += [f"< {below:g}" if below < math.inf else f"<= {most:.12g}"]
+    return Rule(
+        f"a number {' and '.join(parts)}",
+        lambda v: (
+            type(v) in (int, float)
+            and least <= v <= most  # NaN is in no range
+            and above < v < below
+        ),
+    )
+
+
+def listed(rule: Rule, least: int = 0) -> Rule:
+    """A list of at least so many values of one rule."""
+    says = f"a list of {least} or more" if least else "a list"
+    return Rule(
+        f"{says}, each {rule.says}",
+        lambda v: (
+            isinstance(v, list | tuple) and len(v) >= least and all(map(rule.fits, v))
+        ),
+    )
+
+
+def mapping(rule: Rule, least: int = 0) -> Rule:
+    """An object of at least so many values of one rule."""
+    says = f"an object of {least} or more values" if least else "an object of values"
+    return Rule(
+        f"{says}, each {rule.says}",
+        lambda v: (
+            isinstance(v, Mapping)
+            and len(v) >= least
+            and all(map(rule.fits, v.values()))
+        ),
+    )
+
+
+def choice(*names: str) -> Rule:
+    """One of some texts."""
+    known = f"one of {', '.join(map(repr, names))}"
+    return Rule(known, lambda v: isinstance(v, str) and v in names)
+
+
+FLAG = Rule("true or false", lambda v: isinstance(v, bool))
+TEXT = Rule("text", lambda v: isinstance(v, str))
+TABLE = Rule("an object", lambda v: isinstance(v, Mapping))
+ANY = Rule("anything", lambda v: True)
+SHAPE = listed(whole())
+ZERO = Rule("null, false or empty", lambda v: v is None or v is False or _empty(v))
+"""What switches nothing on, whatever the field."""
+
+
+def _empty(value: Any) -> bool:
+    return isinstance(value, str | list | tuple | Mapping) and not value
+
+
+# JSON
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """Returns the object in a JSON text.
+
+    Raises:
+      ValueError: malformed, nested too deeply, no object, or a key that is there twice.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(f"duplicate keys: {', '.join(twice)}")
+        return found
+
+    try:
+        value = json.loads(text, object_pairs_hook=once)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"holds {type(value).__name__}, not an object")
+    return value
