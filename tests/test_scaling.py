@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -157,67 +156,6 @@ def test_laws_are_traceable():
     assert isinstance(law(24.0), float)
 
 
-# Adam's epsilon
-
-
-def softsign(eps):
-    return lambda x: x / np.sqrt(x**2 + eps**2)
-
-
-def test_epsilon_keeps_its_fraction_of_the_noise():
-    assert scaling.adam_epsilon_for_batch(1e-8, 16, 64) == pytest.approx(
-        5e-9, rel=1e-12
-    )
-    assert scaling.adam_epsilon_for_batch(0.0, 16, 64) == 0
-    there = scaling.adam_epsilon_for_batch(3e-6, 10, 70)
-    assert scaling.adam_epsilon_for_batch(there, 70, 10) == pytest.approx(3e-6)
-
-
-def test_softsign_neither_overflows_nor_vanishes():
-    x = jnp.array([3.0, -3e-30, 0.0, 3e30])
-    np.testing.assert_allclose(scaling.softsign(x, 4.0)[0], 0.6, rtol=1e-6)
-    np.testing.assert_allclose(scaling.softsign(x, 4e-30), [1, -0.6, 0, 1], rtol=1e-6)
-
-
-@pytest.mark.parametrize("eps", [1e-6, 0.02])
-def test_epsilon_against_monte_carlo(eps):
-    g, sigma, hessian = quadratic()
-    nu = softsign(eps)(g)
-    rng = np.random.default_rng(2)
-    for batch in (1, 16, 256, 4096):
-        beta = scaling.adam_epsilon_shrinkage(g, sigma, batch, eps)
-        noisy = g + sigma / np.sqrt(batch) * rng.standard_normal((20_000, g.size))
-        mean = softsign(eps)(noisy).mean(0)
-        assert float(beta) == pytest.approx(mean @ g / (nu @ g), rel=0.14)
-        got = scaling.adam_epsilon_learning_rate(g, sigma, hessian, batch, eps)
-        want = best_rate(softsign(eps), g, sigma, hessian, batch)
-        assert float(got) == pytest.approx(want, rel=0.14)
-
-
-def test_a_large_epsilon_is_sgd():
-    g, sigma, hessian = quadratic()
-    eps = 1e3
-    for batch in (1, 64, 4096):
-        rate = scaling.adam_epsilon_learning_rate(g, sigma, hessian, batch, eps) / eps
-        noise = np.mean(sigma**2) * np.trace(hessian) / batch
-        want = g @ g / (g @ hessian @ g + math.pi / 2 * noise)
-        assert float(rate) == pytest.approx(want, rel=1e-4)
-
-
-def test_the_surge_needs_twice_the_trace():
-    """The rate over batch sizes has a peak inside if sum nu nu H > 2 tr H, else not."""
-    g, sigma = np.full(2, 0.3), np.ones(2)
-    batches = np.logspace(-1, 6, 60)
-    # eps = 0.4: nu = 0.6, so sum nu nu H = 0.36 (2 + 2 h), against 2 tr H = 4
-    for h, peaks in ((4.4, False), (4.7, True)):
-        hessian = np.array([[1.0, h], [h, 1.0]])
-        rates = [
-            float(scaling.adam_epsilon_learning_rate(g, sigma, hessian, b, 0.4))
-            for b in batches
-        ]
-        assert (np.argmax(rates) < 59) == peaks
-
-
 # Widths and ranks
 
 
@@ -273,8 +211,6 @@ def test_the_rate_for_a_rank_by_hand():
         (("learning_rate_for_batch", 0.1, 0, 16), "batch=0; give a number > 0"),
         (("learning_rate_for_batch", -0.1, 8, 16), "lr=-0.1; give a number > 0"),
         (("batch_for_learning_rate", 0.1, 8, math.nan), "new_lr=nan; give a number"),
-        (("adam_epsilon_for_batch", 1e-8, 8, -1), "new_batch=-1; give a number > 0"),
-        (("adam_epsilon_shrinkage", 0.1, 1.0, 8, 0.0), "eps=0.0; give a number > 0"),
         (("lora_plus_ratio", 64, 0, 8), "out=0; give a number > 0"),
         (("learning_rate_for_rank", 0.1, 8, 16, "mu"), "scaling='mu'; choose one of"),
         (("learning_rate_for_rank", 0.1, 8, 0), "new_rank=0; give a number > 0"),
