@@ -108,7 +108,8 @@ def checkpoint_run() -> ml_collections.ConfigDict:
     config.sharding.topology = ""  # for a plan: v5e:4x4, v5p-128, cpu:8
 
     config.eval.every = 500
-    config.eval.rows = 600  # of the validation set, while training; all at the end
+    config.eval.rows = 600  # of the validation set, while training; 0: all
+    config.eval.final_rows = 0  # of it, at the end; 0: all
     config.eval.batch_size = 32
     config.eval.test = 0  # prompts of the test set to write for, once; 0: none
     return config

@@ -66,6 +66,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.data.lengths = (112, 160, 208, 344)
         config.data.batch_size = 32
         config.eval.every = 250
+        config.eval.final_rows = config.eval.rows  # of 4,672
         config.eval.batch_size = 32
         config.eval.max_tokens = 160
         config.eval.beams = 4

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import finetune
+from experiments import command, finetune
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
 _ADAPTER = flags.DEFINE_string("evaluated", None, "Folder of adapters; none: the base.")
@@ -26,9 +26,10 @@ def main(argv: Sequence[str]) -> None:
     """Evaluates as the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+    config = command.checked(_CONFIG.value)
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(_SCORES.value).parent if _SCORES.value else scratch
-        scores = finetune.score(_CONFIG.value, _ADAPTER.value, pathlib.Path(folder))
+        scores = finetune.score(config, _ADAPTER.value, pathlib.Path(folder))
     for name, value in scores.items():
         print(f"{name:>20}  {value}")
     if _SCORES.value:
@@ -37,4 +38,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    command.run(main)

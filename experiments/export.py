@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 import lorax
-from experiments import loading
+from experiments import command, loading
 from lorax import checkpoint, compose
 from lorax.interop import hf, peft
 
@@ -82,4 +82,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["base", "trained", "to"])
-    app.run(main)
+    command.run(main)

@@ -55,9 +55,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     placed = place.params(model, base)
     if placed:
         console.print(str(placed), highlight=False)
-    if config.data.task not in tasks.TASKS:
-        known = ", ".join(tasks.TASKS)
-        raise ValueError(f"data.task={config.data.task!r} is not one of {known}")
     task = tasks.TASKS[config.data.task](config, model, tokenizer, place)
     (method,) = config.run.methods
 

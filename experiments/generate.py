@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from experiments import loading, writing
+from experiments import command, loading, writing
 from lorax.models import sampling
 
 _MODEL = flags.DEFINE_string("model", None, "Directory of a checkpoint, or a hub id.")
@@ -60,4 +60,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["model", "prompt"])
-    app.run(main)
+    command.run(main)

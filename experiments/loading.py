@@ -29,8 +29,12 @@ def load_model(source: str, **kwargs: Any) -> tuple[Any, Any, tokenization.Token
 
 def find(source: str) -> pathlib.Path:
     """Returns the directory of a checkpoint, see `load_model`."""
-    below = paths.root() / source
-    return hf.locate(below if below.is_dir() else source)
+    return hf.locate(source, folders=(paths.root(),))
+
+
+def check(source: str) -> None:
+    """Raises FileNotFoundError for a mistyped local name; a hub id passes unasked."""
+    hf.find_local(source, (paths.root(),))
 
 
 def load_adapters(folder: str, model: Any, params: Any) -> Adapters:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments import command, fields
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Path of a config file, such as configs/quickstart.py."
 )
@@ -27,10 +29,13 @@ def main(argv: Sequence[str]) -> None:
     from experiments import distributed
 
     config = _CONFIG.value
+    with command.refusing():
+        fields.check(config)
     if "heartbeat" in config.get("distributed", ()):
         distributed.initialize(config.distributed)  # before anything asks for devices
     from experiments import finetune, population
 
+    command.checked(config)
     workdir = _WORKDIR.value or str(pathlib.Path("runs") / config.run.name)
     run = finetune.run if "source" in config.model else population.run
     run(config, workdir)
@@ -38,4 +43,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    command.run(main)

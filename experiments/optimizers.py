@@ -150,8 +150,15 @@ def make_optimizer(
     elif config.name in READY:
         make = READY[config.name]
         takes = inspect.signature(make).parameters
+        given = dict(config.get("options", ()))
+        if config.get("chain", ()):
+            raise ValueError(
+                f"optimizer.chain is given, and optimizer.name={config.name!r} does "
+                "not read it; set optimizer.name to 'chain', or the chain to ()"
+            )
+        _require_options("optimizer.options", config.name, make, given)
         fields = {f: config[f] for f in FIELDS if f in config and f in takes}
-        options = {**fields, **dict(config.get("options", ()))}
+        options = {**fields, **given}
         if options.get("adam_learning_rate") is not None:
             options["adam_learning_rate"] = schedule(options["adam_learning_rate"])
         tx = make(schedule(learning_rate), **options)
@@ -185,7 +192,7 @@ def make_chain(links: Any, learning_rate: Any) -> optax.GradientTransformation:
             raise ValueError(
                 f"optimizer.chain: {name!r} is not one of {', '.join(LINKS)}"
             )
-        made.append((name, _call(LINKS[name].make, given)))
+        made.append((name, _link(name, given)))
     stages = [STAGES.index(LINKS[name].stage) for name, _ in made]
     if stages != sorted(stages):
         right = sorted(made, key=lambda link: STAGES.index(LINKS[link[0]].stage))
@@ -212,15 +219,41 @@ def _wrapped(tx: Any, name: str, given: Any, steps: int) -> Any:
             "put 'accumulate' last"
         )
     options = dict(given) if isinstance(given, Mapping) else {}
+    _require_options("optimizer.wrap", name, WRAPPERS[name], options)
     if name == "adalora":
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"optimizer.wrap: ('adalora', {given!r}): give its arguments as a "
+                "dict, such as {'target_budget': 96, 'initial_warmup': 2}"
+            )
         return optim.adalora(tx, **{"total_steps": steps, **options})
     return optax.MultiSteps(tx, **(options or {"every_k_schedule": given}))
 
 
-def _call(make: Callable[..., Any], given: Any) -> Any:
+def _link(name: str, given: Any) -> Any:
+    """Makes a link of a chain from a number for its first argument, or a dict."""
+    make = LINKS[name].make
     if given is None:
         return make()
-    return make(**given) if isinstance(given, Mapping) else make(given)
+    if not isinstance(given, Mapping):
+        return make(given)
+    _require_options("optimizer.chain", name, make, given)
+    return make(**given)
+
+
+def _require_options(
+    where: str, name: str, make: Callable[..., Any], given: Mapping[str, Any]
+) -> None:
+    """Raises ValueError for an argument that a transformation does not take."""
+    takes = inspect.signature(make).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        return
+    known = [known for known in takes if known != "learning_rate"]
+    if unknown := [option for option in given if option not in known]:
+        raise ValueError(
+            f"{where}: {name!r} has no option {unknown[0]!r}; it has "
+            f"{', '.join(known) or 'none'}"
+        )
 
 
 def _decayed(adapters: dict[str, Any]) -> dict[str, Any]:

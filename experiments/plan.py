@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
+from experiments import command, fields
 from experiments.planning import topology as topologies
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -35,6 +36,8 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     config = _CONFIG.value
+    with command.refusing():
+        fields.check(config)
     try:
         topology = topologies.parse(_TOPOLOGY.value or config.sharding.topology)
     except ValueError as error:
@@ -44,6 +47,7 @@ def main(argv: Sequence[str]) -> None:
     topologies.prepare()  # before jax is loaded
     from experiments.planning import report, sweep
 
+    command.checked(config)
     try:
         if _SWEEP.value:
             print(sweep.render(sweep.run(config, topology, print)))
@@ -67,4 +71,4 @@ def _with_devices(count: int) -> int:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    command.run(main)

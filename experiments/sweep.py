@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
+from experiments import command
 from experiments.sweeping import combinations, grid, jobs, runs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
@@ -41,7 +42,7 @@ _BEST = flags.DEFINE_enum("best", "auto", ["auto", "min", "max"], "Which is firs
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs, and run none.")
 
 
-def command(job: combinations.Job, folder: pathlib.Path) -> list[str]:
+def command_line(job: combinations.Job, folder: pathlib.Path) -> list[str]:
     """The command line of a job."""
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     main = [sys.executable, "-m", "experiments.main", f"--config={file}"]
@@ -58,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         values = grid.parse_grid(_GRID.value or "", config, overrides)
         every = combinations.make_runs(config, values)
+        combinations.check(every)
         alone = contextlib.nullcontext() if _DRY_RUN.value else runs.only_one(folder)
         with alone:
             sys.exit(sweep(folder, every, overrides))
@@ -81,7 +83,7 @@ def sweep(
     print(combinations.describe(every, todo, _JOBS.value), flush=True)
     if _DRY_RUN.value:
         return 0
-    failed = jobs.fill(table, todo, _JOBS.value, command)
+    failed = jobs.fill(table, todo, _JOBS.value, command_line)
     text = runs.report(table, every, _METRIC.value, _BEST.value)
     (folder / "table.md").write_text(text + "\n")
     print(f"\n{text}\n\nWritten to {folder}: runs.jsonl table.md")
@@ -90,4 +92,4 @@ def sweep(
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "grid"])
-    app.run(main)
+    command.run(main)

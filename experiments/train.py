@@ -41,8 +41,6 @@ def train(
     # ------------------------------------------------------------------ setup
     folder = pathlib.Path(workdir)
     console = rich.console.Console(soft_wrap=False)
-    if unknown := set(config.run.methods) - set(factory.METHODS):
-        raise ValueError(f"run.methods: {unknown} are none of {factory.METHODS}")
 
     # ------------------------------------------------------------------- data
     topics = documents.topics()

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import rich.console
 import rich.table
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from experiments import bracketing
+from experiments import bracketing, command
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
 _WORKDIR = flags.DEFINE_string(
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     from experiments import factory, metrics, pretrain, progress, train, writer
     from experiments.data import documents, windows
 
-    config = _CONFIG.value
+    config = command.checked(_CONFIG.value)
     folder = pathlib.Path(_WORKDIR.value or f"runs/{config.run.name}-tune")
     console = rich.console.Console()
     topics = documents.topics()
@@ -74,4 +74,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    command.run(main)

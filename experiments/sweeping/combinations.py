@@ -85,6 +85,18 @@ def make_runs(
     return runs
 
 
+def check(runs: Sequence[Run]) -> None:
+    """Raises ValueError, naming the run, for the first that could not finish."""
+    from experiments import checking  # jax loads only once the grid is right
+
+    for run in runs:
+        try:
+            checking.check(run.config)
+        except ValueError as error:
+            values = ", ".join(f"{k}={flag_text(v)}" for k, v in run.fields.items())
+            raise ValueError(f"the run {values}: {error}") from None
+
+
 def digest(config: ml_collections.ConfigDict) -> str:
     """A hash of every value of a config, references resolved."""
     text = json.dumps(config.to_dict(), sort_keys=True, default=repr)

@@ -11,6 +11,8 @@ from typing import Any
 
 import ml_collections
 
+from experiments import fields
+
 KINDS = (bool, int, float, str, tuple)
 """Types of the fields that a flag can set."""
 
@@ -83,21 +85,9 @@ def split(text: str, separator: str) -> list[str]:
     return parts
 
 
-def fields_of(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
-    """The names of all fields, sections apart, with dots."""
-    names = []
-    for name in config:
-        held = config[name]
-        if isinstance(held, ml_collections.ConfigDict):
-            names += fields_of(held, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
-
-
 def kind_of(name: str, config: ml_collections.ConfigDict) -> type:
     """The type of a field; ValueError for what is no field, or cannot be swept."""
-    known = fields_of(config)
+    known = [field for field, _ in fields.leaves(config)]
     if name.startswith("population."):
         raise ValueError(
             f"--grid: {name}: a sweep makes its populations itself; give the field of "

@@ -1,12 +1,17 @@
 """What every task offers to the training loop."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any, NamedTuple
 
 import grain
 
 Scores = dict[str, Any]
+
+
+def asked(rows: int, held_out: Sized) -> int:
+    """How many rows of a held-out set a field asks for: 0 stands for all."""
+    return min(rows or len(held_out), len(held_out))
 
 
 class Task(NamedTuple):
@@ -18,8 +23,8 @@ class Task(NamedTuple):
         written for plain parameters.
       evaluate: merged parameters to scores on a part of the validation set, cheap
         enough for now and then.
-      report: merged parameters and the workdir to the final scores: the whole
-        validation set, and the test set if the config asks for it.
+      report: merged parameters and the workdir to the final scores: as much of the
+        validation set as `eval.final_rows` says, and the test set if it is asked for.
     """
 
     train: grain.MapDataset

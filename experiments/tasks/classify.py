@@ -13,7 +13,7 @@ import optax
 from experiments import distributed
 from experiments.data import batches, classification, tokenization
 from experiments.scoring import labels as scoring
-from experiments.tasks import labelled_data
+from experiments.tasks import base, labelled_data
 from experiments.tasks.base import Scores, Task
 from lorax import sharding
 
@@ -56,7 +56,9 @@ def make_classify(
         batches.labelled,
         place.part(config.eval.batch_size),
     )
-    some, predict = held_out(config.eval.rows), make_predict(model)
+    some = held_out(base.asked(config.eval.rows, valid))
+    final = held_out(base.asked(config.eval.final_rows, valid))
+    predict = make_predict(model)
     score = lambda params, rows: {
         f"valid_{name}": scoring.SCORES[name](
             *_collected(predict, params, map(place.put, rows))
@@ -75,7 +77,7 @@ def make_classify(
         ),
         make_loss(model),
         lambda params: score(params, some),
-        lambda params, folder: _report(score(params, held_out(len(valid))), folder),
+        lambda params, folder: _report(score(params, final), folder),
     )
 
 

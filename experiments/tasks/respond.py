@@ -27,6 +27,7 @@ from experiments.data import (
     tokenization,
 )
 from experiments.scoring import bits, generation
+from experiments.tasks import base
 from experiments.tasks.base import Scores, Task
 from lorax.models import sampling
 
@@ -46,10 +47,14 @@ def make_respond(
         valid[:rows], judged, lengths, pad, part=own
     )
     bits_per_byte = make_bits_per_byte(make_loss(model), place)
-    some = held_out(config.eval.rows)
+    some = base.asked(config.eval.rows, valid)
+    final = base.asked(config.eval.final_rows, valid)
+
+    def scored(params: Any, rows: int) -> Scores:
+        return {f"valid_bpb_{rows}": bits_per_byte(params, held_out(rows))}
 
     def report(params: Any, folder: pathlib.Path) -> Scores:
-        whole = {f"valid_bpb_{len(valid)}": bits_per_byte(params, held_out(len(valid)))}
+        whole = scored(params, final)
         if not config.eval.test or data.task != "e2e":
             return whole
         return whole | write_test(config, model, tokenizer, params, folder)
@@ -63,7 +68,7 @@ def make_respond(
     return Task(
         made,
         make_loss(model, config.run.label_smoothing),
-        lambda params: {f"valid_bpb_{config.eval.rows}": bits_per_byte(params, some)},
+        lambda params: scored(params, some),
         report,
     )
 

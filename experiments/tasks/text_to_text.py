@@ -15,7 +15,7 @@ import numpy as np
 from experiments import distributed
 from experiments.data import batches, classification, tokenization
 from experiments.data.examples import Example
-from experiments.tasks import labelled_data
+from experiments.tasks import base, labelled_data
 from experiments.tasks.base import Scores, Task
 from experiments.tasks.respond import weighted_loss
 from lorax.models import decoding, t5
@@ -81,7 +81,9 @@ def make_text_to_text(
 
     def report(params: Any, folder: pathlib.Path) -> Scores:
         del folder  # nothing is written but results.json
-        return accuracy(params, held_out)
+        return accuracy(
+            params, held_out[: base.asked(config.eval.final_rows, held_out)]
+        )
 
     return Task(
         batches.training_batches(
@@ -94,7 +96,9 @@ def make_text_to_text(
             place.part(data.batch_size),
         ),
         make_loss(model, config.run.label_smoothing),
-        lambda params: accuracy(params, held_out[: config.eval.rows]),
+        lambda params: accuracy(
+            params, held_out[: base.asked(config.eval.rows, held_out)]
+        ),
         report,
     )
 

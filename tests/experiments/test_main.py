@@ -21,17 +21,25 @@ def launch(*flags):
     )
 
 
+CONFIG = "--config=configs/quickstart.py"
+
+
 @pytest.mark.parametrize(
-    ("flag", "told"),
+    ("flags", "told"),
     [
-        ("--config.adapter.rnak=4", 'Did you mean "rank" instead of "rnak"'),
-        ("--config.adapter.rank=four", "--config.adapter.rank=four"),
+        ([CONFIG, "--config.adapter.rnak=4"], 'Did you mean "rank" instead of "rnak"'),
+        ([CONFIG, "--config.adapter.rank=four"], "--config.adapter.rank=four"),
+        ([CONFIG, "--config.run.log_every=0"], "config.run.log_every=0: give a whole"),
+        ([CONFIG, "--config.adapter.init=pisa"], "init='pisa'; choose one of"),
+        ([f"{CONFIG}:runlocl"], "'runlocl' is no argument of this config"),
+        (["--config=configs/quickstrt.py"], "near it: quickstart.py"),
     ],
 )
-def test_mistyped_override_fails_at_once(flag, told):
-    done = launch("--config=configs/quickstart.py", flag)
-    assert done.returncode != 0
-    assert told in done.stderr
+def test_what_is_mistyped_is_one_sentence_at_once(flags, told):
+    done = launch(*flags)
+    assert done.returncode == 1
+    assert told in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.startswith("experiments.main: ") and done.stdout == ""
 
 
 def test_config_is_required():

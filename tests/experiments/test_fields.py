@@ -1,0 +1,130 @@
+"""Every field of a config has a rule, and what breaks a rule is refused by its name."""
+
+import importlib
+import math
+
+import pytest
+
+from configs import quickstart
+from experiments import checking, fields
+from experiments.sweeping import combinations, grid
+from tests.experiments.test_configs import FILES
+
+CHECKPOINT = "gpt2_e2e_lora"  # a run of experiments.finetune
+BYTES = "quickstart"
+
+
+def get(name, arg="runlocal", **changed):
+    config = importlib.import_module(f"configs.{name}").get_config(arg)
+    for field, value in changed.items():
+        holder, _, last = field.rpartition(".")
+        held = grid.at(config, holder)
+        with held.ignore_type():
+            held[last] = value
+    return config
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("arg", ["", "runlocal"])
+def test_every_field_has_a_rule_and_follows_it(name, arg):
+    config = get(name, arg)
+    config.model.unlock().source = ""  # a data set's folder, which is not everywhere
+    for field, value in fields.leaves(config):
+        if not field.startswith(("model.random.", "model.published.")):
+            rule = fields.rule_of(field)
+            assert rule is not None, f"{field} has no rule in experiments/fields.py"
+            assert rule.holds(value), (field, value, rule.wanted)
+
+
+BAD_NUMBERS = [math.nan, math.inf, -1, True, "8", None, (), {}]
+
+
+def test_every_numeric_field_refuses_what_is_no_number():
+    config = get(CHECKPOINT)
+    numeric = {
+        field: value
+        for field, value in fields.leaves(config)
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    assert len(numeric) > 35
+    allowed = [(f"sharding.{axis}", -1) for axis in ("data", "fsdp", "tensor")]
+    allowed += [("eval.length_penalty", -1), ("optimizer.clip_norm", None)]
+    for field in numeric:
+        for bad in BAD_NUMBERS:
+            if (field, bad) not in allowed:
+                assert not fields.rule_of(field).holds(bad), (field, bad)
+
+
+REFUSED = [
+    # what the command line crashed on, or took
+    (BYTES, "optimizer.learning_rate.lora", math.nan, r"lora=nan: give a number in"),
+    (BYTES, "optimizer.learning_rate.lora", 1e30, r"give a number in \(0, 1000\]"),
+    (BYTES, "optimizer.learning_rate.full", -1.0, r"learning_rate\.full=-1\.0"),
+    (BYTES, "optimizer.b1", 1.5, r"b1=1\.5: give a number in \[0, 1\)"),
+    (BYTES, "optimizer.warmup_steps", -5, "warmup_steps=-5: give a whole number >= 0"),
+    (BYTES, "run.log_every", 0, "log_every=0: give a whole number >= 1"),
+    (BYTES, "run.steps", 0, "steps=0: give a whole number >= 1"),
+    (BYTES, "run.methods", (), "methods=.*at least 1, each one of 'lora', 'full'"),
+    (BYTES, "run.methods", ("prefix",), "one of 'lora', 'full'"),
+    (BYTES, "model.heads", 3, "a multiple of twice the heads"),
+    (BYTES, "model.vocabulary", 255, "the model reads bytes"),
+    (BYTES, "data.batch_size", 0, "batch_size=0: give a whole number >= 1"),
+    (BYTES, "adapter.rank", 0, "rank=0: give a whole number >= 1"),
+    (BYTES, "adapter.patterns", (), "give at least one pattern"),
+    (BYTES, "adapter.patterns", ("(",), r"config\.adapter: '\(' is no"),
+    (BYTES, "adapter.adapter", "lroa", "'lroa'; choose one of lora, dora"),
+    (BYTES, "adapter.init", "pisa", "init='pisa'; choose one of standard"),
+    (BYTES, "adapter.options", (("gama", 1.0),), "has no option gama"),
+    (BYTES, "optimizer.name", "adamx", "name='adamx' is not one of adamw"),
+    (BYTES, "optimizer.options", ("ratio",), "give pairs .* a dict is written as"),
+    (BYTES, "optimizer.options", (("ratoi", 1),), "argument 'ratoi'"),
+    (BYTES, "optimizer.chain", (("adam", {}),), "does not read it; set optimizer.name"),
+    (BYTES, "optimizer.wrap", (("adalora", 96),), "give its arguments as a dict"),
+    (BYTES, "optimizer.wrap", (("accumulate", {"n": 1}),), "has no option 'n'"),
+    (BYTES, "model.pretrain.steps", 0, r"model\.pretrain\.steps=0"),
+    (BYTES, "model.pretrain.name", "adamx", "model.pretrain: .*'adamx' is not one of"),
+    (BYTES, "population.rank", (4, 0), r"rank=\(4, 0\): give a tuple, each a whole"),
+    (CHECKPOINT, "run.save_every", -1, "save_every=-1: give a whole number >= 0"),
+    (CHECKPOINT, "run.methods", ("lora", "full"), "trains by one method"),
+    (CHECKPOINT, "data.lengths", (), "at least 1, each a whole number >= 1"),
+    (CHECKPOINT, "data.task", "e3e", "data.task='e3e': give one of e2e, instr"),
+    (CHECKPOINT, "data.form", "csv", "form='csv': give one of lora_format, official"),
+    (CHECKPOINT, "model.remat", "all", "give one of 'none', 'full', 'dots'"),
+    (CHECKPOINT, "model.dtype", "int8", "dtype='int8': give one of"),
+    (CHECKPOINT, "model.attention", "fast", "give one of 'plain', 'flash'"),
+    (CHECKPOINT, "model.source", "", "give a directory or a hub id"),
+    (CHECKPOINT, "model.source", "./nowhere/x", "there is no directory ./nowhere/x"),
+    (CHECKPOINT, "sharding.data", 0, "or -1 for what the others leave"),
+    (CHECKPOINT, "sharding.rules", ((1, 2),), "give pairs"),
+    ("roberta_glue_lora", "data.packed", True, "'classification' are not packed"),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value", "told"), REFUSED)
+def test_a_config_that_cannot_be_run_is_refused_by_its_field(name, field, value, told):
+    config = get(name, **{field: value})
+    if field != "model.source" and "source" in config.model:
+        config.model.unlock().source = "hf:some/model"  # not looked for
+    with pytest.raises(ValueError, match=told):
+        checking.check(config)
+
+
+def test_a_chain_refuses_the_argument_that_a_link_lacks():
+    config = get(BYTES, **{"optimizer.name": "chain"})
+    config.optimizer.chain = (("adam", {"b3": 1}),)
+    with pytest.raises(ValueError, match="'adam' has no option 'b3'; it has b1, b2"):
+        checking.check(config)
+
+
+def test_a_sweep_refuses_at_planning_and_names_the_run():
+    config = quickstart.get_config("runlocal")
+    runs = combinations.make_runs(config, {"adapter.init": ["standard", "pisa"]})
+    with pytest.raises(ValueError, match=r"the run adapter\.init=pisa: .*'pisa'; choo"):
+        combinations.check(runs)
+
+
+def test_fields_of_a_config_of_ones_own_pass():
+    config = get(BYTES)
+    config.unlock()
+    config.run.my_field = -1
+    checking.check(config)
