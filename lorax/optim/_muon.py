@@ -3,6 +3,14 @@
     m <- beta m + (1 - beta) g,    u = (1 - beta) g + beta m          (Nesterov)
     update = sqrt(max(1, out / in)) polar(u),    polar(U S V^T) = U V^T
 
+This is the published momentum, without bias correction. `optax.contrib.muon` corrects
+it as NAdam does, which weighs the momentum less in the first steps,
+
+    u = (1 - beta) g + c_t beta m,    c_t = (1 - beta^t) / (1 - beta^(t+1))
+
+(a common factor changes no polar factor): at beta = 0.95 c_t is 0.51 in step 1, where
+both turn along g, 0.68 in step 2, 0.93 in step 10, and goes to 1.
+
 A factor has one short side, so the polar factor comes exactly from a QR decomposition
 and that of a rank x rank core; no Newton-Schulz steps. With this width scale the update
 of b is sqrt(in / rank) times as large as that of a, entry by entry: LoRA+'s ratio for
@@ -63,7 +71,8 @@ def scale_by_muon_factors(
     Args:
       factors: which, see the module.
       beta: decay rate of the momentum; 0.95 as published.
-      nesterov: as published.
+      nesterov: as published, without the bias correction of `optax.contrib.muon`; see
+        the module.
       damping: of the Gram matrices in "whitened" and "product", relative to the larger
         trace; 0 for exact invariance, see `scale_by_lora_pro`.
 

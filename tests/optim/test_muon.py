@@ -136,6 +136,32 @@ def test_momentum_and_the_ready_chain():
     np.testing.assert_allclose(state.momentum["w"].b, 0.95 * 0.05, rtol=1e-5)
 
 
+def test_optax_weighs_the_momentum_less_in_the_first_steps():
+    """Its direction before Newton-Schulz, and ours, from gradients by numpy."""
+    lora, beta = pair(16, 12, 4), 0.95
+    ours = optim.scale_by_muon_factors("both", beta)
+    theirs = optax.contrib.scale_by_muon(beta=beta, ns_steps=0)
+    state, other = ours.init({"w": lora}), theirs.init(lora.a)
+    step, their_step = jax.jit(ours.update), jax.jit(theirs.update)
+    polar = lambda x: (lambda u, _, vt: u @ vt)(*np.linalg.svd(x, full_matrices=False))
+    unit = lambda x: x / np.linalg.norm(x)
+    draw, m, apart = np.random.default_rng(0).standard_normal, 0.0, []
+    drift = draw((16, 4))
+    for t in range(1, 61):
+        g = drift + draw((16, 4))
+        grads = lora.replace(a=jnp.asarray(g, jnp.float32))
+        got, state = step({"w": grads}, state, {"w": lora})
+        raw, other = their_step(grads.a, other)
+        m = beta * m + (1 - beta) * g
+        c = (1 - beta**t) / (1 - beta ** (t + 1))
+        u, corrected = (1 - beta) * g + beta * m, (1 - beta) * g + c * beta * m
+        np.testing.assert_allclose(got["w"].a, polar(u), atol=1e-5)
+        np.testing.assert_allclose(raw, unit(corrected), atol=1e-5)
+        apart.append(np.linalg.norm(polar(u) - polar(corrected)) / 2)  # |polar| = 2
+    assert apart[0] < 1e-6 and max(apart[50:]) < 0.01
+    assert 0.02 < max(apart[1:6]) < 0.1, apart[:6]
+
+
 @pytest.mark.parametrize("factors", _muon.CHOICES)
 def test_stacks_heads_and_the_padding_of_a_population(factors):
     axes = lorax.Axes((1, 2), (3,), (0,))
