@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 from lorax.adapters import AdaLora, layout
-from lorax.optim import _gram
+from lorax.optim import _checks, _gram
 from lorax.optim._adalora_schedule import BudgetSchedule, require_int
 from lorax.optim._pairs import require_adapters, require_params
 from lorax.types import Adapters
@@ -197,6 +197,9 @@ def _check(
     if init_budget is not None:
         require_int("init_budget", init_budget, 1)
         _require_room(init_budget, target_budget)
+    numbers = {"beta1": beta1, "beta2": beta2, "orthogonal_weight": weight}
+    for name, value in numbers.items():
+        _checks.number(name, value)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not _traced(beta) and not 0 < beta < 1:
             raise ValueError(f"{name}={beta}; give a decay between 0 and 1")

@@ -1,7 +1,8 @@
 """Checks of hyperparameters, made where their values can be read.
 
 A hyperparameter that `optax.inject_hyperparams` or a population passes as a tracer has
-no value yet, and a schedule never has one: both pass.
+no value yet, and passes. A schedule passes where one is taken. Elsewhere it is refused:
+it would fail deep inside the first update.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ ScalarOrSchedule = Scalar | Callable[[Any], Any]
 """A `Scalar`, or a function from the step count to one."""
 
 
-def at_least(name: str, value: Scalar, low: float = 0.0) -> None:
+def at_least(
+    name: str, value: ScalarOrSchedule, low: float = 0.0, schedule: bool = False
+) -> None:
     """Raises ValueError where the value is known, and below `low` or not finite."""
-    known = _known(name, value)
+    known = _known(name, value, schedule)
     if known is not None and not low <= known < math.inf:
         raise ValueError(f"{name}={known}; give a number of at least {low:g}")
 
 
-def positive(name: str, value: Scalar) -> None:
+def positive(name: str, value: ScalarOrSchedule, schedule: bool = False) -> None:
     """Raises ValueError where the value is known, and zero, negative or not finite."""
-    known = _known(name, value)
+    known = _known(name, value, schedule)
     if known is not None and not 0 < known < math.inf:
         raise ValueError(f"{name}={known}; give a number > 0")
 
@@ -44,12 +47,14 @@ def average(name: str, value: Scalar) -> None:
         raise ValueError(f"{name}={known}; give a decay rate in [0, 1)")
 
 
-def moments(b1: Scalar, b2: Scalar, eps: Scalar, weight_decay: Scalar) -> None:
+def moments(
+    b1: Scalar, b2: Scalar, eps: Scalar, weight_decay: ScalarOrSchedule
+) -> None:
     """Raises ValueError for hyperparameters of Adam that are out of range."""
     average("b1", b1)
     average("b2", b2)
     positive("eps", eps)
-    at_least("weight_decay", weight_decay)
+    at_least("weight_decay", weight_decay, schedule=True)
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -71,9 +76,20 @@ def factor_pairs(adapters: Any, name: str) -> Adapters:
     return given
 
 
-def _known(name: str, value: Any) -> float | None:
+def number(name: str, value: Any) -> None:
+    """Raises ValueError for a schedule, where only one number will do."""
     if callable(value):
+        raise ValueError(
+            f"{name} is a schedule, and this takes a number; make the transformation "
+            f"by optax.inject_hyperparams(...)({name}=schedule), which calls it at "
+            "every step"
+        )
+
+
+def _known(name: str, value: Any, schedule: bool = False) -> float | None:
+    if callable(value) and schedule:
         return None
+    number(name, value)
     if isinstance(value, numbers.Real):
         return float(value)
     if tree.is_concrete(value) and getattr(value, "shape", None) == ():

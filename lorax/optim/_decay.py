@@ -92,7 +92,7 @@ def add_decayed_weights(
       >>> tx.update(zero, tx.init(adapters), adapters, base=base)[0]["bias"].value
       Array([-1.], dtype=float32)
     """
-    _checks.at_least("weight_decay", weight_decay)
+    _checks.at_least("weight_decay", weight_decay, schedule=True)
     decay = optax.add_decayed_weights(weight_decay)
 
     def init_fn(params: Adapters) -> optax.OptState:

@@ -92,7 +92,7 @@ def lora_fa(
     b1: _checks.Scalar = 0.9,
     b2: _checks.Scalar = 0.999,
     eps: _checks.Scalar = 1e-8,
-    weight_decay: _checks.Scalar = 0.0,
+    weight_decay: _checks.ScalarOrSchedule = 0.0,
     full_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW on the second factors alone; magnitude and value follow AdamW as usual.

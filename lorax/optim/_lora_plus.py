@@ -113,7 +113,7 @@ def lora_plus(
     b1: _checks.Scalar = 0.9,
     b2: _checks.Scalar = 0.999,
     eps: _checks.Scalar = 1e-8,
-    weight_decay: _checks.Scalar = 0.0,
+    weight_decay: _checks.ScalarOrSchedule = 0.0,
     full_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW in which every second factor learns `ratio` times faster.
@@ -216,7 +216,7 @@ def _check_ratio(ratio: Ratio) -> Ratio:
                 )
         return tuple((pattern, _check_ratio(value)) for pattern, value in ratio)
     else:
-        _checks.positive("ratio", ratio)
+        _checks.positive("ratio", ratio, schedule=True)
     return ratio
 
 

@@ -101,7 +101,7 @@ def lora_pro(
     b1: _checks.Scalar | None = None,
     b2: _checks.Scalar = 0.999,
     eps: _checks.Scalar = 1e-8,
-    weight_decay: _checks.Scalar = 0.0,
+    weight_decay: _checks.ScalarOrSchedule = 0.0,
     full_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-Pro with plain steps, or with one of three forms of Adam.

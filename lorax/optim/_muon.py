@@ -131,7 +131,7 @@ def muon(
     b1: _checks.Scalar = 0.9,
     b2: _checks.Scalar = 0.999,
     eps: _checks.Scalar = 1e-8,
-    weight_decay: _checks.Scalar = 0.0,
+    weight_decay: _checks.ScalarOrSchedule = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the factors, Adam for every other leaf (magnitude, value, with "b" a).
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax.optim import _states
+from lorax.optim import _checks, _states
 from lorax.types import MicrobatchNorms
 
 
@@ -70,8 +70,7 @@ def track_noise_scale(
       >>> noise_scale(state)  # S = 3 / (1/2 - 1/8), |G|^2 = (16 - 10) / 6
       Array(8., dtype=float32)
     """
-    if not isinstance(decay, jax.core.Tracer) and not 0 <= decay < 1:
-        raise ValueError(f"decay={decay}; give a number in [0, 1)")
+    _checks.average("decay", decay)
 
     def init_fn(params: Any) -> NoiseScaleState:
         del params

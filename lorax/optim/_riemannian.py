@@ -90,7 +90,7 @@ def riemannian(
     b1: _checks.Scalar = 0.9,
     b2: _checks.Scalar = 0.999,
     eps: _checks.Scalar = 1e-8,
-    weight_decay: _checks.Scalar = 0.0,
+    weight_decay: _checks.ScalarOrSchedule = 0.0,
     full_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Scaled AdamW: AdamW on preconditioned gradients.

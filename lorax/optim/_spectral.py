@@ -58,7 +58,7 @@ class DecayedSpectralNormState(NamedTuple):
 
 
 def add_decayed_spectral_norm(
-    weight_decay: _checks.Scalar,
+    weight_decay: _checks.ScalarOrSchedule,
     target: Target = "delta",
     schatten: float | None = None,
     kernels: Mapping[str, Kernel] | None = None,
@@ -77,7 +77,8 @@ def add_decayed_spectral_norm(
     `0.5 (|a|^2 + |b|^2) >= |a b|`. Magnitudes never decay.
 
     Args:
-      weight_decay: strength, as of AdamW; keep it times the learning rate below 1.
+      weight_decay: strength, as of AdamW; keep it times the learning rate below 1. A
+        number, or a schedule, whose count `optax.inject_hyperparams` then keeps.
       target: which norm.
       schatten: exponent of the Schatten norm, at least 1; None, the default, is
         infinity, the spectral norm. "merged" and "param" have that one alone. It shapes
@@ -106,7 +107,7 @@ def add_decayed_spectral_norm(
       Array([[0.3, 0. ],
              [0. , 0. ]], dtype=float32)
     """
-    _checks.at_least("weight_decay", weight_decay)
+    _checks.at_least("weight_decay", weight_decay, schedule=True)
     _checks.one_of("target", target, ("delta", "factors", "merged", "param"))
     whole = target in ("merged", "param")
     if isinstance(schatten, jax.core.Tracer):
@@ -120,6 +121,9 @@ def add_decayed_spectral_norm(
             f"schatten={schatten} of target={target!r}; give an exponent of at least 1"
             + (", here infinity: power iteration finds sigma_1 alone" if whole else "")
         )
+
+    if callable(weight_decay):
+        return _scheduled(weight_decay, target, schatten, kernels)
 
     def init_fn(params: PyTree) -> DecayedSpectralNormState:
         if target == "param":
@@ -161,6 +165,14 @@ def add_decayed_spectral_norm(
         return _pairs.map_pairs(pulled, updates, given, pairs), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _scheduled(schedule: Any, *fixed: Any) -> optax.GradientTransformationExtraArgs:
+    names = ("target", "schatten", "kernels")
+    make = optax.inject_hyperparams(
+        add_decayed_spectral_norm, static_args=names, hyperparam_dtype=jnp.float32
+    )
+    return optax.with_extra_args_support(make(schedule, *fixed))
 
 
 def _added(updates: Adapters, decay: Adapters, strength: Any) -> Adapters:

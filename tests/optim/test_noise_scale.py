@@ -87,7 +87,7 @@ def test_members_of_a_population_have_their_own():
 
 
 def test_what_cannot_be_measured_is_refused():
-    with pytest.raises(ValueError, match=r"decay=1.0; give a number in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"decay=1.0; give a decay rate in \[0, 1\)"):
         optim.track_noise_scale(1.0)
     tx = optax.chain(optim.track_noise_scale(), optax.sgd(0.1))
     state = tx.init(GRADS)

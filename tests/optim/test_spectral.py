@@ -206,6 +206,27 @@ def test_decay_alone_brings_the_merged_kernel_of_adalora_to_zero():
     np.testing.assert_allclose(got.q, y * v.T, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("target", ["delta", "factors", "merged"])
+def test_the_strength_may_follow_a_schedule(target):
+    """1, 1, 0.3: what the numbers themselves give, step by step."""
+    base = {"w": programs.normal(2, 8, 6)}
+    adapters = {"w": pair()}
+    schedule = optax.piecewise_constant_schedule(1.0, {2: 0.3})
+    extra = {"base": base} if target == "merged" else {}
+    results = []
+    for strength in (schedule, 1.0, 0.3):
+        tx = optim.add_decayed_spectral_norm(strength, target)
+        state, found = tx.init(adapters), []
+        for _ in range(3):
+            got, state = tx.update(zero(adapters), state, adapters, **extra)
+            found.append(np.asarray(got["w"].a))
+        results.append(found)
+    followed, full, less = results
+    for got, want in zip(followed, [*full[:2], less[2]], strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert np.abs(full[2]).max() > 2 * np.abs(less[2]).max() > 0
+
+
 def test_a_plain_tree_and_full_leaves_by_power_iteration():
     conv = programs.normal(1, 3, 4, 6)
     params = {
