@@ -130,6 +130,8 @@ def fit(
         state, start = keeper.restore(state) if keeper else (state, 0)
         if keeper and writer:
             writer.rewind(start)
+        if guard:
+            guard.start(int(state.skipped))
         began, reported, losses = time.perf_counter(), start, []
         stream = ahead(batches, start, steps)
         for i, rows in enumerate(stream, start + 1):

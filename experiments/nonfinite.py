@@ -1,9 +1,10 @@
-"""Losses that are not finite: a few may be skipped, then the run stops and says why.
+"""Steps that are not finite: a few may be skipped, then the run stops and says why.
 
 The train step itself leaves the state as it was before such a step (see
 `lorax.training.make_train_step`); here they are counted:
 
     guard = nonfinite.Guard(folder, limit=3)
+    guard.start(state.skipped)
     for step in range(start, steps):
         state, metrics = train_step(state, params, batch)
         guard.watch(step, batch, metrics)
@@ -23,6 +24,19 @@ import numpy as np
 
 from lorax.checkpoint import digests
 
+LIMIT = 3
+"""Steps in a row that may be skipped where a config does not say (the quickstart)."""
+
+UPDATE = ", but the adapters, the optimiser's state or the model's would not be"
+GRADIENT_ADVICE = (
+    "Lower the learning rate, clip the gradients, or look for what that batch holds"
+)
+UPDATE_ADVICE = (
+    "Look at the learning rate and its schedule at that step, at the optimiser's "
+    "epsilon (0 makes 0 / 0 of a zero gradient, and float16 rounds 1e-8 to 0), at the "
+    "dtype of the adapters (float32 is safe), and at statistics that the model keeps"
+)
+
 
 class NonFiniteError(FloatingPointError):
     """Too many steps in a row were not finite."""
@@ -32,9 +46,10 @@ class Guard:
     """Stops a run after more than `limit` steps in a row that were not finite.
 
     A step is not finite if its loss or gradient norm is not, or if the train step
-    skipped it for what the model's state would have become. One without target tokens
-    is skipped too, and counts as neither. The values are looked at when the next step
-    has been dispatched, so that the device does not wait for the host.
+    skipped it for what adapters, optimiser or model state would have become. One
+    without target tokens is skipped too, and counts as neither. The values are looked
+    at when the next step has been dispatched, so that the device does not wait for the
+    host.
 
     Args:
       folder: where the batch goes, as `nonfinite-step-17.npz`.
@@ -59,8 +74,12 @@ class Guard:
         self.folder = pathlib.Path(folder)
         self.limit = limit
         self.in_a_row = 0
-        self._skipped: float | None = None
+        self._skipped = 0.0
         self._waiting: tuple[int, Any, Mapping[str, Any]] | None = None
+
+    def start(self, skipped: int) -> None:
+        """To be called where a run goes on: how many steps its state has skipped."""
+        self._skipped = float(skipped)
 
     def watch(self, step: int, batch: Any, metrics: Mapping[str, Any]) -> None:
         """Takes a step that was dispatched, and looks at the one before it.
@@ -86,22 +105,22 @@ class Guard:
     def _look(self, step: int, batch: Any, metrics: Mapping[str, Any]) -> None:
         names = ("loss", "grad_norm", "skipped", "weight")
         found = {n: float(np.asarray(metrics[n])) for n in names if n in metrics}
-        before, self._skipped = self._skipped, found.get("skipped")
+        before = self._skipped
+        self._skipped = found.get("skipped", before)
         if found.get("weight") == 0:
             return
         values = {n: found[n] for n in ("loss", "grad_norm") if n in found}
-        bad = not all(map(math.isfinite, values.values()))
-        if before is not None and self._skipped is not None:
-            bad |= self._skipped > before
+        shown = not all(map(math.isfinite, values.values()))
+        bad = shown or self._skipped > before
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if self.in_a_row <= self.limit:
             return
         told = ", ".join(f"{name} {value:g}" for name, value in values.items())
         raise NonFiniteError(
-            f"step {step} is not finite ({told}), the last of {self.in_a_row} in a row "
-            f"where {self.limit} may be skipped; adapters and optimiser are as before "
-            f"them. {self._keep(step, batch)} Lower the learning rate, clip the "
-            "gradients, or look for what that batch holds"
+            f"step {step} is not finite ({told}{'' if shown else UPDATE}), the last of "
+            f"{self.in_a_row} in a row where {self.limit} may be skipped; adapters and "
+            f"optimiser are as before them. {self._keep(step, batch)} "
+            f"{GRADIENT_ADVICE if shown else UPDATE_ADVICE}"
         )
 
     def _keep(self, step: int, batch: Any) -> str:

@@ -237,11 +237,13 @@ def table(results: dict[str, Any]) -> rich.table.Table:
         f"{len(rows)} members: {results['step_ms']:.0f} ms.",
     )
     out.caption_justify = "left"
-    for name in header:
+    skipped = any(row["skipped"] for row in rows)
+    for name in (*header, "steps\nskipped") if skipped else header:
         out.add_column(name, justify="right", no_wrap=True)
     best = min(rows, key=lambda row: row["test_bpb"])
     for k, row in enumerate(rows):
         form = "{test_bpb:.3f}|{learning_rate:g}|{rank}|{alpha:g}|{seed}"
+        form += "|{skipped}" if skipped else ""
         cells = form.format_map(row).split("|")
         out.add_row(str(k), *cells, style="bold" if row is best else "")
     return out

@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 
-from experiments import decoder, factory, optimizers, writer
+from experiments import decoder, factory, nonfinite, optimizers, writer
 from experiments.data import documents, windows
 from experiments.fit import fit
 
@@ -56,7 +56,8 @@ def load_or_train(
         except (safetensors.SafetensorError, ValueError, OSError) as e:
             logging.warning("%s cannot be read (%s): training the base anew", path, e)
     path.parent.mkdir(parents=True, exist_ok=True)  # fails before the work, not after
-    params = _train(config, model, example, bars, metrics_writer)
+    guard = nonfinite.Guard(path.parent, nonfinite.LIMIT)
+    params = _train(config, model, example, bars, metrics_writer, guard)
     _save(path, params)
     return params
 
@@ -89,6 +90,7 @@ def _train(
     example: np.ndarray,
     bars: rich.progress.Progress,
     metrics_writer: writer.Writer,
+    guard: nonfinite.Guard,
 ) -> Any:
     """Trains every leaf from a random start."""
     init_key, fit_key = jax.random.split(jax.random.key(config.run.seed))
@@ -109,6 +111,7 @@ def _train(
         log_every=config.run.log_every,
         bars=bars,
         writer=metrics_writer,
+        guard=guard,
     )
     return result.merged()
 

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 import rich.console
 
-from experiments import factory, metrics, optimizers, plots, progress
+from experiments import factory, metrics, nonfinite, optimizers, plots, progress
 from experiments import writer as writers
 from experiments.data import documents, windows
 from experiments.fit import Fit, fit
@@ -67,7 +67,7 @@ def train(
         # ------------------------------------------------------- adaptation
         for method in config.run.methods:
             fits[method] = adapt(
-                config, method, loss_fn, base, topics, bars, writer, evaluate
+                config, method, loss_fn, base, topics, bars, writer, folder, evaluate
             )
             models[method] = fits[method].merged()
             results[method] = dict(fits[method].evaluation)
@@ -126,10 +126,15 @@ def adapt(
     topics: documents.Splits,
     bars: Any,
     writer: writers.Writer | None,
+    folder: pathlib.Path,
     evaluate: Any = None,
     learning_rate: float | None = None,
 ) -> Fit:
-    """Adapts the base to the topics, at the config's learning rate or another."""
+    """Adapts the base to the topics, at the config's learning rate or another.
+
+    Raises:
+      NonFiniteError: too many steps were not finite; a batch of them is in the folder.
+    """
     if learning_rate is None:
         learning_rate = config.optimizer.learning_rate[method]
     seed = config.run.seed
@@ -151,6 +156,7 @@ def adapt(
         eval_every=config.eval.every,
         calibration_batches=config.adapter.calibration_batches,
         evaluate=evaluate,
+        guard=nonfinite.Guard(folder, nonfinite.LIMIT),
     )
 
 

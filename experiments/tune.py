@@ -7,6 +7,7 @@ then written into the config by hand, with the sweep in its docstring.
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -28,7 +29,15 @@ _RUNS = flags.DEFINE_integer("runs", 9, "Most learning rates to try per method."
 def main(argv: Sequence[str]) -> None:
     """Sweeps every method of the config."""
     del argv
-    from experiments import factory, metrics, pretrain, progress, train, writer
+    from experiments import (
+        factory,
+        metrics,
+        nonfinite,
+        pretrain,
+        progress,
+        train,
+        writer,
+    )
     from experiments.data import documents, windows
 
     config = command.checked(_CONFIG.value)
@@ -49,10 +58,13 @@ def main(argv: Sequence[str]) -> None:
         for method in config.run.methods:
 
             def score(rate: float, method: str = method) -> float:
-                with progress.bars(console) as bars:
-                    fit = train.adapt(
-                        config, method, loss_fn, base, topics, bars, None, None, rate
-                    )
+                arguments = (config, method, loss_fn, base, topics)
+                try:
+                    with progress.bars(console) as bars:
+                        fit = train.adapt(*arguments, bars, None, folder, None, rate)
+                except nonfinite.NonFiniteError as error:
+                    console.print(f"{method}, learning rate {rate:g}: {error}")
+                    return math.inf
                 bits = bits_per_byte(fit.merged(), selection)
                 lines.write(method, 0, {"learning_rate": rate, "selection_bpb": bits})
                 return bits

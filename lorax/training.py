@@ -9,6 +9,7 @@ follows the protocol of `lorax.losses`:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -127,8 +128,10 @@ def make_train_step(
     `jax.jit(step, donate_argnums=0)`.
 
     A step changes only `step` and `skipped`, and leaves adapters, optimiser state and
-    model state as they were, if its loss, gradient norm or new model state is not
-    finite, or its batch has no target token.
+    model state as they were, if its loss or gradient norm is not finite, if one of the
+    three would hold a NaN or an infinity that it did not hold before (a rate that is
+    inf, Adam without an epsilon, an overflow in float16), or if its batch has no target
+    token. The optimiser's count stays too, so a schedule that is inf stops all steps.
 
     Args:
       loss_fn: `(params, model_state, batch, key) -> (loss, (metrics, model_state))`, a
@@ -198,7 +201,6 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         ok = jnp.isfinite(values["loss"]) & jnp.isfinite(norm)
         ok &= values.get("weight", 1.0) > 0
-        ok &= _stays_finite(model_state, state.model_state)
         scale = 1.0 if clip_norm is None else jnp.minimum(1.0, clip_norm / norm)
         # Zeros in place of NaN: an eigendecomposition inside tx need not survive them.
         clip = lambda g, leaf: jnp.where(ok, scale * g, 0.0).astype(leaf.dtype)
@@ -208,7 +210,10 @@ def make_train_step(
         updates = _unpadded(updates, pairs)
         new = (optax.apply_updates(state.adapters, updates), opt_state, model_state)
         old = (state.adapters, state.opt_state, state.model_state)
-        keep = lambda new, old: cast(jnp.where(ok, new, old), old)
+        new = jax.tree.map(cast, new, old)  # in a small dtype it may overflow here
+        # Finite gradients may still make a step that is not: a rate, a schedule, eps 0.
+        ok &= _stays_finite(new, old)
+        keep = lambda new, old: jnp.where(ok, new, old)
         skipped = state.skipped + jnp.where(ok, 0, 1)
         adapters, opt_state, model_state = jax.tree.map(keep, new, old)
         state = TrainState(
@@ -295,12 +300,21 @@ def transformation(tx: Any) -> optax.GradientTransformationExtraArgs:
 def _stays_finite(new: PyTree, old: PyTree) -> jax.Array:
     """False where a finite number of `old` is none in `new`.
 
-    A loss can hide it: on XLA:CPU the relu of NaN is 0, and NaN pixels give a finite
-    loss, finite gradients, and NaN BatchNorm statistics.
+    Neither loss nor gradient need show it. On XLA:CPU the relu of NaN is 0, and NaN
+    pixels give a finite loss, finite gradients, and NaN BatchNorm statistics; a rate
+    that is inf, or Adam's 0 / (0 + eps) with an eps of 0, makes NaN of a good gradient.
+    What was infinite before (the best value of a plateau's schedule) may stay so.
+
+    A leaf and its moments end in one path, `kernel/a`, and lie alike on the devices:
+    they share one reduction, which XLA fuses with the update.
     """
-    finite = lambda new, old: jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
-    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
-    checks = [finite(n, o) for n, o in pairs if jnp.issubdtype(o.dtype, jnp.inexact)]
+    alike: dict[Any, list[jax.Array]] = {}
+    leaves = jax.tree_util.tree_leaves_with_path(new)
+    for (path, now), before in zip(leaves, jax.tree.leaves(old), strict=True):
+        if jnp.issubdtype(before.dtype, jnp.inexact):
+            finite = jnp.isfinite(now) | ~jnp.isfinite(before)
+            alike.setdefault((path[-2:], finite.shape), []).append(finite)
+    checks = [jnp.all(functools.reduce(jnp.logical_and, c)) for c in alike.values()]
     return jnp.all(jnp.array(checks, bool))
 
 

@@ -67,6 +67,16 @@ def test_a_damaged_index_is_named(tmp_path, text):
     assert list(checkpoint.load_adapters(tmp_path)) == list(both())
 
 
+def test_adapters_that_are_not_finite_replace_none(tmp_path):
+    bad = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan), both())
+    checkpoint.save_adapters(tmp_path / "new", bad)  # bits are bits
+    checkpoint.save_adapters(tmp_path / "old", both())
+    with pytest.raises(ValueError, match=r"is not finite, and .*/old holds adapters"):
+        checkpoint.save_adapters(tmp_path / "old", bad, overwrite=True)
+    kept = checkpoint.load_adapters(tmp_path / "old")
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(kept))
+
+
 def test_a_newer_format_asks_for_an_upgrade(tmp_path):
     checkpoint.save_adapters(tmp_path, both())
     (tmp_path / "adapters.json").write_text('{"format": 2, "library": "lorax 9.9"}')

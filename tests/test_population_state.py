@@ -116,6 +116,18 @@ def test_a_member_that_diverges_leaves_the_others_alone():
     assert population.state.step == 3
 
 
+def test_a_member_whose_updates_are_not_finite_leaves_the_others_alone():
+    members = [member_of(0, 1), member_of(1, 2)]
+    make = lambda rate: optax.inject_hyperparams(optax.adam)(learning_rate=rate)
+    rates = {"learning_rate": (jnp.inf, 0.1)}
+    population, history = train(LOSS, make(1.0), members, steps=3, hyperparams=rates)
+    assert history[-1]["skipped"].tolist() == [3, 0]
+    assert jnp.isfinite(history[-1]["loss"]).all()
+    assert_same(pop.member(population, 0), members[0], 0.0)
+    alone, _ = train_alone(LOSS, make(0.1), members, 1, steps=3)
+    assert_same(pop.member(population, 1), alone.adapters)
+
+
 # Donation
 
 

@@ -152,6 +152,99 @@ def test_a_model_state_that_turns_nan_is_not_kept():
         assert leaves_equal(state.model_state, after.model_state) == bool(skipped)
 
 
+def once_inf(count):
+    """A rate of 0.1, and of inf at the third update."""
+    return jnp.where(count == 2, jnp.inf, 0.1)
+
+
+# Loss and gradient are finite, and what the optimiser makes of them is not: how many of
+# four steps it takes before that.
+SPOILT = {
+    "rate": (optax.adam(jnp.nan), jnp.float32, 0),
+    "schedule": (optax.adam(once_inf), jnp.float32, 2),
+    "injected": (optax.inject_hyperparams(optax.sgd)(once_inf), jnp.float32, 2),
+    # b starts at zero, so a has no gradient: 0 / (sqrt(0) + eps).
+    "eps of 0": (optax.adam(0.1, eps=0.0), jnp.float32, 0),
+    "eps below float16": (optax.adam(0.1), jnp.float16, 0),
+    # 300^2 is beyond float16: the second moment is inf, and the step it makes is 0.
+    "moment": (optax.adam(0.1, b2=0.0, eps=1e-3), jnp.float16, 0),
+}
+
+
+@pytest.mark.parametrize("name, accumulate", [*((n, 1) for n in SPOILT), ("rate", 2)])
+def test_an_update_that_is_not_finite_changes_nothing(name, accumulate):
+    tx, dtype, taken = SPOILT[name]
+    adapters, params, batch = small()
+    ones = jnp.ones if name == "moment" else jnp.zeros
+    adapters = {"w": Lora(adapters["w"].a, ones((2, 3)), 0.5, DENSE)}
+    adapters = jax.tree.map(lambda leaf: leaf.astype(dtype), adapters)
+    batch = {"x": batch["x"], "y": batch["y"] * (3e3 if name == "moment" else 1.0)}
+    state = training.create_state(KEY, adapters, tx)
+    step = training.make_train_step(
+        training.simple_loss(regression), tx, accumulate=accumulate
+    )
+    step = jax.jit(step)
+    for done in range(4):
+        after, metrics = step(state, params, batch)
+        assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+        assert after.skipped == metrics["skipped"] == max(0, done + 1 - taken)
+        kept = leaves_equal(after.adapters, state.adapters)
+        kept &= leaves_equal(after.opt_state, state.opt_state)
+        assert kept == (done >= taken)
+        floats = [x for x in jax.tree.leaves(after) if x.dtype == dtype]
+        assert all(np.isfinite(x).all() for x in floats)
+        state = after
+
+
+def test_what_was_infinite_from_the_start_stops_nothing():
+    adapters, params, batch = small()
+    best = optax.contrib.reduce_on_plateau()  # of whose best value the first is inf
+    tx = optax.chain(optax.sgd(0.01), best)
+
+    def update(updates, state, params=None, **extra):
+        return tx.update(updates, state, params, value=jnp.inf)
+
+    loss_fn = training.simple_loss(regression)
+    own = optax.GradientTransformationExtraArgs(tx.init, update)
+    before, after, _ = one_step(loss_fn, own, adapters, params, batch)
+    assert np.isinf(before.opt_state[1].best_value)
+    assert after.skipped == 0 and not leaves_equal(before.adapters, after.adapters)
+
+
+def test_the_guard_costs_a_reduction_over_the_state(monkeypatch):
+    """By XLA's own counts: the same products, and a few operations a number."""
+    params = {f"layer_{i}": jnp.ones((64, 64)) for i in range(3)}
+    tx, batch = optax.adamw(0.1), jnp.ones((32, 64))
+
+    def loss_fn(params, batch):
+        for kernel in params.values():
+            batch = jnp.tanh(batch @ kernel)
+        return jnp.mean(batch**2)
+
+    def compiled():
+        adapters = {
+            name: Lora(jnp.ones((64, 8)), jnp.zeros((8, 64)), 1.0, DENSE)
+            for name in params
+        }
+        state = training.create_state(KEY, adapters, tx)
+        step = training.make_train_step(training.simple_loss(loss_fn), tx)
+        step = jax.jit(step, donate_argnums=0).lower(state, params, batch).compile()
+        return step, sum(leaf.size for leaf in jax.tree.leaves(state))
+
+    guarded, size = compiled()
+    monkeypatch.setattr(training, "_stays_finite", lambda new, old: jnp.array(True))
+    plain, _ = compiled()
+    count = lambda step, op: step.as_text().count(f" {op}(")
+    for op in ("dot", "custom-call", "while", "all-reduce", "convolution"):
+        assert count(guarded, op) == count(plain, op), op
+    # One reduction for a factor and both its moments, in each of two stages.
+    assert count(guarded, "reduce") <= count(plain, "reduce") + 2 * 6
+    flops = lambda step: step.cost_analysis()["flops"]
+    assert 0 < flops(guarded) - flops(plain) <= 20 * size  # Adam itself takes 14
+    memory = lambda step: step.memory_analysis().temp_size_in_bytes
+    assert memory(guarded) <= memory(plain) + 4 * size
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_batch_without_target_tokens_is_skipped(accumulate):
     adapters, params, batch = small()

@@ -1,5 +1,6 @@
 """One training run of a study: from a seed and a learning rate to a short curve."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ class Run(NamedTuple):
     """What a run leaves.
 
     Attributes:
-      curve: values of `evaluate`.
+      curve: values of `evaluate`; NaN where the step before it was skipped as not
+        finite, for what a stalled run stands at is no result.
       watched: what `watch` returned at the same steps.
       ms: milliseconds of a step, the fastest stretch between two evaluations.
     """
@@ -113,13 +115,17 @@ def make_run(
     ) -> Run:
         batches, (state, params) = train(seed), trial.start(seed, rate)
         found, watched, ms, before = [], [], [], 0
+        skipped: Any = 0
         began = time.perf_counter()
         for i in range(1, steps + 1):
-            state, _ = trial.step(state, params, batches[i - 1])
+            state, values = trial.step(state, params, batches[i - 1])
+            last, skipped = skipped, values["skipped"]
             if i % every == 0 or i == steps:
                 jax.block_until_ready(state)
                 ms.append(1e3 * (time.perf_counter() - began) / (i - before))
-                found.append(evaluate(merge(state.adapters, params)))
+                stalled = int(skipped) > int(last)
+                value = math.nan if stalled else evaluate(merge(state.adapters, params))
+                found.append(value)
                 if watch is not None:
                     watched.append(watch(seed, i, state, params))
                 began, before = time.perf_counter(), i

@@ -71,12 +71,12 @@ def save_adapters(
       params: the base they belong to, after `lorax.init` (an init may move part of a
         kernel). Only a fingerprint is stored: shape, dtype and content digest of each
         adapted leaf, by which loading tells another base. None stores none.
-      overwrite: replace the checkpoint that is there.
+      overwrite: replace the checkpoint that is there; not by NaN or an infinity.
 
     Raises:
       FileExistsError: there is one, and `overwrite` is False.
-      ValueError: no adapters, ones that do not fit `params`, or a static field out of
-        its range.
+      ValueError: no adapters, ones that do not fit `params`, a static field out of its
+        range, or adapters that are not finite and would replace a checkpoint.
       KeyError: `params` lacks an adapted path.
       TypeError: an adapter of no class in `lorax.adapters.CLASSES`, or a static field
         that JSON cannot hold.
@@ -92,12 +92,14 @@ def save_adapters(
       {'head/bias': Full(value=Array([1., 2.], dtype=float32))}
     """
     folder = folder_of(path)
-    if (folder / INDEX).exists() and not overwrite:
-        raise FileExistsError(
-            f"{folder} holds adapters already; pass overwrite=True to replace them"
-        )
     if not adapters:
         raise ValueError("adapters is empty: there is nothing to save")
+    if (folder / INDEX).exists():
+        if not overwrite:
+            raise FileExistsError(
+                f"{folder} holds adapters already; pass overwrite=True to replace them"
+            )
+        _require_finite(folder, adapters)
     index = {
         "format": FORMAT,
         "library": f"lorax {_version()}",
@@ -194,6 +196,17 @@ def _version() -> str:
 
 
 # Writing
+
+
+def _require_finite(folder: epath.Path, adapters: Adapters) -> None:
+    """ValueError naming a leaf that would replace a good one by NaN or an infinity."""
+    for name, adapter in adapters.items():
+        for field, value in entries.arrays(adapter).items():
+            if not jax.numpy.isfinite(value).all():
+                raise ValueError(
+                    f"{name}: {field} is not finite, and {folder} holds adapters that "
+                    "may be good: save these to another directory, or delete that one"
+                )
 
 
 def _generations(folder: epath.Path) -> list[int]:

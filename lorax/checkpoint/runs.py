@@ -113,6 +113,7 @@ class RunCheckpoints:
             self._base = {"source": source, "leaves": digests.content(params)}
         self._policy = folders.KeepLastAndBest(keep, best, mode)
         self._manager: ocp.CheckpointManager | None = None
+        self._not_finite: states.Masks | None = None  # of the state before
         self._course: set[int] = set()  # steps that this run's own past has been at
         self._damaged: set[int] = set()
         self._pending: int | None = None
@@ -147,7 +148,9 @@ class RunCheckpoints:
           False if this run has saved or restored this very step already.
 
         Raises:
-          ValueError: the folder holds this step or a later one of another course.
+          ValueError: the folder holds this step or a later one of another course; or a
+            value is NaN or infinite that was not so in the state before, and in time
+            would take the place of every good one.
           TypeError: `data` or `metrics` is no JSON data.
           OSError: this save, or the one before it, could not be written (no space
             left, no permission); older steps are as they were.
@@ -171,6 +174,7 @@ class RunCheckpoints:
             whole = getattr(leaf, "is_fully_addressable", True)
             data_of = jax.random.key_data if digests.is_key(leaf) else lambda leaf: leaf
             arrays[item_name(name)] = host[name] if whole else data_of(leaf)
+        self._require_finite(step, host)
         payload |= {"step": step, **states.describe(state, host)}
         self._policy.metrics[step] = payload["metrics"]
         args = ocp.args.Composite(
@@ -223,6 +227,8 @@ class RunCheckpoints:
                 text = f"{problem}; going on from step {candidate} of {self.folder}"
                 warnings.warn(text, CheckpointWarning, stacklevel=2)
             self._damaged = set(problems)
+            named = {n: arrays[item_name(n)] for n in payload["leaves"]}
+            self._not_finite = states.not_finite(named)
             self._course = {candidate}
             fields = (payload[name] for name in ("step", "data", "config", "metrics"))
             return Restored(states.place(arrays, template), *fields)
@@ -288,6 +294,16 @@ class RunCheckpoints:
                 " restore from it before going on, delete the steps from there on, or "
                 "take another folder"
             )
+
+    def _require_finite(self, step: int, host: states.Host) -> None:
+        if problem := states.spoiled(host, self._not_finite):
+            raise ValueError(
+                f"step {step}: {problem}, so it was not saved; the steps in "
+                f"{self.folder}, {self.steps()}, are as they were. Leave such updates "
+                "out, as lorax.training.make_train_step does, and go on from the last "
+                "of these"
+            )
+        self._not_finite = states.not_finite(host)
 
     def _set_aside(self) -> None:
         """Moves damaged steps out of the way of those that are saved again."""

@@ -4,6 +4,7 @@ describe(state)   JSON data: adapters with their static fields; of every leaf sh
                   dtype and digest
 check(...)        a description against a template: what differs is named
 verify(...)       arrays against a description: damage is named
+spoiled(...)      arrays against those saved before: NaN and infinities are named
 place(...)        arrays as a state, on the template's shardings
 """
 
@@ -23,6 +24,8 @@ from lorax.training import TrainState
 from lorax.types import PyTree
 
 Host = dict[str, np.ndarray]
+Masks = dict[str, np.ndarray]
+"""Of leaves that are not finite: true where. The others have no entry."""
 
 
 def leaves_of(state: PyTree) -> dict[str, Any]:
@@ -87,6 +90,38 @@ def verify(then: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
             raise DamagedError(f"{name} is missing")
         if digests.of(array) != entry["digest"]:
             raise DamagedError(f"{name} is damaged: its digest is another")
+
+
+def not_finite(host: Mapping[str, Any]) -> Masks:
+    """Returns where the floating leaves hold NaN or an infinity.
+
+    Example:
+      >>> not_finite({"a": np.ones(2), "best": np.array([1.0, np.inf])})
+      {'best': array([False,  True])}
+    """
+    floating = {n: x for n, x in host.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    masks = {name: ~np.isfinite(array) for name, array in floating.items()}
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def spoiled(host: Host, before: Masks | None) -> str:
+    """Returns what is wrong with numbers that are about to be saved; "" if nothing.
+
+    Args:
+      host: leaves by name.
+      before: where the state saved or restored before was not finite, and may stay so.
+        None: there was none. Optimiser and model may then start at an infinity, such as
+        the best value of a plateau's schedule; NaN is wrong at once, and adapters are
+        always finite.
+    """
+    for name, mask in not_finite(host).items():
+        if before is not None:
+            mask = mask & ~before.get(name, np.zeros_like(mask))
+        elif not name.startswith("adapters/"):
+            mask = np.isnan(host[name])
+        if count := int(mask.sum()):
+            return f"{name} has {count} of {mask.size} values that are NaN or infinite"
+    return ""
 
 
 def place(arrays: Mapping[str, Any], template: TrainState) -> TrainState:

@@ -96,6 +96,44 @@ def test_the_last_and_the_best_stay(tmp_path):
         run.restore(fresh(), step=3)
 
 
+def test_numbers_that_are_not_finite_replace_none_that_are(tmp_path):
+    def spoil(step, path, value):
+        state = filled(1, step)
+        leaf = lambda p, x: x.at[(0,) * x.ndim].set(value) if path in name(p) else x
+        name = lambda p: jax.tree_util.keystr(p, simple=True, separator="/")
+        return jax.tree_util.tree_map_with_path(leaf, state)
+
+    told = r"step 3: {} has 1 of 12 values that are NaN or infinite.*\[2\], are as they"
+    with RunCheckpoints(tmp_path / "a", keep=1) as run:
+        run.save(filled(1, 2))
+        for name in ("adapters/dense/kernel/a", "opt_state/0/nu/dense/kernel/a"):
+            for value in (jnp.nan, jnp.inf):
+                with pytest.raises(ValueError, match=told.format(name)):
+                    run.save(spoil(3, name, value))
+        with pytest.raises(ValueError, match="model_state/mean has 1 of 3"):
+            run.save(spoil(3, "model_state/mean", -jnp.inf))
+        assert run.save(filled(1, 3))
+    assert run.steps() == [3] and same(run.restore(fresh()).state, filled(1, 3))
+
+    # What starts at an infinity, in the optimiser or the model, may stay there.
+    name = "model_state/mean"
+    for path, value in (("adapters/head", jnp.inf), (name, jnp.nan)):
+        with RunCheckpoints(tmp_path / "b") as run:
+            with pytest.raises(
+                ValueError, match=r"values that are NaN.*, \[\], are as"
+            ):
+                run.save(spoil(1, path, value))
+    for step in (1, 2):
+        with RunCheckpoints(tmp_path / "b") as run:
+            run.restore(fresh())
+            assert run.save(spoil(step, name, jnp.inf))
+    with RunCheckpoints(tmp_path / "b") as run:
+        run.restore(fresh())
+        assert run.save(filled(1, 3))
+        with pytest.raises(ValueError, match="step 4: model_state/mean has 1 of 3"):
+            run.save(spoil(4, name, jnp.inf))
+
+
 def test_the_largest_may_be_the_best():
     policy = KeepLastAndBest(1, "f1", "max")
     policy.metrics = {1: {"f1": 0.2}, 2: {"f1": 0.9}, 3: {}}

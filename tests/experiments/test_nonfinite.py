@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 
+import grain
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import pytest
+import rich.console
 
+import lorax
+from experiments import fit, keeping, progress
 from experiments.nonfinite import Guard, NonFiniteError, save_batch
-from lorax import training
+from lorax import checkpoint, training
 from lorax.adapters import Full
 
 
@@ -71,6 +76,72 @@ def test_with_the_train_step(tmp_path):
                 assert float(state.adapters["w"].value) == after_one
             guard.watch(i, np.asarray(batch), metrics)
     assert after_one == pytest.approx(0.9)
+
+
+def test_a_first_step_counts_and_a_run_that_goes_on_does_not_count_twice(tmp_path):
+    """A step whose loss is fine and whose update is not shows in the count alone."""
+    bad = {"loss": 1.0, "grad_norm": 2.0, "skipped": 3}
+    told = (
+        r"step 5 .*\(loss 1, grad_norm 2, but the adapters, the optimiser's state or "
+        r"the model's would not be\), the last of 1 .*schedule at that step.*epsilon"
+    )
+    for skipped in (0, 2):
+        guard = Guard(tmp_path, 0)
+        guard.start(skipped)
+        guard.watch(5, np.ones(1), bad)
+        with pytest.raises(NonFiniteError, match=told):
+            guard.finish()
+    guard = Guard(tmp_path, 0)
+    guard.start(3)
+    guard.watch(5, np.ones(1), bad)
+    guard.finish()
+    assert guard.in_a_row == 0
+
+
+def test_a_rate_that_is_inf_stops_the_run_and_spoils_no_checkpoint(tmp_path):
+    """A good gradient, an update of NaN: of all that is kept nothing is NaN."""
+    rate = lambda count: jnp.where(count == 2, jnp.inf, 0.1)
+    loss_fn = lambda params, x: (jnp.mean((x @ params["w"] - 1) ** 2), {})
+    config = ml_collections.ConfigDict(
+        {
+            "run": {"steps": 6, "save_every": 1, "save_keep": 2, "save_deadline": 9.0},
+            "model": {"source": "drawn"},
+        }
+    )
+    params = {"w": jax.random.normal(jax.random.key(1), (3, 2))}
+
+    def run():
+        with progress.bars(rich.console.Console(quiet=True)) as bars:
+            fit.fit(
+                "lora",
+                jax.random.key(0),
+                loss_fn,
+                params,
+                [lorax.Target("w", rank=1)],
+                optax.adam(rate),
+                grain.MapDataset.source([np.ones((4, 3), np.float32)] * 6),
+                6,
+                clip_norm=None,
+                log_every=6,
+                bars=bars,
+                keep=keeping.Keep(tmp_path / "checkpoints", config),
+                guard=Guard(tmp_path, 1),
+            )
+
+    with pytest.raises(NonFiniteError, match=r"step 4 .*but the adapters.*of 2 in a"):
+        run()
+    leaves = []
+    with checkpoint.RunCheckpoints(tmp_path / "checkpoints") as kept:
+        assert len(kept.steps()) == 2
+        adapters, _ = lorax.init(jax.random.key(0), params, lorax.Target("w", rank=1))
+        fresh = training.create_state(jax.random.key(0), adapters, optax.adam(rate))
+        for step in kept.steps():
+            state = kept.restore(fresh, step=step).state
+            assert int(state.step) - int(state.skipped) == 2
+            leaves += jax.tree.leaves((state.adapters, state.opt_state))
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+    with pytest.raises(NonFiniteError, match="of 2 in a row"):  # taken up once more
+        run()
 
 
 def test_a_folder_that_cannot_be_written_hides_nothing(tmp_path):

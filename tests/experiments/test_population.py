@@ -72,6 +72,12 @@ def test_everything_is_written_a_row_a_member(run):
     assert first["head/kernel"].rank == 2 and first["head/kernel"].scale == 2.0
     table = population.table(results)
     assert table.row_count == 2 and "Base: " in table.caption
+    headers = lambda table: [column.header for column in table.columns]
+    assert "steps\nskipped" not in headers(table)
+    results["members"][0] |= {"skipped": 4}
+    table = population.table(results)
+    assert headers(table)[-1] == "steps\nskipped"
+    assert list(table.columns[-1].cells) == ["4", "0"]
 
 
 def test_a_population_is_trained_where_there_is_one(monkeypatch):

@@ -3,11 +3,25 @@
 import importlib
 import json
 
+import jax
+import jax.numpy as jnp
+import ml_collections
 import numpy as np
+import optax
 import pytest
 
 from experiments import report
-from experiments.studies import batch_sizes, comparison, plots, shared, text, widths
+from experiments.studies import (
+    batch_sizes,
+    comparison,
+    plots,
+    shared,
+    text,
+    trial,
+    widths,
+)
+from lorax import training
+from lorax.adapters import Full
 
 pytestmark = pytest.mark.once
 
@@ -106,6 +120,27 @@ def test_the_table_by_hand():
     assert "-0.1000 +- 1.2706: no difference shown" in slow
     same = next(row for row in rows if "same" in row)
     assert same.count("no difference shown") == 2
+
+
+def test_a_stalled_run_has_no_value(monkeypatch):
+    """Its adapters are finite, for the step left the updates out."""
+    rate = lambda count: jnp.where(count == 3, jnp.inf, 0.1)
+    loss_fn = training.simple_loss(lambda params, x: jnp.sum(params["w"] * x))
+    tx = optax.sgd(rate)
+
+    def start(seed, learning_rate):
+        adapters = {"w": Full(jnp.zeros(()))}
+        return training.create_state(jax.random.key(seed), adapters, tx), {"w": 0.0}
+
+    step = jax.jit(training.make_train_step(loss_fn, tx), donate_argnums=0)
+    made = trial.Trial(start, step)
+    monkeypatch.setattr(trial, "make_trial", lambda *arguments: made)
+    config = ml_collections.ConfigDict({"run": {"steps": 6}})
+    batches = lambda seed: [1.0] * 6
+    run = trial.make_run(config, loss_fn, None, batches)
+    curve = run(0, 0.1, lambda params: float(params["w"]), every=2).curve
+    # The third update is the last: with the fourth step skipped, no value is reported.
+    np.testing.assert_allclose(curve, [-0.2, np.nan, np.nan], rtol=1e-6)
 
 
 def test_refined_rates_lie_half_way_to_the_neighbours(monkeypatch):
