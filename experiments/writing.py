@@ -43,6 +43,7 @@ def make_writer(
     beams: int = 1,
     length_penalty: float = 1.0,
     stop: Sequence[str] = (),
+    end_ids: Sequence[int] = (),
     adapted: bool = False,
 ) -> Callable[..., list[str]]:
     """Returns `write(state, key=None) -> the continuations`, compiled for the prompts.
@@ -57,6 +58,8 @@ def make_writer(
       beams: more than 1 search.
       length_penalty: of a search.
       stop: texts that end a continuation; not with beams.
+      end_ids: tokens that do beside the tokenizer's EOS, such as a chat's, see
+        `experiments.data.chat.turn_ends`.
       adapted: `state` is `(adapters, params)`; else `(params,)`.
 
     Raises:
@@ -67,7 +70,8 @@ def make_writer(
     engine = decoding.causal(model, slots)
     if adapted:
         engine = engine.map(lorax.adapt)
-    eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    eos = tuple(dict.fromkeys((*own, *end_ids)))
     pad = tokenization.padding_id(tokenizer)
     if beams > 1:
         if stop or rule.temperature:

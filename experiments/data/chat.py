@@ -4,13 +4,21 @@ What is trained on is what the assistant writes: its text and the mark that ends
 turn. Where the template has `{% generation %}` blocks, they say what that is. Elsewhere
 it is found by rendering twice a turn: the chat before it, with the prompt for the
 assistant to go on, must be a prefix of the chat with it, and the rest is the turn.
+
+A model that was never trained to end its turn never does. Where a template writes
+nothing behind what the assistant said, the mark of the next message ends the turn and
+is trained on; see `turn_ends`, by which generation stops:
+
+    ends = chat.turn_ends(tokenizer, template)
+    encoded = chat.encode_chats(tokenizer, template, chats, max_length, source)
+    writing.make_writer(..., end_ids=ends.ids, stop=ends.texts)
 """
 
 import json
 import os
 import pathlib
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.data import chat_limits, examples, extras, tokenization
@@ -27,6 +35,25 @@ class Rendered(NamedTuple):
 
     text: str
     generated: tuple[tokenization.Span, ...]  # of `{% generation %}` blocks
+
+
+class Ends(NamedTuple):
+    """What ends a turn of the assistant, in training and in generation.
+
+    Attributes:
+      ids: tokens that do, each of which generation stops at.
+      texts: a mark that the tokenizer has not as one token, as ChatML's on the
+        tokenizer of a base; generation stops at it as text.
+      marks: the texts of both.
+      closing: what comes between the assistant's words and the next message's, up to
+        the mark that ends the turn: put behind the last turn. "" where the template
+        ends turns itself.
+    """
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    marks: tuple[str, ...]
+    closing: str = ""
 
 
 class ChatTemplate:
@@ -156,7 +183,8 @@ def assistant_spans(
 ) -> tuple[str, tuple[tokenization.Span, ...]]:
     """The chat's text, and the characters of it that the assistant writes.
 
-    A span ends with the mark that ends the turn; white space behind that is not in it.
+    A span ends with the mark that ends the turn, if the template writes one; white
+    space behind that is not in it.
 
     Raises:
       ChatTemplateError: if the template changes what stands before a turn depending on
@@ -181,6 +209,106 @@ def assistant_spans(
     return whole.text, tuple(spans)
 
 
+PROBE = "Zephyr"
+"""Content of the messages that `turn_ends` renders; no template writes it."""
+
+
+def turn_ends(tokenizer: tokenization.Tokenizer, template: ChatTemplate) -> Ends:
+    """Finds what ends a turn of the assistant, by rendering short chats.
+
+    It is what the template writes behind the assistant's words. Where that is nothing,
+    it is the mark that opens the next message, if it is one token: the model then
+    learns to write it, and generation stops there.
+
+    Raises:
+      ChatTemplateError: if nothing ends a turn; says what to add to the template.
+    """
+    turn = [{"role": role, "content": PROBE} for role in ("user", "assistant")]
+    text, spans = assistant_spans(template, turn)
+    begin, end = spans[-1]
+    mark = text[begin:end].rpartition(PROBE)[2].strip()
+    if own := _longest(tokenizer, mark.endswith):
+        marks = tuple(dict.fromkeys((own, _end_of_call(tokenizer, template) or own)))
+        return Ends(tuple(tokenizer.marks[mark] for mark in marks), (), marks)
+    if len(mark) > 1:  # one character, a quote or a full stop, is in any answer
+        return Ends((), (mark,), (mark,))
+    closing, found = "", {}
+    for role in ("user", "tool", "system", "assistant"):
+        try:
+            longer = template.render([*turn, {"role": role, "content": PROBE}]).text
+        except ChatTemplateError:
+            continue  # a role that the template does not have, or not there
+        behind = longer[end:] if longer.startswith(text[:end]) else ""
+        opening = _longest(tokenizer, behind.lstrip().startswith)
+        if opening:
+            found[opening] = tokenizer.marks[opening]
+            closing = closing or behind[: behind.index(opening) + len(opening)]
+    if not found:
+        raise _endless(tokenizer, template, "a turn of the assistant")
+    return Ends(tuple(found.values()), (), tuple(found), closing)
+
+
+def _end_of_call(tokenizer: tokenization.Tokenizer, template: ChatTemplate) -> str:
+    """The mark that ends a turn with a call of a tool, for it may be one of its own."""
+    call = {"type": "function", "function": {"name": PROBE, "arguments": {}}}
+    answer = {"role": "assistant", "content": PROBE, "tool_calls": [call]}
+    try:
+        text, spans = assistant_spans(
+            template, [{"role": "user", "content": PROBE}, answer]
+        )
+    except ChatTemplateError:  # a template without tools
+        return ""
+    begin, end = spans[-1]
+    return _longest(tokenizer, text[begin:end].rstrip().endswith)
+
+
+def _longest(tokenizer: tokenization.Tokenizer, stands: Callable[[str], bool]) -> str:
+    """The longest of the tokenizer's marks that stands there, "" for none."""
+    return max(filter(stands, filter(None, tokenizer.marks)), key=len, default="")
+
+
+def _endless(
+    tokenizer: tokenization.Tokenizer, template: ChatTemplate, turn: str
+) -> ChatTemplateError:
+    eos = tokenizer.special_tokens.get("eos_token")
+    return ChatTemplateError(
+        f"{template.name}: nothing ends {turn}: the template writes no mark behind the "
+        f"assistant's words, and no next message begins with one token of "
+        f"{tokenizer.name}. A model trained on it would never stop. Write "
+        "{{ eos_token }}" + (f", here {eos!r}," if eos else "") + " behind the content "
+        "of the assistant's messages, inside of {% generation %} where that is used."
+    )
+
+
+def closed_spans(
+    tokenizer: tokenization.Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    ends: Ends,
+) -> tuple[str, tuple[tokenization.Span, ...]]:
+    """As `assistant_spans`, each span with the mark that ends it, see `turn_ends`.
+
+    Raises:
+      ChatTemplateError: as `assistant_spans`, and for a turn that nothing ends.
+    """
+    text, spans = assistant_spans(template, messages)
+    closed = []
+    for number, (begin, end) in enumerate(spans, 1):
+        behind = text[end:]
+        mark = next(filter(behind.lstrip().startswith, ends.marks), "")
+        if text[begin:end].rstrip().endswith(ends.marks):
+            pass
+        elif mark:
+            end += behind.index(mark) + len(mark)
+        elif ends.closing and not behind.strip():
+            text = text[:end] + ends.closing
+            end = len(text)
+        else:
+            raise _endless(tokenizer, template, f"turn {number} of the assistant")
+        closed.append((begin, end))
+    return text, tuple(closed)
+
+
 def prompt_ids(
     tokenizer: tokenization.Tokenizer,
     template: ChatTemplate,
@@ -194,12 +322,23 @@ def encode_chat(
     tokenizer: tokenization.Tokenizer,
     template: ChatTemplate,
     messages: Sequence[Message],
+    ends: Ends | None = None,
 ) -> examples.Example:
-    """One example: the whole chat, the assistant's turns in the loss.
+    """One example: the whole chat, the assistant's turns and their ends in the loss.
 
     The template writes BOS and EOS where it wants them; none is added.
+
+    Args:
+      tokenizer: of the model.
+      template: of the chats.
+      messages: in order.
+      ends: from `turn_ends`, which None calls.
+
+    Raises:
+      ChatTemplateError: if the template does not fit the chat, or a turn never ends.
     """
-    text, spans = assistant_spans(template, messages)
+    ends = ends or turn_ends(tokenizer, template)
+    text, spans = closed_spans(tokenizer, template, messages, ends)
     ids, places = tokenizer.encode_spans(text)
     written = (m["content"] for m in messages if m["role"] == "assistant")
     return examples.make(ids, list(_inside(places, spans)), "".join(written))
@@ -213,7 +352,8 @@ def encode_chats(
     source: str,
 ) -> examples.Encoded:
     """Examples of chats, see `encode_chat` and `examples.truncate`."""
-    encoded = (encode_chat(tokenizer, template, chat) for chat in chats)
+    ends = turn_ends(tokenizer, template)
+    encoded = (encode_chat(tokenizer, template, chat, ends) for chat in chats)
     return examples.truncate(encoded, max_length, source)
 
 

@@ -24,6 +24,7 @@ class Tokenizer(Protocol):
     eos_id: int | None  # closes every response
     pad_id: int | None  # fills batches; None if it has no such token
     special_tokens: Mapping[str, str]  # "bos_token" and so on -> its text
+    marks: Mapping[str, int]  # texts that are one token wherever they stand -> its id
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, nothing added."""
@@ -56,6 +57,7 @@ class ByteTokenizer:
     pad_id: int | None = 258
     # For chat templates: the three have no text.
     special_tokens: Mapping[str, str] = {"bos_token": "", "eos_token": ""}
+    marks: Mapping[str, int] = {}
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, nothing added."""
@@ -108,6 +110,8 @@ class JsonTokenizer:
         self.vocabulary = 1 + max(self._tokenizer.get_vocab(True).values(), default=-1)
         self.special_tokens: Mapping[str, str]
         self.special_tokens, ids = _special_tokens(folder, self._tokenizer)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.marks: Mapping[str, int] = {t.content: i for i, t in added.items()}
         self.eos_id = ids.get("eos_token")
         self.pad_id = ids.get("pad_token")
         bos_id = ids.get("bos_token")

@@ -97,6 +97,30 @@ GENERATION = """\
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
 
+# The next role's mark ends a turn; nothing else does.
+ROLES = """\
+{%- for message in messages -%}
+{{- '<|' + message.role + '|>\\n' + message.content + '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}
+"""
+
+# The block ends before the mark that ends the turn.
+SHORT = GENERATION.replace(
+    "{{- content + '<|im_end|>' -}}\n{%- endgeneration -%}",
+    "{{- content -}}\n{%- endgeneration -%}{{- '<|im_end|>' -}}",
+)
+
+# A turn that calls a tool ends by a mark of its own.
+CALLS = """\
+{%- for message in messages -%}
+{{- '<|head|>' + message.role + '<|/head|>' + message.content -}}
+{{- message.tool_calls[0].function.name if message.tool_calls else '' -}}
+{{- '<|eom|>' if message.tool_calls else '<|eot|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|head|>assistant<|/head|>' }}{%- endif -%}
+"""
+
 ALL = {
     "chatml": CHATML,
     "inst": INST,

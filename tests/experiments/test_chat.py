@@ -26,6 +26,9 @@ CHATS = {
 }
 
 
+CALL = [{"type": "function", "function": {"name": "add", "arguments": {}}}]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return toy_tokenizers.write(tmp_path_factory.mktemp("tokenizer"))
@@ -107,6 +110,104 @@ def test_bos_is_never_doubled(tokenizer, name):
     )
 
 
+# What ends a turn
+
+TOOLS = [
+    *ONE_TURN,
+    {"role": "tool", "content": "4"},
+    {"role": "assistant", "content": "So four."},
+]
+SIX = "Six <b> & 'so'."
+
+
+@pytest.fixture(scope="module")
+def roles(tmp_path_factory):
+    """A tokenizer that has the marks of roles as tokens."""
+    marks = ["<|user|>", "<|assistant|>", "<|tool|>", "<|eom|>"]
+    folder = toy_tokenizers.write(tmp_path_factory.mktemp("roles"), marks=marks)
+    return tokenization.load(folder)
+
+
+def trained(tokenizer, example):
+    """The runs of tokens in the loss, special ones too."""
+    mask = np.concatenate([[0], example["loss_mask"], [0]])
+    edges = np.flatnonzero(np.diff(mask)).reshape(-1, 2)
+    runs = [example["tokens"][begin:end].tolist() for begin, end in edges]
+    show = lambda run: tokenizer._tokenizer.decode(run, skip_special_tokens=False)
+    return runs, [show(run) for run in runs]
+
+
+@pytest.mark.parametrize(
+    "source, messages, expected",
+    [
+        ("ROLES", ONE_TURN, ["It is four.\n<|user|>"]),
+        (
+            "ROLES",
+            CHATS["two turns"],
+            ["It is four.\n<|user|>", f"{SIX}\n<|user|>"],
+        ),
+        ("ROLES", TOOLS, ["It is four.\n<|tool|>", "So four.\n<|user|>"]),
+        ("ROLES", TOOLS[:3], ["It is four.\n<|tool|>"]),
+        ("SHORT", CHATS["two turns"], ["It is four.<|im_end|>", f"{SIX}<|im_end|>"]),
+        (
+            "CALLS",
+            [{**m, "tool_calls": CALL} if i == 1 else m for i, m in enumerate(TOOLS)],
+            ["It is four.add<|eom|>", "So four.<|eot|>"],
+        ),
+    ],
+)
+def test_the_mark_that_ends_a_turn_is_trained_on(roles, source, messages, expected):
+    """And generation stops at it: the turn's own, or that of the next role."""
+    ours = chat.ChatTemplate(
+        getattr(chat_templates, source), source, roles.special_tokens
+    )
+    assert chat_templates.SHORT != chat_templates.GENERATION
+    runs, texts = trained(roles, chat.encode_chat(roles, ours, messages))
+    assert texts == expected
+    ends = chat.turn_ends(roles, ours)
+    assert all(run[-1] in ends.ids for run in runs) and not ends.texts
+    # Not a token of what is trained on but the last ends it.
+    assert not any(set(run[:-1]) & set(ends.ids) for run in runs)
+
+
+@each_template
+def test_generation_stops_where_training_ends(tokenizer, name):
+    ends = chat.turn_ends(tokenizer, template(name, tokenizer))
+    token = tokenizer._tokenizer.token_to_id(chat_templates.END[name])
+    assert (ends.ids, ends.texts, ends.closing) == ((token,), (), "")
+
+
+@pytest.mark.parametrize("source", ["ROLES", "QUOTES"])
+def test_a_turn_that_nothing_ends_is_refused(tokenizer, source):
+    """The marks of roles are no tokens here; a quote is in any answer."""
+    text = chat_templates.ROLES
+    if source == "QUOTES":
+        text = text.replace("+ message.content +", "+ '\"' + message.content + '\"' +")
+    endless = chat.ChatTemplate(text, "m/endless.jinja", tokenizer.special_tokens)
+    told = (
+        r"m/endless.jinja: nothing ends a turn.*Write \{\{ eos_token \}\}, here '</s>'"
+    )
+    with pytest.raises(chat.ChatTemplateError, match=told):
+        chat.encode_chats(tokenizer, endless, [ONE_TURN], 64, "a.jsonl")
+    # As the message says:
+    fixed = text.replace(" + '\\n' -}}", " + eos_token + '\\n' -}}")
+    ours = chat.ChatTemplate(fixed, "fixed", tokenizer.special_tokens)
+    (run,), _ = trained(tokenizer, chat.encode_chat(tokenizer, ours, ONE_TURN))
+    assert run[-1] == tokenizer.eos_id
+
+
+def test_a_turn_that_ends_like_no_other_is_named(tokenizer):
+    """Here only the second one has its mark."""
+    source = chat_templates.GENERATION.replace(
+        "content + '<|im_end|>'", "content + ('<|im_end|>' if loop.last else '.')"
+    )
+    odd = chat.ChatTemplate(source, "odd.jinja", tokenizer.special_tokens)
+    with pytest.raises(
+        chat.ChatTemplateError, match=r"odd.jinja: nothing ends turn 1 "
+    ):
+        chat.encode_chat(tokenizer, odd, CHATS["two turns"])
+
+
 def test_bytes_give_the_same_spans():
     tokenizer = tokenization.ByteTokenizer()
     example = chat.encode_chat(
@@ -114,6 +215,8 @@ def test_bytes_give_the_same_spans():
     )
     trained = example["tokens"][example["loss_mask"] == 1].tolist()
     assert tokenizer.decode(trained) == "It is four.<|im_end|>"
+    ends = chat.turn_ends(tokenizer, template("chatml", tokenizer))
+    assert (ends.ids, ends.texts) == ((), ("<|im_end|>",))
 
 
 def test_long_chats_are_cut_and_dropped(tokenizer):

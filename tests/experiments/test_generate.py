@@ -53,6 +53,10 @@ def test_stop_texts_sampling_and_beams(stories):
     one, other = (make(rule=rule)((params,), jax.random.key(i)) for i in range(2))
     assert one != other
     assert len(make(beams=3)((params,))) == 2
+    # A chat's end is one more token that generation stops at.
+    ids = tokenizer.encode(BEGIN + whole[0])[len(tokenizer.encode(BEGIN)) :]
+    ended = make(end_ids=[ids[9]])((params,))[0]
+    assert ended == tokenizer.decode(ids[: ids.index(ids[9])]) != whole[0]
     with pytest.raises(ValueError, match="neither stop nor temperature apply"):
         make(beams=3, stop=["x"])
 

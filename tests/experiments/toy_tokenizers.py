@@ -9,7 +9,7 @@ TEXT = [
 MARKS = ["<|im_start|>", "<|im_end|>", "<|eot|>", "<|head|>", "<|/head|>", "</s>"]
 
 
-def write(folder, *, bos="<s>", eos="</s>", opens=True, **config):
+def write(folder, *, bos="<s>", eos="</s>", opens=True, marks=(), **config):
     """A byte-level BPE; `opens` puts BOS before every sequence."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -19,7 +19,7 @@ def write(folder, *, bos="<s>", eos="</s>", opens=True, **config):
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=330,
-        special_tokens=[bos, *MARKS],
+        special_tokens=[bos, *MARKS, *marks],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
