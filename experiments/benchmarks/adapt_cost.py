@@ -5,7 +5,8 @@
 Prints three markdown tables for a GPT-2-shaped model, gradient of the loss with respect
 to the adapters: XLA's count of FLOPs and temporary memory in four variants (plain,
 `nn.scan`, `nn.remat`, both), the time to trace and compile, and the time of a step. All
-programs must agree to 1e-5 in loss and gradients before anything is reported.
+programs must agree in loss and gradients (`measure.agree_alike`) before anything is
+reported.
 
 On Linux, XLA:CPU maps and unmaps its temporary memory at every call, and spends a part
 of every step on the page faults; `frameworks` has the setting of malloc that keeps the
@@ -57,14 +58,13 @@ def cases(shape: gpt2.Shape, **switches: Any) -> dict[str, programs.Case]:
 
 
 def compile_checked(made: Mapping[str, programs.Case]) -> dict[str, Any]:
-    """Compiles programs; raises unless they agree to 1e-5 in loss and gradients."""
+    """Compiles programs; raises unless they agree in loss and gradients."""
     compiled = {name: measure.compile_step(case) for name, case in made.items()}
     results = {}
     for name, case in made.items():
         loss, grads = compiled[name](*case.inputs())
         results[name] = loss, programs.nested(grads) if name == "lorax" else grads
-    for result in results.values():
-        jax.tree.map(measure.agree, result, results["hand-written"])
+    measure.agree_alike(results, programs.in_float64(made["materialised"]))
     return compiled
 
 
@@ -111,12 +111,12 @@ def steps(shape: gpt2.Shape, rounds: int, threads: int) -> dict[str, list[float]
     }
     if torch_peft.available():
         runners["PEFT + PyTorch"] = torch_peft.step(made["lorax"], shape, threads)
+        factors = lambda adapters: {k: (own.a, own.b) for k, own in adapters.items()}
+        read = lambda loss, grads: (loss, factors(grads))
         loss, grads = runners["PEFT + PyTorch"]()
-        expected, adapters = runners["lorax"]()
-        measure.agree(loss, expected)
-        for path, (a, b) in grads.items():
-            measure.agree(a.numpy(), adapters[path].a)
-            measure.agree(b.numpy(), adapters[path].b)
+        theirs = {path: (a.numpy(), b.numpy()) for path, (a, b) in grads.items()}
+        found = {"lorax": read(*runners["lorax"]()), "PEFT + PyTorch": (loss, theirs)}
+        measure.agree_alike(found, read(*programs.in_float64(made["lorax"])))
     return measure.interleave(runners, rounds)
 
 
@@ -187,7 +187,9 @@ def main(argv: Sequence[str]) -> None:
     pin(_THREADS.value)
     jax.config.update("jax_enable_compilation_cache", False)
     shape = gpt2.Shape(layers=_LAYERS.value, width=_WIDTH.value, batch=_BATCH.value)
-    result: dict[str, Any] = {"backend": jax.default_backend(), "jax": jax.__version__}
+    facts = measure.about(("jax", "torch", "peft"))
+    result: dict[str, Any] = {"about": facts}
+    print(measure.caption(facts) + "\n", flush=True)
     result["counts"] = counts(shape)
     print(count_table(result["counts"], shape.layers), flush=True)
     result["builds"] = builds(shape, _BUILDS.value)

@@ -102,6 +102,7 @@ def main(argv: Sequence[str]) -> None:
         for name, times in seconds.items()
     ]
     header = ["way", "best s", "tokens/s", "best / cached", "median of paired ratios"]
+    print(measure.caption(measure.about(("jax", "torch", "transformers"))) + "\n")
     print(f"{_NEW.value} new tokens, {_BATCH.value} sequences\n")
     print(measure.markdown(header, rows))
 

@@ -15,7 +15,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from absl import app, flags
 
 from experiments.benchmarks import adapt_cost, measure, programs
@@ -69,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         name: compare(shape, given.rounds, **on)
         for name, on in adapt_cost.VARIANTS.items()
     }
-    print(f"jax {jax.__version__}, {jax.default_backend()}\n\n{table(rows)}")
+    print(f"{measure.caption(measure.about(('jax',)))}\n\n{table(rows)}")
     if given.out:
         pathlib.Path(given.out).write_text(json.dumps(rows, indent=2))
 

@@ -118,7 +118,7 @@ class Gpt2(nn.Module):
 
 def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """Mean loss of predicting `tokens[:, 1:]`; tokens are `[batch, time + 1]`."""
-    logits = logits.astype(jnp.float32)  # of no effect but for bfloat16
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return losses.mean()
 

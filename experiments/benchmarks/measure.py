@@ -11,10 +11,11 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.programs import Case
@@ -92,7 +93,49 @@ def usage() -> np.ndarray:
     return np.array([wall, cpu, used.ru_stime, used.ru_minflt])
 
 
-def agree(value: Any, expected: Any, tolerance: float = 1e-5) -> None:
+SPREAD = 10.0
+"""How far above the smallest error of a program another's may be."""
+
+
+def limit(errors: Iterable[float], dtype: str = "float32") -> float:
+    """Returns what no error of several programs may exceed.
+
+    Programs round in different orders, which depends on the processor, so what one can
+    expect of them is read off the best: `SPREAD` times the smallest error, or the
+    dtype's own rounding where that is larger.
+    """
+    return SPREAD * max(float(jnp.finfo(dtype).eps), min(errors))
+
+
+def agree_alike(found: Mapping[str, Any], exact: Any) -> None:
+    """Raises unless several float32 programs are about equally close to the truth.
+
+    Args:
+      found: a pytree of arrays by the program's name.
+      exact: the same in float64; errors are relative to an array's largest entry.
+
+    Raises:
+      AssertionError: an error above `limit`; it names the program.
+    """
+
+    def error(value: Any, true: Any) -> float:
+        off = np.abs(np.asarray(value, np.float64) - true).max()
+        return float(off / np.abs(true).max())
+
+    errors = {
+        name: max(jax.tree.leaves(jax.tree.map(error, tree, exact)))
+        for name, tree in found.items()
+    }
+    allowed = limit(errors.values())
+    for name, off in errors.items():
+        if not off <= allowed:  # NaN as well
+            raise AssertionError(
+                f"{name} is {off:.1e} off float64, and what the best program reaches "
+                f"allows {allowed:.1e}"
+            )
+
+
+def agree(value: Any, expected: Any, tolerance: float) -> None:
     """Raises unless two arrays differ by at most `tolerance` of the largest entry."""
     largest = float(np.max(np.abs(expected)))
     np.testing.assert_allclose(value, expected, rtol=0, atol=tolerance * largest)

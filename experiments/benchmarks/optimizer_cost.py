@@ -157,7 +157,8 @@ def main(argv: Sequence[str]) -> None:
     del argv
     step_ms = train_step_ms(SHAPE, 3)
     rows = compare(SHAPE, _ROUNDS.value)
-    print(f"jax {jax.__version__}, {jax.default_backend()}\n\n{table(rows, step_ms)}")
+    facts = measure.about(("jax", "optax"))
+    print(f"{measure.caption(facts)}\n\n{table(rows, step_ms)}")
     print(f"\nforward and backward: {step_ms:.0f} ms")
     if _OUT.value:
         pathlib.Path(_OUT.value).write_text(json.dumps(rows, indent=2))

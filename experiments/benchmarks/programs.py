@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 import lorax
@@ -154,6 +155,16 @@ def nested(adapters: Any) -> dict[str, Any]:
         owner = tuple(path.split("/")[:-1])
         flat[*owner, "a"], flat[*owner, "b"] = adapter.a, adapter.b
     return traverse_util.unflatten_dict(flat)
+
+
+def in_float64(case: Case) -> Any:
+    """Returns the case's loss and gradients in float64, by which others are judged."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(
+            lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)),
+            (case.trained, case.params),
+        )
+        return jax.device_get(jax.jit(case.step())(*wide, case.tokens))
 
 
 def loss_of(model: nn.Module) -> Loss:

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 
+import lorax
 from experiments.benchmarks import gpt2_shaped as gpt2
 from experiments.benchmarks import programs, torch_peft
 from lorax import optim, training
@@ -59,10 +60,39 @@ def optimizer(method: str, adapters: Any, own_penalty: bool = False) -> Any:
     )
     if own_penalty:
         return allocated
-    penalty = lambda a: torch_peft.PENALTY * orthogonal_penalty(a, "norm")
-    slope = jax.grad(penalty)
+    slope = jax.grad(peft_penalty)
     add = lambda grads, adapters: jax.tree.map(jnp.add, grads, slope(adapters))
     return optax.chain(optax.stateless(add), allocated)
+
+
+def peft_penalty(adapters: Any) -> jax.Array:
+    """AdaLoRA's penalty as PEFT adds it to the loss."""
+    return torch_peft.PENALTY * orthogonal_penalty(adapters, "norm")
+
+
+class Reference(NamedTuple):
+    """The first step of a case in float64, by the definition of an adapted model."""
+
+    loss: float
+    gradients: Named
+
+
+def reference(case: programs.Case, shape: gpt2.Shape, method: str) -> Reference:
+    """Returns the loss of the merged model and its gradients, all in float64."""
+    model = programs.loss_of(gpt2.Gpt2(shape))
+
+    def merged(adapters: Any, params: Any, batch: Any) -> jax.Array:
+        return model(lorax.merge(adapters, params), batch)
+
+    def penalty(adapters: Any, params: Any, batch: Any) -> jax.Array:
+        del params, batch
+        return peft_penalty(adapters)
+
+    loss, gradients = programs.in_float64(case._replace(loss=merged))
+    if method == "adalora":
+        _, more = programs.in_float64(case._replace(loss=penalty))
+        gradients = jax.tree.map(np.add, gradients, more)
+    return Reference(float(loss), named(gradients))
 
 
 def named(adapters: Mapping[str, Any]) -> Named:
