@@ -101,6 +101,7 @@ def test_the_index_by_hand(tmp_path):
                     "axes": {"Axes": {"in_": [0], "out": [1], "batch": []}},
                     "dropout": 0.0,
                     "layers": None,
+                    "moved_by": None,
                 },
                 "arrays": {
                     "a": {"shape": [3, 1], "dtype": "float32"},

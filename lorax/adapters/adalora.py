@@ -36,6 +36,9 @@ class AdaLora:
       axes: the leaf's in, out and batch axes.
       dropout: rate on the input of the adapter branch, in [0, 1).
       layers: the layers of the first batch axis that have factors; None for all.
+      moved_by: the init that moved a part of the kernel into the factors, with what the
+        part depends on, such as "pissa(rank=8)": the adapter fits what was left of the
+        kernel alone. None: it fits the kernel as it was given.
     """
 
     p: jax.Array
@@ -45,6 +48,7 @@ class AdaLora:
     axes: Axes = flax.struct.field(pytree_node=False)
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
+    moved_by: str | None = flax.struct.field(pytree_node=False, default=None)
 
     roles: ClassVar[dict[str, str]] = {"p": "p", "lam": "lam", "q": "q"}
 

@@ -42,6 +42,9 @@ class Dora:
         product inside the rescaled part too, at the cost of a second one.
       layers: the layers of the first batch axis that have factors; None for all.
       detach_norm: True: c is a constant to the gradient; False: differentiated.
+      moved_by: the init that moved a part of the kernel into the factors, with what the
+        part depends on, such as "pissa(rank=8)": the adapter fits what was left of the
+        kernel alone. None: it fits the kernel as it was given.
     """
 
     a: jax.Array
@@ -52,6 +55,7 @@ class Dora:
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
     detach_norm: bool = flax.struct.field(pytree_node=False, default=True)
+    moved_by: str | None = flax.struct.field(pytree_node=False, default=None)
 
     roles: ClassVar[dict[str, str]] = {"a": "a", "b": "b", "magnitude": "magnitude"}
 

@@ -32,6 +32,9 @@ class Lora:
       dropout: rate on the input of the adapter branch, in [0, 1); an embedding lookup
         has no input to drop.
       layers: the layers of the first batch axis that have factors; None for all.
+      moved_by: the init that moved a part of the kernel into the factors, with what the
+        part depends on, such as "pissa(rank=8)": the adapter fits what was left of the
+        kernel alone. None: it fits the kernel as it was given.
     """
 
     a: jax.Array
@@ -40,6 +43,7 @@ class Lora:
     axes: Axes = flax.struct.field(pytree_node=False)
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
+    moved_by: str | None = flax.struct.field(pytree_node=False, default=None)
 
     roles: ClassVar[dict[str, str]] = {"a": "a", "b": "b"}
 

@@ -26,4 +26,5 @@ def as_lora(adapter: Any) -> Any:
         adapter.axes,
         adapter.dropout,
         adapter.layers,
+        adapter.moved_by,
     )

@@ -162,6 +162,7 @@ def load_adapters(
     folder = folder_of(path)
     index, skeleton = _read_index(folder)
     if template is not None:
+        skeleton = entries.filled(skeleton, index["adapters"], template)
         entries.check_template(skeleton, template)
     if params is not None:
         _check_base(skeleton, index["base"] or {}, params)

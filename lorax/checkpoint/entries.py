@@ -6,6 +6,7 @@
 
 describe(path, adapter)   the entry
 skeleton(entry)           the adapter with abstract arrays, every field held to `STATIC`
+filled(...)               skeletons of older files, with the fields of a template
 check_template(...)       skeletons against a template: what differs is named
 """
 
@@ -50,6 +51,9 @@ STATIC = {
     ),
     "blocks": untrusted.whole(1),
     "detach_norm": untrusted.FLAG,
+    "moved_by": untrusted.Rule(
+        "text, or null", lambda v: v is None or isinstance(v, str)
+    ),
 }
 """What the static fields of adapters must be, by name; others may be any such data."""
 
@@ -121,6 +125,24 @@ def skeleton(entry: Any) -> Any:
         values[field] = untrusted.check(where, _decode(where, value), rule)
     made = cls(**values)
     _require_layout(made)
+    return made
+
+
+def filled(skeletons: Adapters, told: dict[str, Any], template: Adapters) -> Adapters:
+    """Returns skeletons with the template's static fields where older files had none.
+
+    Args:
+      skeletons: of `told`.
+      told: the entries by path.
+      template: adapters of the expected statics.
+    """
+    made: dict[str, Any] = dict(skeletons)
+    for path, adapter in skeletons.items():
+        like: Any = template.get(path)
+        if type(like) is type(adapter):
+            lacking = set(fields(adapter, static=True)) - set(told[path]["static"])
+            values = {field: getattr(like, field) for field in lacking}
+            made[path] = made[path].replace(**values)
     return made
 
 

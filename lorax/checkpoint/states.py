@@ -65,6 +65,7 @@ def check(then: Mapping[str, Any], template: TrainState) -> None:
     named where it comes from.
     """
     skeleton = {p: entries.skeleton(e) for p, e in then["adapters"].items()}
+    skeleton = entries.filled(skeleton, then["adapters"], template.adapters)
     entries.check_template(skeleton, template.adapters)
     ours, theirs = then["leaves"], describe(template)["leaves"]
     if differing := sorted(ours.keys() ^ theirs.keys()):

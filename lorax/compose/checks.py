@@ -64,6 +64,42 @@ def refuse_dora(adapters: Adapters, what: str) -> None:
         )
 
 
+def base_of(adapter: Any) -> str:
+    """Returns which base an adapter fits, for messages."""
+    moved_by = getattr(adapter, "moved_by", None)
+    return f"what {moved_by} left of the base" if moved_by else "the base as given"
+
+
+def require_one_base(path: str, members: Sequence[tuple[str, Any]]) -> None:
+    """Raises ValueError unless adapters fit one and the same base.
+
+    Args:
+      path: of the kernel.
+      members: `(who, adapter)`.
+    """
+    first_name, first = members[0]
+    for name, other in members[1:]:
+        if base_of(first) != base_of(other):
+            raise ValueError(
+                f"{path}: {first_name} fits {base_of(first)}, {name} "
+                f"{base_of(other)}; write each set for the base as given, "
+                "compose.to_lora(adapters, initial), initial what lorax.init returned "
+                "for it, or start all of them from one lorax.init"
+            )
+
+
+def refuse_moved(adapters: Adapters, what: str) -> None:
+    """Raises ValueError naming the paths whose update holds a part of the kernel."""
+    for path, adapter in adapters.items():
+        if getattr(adapter, "moved_by", None):
+            raise ValueError(
+                f"{path}: the adapter fits {base_of(adapter)}: its update holds that "
+                f"part of the kernel, which {what} would change as well; write the set "
+                "for the base as given first, compose.to_lora(adapters, initial), "
+                "initial what lorax.init returned"
+            )
+
+
 def require_rank(path: str, adapter: Any, rank: int) -> None:
     """Raises ValueError unless `rank` is a whole number from 1 to min(in, out)."""
     in_, out = forms.features(adapter)

@@ -51,8 +51,9 @@ def combine(
     and cut the result to a rank.
 
     Args:
-      sets: K dicts `{path: Adapter}`. AdaLora counts as its Lora form. A path that a
-        set lacks has no update there.
+      sets: K dicts `{path: Adapter}` for the base as given: adapters of an init that
+        moved it (PiSSA, OLoRA, LoRA-GA) go through `to_lora` first. AdaLora counts as
+        its Lora form. A path that a set lacks has no update there.
       weights: K numbers. For "ties" and "dare_ties", signs are elected and entries
         averaged (over their number) after weighting.
       method: one of the five.
@@ -68,8 +69,9 @@ def combine(
       path the relative error of the compression, 0 where there was none.
 
     Raises:
-      ValueError: sets of different models, Dora adapters, Full ones without params,
-        wrong weights, or an option that the method lacks or needs.
+      ValueError: sets of different models, Dora adapters, ones whose init moved the
+        base, Full ones without params, wrong weights, or an option that the method
+        lacks or needs.
 
     Example:
       >>> import lorax
@@ -88,6 +90,7 @@ def combine(
     given = checks.require_sets(sets)
     for adapters in given:
         checks.refuse_dora(adapters, "combine")
+        checks.refuse_moved(adapters, "combine")
     checks.require_weights(weights, len(given))
     recipe = _Recipe(method, rank, density, key)
     _require_options(recipe)

@@ -27,7 +27,8 @@ def scale(adapters: Adapters, factor: float) -> Adapters:
       The same arrays with `scale * factor`.
 
     Raises:
-      ValueError: a factor that is no finite number, or Dora or Full adapters.
+      ValueError: a factor that is no finite number, Dora or Full adapters, or ones
+        whose init moved the base.
 
     Example:
       >>> import lorax
@@ -43,6 +44,7 @@ def scale(adapters: Adapters, factor: float) -> Adapters:
             "traced factor goes through compose.combine([adapters], [factor]))"
         )
     checks.refuse_dora(adapters, "scale")
+    checks.refuse_moved(adapters, "scale")
     if full := [path for path, a in adapters.items() if isinstance(a, Full)]:
         raise ValueError(
             f"{full} are Full: they hold values, not changes, and a change needs the "
@@ -63,7 +65,7 @@ def negate(adapters: Adapters) -> Adapters:
       The same arrays with the opposite scale.
 
     Raises:
-      ValueError: Dora or Full adapters.
+      ValueError: as `scale`.
 
     References:
       Ilharco et al., Editing Models with Task Arithmetic, arXiv:2212.04089.
@@ -136,14 +138,15 @@ def to_lora(adapters: Adapters, initial: Adapters | None = None) -> Adapters:
       adapters: `{path: Adapter}`; an AdaLora becomes `p @ (lam * q)`, Full passes.
       initial: what `lorax.init` returned, before training, for inits that moved the
         base; None where the base was not moved. Adapters whose update was zero at the
-        start (the standard init) keep their rank.
+        start (the standard init) keep their rank. (For an AdaLora as a Lora on the
+        moved base see `lorax.adapters.as_lora`.)
 
     Returns:
       `{path: Lora | Full}`, scales kept.
 
     Raises:
-      ValueError: Dora adapters, paths that `initial` lacks, or adapters of another
-        model in it.
+      ValueError: Dora adapters, ones whose init moved the base without `initial`,
+        paths that `initial` lacks, or adapters of another model or init in it.
 
     References:
       Meng et al., PiSSA, arXiv:2404.02948. Wang et al., LoRA-GA, arXiv:2407.05000.
@@ -151,6 +154,7 @@ def to_lora(adapters: Adapters, initial: Adapters | None = None) -> Adapters:
     checks.refuse_dora(adapters, "to_lora")
     plain = tree.map_adapters(lambda _, a: as_lora(a), adapters)
     if initial is None:
+        checks.refuse_moved(plain, "to_lora without initial=")
         return plain
     if lacking := sorted(adapters.keys() - initial.keys()):
         raise ValueError(
@@ -166,7 +170,9 @@ def _on_base(path: str, adapter: Any, initial: Any) -> Any:
     if isinstance(adapter, Full):
         return adapter
     start = as_lora(initial)
-    checks.require_same(path, [("the adapter", adapter), ("initial", start)])
+    both = [("the adapter", adapter), ("initial", start)]
+    checks.require_same(path, both)
+    checks.require_one_base(path, both)
     still = lambda f: tree.is_concrete(f) and not np.asarray(f).any()
     if still(start.a) or still(start.b):
         return adapter
@@ -175,4 +181,5 @@ def _on_base(path: str, adapter: Any, initial: Any) -> Any:
     return pair[0].replace(
         a=jnp.concatenate([lora.a for lora in pair], -1),
         b=jnp.concatenate([pair[0].b, -pair[1].b], len(adapter.axes.batch)),
+        moved_by=None,
     )

@@ -31,7 +31,9 @@ def stack(
 
     Args:
       sets: K dicts `{path: Adapter}` for one model: the same classes, axes, sizes,
-        dropout and layers at every path.
+        dropout and layers at every path, and one base. Where an init moved it (PiSSA,
+        OLoRA, LoRA-GA) the sets come from one `lorax.init`; of other data or another
+        key the record says nothing.
       missing: "error": the same paths in every set; "zero": a set without a Lora or
         AdaLora that another has gets a zero update there.
 
@@ -80,7 +82,9 @@ def _require_paths(paths: list[str], sets: list[Adapters]) -> None:
 
 
 def _require_stackable(path: str, members: list[tuple[int, Any]]) -> None:
-    checks.require_same(path, [(f"set {i}", adapter) for i, adapter in members])
+    named = [(f"set {i}", adapter) for i, adapter in members]
+    checks.require_same(path, named)
+    checks.require_one_base(path, named)
     i, first = members[0]
     for j, other in members[1:]:
         one, two = forms.statics(first), forms.statics(other)
@@ -99,6 +103,13 @@ def _zero(path: str, like: Any, absent: list[int]) -> Any:
             f"{path}: sets {absent} lack it, and a {type(like).__name__} of zeros is "
             "no zero update (it replaces or rescales the kernel); give those sets an "
             "adapter from lorax.init there"
+        )
+    if getattr(like, "moved_by", None):
+        raise ValueError(
+            f"{path}: sets {absent} lack it, and the others fit "
+            f"{checks.base_of(like)}, where zero factors do not give the kernel back; "
+            "write them for the base as given first, compose.to_lora(adapters, "
+            "initial), initial what lorax.init returned"
         )
     return jax.tree.map(jnp.zeros_like, like)
 
@@ -202,8 +213,8 @@ def switch(adapters: Adapters, like: Adapters) -> Adapters:
       The same updates in `like`'s form.
 
     Raises:
-      ValueError: other paths, classes, sizes or layers than `like`'s, a larger rank,
-        or a scale of zero in `like`.
+      ValueError: other paths, classes, sizes, layers or base than `like`'s, a larger
+        rank, or a scale of zero in `like`.
 
     Example:
       >>> import lorax
@@ -223,7 +234,9 @@ def switch(adapters: Adapters, like: Adapters) -> Adapters:
 
 
 def _switched(path: str, adapter: Any, like: Any) -> Any:
-    checks.require_same(path, [("the adapter", adapter), ("like", like)])
+    both = [("the adapter", adapter), ("like", like)]
+    checks.require_same(path, both)
+    checks.require_one_base(path, both)
     if not isinstance(like, Full):
         if adapter.rank > like.rank:
             raise ValueError(

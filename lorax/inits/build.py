@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from lorax.adapters.dora import column_norm
 from lorax.kernels import Kernel
 from lorax.targets import Target
 from lorax.types import Adapter, GradSketch
+
+Made = TypeVar("Made", bound=Lora | Dora | AdaLora)
 
 
 def lora_or_dora(
@@ -54,8 +56,17 @@ def adalora(
     return AdaLora(p, lam, q, target.scale, axes, target.dropout, target.layers)
 
 
-def without(kernel: Kernel, adapter: Lora | Dora | AdaLora) -> Kernel:
-    """Returns the kernel less the adapter's update, so that merging gives it back."""
+def moved(kernel: Kernel, adapter: Made, by: str, **given: Any) -> tuple[Made, Kernel]:
+    """Returns the adapter, and the kernel less its update: merging gives it back.
+
+    Args:
+      kernel: the leaf before any part of it moves.
+      adapter: whose update is taken out of the kernel.
+      by: name of the init, for the adapter's record.
+      given: what the part depends on besides kernel, data and key, for the record.
+    """
+    said = ", ".join(f"{name}={value}" for name, value in given.items())
+    adapter = dataclasses.replace(adapter, moved_by=f"{by}({said})")
     value = jnp.asarray(kernel.value)
     plain: Adapter = adapter
     if isinstance(adapter, Dora):  # its gain is one where the norm is the kernel's own
@@ -63,8 +74,8 @@ def without(kernel: Kernel, adapter: Lora | Dora | AdaLora) -> Kernel:
             adapter.a, adapter.b, adapter.scale, adapter.axes, 0.0, adapter.layers
         )
     delta = plain.delta(value)
-    moved = (value.astype(delta.dtype) - delta).astype(value.dtype)
-    return dataclasses.replace(kernel, value=moved)
+    rest = (value.astype(delta.dtype) - delta).astype(value.dtype)
+    return adapter, dataclasses.replace(kernel, value=rest)
 
 
 def sizes(kernel: Kernel, target: Target) -> tuple[tuple[int, ...], ...]:

@@ -78,4 +78,5 @@ def lora_ga(
         )
         a, b = a * shrink, b * shrink
     adapter = build.lora_or_dora(kernel, target, a, b)
-    return adapter, build.without(kernel, adapter)
+    recipe = {"rank": rank, "scale": target.scale, "options": options}
+    return build.moved(kernel, adapter, "lora_ga", **recipe)

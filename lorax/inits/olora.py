@@ -43,4 +43,4 @@ def olora(
     a = r[..., : target.rank, :].mT * sign[..., None, :]
     b = (q[..., : target.rank] * sign[..., None, :]).mT
     adapter = build.lora_or_dora(kernel, target, a, b)
-    return adapter, build.without(kernel, adapter)
+    return build.moved(kernel, adapter, "olora", rank=target.rank, scale=target.scale)

@@ -58,4 +58,5 @@ def pissa(
         root = jnp.sqrt(s)
         a, b = u * root[..., None, :], root[..., :, None] * vt
         adapter = build.lora_or_dora(kernel, target, a, b)
-    return adapter, build.without(kernel, adapter)
+    drawn = {} if iterations is None else {"iterations": iterations}
+    return build.moved(kernel, adapter, "pissa", rank=target.rank, **drawn)

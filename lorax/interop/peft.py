@@ -86,9 +86,15 @@ def load(
     try:
         modules, saved = peft_tensors.read(tensors, settings, base, leaves)
         modules, saved = _untied(modules, saved, base)
-        return assembly.adapters(modules, saved, base, settings.dropout)
+        found = assembly.adapters(modules, saved, base, settings.dropout)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if not settings.moved:
+        return found
+    by = f"PEFT's {settings.moved}(rank={settings.rank})"
+    low_rank = lambda a: not isinstance(a, Full)
+    mark: Any = lambda _, a: dataclasses.replace(a, moved_by=by) if low_rank(a) else a
+    return tree.map_adapters(mark, found)
 
 
 def save(
@@ -98,6 +104,7 @@ def save(
     *,
     base_name: str | None = None,
     initial: Adapters | None = None,
+    residual: bool = False,
     rank_stabilized: bool = False,
     fields: Mapping[str, Any] | None = None,
 ) -> None:
@@ -114,6 +121,8 @@ def save(
       initial: what `lorax.init` returned, if it moved a part of the base's kernels
         (PiSSA, LoRA-GA, OLoRA): what is written is then for the original base, at twice
         the rank.
+      residual: True, without `initial`: write such adapters as they are, for the base
+        that their init left.
       rank_stabilized: write alpha for rsLoRA's alpha / sqrt(rank); the function is the
         same.
       fields: of the config, that say nothing of the function (`task_type`,
@@ -121,7 +130,8 @@ def save(
 
     Raises:
       KeyError: a path that the model lacks.
-      ValueError: adapters that do not fit it, or that PEFT has no form for.
+      ValueError: adapters that do not fit it, or that PEFT has no form for; ones whose
+        init moved the base, without `initial` or `residual`.
     """
     base = Base(config)
     tree.require(adapters, base.shapes, "model")
@@ -129,6 +139,8 @@ def save(
         adapter.check(path, base.shapes[path])  # type: ignore[arg-type]
     if initial is not None:
         adapters = _on_original(adapters, initial)
+    elif not residual:
+        _refuse_moved(adapters)
     adapters = {  # PEFT has one adapter a module
         path: a.fused() if isinstance(a, SlicedLora) else a
         for path, a in adapters.items()
@@ -295,7 +307,7 @@ def _with_head(
 def _on_original(adapters: Adapters, initial: Adapters) -> Adapters:
     """`compose.to_lora`, and DoRA by the same sum: its norm is of all the kernel."""
     plain = lambda a: (
-        Lora(a.a, a.b, a.scale, a.axes, a.dropout, a.layers)
+        Lora(a.a, a.b, a.scale, a.axes, a.dropout, a.layers, a.moved_by)
         if isinstance(a, Dora)
         else a
     )
@@ -307,6 +319,16 @@ def _on_original(adapters: Adapters, initial: Adapters) -> Adapters:
         if isinstance(adapter, Dora):
             lora: Any = found[path]
             found[path] = dataclasses.replace(
-                adapter, a=lora.a, b=lora.b, scale=lora.scale
+                adapter, a=lora.a, b=lora.b, scale=lora.scale, moved_by=lora.moved_by
             )
     return found
+
+
+def _refuse_moved(adapters: Adapters) -> None:
+    for path, adapter in adapters.items():
+        if moved_by := getattr(adapter, "moved_by", None):
+            raise ValueError(
+                f"{path}: {moved_by} moved a part of the base's kernel into this "
+                "adapter, so on the original base it is wrong; pass initial=, what "
+                "lorax.init returned, or residual=True to write it for the moved base"
+            )

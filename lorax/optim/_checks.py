@@ -73,6 +73,14 @@ def factor_pairs(adapters: Any, name: str) -> Adapters:
                 "and q; use lora_plus or an optax optimiser for it, or adapt this "
                 "leaf with adapter='lora'"
             )
+        factors = {"a", "b", "p", "q", "lam"} & set(adapter.roles.values())
+        if factors and not _pairs.is_pair(adapter):
+            raise ValueError(
+                f"{path}: {name} acts on factors a and b of Lora, SlicedLora and Dora, "
+                f"and does not know how {type(adapter).__name__} uses its "
+                f"{', '.join(sorted(factors))}; train this path by another optimiser "
+                "through optax.partition"
+            )
     return given
 
 

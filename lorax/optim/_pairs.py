@@ -17,6 +17,9 @@ import jax.numpy as jnp
 from lorax.adapters import Dora, Lora, SlicedLora, layout
 from lorax.types import Adapters, PairStatics
 
+ROLES = ("a", "b", "p", "lam", "q", "magnitude", "value")
+"""Roles of fields that the optimisers here have a rule for."""
+
 
 class Pair(NamedTuple):
     """Both factors of one adapter, or of its gradient or update.
@@ -105,7 +108,10 @@ def require_params(adapters: Adapters | None) -> Adapters:
 
 
 def require_adapters(adapters: Any, name: str) -> Adapters:
-    """Raises unless this is an adapter tree of real arrays that `name` can act on."""
+    """Raises unless this is an adapter tree of real arrays that `name` can act on.
+
+    A role that nobody here knows would neither be preconditioned nor decay, unseen.
+    """
     whole = isinstance(adapters, Mapping) and all(
         hasattr(adapter, "roles") for adapter in adapters.values()
     )
@@ -115,6 +121,13 @@ def require_adapters(adapters: Any, name: str) -> Adapters:
             f"it was given {jax.tree.structure(adapters)}"
         )
     for path, adapter in adapters.items():
+        if unknown := sorted(set(adapter.roles.values()) - set(ROLES)):
+            raise ValueError(
+                f"{path}: {name} has no rule for the role {unknown[0]!r} of "
+                f"{type(adapter).__name__}; it knows {', '.join(ROLES)}: name the "
+                "field's role after what it does, or train this path by another "
+                "optimiser through optax.partition"
+            )
         for leaf in jax.tree.leaves(adapter):
             if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
                 raise ValueError(

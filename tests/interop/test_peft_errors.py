@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from lorax import compose
 from lorax.interop import peft
 from lorax.models import gpt2, llama
 
@@ -155,7 +156,12 @@ def test_a_rank_that_no_file_holds(tmp_path):
 
 def test_residual_bases_are_taken_at_their_word(tmp_path):
     write(tmp_path, tensors(), init_lora_weights="pissa_niter_4")
-    assert peft.load(tmp_path, CONFIG, residual=True).keys() == {"layers/v/kernel"}
+    adapters = peft.load(tmp_path, CONFIG, residual=True)
+    assert adapters["layers/v/kernel"].moved_by == "PEFT's pissa_niter_4(rank=2)"
+    with pytest.raises(ValueError, match="v/kernel: PEFT's pissa.* residual=True"):
+        peft.save(tmp_path / "again", adapters, CONFIG)
+    with pytest.raises(ValueError, match="v/kernel: .*what PEFT's pissa.* left"):
+        compose.negate(adapters)
 
 
 def test_a_frozen_embedding_that_is_not_the_bases(tmp_path):

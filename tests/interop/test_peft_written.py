@@ -121,7 +121,9 @@ def test_inits_that_moved_the_base(init, adapter, tmp_path):
     params = cases.own(*BASE)[1]
     found = residual.initial(adapters, params, base)
     close(written(adapters, tmp_path / "bases", initial=found)[0], expected)
-    wrong, _ = written(adapters, tmp_path / "wrong")
+    with pytest.raises(ValueError, match=rf"qkv/kernel: {init}.* pass initial="):
+        written(adapters, tmp_path / "wrong")
+    wrong, _ = written(adapters, tmp_path / "wrong", residual=True)
     cases.golden.assert_apart(wrong, expected)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,26 @@ LEAVES = {
     "heads": (Axes((0,), (1, 2)), (4, 2, 3)),
     "conv": (Axes((0, 1), (2,)), (3, 2, 5)),
 }
+
+
+@flax.struct.dataclass
+class Gated:
+    """A parametrisation with a role that nobody knows."""
+
+    b: jax.Array
+    gate: jax.Array
+
+    roles: ClassVar[dict[str, str]] = {"b": "b", "gate": "gate"}
+
+
+@flax.struct.dataclass
+class Own:
+    """A parametrisation of known roles that is none of lorax's."""
+
+    a: jax.Array
+    b: jax.Array
+
+    roles: ClassVar[dict[str, str]] = {"a": "a", "b": "b"}
 
 
 def draw(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:

@@ -260,6 +260,17 @@ def test_errors(row):
     if not row.adalora:
         with pytest.raises(ValueError, match="svd: .* AdaLora"):
             tx.init({"svd": problems.adalora()})
+    odd = {"odd": problems.Gated(jnp.ones((2, 2)), jnp.ones((2, 2)))}
+    with pytest.raises(
+        ValueError, match="odd: .* no rule for the role 'gate' of Gated"
+    ):
+        tx.init(tree | odd)
+    own = {"own": problems.Own(jnp.ones((2, 1)), jnp.ones((1, 2)))}
+    if not row.adalora:  # it reads a and b, whose product it cannot know
+        with pytest.raises(
+            ValueError, match="own: .* does not know how Own uses its a"
+        ):
+            tx.init(tree | own)
     if row.decays:  # a chain of ours, not of this table
         with pytest.raises(ValueError, match="eps"):
             row.make(**{**row.kwargs, "eps": -1.0})

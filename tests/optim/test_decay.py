@@ -167,6 +167,12 @@ def test_errors():
             function(plain)
     with pytest.raises(ValueError, match="reads the adapters: call tx.update"):
         tx.update(zeros(), tx.init(TREE))
+    odd = {"odd": problems.Gated(jnp.ones(2), jnp.ones(2))}
+    for function in (tx.init, optim.decay_mask):
+        with pytest.raises(
+            ValueError, match="odd: .*no rule for the role 'gate' of Ga"
+        ):
+            function(odd)
     lora = TREE["attn/q"]
     wide = Lora(lora.a.astype(jnp.complex64), lora.b, 1.0, problems.DENSE)
     with pytest.raises(ValueError, match="attn/q: .* real factors, and these are com"):
