@@ -188,6 +188,12 @@ def test_sets_that_cannot_be_added(sets, message):
         ([1, 1], {"method": "ties", "density": 0.0}, r"density=0.0; .*\(0, 1\]"),
         ([1, 1], {"method": "dare_ties", "density": 1.5}, r"density=1.5; .*\(0, 1\]"),
         ([1, 1], {"density": 0.5}, "density=0.5: method='linear' keeps every"),
+        ([1, 1], {"election": "plain"}, "election='plain'; choose one of weighted, un"),
+        (
+            [1, 1],
+            {"method": "dare_linear", "density": 0.5, "election": "unweighted"},
+            "election='unweighted': method='dare_linear' elects no signs; .*dare_ties",
+        ),
         (
             [1, 1],
             {"method": "dare_linear", "density": 0.5},

@@ -30,19 +30,21 @@ def trimmed(delta, density):
     return out.reshape(delta.shape)
 
 
-def elected_mean(deltas):
+def elected_mean(deltas, voters=None):
     out = np.zeros(deltas[0].shape)
     for place in np.ndindex(out.shape):
         values = [delta[place] for delta in deltas]
-        sign = 1 if sum(values) >= 0 else -1
-        agree = [value for value in values if value * sign > 0]
+        votes = values if voters is None else [voter[place] for voter in voters]
+        sign = 1 if sum(votes) >= 0 else -1
+        agree = [value for value, vote in zip(values, votes) if vote * sign > 0]
         out[place] = sum(agree) / len(agree) if agree else 0
     return out
 
 
-def ties(deltas, weights, density):
-    thin = [w * trimmed(d, density) for w, d in zip(weights, deltas)]
-    return elected_mean(thin)
+def ties(deltas, weights, density, election="weighted"):
+    thin = [trimmed(d, density) for d in deltas]
+    weighted = [w * d for w, d in zip(weights, thin)]
+    return elected_mean(weighted, None if election == "weighted" else thin)
 
 
 def test_ties_by_hand():
@@ -58,12 +60,44 @@ def test_ties_by_hand():
     make.close(make.delta(adapters["w"]), [[4.0, 2.0, 2.0]], 1e-6)
 
 
+@pytest.mark.parametrize(
+    "weights,weighted,unweighted",
+    [
+        ([1.0, 1.0], [4.0, 2.0], [4.0, 2.0]),
+        ([0.5, 0.5], [2.0, 1.0], [2.0, 1.0]),
+        # 4 - 3 > 0 but 4 - 6 < 0; -1 + 2 > 0 and -1 + 4 > 0
+        ([1.0, 2.0], [-6.0, 4.0], [4.0, 4.0]),
+        ([1.0, 0.0], [4.0, -1.0], [4.0, 0.0]),
+        # with the sign of the second turned: (4 + 3) / 2, (-1 - 2) / 2
+        ([1.0, -1.0], [3.5, -1.5], [4.0, -2.0]),
+    ],
+)
+def test_both_elections_by_hand(weights, weighted, unweighted):
+    axes = lorax.Axes((0,), (1,))
+    deltas = [[[4.0, -1.0]], [[-3.0, 2.0]]]
+    sets = [
+        {"w": lorax.Lora(np.ones((1, 1), np.float32), np.float32(d), 1.0, axes)}
+        for d in deltas
+    ]
+    for election, want in (("weighted", weighted), ("unweighted", unweighted)):
+        adapters, _ = compose.combine(
+            sets, weights, "ties", density=1.0, election=election
+        )
+        make.close(make.delta(adapters["w"]), [want], 1e-6)
+
+
+elections = pytest.mark.parametrize("election", ["weighted", "unweighted"])
+
+
+@elections
 @pytest.mark.parametrize("maker", [make.lora, make.adalora])
 @pytest.mark.parametrize("density", [0.3, 1.0])
-def test_ties_is_what_the_paper_says(density, maker):
+def test_ties_is_what_the_paper_says(density, maker, election):
     sets = sets_of({}, maker)
-    got, error = compose.combine(sets, WEIGHTS, "ties", density=density, rank=5)
-    want = ties([make.delta(s["w"]) for s in sets], WEIGHTS, density)
+    got, error = compose.combine(
+        sets, WEIGHTS, "ties", density=density, rank=5, election=election
+    )
+    want = ties([make.delta(s["w"]) for s in sets], WEIGHTS, density, election)
     make.close(make.delta(got["w"]), want)
     assert float(error["w"]) == 0 and got["w"].scale == sets[0]["w"].scale
 
@@ -96,35 +130,63 @@ def test_a_set_of_weight_zero_has_no_say():
     make.close(make.delta(three["w"]), make.delta(two["w"]), 1e-6)
 
 
-def test_ties_is_pefts_at_equal_weights():
+@pytest.mark.filterwarnings("ignore:The density 1.0:UserWarning")
+@pytest.mark.parametrize("method,density", [("ties", 0.5), ("dare_ties", 1.0)])
+@pytest.mark.parametrize("weights", [[0.7] * 3, [1.0, 0.5, -2.0], [0.0, 3.0, 1.0]])
+def test_unweighted_elections_are_pefts_and_weighted_ones_at_equal_weights(
+    weights, method, density
+):
     torch = pytest.importorskip("torch")
     merge_utils = pytest.importorskip("peft.utils.merge_utils")
     sets = sets_of({})
-    got, _ = compose.combine(sets, [0.7] * 3, "ties", density=0.5, rank=5)
+    key = jax.random.key(0) if method == "dare_ties" else None
+    own = functools.partial(
+        compose.combine, sets, weights, method, density=density, rank=5, key=key
+    )
     deltas = [torch.tensor(make.delta(s["w"])) for s in sets]
-    want = merge_utils.ties(deltas, torch.full((3,), 0.7, dtype=torch.float64), 0.5)
-    make.close(make.delta(got["w"]), want.numpy())
+    given = torch.tensor(weights, dtype=torch.float64)
+    want = getattr(merge_utils, method)(deltas, given, density).numpy()
+    make.close(make.delta(own(election="unweighted").adapters["w"]), want)
+    weighted = make.delta(own().adapters["w"])
+    if len(set(weights)) == 1:
+        make.close(weighted, want)
+    else:
+        assert np.linalg.norm(weighted - want) > 0.1 * np.linalg.norm(want)
 
 
 DARE = functools.partial(compose.combine, density=0.5, key=jax.random.key(3), rank=5)
 
 
-def survivors(method, shape):
+def survivors(method, shape, election):
     """The result, and what it would be for every subset of sets that kept an entry."""
     sets = sets_of(shape)
-    got, error = DARE(sets, WEIGHTS, method)
-    deltas = [w * make.delta(s["w"]) / 0.5 for w, s in zip(WEIGHTS, sets)]
+    got, error = DARE(sets, WEIGHTS, method, election=election)
+    plain = [make.delta(s["w"]) / 0.5 for s in sets]
+    deltas = [w * d for w, d in zip(WEIGHTS, plain)]
     subsets = np.array(np.meshgrid(*[[0, 1]] * 3)).reshape(3, -1).T
-    add = elected_mean if method == "dare_ties" else sum
-    options = np.stack([add([k * d for k, d in zip(s, deltas)]) for s in subsets])
+    of = lambda subset, deltas: [k * d for k, d in zip(subset, deltas)]
+    votes = lambda s: None if election == "weighted" else of(s, plain)
+    add = lambda s: (
+        elected_mean(of(s, deltas), votes(s))
+        if method == "dare_ties"
+        else sum(of(s, deltas))
+    )
+    options = np.stack([add(s) for s in subsets])
     assert float(error["w"]) == 0
     return make.delta(got["w"]), options, subsets
 
 
 @pytest.mark.parametrize("shape", [{}, STACK], ids=["matrix", "stack"])
-@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
-def test_dare_keeps_or_drops_each_entry(method, shape):
-    got, options, subsets = survivors(method, shape)
+@pytest.mark.parametrize(
+    "method,election",
+    [
+        ("dare_linear", "weighted"),
+        ("dare_ties", "weighted"),
+        ("dare_ties", "unweighted"),
+    ],
+)
+def test_dare_keeps_or_drops_each_entry(method, election, shape):
+    got, options, subsets = survivors(method, shape, election)
     miss = np.abs(options - got)
     assert miss.min(0).max() < 1e-5 * np.abs(got).max()
     if method == "dare_linear":  # there the subset can be read off
@@ -173,21 +235,23 @@ def test_keys_come_from_path_and_set():
     make.close(make.delta(fewer["w"]), make.delta(none["w"]), 1e-5)
 
 
+@elections
 @pytest.mark.parametrize("method", ["ties", "dare_ties"])
-def test_full_leaves_are_thinned_as_dense_changes(method):
+def test_full_leaves_are_thinned_as_dense_changes(method, election):
     base, values = normal(1, 12), [normal(2, 12), normal(3, 12)]
     sets = [{"bias": lorax.Full(v)} for v in values]
     key = None if method == "ties" else jax.random.key(0)
-    got, error = compose.combine(
-        sets, [1.0, 0.5], method, density=0.5, key=key, params={"bias": base}
-    )
+    call = functools.partial(compose.combine, sets, [1.0, 0.5], method, density=0.5)
+    got, error = call(key=key, params={"bias": base}, election=election)
     deltas = [np.asarray(v - base, np.float64) for v in values]
     moved = np.asarray(got["bias"].value - base)
     assert float(error["bias"]) == 0
     if method == "ties":
-        make.close(moved, ties(deltas, [1.0, 0.5], 0.5))
+        make.close(moved, ties(deltas, [1.0, 0.5], 0.5, election))
         return
     masks = [(i, j) for i in (0, 2) for j in (0, 2)]
-    options = [elected_mean([i * deltas[0], 0.5 * j * deltas[1]]) for i, j in masks]
+    kept = [[i * deltas[0], j * deltas[1]] for i, j in masks]
+    votes = lambda both: None if election == "weighted" else both
+    options = [elected_mean([d, 0.5 * e], votes([d, e])) for d, e in kept]
     assert np.abs(np.stack(options) - moved).min(0).max() < 1e-5
     assert np.abs(moved).max() > 0.1

@@ -25,6 +25,7 @@ class _Recipe(NamedTuple):
     rank: int | None
     density: Any
     key: jax.Array | None
+    election: deltas.Election
 
 
 def combine(
@@ -35,6 +36,7 @@ def combine(
     rank: int | None = None,
     density: float | None = None,
     key: jax.Array | None = None,
+    election: deltas.Election = "weighted",
     params: PyTree | None = None,
 ) -> Combined:
     """Adds adapter sets of one model with weights, in their *updates*.
@@ -54,14 +56,20 @@ def combine(
       sets: K dicts `{path: Adapter}` for the base as given: adapters of an init that
         moved it (PiSSA, OLoRA, LoRA-GA) go through `to_lora` first. AdaLora counts as
         its Lora form. A path that a set lacks has no update there.
-      weights: K numbers. For "ties" and "dare_ties", signs are elected and entries
-        averaged (over their number) after weighting.
+      weights: K numbers. "ties" and "dare_ties" average the weighted entries of the
+        sets that agree, over their number.
       method: one of the five.
       rank: of the result, for all but "linear"; by default the sum of the ranks, at
         most min(in, out).
       density: share of entries kept, in (0, 1]; for "ties" (0.2 in the paper, per
         matrix here as in PEFT) and DARE.
       key: a `jax.random.key` for DARE; every path and set draws its own.
+      election: of "ties" and "dare_ties", with unequal weights: "weighted", signs are
+        elected of the weighted updates, so that a set of weight zero has no say and a
+        negative one speaks against; "unweighted", of the updates as
+        they are, as in PEFT. The paper elects before its one factor lambda, which is
+        "unweighted" to the letter; at equal positive weights, all that it has, the two
+        are one.
       params: the base, needed where a path is Full: `base + sum w (value - base)`.
 
     Returns:
@@ -92,7 +100,7 @@ def combine(
         checks.refuse_dora(adapters, "combine")
         checks.refuse_moved(adapters, "combine")
     checks.require_weights(weights, len(given))
-    recipe = _Recipe(method, rank, density, key)
+    recipe = _Recipe(method, rank, density, key, election)
     _require_options(recipe)
     checks.require_overlap(given)
     leaves = None if params is None else tree.flatten(params)
@@ -121,13 +129,22 @@ def combine(
 
 
 def _require_options(recipe: _Recipe) -> None:
-    method, rank, density, key = recipe
+    method, rank, density, key, election = recipe
     if method not in METHODS:
         raise ValueError(f"method={method!r}; choose one of {', '.join(METHODS)}")
     if method == "linear" and rank is not None:
         raise ValueError(
             f"rank={rank}: a linear combination is exact, and its rank the sum of the "
             "ranks; use method='svd' to compress it"
+        )
+    if election not in deltas.ELECTIONS:
+        raise ValueError(
+            f"election={election!r}; choose one of {', '.join(deltas.ELECTIONS)}"
+        )
+    if election != "weighted" and method not in deltas.SIGNED:
+        raise ValueError(
+            f"election={election!r}: method={method!r} elects no signs; leave it out, "
+            f"or choose one of {', '.join(deltas.SIGNED)}"
         )
     dense = method in deltas.DENSE
     if dense and (not forms.is_real(density) or not 0 < density <= 1):
@@ -245,6 +262,7 @@ def _thinned(
         method=recipe.method,
         density=float(recipe.density),
         rank=rank,
+        election=recipe.election,
     )
     shared = forms.shared_scale(loras)
     wide: Any = first
@@ -291,7 +309,9 @@ def _full(
         keys = _keys(recipe, path, list(parts), 1)
         own = None if keys is None else keys[0]
         density = float(recipe.density)
-        move = deltas.merged(moves, weights, recipe.method, density, own)
+        move = deltas.merged(
+            moves, weights, recipe.method, density, own, recipe.election
+        )
     else:
         move = jnp.sum(
             jnp.stack([w * m for w, m in zip(weights, moves, strict=True)]), axis=0

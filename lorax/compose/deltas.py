@@ -1,8 +1,10 @@
 """TIES and DARE: how dense updates are thinned out before they are added.
 
     TIES:  keep the largest `density` of every update, by magnitude;
-           elect for each entry the sign with the larger total;
-           average the kept entries of that sign.
+           elect for each entry the sign with the larger total,
+               sign sum_k w_k d_k     "weighted"
+               sign sum_k d_k         "unweighted"
+           average the entries w_k d_k of the sets that agree, over their number.
     DARE:  drop entries at random and divide the kept ones by `density`,
            so that the update is right on average.
 
@@ -15,15 +17,18 @@ References:
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from lorax.compose import forms
 
+Election = Literal["weighted", "unweighted"]
+ELECTIONS = ("weighted", "unweighted")
 DENSE = ("ties", "dare_linear", "dare_ties")
 RANDOM = ("dare_linear", "dare_ties")
+SIGNED = ("ties", "dare_ties")
 
 
 def merged(
@@ -32,16 +37,17 @@ def merged(
     method: str,
     density: float,
     keys: jax.Array | None,
+    election: Election = "weighted",
 ) -> jax.Array:
     """Returns one update from K of one shape.
 
     Args:
       deltas: K arrays.
-      weights: K numbers. Signs are elected, and entries averaged, after weighting: a
-        set of weight zero has no say.
+      weights: K numbers.
       method: one of DENSE.
       density: the share of entries kept, in (0, 1].
       keys: `[K]` keys for DARE, else None.
+      election: of which entries the signs are summed.
     """
     if keys is None:
         thin = [trim(delta, density) for delta in deltas]
@@ -50,7 +56,8 @@ def merged(
     weighted = jnp.stack([w * delta for w, delta in zip(weights, thin, strict=True)])
     if method == "dare_linear":
         return weighted.sum(0)
-    return disjoint_mean(weighted)
+    voters = weighted if election == "weighted" else jnp.stack(thin)
+    return disjoint_mean(weighted, voters)
 
 
 def trim(delta: jax.Array, density: float) -> jax.Array:
@@ -66,18 +73,22 @@ def drop(key: jax.Array, delta: jax.Array, density: float) -> jax.Array:
     return jnp.where(kept, delta / density, 0.0)
 
 
-def disjoint_mean(deltas: jax.Array) -> jax.Array:
-    """Averages over axis 0 the entries whose sign is that of the sum.
+def disjoint_mean(deltas: jax.Array, voters: jax.Array) -> jax.Array:
+    """Averages over axis 0 the entries whose voter has the sign of the voters' sum.
 
     A sum of exactly zero elects the positive sign, as in PEFT.
+
+    Args:
+      deltas: `[K, ...]`, what is averaged.
+      voters: `[K, ...]`, what the signs are read from.
     """
-    elected = jnp.where(deltas.sum(0) >= 0, 1.0, -1.0)
-    agree = jnp.sign(deltas) == elected
+    elected = jnp.where(voters.sum(0) >= 0, 1.0, -1.0)
+    agree = jnp.sign(voters) == elected
     total = jnp.where(agree, deltas, 0.0).sum(0)
     return total / jnp.maximum(agree.sum(0), 1)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "density", "rank"))
+@functools.partial(jax.jit, static_argnames=("method", "density", "rank", "election"))
 def compressed(
     pairs: list[tuple[jax.Array, jax.Array]],
     weights: list[Any],
@@ -86,6 +97,7 @@ def compressed(
     method: str,
     density: float,
     rank: int,
+    election: Election,
 ) -> tuple[jax.Array, ...]:
     """Merges the dense updates of K pairs of factors and cuts the result to a rank.
 
@@ -98,6 +110,7 @@ def compressed(
       method: one of DENSE.
       density: the share of entries kept.
       rank: of the result.
+      election: as `merged` takes it.
 
     Returns:
       `u: [n, in, rank]`, `s: [n, rank]`, `vt: [n, rank, out]`, and the squared
@@ -107,7 +120,7 @@ def compressed(
     def one(given: Any) -> tuple[jax.Array, ...]:
         pairs, keys = given
         dense = [jnp.matmul(a, b, precision=forms.EXACT) for a, b in pairs]
-        whole = merged(dense, weights, method, density, keys)
+        whole = merged(dense, weights, method, density, keys, election)
         return forms.truncated(whole, rank)
 
     return jax.lax.map(one, (pairs, keys))
