@@ -16,7 +16,7 @@ from lorax import inits
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError, naming the field, for a config that no run could finish."""
-    fields.check(config)
+    fields.require(config)
     for method in config.run.methods:
         _targets(config, method)
         _optimizer(config.optimizer, "optimizer", config.run.steps, method)

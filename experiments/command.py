@@ -22,8 +22,6 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import fields
-
 
 def run(main: Callable[[Sequence[str]], Any]) -> None:
     """Parses the flags and runs `main(argv)`, as `absl.app.run` does."""
@@ -44,7 +42,6 @@ def checked(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     from experiments import checking  # jax loads only once the flags are right
 
     with refusing():
-        fields.check(config)
         checking.check(config)
     return config
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import command, fields
+from experiments import command
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Path of a config file, such as configs/quickstart.py."
@@ -26,11 +26,11 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # libraries announce what they lack at INFO
     # jax and flax load only once the flags are right
-    from experiments import distributed
+    from experiments import distributed, fields
 
     config = _CONFIG.value
     with command.refusing():
-        fields.check(config)
+        fields.require(config)
     if "heartbeat" in config.get("distributed", ()):
         distributed.initialize(config.distributed)  # before anything asks for devices
     from experiments import finetune, population

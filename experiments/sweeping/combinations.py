@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
+from experiments import checking
 from experiments.sweeping import grid
 
 POOLED = {
@@ -87,8 +88,6 @@ def make_runs(
 
 def check(runs: Sequence[Run]) -> None:
     """Raises ValueError, naming the run, for the first that could not finish."""
-    from experiments import checking  # jax loads only once the grid is right
-
     for run in runs:
         try:
             checking.check(run.config)

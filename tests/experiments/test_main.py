@@ -29,7 +29,10 @@ CONFIG = "--config=configs/quickstart.py"
     [
         ([CONFIG, "--config.adapter.rnak=4"], 'Did you mean "rank" instead of "rnak"'),
         ([CONFIG, "--config.adapter.rank=four"], "--config.adapter.rank=four"),
-        ([CONFIG, "--config.run.log_every=0"], "config.run.log_every=0: give a whole"),
+        (
+            [CONFIG, "--config.run.log_every=0"],
+            "log_every=0; it must be an int",
+        ),
         ([CONFIG, "--config.adapter.init=pisa"], "init='pisa'; choose one of"),
         ([f"{CONFIG}:runlocl"], "'runlocl' is no argument of this config"),
         (["--config=configs/quickstrt.py"], "near it: quickstart.py"),
