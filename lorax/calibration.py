@@ -71,8 +71,9 @@ def calibrate(
       `{path: GradSketch}` with `min(2 rank, in, out)` triplets each.
 
     Raises:
-      ValueError: no target whose init looks at gradients, no batch, an odd number of
-        passes, a width below 2, an unknown method.
+      ValueError: no target whose init looks at gradients, no batch, batches that are
+        not alike, an odd number of passes, a width below 2, an unknown method.
+      TypeError: one batch where a list of them is wanted.
     """
     if method not in ("sketch", "dense"):
         raise ValueError(f"method={method!r}; choose 'sketch' or 'dense'")
@@ -91,16 +92,45 @@ def calibrate(
             "no target has an init that looks at data; calibrate is for "
             f"init={' or '.join(map(repr, using))}"
         )
+    data = _listed(batches)
+    mean = _mean_gradient(loss_fn, params, data)
+    if method == "dense":
+        return _dense(mean, chosen)
+    return _sketch(key, mean, chosen, passes, width)
+
+
+def _listed(batches: Any) -> list[Any]:
+    """Returns the batches; raises where one was given, whole or in pieces."""
+    one = not isinstance(batches, Iterable) or isinstance(batches, Mapping | str)
+    if one or hasattr(batches, "shape") or hasattr(batches, "_fields"):
+        raise TypeError(
+            f"batches is one batch, {_form(batches)}: give a list of them, [batch], or "
+            "[first, second]"
+        )
     data = list(batches)
     if not data:
         raise ValueError(
             "batches is empty: give at least one batch of the training data (an "
             "iterator that was read before has none left)"
         )
-    mean = _mean_gradient(loss_fn, params, data)
-    if method == "dense":
-        return _dense(mean, chosen)
-    return _sketch(key, mean, chosen, passes, width)
+    for i, batch in enumerate(data[1:], 1):
+        if _form(batch) != _form(data[0]):
+            raise ValueError(
+                f"batches[0] is {_form(data[0])} and batches[{i}] {_form(batch)}: "
+                "batches are alike but for sizes. If these are the parts of one batch, "
+                "give [(first, second)] or what else loss_fn takes"
+            )
+    return data
+
+
+def _form(batch: Any) -> str:
+    """Structure, numbers of axes and dtypes, as text."""
+    leaf = lambda x: (
+        f"{jnp.result_type(x)}[{', '.join(':' * jnp.ndim(x))}]"
+        if hasattr(x, "dtype") or isinstance(x, int | float)
+        else type(x).__name__
+    )
+    return str(jax.tree.map(leaf, batch))
 
 
 def _mean_gradient(

@@ -1,5 +1,7 @@
 """The sketch of a gradient from thin backward passes, against the gradient itself."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,3 +165,43 @@ def test_bad_input():
     with pytest.raises(ValueError, match="matches no leaf"):
         call(lorax.Target("v", rank=2, init="lora_ga"))
     assert exact(params["w"]).s.shape == (6,)
+
+
+class Pair(NamedTuple):
+    """A batch as a named tuple."""
+
+    x: jax.Array
+    y: jax.Array
+
+
+X, Y = jnp.ones((4, 8)), jnp.zeros(4, jnp.int32)
+
+
+@pytest.mark.parametrize(
+    "batches,form",
+    [
+        ({"x": X, "y": Y}, r"\{'x': 'float32\[:, :\]', 'y': 'int32\[:\]'\}"),
+        (X, r"float32\[:, :\]"),
+        (Pair(X, Y), "Pair"),
+        (3.0, "float"),
+        (None, "None"),
+    ],
+)
+def test_one_batch_in_place_of_a_list(batches, form):
+    call = lambda batches: lorax.calibrate(
+        KEY, linear_loss, {"w": jnp.ones((8, 6))}, GA, batches
+    )
+    with pytest.raises(TypeError, match=rf"batches is one batch, .*{form}.*\[batch\]"):
+        call(batches)
+
+
+def test_the_parts_of_one_batch_in_place_of_batches():
+    call = lambda batches: lorax.calibrate(
+        KEY, linear_loss, {"w": jnp.ones((8, 6))}, GA, batches
+    )
+    with pytest.raises(ValueError, match=r"batches\[1\] int32\[:\]: .*give \[\(first"):
+        call([X, Y])
+    with pytest.raises(ValueError, match=r"batches\[1\] int32\[:\]: .*give \[\(first"):
+        call((X, Y))
+    with pytest.raises(ValueError, match=r"batches\[2\] \{'x'"):
+        call([X, X[:2], {"x": X}])

@@ -31,7 +31,12 @@ import optax
 from lorax.adapters import AdaLora, layout
 from lorax.optim import _checks, _gram
 from lorax.optim._adalora_schedule import BudgetSchedule, require_int
-from lorax.optim._pairs import require_adapters, require_params
+from lorax.optim._pairs import (
+    is_present,
+    require_adapters,
+    require_params,
+    require_whole,
+)
 from lorax.types import Adapters
 
 
@@ -133,6 +138,7 @@ def adalora(
 
     def init_fn(params: Adapters) -> AdaLoraState:
         adapters = require_adapters(params, "adalora")
+        require_whole(adapters, "adalora")
         total = _total(adapters, init_budget, target_budget)
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros_like(leaf, layout.wide(leaf)), _chosen(adapters)
@@ -227,7 +233,8 @@ def _require_room(init_budget: int, target_budget: int) -> None:
 
 def _chosen(adapters: Mapping[str, Any]) -> dict[str, AdaLora]:
     """The AdaLora entries, by path: the order in which ties are broken."""
-    return {p: a for p, a in sorted(adapters.items()) if isinstance(a, AdaLora)}
+    own = lambda a: isinstance(a, AdaLora) and is_present(a)
+    return {p: a for p, a in sorted(adapters.items()) if own(a)}
 
 
 def _total(adapters: Adapters, init_budget: int | None, target_budget: int) -> int:

@@ -66,7 +66,10 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def factor_pairs(adapters: Any, name: str) -> Adapters:
     """Returns the adapters; ValueError for what a transform of (a, b) cannot act on."""
     given = _pairs.require_adapters(adapters, name)
+    _pairs.require_whole(given, name)
     for path, adapter in given.items():
+        if not _pairs.is_present(adapter):
+            continue
         if isinstance(adapter, AdaLora):
             raise ValueError(
                 f"{path}: {name} acts on factors a and b, and an AdaLora has p, lam "

@@ -39,8 +39,8 @@ def role_mask(adapters: Adapters, roles: tuple[str, ...]) -> Adapters:
       adapters: `{path: Adapter}`.
       roles: values of `adapter.roles`.
     """
-    given = _pairs.require_adapters(adapters, "role_mask")
-    return tree.map_adapters(lambda _, a: _marked(a, roles), given)
+    given = _pairs.require_adapters(adapters, "decay_mask")
+    return _pairs.map_present(lambda _, a: _marked(a, roles), given)
 
 
 def decay_mask(adapters: Adapters) -> Adapters:
@@ -110,7 +110,7 @@ def add_decayed_weights(
         given = _pairs.require_params(params)
         leaves = _base_leaves(base, given) if full else {}
         away = lambda path, a: _away(a, roles, leaves.get(path))
-        return decay.update(updates, state, tree.map_adapters(away, given))
+        return decay.update(updates, state, _pairs.map_present(away, given))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -123,13 +123,15 @@ def _away(adapter: Any, roles: tuple[str, ...], leaf: jax.Array | None) -> Any:
     """How far each field is from where decay takes it; zero where it does not act."""
     if leaf is not None:
         return adapter.replace(value=adapter.value - leaf.astype(adapter.value.dtype))
+    zeros = lambda field: jax.tree.map(jnp.zeros_like, getattr(adapter, field))
     still = [field for field, role in adapter.roles.items() if role not in roles]
-    return adapter.replace(**{f: jnp.zeros_like(getattr(adapter, f)) for f in still})
+    return adapter.replace(**{field: zeros(field) for field in still})
 
 
 def _base_leaves(base: PyTree, adapters: Adapters) -> dict[str, jax.Array]:
     """The leaves of the base under Full adapters."""
-    paths = [path for path, a in adapters.items() if isinstance(a, Full)]
+    full = lambda a: isinstance(a, Full) and _pairs.is_present(a)
+    paths = [path for path, a in adapters.items() if full(a)]
     if base is None:
         raise ValueError(
             "add_decayed_weights(full=True) decays Full leaves to the base's values: "

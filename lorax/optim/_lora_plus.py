@@ -84,6 +84,8 @@ def scale_by_lora_plus(ratio: Ratio = 16.0) -> optax.GradientTransformationExtra
         given = _pairs.require_adapters(params, "scale_by_lora_plus")
         if isinstance(ratio, tuple):
             _check_rules(ratio, [path for path, a in given.items() if _seconds(a)])
+        if _reads_shapes(ratio):
+            _pairs.require_whole(given, "scale_by_lora_plus('auto')")
         if callable(ratio):
             return ScaleByLoraPlusState(step=jnp.zeros((), jnp.int32))
         return optax.EmptyState()
@@ -102,7 +104,7 @@ def scale_by_lora_plus(ratio: Ratio = 16.0) -> optax.GradientTransformationExtra
             now = ratio(state.step)
             state = ScaleByLoraPlusState(optax.safe_increment(state.step))
         scaled = lambda path, a: _scaled(a, _ratio_at(now, path, a, pairs))
-        return tree.map_adapters(scaled, updates), state
+        return _pairs.map_present(scaled, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -176,7 +178,9 @@ def width_ratio(adapter: Any, rank: Any = None) -> jax.Array | float:
 
 
 def _seconds(adapter: Any) -> list[str]:
-    """The fields that hold a second factor."""
+    """The fields that hold a second factor; none of an adapter that is left out."""
+    if not _pairs.is_present(adapter):
+        return []
     return [field for field, role in adapter.roles.items() if role in SECOND]
 
 
@@ -184,9 +188,8 @@ def _scaled(adapter: Any, ratio: Any) -> Any:
     def scaled(u: jax.Array) -> jax.Array:
         return (u * ratio).astype(u.dtype)
 
-    return adapter.replace(
-        **{f: scaled(getattr(adapter, f)) for f in _seconds(adapter)}
-    )
+    fields = {f: getattr(adapter, f) for f in _seconds(adapter)}
+    return adapter.replace(**jax.tree.map(scaled, fields))
 
 
 def _ratio_at(
@@ -201,6 +204,12 @@ def _ratio_at(
         own = None if pairs is None else pairs.get(path)
         return width_ratio(adapter, None if own is None else own.rank)
     return ratio
+
+
+def _reads_shapes(ratio: Ratio) -> bool:
+    """True for "auto", also in a rule."""
+    values = [value for _, value in ratio] if isinstance(ratio, tuple) else [ratio]
+    return any(isinstance(value, str) for value in values)
 
 
 def _check_ratio(ratio: Ratio) -> Ratio:

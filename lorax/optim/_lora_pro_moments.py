@@ -238,7 +238,7 @@ def _mask(factors: bool) -> Callable[[Adapters], Adapters]:
         fields = adapter.roles.items()
         return adapter.replace(**{f: is_factor(r) == factors for f, r in fields})
 
-    return lambda adapters: tree.map_adapters(marked, adapters)
+    return lambda adapters: _pairs.map_present(marked, adapters)
 
 
 def _zeros(factor: jax.Array) -> jax.Array:

@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import linalg, tree
+from lorax import linalg
 from lorax.optim import _checks, _decay, _gram, _pairs, _projection
 from lorax.types import Adapters, PairStatics
 
@@ -181,7 +181,7 @@ def _handled(adapters: Adapters, factors: str) -> Adapters:
         fields = adapter.roles.items()
         return adapter.replace(**{f: pair and role in roles for f, role in fields})
 
-    return tree.map_adapters(marked, adapters)
+    return _pairs.map_present(marked, adapters)
 
 
 def _turned(

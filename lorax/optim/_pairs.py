@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from lorax import tree
 from lorax.adapters import Dora, Lora, SlicedLora, layout
 from lorax.types import Adapters, PairStatics
 
@@ -39,7 +41,18 @@ class Pair(NamedTuple):
 
 def is_pair(adapter: Any) -> bool:
     """True for the adapters that pair transforms act on."""
-    return isinstance(adapter, Lora | SlicedLora | Dora)
+    return isinstance(adapter, Lora | SlicedLora | Dora) and is_present(adapter)
+
+
+def is_present(adapter: Any) -> bool:
+    """False for an adapter that `optax.masked` or `optax.partition` left out."""
+    return bool(jax.tree.leaves(adapter))
+
+
+def map_present(function: Callable[[str, Any], Any], adapters: Adapters) -> Adapters:
+    """Returns `{path: function(path, adapter)}`, what is left out as it is."""
+    own = lambda path, a: function(path, a) if is_present(a) else a
+    return tree.map_adapters(own, adapters)
 
 
 def pair_of(adapter: Any, statics: PairStatics | None = None) -> Pair:
@@ -111,16 +124,20 @@ def require_adapters(adapters: Any, name: str) -> Adapters:
     """Raises unless this is an adapter tree of real arrays that `name` can act on.
 
     A role that nobody here knows would neither be preconditioned nor decay, unseen.
+    Whole adapters may be left out, as `optax.masked` and `optax.partition` do.
     """
     whole = isinstance(adapters, Mapping) and all(
-        hasattr(adapter, "roles") for adapter in adapters.values()
+        hasattr(adapter, "roles") or not is_present(adapter)
+        for adapter in adapters.values()
     )
     if not whole or not adapters:
         raise ValueError(
             f"{name} acts on the adapters that lorax.init returns, {{path: Adapter}}; "
-            f"it was given {jax.tree.structure(adapters)}"
+            f"it was given {_told(adapters)}"
         )
     for path, adapter in adapters.items():
+        if not is_present(adapter):
+            continue
         if unknown := sorted(set(adapter.roles.values()) - set(ROLES)):
             raise ValueError(
                 f"{path}: {name} has no rule for the role {unknown[0]!r} of "
@@ -134,3 +151,33 @@ def require_adapters(adapters: Any, name: str) -> Adapters:
                     f"{path}: {name} needs real factors, and these are {leaf.dtype}"
                 )
     return dict(adapters)
+
+
+def require_whole(adapters: Adapters, name: str) -> None:
+    """Raises ValueError for an adapter of which a wrapper of optax left a part out."""
+    for path, adapter in adapters.items():
+        fields = [] if not is_present(adapter) else sorted(adapter.roles)
+        out = [f for f in fields if isinstance(getattr(adapter, f), optax.MaskedNode)]
+        if out:
+            raise ValueError(
+                f"{path}: {name} reads the factors of an adapter together, and "
+                f"optax.masked or optax.partition keeps {', '.join(out)} from it; "
+                "label whole adapters, {path: label}, and put what parts them behind: "
+                f"optax.chain({name}(...), optax.partition(...))"
+            )
+
+
+def _told(given: Any) -> str:
+    """What was given in place of adapters, and what to write."""
+    if getattr(given, "shape", None) == ():
+        return (
+            "a number: optax.inject_hyperparams calls every function among the "
+            "arguments as a schedule, a mask too; write optax.inject_hyperparams("
+            "make_tx, static_args=('mask',))(..., mask=decay_mask)"
+        )
+    return (
+        f"{jax.tree.structure(given)}; write adapters, params = lorax.init(key, "
+        "params, targets), then tx.init(adapters). (nnx.Optimizer(model, tx) hands "
+        "over the model's own parameters: use lorax.training.create_state(key, "
+        "adapters, tx) in its place.)"
+    )

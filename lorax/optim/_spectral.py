@@ -132,7 +132,7 @@ def add_decayed_spectral_norm(
             )
         name = f"add_decayed_spectral_norm(target={target!r})"
         if target == "merged":
-            _pairs.require_adapters(params, name)
+            _pairs.require_whole(_pairs.require_adapters(params, name), name)
             return DecayedSpectralNormState(_whole.start_merged(params))
         _checks.factor_pairs(params, name)
         return DecayedSpectralNormState({})

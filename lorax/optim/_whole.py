@@ -19,6 +19,7 @@ from lorax import tree
 from lorax.adapters import Full, SlicedLora, layout
 from lorax.kernels import Kernel
 from lorax.linalg import EXACT
+from lorax.optim import _pairs
 from lorax.types import Adapters, Axes, PairStatics, PyTree
 
 WARM = 20  # power iterations at init, where the leaf is at hand
@@ -146,7 +147,7 @@ def start_merged(adapters: Adapters) -> dict[str, jax.Array]:
     return {
         path: _direction(path, *_sizes(adapter))
         for path, adapter in adapters.items()
-        if not isinstance(adapter, Full)
+        if not isinstance(adapter, Full) and _pairs.is_present(adapter)
     }
 
 

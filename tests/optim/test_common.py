@@ -30,6 +30,15 @@ SMALL = {"w": problems.lora(), "bias": problems.full()}
 SVD = {"svd": problems.adalora("stacked", seed=30)}
 
 
+OUT = {
+    "out": problems.lora("stacked", seed=40),
+    "out/dora": problems.dora("heads", seed=50),
+    "out/bias": problems.full(seed=60),
+    "out/svd": problems.adalora(seed=70),
+}
+"""What the wrappers that choose by path leave out."""
+
+
 def small(row):
     """One pair, one leaf trained whole, and an AdaLora where the row needs it."""
     return {**SMALL, **(SVD if row.needs_svd else {})}
@@ -84,6 +93,13 @@ def test_state_keeps_its_kind_and_the_second_call_does_not_retrace(row):
 def wrapped(name):
     """Updates of a small tree, alone and inside optax's wrappers, in one program."""
     row = next(row for row in ROWS if row.name == name)
+    label = lambda path: "out" if path in OUT else "own"
+    labels = lambda tree: {path: label(path) for path in tree}
+    leafwise = lambda tree: {
+        path: jax.tree.map(lambda _, path=path: path not in OUT, a)
+        for path, a in tree.items()
+    }
+    split = lambda: {"own": make(row), "out": optax.set_to_zero()}
     wrappers = {
         "plain": lambda: make(row),
         "chain": lambda: optax.chain(optax.clip_by_global_norm(1e9), make(row)),
@@ -91,12 +107,20 @@ def wrapped(name):
         "hyperparams": lambda: optax.inject_hyperparams(row.make, row.static)(
             **row.kwargs
         ),
+        # whole adapters left out, of every class
+        "masked": lambda: optax.masked(
+            make(row), lambda t: {p: p not in OUT for p in t}
+        ),
+        "masked_leaves": lambda: optax.masked(make(row), leafwise),
+        "partition": lambda: optax.partition(split(), labels),
     }
 
     def updates(grads, adapters):
         results = {}
         for name, wrap in wrappers.items():
             tx = wrap()
+            if name.startswith(("masked", "partition")):
+                grads, adapters = {**grads, **OUT}, {**adapters, **OUT}
             state = tx.init(adapters)
             for _ in range(2 if name == "multi_steps" else 1):
                 result, state = tx.update(grads, state, adapters, **row.extra)
@@ -106,12 +130,20 @@ def wrapped(name):
     return compiled(updates, problems.like(small(row)), small(row))
 
 
-@pytest.mark.parametrize("name", ["chain", "multi_steps", "hyperparams"])
+@pytest.mark.parametrize(
+    "name",
+    ["chain", "multi_steps", "hyperparams", "masked", "masked_leaves", "partition"],
+)
 @rows
 def test_inside_optax_wrappers(row, name):
     results = wrapped(row.name)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
-    jax.tree.map(close, results[name], results["plain"])
+    got, want = dict(results[name]), results["plain"]
+    for path, adapter in OUT.items() if len(got) > len(want) else ():
+        left = 0.0 if name == "partition" else 1.0  # masked passes what it leaves out
+        other = jax.tree.map(lambda v, left=left: left * v, adapter)
+        jax.tree.map(np.testing.assert_array_equal, got.pop(path), other)
+    jax.tree.map(close, got, want)
     assert np.any(results["plain"]["w"].b)
 
 
@@ -271,6 +303,17 @@ def test_errors(row):
             ValueError, match="own: .* does not know how Own uses its a"
         ):
             tx.init(tree | own)
+    by_role = lambda adapters: {p: a.replace(**a.roles) for p, a in adapters.items()}
+    parts = dict.fromkeys(("a", "p", "lam"), optax.sgd(0.1))
+    parted = optax.partition(
+        {**parts, **dict.fromkeys(("b", "q", "value"), tx)}, by_role
+    )
+    if not row.adalora or row.needs_svd:
+        with pytest.raises(
+            ValueError,
+            match=r"reads the factors.*keeps .* from it; label whole adapter",
+        ):
+            parted.init(tree)
     if row.decays:  # a chain of ours, not of this table
         with pytest.raises(ValueError, match="eps"):
             row.make(**{**row.kwargs, "eps": -1.0})

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from lorax import optim
 from lorax.adapters import Dora, Full, Lora
+from lorax.optim import _pairs
 from tests.optim import problems
 
 TREE = {
@@ -154,6 +156,42 @@ def test_the_mask_reads_abstract_adapters_and_serves_optax():
     jax.tree.map(np.testing.assert_array_equal, *pair)
 
 
+def test_a_partition_by_role_decays_what_it_would_have_decayed():
+    """Labels that part a from b: the mask and the decay go by roles alone."""
+    by_role = lambda adapters: {p: a.replace(**a.roles) for p, a in adapters.items()}
+    rules = {role: optim.add_decayed_weights(0.3) for role in _pairs.ROLES}
+    got, want = optax.partition(rules, by_role), optim.add_decayed_weights(0.3)
+    jax.tree.map(np.testing.assert_array_equal, one_update(got), one_update(want))
+    rules = {
+        role: optax.add_decayed_weights(0.3, mask=optim.decay_mask)
+        for role in _pairs.ROLES
+    }
+    got = one_update(optax.partition(rules, by_role))
+    jax.tree.map(np.testing.assert_array_equal, got, one_update(want))
+
+
+def test_the_mask_as_the_message_says():
+    make = optax.inject_hyperparams(optax.adamw, static_args=("mask",))
+    tx = make(0.1, weight_decay=0.3, mask=optim.decay_mask)
+    plain = optax.adamw(0.1, weight_decay=0.3, mask=optim.decay_mask)
+    pair = one_update(tx), one_update(plain)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), *pair)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optim.lora_plus(0.1),
+        optim.lora_pro(0.1),
+        optax.adamw(0.1, mask=optim.decay_mask),
+    ],
+)
+def test_a_models_own_parameters_are_refused(tx):
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="tx.init.adapters.*nnx.Optimizer.model, tx"):
+        nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
 def test_errors():
     for strength in (-0.1, math.nan, math.inf, jnp.float32(-1)):
         with pytest.raises(ValueError, match="weight_decay=.*number of at least 0"):
@@ -173,6 +211,9 @@ def test_errors():
             ValueError, match="odd: .*no rule for the role 'gate' of Ga"
         ):
             function(odd)
+    make = optax.inject_hyperparams(optax.adamw)(0.1, mask=optim.decay_mask)
+    with pytest.raises(ValueError, match=r"a number: .* static_args=\('mask',\)"):
+        make.init(TREE)
     lora = TREE["attn/q"]
     wide = Lora(lora.a.astype(jnp.complex64), lora.b, 1.0, problems.DENSE)
     with pytest.raises(ValueError, match="attn/q: .* real factors, and these are com"):

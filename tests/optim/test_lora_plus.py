@@ -184,6 +184,35 @@ def test_full_leaves_may_decay_to_where_they_started():
     np.testing.assert_allclose(updates["dora"].a, -0.05 * a, rtol=1e-6)
 
 
+# Partitions by role, which part the second factor from the first
+
+
+def by_role(adapters):
+    return {path: a.replace(**a.roles) for path, a in adapters.items()}
+
+
+def test_a_partition_by_role():
+    roles = ("a", "b", "magnitude", "p", "lam", "q", "value")
+    ratio = [(".*", 4.0)]
+    tx = optax.partition(
+        {
+            role: optim.scale_by_lora_plus(ratio if role == "b" else 4.0)
+            for role in roles
+        },
+        by_role,
+    )
+    got, _ = tx.update(TREE, tx.init(TREE), TREE)
+    whole = optim.scale_by_lora_plus(4.0)
+    want, _ = whole.update(TREE, whole.init(TREE), TREE)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    for auto in ("auto", [(".*", "auto")]):
+        parted = dict.fromkeys(roles, optim.scale_by_lora_plus(auto))
+        with pytest.raises(
+            ValueError, match=r"'auto'\) reads the factors .* keeps .* it"
+        ):
+            optax.partition(parted, by_role).init(TREE)
+
+
 # Errors
 
 
