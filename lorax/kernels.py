@@ -235,7 +235,7 @@ def _not_last(jaxpr: Any, equations: dict[tuple[int, ...], set[str]]) -> set[str
         if name == "cond":
             sources = sources[1:]
         elif name == "scan":
-            consts, carried, _ = interpret.control.scan_layout(eqn)
+            consts, carried, _ = interpret.unchanged.scan_layout(eqn)
         elif name == "while":
             bodies = [eqn.params["body_jaxpr"]]
             sources = sources[eqn.params["cond_nconsts"] :]

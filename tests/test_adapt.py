@@ -11,7 +11,7 @@ from flax import nnx
 
 import lorax
 from lorax import transform
-from tests import programs
+from tests import programs, programs_nnx  # noqa: F401 (it registers its own)
 
 
 def setup(name):

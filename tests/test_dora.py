@@ -10,7 +10,7 @@ import pytest
 
 import lorax
 from lorax.adapters import dora
-from tests import programs
+from tests import programs, programs_nnx  # noqa: F401 (it registers its own)
 from tests.test_adapt import assert_close
 from tests.test_protocols import compiled
 

@@ -351,6 +351,35 @@ def test_on_a_mesh_activations_keep_their_axes(name):
     assert "stablehlo.negate" not in text(*spread, *args)
 
 
+def test_kernels_handed_back_by_loops_and_shards_are_not_merged():
+    """By a while loop, an outer scan, a shard; used after it, with dropout on."""
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+
+    def fn(params, x):
+        same = jax.jit(lambda w: w)
+        body = lambda state: (state[0] + 1, same(state[1]), x @ state[1])
+        _, w, y = jax.lax.while_loop(lambda s: s[0] < 3, body, (0, params["w"], x))
+        inner = lambda x, ws: jax.lax.scan(lambda x, w: (x @ w, w), x, ws)
+        y, stack = jax.lax.scan(inner, y, params["v"])
+        own = lambda w, x: (w, jnp.tanh(x @ w))
+        own = jax.shard_map(own, mesh=mesh, in_specs=P(), out_specs=P())
+        w, y = own(w, y)
+        return y @ w @ stack[0, 1]
+
+    params = {"w": programs.normal(1, 4, 4), "v": 0.5 * programs.normal(2, 2, 2, 4, 4)}
+    x = programs.normal(0, 3, 4)
+    kernels = lorax.discover(fn, params, x)
+    assert all(use.fast for kernel in kernels.values() for use in kernel.uses)
+    target = lorax.Target("[wv]", rank=2, dropout=0.5)
+    adapters, params = lorax.init(jax.random.key(0), params, target, kernels)
+    adapters = programs.perturbed(adapters)
+    adapted = lorax.adapt(fn, on_merge="error")
+    want = programs.definition(fn)(adapters, params, x)
+    assert_close(adapted(adapters, params, x), want)
+    dropped = adapted(adapters, params, x, lora_key=jax.random.key(1))
+    assert float(jnp.abs(dropped - want).max()) > 1e-3
+
+
 def test_eight_bit_operands_and_empty_batches():
     params = {"w": programs.normal(1, 4, 3)}
     adapters, params = lorax.init(jax.random.key(0), params, lorax.Target("w", rank=2))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lorax.interpret import unchanged
 from lorax.interpret.tracked import Term, Tracked
 from lorax.interpret.walker import Walker, rule
 from lorax.types import Factors
@@ -65,18 +66,19 @@ def remat(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
 
 @rule("cond")
 def cond(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
-    """`lax.cond` and `lax.switch`; a branch that returns a kernel merges it."""
+    """`lax.cond` and `lax.switch`; a branch that alters a kernel merges it."""
     index, *operands = values
+    rest = _Rest(walker, eqn, values)
 
     def branch(jaxpr: Any) -> Any:
         def body(key: Any, *args: Any) -> list[Any]:
-            outs = walker.inner(eqn, key).run(jaxpr, args)
-            return [walker.merged(out, eqn) for out in outs]
+            return rest.of(walker.inner(eqn, key).run(jaxpr, args))
 
         return body
 
     branches = [branch(jaxpr) for jaxpr in eqn.params["branches"]]
-    return jax.lax.switch(index, branches, walker.fork_key(), *operands)
+    outs = jax.lax.switch(index, branches, walker.fork_key(), *operands)
+    return rest.whole(outs)
 
 
 @rule("while")
@@ -86,43 +88,33 @@ def while_(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
     test, body = params["cond_jaxpr"], params["body_jaxpr"]
     n, m = params["cond_nconsts"], params["body_nconsts"]
     test_consts, body_consts, carry = values[:n], values[n : n + m], values[n + m :]
-    still = _unchanged(walker, eqn, body, m, carry)
+    rest = _Rest(walker, eqn, values)
     key = walker.fork_key()
-
-    def full(moving: list[Any]) -> list[Any]:
-        moving = list(moving)
-        return [c if s else moving.pop(0) for c, s in zip(carry, still, strict=True)]
 
     def run_test(state: Any) -> jax.Array:
         step, moving = state
         inner = walker.inner(eqn, _fold(key, step))
-        return inner.run(test, [*test_consts, *full(moving)])[0]
+        return inner.run(test, [*test_consts, *rest.whole(moving)])[0]
 
     def run_body(state: Any) -> Any:
         step, moving = state
         inner = walker.inner(eqn, _fold(key, step))
-        outs = inner.run(body, [*body_consts, *full(moving)])
-        outs = [
-            walker.merged(o, eqn) for o, s in zip(outs, still, strict=True) if not s
-        ]
+        outs = rest.of(inner.run(body, [*body_consts, *rest.whole(moving)]))
         return step + (key is not None), outs
 
-    moving = [walker.merged(c, eqn) for c, s in zip(carry, still, strict=True) if not s]
-    _, moving = jax.lax.while_loop(run_test, run_body, (jnp.int32(0), moving))
-    return full(moving)
+    state = jnp.int32(0), rest.of(carry)
+    return rest.whole(jax.lax.while_loop(run_test, run_body, state)[1])
 
 
 @rule("scan")
 def scan(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
     """`lax.scan` over layers: a stacked kernel is sliced with its factors."""
     params, body = eqn.params, eqn.params["jaxpr"]
-    n, carried, _ = scan_layout(eqn)
+    n, carried, _ = unchanged.scan_layout(eqn)
     consts, carry, xs = values[:n], values[n : n + carried], values[n + carried :]
-    still = _unchanged(walker, eqn, body, n, carry)
-    carry = [
-        c if s else walker.merged(c, eqn) for c, s in zip(carry, still, strict=True)
-    ]
     xs = [x if _stacked(x) else walker.merged(x, eqn) for x in xs]
+    rest = _Rest(walker, eqn, [*consts, *carry, *xs])
+    still = [place is not None for place in rest.places[:carried]]
     key = walker.fork_key()
 
     def full(moving: list[Any]) -> list[Any]:
@@ -133,56 +125,47 @@ def scan(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
         step, slices = slices
         slices = [_layer(s) for s in slices]
         inner = walker.inner(eqn, _fold(key, step), trips=params["length"])
-        outs = inner.run(body, [*consts, *full(moving), *slices])
-        outs = [
-            None if s else walker.merged(o, eqn)
-            for o, s in zip(
-                outs, [*still, *[False] * (len(outs) - carried)], strict=True
-            )
-        ]
-        return [o for o in outs[:carried] if o is not None], outs[carried:]
+        outs = rest.of(inner.run(body, [*consts, *full(moving), *slices]))
+        return outs[: still.count(False)], outs[still.count(False) :]
 
     steps = None if key is None else jnp.arange(params["length"])
     extra = {"_split_transpose": True} if params.get("_split_transpose") else {}
+    start = [c for c, s in zip(carry, still, strict=True) if not s]
     moving, ys = jax.lax.scan(
         run,
-        [c for c, s in zip(carry, still, strict=True) if not s],
+        [walker.merged(c, eqn) for c in start],
         (steps, xs),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
         **extra,
     )
-    return [*full(moving), *ys]
+    return rest.whole([*moving, *ys])
 
 
-def scan_layout(eqn: Any) -> tuple[int, int, int]:
-    """Returns how many operands of a scan are constants, carried and scanned.
+class _Rest:
+    """The results of an equation without the kernels it hands on as they are."""
 
-    Read off the shapes (a body sees one dimension less of what is scanned), because
-    the parameters that say so differ between versions of JAX.
-    """
-    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
-    rank = lambda v: len(v.aval.shape)
-    same = lambda outer, inner: rank(outer) == rank(inner)
-    kept = sum(map(same, eqn.invars, body.invars))
-    carried = sum(map(same, eqn.outvars, body.outvars))
-    return kept - carried, carried, len(eqn.invars) - kept
+    def __init__(self, walker: Walker, eqn: Any, values: list[Any]) -> None:
+        self.walker, self.eqn, self.values = walker, eqn, values
+        self.places = [
+            place if place is not None and isinstance(values[place], Tracked) else None
+            for place in unchanged.handed_on(eqn)
+        ]
+
+    def of(self, outs: list[Any]) -> list[Any]:
+        """Returns what a body has to return: the other results, merged."""
+        given = zip(outs, self.places, strict=True)
+        return [self.walker.merged(o, self.eqn) for o, place in given if place is None]
+
+    def whole(self, outs: list[Any]) -> list[Any]:
+        """Returns all results: the kernels are the views outside."""
+        outs = list(outs)
+        return [outs.pop(0) if p is None else self.values[p] for p in self.places]
 
 
 def _fold(key: jax.Array | None, step: jax.Array) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, step)
-
-
-def _unchanged(
-    walker: Walker, eqn: Any, body: Any, consts: int, carry: list[Any]
-) -> list[bool]:
-    """Marks kernels in the carry that the body hands on as they are."""
-    jaxpr = getattr(body, "jaxpr", body)
-    return [
-        isinstance(value, Tracked) and jaxpr.outvars[i] is jaxpr.invars[consts + i]
-        for i, value in enumerate(carry)
-    ]
 
 
 def _stacked(value: Any) -> bool:
@@ -222,23 +205,29 @@ def shard_map(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
     for axis in manual:
         shards *= params["mesh"].shape[axis]
 
+    rest = _Rest(walker, eqn, values)
+
     def body(key: Any, *args: Any) -> list[Any]:
         inner = walker.inner(eqn, key, trips=shards)
-        outs = inner.run(params["jaxpr"], [_local(arg) for arg in args])
-        return [walker.merged(out, eqn) for out in outs]
+        return rest.of(inner.run(params["jaxpr"], [_local(arg) for arg in args]))
 
     specs = [
         _specs(value, spec)
         for value, spec in zip(values, params["in_specs"], strict=True)
     ]
-    return jax.shard_map(
+    outs = jax.shard_map(
         body,
         mesh=params["mesh"],
         in_specs=(PartitionSpec(), *specs),
-        out_specs=list(params["out_specs"]),
+        out_specs=[
+            spec
+            for spec, place in zip(params["out_specs"], rest.places, strict=True)
+            if place is None
+        ],
         axis_names=set(manual),
         check_vma=params["check_vma"],
     )(walker.fork_key(), *values)
+    return rest.whole(outs)
 
 
 def _specs(value: Any, spec: Any) -> Any:
