@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,10 +66,11 @@ def merge_report(
     if isinstance(adapters, Mapping):  # anything else: `check` says what it is
         _require_floating(adapters, params)
     leaves = transform.check(adapters, params)
-    return {
-        path: _measured(adapter, jnp.asarray(leaves[path]), dtype)
-        for path, adapter in adapters.items()
-    }
+    with jax.ensure_compile_time_eval():  # known arrays, closed over by a jit
+        return {
+            path: _measured(adapter, jnp.asarray(leaves[path]), dtype)
+            for path, adapter in adapters.items()
+        }
 
 
 def _require_floating(adapters: Adapters, params: PyTree) -> None:
@@ -88,8 +90,7 @@ def _require_floating(adapters: Adapters, params: PyTree) -> None:
             raise ValueError(
                 f"{where}: the base is quantised ({', '.join(map(str, small))}), and "
                 "an update cannot be rounded into it entry by entry; dequantise the "
-                "leaf to bfloat16 or float32 and merge into that, or serve the adapter "
-                "unmerged with lorax.adapt"
+                "leaf to bfloat16 or float32, adapt that and merge into it"
             )
 
 

@@ -82,11 +82,12 @@ def init(
 
 def _require_finite(params: PyTree) -> None:
     """Raises ValueError naming the first leaf with a value that is no number."""
-    finite = {
-        path: jnp.isfinite(leaf).all()
-        for path, leaf in tree.flatten(params).items()
-        if tree.is_floating(leaf) and tree.is_concrete(leaf)
-    }
+    with jax.ensure_compile_time_eval():  # known leaves, closed over by a jit
+        finite = {
+            path: jnp.isfinite(leaf).all()
+            for path, leaf in tree.flatten(params).items()
+            if tree.is_floating(leaf) and tree.is_concrete(leaf)
+        }
     for path, whole in jax.device_get(finite).items():
         if not whole:
             raise ValueError(

@@ -80,7 +80,8 @@ def content(params: PyTree) -> dict[str, dict[str, Any]]:
       'e32f6afb092d86deb81864035f6b1cd2'
     """
     leaves = tree.flatten(params)
-    lanes = {p: _lanes(x) for p, x in leaves.items() if tree.is_concrete(x)}
+    with jax.ensure_compile_time_eval():  # known leaves, closed over by a jit
+        lanes = {p: _lanes(x) for p, x in leaves.items() if tree.is_concrete(x)}
     described = {}
     for path, leaf in leaves.items():
         words = on_host(lanes[path]) if path in lanes else None

@@ -44,12 +44,13 @@ def initial(adapters: Adapters, original: PyTree, residual: PyTree) -> Adapters:
     before, after = tree.flatten(original), tree.flatten(residual)
     tree.require(adapters, before, "original base")
     tree.require(adapters, after, "residual base")
-    return {
-        path: adapter
-        if isinstance(adapter, Full)
-        else _initial(path, adapter, before[path], after[path])
-        for path, adapter in adapters.items()
-    }
+    with jax.ensure_compile_time_eval():  # known bases, closed over by a jit
+        return {
+            path: adapter
+            if isinstance(adapter, Full)
+            else _initial(path, adapter, before[path], after[path])
+            for path, adapter in adapters.items()
+        }
 
 
 def _initial(path: str, adapter: Any, before: Any, after: Any) -> Any:
