@@ -258,6 +258,7 @@ def _kernel(
             f"{getattr(leaf, 'dtype', type(leaf).__name__)} and only floating leaves "
             "can be adapted; narrow the pattern or add it to exclude="
         )
+    tree.require_adaptable(path, leaf)
     shape = tuple(leaf.shape)
     if kernels is not None:
         tree.require([path], kernels, "program given to discover")

@@ -105,6 +105,27 @@ def is_floating(leaf: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
+def require_adaptable(path: str, leaf: Any) -> None:
+    """Raises ValueError naming a leaf that cannot hold an update: integers, 8 bits.
+
+    8-bit floats are the payload of a quantised kernel. The scale that belongs to it may
+    act after the product, and the branch would lie inside of it.
+    """
+    dtype = jnp.dtype(leaf.dtype)
+    if not is_floating(leaf):
+        raise ValueError(
+            f"{path}: the leaf has dtype {dtype}, and only floating leaves can be "
+            "adapted; dequantise it to bfloat16 or float32, or leave it out"
+        )
+    if dtype.itemsize == 1:
+        raise ValueError(
+            f"{path}: the leaf is quantised ({dtype}), and an update can neither be "
+            "rounded into it nor placed beside its scale; dequantise it first (the "
+            "leaf times its scale, in bfloat16 or float32), or leave it out "
+            "(exclude= of the target)"
+        )
+
+
 def is_concrete(leaf: Any) -> bool:
     """True when the leaf's values can be read now: not a tracer, not a shape."""
     return hasattr(leaf, "__array__") and not isinstance(leaf, jax.core.Tracer)

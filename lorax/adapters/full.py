@@ -8,6 +8,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lorax import tree
+
 
 @flax.struct.dataclass
 class Full:
@@ -24,10 +26,7 @@ class Full:
 
     def check(self, path: str, leaf: jax.Array) -> None:
         """Raises ValueError unless the value has the leaf's shape."""
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"{path}: the leaf has dtype {leaf.dtype}; only floating leaves train"
-            )
+        tree.require_adaptable(path, leaf)
         if self.value.shape != leaf.shape:
             raise ValueError(
                 f"{path}: the adapter holds a value of shape {self.value.shape} and "

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax import tree
 from lorax.types import Axes
 
 Shape = tuple[int, ...]
@@ -38,11 +39,7 @@ def check(
       shapes: of each factor, the shape it has and its layout in the letters "i" (in),
         "r" (rank) and "o" (out), batch axes in front.
     """
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(
-            f"{path}: the leaf has dtype {leaf.dtype}, and a low-rank update needs "
-            "a floating kernel; dequantise it or adapt another leaf"
-        )
+    tree.require_adaptable(path, leaf)
     if sorted(axes.order) != list(range(leaf.ndim)):
         raise ValueError(
             f"{path}: the adapter has {axes} and the leaf the shape "
