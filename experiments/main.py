@@ -34,9 +34,12 @@ def main(argv: Sequence[str]) -> None:
     if "heartbeat" in config.get("distributed", ()):
         distributed.initialize(config.distributed)  # before anything asks for devices
     from experiments import finetune, population
+    from lorax.checkpoint import folders
 
     command.checked(config)
     workdir = _WORKDIR.value or str(pathlib.Path("runs") / config.run.name)
+    with command.refusing():
+        folders.require_directory(pathlib.Path(workdir))
     run = finetune.run if "source" in config.model else population.run
     run(config, workdir)
 

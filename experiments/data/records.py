@@ -162,7 +162,11 @@ def read_list(
       ValueError: if it is no JSON list.
     """
     try:
-        values = json.loads(read_text(path, encoding), parse_constant=_no_constant)
+        values = json.loads(
+            read_text(path, encoding),
+            parse_constant=_no_constant,
+            object_pairs_hook=_once,
+        )
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not JSON: {e}") from e
     if not isinstance(values, list):
@@ -242,6 +246,7 @@ def _tabular(
         strict=True,
     )
     names = None if header is None else list(header)
+    _require_once(str(path), names or ())
     while True:
         where = f"{path}:{reader.line_num + 1}"  # where the next row begins
         try:
@@ -255,11 +260,27 @@ def _tabular(
             continue
         if names is None:
             names = fields
+            _require_once(where, names)
         elif len(fields) != len(names):
             bad.append(f"{where}: {len(fields)} fields, but {len(names)} columns")
         else:
             yield Row(where, dict(zip(names, fields, strict=True)))
     yield from bad
+
+
+def _require_once(where: str, names: Sequence[str]) -> None:
+    """ValueError naming a column that stands in a header twice.
+
+    A column without a name may: nothing can ask for it.
+    """
+    for name in filter(None, names):
+        places = [i for i, other in enumerate(names, 1) if other == name]
+        if len(places) > 1:
+            raise ValueError(
+                f"{where}: the column {name!r} stands {len(places)} times in the "
+                f"header, at {', '.join(map(str, places))} of {len(names)}: rename or "
+                "remove all but the one that is meant"
+            )
 
 
 def _json(
@@ -275,7 +296,11 @@ def _json(
             yield line
             continue
         try:
-            value = json.loads(line.values["text"], parse_constant=_no_constant)
+            value = json.loads(
+                line.values["text"],
+                parse_constant=_no_constant,
+                object_pairs_hook=_once,
+            )
         except (ValueError, RecursionError) as e:
             yield f"{line.where}: not JSON: {e}{_key_of_constant(line.values['text'])}"
             continue
@@ -301,6 +326,16 @@ def _key_of_constant(text: str) -> str:
     except (ValueError, RecursionError):
         pass
     return ""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose parser would take the last of two equal keys."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands more than once in an object")
+    return found
 
 
 def _no_constant(name: str) -> Any:

@@ -88,6 +88,9 @@ class RunTable:
 @contextlib.contextmanager
 def only_one(folder: pathlib.Path) -> Iterator[None]:
     """Holds the folder for this process; ValueError if another one has it."""
+    from lorax.checkpoint import folders  # jax loads only once the grid is right
+
+    folders.require_directory(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:

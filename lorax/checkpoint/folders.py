@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +14,39 @@ ORBAX_FILES = {"_CHECKPOINT_METADATA", "commit_success.txt"}
 TEMPORARY, ASIDE = ".orbax-checkpoint-tmp", "damaged-"
 
 
+def require_directory(folder: pathlib.PurePath) -> None:
+    """Raises ValueError if the folder neither is a directory nor can become one.
+
+    `mkdir` says "file exists" of a symbolic link to nothing, and orbax no more than
+    that it could not write.
+
+    Example:
+      >>> require_directory(pathlib.Path("runs/new"))
+    """
+    text = os.fspath(folder)
+    if "://" in text:
+        return
+    for path in (text, *map(os.fspath, pathlib.Path(text).parents)):
+        within = "" if path == text else f"{text} lies in {path}: "
+        if os.path.islink(path) and not os.path.exists(path):
+            raise ValueError(
+                f"{within}{path} is a symbolic link to {os.readlink(path)}, which is "
+                "not there: make that directory, or remove the link"
+            )
+        if os.path.exists(path):
+            if not os.path.isdir(path):
+                raise ValueError(
+                    f"{within}{path} is a file; give a directory, or a path where one "
+                    "can be made"
+                )
+            return
+
+
 def require_ours(folder: epath.Path) -> None:
     """Raises ValueError if the folder holds anything but steps of a run."""
+    require_directory(folder)
     if not folder.exists():
         return
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; checkpoints need a directory")
     for path in folder.iterdir():
         if TEMPORARY in path.name or path.name.startswith(ASIDE):
             continue

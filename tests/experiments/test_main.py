@@ -45,6 +45,14 @@ def test_what_is_mistyped_is_one_sentence_at_once(flags, told):
     assert done.stderr.startswith("experiments.main: ") and done.stdout == ""
 
 
+def test_a_workdir_that_is_a_link_to_nothing_is_named_at_once(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    done = launch(CONFIG, f"--workdir={tmp_path}/run")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    told = f"/run is a symbolic link to {tmp_path}/gone, which is not there: make that"
+    assert told in done.stderr
+
+
 def test_config_is_required():
     done = launch()
     assert done.returncode != 0 and "--config" in done.stderr

@@ -39,6 +39,42 @@ def test_a_file_without_header_gets_its_names(tmp_path):
     assert row == {"source": "gj04", "label": "1", "mark": "", "sentence": "fine"}
 
 
+@pytest.mark.parametrize(
+    "name, text, told",
+    [
+        (
+            "a.csv",
+            "a,b,a\n1,2,3\n",
+            "a.csv:1: the column 'a' stands 2 times .* 1, 3 of 3",
+        ),
+        (
+            "a.tsv",
+            "x\t\t\tx\tx\n",
+            "a.tsv:1: the column 'x' stands 3 times .* 1, 4, 5 of",
+        ),
+        (
+            "a.jsonl",
+            '{"a": 1, "a": 2}\n',
+            "a.jsonl:1: not JSON: the key 'a' stands more",
+        ),
+        ("a.json", '[{"b": {"a": 1, "a": 2}}]', "a.json: not JSON: the key 'a' stands"),
+    ],
+)
+def test_a_name_that_stands_twice_is_no_choice_of_the_last(tmp_path, name, text, told):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=told):
+        records.read(tmp_path / name)
+
+
+def test_columns_without_a_name_and_names_given_twice(tmp_path):
+    (tmp_path / "a.csv").write_text("a,,\n1,2,3\n")  # as spreadsheets end a line
+    assert values(records.read(tmp_path / "a.csv", columns=["a"])) == [
+        {"a": "1", "": "3"}
+    ]
+    with pytest.raises(ValueError, match="a.csv: the column 'x' stands 2 times"):
+        records.read(tmp_path / "a.csv", header=["x", "y", "x"])
+
+
 def test_json_lines_and_lists(tmp_path):
     lines = tmp_path / "a.jsonl"
     lines.write_text('{"a": 1}\n\n{"a": "line\u2028separator"}\n')
