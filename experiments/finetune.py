@@ -20,6 +20,7 @@ import rich.console
 
 import lorax
 from experiments import (
+    disk,
     distributed,
     factory,
     keeping,
@@ -112,7 +113,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     if done.initial is not None:
         save_and_verify(folder / "initial", done.initial, done.params)
     if primary:
-        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        disk.replace(folder / "results.json", json.dumps(results, indent=2) + "\n")
     for name, value in results.items():
         console.print(f"{name:>20}  {value}", highlight=False)
     console.print(f"Written to {folder}: adapter/ metrics.jsonl results.json")

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import metrics
+from experiments import disk, metrics
 
 # Okabe and Ito's colour-blind-safe palette; the marker tells the runs apart in grey.
 STYLE = {"lora": ("#0072B2", "o", "LoRA"), "full": ("#D55E00", "s", "full fine-tuning")}
@@ -51,4 +51,5 @@ def draw_curves(
     axes.set_title("Adapting a model of Python source to the English of its manual")
     axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.97))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with disk.failing(path):
+        figure.savefig(path, dpi=150)

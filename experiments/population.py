@@ -24,7 +24,7 @@ import rich.progress
 import rich.table
 
 import lorax
-from experiments import factory, metrics, optimizers, progress
+from experiments import disk, factory, metrics, optimizers, progress
 from experiments import writer as writers
 from experiments.data import documents, windows
 from experiments.pretrain import load_or_train
@@ -142,7 +142,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         "members": rows,
         "step_ms": step_ms,
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    disk.replace(folder / "results.json", json.dumps(results, indent=2) + "\n")
     console.print(table(results))
     console.print(f"Written to {folder}: members/ metrics.jsonl results.json")
     return results

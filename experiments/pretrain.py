@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 
-from experiments import decoder, factory, nonfinite, optimizers, writer
+from experiments import decoder, disk, factory, nonfinite, optimizers, writer
 from experiments.data import documents, windows
 from experiments.fit import fit
 
@@ -119,14 +119,15 @@ def _train(
 def _save(path: pathlib.Path, params: Any) -> None:
     """Writes the parameters beside `path`, then renames them into place."""
     flat = flax.traverse_util.flatten_dict(jax.device_get(params), sep="/")
-    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    os.close(handle)
-    try:
-        safetensors.numpy.save_file(flat, partial)
-        os.replace(partial, path)
-    except BaseException:
-        pathlib.Path(partial).unlink(missing_ok=True)
-        raise
+    with disk.failing(path):
+        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        try:
+            with open(handle, "wb") as file:
+                file.write(safetensors.numpy.save(flat))
+            os.replace(partial, path)
+        except BaseException:
+            pathlib.Path(partial).unlink(missing_ok=True)
+            raise
 
 
 def _load(path: pathlib.Path, abstract: Any) -> Any:

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 import rich.console
 
-from experiments import factory, metrics, nonfinite, optimizers, plots, progress
+from experiments import disk, factory, metrics, nonfinite, optimizers, plots, progress
 from experiments import writer as writers
 from experiments.data import documents, windows
 from experiments.fit import Fit, fit
@@ -96,7 +96,7 @@ def train(
     plots.draw_curves(
         writers.read(folder), results["base"]["test_bpb"], folder / "curves.png"
     )
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    disk.replace(folder / "results.json", json.dumps(results, indent=2) + "\n")
     labelled = {LABELS[name]: values for name, values in results.items()}
     console.print(metrics.summary_table(labelled, caption=describe_tuning(config)))
     for name in ("base", *config.run.methods[:1]):

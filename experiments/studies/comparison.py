@@ -4,7 +4,6 @@ A result is `{"rate": learning rate, "curves": [seed][point]}`, what falls being
 "LoRA" is the method that the others are held to.
 """
 
-import json
 import math
 import pathlib
 import time
@@ -14,7 +13,9 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from experiments import disk
 from experiments.benchmarks import measure
+from lorax.checkpoint import folders
 
 _FOLDER = flags.DEFINE_string("study_dir", None, "Where results and figures go.")
 SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds to report.", lower_bound=2)
@@ -35,6 +36,7 @@ COLOURS = (
 def folder(name: str) -> pathlib.Path:
     """Returns the study's folder, made if need be."""
     made = pathlib.Path(_FOLDER.value or f"runs/{name}")
+    folders.require_directory(made)
     made.mkdir(parents=True, exist_ok=True)
     return made
 
@@ -66,8 +68,7 @@ class Runs:
         self._path, self._settings = path, settings
         self._until = math.inf if minutes is None else time.time() + 60 * minutes
         self.lines: dict[tuple[Hashable, ...], dict[str, Any]] = {}
-        for text in path.read_text().splitlines() if path.exists() else ():
-            line = json.loads(text)
+        for line in disk.read_lines(path) if path.exists() else ():
             if settings.get(line["key"][0]) == line["settings"]:
                 self.lines[_exact(line["key"])] = line
 
@@ -106,8 +107,7 @@ class Runs:
             line["seconds"] = round(time.time() - began, 1)
             line["cpu_seconds"] = round(time.process_time() - work, 1)
             line |= {**made, "curve": curve}
-            with open(self._path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            disk.append(self._path, line)
             self.lines[key] = line
             print(*key, curve[-1], f"({line['seconds']:.0f} s)", flush=True)
         return self.lines[key]

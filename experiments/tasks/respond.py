@@ -16,7 +16,7 @@ import ml_collections
 import optax
 from absl import logging
 
-from experiments import distributed, writing
+from experiments import disk, distributed, writing
 from experiments.data import (
     batches,
     e2e,
@@ -164,10 +164,12 @@ def write_test(
         length_penalty=config.eval.length_penalty,
     )
     texts = [text.strip() for text in write((params,))]
-    with open(folder / "test.jsonl", "w", encoding="utf-8") as file:
-        for group, text in zip(groups, texts, strict=True):
-            row = {"prompt": group.prompt, "text": text, "references": group.references}
-            file.write(json.dumps(row) + "\n")
+    rows = [
+        {"prompt": group.prompt, "text": text, "references": group.references}
+        for group, text in zip(groups, texts, strict=True)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    disk.replace(folder / "test.jsonl", lines)
     references = [group.references for group in groups]
     scores = generation.generation_scores(texts, references, e2e.TOKENIZE[form])
     return {"test_prompts": len(groups), **scores}

@@ -16,10 +16,12 @@ own. (Older files have no digests, and load as well.)
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -30,7 +32,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from lorax import tree, untrusted
-from lorax.checkpoint import digests, entries, record
+from lorax.checkpoint import digests, entries, folders, record
 from lorax.checkpoint.entries import item_name
 from lorax.types import Adapters, PyTree
 
@@ -80,6 +82,8 @@ def save_adapters(
       KeyError: `params` lacks an adapted path.
       TypeError: an adapter of no class in `lorax.adapters.CLASSES`, or a static field
         that JSON cannot hold.
+      OSError: the directory cannot be written (no space left, no permission); what it
+        held is as it was.
 
     Example:
       >>> import tempfile
@@ -92,6 +96,7 @@ def save_adapters(
       {'head/bias': Full(value=Array([1., 2.], dtype=float32))}
     """
     folder = folder_of(path)
+    folders.require_directory(folder)
     if not adapters:
         raise ValueError("adapters is empty: there is nothing to save")
     if (folder / INDEX).exists():
@@ -110,13 +115,15 @@ def save_adapters(
     index["digests"] = seals(index)
     text = json.dumps(index, indent=1, allow_nan=False)
     arrays = {item_name(name): entries.arrays(a) for name, a in adapters.items()}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        target = folder / f"arrays-{index['generation']}"
-        checkpointer.save(target, args=ocp.args.PyTreeSave(arrays))
+    with _writing(folder):
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            target = folder / f"arrays-{index['generation']}"
+            checkpointer.save(target, args=ocp.args.PyTreeSave(arrays))
+        if jax.process_index() == 0:
+            part = folder / f"{INDEX}.part"
+            part.write_text(text)
+            part.replace(folder / INDEX)
     if jax.process_index() == 0:
-        part = folder / f"{INDEX}.part"
-        part.write_text(text)
-        part.replace(folder / INDEX)
         for stale in set(_generations(folder)) - {index["generation"]}:
             (folder / f"arrays-{stale}").rmtree(missing_ok=True)
     if jax.process_count() > 1:
@@ -197,6 +204,19 @@ def _version() -> str:
 
 
 # Writing
+
+
+@contextlib.contextmanager
+def _writing(folder: epath.Path) -> Iterator[None]:
+    """Names the directory in whatever orbax and tensorstore raise."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).split(" [tensorstore_spec")[0]
+        raise OSError(
+            f"{folder} could not be written: {reason}. Adapters that were there are as "
+            "they were; make room there, or permissions, and save once more"
+        ) from error
 
 
 def _require_finite(folder: epath.Path, adapters: Adapters) -> None:

@@ -261,7 +261,13 @@ class RunCheckpoints:
                 with contextlib.suppress(ValueError):
                     payload = reading.read_payload(self._at(step))
                     self._policy.metrics[step] = payload["metrics"]
+            # At once, in this thread: where directories made in the background fail (a
+            # disk that is read-only), threads stay behind that wait for them for 300 s.
+            directories = ocp.options.AsyncOptions(
+                create_directories_asynchronously=False
+            )
             options = ocp.CheckpointManagerOptions(
+                async_options=directories,
                 preservation_policy=self._policy,
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,  # the metadata may be damaged

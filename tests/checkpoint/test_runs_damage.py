@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lorax import checkpoint
+from lorax.adapters import Full
 from lorax.checkpoint import CheckpointWarning, DamagedError, RunCheckpoints
 from tests.checkpoint.states import base, filled, fresh, same
 
@@ -87,6 +89,22 @@ def flip_many(saved, tmp_path, seed, count):
         for path, bit in flips(saved, seed, count)
     ]
     return {what: found.count(what) for what in (9, 5, "error")}
+
+
+def test_a_folder_that_no_directory_can_become_is_named(tmp_path):
+    (tmp_path / "link").symlink_to("gone")
+    (tmp_path / "file").write_text("")
+    told = "link is a symbolic link to gone, which is not there: make that directory"
+    for path in ("link", "link/run/checkpoints"):
+        with pytest.raises(ValueError, match=told):
+            RunCheckpoints(tmp_path / path)
+        with pytest.raises(ValueError, match=told):
+            checkpoint.save_adapters(tmp_path / path, fresh().adapters)
+    with pytest.raises(ValueError, match="file/run lies in .*/file: .*file is a file"):
+        RunCheckpoints(tmp_path / "file" / "run")
+    (tmp_path / "gone").mkdir()  # as the message says
+    checkpoint.save_adapters(tmp_path / "link" / "adapter", fresh().adapters)
+    assert (tmp_path / "gone" / "adapter" / "adapters.json").exists()
 
 
 def test_a_flipped_bit_is_never_silent(saved, tmp_path):
@@ -218,6 +236,17 @@ def no_space():
 
     yield limit
     limit(soft)
+
+
+def test_no_space_left_for_adapters_leaves_those_before(tmp_path, no_space):
+    path, small = tmp_path / "adapter", fresh().adapters
+    checkpoint.save_adapters(path, small)
+    large = {"head": Full(jnp.asarray(np.random.default_rng(0).normal(size=9_000)))}
+    no_space(3_000)
+    told = r"adapter could not be written: .*File too large.*are as they were"
+    with pytest.raises(OSError, match=told):
+        checkpoint.save_adapters(path, large, overwrite=True)
+    assert checkpoint.load_adapters(path).keys() == small.keys()
 
 
 @pytest.mark.parametrize("when", ["wait", "save", "close"])
