@@ -5,7 +5,7 @@
 
 Claimed: five tasks on average 88.44 (Wang et al., arXiv:2407.18242, table 1, row
 "LoRA-Pro"; full fine-tuning 87.91). Never run at full size: neither the checkpoint nor
-GLUE can be had here. Factor mode, where the paper has "full" (set
+GLUE can be had here. Mode "rowcol", where the paper has "full" (set
 `--config.optimizer.options` for that). `:runlocal` is a path check, no result.
 """
 
@@ -22,5 +22,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.adapter.options = ()
     config.adapter.scaling = "rank_stabilized"
     config.optimizer.name = "lora_pro"
-    config.optimizer.options = (("mode", "factor"),)
+    config.optimizer.options = (("mode", "rowcol"),)
     return config.lock()

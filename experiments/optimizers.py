@@ -158,6 +158,8 @@ def make_optimizer(
             )
         _require_options("optimizer.options", config.name, make, given)
         fields = {f: config[f] for f in FIELDS if f in config and f in takes}
+        if config.name == "lora_pro" and given.get("mode", "rowcol") == "rowcol":
+            fields.pop("b1", None)  # no momentum, unless `options` ask for one
         options = {**fields, **given}
         if options.get("adam_learning_rate") is not None:
             options["adam_learning_rate"] = schedule(options["adam_learning_rate"])

@@ -56,7 +56,7 @@ def _adalora(budget: int) -> Any:
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "adamw": lambda: optax.adamw(RATE),
     "lora_plus": lambda: optim.lora_plus(RATE),
-    "lora_pro factor": lambda: optim.lora_pro(RATE),
+    "lora_pro factor": lambda: optim.lora_pro(RATE, mode="factor"),
     "lora_pro rowcol": lambda: optim.lora_pro(RATE, mode="rowcol"),
     "riemannian": lambda: optim.riemannian(RATE),
     "lora_fa": lambda: optim.lora_fa(RATE),

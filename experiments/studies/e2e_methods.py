@@ -61,7 +61,10 @@ METHODS: dict[str, Chosen] = {
     "DoRA": {"adapter.adapter": "dora"},
     "PiSSA": {"adapter.init": "pissa", "adapter.alpha": float(RANK)},
     "LoRA-GA": {"adapter.init": "lora_ga"},
-    "LoRA-Pro": {"optimizer.name": "lora_pro"},
+    "LoRA-Pro, factor": {
+        "optimizer.name": "lora_pro",
+        "optimizer.options": (("mode", "factor"),),
+    },
     "full": {"run.methods": ("full",)},
 }
 """Fields of the config that a method changes."""

@@ -47,10 +47,10 @@ class Method(NamedTuple):
 METHODS = {
     "LoRA": Method("adamw", 1e-2),
     "LoRA+": Method("lora_plus", 4e-3, (("ratio", 16.0),)),
-    "LoRA-Pro": Method("lora_pro", 1e-2),
+    "LoRA-Pro, factor": Method("lora_pro", 1e-2, (("mode", "factor"),)),
     "LoRA-GA": Method("adamw", 5e-3, (), "lora_ga", (("scale", "stable"),)),
-    "LoRA-GA + LoRA-Pro": Method(
-        "lora_pro", 5e-3, (), "lora_ga", (("scale", "stable"),)
+    "LoRA-GA + LoRA-Pro, factor": Method(
+        "lora_pro", 5e-3, (("mode", "factor"),), "lora_ga", (("scale", "stable"),)
     ),
     "Muon on b": Method("muon_factors", 1e-2),
 }

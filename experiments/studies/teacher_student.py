@@ -88,12 +88,16 @@ def _adalora(rate: Any, steps: int) -> Any:
     )
 
 
+def _factor(rate: Any, _: int) -> Any:
+    return optim.lora_pro(rate, mode="factor")
+
+
 GA = _lora(4, init="lora_ga", options={"scale": "gd"})
 METHODS = {
     "LoRA": Method(_lora(4), lambda rate, _: optax.adam(rate), 4e-3),
     "LoRA+": Method(_lora(4), lambda rate, _: optim.lora_plus(rate, 16.0), 1e-3),
-    "LoRA-Pro": Method(_lora(4), lambda rate, _: optim.lora_pro(rate), 4e-3),
-    "LoRA-GA + LoRA-Pro": Method(GA, lambda rate, _: optim.lora_pro(rate), 4e-3),
+    "LoRA-Pro, factor": Method(_lora(4), _factor, 4e-3),
+    "LoRA-GA + LoRA-Pro, factor": Method(GA, _factor, 4e-3),
     "Muon on b": Method(_lora(4), lambda rate, _: optim.muon(rate), 4e-3),
 }
 ALLOCATION = {

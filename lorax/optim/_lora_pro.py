@@ -13,6 +13,10 @@ rate. N and M are therefore damped by one and the same
 
 which bounds that step. With it X matters slightly to the kernel's update.
 
+Moments decide what the kernel then follows. Adam on hA and hB divides every entry by
+its own size and so parts the pair again: the kernel's step is no projection any more.
+Moments of the projected gradient itself keep it one (`_lora_pro_moments.py`).
+
 References:
   Wang et al., LoRA-Pro: Are Low-Rank Adapters Properly Optimized?, arXiv:2407.18242.
 """
@@ -28,7 +32,8 @@ from lorax.optim import _checks, _decay, _lora_pro_moments, _pairs, _projection
 from lorax.types import Adapters, PairStatics
 
 Choice = Literal["sylvester", "symmetry", "zero"]
-Mode = Literal["factor", "sgd", "rowcol", "full"]
+Mode = Literal["rowcol", "factor", "sgd", "full"]
+MODES = ("rowcol", "factor", "sgd", "full")
 
 
 def scale_by_lora_pro(
@@ -44,7 +49,8 @@ def scale_by_lora_pro(
         gradients. "symmetry": both factors move the kernel alike. "zero": no term.
         Without damping all three move the kernel alike under plain SGD.
       damping: of the Gram matrices, relative to the larger trace; at least 0. More
-        noise in the gradients wants more of it.
+        noise in the gradients wants more of it. 0.1 is for Adam's moments of the
+        factors; before `scale_by_lora_pro_rowcol` or `_full` give what they have.
       relative: False: `damping` is added as it is (1e-8 in the released code).
 
     Returns:
@@ -94,9 +100,9 @@ def scale_by_lora_pro(
 
 def lora_pro(
     learning_rate: _checks.ScalarOrSchedule,
-    mode: Mode = "factor",
+    mode: Mode = "rowcol",
     x: Choice = "sylvester",
-    damping: _checks.Scalar = 0.1,
+    damping: _checks.Scalar | None = None,
     relative: bool = True,
     b1: _checks.Scalar | None = None,
     b2: _checks.Scalar = 0.999,
@@ -106,22 +112,32 @@ def lora_pro(
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-Pro with plain steps, or with one of three forms of Adam.
 
+    With P(.) the projection on what the factors can express and g = P(G) that of the
+    kernel's gradient, the kernel steps along
+
+    | mode | step of the kernel | that is full fine-tuning by |
+    |---|---|---|
+    | rowcol | P(g / root of row and column means of g^2) | Adafactor, no momentum |
+    | full | P(Adam's step on g), the paper's | Adam |
+    | sgd | g | SGD |
+    | factor | s (uA B + A uB), uA, uB Adam's steps on hA, hB | none: LoRA's Adam |
+
     | mode | moments | state per kernel [n, m] | learning rate sized as for |
     |---|---|---|---|
+    | rowcol | row and column means of g^2 | n + m | full fine-tuning |
+    | full | of g, dense | 2 n m | full |
+    | sgd | none | none | full |
     | factor | of hA and hB | 2 r (n + m) | LoRA |
-    | sgd | none | none | full fine-tuning |
-    | rowcol | row and column means of the projection's squares | n + m | full |
-    | full | of the projection, dense (the paper's) | 2 n m | full |
 
-    In "rowcol" and "full" the rescaled projection is projected again before the step.
-    Leaves that are no factor (magnitude, value) follow Adam; in "sgd", plain SGD.
+    Leaves outside the pairs (magnitude, value) follow Adam; in "sgd", plain SGD.
 
     Args:
       learning_rate: a number or a schedule, sized as the table says.
-      mode: "factor" for ordinary Adam on the factors, "rowcol" where memory is short,
-        "full" for parity with the released code.
+      mode: "rowcol" to follow full fine-tuning in little memory, "full" for parity with
+        the released code, "factor" for Adam on the factors at LoRA's rates.
       x: see `scale_by_lora_pro`.
-      damping: see `scale_by_lora_pro`.
+      damping: see `scale_by_lora_pro`; None: 0.1 in "factor", 0.01 in the others. Under
+        heavy noise 0.1 is better there too.
       relative: see `scale_by_lora_pro`.
       b1: decay rate of the first moment; None for 0.9, and in "rowcol" none for the
         factors. A number there adds a momentum of their own size.
@@ -137,9 +153,12 @@ def lora_pro(
       ValueError: an unknown mode or `x`, a hyperparameter out of range.
 
     Example:
-      >>> tx = lora_pro(2e-5, mode="rowcol", damping=0.1)
+      >>> tx = lora_pro(1e-3)
+      >>> tx = lora_pro(1e-2, mode="factor")  # a rate of LoRA's
     """
-    _checks.one_of("mode", mode, ("factor", "sgd", "rowcol", "full"))
+    _checks.one_of("mode", mode, MODES)
+    if damping is None:
+        damping = 0.1 if mode == "factor" else 0.01
     _checks.moments(0.9 if b1 is None else b1, b2, eps, weight_decay)
     return optax.chain(
         scale_by_lora_pro(x, damping, relative),

@@ -65,7 +65,7 @@ def scale_by_lora_pro_rowcol(
     b2: _checks.Scalar = 0.999,
     eps: _checks.Scalar = 1e-8,
     x: str = "sylvester",
-    damping: _checks.Scalar = 0.1,
+    damping: _checks.Scalar = 0.01,
     relative: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Divides the projected gradient by factored root mean squares, n + m numbers.
@@ -74,7 +74,7 @@ def scale_by_lora_pro_rowcol(
       b2: decay rate of the means, corrected for their start at zero.
       eps: its square is added to the means.
       x: of the second projection, see `scale_by_lora_pro`, which comes before this.
-      damping: of the second projection.
+      damping: of the second projection; give the first the same.
       relative: False: absolute damping.
 
     Returns:
@@ -85,7 +85,9 @@ def scale_by_lora_pro_rowcol(
         adapters.
 
     Example:
-      >>> tx = optax.chain(scale_by_lora_pro_rowcol(), optax.scale(-2e-5))
+      >>> from lorax import optim
+      >>> first = optim.scale_by_lora_pro(damping=0.01)
+      >>> tx = optax.chain(first, scale_by_lora_pro_rowcol(), optax.scale(-2e-5))
     """
     _checks.moments(0.0, b2, eps, 0.0)
     _checks.at_least("damping", damping)
@@ -139,7 +141,7 @@ def scale_by_lora_pro_full(
     b2: _checks.Scalar = 0.999,
     eps: _checks.Scalar = 1e-8,
     x: str = "sylvester",
-    damping: _checks.Scalar = 0.1,
+    damping: _checks.Scalar = 0.01,
     relative: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam on the projected gradient itself, as in the paper: state of 2 n m numbers.
@@ -149,7 +151,7 @@ def scale_by_lora_pro_full(
       b2: decay rate of the second.
       eps: added to the root of the second moment.
       x: of the second projection, see `scale_by_lora_pro`, which comes before this.
-      damping: of the second projection.
+      damping: of the second projection; give the first the same.
       relative: False: absolute damping.
 
     Returns:
@@ -160,7 +162,9 @@ def scale_by_lora_pro_full(
         adapters.
 
     Example:
-      >>> tx = optax.chain(scale_by_lora_pro_full(), optax.scale(-2e-5))
+      >>> from lorax import optim
+      >>> first = optim.scale_by_lora_pro(damping=0.01)
+      >>> tx = optax.chain(first, scale_by_lora_pro_full(), optax.scale(-2e-5))
     """
     _checks.moments(b1, b2, eps, 0.0)
     _checks.at_least("damping", damping)

@@ -81,6 +81,24 @@ def test_options_go_before_the_fields_of_the_config():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), got, want)
 
 
+@pytest.mark.parametrize(
+    ("options", "b1"),
+    [((), None), ((("b1", 0.8),), 0.8), ((("mode", "factor"),), 0.9)],
+    ids=["rowcol", "its own momentum", "factor"],
+)
+def test_lora_pro_has_the_momentum_of_the_config_where_it_has_adams(options, b1):
+    """The default keeps n + m numbers, from a config too."""
+    tx = make(name="lora_pro", options=options, weight_decay=0.0)
+    want = optim.lora_pro(0.01, **{"b2": 0.98, **dict(options), "b1": b1})
+    size = lambda tx: sum(x.size for x in jax.tree.leaves(tx.init(LORA)))
+    assert size(tx) - size(want) == 1  # the count of the schedule
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6),
+        step(tx, LORA),
+        step(want, LORA),
+    )
+
+
 def test_weight_decay_spares_norms_biases_and_magnitudes():
     zero = jax.tree.map(jnp.zeros_like, LORA)
     tx = make()

@@ -19,7 +19,7 @@ def test_every_method_is_one_of_the_config(name):
 
 
 def test_a_method_is_swept_reported_and_read_back(tmp_path):
-    method = study.METHODS["LoRA-GA + LoRA-Pro"]
+    method = study.METHODS["LoRA-GA + LoRA-Pro, factor"]
     config = study.configured(method, toy=True, steps=2)
     model = factory.make_model(config.model)
     loss_fn = factory.make_loss(model)

@@ -271,6 +271,49 @@ def test_rowcol_is_adafactor_on_the_projection_projected_again():
     np.testing.assert_allclose(case.induced(ha, hb), want, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("options", "follows"),
+    [({}, "adafactor"), ({"mode": "full"}, "adam"), ({"mode": "factor"}, None)],
+    ids=["default", "full", "factor"],
+)
+def test_what_each_mode_follows_with_its_own_damping(options, follows):
+    """The cosine of the kernel's step with the projection of full fine-tuning's."""
+    for seed in (13, 14, 15):
+        case, history, ha, hb = run(
+            optim.lora_pro(1.0, b2=0.9, **options), 8, seed=seed
+        )
+        mu = nu = p = q = 0.0
+        for g in history:
+            mu, nu = 0.9 * mu + 0.1 * g, 0.9 * nu + 0.1 * g**2
+            p, q = 0.9 * p + 0.1 * np.mean(g**2, 1), 0.9 * q + 0.1 * np.mean(g**2, 0)
+        steps = {
+            "adam": mu / np.sqrt(nu),
+            "adafactor": history[-1] / np.sqrt(np.outer(p, q)),
+        }
+        for name, step in steps.items():
+            goal, own = onto_tangent(case, step), -case.induced(ha, hb)
+            cosine = np.sum(goal * own) / np.linalg.norm(goal) / np.linalg.norm(own)
+            assert (cosine > 0.999) == (name == follows), (seed, name, cosine)
+            assert name == follows or cosine < 0.97, (seed, name, cosine)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({}, {"mode": "rowcol", "damping": 0.01}),
+        ({"mode": "factor"}, {"mode": "factor", "damping": 0.1}),
+        ({"mode": "sgd"}, {"mode": "sgd", "damping": 0.01}),
+        ({"mode": "full"}, {"mode": "full", "damping": 0.01}),
+    ],
+    ids=["none", "factor", "sgd", "full"],
+)
+def test_the_defaults_are_these(given, meant):
+    ours, theirs = (run(optim.lora_pro(0.1, **own), 2)[2:] for own in (given, meant))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    heavy = run(optim.lora_pro(0.1, **{**meant, "damping": 0.03}), 2)[2]
+    assert np.any(heavy != ours[0])  # the damping does count
+
+
 def largest(jaxpr):
     """The size of the largest array anywhere in a jaxpr."""
     inner = [
@@ -334,7 +377,7 @@ def test_raw_gradients_are_clipped_before_it():
 def test_errors():
     with pytest.raises(ValueError, match="x='qr'; choose one of sylvester, symmetry"):
         optim.scale_by_lora_pro(x="qr")
-    with pytest.raises(ValueError, match="mode='adam'; choose one of factor, sgd"):
+    with pytest.raises(ValueError, match="mode='adam'; choose one of rowcol, fac"):
         optim.lora_pro(1e-3, "adam")
     for make in (
         optim.scale_by_lora_pro,
