@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 import math
 import reprlib
+import string
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 LARGEST = 2**31 - 1
 """Of every count, size and coefficient: what XLA indexes with."""
 
+_HEX = frozenset(string.hexdigits.lower())
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
@@ -58,7 +61,7 @@ def check(where: str, value: Any, rule: Rule) -> Any:
       >>> check("rank", True, whole(1))
       Traceback (most recent call last):
       ...
-      ValueError: rank=True; it must be an int >= 1
+      ValueError: rank=True; it must be an int >= 1 and <= 2147483647
     """
     if not rule.fits(value):
         raise ValueError(f"{where}={shown(value)}; it must be {rule.says}")
@@ -83,7 +86,7 @@ def shown(value: Any) -> str:
 
 def whole(least: int = 0, most: int = LARGEST) -> Rule:
     """An int in a range, both ends included."""
-    says = f"an int >= {least}" + (f" and <= {most}" if most != LARGEST else "")
+    says = f"an int >= {least} and <= {most}"
     return Rule(says, lambda v: type(v) is int and least <= v <= most)
 
 
@@ -120,9 +123,9 @@ def listed(rule: Rule, least: int = 0) -> Rule:
 
 def mapping(rule: Rule, least: int = 0) -> Rule:
     """An object of at least so many values of one rule."""
-    says = f"an object of {least} or more values" if least else "an object of values"
+    says = f"an object of {least} or more fields" if least else "an object"
     return Rule(
-        f"{says}, each {rule.says}",
+        says if rule is ANY else f"{says}, each {rule.says}",
         lambda v: (
             isinstance(v, Mapping)
             and len(v) >= least
@@ -137,6 +140,15 @@ def choice(*names: str) -> Rule:
     return Rule(known, lambda v: isinstance(v, str) and v in names)
 
 
+def digits(count: int) -> Rule:
+    """Text of so many hexadecimal digits: a digest."""
+    return Rule(
+        f"{count} hex digits",
+        lambda v: isinstance(v, str) and len(v) == count and _HEX.issuperset(v),
+    )
+
+
+FINITE = number(-sys.float_info.max, sys.float_info.max)
 FLAG = Rule("true or false", lambda v: isinstance(v, bool))
 TEXT = Rule("text", lambda v: isinstance(v, str))
 TABLE = Rule("an object", lambda v: isinstance(v, Mapping))

@@ -20,7 +20,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -42,19 +41,14 @@ FIELDS = {
     "format": untrusted.whole(1),
     "library": untrusted.TEXT,
     "generation": untrusted.whole(),
-    "adapters": untrusted.mapping(untrusted.TABLE, 1),
-    "base": untrusted.mapping(untrusted.TABLE) | None,
+    "adapters": untrusted.mapping(untrusted.ANY, 1),
+    "base": untrusted.TABLE | None,
 }
 """What the fields of the index must be; it may have others, which are sealed too."""
 BASE = {
     "shape": untrusted.SHAPE,
     "dtype": untrusted.TEXT,
-    "sha256": untrusted.Rule(
-        "64 hex digits, or null",
-        lambda v: (
-            v is None or (isinstance(v, str) and bool(re.fullmatch("[0-9a-f]{64}", v)))
-        ),
-    ),
+    "sha256": untrusted.digits(64) | None,
 }
 
 
@@ -168,11 +162,14 @@ def load_adapters(
     """
     folder = folder_of(path)
     index, skeleton = _read_index(folder)
-    if template is not None:
-        skeleton = entries.filled(skeleton, index["adapters"], template)
-        entries.check_template(skeleton, template)
-    if params is not None:
-        _check_base(skeleton, index["base"] or {}, params)
+    try:
+        if template is not None:
+            skeleton = entries.filled(skeleton, index["adapters"], template)
+            entries.check_template(skeleton, template)
+        if params is not None:
+            _check_base(skeleton, index["base"] or {}, params)
+    except ValueError as error:
+        raise ValueError(f"{folder / INDEX}: {error}") from error
     place = folder / f"arrays-{index['generation']}"
     arrays = _read_arrays(place, skeleton)
     for name, entry in index["adapters"].items():

@@ -51,9 +51,7 @@ STATIC = {
     ),
     "blocks": untrusted.whole(1),
     "detach_norm": untrusted.FLAG,
-    "moved_by": untrusted.Rule(
-        "text, or null", lambda v: v is None or isinstance(v, str)
-    ),
+    "moved_by": untrusted.TEXT | None,
 }
 """What the static fields of adapters must be, by name; others may be any such data."""
 

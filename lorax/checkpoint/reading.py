@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lorax.checkpoint import record, states
+from lorax.checkpoint import entries, record, states
 from lorax.checkpoint.entries import item_name
 from lorax.checkpoint.folders import RUN, STATE
 from lorax.checkpoint.record import DamagedError
@@ -31,9 +31,22 @@ def read_payload(folder: epath.Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{place} cannot be read: {error}") from error
     payload = record.opened(envelope, str(place))
+    try:
+        record.require_form(payload)
+        for path, entry in payload["adapters"].items():
+            _require_entry(path, entry)
+    except ValueError as error:
+        raise DamagedError(f"{place} is damaged: {error}") from error
     if str(payload["step"]) != folder.name:
         raise DamagedError(f"{place} is of step {payload['step']}")
     return payload
+
+
+def _require_entry(path: str, entry: Any) -> None:
+    try:
+        entries.skeleton(entry)
+    except ValueError as error:
+        raise ValueError(f"payload.adapters.{path}: {error}") from error
 
 
 def read_step(
@@ -51,9 +64,12 @@ def read_step(
       ValueError: it is whole, and of another base or template.
     """
     payload = read_payload(folder)
-    if base is not None and payload["base"] is not None:
-        _check_base(payload["base"], base)
-    states.check(payload, template)
+    try:
+        if base is not None and payload["base"] is not None:
+            _check_base(payload["base"], base)
+        states.check(payload, template)
+    except ValueError as error:
+        raise ValueError(f"{folder / RUN / 'metadata'}: {error}") from error
     arrays = _read_arrays(folder / STATE, list(payload["leaves"]))
     states.verify(payload, arrays)
     return payload, arrays

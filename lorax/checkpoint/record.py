@@ -19,8 +19,25 @@ from typing import Any
 import jax
 import numpy as np
 
+from lorax import untrusted
+from lorax.untrusted import Rule
+
 FORMAT = 1
 LIBRARIES = ("lorax-flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+KIND = {"shape": untrusted.SHAPE, "dtype": untrusted.TEXT}
+BASE = KIND | {"content": untrusted.digits(32) | None}
+LEAF = KIND | {"digest": untrusted.digits(32)}
+PAYLOAD = {
+    "step": untrusted.whole(),
+    "versions": untrusted.mapping(untrusted.TEXT),
+    "data": untrusted.ANY,
+    "config": untrusted.ANY,
+    "metrics": untrusted.mapping(untrusted.FINITE | None),
+    "base": untrusted.TABLE | None,
+    "adapters": untrusted.TABLE,
+    "leaves": untrusted.mapping(untrusted.ANY, 1),
+}
+"""What the fields of a run's payload must be, and those of its base and leaves."""
 
 
 class DamagedError(ValueError):
@@ -55,7 +72,7 @@ def opened(envelope: Any, where: str) -> dict[str, Any]:
             raise DamagedError(f"{where} is damaged: no {field} in it")
     number, payload = envelope["format"], envelope["payload"]
     if envelope["digest"] != digest([number, payload]):
-        raise DamagedError(f"{where} is damaged: its digest is another")
+        raise DamagedError(f"{where} is damaged: its digest is another{_why(payload)}")
     if number > FORMAT:
         raise ValueError(
             f"{where} has format {number}, written with {payload.get('versions')}; "
@@ -73,6 +90,34 @@ def digest(value: Any) -> str:
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _why(payload: Mapping[str, Any]) -> str:
+    """The first field that is impossible too, if any: format or payload was changed."""
+    try:
+        require_form(payload)
+    except ValueError as error:
+        return f": {error}"
+    return " than that of its format and payload"
+
+
+def require_form(payload: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the first field of a run that is out of its range."""
+    _require(payload, PAYLOAD, "payload")
+    tables = [(payload["leaves"], LEAF, "payload.leaves")]
+    if payload["base"] is not None:
+        where = "payload.base"
+        untrusted.field(payload["base"], "source", untrusted.TEXT | None, where)
+        own = untrusted.field(payload["base"], "leaves", untrusted.TABLE, where)
+        tables.append((own, BASE, f"{where}.leaves"))
+    for table, rules, where in tables:
+        for name, entry in table.items():
+            _require(entry, rules, f"{where}.{name}")
+
+
+def _require(table: Mapping[str, Any], rules: Mapping[str, Rule], where: str) -> None:
+    for name, rule in rules.items():
+        untrusted.field(table, name, rule, where)
 
 
 def plain(where: str, value: Any) -> Any:

@@ -90,6 +90,11 @@ class Tensor(NamedTuple):
         """Bytes of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def require_floating(self) -> None:
+        """Raises ValueError unless its values are floats, as all that is trained."""
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"{self.key!r} has dtype {self.dtype}, not a float")
+
     def read(self, rows: slice = slice(None)) -> np.ndarray:
         """Returns the tensor, or those of its rows; only their bytes are read.
 

@@ -11,6 +11,7 @@ that can be known from headers is checked before the first weight is read.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 import pathlib
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from lorax import models
+from lorax import models, untrusted
 from lorax.interop import files, leaves
 from lorax.models import table
 from lorax.types import PyTree
@@ -84,7 +85,10 @@ def load(
         raise ValueError(f"{directory}: {error}") from error
     model = family.Model(config)
     shapes = abstract(model)
-    found = _placed(family, config, tensors, shapes, directory, key is not None)
+    try:
+        found = _placed(family, config, tensors, shapes, draws_heads=key is not None)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}; {_sizes(raw, config)}") from error
     if callable(shardings):
         shardings = shardings(model, shapes)
     flat = {} if shardings is None else _flat(shardings)
@@ -212,16 +216,18 @@ def _siblings(path: pathlib.Path) -> list[pathlib.Path]:
 def family_of(config: Mapping[str, Any], directory: Any) -> ModuleType:
     """Returns the module of `lorax.models` that implements a config.json."""
     kind = config.get("model_type")
-    if kind not in models.FAMILIES:
+    if not isinstance(kind, str) or kind not in models.FAMILIES:
         raise ValueError(
-            f"{directory}: model_type={kind!r} is not implemented; known are "
+            f"{directory}: config.json: model_type={untrusted.shown(kind)} is not "
+            "implemented; known are "
             f"{', '.join(sorted(models.FAMILIES))}"
         )
     return models.FAMILIES[kind]
 
 
+@functools.lru_cache(8)
 def abstract(model: Any) -> PyTree:
-    """Returns the shapes and dtypes of a model's parameters."""
+    """Returns the shapes and dtypes of a model's parameters; it is traced once."""
     return jax.eval_shape(model.init, jax.random.key(0), *_example(model))["params"]
 
 
@@ -274,7 +280,7 @@ def _placed(
     config: Any,
     tensors: Mapping[str, files.Tensor],
     shapes: PyTree,
-    directory: pathlib.Path,
+    *,
     draws_heads: bool,
 ) -> dict[str, list[tuple[files.Tensor, table.Entry]]]:
     """Returns for every leaf its tensors, one for each layer of a stack."""
@@ -283,7 +289,7 @@ def _placed(
     for key, tensor in tensors.items():
         name = renamed(family, key)
         if name in known:
-            raise ValueError(f"{directory}: {key!r} and {known[name].key!r} are one")
+            raise ValueError(f"{key!r} and {known[name].key!r} are one tensor")
         if name in where or not files.matches(family.IGNORED, name):
             known[name] = tensor
     heads = getattr(family, "HEADS", ())
@@ -295,7 +301,7 @@ def _placed(
     extra = sorted(set(known) - set(where) - tied)
     if missing or extra:
         raise ValueError(
-            f"{directory}: the tensors are not those of its config.json; "
+            "the tensors are not those of its config.json; "
             f"missing: {_some(missing)}; left over: {_some(extra)}"
         )
     flat = _flat(shapes)
@@ -307,11 +313,23 @@ def _placed(
         need = table.disk_shape(shape, entry.inputs, entry.transposed)
         if known[key].shape != need:
             raise ValueError(
-                f"{known[key].path}: {key!r} has shape {list(known[key].shape)}, and "
-                f"config.json asks for {list(need)}"
+                f"{known[key].path.name}: {key!r} has shape {list(known[key].shape)}, "
+                f"and config.json asks for {list(need)}"
             )
         found.setdefault(path, []).append((known[key], entry))
     return found
+
+
+def _sizes(raw: Mapping[str, Any], config: Any) -> str:
+    """What a config.json says of sizes, where the tensors have others."""
+    told = []
+    for name, value in config.to_hf().items():
+        if isinstance(value, dict):
+            told.append(f"{name} of {len(value)}")
+        elif isinstance(value, int):
+            absent = " (left out, so the default)" if raw.get(name) is None else ""
+            told.append(f"{name}={value}{absent}")
+    return f"config.json has {', '.join(told)}"
 
 
 def _some(names: list[str]) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from lorax import tree
+from lorax import tree, untrusted
 from lorax.interop import assembly, files, hf
 from lorax.interop.factors import Module
 from lorax.interop.peft_base import Base
@@ -57,6 +57,10 @@ def load(
     Raises:
       ValueError: a file that is not sound, not for this base, or a pickle.
     """
+    untrusted.check("alpha", alpha, untrusted.number())
+    untrusted.check("dropout", dropout, untrusted.number(0, below=1))
+    if merged is not None and not any(merged):
+        raise ValueError(f"merged={merged!r} adapts no block; None: no MergedLinear")
     path = pathlib.Path(path)
     if path.suffix in (".bin", ".pt", ".pth"):
         raise ValueError(
@@ -65,7 +69,12 @@ def load(
         )
     base = Base(config)
     family = hf.family_of(config.to_hf(), "config")
-    named = {hf.renamed(family, k): t for k, t in files.open_tensors(path).items()}
+    named: dict[str, files.Tensor] = {}
+    for key, tensor in files.open_tensors(path).items():
+        name = hf.renamed(family, key)
+        if name in named:
+            raise ValueError(f"{path}: {key!r} and {named[name].key!r} are one tensor")
+        named[name] = tensor
     names = sorted({k.removesuffix(e) for k in named for e in ENDS if k.endswith(e)})
     rest = {k: t for k, t in named.items() if not k.endswith(ENDS)}
     try:
@@ -75,6 +84,7 @@ def load(
             tree.require([key], base.where, "base model")
             if tensor.shape != base.shape(key):
                 raise ValueError(f"{key!r} is {tensor.shape}, not {base.shape(key)}")
+            tensor.require_floating()
         modules = [_module(name, named, base, alpha, merged) for name in names]
         saved = {key: tensor.read() for key, tensor in rest.items()}
         return assembly.adapters(modules, saved, base, dropout)
@@ -95,20 +105,25 @@ def _check(
         )
     tree.require([name + end for end in ENDS], named, "file")
     a, b = (named[name + end].shape for end in ENDS)
+    for end in ENDS:
+        named[name + end].require_floating()
     in_, out = base.sizes(name)
-    rank = b[-1]
+    pair = " and ".join(repr(name + end) for end in ENDS)
+    rank = b[-1] if b else 0
+    if rank < 1:
+        raise ValueError(f"{name + ENDS[1]!r} has shape {b}, and the rank is its last")
     if (a, b) == ((rank, in_), (out, rank)):
         return
     if merged is None:
         raise ValueError(
-            f"{name!r} has factors {a} and {b}, which a map from {in_} to {out} cannot "
+            f"{pair} have shapes {a} and {b}, which a map from {in_} to {out} cannot "
             "have; if it was a MergedLinear, pass merged=, its enable_lora"
         )
     blocks, width = sum(merged), out // len(merged)
     want = (blocks * rank, in_), (blocks * width, rank)
     if (a, b) != want or width * len(merged) != out:
         raise ValueError(
-            f"{name!r} has factors {a} and {b}, and merged={tuple(merged)} of {out} "
+            f"{pair} have shapes {a} and {b}, and merged={tuple(merged)} of {out} "
             f"outputs asks for {want[0]} and {want[1]}"
         )
 

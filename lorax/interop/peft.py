@@ -136,7 +136,7 @@ def save(
     base = Base(config)
     tree.require(adapters, base.shapes, "model")
     for path, adapter in adapters.items():
-        adapter.check(path, base.shapes[path])  # type: ignore[arg-type]
+        adapter.check(path, base.shapes[path])
     if initial is not None:
         adapters = _on_original(adapters, initial)
     elif not residual:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import flax.traverse_util
-import jax
 import numpy as np
 
 from lorax.interop import hf
@@ -38,7 +36,8 @@ class Base:
         family = hf.family_of(config.to_hf(), "config")
         locate = lambda c: table.locate(family.entries(c), c.stacks, c.scan)
         self.where = locate(config)
-        self.shapes = _shapes(family.Model(config))
+        shapes = hf.abstract(family.Model(config))
+        self.shapes = flax.traverse_util.flatten_dict(shapes, sep="/")
         self.aliases: Collection[tuple[str, str]] = family.ALIASES
         words = [k for k, v in self.where.items() if v.entry.axes == ("vocab", "embed")]
         word = words[0].removesuffix(WEIGHT)
@@ -99,12 +98,6 @@ class Base:
                 if whole != name and whole.endswith(name):
                     return whole.removesuffix(name)
         return ""
-
-
-@functools.lru_cache(8)
-def _shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """The abstract leaves by path; a model is traced once."""
-    return flax.traverse_util.flatten_dict(hf.abstract(model), sep="/")
 
 
 def _tied_head(

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from lorax import untrusted
 from lorax.interop import patterns
 
 IMPLEMENTED = frozenset(
@@ -63,6 +63,12 @@ MOVING = re.compile("pissa(_niter_\\d+)?|olora|corda|lora_ga|loftq")
 PREFIX = "base_model.model."  # of every name in PEFT
 RANKNUM = 1e-5  # what PEFT adds to AdaLoRA's initial rank before it divides by it
 EVERY_LINEAR = "all-linear"
+RANK, REAL = untrusted.whole(1), untrusted.number()
+POSITIVE, RATE = untrusted.number(above=0), untrusted.number(0, below=1)
+TEXTS = untrusted.listed(untrusted.TEXT)
+NAMES = untrusted.TEXT | TEXTS
+LAYERS = untrusted.whole() | untrusted.listed(untrusted.whole())
+MASK = untrusted.listed(untrusted.FLAG)
 HEADS = {"SEQ_CLS": ("lm_head", "score", "classifier")}
 
 
@@ -152,15 +158,17 @@ def read(raw: Mapping[str, Any]) -> Settings:
     kind = fields.one_of("peft_type", ("LORA", "ADALORA"))
     for name, default in DEFAULTS.items():
         given = raw.get(name, default)
-        if given != default and given not in (None, [], {}):
+        off = untrusted.ZERO.fits(given) and untrusted.ZERO.fits(default)
+        if given is not None and not off and given != default:
             raise fields.error(name, f"is not implemented here, only {default!r}")
-    if unknown := sorted(set(raw) - IMPLEMENTED - HARMLESS - set(DEFAULTS)):
-        told = ", ".join(f"{name}={raw[name]!r}" for name in unknown)
+    on = {name for name, value in raw.items() if not untrusted.ZERO.fits(value)}
+    if unknown := sorted(on - IMPLEMENTED - HARMLESS - set(DEFAULTS)):
+        told = ", ".join(f"{name}={untrusted.shown(raw[name])}" for name in unknown)
         raise ValueError(
             f"unknown fields, which may change what the adapter computes: {told}; "
             "remove what you know to be harmless"
         )
-    dora = fields.flag("use_dora")
+    dora = fields.take("use_dora", untrusted.FLAG, False)
     if dora and kind == "ADALORA":
         raise fields.error("use_dora", "has no meaning for AdaLoRA")
     targets = fields.names("target_modules")
@@ -168,22 +176,22 @@ def read(raw: Mapping[str, Any]) -> Settings:
     if isinstance(targets, str) and layers is not None:
         raise fields.error("layers_to_transform", "needs a list of target_modules")
     lora = kind == "LORA"
-    ranks = fields.table("rank_pattern", _is_rank) if lora else fields.masks()
+    ranks = fields.table("rank_pattern", RANK) if lora else fields.masks()
     return Settings(
         kind="dora" if dora else kind.lower(),
-        rank=fields.rank("r", 8) if lora else fields.rank("init_r", 12),
-        alpha=fields.number("lora_alpha", 8, -math.inf if lora else 0),
-        dropout=fields.number("lora_dropout", 0.0, -1e-9, 1),
-        rank_stabilized=fields.flag("use_rslora") and lora,
+        rank=fields.take("r", RANK, 8) if lora else fields.take("init_r", RANK, 12),
+        alpha=float(fields.take("lora_alpha", REAL if lora else POSITIVE, 8)),
+        dropout=float(fields.take("lora_dropout", RATE, 0.0)),
+        rank_stabilized=fields.take("use_rslora", untrusted.FLAG, False) and lora,
         targets=targets,
         exclude=fields.names("exclude_modules"),
         layers=layers,
         layers_pattern=_listed(fields.names("layers_pattern", patterns_only=True)),
         ranks=ranks,
-        alphas=fields.table("alpha_pattern", _is_real),
-        saved=_listed(fields.names("modules_to_save")),
-        tying=fields.flag("ensure_weight_tying"),
-        heads=HEADS.get(str(raw.get("task_type")), ("lm_head",)),
+        alphas=fields.table("alpha_pattern", REAL),
+        saved=tuple(fields.take("modules_to_save", TEXTS, ())),
+        tying=fields.take("ensure_weight_tying", untrusted.FLAG, False),
+        heads=HEADS.get(fields.take("task_type", untrusted.TEXT, ""), ("lm_head",)),
         moved=fields.init(),
     )
 
@@ -195,43 +203,19 @@ class _Fields:
         self.raw = raw
 
     def error(self, name: str, why: str) -> ValueError:
-        return ValueError(f"{name}={self.raw.get(name)!r} {why}")
+        return ValueError(f"{name}={untrusted.shown(self.raw.get(name))} {why}")
 
-    def value(self, name: str, default: Any) -> Any:
+    def take(self, name: str, rule: untrusted.Rule, default: Any) -> Any:
         given = self.raw.get(name)
-        return default if given is None else given
+        return default if given is None else untrusted.check(name, given, rule)
 
     def one_of(self, name: str, choices: tuple[str, ...]) -> str:
         if self.raw.get(name) not in choices:
             raise self.error(name, f"is not implemented; known are {choices}")
         return self.raw[name]
 
-    def flag(self, name: str) -> bool:
-        value = self.value(name, False)
-        if not isinstance(value, bool):
-            raise self.error(name, "must be true or false")
-        return value
-
-    def rank(self, name: str, default: int) -> int:
-        value = self.value(name, default)
-        if not _is_rank(value):
-            raise self.error(name, "must be a whole number >= 1")
-        return value
-
-    def number(
-        self, name: str, default: float, above: float, below: float = math.inf
-    ) -> float:
-        value = self.value(name, default)
-        if not _is_real(value) or not above < value < below:
-            raise self.error(name, f"must be a number between {above} and {below}")
-        return float(value)
-
     def names(self, name: str, patterns_only: bool = False) -> str | tuple[str, ...]:
-        value = self.value(name, ())
-        if not isinstance(value, str | list | tuple) or not all(
-            isinstance(item, str) for item in value
-        ):
-            raise self.error(name, "must be a pattern or a list of names")
+        value = self.take(name, NAMES, ()) or ()
         every = [value] if isinstance(value, str) else value if patterns_only else []
         for pattern in every:
             self.check(name, pattern)
@@ -246,35 +230,22 @@ class _Fields:
             raise ValueError(f"{name}: {error}") from None
 
     def layers(self) -> tuple[int, ...] | None:
-        value = self.value("layers_to_transform", None)
+        value = self.take("layers_to_transform", LAYERS, [])
         given = [value] if isinstance(value, int) else value
-        if given is None or given == []:
-            return None
-        if not isinstance(given, list) or any(
-            isinstance(i, bool) or not isinstance(i, int) for i in given
-        ):
-            raise self.error("layers_to_transform", "must be layer numbers")
-        return tuple(given)
+        return tuple(given) or None
 
-    def table(self, name: str, fits: Callable[[Any], bool]) -> dict[str, Any]:
-        value = self.value(name, {})
-        if not isinstance(value, Mapping):
-            raise self.error(name, "must map names to values")
+    def table(self, name: str, rule: untrusted.Rule) -> dict[str, Any]:
+        value = self.take(name, untrusted.TABLE, {})
         for key, item in value.items():
-            if not fits(item):
-                raise ValueError(f"{name}: {key!r} has the value {str(item)[:80]}")
+            untrusted.check(f"{name}.{key}", item, rule)
             self.check(name, key)
         return dict(value)
 
     def masks(self) -> dict[str, list[bool]]:
         """AdaLoRA's rank_pattern, by module."""
-        found, rank = {}, self.rank("init_r", 12)
-        value = self.value("rank_pattern", {})
-        if not isinstance(value, Mapping):
-            raise self.error("rank_pattern", "must map names to lists of booleans")
-        for key, mask in value.items():
-            if not isinstance(mask, list) or not all(isinstance(m, bool) for m in mask):
-                raise ValueError(f"rank_pattern: {key!r} is no list of true and false")
+        found, rank = {}, self.take("init_r", RANK, 12)
+        for key, mask in self.take("rank_pattern", untrusted.TABLE, {}).items():
+            untrusted.check(f"rank_pattern.{key}", mask, MASK)
             if len(mask) != rank:
                 raise ValueError(
                     f"rank_pattern: {key!r} has {len(mask)} entries and init_r={rank}"
@@ -293,15 +264,6 @@ class _Fields:
                 "init_lora_weights", "is unknown: it may have moved the base's kernels"
             )
         return ""
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_real(value: Any) -> bool:
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return real and math.isfinite(value)
 
 
 def _listed(names: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lorax import tree
@@ -106,10 +105,12 @@ def _check_modules(parts: Parts, settings: Settings, base: Base, front: str) -> 
             raise ValueError(f"{key!r}: {_unknown(module, base.modules)}")
         base.require_one(module)
         ends = set(suffixes(settings.kind, base.is_embedding(module)).values())
-        if ends != set(own):
+        if odd := sorted(ends ^ set(own)):
+            there, tensor = next(iter(own.items()))
             raise ValueError(
-                f"{module!r} has {sorted(own)}, and as a module of this base in "
-                f"{settings.kind} form it needs {sorted(ends)}"
+                f"{tensor.key.removesuffix(there) + odd[0]!r} is "
+                f"{'there' if odd[0] in own else 'absent'}: as a module of this base "
+                f"in {settings.kind} form {module!r} needs {sorted(ends)}"
             )
     want = {
         module
@@ -131,7 +132,8 @@ def _check_modules(parts: Parts, settings: Settings, base: Base, front: str) -> 
     if extra := sorted(set(parts) - want):
         raise ValueError(
             f"factors for {extra[0]!r} (of {len(extra)} such modules), which "
-            "target_modules and its companions do not select: PEFT would ignore them"
+            "target_modules, less exclude_modules and with layers_to_transform and "
+            "layers_pattern, do not select: PEFT would ignore them"
         )
 
 
@@ -146,6 +148,7 @@ def _check_rest(rest: Tensors, settings: Settings, base: Base, front: str) -> No
             raise ValueError(f"{tensor.key!r}: {_unknown(key, shapes)}")
         if tensor.shape != shapes[key]:
             raise ValueError(_misshapen(tensor, shapes[key], "the base asks"))
+        tensor.require_floating()
         base.require_one(key.rpartition(".")[0])
         module = key.rpartition(".")[0].removeprefix(front)
         tied = settings.tying and key == f"{base.head}{WEIGHT}"
@@ -155,7 +158,8 @@ def _check_rest(rest: Tensors, settings: Settings, base: Base, front: str) -> No
         module = key.rpartition(".")[0]
         own = module.startswith(front) and settings.saves(module.removeprefix(front))
         if own and key not in rest:
-            raise ValueError(f"modules_to_save names {module!r}, but {key!r} is absent")
+            absent = PREFIX + key.removeprefix(front)
+            raise ValueError(f"modules_to_save names {module!r}; {absent!r} is absent")
 
 
 def _check_shapes(module: str, own: Tensors, rank: int, base: Base) -> None:
@@ -164,9 +168,9 @@ def _check_shapes(module: str, own: Tensors, rank: int, base: Base) -> None:
     for end, tensor in own.items():
         want = shapes[end.removesuffix(WEIGHT).rpartition("_")[2]]
         if tensor.shape != want:
-            raise ValueError(_misshapen(tensor, want, f"rank {rank} and the base ask"))
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise ValueError(f"{tensor.key!r} has dtype {tensor.dtype}, not a float")
+            who = f"rank {rank} (by r and rank_pattern, or init_r) and the base ask"
+            raise ValueError(_misshapen(tensor, want, who))
+        tensor.require_floating()
 
 
 def _check_frozen(rest: Tensors, base: Base, params: Mapping[str, Any]) -> None:

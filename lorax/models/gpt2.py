@@ -63,6 +63,9 @@ class Config:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
+    def __post_init__(self) -> None:
+        hf_config.require_divisor(heads=self.heads, width=self.width)
+
     @property
     def stacks(self) -> dict[str, int]:
         """Layers of every stack."""
@@ -77,20 +80,21 @@ class Config:
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
         """Returns what a config.json says; `switches` are dropout, scan, dtype, ..."""
         fields = hf_config.Fields(config, "gpt2")
-        width = fields.integer("n_embd", 768)
+        width, heads = fields.integer("n_embd", 768), fields.integer("n_head", 12)
+        fields.divides(n_head=heads, n_embd=width)
         fields.expect(reorder_and_upcast_attn=False, summary_type="cls_index")
         own = cls(
             vocabulary=fields.integer("vocab_size", 50257),
             positions=fields.integer("n_positions", 1024),
             width=width,
-            layers=fields.integer("n_layer", 12),
-            heads=fields.integer("n_head", 12),
+            layers=fields.layers("n_layer", 12),
+            heads=heads,
             hidden=fields.integer("n_inner", 4 * width),
             activation=fields.activation("activation_function", "gelu_new"),
-            eps=fields.take("layer_norm_epsilon", 1e-5),
-            scale=fields.take("scale_attn_weights", True),
-            scale_by_layer=fields.take("scale_attn_by_inverse_layer_idx", False),
-            tied=fields.take("tie_word_embeddings", True),
+            eps=fields.epsilon("layer_norm_epsilon", 1e-5),
+            scale=fields.flag("scale_attn_weights", True),
+            scale_by_layer=fields.flag("scale_attn_by_inverse_layer_idx", False),
+            tied=fields.flag("tie_word_embeddings", True),
             **switches,
         )
         summary = "activation first_dropout proj_to_labels use_proj"

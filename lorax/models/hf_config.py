@@ -1,7 +1,8 @@
 """Reading the fields of a Hugging Face config, so that none is ignored unseen.
 
 A field that changes the architecture and that the family does not implement is an
-error; so is one that nobody here has heard of.
+error; so is one that nobody here has heard of, unless it switches nothing on; so is one
+of an impossible type or out of its range.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+
+from lorax import untrusted
+from lorax.untrusted import Rule
 
 # What says nothing of the forward pass without dropout.
 HARMLESS = frozenset(
@@ -43,6 +47,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swish": nn.silu,
 }
 
+MOST_LAYERS = 10_000
+"""Every layer has tensors with names of their own, of which a table is made."""
+
+
+def require_divisor(**sizes: int) -> None:
+    """Raises ValueError unless the first of two named sizes divides the second."""
+    (part, count), (whole, size) = sizes.items()
+    if size % count:
+        raise ValueError(f"{part}={count} does not divide {whole}={size}")
+
 
 class Fields:
     """The fields of one config.json; each is taken once."""
@@ -52,27 +66,38 @@ class Fields:
         self.left = dict(config)
         self.family = family
 
-    def take(self, name: str, *default: Any) -> Any:
+    def take(self, name: str, rule: Rule, default: Any) -> Any:
         """Returns the field, or the default where it is absent or null."""
         value = self.left.pop(name, None)
-        if value is not None:
-            return value
-        if not default:
-            raise ValueError(f"config.json of {self.family} lacks {name!r}")
-        return default[0]
+        if value is None:
+            return default
+        return untrusted.check(f"config.json: {name}", value, rule)
 
-    def integer(self, name: str, *default: Any) -> Any:
-        """As `take`, for a positive whole number."""
-        value = self.take(name, *default)
-        if default and value is default[0]:
-            return value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"config.json: {name}={value!r}; it must be an int >= 1")
-        return value
+    def integer(
+        self,
+        name: str,
+        default: int | None,
+        least: int = 1,
+        most: int = untrusted.LARGEST,
+    ) -> Any:
+        """As `take`, for a whole number in a range."""
+        return self.take(name, untrusted.whole(least, most), default)
 
-    def activation(self, name: str, *default: Any) -> str:
+    def layers(self, name: str, default: int) -> int:
+        """As `take`, for the number of layers, each of which has tensors of its own."""
+        return self.integer(name, default, most=MOST_LAYERS)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """As `take`, for a switch."""
+        return self.take(name, untrusted.FLAG, default)
+
+    def epsilon(self, name: str, default: float) -> float:
+        """As `take`, for what a norm adds to a variance."""
+        return self.take(name, untrusted.number(above=0, below=1), default)
+
+    def activation(self, name: str, default: str) -> str:
         """As `take`, for the name of an activation that is known here."""
-        value = self.take(name, *default)
+        value = self.take(name, untrusted.TEXT, default)
         if value not in ACTIVATIONS:
             raise ValueError(
                 f"config.json: {name}={value!r} is not implemented; known are "
@@ -80,21 +105,35 @@ class Fields:
             )
         return value
 
+    def divides(self, **sizes: int) -> None:
+        """Raises unless the first of two named fields divides the second."""
+        try:
+            require_divisor(**sizes)
+        except ValueError as error:
+            raise ValueError(f"config.json: {error}") from None
+
     def expect(self, **values: Any) -> None:
-        """Raises unless each field is absent, null, or has the value given here."""
+        """Raises unless each field is absent, null, or has the value given here.
+
+        Where that value switches nothing on, any that switches nothing on will do.
+        """
         for name, value in values.items():
             given = self.left.pop(name, None)
-            if given is not None and given != value:
+            same = type(given) is type(value) and given == value
+            off = untrusted.ZERO.fits(given) and untrusted.ZERO.fits(value)
+            if given is not None and not same and not off:
                 raise ValueError(
-                    f"config.json: {name}={given!r} is not implemented for "
-                    f"{self.family}, only {value!r}"
+                    f"config.json: {name}={untrusted.shown(given)} is not implemented "
+                    f"for {self.family}, only {value!r}"
                 )
 
     def finish(self, *harmless: str) -> None:
         """Raises if a field is left that may change the architecture."""
-        unknown = sorted(set(self.left) - HARMLESS - set(harmless))
+        on = {k for k, v in self.left.items() if not untrusted.ZERO.fits(v)}
+        unknown = sorted(on - HARMLESS - set(harmless))
         if unknown:
-            told = ", ".join(f"{name}={self.left[name]!r}" for name in unknown)
+            shown = untrusted.shown
+            told = ", ".join(f"{name}={shown(self.left[name])}" for name in unknown)
             raise ValueError(
                 f"config.json of {self.family}: unknown fields, which may change the "
                 f"architecture: {told}; remove what you know to be harmless"

@@ -23,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lorax import untrusted
 from lorax.models import flash, hf_config, layers, rope, table
 from lorax.models.layers import Remat
 
@@ -112,16 +113,18 @@ class Config:
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
         """Returns what a config.json says; `switches` are scan, remat, dtype, ..."""
         kind = config.get("model_type", "llama")
-        if kind not in ARCHITECTURES:
+        if not isinstance(kind, str) or kind not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ValueError(f"config.json: model_type={kind!r} is not one of {known}")
         fields = hf_config.Fields(config, kind)
         width = fields.integer("hidden_size", 4096)
-        depth = fields.integer("num_hidden_layers", 32)
+        depth = fields.layers("num_hidden_layers", 32)
         heads = fields.integer("num_attention_heads", 32)
         shared = 8 if kind == "mistral" else heads
+        shared = fields.integer("num_key_value_heads", shared)
+        fields.divides(num_key_value_heads=shared, num_attention_heads=heads)
         positions = fields.integer("max_position_embeddings", 4096)
-        biased = fields.take("attention_bias", False)
+        biased = fields.flag("attention_bias", False)
         if kind == "mistral" and biased:
             raise ValueError("config.json: attention_bias=True is no switch of mistral")
         own = cls(
@@ -130,16 +133,16 @@ class Config:
             width=width,
             layers=depth,
             heads=heads,
-            kv_heads=fields.integer("num_key_value_heads", shared),
-            head_dim=fields.integer("head_dim", width // heads),
+            kv_heads=shared,
+            head_dim=_head_dim(fields, heads, width),
             hidden=fields.integer("intermediate_size", 11_008),
             activation=fields.activation("hidden_act", "silu"),
-            eps=fields.take("rms_norm_eps", 1e-6),
+            eps=fields.epsilon("rms_norm_eps", 1e-6),
             rope=rope.from_hf(fields, positions),
-            tied=fields.take("tie_word_embeddings", False),
+            tied=fields.flag("tie_word_embeddings", False),
             qkv_bias=biased or kind == "qwen2",
             o_bias=biased and kind != "qwen2",
-            mlp_bias=kind == "llama" and fields.take("mlp_bias", False),
+            mlp_bias=kind == "llama" and fields.flag("mlp_bias", False),
             qk_norm=kind == "qwen3",
             windows=_windows(fields, kind, depth),
             model_type=kind,
@@ -173,21 +176,33 @@ class Config:
         return written | _windows_to_hf(self)
 
 
+def _head_dim(fields: hf_config.Fields, heads: int, width: int) -> int:
+    """The size of a head, whose halves the rotation turns together."""
+    given = fields.integer("head_dim", None)
+    if given is None:
+        fields.divides(num_attention_heads=heads, hidden_size=width)
+    size = given or width // heads
+    if size % 2:
+        where = f"config.json: head_dim={size}"
+        raise ValueError(f"{where}; rotary positions need an even one")
+    return size
+
+
 def _windows(fields: hf_config.Fields, kind: str, depth: int) -> tuple[int, ...]:
     """The window of every layer, as each model_type spells it."""
-    size = fields.take("sliding_window", None)
-    switched = fields.take("use_sliding_window", kind == "mistral")
-    first = fields.take("max_window_layers", 0 if kind == "mistral" else 28)
-    kinds = fields.take("layer_types", None)
+    known = {"full_attention": False, "sliding_attention": True}
+    size = fields.integer("sliding_window", None, 0)
+    switched = fields.flag("use_sliding_window", kind == "mistral")
+    first = fields.integer("max_window_layers", 0 if kind == "mistral" else 28, 0)
+    kinds = fields.take("layer_types", untrusted.listed(untrusted.TEXT), None)
     if kinds is None:
         slides = [switched and layer >= first for layer in range(depth)]
     else:
-        known = {"full_attention": False, "sliding_attention": True}
         unknown = sorted(set(kinds) - set(known))
         if unknown or len(kinds) != depth:
             raise ValueError(
-                f"config.json: layer_types has {len(kinds)} entries for {depth} layers "
-                f"and the unknown kinds {unknown}"
+                f"config.json: layer_types has {len(kinds)} entries for "
+                f"num_hidden_layers={depth} and the unknown kinds {unknown}"
             )
         slides = [known[k] for k in kinds]
     if kind == "llama" or not size or not any(slides):

@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lorax import untrusted
 from lorax.models import hf_config, layers, table
 
 Remat = layers.Remat
@@ -75,7 +76,8 @@ class Config:
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        """Checks the offset."""
+        """Checks the offset and the heads."""
+        hf_config.require_divisor(heads=self.heads, width=self.width)
         first = "0" if self.family == "bert" else "1 + padding token"
         if (self.offset > 0) == (self.family == "bert"):
             name = {"bert": "BERT", "roberta": "RoBERTa"}[self.family]
@@ -111,19 +113,23 @@ class Config:
             pruned_heads={},
             directionality="bidi",
         )
-        padding = fields.take("pad_token_id", int(roberta))
+        positions = fields.integer("max_position_embeddings", 512, 2)
+        padding = fields.integer("pad_token_id", int(roberta), 0, positions - 2)
+        width = fields.integer("hidden_size", 768)
+        heads = fields.integer("num_attention_heads", 12)
+        fields.divides(num_attention_heads=heads, hidden_size=width)
         own = cls(
             family=family,
             vocabulary=fields.integer("vocab_size", 50265 if roberta else 30522),
-            positions=fields.integer("max_position_embeddings", 512),
+            positions=positions,
             offset=padding + 1 if roberta else 0,
             types=fields.integer("type_vocab_size", 2),
-            width=fields.integer("hidden_size", 768),
-            layers=fields.integer("num_hidden_layers", 12),
-            heads=fields.integer("num_attention_heads", 12),
+            width=width,
+            layers=fields.layers("num_hidden_layers", 12),
+            heads=heads,
             hidden=fields.integer("intermediate_size", 3072),
             activation=fields.activation("hidden_act", "gelu"),
-            eps=fields.take("layer_norm_eps", 1e-12),
+            eps=fields.epsilon("layer_norm_eps", 1e-12),
             head=_head(fields, switches),
             labels=switches.pop("labels", None) or _labels(fields),
             **switches,
@@ -158,7 +164,7 @@ def _head(fields: hf_config.Fields, switches: dict[str, Any]) -> Head:
     """The head asked for, else the one that `architectures` names."""
     if "head" in switches:
         return switches.pop("head")
-    named = fields.take("architectures", [])
+    named = fields.take("architectures", untrusted.listed(untrusted.TEXT), [])
     for name in named:
         if name.endswith(("ForMaskedLM", "ForPreTraining")):
             return "mlm"
@@ -172,8 +178,8 @@ def _head(fields: hf_config.Fields, switches: dict[str, Any]) -> Head:
 
 def _labels(fields: hf_config.Fields) -> int:
     """The number of classes, which has three names."""
-    told = {name: fields.take(name, None) for name in ("num_labels", "_num_labels")}
-    names = fields.take("id2label", None)
+    told = {name: fields.integer(name, None) for name in ("num_labels", "_num_labels")}
+    names = fields.take("id2label", untrusted.mapping(untrusted.ANY, 1), None)
     told["id2label"] = None if names is None else len(names)
     told = {name: count for name, count in told.items() if count is not None}
     if len(set(told.values())) > 1:

@@ -24,7 +24,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax import untrusted
+
 KINDS = ("default", "linear", "llama3", "yarn")
+_POSITIVE = untrusted.number(above=0)
+RULES = {
+    "rope_theta": untrusted.number(most=1e30, above=1),
+    "rope_type": untrusted.TEXT,
+    "type": untrusted.TEXT,
+    "factor": _POSITIVE,
+    "original_max_position_embeddings": untrusted.whole(1),
+    "low_freq_factor": _POSITIVE,
+    "high_freq_factor": _POSITIVE,
+    "beta_slow": _POSITIVE,
+    "beta_fast": _POSITIVE,
+    "attention_factor": _POSITIVE,
+    "truncate": untrusted.FLAG,
+}
+"""What the fields of a rotation must be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,21 +134,29 @@ def from_hf(fields: Any, positions: int) -> Rope:
     Raises:
       ValueError: a kind or a field that is not implemented, or one that is missing.
     """
-    theta = fields.take("rope_theta", None)
-    scaling = fields.take("rope_scaling", None)
-    given = fields.take("rope_parameters", None)
-    values = dict(given or scaling or {})
+    theta = fields.take("rope_theta", RULES["rope_theta"], None)
+    scaling = fields.take("rope_scaling", untrusted.TABLE, {})
+    given = fields.take("rope_parameters", untrusted.TABLE, {})
+    where = "rope_parameters" if given else "rope_scaling"
+    values = dict(given or scaling)
+    for name, rule in RULES.items():
+        if values.get(name) is not None:
+            untrusted.check(f"config.json: {where}.{name}", values[name], rule)
+    named = "type" if values.get("rope_type") is None else "rope_type"
     kinds = {values.pop(k) for k in ("rope_type", "type") if values.get(k) is not None}
     kind = kinds.pop() if kinds else "default"
     if kinds or kind not in KINDS:
         raise ValueError(
-            f"config.json: rope type {kind!r} is not implemented; known are "
+            f"config.json: {where}.{named}={kind!r} is not implemented; known are "
             f"{', '.join(KINDS)}"
         )
     base = values.pop("rope_theta", None) or theta or 10_000.0
     if theta is not None and base != theta:
         raise ValueError(f"config.json: rope_theta is {theta} and {base}")
-    return _read(kind, float(base), values, positions)
+    try:
+        return _read(kind, float(base), values, positions)
+    except ValueError as error:
+        raise ValueError(f"config.json: {where}: {error}") from None
 
 
 def _read(kind: str, base: float, values: dict[str, Any], positions: int) -> Rope:
@@ -142,7 +167,7 @@ def _read(kind: str, base: float, values: dict[str, Any], positions: int) -> Rop
     if kind == "llama3" and original is None:
         missing.append("original_max_position_embeddings")
     if missing:
-        raise ValueError(f"config.json: rope type {kind!r} lacks {', '.join(missing)}")
+        raise ValueError(f"rope type {kind!r} lacks {', '.join(missing)}")
     own: dict[str, Any] = {}
     if kind in need:
         own["factor"] = float(values.pop("factor"))
@@ -153,12 +178,17 @@ def _read(kind: str, base: float, values: dict[str, Any], positions: int) -> Rop
         own |= {"low": values.pop("beta_slow", None) or 1.0}
         own |= {"high": values.pop("beta_fast", None) or 32.0}
         own |= {"attention": values.pop("attention_factor", None)}
-        own |= {"truncate": values.pop("truncate", True)}
+        truncate = values.pop("truncate", None)
+        own |= {"truncate": truncate is None or truncate}
     if kind in ("llama3", "yarn"):
         own["original"] = int(original or positions)
-    left = {n: v for n, v in values.items() if v is not None}
+    left = {n: v for n, v in values.items() if not untrusted.ZERO.fits(v)}
     if left:
-        raise ValueError(f"config.json: rope type {kind!r} has unknown fields {left}")
+        raise ValueError(f"rope type {kind!r} has unknown fields {left}")
+    if kind in ("llama3", "yarn") and own["low"] >= own["high"]:
+        names = {"llama3": "low_freq_factor high_freq_factor"}
+        low, high = names.get(kind, "beta_slow beta_fast").split()
+        raise ValueError(f"{low}={own['low']} must be below {high}={own['high']}")
     return Rope(base=base, kind=kind, **own)
 
 

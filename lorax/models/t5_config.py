@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lorax import untrusted
 from lorax.models import hf_config, layers, table
 
 Remat = layers.Remat
@@ -69,23 +70,25 @@ class Config:
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
         """Returns the sizes of a config.json; `switches` are dropout, scan, ..."""
         fields = hf_config.Fields(config, "t5")
-        deep = fields.integer("num_layers", 6)
+        vocabulary = fields.integer("vocab_size", 32128)
+        deep = fields.layers("num_layers", 6)
         activation, gated = _mlp(fields)
+        buckets, distance = _buckets(fields)
         own = cls(
-            vocabulary=fields.integer("vocab_size", 32128),
+            vocabulary=vocabulary,
             width=fields.integer("d_model", 512),
             layers=deep,
-            decoder_layers=fields.integer("num_decoder_layers", deep),
+            decoder_layers=fields.layers("num_decoder_layers", deep),
             heads=fields.integer("num_heads", 8),
             head_dim=fields.integer("d_kv", 64),
             hidden=fields.integer("d_ff", 2048),
             activation=activation,
             gated=gated,
-            buckets=fields.integer("relative_attention_num_buckets", 32),
-            max_distance=fields.integer("relative_attention_max_distance", 128),
-            eps=fields.take("layer_norm_epsilon", 1e-6),
+            buckets=buckets,
+            max_distance=distance,
+            eps=fields.epsilon("layer_norm_epsilon", 1e-6),
             tied=_tied(fields),
-            start=fields.take("decoder_start_token_id", fields.take("pad_token_id", 0)),
+            start=_start(fields, vocabulary),
             **switches,
         )
         fields.expect(is_encoder_decoder=True, is_decoder=False, pruned_heads={})
@@ -124,12 +127,27 @@ class Config:
 
 def _mlp(fields: hf_config.Fields) -> tuple[str, bool]:
     """The MLP's activation, and whether it is gated."""
-    named = fields.take("feed_forward_proj", "relu")
+    named = fields.take("feed_forward_proj", untrusted.TEXT, "relu")
     gated = named.startswith("gated-")
     name = "gelu_new" if named == "gated-gelu" else named.removeprefix("gated-")
     # transformers writes both as fields of their own, which then have the last word
-    fields.left.setdefault("dense_act_fn", name)
-    return fields.activation("dense_act_fn"), fields.take("is_gated_act", gated)
+    return fields.activation("dense_act_fn", name), fields.flag("is_gated_act", gated)
+
+
+def _buckets(fields: hf_config.Fields) -> tuple[int, int]:
+    """Half of the causal buckets hold one distance each, and the others reach beyond.
+
+    The bucket of every distance is tabled, so the largest is bounded.
+    """
+    count = fields.integer("relative_attention_num_buckets", 32, 4, 2**16)
+    name = "relative_attention_max_distance"
+    return count, fields.integer(name, 128, count // 2 + 1, 2**20)
+
+
+def _start(fields: hf_config.Fields, vocabulary: int) -> int:
+    """The token that the decoder begins with."""
+    padding = fields.integer("pad_token_id", 0, 0, vocabulary - 1)
+    return fields.integer("decoder_start_token_id", padding, 0, vocabulary - 1)
 
 
 def _tied(fields: hf_config.Fields) -> bool:
@@ -138,8 +156,8 @@ def _tied(fields: hf_config.Fields) -> bool:
     From version 5 on, transformers writes `tie_word_embeddings=true` for every T5, and
     `scale_decoder_outputs` tells the versions apart.
     """
-    tied = fields.take("tie_word_embeddings", True)
-    return fields.take("scale_decoder_outputs", tied)
+    tied = fields.flag("tie_word_embeddings", True)
+    return fields.flag("scale_decoder_outputs", tied)
 
 
 IGNORED = (

@@ -281,16 +281,58 @@ def test_index_and_files_agree(made):
             "unknown fields .*partial_rotary_factor",
         ),
         ({"logit_softcap": 30.0}, "unknown fields.*logit_softcap=30.0"),
-        ({"num_key_value_heads": 3}, "4 heads of queries cannot share 3"),
+        (
+            {"num_key_value_heads": 3},
+            "num_key_value_heads=3 does not divide",
+        ),
         ({"hidden_size": -3}, "hidden_size=-3; it must be an int >= 1"),
         ({"hidden_size": "32"}, "hidden_size='32'; it must be"),
-        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 2"),
+        ({"model_type": {}}, "config.json: model_type={} is not implemented"),
+        ({"model_type": ["llama"]}, r"config.json: model_type=\['llama'\] is not"),
+        ({"num_attention_heads": 2**70}, "num_attention_heads=1180591620717411303424"),
+        ({"num_attention_heads": 5}, "num_key_value_heads=2 does not divide num_att"),
+        ({"head_dim": 7}, "head_dim=7; rotary positions need an even one"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05; it must be a number > 0"),
+        ({"rms_norm_eps": False}, "rms_norm_eps=False; it must be a number > 0"),
+        ({"tie_word_embeddings": 1.5}, "tie_word_embeddings=1.5; it must be true or"),
+        ({"attention_bias": 1}, "attention_bias=1; it must be true or false"),
+        ({"sliding_window": True}, "sliding_window=True; it must be an int"),
+        ({"layer_types": [[]]}, r"layer_types=\[\[\]\]; it must be a list, each text"),
+        ({"rope_theta": "x"}, "rope_theta='x'; it must be a number > 1"),
+        ({"rope_parameters": []}, r"rope_parameters=\[\]; it must be an object"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": True}},
+            "rope_parameters.factor=True; it must be a number > 0",
+        ),
+        (
+            {"rope_parameters": {"rope_type": {}, "factor": 2}},
+            "rope_parameters.rope_type={}; it must be text",
+        ),
+        (
+            {"intermediate_size": None},
+            r"asks for \[11008, 32\].*intermediate_size=11008 \(left out, so the def",
+        ),
+        (
+            {"layer_types": ["full_attention"]},
+            "1 entries for num_hidden_layers=2",
+        ),
     ],
 )
 def test_what_is_not_implemented_is_said(tmp_path, fields, message):
     source = write(tmp_path / "x", SMALL, tensors_of(SMALL), **fields)
     with pytest.raises(ValueError, match=message):
         hf.load(source)
+
+
+def test_unknown_fields_that_switch_nothing_on_are_harmless(tmp_path):
+    off = {"logit_softcap": False, "extra": [], "other": {}, "more": ""}
+    source = write(tmp_path / "x", SMALL, tensors_of(SMALL), **off)
+    config = json.loads((source / "config.json").read_text()) | {"nothing": None}
+    (source / "config.json").write_text(json.dumps(config))
+    model, params = hf.load(source)
+    plain, same = hf.load(write(tmp_path / "y", SMALL, tensors_of(SMALL)))
+    assert model.config == plain.config
+    jax.tree.map(np.testing.assert_array_equal, params, same)
 
 
 def test_a_place_that_is_not_there(tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints of loralib: the authors' own, and MergedLinear from its equations."""
 
+import functools
 import os
 import pathlib
 
@@ -105,6 +106,42 @@ def test_what_is_refused(edit, kwargs, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         loralib.load(tmp_path / "x.safetensors", SMALL, alpha=1, **kwargs)
     assert "x.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "a, b, message",
+    [
+        (
+            np.ones((0, 8)),
+            np.ones((24, 0)),
+            r"c_fc.lora_B' has shape \(24, 0\), and",
+        ),
+        (np.ones((2, 8)), np.ones(()), r"c_fc.lora_B' has shape \(\), and the rank"),
+        (np.ones(16), np.ones(64), r"have shapes \(16,\) and \(64,\)"),
+        (np.ones((2, 8), int), np.ones((32, 2)), "c_fc.lora_A' has dtype int64, not"),
+    ],
+)
+def test_factors_that_are_none(a, b, message, tmp_path):
+    front = "transformer.h.0.mlp.c_fc.lora_"
+    safetensors.numpy.save_file(
+        {front + "A": a, front + "B": b}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(ValueError, match=f"x.safetensors: .*{message}"):
+        loralib.load(tmp_path / "x.safetensors", SMALL, alpha=1)
+
+
+def test_two_names_of_one_tensor_and_impossible_arguments(tmp_path):
+    raw = {k: np.ones(8, np.float32) for k in ("ln_f.bias", "transformer.ln_f.bias")}
+    safetensors.numpy.save_file(raw, tmp_path / "x.safetensors")
+    load = functools.partial(loralib.load, tmp_path / "x.safetensors", SMALL)
+    with pytest.raises(ValueError, match="'transformer.ln_f.bias' and 'ln_f.bias' are"):
+        load(alpha=1)
+    with pytest.raises(ValueError, match="alpha=nan; it must be a number"):
+        load(alpha=float("nan"))
+    with pytest.raises(ValueError, match="dropout=1; it must be a number >= 0 and < 1"):
+        load(alpha=1, dropout=1)
+    with pytest.raises(ValueError, match=r"merged=\(\) adapts no block"):
+        load(alpha=1, merged=())
 
 
 def test_pickles_are_never_read(tmp_path):

@@ -225,6 +225,13 @@ REFUSED = {
     "hidden_act='mish' is not implemented; known are gelu": {"hidden_act": "mish"},
     "embedding_size=128": {"embedding_size": 128},
     "vocab_size=0; it must be an int >= 1": {"vocab_size": 0},
+    "layer_norm_eps='1e-5'; it must be a number > 0": {"layer_norm_eps": "1e-5"},
+    "num_attention_heads=5 does not divide hidden_size=768": {"num_attention_heads": 5},
+    "tie_word_embeddings=1.5": {"tie_word_embeddings": 1.5},
+    "pad_token_id=511; it must be an int >= 0 and <= 510": {"pad_token_id": 511},
+    "id2label={}; it must be an object of 1 or more": {"id2label": {}},
+    r"architectures=\[3\]; it must be a list": {"architectures": [3]},
+    "hidden_act={}; it must be text": {"hidden_act": {}},
     "ForQuestionAnswering.*choose head=": {
         "architectures": ["BertForQuestionAnswering"]
     },

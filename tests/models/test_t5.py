@@ -298,6 +298,24 @@ REFUSED = {
     "is_decoder=True is not implemented for t5": {"is_decoder": True},
     "unknown fields.*num_experts=8": {"num_experts": 8},
     "d_kv=0; it must be an int >= 1": {"d_kv": 0},
+    "d_kv=True; it must be an int >= 1": {"d_kv": True},
+    "num_layers=1180591.*<= 10000": {"num_layers": 2**70},
+    "max_distance=2147483647; it must be an int >= 17 and <= 1048576": {
+        "relative_attention_max_distance": 2**31 - 1
+    },
+    "max_distance=16; it must be": {"relative_attention_max_distance": 16},
+    "num_buckets=3; it must be an int >= 4": {"relative_attention_num_buckets": 3},
+    "layer_norm_epsilon=-1e-06; it must be a number > 0 and < 1": {
+        "layer_norm_epsilon": -1e-6
+    },
+    "layer_norm_epsilon=True; it must be a number": {"layer_norm_epsilon": True},
+    "layer_norm_epsilon='1e-6'; it must be a number": {"layer_norm_epsilon": "1e-6"},
+    "layer_norm_epsilon=nan; it must be a number": {"layer_norm_epsilon": np.nan},
+    "tie_word_embeddings=1.5; it must be true or false": {"tie_word_embeddings": 1.5},
+    "feed_forward_proj={}; it must be text": {"feed_forward_proj": {}},
+    "decoder_start_token_id=32128; it must be .* <= 32127": {
+        "decoder_start_token_id": 32128
+    },
 }
 
 
