@@ -1,0 +1,137 @@
+"""The fuzz's config.json of every family, and what a change of it may legally mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax.interop import hf
+from lorax.models import gpt2, llama, roberta, t5
+from lorax.models.rope import Rope
+from tests.damaged import Case, Source
+
+LARGEST = 2**31 - 1
+YARN = Rope(1e6, "yarn", 4.0, 32, 2.0, 16.0, 1.5)
+LLAMA3 = Rope(5e5, "llama3", 8.0, 32, 2.0, 4.0)
+SIZES = dict(positions=64, width=16, layers=2, heads=4, kv_heads=2, head_dim=6)
+CONFIGS: dict[str, Any] = {
+    "gpt2": gpt2.Config(31, 16, 16, 2, 4, 40, "relu", 1e-4),
+    "llama": llama.Config(31, **SIZES, hidden=24, activation="gelu", rope=LLAMA3),
+    "mistral": llama.Config(
+        31, **SIZES, eps=1e-4, windows=(8, 8), model_type="mistral"
+    ),
+    "qwen2": llama.Config(
+        31, **SIZES, qkv_bias=True, windows=(0, 9), model_type="qwen2", tied=True
+    ),
+    "qwen3": llama.Config(31, **SIZES, qk_norm=True, rope=YARN, model_type="qwen3"),
+    "roberta": roberta.Config("roberta", 31, 16, 2, 1, 16, 2, 4, 24, "relu", labels=3),
+    "bert": roberta.Config("bert", 31, 16, 0, 2, 16, 2, 4, 24, "relu", labels=3),
+    "t5": t5.Config(31, 16, 2, 1, 4, 6, 24, "silu", True, 8, 50, 1e-4, False, 3),
+}
+GENERIC = {
+    "torch_dtype": "float32",
+    "transformers_version": "4.57.0",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "attention_dropout": 0.0,
+    "task_specific_params": {"x": {"max_length": 9}},
+    "temperature": 1.0,
+    "use_something_new": False,
+}
+"""What real files hold beside the fields that a family reads."""
+
+MEANS = {
+    "gpt2": {
+        "activation_function absent": {"activation": "gelu_new"},
+        "layer_norm_epsilon absent": {"eps": 1e-5},
+        "scale_attn_weights": "scale",
+        "scale_attn_by_inverse_layer_idx": "scale_by_layer",
+    },
+    "llama": {
+        "max_position_embeddings absent": {"positions": 4096},
+        "max_position_embeddings huge": {"positions": LARGEST},
+        "hidden_act absent": {"activation": "silu"},
+        "rms_norm_eps absent": {"eps": 1e-6},
+        "tie_word_embeddings": "tied",
+        "original_max_position_embeddings huge": {"original": LARGEST},
+        "factor huge": {"factor": float(LARGEST)},
+        "high_freq_factor huge": {"high": LARGEST},
+        "beta_fast huge": {"high": LARGEST},
+        "attention_factor huge": {"attention": LARGEST},
+        "original_max_position_embeddings absent": {"original": 64},
+        "beta_slow absent": {"low": 1.0},
+        "beta_fast absent": {"high": 32.0},
+        "attention_factor absent": {"attention": None},
+        "truncate": "truncate",
+        "sliding_window absent": {"windows": ()},
+    },
+    "roberta": {
+        "hidden_act absent": {"activation": "gelu"},
+        "layer_norm_eps absent": {"eps": 1e-12},
+    },
+    "t5": {
+        "relative_attention_max_distance absent": {"max_distance": 128},
+        "layer_norm_epsilon absent": {"eps": 1e-6},
+        "decoder_start_token_id absent": {"start": 0},
+        "scale_decoder_outputs": "tied",
+    },
+}
+"""By `<field> absent | huge` what the sizes become, by field what a switch sets; the
+defaults are those of transformers' config classes."""
+
+
+def config_source(family: str, folder: pathlib.Path) -> Source:
+    """A tiny model of the family."""
+    config = CONFIGS[family]
+    draw = np.random.default_rng(0)
+    module = hf.family_of(config.to_hf(), "")
+    shapes = hf.abstract(module.Model(config))
+    params = jax.tree.map(
+        lambda s: draw.standard_normal(s.shape).astype(s.dtype), shapes
+    )
+    hf.save(folder, config, params)
+    told = GENERIC | json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told))
+    legal = functools.partial(_config_means, config, params)
+    return Source(folder, "config.json", _model, legal)
+
+
+def _model(folder: Any) -> Any:
+    model, params = hf.load(folder)
+    return dataclasses.asdict(model.config), params
+
+
+def _config_means(config: Any, params: Any, case: Case) -> Any:
+    told = _group(config)
+    field, value = case.key[-1], case.value
+    absent = case.kind in ("null", "missing")
+    rule = told.get(f"{field} absent") if absent else told.get(f"{field} {case.kind}")
+    if case.kind == "huge" and value != LARGEST:
+        rule = None
+    if case.kind == "bool":
+        rule = {told[field]: value} if field in told else None
+    if field == "sliding_window" and case.kind == "huge" and value == LARGEST:
+        rule = {"windows": tuple(w and LARGEST for w in config.windows)}
+    if rule is None:
+        return None
+    if hasattr(config, "rope") and next(iter(rule)) in vars(config.rope):
+        rule = {"rope": dataclasses.replace(config.rope, **rule)}
+    meant = dataclasses.replace(config, **rule)
+    head = {"head"} if getattr(meant, "tied", False) else set()
+    kept = {name: leaf for name, leaf in params.items() if name not in head}
+    return dataclasses.asdict(meant), kept
+
+
+def _group(config: Any) -> dict[str, Any]:
+    for name, module in {"gpt2": gpt2, "llama": llama, "t5": t5}.items():
+        if isinstance(config, module.Config):
+            return MEANS[name]
+    return MEANS["roberta"]
