@@ -21,15 +21,20 @@ from experiments.studies import plots, shared, text, trial
 from lorax import tree
 
 GA = {"adapter.init": "lora_ga", "adapter.options": (("scale", "stable"),)}
+
+
+def _lora_pro(mode: str, damping: float, b1: float | None) -> dict[str, Any]:
+    options = (("mode", mode), ("damping", damping), ("b1", b1))
+    return {"optimizer.name": "lora_pro", "optimizer.options": options}
+
+
 ARMS: dict[str, dict[str, Any]] = {
     "full": {"run.methods": ("full",)},
     "LoRA": {},
-    "LoRA-Pro": {"optimizer.name": "lora_pro"},
-    "LoRA-Pro, rowcol": {
-        "optimizer.name": "lora_pro",
-        "optimizer.options": (("mode", "rowcol"),),
-    },
-    "LoRA-GA + LoRA-Pro": {"optimizer.name": "lora_pro", **GA},
+    "LoRA-Pro, factor": _lora_pro("factor", 0.1, 0.9),
+    "LoRA-Pro, rowcol": _lora_pro("rowcol", 0.01, None),
+    "LoRA-Pro, rowcol 0.1 with momentum": _lora_pro("rowcol", 0.1, 0.9),
+    "LoRA-GA + LoRA-Pro, factor": {**_lora_pro("factor", 0.1, 0.9), **GA},
 }
 
 
