@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax import interpret, tree
+from lorax import _explicit, interpret, tree
 from lorax.interpret import trace
 from lorax.types import Axes, PyTree
 
@@ -161,7 +161,7 @@ def discover(
         params, args, kwargs = join(values)
         return fn(tree.replace(params, watched), *args, **kwargs)
 
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), watched)
+    abstract = jax.tree.map(_explicit.abstract, watched)
     jaxpr, _ = trace.trace(lambda both: call(*both), (abstract, rest))
     recorder = _Recorder()
 

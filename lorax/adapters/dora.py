@@ -21,6 +21,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lorax import _explicit
 from lorax.adapters import layout
 from lorax.types import Axes, Factors
 
@@ -73,7 +74,7 @@ class Dora:
     def norm(self, kernel: jax.Array) -> jax.Array:
         """Returns c, the norm of every adapted column: `[*batch, *out]`, float32."""
         if self.layers is not None:
-            kernel = jnp.take(kernel, jnp.asarray(self.layers), self.axes.batch[0])
+            kernel = layout.chosen(kernel, self.layers, self.axes.batch[0])
         return column_norm(kernel, self.a, self.scale * self.b, self.axes)
 
     def gain(self, kernel: jax.Array) -> jax.Array:
@@ -139,7 +140,7 @@ def column_norm(
         a, b = a.astype(dtype), b.astype(dtype)
         batch, read = tuple(range(n)), tuple(range(n, n + i))
         exact = jax.lax.Precision.HIGHEST
-        dot = lambda x, y, numbers: jax.lax.dot_general(x, y, numbers, exact)
+        dot = lambda x, y, numbers: _explicit.dot(x, y, numbers, exact)
         cross = dot(a, kernel, ((read, axes.in_), (batch, axes.batch)))
         gram = dot(a, a, ((read, read), (batch, batch)))  # [*batch, rank, rank]
         # `cross` has [*batch, rank, *out] with out in the leaf's order

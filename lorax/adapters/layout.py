@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lorax import tree
+from lorax import _explicit, tree
 from lorax.types import Axes
 
 Shape = tuple[int, ...]
@@ -70,8 +69,20 @@ def spread(
     """Returns the factor of a whole stack, `fill` where no layer has one."""
     if layers is None:
         return factor
+    lies = [None, *_explicit.entries(factor)[1:]]
     whole = jnp.full((depth, *factor.shape[1:]), fill, factor.dtype)
+    whole, factor = (_explicit.moved(x, lies, factor) for x in (whole, factor))
     return whole.at[jnp.asarray(layers)].set(factor)
+
+
+def chosen(kernel: jax.Array, layers: Sequence[int], axis: int) -> jax.Array:
+    """Returns some layers of a stack; from an Explicit mesh the stack comes whole."""
+    if not _explicit.is_explicit(kernel):
+        return jnp.take(kernel, jnp.asarray(layers), axis)
+    lies = _explicit.entries(kernel)
+    whole = _explicit.moved(kernel, [*lies[:axis], None, *lies[axis + 1 :]], kernel)
+    parts = [jax.lax.slice_in_dim(whole, i, i + 1, axis=axis) for i in layers]
+    return jnp.concatenate(parts, axis)
 
 
 def stack_axes(reads: jax.Array, axes: Axes) -> int:
@@ -93,14 +104,16 @@ def product(a: jax.Array, b: jax.Array, axes: Axes, kernel: jax.Array) -> jax.Ar
       axes: of the leaf.
       kernel: the leaf; only its shape and dtype are read.
     """
-    in_, out, batch = axes.sizes(kernel.shape)
-    dtype, rank = wide(kernel), a.shape[-1]
-    update = jnp.matmul(
-        a.astype(dtype).reshape(*batch, math.prod(in_), rank),
-        b.astype(dtype).reshape(*batch, rank, math.prod(out)),
-        precision=jax.lax.Precision.HIGHEST,
+    dtype, n = wide(kernel), len(axes.batch)
+    lies = _explicit.entries(kernel)
+    update = _explicit.dot(
+        a.astype(dtype),
+        b.astype(dtype),
+        (((a.ndim - 1,), (n,)), (tuple(range(n)),) * 2),
+        jax.lax.Precision.HIGHEST,
+        wanted=[lies[axis] for axis in axes.order],
     )
-    return in_leaf_order(update.reshape(*batch, *in_, *out), axes)
+    return in_leaf_order(update, axes)
 
 
 def in_leaf_order(array: jax.Array, axes: Axes) -> jax.Array:

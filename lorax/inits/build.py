@@ -91,8 +91,7 @@ def chosen_layers(kernel: Kernel, target: Target) -> jax.Array:
     value = jnp.asarray(kernel.value)
     if target.layers is None:
         return value
-    axis = kernel.linear_axes().batch[0]
-    return jnp.take(value, jnp.asarray(target.layers), axis)
+    return layout.chosen(value, target.layers, kernel.linear_axes().batch[0])
 
 
 def matrices(kernel: Kernel, target: Target) -> jax.Array:

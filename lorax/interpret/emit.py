@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax import tree
+from lorax import _explicit, tree
 from lorax.interpret.tracked import Term
 
 Dims = tuple[Sequence[int], Sequence[int]]
@@ -54,6 +54,7 @@ def dot(
     batch: Dims,
     precision: jax.lax.PrecisionLike,
     dtype: jnp.dtype,
+    lies: _explicit.Entries,
 ) -> jax.Array:
     """Returns `(x @ first) @ second`.
 
@@ -71,6 +72,7 @@ def dot(
       batch: batch dimensions of x and of `first`.
       precision: of the operation on the kernel.
       dtype: of the operation's result.
+      lies: how the result is sharded, see `lorax._explicit`; x @ first likewise.
 
     Returns:
       `[*batch, *free dimensions of x, *write]`.
@@ -81,24 +83,26 @@ def dot(
         free = [d for d in range(x.ndim) if d not in read[0]]
         sizes = [x.shape[d] for d in free]
         rank, width = first.shape[-1], math.prod(x.shape[d] for d in read[0])
-        x = x.transpose(*free, *read[0]).reshape(math.prod(sizes), width)
-        first = first.transpose(first.ndim - 1, *read[1]).reshape(rank, width)
+        x = _flat(x.transpose(*free, *read[0]), math.prod(sizes), width)
+        first = _flat(first.transpose(first.ndim - 1, *read[1]), rank, width)
         first, second = -first, -second
         numbers = (((1,), (1,)), ((), ()))
         h = jax.lax.dot_general(
             x, first, numbers, precision, preferred_element_type=second.dtype
         )
-        h = h.reshape(*sizes, rank)
+        h = _explicit.reshape(h, (*sizes, rank), (*lies[: len(sizes)], None))
     else:
-        h = jax.lax.dot_general(
+        kept = x.ndim - len(read[0])  # batch dimensions and free ones
+        h = _explicit.dot(
             x,
             first,
             (read, batch),
             precision,
-            preferred_element_type=second.dtype,
+            dtype=second.dtype,
+            wanted=(*lies[:kept], None),
         )
     # h keeps the batch dimensions in the equation's order, `second` in view order
-    return mix(h, second, h.ndim - 1, tuple(batch[1]), precision, dtype)
+    return mix(h, second, h.ndim - 1, tuple(batch[1]), precision, dtype, lies)
 
 
 def mix(
@@ -108,6 +112,7 @@ def mix(
     batch: tuple[int, ...],
     precision: jax.lax.PrecisionLike,
     dtype: jnp.dtype,
+    lies: _explicit.Entries,
 ) -> jax.Array:
     """Returns `h @ second`.
 
@@ -118,6 +123,7 @@ def mix(
       batch: for each leading dimension of h, the batch dimension of `second`.
       precision: of the product.
       dtype: of the result.
+      lies: how the result is sharded.
 
     Returns:
       `[*batch, ..., *write]`.
@@ -126,19 +132,20 @@ def mix(
     if n == 0 and _cpu_alone(h):
         *sizes, rank = jnp.moveaxis(h, feature, -1).shape
         y = jax.lax.dot_general(
-            jnp.moveaxis(h, feature, -1).reshape(math.prod(sizes), rank),
-            second.reshape(rank, math.prod(second.shape[1:])),
+            _flat(jnp.moveaxis(h, feature, -1), math.prod(sizes), rank),
+            _flat(second, rank, math.prod(second.shape[1:])),
             (((1,), (0,)), ((), ())),
             precision,
             preferred_element_type=dtype,
         )
-        return y.reshape(*sizes, *second.shape[1:])
-    return jax.lax.dot_general(
+        return _explicit.reshape(y, (*sizes, *second.shape[1:]), lies)
+    return _explicit.dot(
         h,
         second,
         (((feature,), (n,)), (tuple(range(n)), batch)),
         precision,
-        preferred_element_type=dtype,
+        dtype=dtype,
+        wanted=lies,
     )
 
 
@@ -157,11 +164,12 @@ def total(
       bias: likewise; None for zero.
     """
     if gain is None:
-        bias_ = 0 if bias is None else bias
-        return (base.astype(branch.dtype) + branch + bias_).astype(base.dtype)
+        both = base.astype(branch.dtype) + branch
+        return (both if bias is None else both + bias).astype(base.dtype)
     zero = jnp.zeros((), branch.dtype)
     bias = zero if bias is None else bias.astype(branch.dtype)
-    return _rescale(base, branch, gain.astype(branch.dtype), bias)
+    gain = _explicit.like(gain.astype(branch.dtype), base)
+    return _rescale(base, branch, gain, bias)
 
 
 @jax.custom_jvp
@@ -189,6 +197,11 @@ def _rescale_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     dy = (d_base.astype(branch.dtype) + d_branch) * gain + d_bias
     dy = dy + y.astype(branch.dtype) * ratio + (-bias) * ratio
     return y, dy.astype(base.dtype)
+
+
+def _flat(x: jax.Array, rows: int, columns: int) -> jax.Array:
+    """A matrix, whole on an Explicit mesh (which has one device)."""
+    return _explicit.reshape(x, (rows, columns), (None, None))
 
 
 def _cpu_alone(x: jax.Array) -> bool:

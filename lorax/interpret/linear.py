@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorax import _explicit
 from lorax.interpret import emit
 from lorax.interpret.tracked import Pending, Term, Tracked, gains
 from lorax.interpret.walker import Walker
@@ -153,6 +154,7 @@ def low_rank(walker: Walker, eqn: Any, use: Use, branch: Branch) -> list[Any] | 
             return None
     rest, base_x = None, x
     if gain is not None and tied:  # (W * gain)^T reads x * gain
+        gain = _explicit.like(gain, x)
         base_x = (x + kept[0] * (gain - 1) if kept[0] is not x else x * gain).astype(
             x.dtype
         )
@@ -162,8 +164,12 @@ def low_rank(walker: Walker, eqn: Any, use: Use, branch: Branch) -> list[Any] | 
         base_x, rest = kept[0], frozen(walker, eqn, use, x - kept[0]).astype(wide)
     base = frozen(walker, eqn, use, base_x)
     parts = zip(terms, pairs, kept, strict=True)
-    first, *more = (branch(*part).astype(wide) for part in parts)
+    first, *more = (_explicit.like(branch(*part).astype(wide), base) for part in parts)
     extra = sum(more, start=first)
+    if gain is not None and (spec := jax.typeof(base).sharding.spec).unreduced:
+        sides = _explicit.summed(base), _explicit.summed(extra)
+        rest = None if rest is None else _explicit.summed(rest)
+        return [_explicit.moved(emit.total(*sides, gain, rest), spec, base)]
     if wide == out.dtype and rest is None and walker.feeds_only_an_add(eqn):
         return [Pending(base, extra, gain)]
     return [emit.total(base, extra, gain, rest)]

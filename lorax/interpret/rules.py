@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax import _explicit
 from lorax.interpret import emit
 from lorax.interpret.linear import Pair, Use
 from lorax.interpret.tracked import Pending, Term, Tracked, place
@@ -80,6 +81,11 @@ def dot_general(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None
         applied=dict(zip((*batch, *read), (*x_batch, *x_read), strict=True)),
     )
 
+    lies = _explicit.lies(out)
+    if left:  # [*batch, *x_free, *write]
+        lies = [*lies[: len(batch)], *lies[len(batch) + len(write) :]]
+        lies += _explicit.lies(out)[len(batch) : len(batch) + len(write)]
+
     def branch(term: Term, pair: Pair, x: Any) -> jax.Array:
         z = emit.dot(
             emit.window(x, term, x_read, read),
@@ -89,6 +95,7 @@ def dot_general(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None
             batch=(x_batch, _ranks(batch, 0)),
             precision=eqn.params["precision"],
             dtype=out.dtype,
+            lies=_of_block(lies, term, write, shape),
         )  # [*batch, *x_free, *write]
         kept = len(write)
         if left:  # the kernel was the left operand: its dimensions come first
@@ -106,6 +113,17 @@ def dot_general(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None
 def _ranks(dims: Sequence[int], offset: int) -> tuple[int, ...]:
     """Positions of view dimensions among themselves in view order."""
     return tuple(offset + sorted(dims).index(d) for d in dims)
+
+
+def _of_block(
+    lies: Sequence[Any], term: Term, write: Sequence[int], shape: Sequence[int]
+) -> list[Any]:
+    """How a term's part of a result lies: whole where it is a block of a dimension."""
+    own = [
+        entry if term.whole(d, shape) else None
+        for d, entry in zip(write, lies[len(lies) - len(write) :], strict=True)
+    ]
+    return [*lies[: len(lies) - len(write)], *own]
 
 
 @rule("conv_general_dilated")
@@ -147,8 +165,21 @@ def conv(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
             )
         }
         first = jnp.moveaxis(pair.first, -1, to)
-        h = jax.lax.conv_general_dilated(x, first, **keep)
-        z = emit.mix(h, pair.second, features, (), params["precision"], out.dtype)
+        lies = _explicit.lies(out)
+        thin = [None if d == features else e for d, e in enumerate(lies)]
+        written = lies.pop(features)
+        h = jax.lax.conv_general_dilated(
+            x, first, **keep, out_sharding=_explicit.named(thin, x, first)
+        )
+        z = emit.mix(
+            h,
+            pair.second,
+            features,
+            (),
+            params["precision"],
+            out.dtype,
+            _of_block([*lies, written], term, [to], shape),
+        )
         z = jnp.moveaxis(z, -1, features)
         start = [term.start[to] if d == features else 0 for d in range(z.ndim)]
         return place(z, start, out.shape)
@@ -208,7 +239,13 @@ def gather(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
             mode=params["mode"],
             fill_value=0,
         )
-        z = emit.mix(rows, pair.second, ids, (), None, out.dtype)  # [*ids, *write]
+        lies = _explicit.lies(out)
+        lies = [lies[d] for d in range(out.ndim) if d not in numbers.offset_dims]
+        lies += [_explicit.lies(out)[d] for d in numbers.offset_dims]
+        lies = _of_block(lies, term, write, shape)
+        z = emit.mix(
+            rows, pair.second, ids, (), None, out.dtype, lies
+        )  # [*ids, *write]
         z = jnp.moveaxis(z, range(ids, z.ndim), numbers.offset_dims)
         start = [0] * z.ndim
         for dim, place_ in written.items():
@@ -242,7 +279,7 @@ def ragged_dot(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
     shape = view.value.shape
     if not all(term.whole(d, shape) for term in view.terms for d in range(3)):
         return None
-    flops = 2 * x.shape[0] * shape[read[0]] * shape[write[0]]
+    flops, out = 2 * x.shape[0] * shape[read[0]] * shape[write[0]], eqn.outvars[0].aval
     use = Use(
         "ragged_dot",
         view,
@@ -260,9 +297,14 @@ def ragged_dot(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
 
     def branch(term: Term, pair: Pair, x: Any) -> jax.Array:
         precision = eqn.params["precision"]
-        h = jax.lax.ragged_dot(x, pair.first, groups, precision=precision)
+        lies = _explicit.lies(out)
+        place = lambda *entries: _explicit.named(entries, x, pair.first)
+        h = jax.lax.ragged_dot(
+            x, pair.first, groups, precision, out_sharding=place(lies[0], None)
+        )
+        h = h.astype(pair.second.dtype)
         return jax.lax.ragged_dot(
-            h.astype(pair.second.dtype), pair.second, groups, precision=precision
+            h, pair.second, groups, precision, out_sharding=place(*lies)
         )
 
     return walker.visitor.linear(walker, eqn, use, branch)

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lorax import _explicit
 from lorax.types import Axes, Factors
 
 Labels = tuple[tuple[int, ...], ...]
@@ -140,7 +140,7 @@ class Tracked:
             rate=adapter.dropout,
             factors=Factors(a, b, gain),
         )
-        return Tracked(self.value, (term,))
+        return followed(Tracked(self.value, (term,)))
 
 
 def _in_view_order(
@@ -156,6 +156,32 @@ def _in_view_order(
     rank = [n] if gap else [factor.ndim - 1]
     tail = rank + own_order if gap else own_order + rank
     return factor.transpose(ranks(batch) + tail)
+
+
+def followed(view: Tracked) -> Tracked:
+    """Returns a view whose factors lie on an Explicit mesh as its dimensions do.
+
+    The rank is whole, and so is a dimension of which a term has only a block.
+    """
+    lies, shape = _explicit.entries(view.value), view.value.shape
+
+    def settled(term: Term) -> Term:
+        if term.factors is None:
+            return term
+        batch, in_, out = (
+            [lies[d] if term.whole(d, shape) else None for d in term.dims(kind)]
+            for kind in ("batch", "in", "out")
+        )
+        a, b, gain = term.factors
+        a = _explicit.moved(a, [*batch, *in_, None], view.value)
+        b = _explicit.moved(b, [*batch, None, *out], view.value)
+        if gain is not None:
+            gain = _explicit.moved(gain, [*batch, *out], view.value)
+        return dataclasses.replace(term, factors=Factors(a, b, gain))
+
+    if not _explicit.is_explicit(*jax.tree.leaves(view)):
+        return view
+    return Tracked(view.value, tuple(map(settled, view.terms)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,18 +216,16 @@ def dense(tracked: Any) -> jax.Array:
             return tracked.value
         a, b, _ = term.factors
         batch, in_, out = (term.dims(kind) for kind in ("batch", "in", "out"))
-        sizes = lambda dims: [term.shape[d] for d in dims]  # noqa: B023
-        rank = a.shape[-1]
-        product = jnp.matmul(
-            a.astype(dtype).reshape(*sizes(batch), math.prod(sizes(in_)), rank),
-            b.astype(dtype).reshape(*sizes(batch), rank, math.prod(sizes(out))),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        order = batch + in_ + out
-        product = product.reshape(sizes(order)).transpose(
-            [order.index(d) for d in sorted(order)]
-        )
-        total = total + place(product.reshape(term.shape), term.start, shape)
+        order, n = batch + in_ + out, len(batch)
+        product = _explicit.dot(
+            a.astype(dtype),
+            b.astype(dtype),
+            (((a.ndim - 1,), (n,)), (tuple(range(n)),) * 2),
+            jax.lax.Precision.HIGHEST,
+        ).transpose([order.index(d) for d in sorted(order)])
+        units = [d for d in range(len(shape)) if d not in order]
+        product = place(jnp.expand_dims(product, units), term.start, shape)
+        total = total + _explicit.like(product, total)
     for term in tracked.terms:
         if (gain := gains(term, range(len(shape)), shape)) is not None:
             total = total * gain.astype(dtype)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax import _explicit
 from lorax.interpret.tracked import Term, Tracked
 from lorax.interpret.walker import Walker, rule
 from lorax.types import Factors
@@ -38,9 +39,9 @@ def viewed(
     return [Tracked(walker.bind(eqn, values)[0], terms)]
 
 
-@rule("copy", "copy_p", "name", "sharding_constraint", "layout_constraint")
+@rule("copy", "copy_p", "name", "sharding_constraint", "layout_constraint", "reshard")
 def same(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
-    """Operations that change neither the values nor the shape."""
+    """Operations that change neither the values nor the shape; factors follow them."""
     return viewed(walker, eqn, values, lambda term: term)
 
 
@@ -167,7 +168,9 @@ def reshape(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None
         groups = [([d], [j]) for d, j in enumerate(places)]
     else:
         groups = _groups(old, shape)
-    return viewed(walker, eqn, values, lambda term: _regroup(term, groups, old, shape))
+    lies = _explicit.lies(eqn.outvars[0].aval)
+    edit = lambda term: _regroup(term, groups, old, shape, lies)
+    return viewed(walker, eqn, values, edit)
 
 
 def _groups(
@@ -194,8 +197,12 @@ def _regroup(
     groups: list[tuple[list[int], list[int]]],
     old: tuple[int, ...],
     shape: tuple[int, ...],
+    lies: Sequence[Any],
 ) -> Term | None:
-    """Relabels a term after a reshape and gives its factors the new sizes."""
+    """Relabels a term after a reshape and gives its factors the new sizes.
+
+    `lies` says how each dimension of the result is sharded.
+    """
     labels: list[tuple[int, ...]] = [()] * len(shape)
     start, block = [0] * len(shape), list(shape)
     for left, right in groups:
@@ -222,14 +229,16 @@ def _regroup(
     if any(new.kind(d) is None for d in range(len(shape))):
         return None
     batch, in_, out = (
-        [block[d] for d in new.dims(kind)] for kind in ("batch", "in", "out")
+        [(block[d], lies[d] if block[d] == shape[d] else None) for d in new.dims(kind)]
+        for kind in ("batch", "in", "out")
     )
     a, b, gain = term.factors
-    rank = a.shape[-1]
+    rank = [(a.shape[-1], None)]
+    sized = lambda factor, dims: _explicit.reshape(factor, *zip(*dims, strict=True))
     factors = Factors(
-        a.reshape(*batch, *in_, rank),
-        b.reshape(*batch, rank, *out),
-        None if gain is None else gain.reshape(*batch, *out),
+        sized(a, [*batch, *in_, *rank]),
+        sized(b, [*batch, *rank, *out]),
+        None if gain is None else sized(gain, [*batch, *out]),
     )
     return dataclasses.replace(new, factors=factors)
 
@@ -301,7 +310,10 @@ def split(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
         terms = _cut(tracked.terms, axis, bound)
         if stacked:
             old = (*shape[:axis], 1, *shape[axis + 1 :])
-            regrouped = (_regroup(term, groups, old, result.shape) for term in terms)
+            lies = _explicit.entries(result)
+            regrouped = (
+                _regroup(term, groups, old, result.shape, lies) for term in terms
+            )
             terms = tuple(term for term in regrouped if term is not None)
         outs.append(Tracked(result, terms) if terms else result)
     return outs

@@ -16,7 +16,8 @@ import jax
 from jax.extend import core
 from jax.extend import source_info_util as source
 
-from lorax.interpret.tracked import Pending, Tracked
+from lorax import _explicit
+from lorax.interpret.tracked import Pending, Tracked, followed
 
 Rule = Callable[["Walker", Any, list[Any]], Sequence[Any] | None]
 RULES: dict[str, Rule] = {}
@@ -112,11 +113,13 @@ class Walker:
                 if eqn.invars[0].aval.size < eqn.outvars[0].aval.size:
                     self.spread[id(eqn.outvars[0])] = _unbroadcast(eqn, values[0])
             return self.bind(eqn, values)
-        with located(eqn):
+        views = [v.value for v in values if isinstance(v, Tracked)]
+        with located(eqn), _explicit.under(*views):
             results = RULES[name](self, eqn, values) if name in RULES else None
             if results is None:
                 values = [self.merged(value, eqn) for value in values]
-        return self.bind(eqn, values) if results is None else results
+                return self.bind(eqn, values)
+            return [followed(r) if isinstance(r, Tracked) else r for r in results]
 
     def feeds_only_an_add(self, eqn: Any) -> bool:
         """True when the result of an equation has one reader, and that is an add."""

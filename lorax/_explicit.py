@@ -1,0 +1,177 @@
+"""Explicitly sharded values: what their types say, and operations that are told.
+
+On a mesh whose axes are `AxisType.Explicit` the type of a value says which mesh axes
+cut each of its dimensions, and an operation whose result could lie in more than one
+way has to name it. Without such axes all of this is the plain operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from lorax import tree
+
+Entries = Sequence[Any]
+"""For each dimension the mesh axes that cut it: a name, a tuple of names, or None."""
+
+
+def entries(x: Any) -> list[Any]:
+    """Returns what the type of an array says of each dimension."""
+    return lies(jax.typeof(x))
+
+
+def lies(kind: Any) -> list[Any]:
+    """Returns what a type says of each dimension."""
+    found = kind.sharding.spec.partitions
+    return [*found, *[None] * (len(kind.shape) - len(found))]
+
+
+def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Returns the type of an array or a shape, with the sharding that it names."""
+    kind = jax.typeof(leaf)
+    where = None if kind.sharding.mesh.empty else kind.sharding
+    return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=where)
+
+
+def under(*values: Any) -> Any:
+    """Returns the context of what is emitted: the mesh of the values' own types.
+
+    `jax.sharding.auto_axes` gives a part of a program another mesh than its caller's.
+    """
+    mesh, given = mesh_of(*values), jax.sharding.get_abstract_mesh()
+    if mesh is None or given.empty or mesh == given:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def mesh_of(*values: Any) -> AbstractMesh | None:
+    """Returns the first mesh among the types of some arrays, None without one."""
+    meshes = (jax.typeof(x).sharding.mesh for x in values)
+    return next((mesh for mesh in meshes if not mesh.empty), None)
+
+
+def is_explicit(*values: Any) -> bool:
+    """True where one of the values lies on a mesh with Explicit axes."""
+    return any(
+        AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types for x in values
+    )
+
+
+def named(wanted: Entries, *values: Any) -> NamedSharding | None:
+    """Returns the sharding to name for a result of `values`, None where none is.
+
+    A mesh axis cuts one dimension only: the first that asks for it.
+    """
+    mesh = mesh_of(*values)
+    if mesh is None or not is_explicit(*values):
+        return None
+    return NamedSharding(mesh, PartitionSpec(*_distinct(wanted)))
+
+
+def _distinct(wanted: Entries) -> list[Any]:
+    taken: set[str] = set()
+    found = []
+    for entry in wanted:
+        axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        own = tuple(axis for axis in axes if axis not in taken)
+        taken.update(own)
+        found.append(entry if own == axes else (own or None))
+    return found
+
+
+def moved(x: jax.Array, wanted: Entries | PartitionSpec, beside: Any) -> jax.Array:
+    """Returns x, resharded where it does not lie like that on the mesh of `beside`."""
+    mesh = mesh_of(beside)
+    if mesh is None or not is_explicit(x, beside):
+        return x
+    spec = wanted if isinstance(wanted, PartitionSpec) else PartitionSpec(*wanted)
+    kind = jax.typeof(x).sharding
+    if kind.mesh == mesh and kind.spec == spec:
+        return x
+    place: Any = mesh
+    if tree.is_concrete(beside):  # outside of a program x may be on no mesh
+        place = getattr(beside.sharding, "mesh", mesh)
+    return jax.sharding.reshard(x, NamedSharding(place, spec))
+
+
+def like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns x lying as an array does with which it is to be added, or multiplied."""
+    spec = jax.typeof(other).sharding.spec
+    if x.shape == other.shape:
+        return moved(x, spec, other)
+    both = zip(x.shape, other.shape, entries(other), strict=True)
+    return moved(x, [entry if n == m else None for n, m, entry in both], other)
+
+
+def summed(x: jax.Array) -> jax.Array:
+    """Returns x after the sum over devices for which an unreduced value waits."""
+    return moved(x, entries(x), x)
+
+
+def dot(
+    x: jax.Array,
+    y: jax.Array,
+    numbers: Any,
+    precision: jax.lax.PrecisionLike = None,
+    *,
+    dtype: Any = None,
+    wanted: Entries | None = None,
+) -> jax.Array:
+    """`jax.lax.dot_general`, which names how its result lies.
+
+    Args:
+      x: the left operand.
+      y: the right one.
+      numbers: as of `dot_general`.
+      precision: likewise.
+      dtype: of the result.
+      wanted: how the result lies; by default as the operands' dimensions do.
+    """
+    if wanted is None:
+        wanted = _of_product(x, y, numbers)
+    if is_explicit(x, y):
+        x, y = _batched_alike(x, y, numbers[1])
+    return jax.lax.dot_general(
+        x,
+        y,
+        numbers,
+        precision,
+        preferred_element_type=dtype,
+        out_sharding=named(wanted, x, y),
+    )
+
+
+def _of_product(x: jax.Array, y: jax.Array, numbers: Any) -> list[Any]:
+    (x_read, y_read), (x_batch, y_batch) = numbers
+    of_x, of_y = entries(x), entries(y)
+    return [
+        *(of_x[i] or of_y[j] for i, j in zip(x_batch, y_batch, strict=True)),
+        *(of_x[d] for d in range(x.ndim) if d not in (*x_read, *x_batch)),
+        *(of_y[d] for d in range(y.ndim) if d not in (*y_read, *y_batch)),
+    ]
+
+
+def _batched_alike(x: jax.Array, y: jax.Array, batch: Any) -> tuple[jax.Array, ...]:
+    """Two operands whose batch dimensions lie alike, as a product demands."""
+    of_x, of_y = entries(x), entries(y)
+    both = [of_x[i] or of_y[j] for i, j in zip(*batch, strict=True)]
+
+    def settled(operand: jax.Array, dims: Sequence[int], own: list[Any]) -> jax.Array:
+        order = [*dims, *(d for d in range(operand.ndim) if d not in dims)]
+        found = _distinct([*both, *(own[d] for d in order[len(dims) :])])
+        own = [found[order.index(d)] for d in range(operand.ndim)]
+        return moved(
+            operand, own, operand if mesh_of(operand) else (y, x)[operand is y]
+        )
+
+    return settled(x, batch[0], of_x), settled(y, batch[1], of_y)
+
+
+def reshape(x: jax.Array, shape: Iterable[int], wanted: Entries) -> jax.Array:
+    """`jax.lax.reshape`, which names how its result lies."""
+    return jax.lax.reshape(x, tuple(shape), out_sharding=named(wanted, x))

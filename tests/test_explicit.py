@@ -1,0 +1,135 @@
+"""Explicit meshes: adapt is merge-then-apply, and everything lies as it is told."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lorax
+from tests import explicit_programs, programs
+
+FAST = {"xla_backend_optimization_level": 0}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+
+
+def put(mesh, x, spec):
+    return jax.device_put(np.asarray(x), NamedSharding(mesh, spec))
+
+
+def problem(name, kind, mesh):
+    """A function, adapters away from their init, its arguments, how it uses them."""
+    fn, params, x, x_spec = explicit_programs.PROGRAMS[name]()
+    params = {path: put(mesh, leaf, spec) for path, (leaf, spec) in params.items()}
+    x = put(mesh, x, x_spec)
+    target = lorax.Target("[wuv]", rank=2, alpha=4, adapter=kind)
+    kernels = lorax.discover(fn, params, x)
+    made, params = lorax.init(jax.random.key(0), params, target, kernels)
+    return fn, programs.perturbed(made), params, x, kernels
+
+
+ROWS = [(name, "dora") for name in explicit_programs.PROGRAMS]  # LoRA's and a gain
+ROWS += [("unreduced", "lora"), ("layers", "lora"), ("mapped_shards", "adalora")]
+
+
+@pytest.mark.parametrize(("name", "kind"), ROWS)
+def test_adapt_is_merge_then_apply(name, kind, mesh):
+    with jax.set_mesh(mesh), warnings.catch_warnings():
+        warnings.simplefilter("error", lorax.MergeWarning)
+        fn, adapters, params, x, kernels = problem(name, kind, mesh)
+        assert all(kernel.axes for path, kernel in kernels.items() if path != "bias")
+        sides = lorax.adapt(fn), programs.definition(fn)
+        both = lambda *args: [jax.value_and_grad(side)(*args) for side in sides]
+        got, want = (
+            jax.jit(both).lower(adapters, params, x).compile(FAST)(adapters, params, x)
+        )
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        scale = float(np.abs(w).max())
+        np.testing.assert_allclose(g, w, rtol=0, atol=2e-5 * scale)
+    alike = jax.tree.map(lambda g, a: jax.typeof(g) == jax.typeof(a), got[1], adapters)
+    assert all(jax.tree.leaves(alike))
+
+
+@pytest.mark.parametrize("layers", [None, (0, 2)])
+@pytest.mark.parametrize("kind", ["lora", "dora", "adalora"])
+def test_merge_by_hand(kind, layers, mesh):
+    """W0 + 2 a b of a stack sharded along both its matrix axes, in numpy."""
+    leaf = np.random.RandomState(0).randn(3, 8, 6).astype(np.float32)
+    with jax.set_mesh(mesh):
+        params = {"w": put(mesh, leaf, P(None, "x", "y"))}
+        kernel = lorax.Kernel(
+            "w", (3, 8, 6), jnp.dtype("float32"), "dot", lorax.Axes((1,), (2,), (0,))
+        )
+        target = lorax.Target("w", 2, alpha=4, adapter=kind, layers=layers)
+        made, params = lorax.init(jax.random.key(0), params, target, {"w": kernel})
+        adapters = programs.perturbed(made)
+        merged = lorax.merge(adapters, params)["w"]
+    assert jax.typeof(merged) == jax.typeof(params["w"])
+    own = jax.tree.map(np.asarray, adapters["w"])
+    read, write = (own.p, own.q) if kind == "adalora" else (own.a, own.b)
+    read = read * own.lam[:, None] if kind == "adalora" else read
+    want = leaf.astype(np.float64)
+    for i, layer in enumerate(layers or range(3)):
+        want[layer] += 2 * read[i].astype(np.float64) @ write[i]
+        if kind == "dora":
+            want[layer] *= own.magnitude[i] / np.linalg.norm(want[layer], axis=0)
+    np.testing.assert_allclose(merged, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mesh_of_one_device():
+    """Flattening on a single CPU device names that its result is whole."""
+    one = jax.make_mesh(
+        (1, 1),
+        ("x", "y"),
+        axis_types=(AxisType.Explicit,) * 2,
+        devices=jax.devices()[:1],
+    )
+    w, x = programs.normal(1, 4, 2, 3), programs.normal(0, 2, 5, 4)
+    fn = lambda params, x: jnp.sum(
+        jnp.einsum("btd,dhk->bthk", x, params["w"], out_sharding=P("x", None, "y")) ** 2
+    )
+    with jax.set_mesh(one):
+        params = {"w": put(one, w, P(None, "y"))}
+        x = put(one, x, P("x"))
+        kernels = lorax.discover(fn, params, x)
+        made, params = lorax.init(
+            jax.random.key(0), params, lorax.Target("w", 2), kernels
+        )
+        made = programs.perturbed(made)
+        got = jax.grad(lorax.adapt(fn))(made, params, x)["w"]
+        want = jax.grad(programs.definition(fn))(made, params, x)["w"]
+    np.testing.assert_allclose(got.a, want.a, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got.b, want.b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_sees_the_shardings_of_its_leaves(mesh):
+    """`discover` traces a function whose shard_map asks for its kernel's sharding."""
+    seen = []
+
+    def fn(params, x):
+        seen.append(jax.typeof(params["w"]).sharding.spec)
+        body = lambda w, x: jax.lax.psum(x @ w, "x")
+        body = jax.shard_map(body, in_specs=(P("x"), P(None, "x")), out_specs=P())
+        return body(params["w"], x)
+
+    with jax.set_mesh(mesh):
+        params = {"w": put(mesh, programs.normal(1, 8, 4), P("x"))}
+        x = put(mesh, programs.normal(0, 2, 8), P(None, "x"))
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=leaf.sharding
+            ),
+            (params, x),
+        )
+        found = [lorax.discover(fn, params, x), lorax.discover(fn, *shapes)]
+        inside = jax.jit(lambda p, x: lorax.discover(fn, p, x)["w"].axes.in_[0])
+        assert int(inside(params, x)) == 0
+    assert {kernels["w"].axes for kernels in found} == {lorax.Axes((0,), (1,))}
+    assert set(seen) == {P("x", None)}
