@@ -8,7 +8,7 @@ way has to name it. Without such axes all of this is the plain operation.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -175,3 +175,38 @@ def _batched_alike(x: jax.Array, y: jax.Array, batch: Any) -> tuple[jax.Array, .
 def reshape(x: jax.Array, shape: Iterable[int], wanted: Entries) -> jax.Array:
     """`jax.lax.reshape`, which names how its result lies."""
     return jax.lax.reshape(x, tuple(shape), out_sharding=named(wanted, x))
+
+
+def automatic(function: Callable[..., Any], args: Any, results: Any) -> Any:
+    """Returns `function(*args)`, in which the compiler chooses how values lie.
+
+    Args:
+      function: of trees of arrays; other leaves of `args` reach it as they are.
+      args: with no Explicit axis among them this is the plain call.
+      results: for the whole result, or for parts of it, arrays that they lie as; where
+        one of them is None, that part is whole on every device.
+    """
+    flat, structure = jax.tree.flatten(args)
+    arrays = [i for i, leaf in enumerate(flat) if isinstance(leaf, jax.Array)]
+    given = [flat[i] for i in arrays]
+    mesh = mesh_of(*given)
+    if mesh is None or not is_explicit(*given):
+        return function(*args)
+
+    def called(*values: jax.Array) -> Any:
+        leaves = list(flat)
+        for i, value in zip(arrays, values, strict=True):
+            leaves[i] = value
+        return function(*jax.tree.unflatten(structure, leaves))
+
+    place = lambda x: NamedSharding(
+        mesh, PartitionSpec() if x is None else PartitionSpec(*entries(x))
+    )
+    where = jax.tree.map(place, results, is_leaf=lambda x: x is None)
+
+    def run(*values: jax.Array) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.sharding.auto_axes(called, out_sharding=where)(*values)
+
+    outside = jax.sharding.get_abstract_mesh().empty  # there nothing new has a mesh
+    return (jax.jit(run) if outside else run)(*given)

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax import _explicit
+
 Parts = tuple[jax.Array, ...]
 Decompose = Callable[[jax.Array], Parts]
 
@@ -76,19 +78,24 @@ _svd = _guarded(lambda x: tuple(jnp.linalg.svd(x, full_matrices=False)))
 _eigh = _guarded(lambda x: tuple(jnp.linalg.eigh(x)))
 
 
+def _whole(x: jax.Array) -> jax.Array:
+    """Matrices whole on every device: the decompositions take them no other way."""
+    return _explicit.moved(x, [*_explicit.entries(x)[:-2], None, None], x)
+
+
 def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns q `[..., m, k]` and r `[..., k, n]` of x `[..., m, n]`, k = min(m, n)."""
-    q, r = _qr(x)
+    q, r = _qr(_whole(x))
     return q, r
 
 
 def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns u `[..., m, k]`, s `[..., k]` in falling order and vt `[..., k, n]`."""
-    u, s, vt = _svd(x)
+    u, s, vt = _svd(_whole(x))
     return u, s, vt
 
 
 def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the eigenvalues `[..., n]`, ascending, and vectors of symmetric `x`."""
-    values, vectors = _eigh(x)
+    values, vectors = _eigh(_whole(x))
     return values, vectors

@@ -5,12 +5,15 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorax
+from lorax.adapters import AdaLora, Dora, Lora
 from tests import explicit_programs, programs
+from tests.optim import rows
 
 FAST = {"xla_backend_optimization_level": 0}
 
@@ -133,3 +136,107 @@ def test_the_model_sees_the_shardings_of_its_leaves(mesh):
         assert int(inside(params, x)) == 0
     assert {kernels["w"].axes for kernels in found} == {lorax.Axes((0,), (1,))}
     assert set(seen) == {P("x", None)}
+
+
+STACK = lorax.Axes((1,), (2, 3), (0,))
+SPECS = {"a": P(None, "x"), "p": P(None, "x"), "b": P(None, None, None, "y")}
+SPECS |= {"q": SPECS["b"], "lam": P(), "magnitude": P(None, None, "y")}
+
+
+def sharded(mesh, adapters):
+    """Adapters whose factors lie as a kernel of specs (-, x, -, y) would have them."""
+    where = lambda keys, x: put(mesh, x, SPECS[jax.tree_util.keystr(keys[-1:])[1:]])
+    return jax.tree_util.tree_map_with_path(where, adapters)
+
+
+@pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.name)
+def test_optimisers_step_as_on_one_device(row, mesh):
+    """Values, and the types of updates and state, which a step leaves as they are."""
+    a, b = programs.normal(1, 3, 8, 2), programs.normal(2, 3, 2, 2, 6)
+    adapters = {"lora": Lora(a, b, 2.0, STACK)}
+    adapters["dora"] = Dora(a, b, 1 + programs.normal(3, 3, 2, 6) ** 2, 2.0, STACK)
+    if row.adalora:
+        adapters["svd"] = AdaLora(a, programs.normal(4, 3, 2), b, 2.0, STACK)
+    grads = programs.filled(adapters)
+    base = {path: programs.normal(5, 3, 8, 2, 6) for path in adapters}
+    tx = optax.with_extra_args_support(row.make(**row.kwargs))
+    step = lambda grads, state, adapters, base: tx.update(
+        grads, state, adapters, base=base, **row.extra
+    )
+    want, _ = jax.jit(step)(grads, tx.init(adapters), adapters, base)
+    with jax.set_mesh(mesh):
+        base = {path: put(mesh, w, P(None, "x", None, "y")) for path, w in base.items()}
+        adapters, grads = sharded(mesh, adapters), sharded(mesh, grads)
+        before = tx.init(adapters)
+        got, after = jax.jit(step)(grads, before, adapters, base)
+    for new, alone, old in zip(*map(jax.tree.leaves, (got, want, grads)), strict=True):
+        assert jax.typeof(new) == jax.typeof(old)
+        np.testing.assert_allclose(new, alone, rtol=2e-3, atol=2e-5)
+    kinds = lambda tree: [jax.typeof(x) for x in jax.tree.leaves(tree)]
+    assert kinds(after) == kinds(before)
+
+
+@pytest.mark.parametrize(
+    ("init", "kind", "options"),
+    [
+        ("pissa", "dora", ()),
+        ("pissa", "adalora", (("iterations", 8),)),
+        ("olora", "lora", ()),
+        ("lora_ga", "lora", (("norm_clip", True),)),
+    ],
+)
+def test_inits_read_sharded_kernels(init, kind, options, mesh):
+    """The same adapter as on one device; merging gives the kernel back where it lay."""
+    leaf = programs.normal(1, 3, 8, 2, 6)
+    target = lorax.Target("w", 2, adapter=kind, init=init, options=dict(options))
+
+    def fn(params, x):
+        y = jnp.einsum("ltd,ldhk->lthk", x, params["w"], out_sharding=where)
+        return jnp.sum(jnp.tanh(y) ** 2)
+
+    def made(params, x):
+        kernels = lorax.discover(fn, params, x)
+        stats = None
+        if init == "lora_ga":
+            given = jax.random.key(1), fn, params, target, [x], kernels
+            stats = lorax.calibrate(*given)
+        return lorax.init(jax.random.key(0), params, target, kernels, stats)
+
+    x, where = programs.normal(2, 3, 4, 8), None
+    want, _ = made({"w": leaf}, x)
+    with jax.set_mesh(mesh):
+        params, where = {"w": put(mesh, leaf, P(None, "x", None, "y"))}, P(None, None)
+        adapters, moved = made(params, put(mesh, x, P(None, "x")))
+        merged = lorax.merge(adapters, moved)["w"]
+    assert jax.typeof(merged) == jax.typeof(params["w"])
+    np.testing.assert_allclose(merged, leaf, rtol=1e-4, atol=1e-4)
+    for one, many in zip(*map(jax.tree.leaves, (want, adapters)), strict=True):
+        np.testing.assert_allclose(many, one, rtol=2e-3, atol=2e-3)
+
+
+def test_slices_of_a_sharded_kernel(mesh):
+    leaf, x = programs.normal(1, 8, 3, 4), programs.normal(0, 8, 8)
+    fn = lambda params, x: jnp.sum(
+        jnp.tanh(jnp.einsum("td,dqe->tqe", x, params["w"], out_sharding=P("x"))) ** 2
+    )
+    with jax.set_mesh(mesh):
+        params = {"w": put(mesh, leaf, P("x", None, "y"))}
+        x = put(mesh, x, P("x"))
+        kernels = lorax.discover(fn, params, x)
+        target = lorax.Target("w", 2, slices=(0, 2))
+        made, params = lorax.init(jax.random.key(0), params, target, kernels)
+        made = programs.perturbed(made)
+        own = made["w"]
+        spread = own.replace(
+            a=put(mesh, own.a, P(None, "x")), b=put(mesh, own.b, P(None, None, "y"))
+        )
+        got = [
+            jax.grad(lorax.adapt(fn))({"w": a}, params, x)["w"] for a in (own, spread)
+        ]
+        merged = lorax.merge({"w": spread}, params)["w"]
+    want = np.array(leaf, np.float64)
+    for i, slot in enumerate((0, 2)):
+        want[:, slot] += own.scale * np.asarray(own.a)[i] @ np.asarray(own.b)[i]
+    np.testing.assert_allclose(merged, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[0].a, got[1].a, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got[0].b, got[1].b, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -54,12 +55,34 @@ def test_meshes_that_are_none(given, said):
         sharding.make_mesh(**given)
 
 
-def test_explicit_axes_are_refused_with_the_reason():
-    explicit = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Explicit,))
-    with pytest.raises(ValueError, match="'fsdp' is of type Explicit.*Auto axes only"):
-        sharding.place({"w": jnp.ones(8)}, explicit, {"w": (None,)})
-    with pytest.raises(ValueError, match="out_sharding"):
-        sharding.batch_sharding(explicit)
+def test_explicit_axes_are_placed_by_the_same_rules():
+    """A step under them leaves adapters and state where `state_shardings` puts them."""
+    types = (AxisType.Explicit,) * 3
+    explicit = jax.make_mesh((2, 2, 2), sharding.AXES, axis_types=types)
+    params = {"w": jnp.linspace(-1.0, 1.0, 48).reshape(8, 6)}
+    fn = lambda params, x: jnp.sum(jnp.tanh(x @ params["w"]) ** 2)
+    x = jnp.cos(jnp.arange(32.0)).reshape(4, 8)
+    made, params = lorax.init(
+        jax.random.key(0), params, lorax.Target("w", 2, init="pissa")
+    )
+    tx = optim.lora_pro(0.1)
+    state = training.create_state(jax.random.key(2), made, tx)
+    step = training.make_train_step(training.simple_loss(fn), tx)
+    want, _ = jax.jit(step)(state, params, x)
+    placed = sharding.place(params, explicit, {"w": ("embed", "mlp")})
+    assert placed.specs["w"] == P("fsdp", "tensor")
+    with jax.set_mesh(explicit):
+        where = sharding.state_shardings(state, placed)
+        given = jax.device_put(state, where)
+        params = jax.device_put(params, placed.tree(params))
+        x = jax.device_put(x, sharding.batch_sharding(explicit))
+        got, _ = jax.jit(step)(given, params, x)
+    for new, old, alone in zip(
+        *map(jax.tree.leaves, (got.adapters, given.adapters, want.adapters)),
+        strict=True,
+    ):
+        assert jax.typeof(new) == jax.typeof(old)
+        np.testing.assert_allclose(new, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_is_cut_over_data_and_fsdp(mesh):

@@ -64,9 +64,9 @@ class SlicedLora:
         a = jnp.moveaxis(self.a, n, -2)  # [*batch, *in, slices, rank]
         a = a.reshape(*a.shape[:-2], count * rank)
         b = jnp.moveaxis(self.b, (n, n + 1), (0, 1))  # [slices, rank, *batch, *out]
-        whole = jnp.zeros((count, rank, self.blocks, *b.shape[2:]), b.dtype)
-        own = jnp.arange(count)
-        whole = whole.at[own, :, jnp.asarray(self.slices)].set(b)
+        own = jnp.asarray(self.slices)[:, None] == jnp.arange(self.blocks)
+        own = own.reshape(count, 1, self.blocks, *[1] * (b.ndim - 2))
+        whole = jnp.where(own, b[:, :, None], jnp.zeros((), b.dtype))
         whole = jnp.moveaxis(whole, (0, 1, 2), (n, n + 1, n + 2))
         b = whole.reshape(*self.b.shape[:n], count * rank, self.blocks, *out)
         return Lora(a, b, self.scale, self.axes, self.dropout, self.layers)

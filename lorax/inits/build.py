@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from lorax import _explicit
 from lorax.adapters import AdaLora, Dora, Lora, layout
 from lorax.adapters.dora import column_norm
 from lorax.kernels import Kernel
@@ -99,7 +100,9 @@ def matrices(kernel: Kernel, target: Target) -> jax.Array:
     value = chosen_layers(kernel, target)
     in_, out, batch = sizes(kernel, target)
     value = value.astype(layout.wide(value)).transpose(kernel.linear_axes().order)
-    return value.reshape(*batch, math.prod(in_), math.prod(out))
+    shape = (*batch, math.prod(in_), math.prod(out))
+    lies = [*_explicit.entries(value)[: len(batch)], None, None]
+    return _explicit.reshape(value, shape, lies)
 
 
 def unflatten(

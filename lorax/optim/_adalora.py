@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 from lorax.adapters import AdaLora, layout
-from lorax.optim import _checks, _gram
+from lorax.optim import _checks, _gram, _states
 from lorax.optim._adalora_schedule import BudgetSchedule, require_int
 from lorax.optim._pairs import (
     is_present,
@@ -179,7 +179,7 @@ def adalora(
         updates = {**updates, **masked}
         return updates, AdaLoraState(step, budget, *means, mask, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _states.transformation(init_fn, update_fn)
 
 
 def _wrapped(inner: Any) -> optax.GradientTransformationExtraArgs:

@@ -25,7 +25,7 @@ import optax
 
 from lorax import tree
 from lorax.adapters import Full
-from lorax.optim import _checks, _pairs
+from lorax.optim import _checks, _pairs, _states
 from lorax.types import Adapters, PyTree
 
 FACTORS = ("a", "b", "p", "lam", "q")
@@ -112,7 +112,7 @@ def add_decayed_weights(
         away = lambda path, a: _away(a, roles, leaves.get(path))
         return decay.update(updates, state, _pairs.map_present(away, given))
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _states.transformation(init_fn, update_fn)
 
 
 def _marked(adapter: Any, roles: tuple[str, ...]) -> Any:

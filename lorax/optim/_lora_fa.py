@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from lorax import tree
-from lorax.optim import _checks, _decay, _gram, _pairs
+from lorax.optim import _checks, _decay, _gram, _pairs, _states
 from lorax.types import Adapters, PairStatics
 
 TRAINED = ("b", "magnitude", "value")
@@ -82,7 +82,7 @@ def scale_by_lora_fa(
 
         return _pairs.map_pairs(scaled, updates, params, pairs), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _states.transformation(init_fn, update_fn)
 
 
 def lora_fa(

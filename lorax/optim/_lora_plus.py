@@ -30,7 +30,7 @@ import optax
 
 from lorax import scaling, tree
 from lorax.adapters import layout
-from lorax.optim import _checks, _decay, _pairs
+from lorax.optim import _checks, _decay, _pairs, _states
 from lorax.types import Adapters, PairStatics
 
 SECOND = ("b", "q")  # roles of the second factor
@@ -106,7 +106,7 @@ def scale_by_lora_plus(ratio: Ratio = 16.0) -> optax.GradientTransformationExtra
         scaled = lambda path, a: _scaled(a, _ratio_at(now, path, a, pairs))
         return _pairs.map_present(scaled, updates), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _states.transformation(init_fn, update_fn)
 
 
 def lora_plus(

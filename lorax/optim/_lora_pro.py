@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import optax
 
-from lorax.optim import _checks, _decay, _lora_pro_moments, _pairs, _projection
+from lorax.optim import _checks, _decay, _lora_pro_moments, _pairs, _projection, _states
 from lorax.types import Adapters, PairStatics
 
 Choice = Literal["sylvester", "symmetry", "zero"]
@@ -95,7 +95,7 @@ def scale_by_lora_pro(
 
         return _pairs.map_pairs(adjusted, updates, params, pairs), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _states.transformation(init_fn, update_fn)
 
 
 def lora_pro(

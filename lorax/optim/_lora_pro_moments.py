@@ -29,7 +29,7 @@ import optax
 
 from lorax import tree
 from lorax.adapters import layout
-from lorax.optim import _checks, _gram, _pairs, _projection
+from lorax.optim import _checks, _gram, _pairs, _projection, _states
 from lorax.types import Adapters, PairStatics
 
 
@@ -133,7 +133,7 @@ def scale_by_lora_pro_rowcol(
         updates = _pairs.map_pairs(scaled, updates, params, pairs)
         return updates, ScaleByRowColState(step, rows, columns)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _states.transformation(init_fn, update_fn)
 
 
 def scale_by_lora_pro_full(
@@ -203,7 +203,7 @@ def scale_by_lora_pro_full(
         updates = _pairs.map_pairs(step, updates, params, pairs)
         return updates, ScaleByFullState(*inner)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _states.transformation(init_fn, update_fn)
 
 
 def moments(

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import optax
 
 from lorax import linalg
-from lorax.optim import _checks, _decay, _gram, _pairs, _projection
+from lorax.optim import _checks, _decay, _gram, _pairs, _projection, _states
 from lorax.types import Adapters, PairStatics
 
 Factors = Literal["b", "both", "whitened", "product"]
@@ -118,7 +118,7 @@ def scale_by_muon_factors(
         new = jax.tree.map(back, new, updates)
         return new, ScaleByMuonFactorsState(momentum)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _states.transformation(init_fn, update_fn)
 
 
 def muon(

@@ -93,7 +93,7 @@ def track_noise_scale(
             ema(state.gradient, gradient),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _states.transformation(init_fn, update_fn)
 
 
 def noise_scale(opt_state: optax.OptState) -> jax.Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import tree
+from lorax import _explicit, tree
 from lorax.adapters import Dora, Lora, SlicedLora, layout
 from lorax.types import Adapters, PairStatics
 
@@ -64,11 +64,15 @@ def pair_of(adapter: Any, statics: PairStatics | None = None) -> Pair:
     """
     n = math.prod(adapter.a.shape[: layout.stack_axes(adapter.a, adapter.axes)])
     rank = adapter.rank
-    wide = lambda f: f.astype(jnp.promote_types(f.dtype, jnp.float32))
+
+    def flat(factor: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        wide = factor.astype(jnp.promote_types(factor.dtype, jnp.float32))
+        return _explicit.reshape(wide, shape, (None, None, None))
+
     own = PairStatics(adapter.scale, rank) if statics is None else statics
     return Pair(
-        wide(adapter.a).reshape(n, -1, rank),
-        wide(adapter.b).reshape(n, rank, -1),
+        flat(adapter.a, (n, adapter.a.size // (n * rank), rank)),
+        flat(adapter.b, (n, rank, adapter.b.size // (n * rank))),
         own.scale,
         own.rank,
     )

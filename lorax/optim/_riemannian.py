@@ -22,7 +22,7 @@ from typing import Any
 
 import optax
 
-from lorax.optim import _checks, _decay, _gram, _pairs
+from lorax.optim import _checks, _decay, _gram, _pairs, _states
 from lorax.types import Adapters, PairStatics
 
 
@@ -80,7 +80,7 @@ def scale_by_gram(
 
         return _pairs.map_pairs(scaled, updates, params, pairs), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _states.transformation(init_fn, update_fn)
 
 
 def riemannian(

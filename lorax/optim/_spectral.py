@@ -39,7 +39,7 @@ import optax
 
 from lorax import _lapack, linalg
 from lorax.kernels import Kernel
-from lorax.optim import _checks, _gram, _pairs, _whole
+from lorax.optim import _checks, _gram, _pairs, _states, _whole
 from lorax.types import Adapters, PairStatics, PyTree
 
 dot = _gram.dot
@@ -164,7 +164,7 @@ def add_decayed_spectral_norm(
 
         return _pairs.map_pairs(pulled, updates, given, pairs), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _states.transformation(init_fn, update_fn)
 
 
 def _scheduled(schedule: Any, *fixed: Any) -> optax.GradientTransformationExtraArgs:

@@ -23,7 +23,7 @@ import optax
 
 from lorax import linalg
 from lorax.kernels import Kernel
-from lorax.optim import _checks, _pairs, _whole
+from lorax.optim import _checks, _pairs, _states, _whole
 from lorax.types import PairStatics, PyTree
 
 
@@ -101,7 +101,7 @@ def clip_spectral_norm(
 
         return _pairs.map_pairs(clipped, updates, given, pairs), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _states.transformation(init_fn, update_fn)
 
 
 def _clipped(

@@ -7,7 +7,27 @@ from typing import Any, TypeVar
 import jax
 import optax
 
+from lorax import _explicit
+
 State = TypeVar("State")
+
+
+def transformation(
+    init_fn: optax.TransformInitFn, update_fn: optax.TransformUpdateExtraArgsFn
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the transformation; on an Explicit mesh the compiler places its algebra.
+
+    Updates and state then lie as those that came in.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        call = lambda updates, state, params, extra: update_fn(
+            updates, state, params, **extra
+        )
+        args = (updates, state, params, extra)
+        return _explicit.automatic(call, args, (updates, state))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update)
 
 
 def states(opt_state: Any, kind: type[State]) -> list[State]:

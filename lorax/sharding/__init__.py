@@ -19,7 +19,6 @@ from lorax.sharding.mesh import (
     fetch,
     make_mesh,
     replicated,
-    require_auto,
 )
 from lorax.sharding.rules import LOGICAL, Placed, Row, place
 from lorax.sharding.states import adapter_specs, state_shardings
@@ -35,6 +34,5 @@ __all__ = [
     "make_mesh",
     "place",
     "replicated",
-    "require_auto",
     "state_shardings",
 ]

@@ -67,24 +67,11 @@ def _sizes(given: tuple[int, ...], devices: int) -> tuple[int, ...]:
     return tuple(devices // known if n == -1 else n for n in given)
 
 
-def require_auto(mesh: Mesh) -> None:
-    """Raises ValueError unless every axis of the mesh is of type Auto."""
-    for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
-        if kind != AxisType.Auto:
-            raise ValueError(
-                f"mesh axis {axis!r} is of type {kind.name}; lorax shards by Auto axes "
-                "only: under Explicit ones every product of a model and of its "
-                "adapters would have to name its out_sharding. Use make_mesh, or "
-                "axis_types=(jax.sharding.AxisType.Auto, ...)"
-            )
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch's leading axis: over data and fsdp.
 
     Tensor devices see the same examples. Every leaf of a batch has that axis.
     """
-    require_auto(mesh)
     axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
     return NamedSharding(mesh, PartitionSpec(axes))
 

@@ -16,7 +16,6 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorax import tree
-from lorax.sharding import mesh as meshes
 from lorax.types import PyTree
 
 LOGICAL: dict[str, str | tuple[str, ...] | None] = {
@@ -52,7 +51,7 @@ class Placed:
     """The placement of a parameter tree; printed, a table of what matched.
 
     Attributes:
-      mesh: of Auto axes.
+      mesh: of the devices.
       rows: one for each leaf, in tree order.
     """
 
@@ -106,7 +105,7 @@ def place(
 
     Args:
       params: arrays, or their shapes.
-      mesh: of Auto axes, see `make_mesh`.
+      mesh: see `make_mesh`; of Explicit axes too, for a model that is written for them.
       logical: `{path: logical axes}`, `lorax.models.table.logical_axes(...)`.
       rules: `(regex, spec)`, full match on paths, first match wins; before `logical`.
       table: mesh axes of each logical axis. An axis that the mesh lacks is an error.
@@ -119,7 +118,7 @@ def place(
 
     Raises:
       ValueError: a leaf without a rule, a rule without a leaf, a spec that does not fit
-        its leaf, an axis that the mesh does not divide, axes that are not Auto.
+        its leaf, an axis that the mesh does not divide.
 
     Example:
       >>> mesh = meshes.make_mesh(fsdp=1, devices=jax.devices()[:1])
@@ -128,7 +127,6 @@ def place(
       leaf       shape   spec            by
       up/kernel  (4, 6)  (fsdp, tensor)  embed, mlp
     """
-    meshes.require_auto(mesh)
     leaves = tree.flatten(params)
     named = dict(logical or {})
     for pattern, _ in rules:
