@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import command, finetune
+from experiments import command, disk, finetune
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
 _ADAPTER = flags.DEFINE_string("evaluated", None, "Folder of adapters; none: the base.")
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     for name, value in scores.items():
         print(f"{name:>20}  {value}")
     if _SCORES.value:
-        pathlib.Path(_SCORES.value).write_text(json.dumps(scores, indent=2) + "\n")
+        disk.replace(_SCORES.value, json.dumps(scores, indent=2) + "\n")
 
 
 if __name__ == "__main__":

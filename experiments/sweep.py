@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import command
+from experiments import command, disk
 from experiments.sweeping import combinations, grid, jobs, runs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
@@ -85,7 +85,7 @@ def sweep(
         return 0
     failed = jobs.fill(table, todo, _JOBS.value, command_line)
     text = runs.report(table, every, _METRIC.value, _BEST.value)
-    (folder / "table.md").write_text(text + "\n")
+    disk.replace(folder / "table.md", text + "\n")
     print(f"\n{text}\n\nWritten to {folder}: runs.jsonl table.md")
     return 1 if failed else 0
 

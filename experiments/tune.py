@@ -16,7 +16,7 @@ import rich.table
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import bracketing, command
+from experiments import bracketing, command, disk
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
 _WORKDIR = flags.DEFINE_string(
@@ -81,7 +81,13 @@ def main(argv: Sequence[str]) -> None:
             mark = "bold" if rate == best else ""
             table.add_row(method, f"{rate:g}", f"{bits:.4f}", style=mark)
     console.print(table)
-    (folder / "sweep.json").write_text(json.dumps(sweeps, indent=2) + "\n")
+    told = {  # JSON has no infinity
+        method: {
+            rate: bits if math.isfinite(bits) else None for rate, bits in s.items()
+        }
+        for method, s in sweeps.items()
+    }
+    disk.replace(folder / "sweep.json", json.dumps(told, indent=2) + "\n")
 
 
 if __name__ == "__main__":

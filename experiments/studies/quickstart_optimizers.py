@@ -22,7 +22,15 @@ import rich.console
 from absl import app, flags
 
 from configs import quickstart
-from experiments import bracketing, factory, metrics, pretrain, progress, writer
+from experiments import (
+    bracketing,
+    disk,
+    factory,
+    metrics,
+    pretrain,
+    progress,
+    writer,
+)
 from experiments.data import documents, windows
 from experiments.studies import comparison, trial
 
@@ -114,7 +122,7 @@ def main(argv: Sequence[str]) -> None:
         if known is None:
             config = configured(method, toy, steps)
             known = study(method, loss_fn, base, config, comparison.SEEDS.value, every)
-            path.write_text(json.dumps({"settings": settings, **known}))
+            disk.replace(path, json.dumps({"settings": settings, **known}))
         results[name] = known
         print(f"{name}: {known['grid']}", flush=True)
     print(f"\n{comparison.table(results, every)}")

@@ -21,7 +21,7 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments import report
+from experiments import disk, report
 from experiments.studies import comparison, plots, shared, text
 
 _STUDY = flags.DEFINE_string("study", None, "A study, or all; with :smoke, toy sizes.")
@@ -75,9 +75,9 @@ def go_on(
     if not {arm["config"] for arm in found["arms"].values()} <= set(times):
         ms = text.times(study, setting, list(found["arms"]))
         times = {settings[arm]: round(value, 3) for arm, value in ms.items()}
-        path.write_text(json.dumps(times, indent=1) + "\n")
+        disk.replace(path, json.dumps(times, indent=1) + "\n")
     found = text.results(study, runs, setting.toy, times)
-    (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    disk.replace(folder / "results.json", json.dumps(found, indent=1) + "\n")
     if study.baseline in found["arms"]:
         plots.figure(found, folder / "figure.png", *module.PANELS)
     return found

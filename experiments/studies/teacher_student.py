@@ -35,6 +35,7 @@ import optax
 from absl import app, flags
 
 import lorax
+from experiments import disk
 from experiments.studies import comparison
 from lorax import optim
 
@@ -224,7 +225,7 @@ def main(argv: Sequence[str]) -> None:
     for name, own in results["unequal ranks"].items():
         mean = [f"{np.mean(r):.1f}" for _, r in sorted(own["ranks"].items())]
         print(f"{name}: {', '.join(mean) or '3 each'}")
-    (folder / "results.json").write_text(json.dumps(results))
+    disk.replace(folder / "results.json", json.dumps(results))
     comparison.draw(results, folder / "curves.png", AXES)
 
 
