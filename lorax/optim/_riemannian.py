@@ -33,7 +33,7 @@ def scale_by_gram(
 
     Args:
       damping: relative to the larger trace of the two, at least 0. At 0 the
-        pseudo-inverse is taken. 0.1 as for LoRA-Pro: where b is still near zero it
+        pseudo-inverse is taken. 0.1 as for LoRA-Pro under Adam: where b is near zero it
         bounds the step of a by the learning rate.
       relative: False: `damping` is added as it is (1e-6 in the released code, 1e-2 in
         PEFT).
