@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -38,7 +37,6 @@ class Base:
         self.where = locate(config)
         shapes = hf.abstract(family.Model(config))
         self.shapes = flax.traverse_util.flatten_dict(shapes, sep="/")
-        self.aliases: Collection[tuple[str, str]] = family.ALIASES
         words = [k for k, v in self.where.items() if v.entry.axes == ("vocab", "embed")]
         word = words[0].removesuffix(WEIGHT)
         self.head = _tied_head(config, self.where, locate)
@@ -89,15 +87,6 @@ class Base:
         leaf = leaves[path] if layer is None else leaves[path][layer]
         whole = table.to_disk(np.asarray(leaf), self.shape(key), entry.transposed)
         return np.ascontiguousarray(whole)
-
-    def prefix(self, names: Iterable[str]) -> str:
-        """What the names lack in front, when a model without head was adapted."""
-        for name in names:
-            for pattern, new in self.aliases:
-                whole = re.sub(f"^{pattern}", new, name, count=1)
-                if whole != name and whole.endswith(name):
-                    return whole.removesuffix(name)
-        return ""
 
 
 def _tied_head(

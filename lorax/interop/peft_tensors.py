@@ -9,6 +9,8 @@ base_model.model.<module>.lora_A, .lora_B      as above       AdaLoRA
 base_model.model.<module>.lora_E               [rank, 1]
 base_model.model.<module>.weight, .bias        modules_to_save
 base_model.model.<module>.base_layer.weight    the frozen weight of an embedding
+
+`peft_names` brings the other spellings that are found into this form.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lorax import tree
-from lorax.interop import files
+from lorax.interop import files, peft_names
 from lorax.interop.factors import Module
 from lorax.interop.peft_base import WEIGHT, Base
 from lorax.interop.peft_config import PREFIX, Settings
@@ -66,11 +68,8 @@ def read(
     Raises:
       ValueError: names or shapes that are not what the config and the base ask for.
     """
-    if odd := [key for key in tensors if not key.startswith(PREFIX)]:
-        raise ValueError(f"{odd[0]!r} does not begin with {PREFIX!r}: not PEFT's")
-    named = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    front = base.prefix(named)
-    parts, rest = _sorted({front + k: t for k, t in named.items()}, settings.kind)
+    named, front = peft_names.read(tensors, settings.kind, base)
+    parts, rest = _sorted(named, settings.kind)
     _check_modules(parts, settings, base, front)
     _check_rest(rest, settings, base, front)
     scales = {}

@@ -104,7 +104,7 @@ OTHER = FRONT + "model.layers.{}.self_attn.{}.lora_A.weight"
             {},
             "no 'model.layers.7.self_attn.v_proj'; .*another base.*nearest",
         ),
-        (change("x.lora_A.weight", [[1]]), {}, "does not begin with 'base_model"),
+        (change("x.lora_A.weight", [[1]]), {}, "'x.lora_A.weight': the base .* no 'x'"),
         (
             change(FRONT + "model.layers.0.self_attn.v_proj.lora_E", [[1]]),
             {},
@@ -123,7 +123,7 @@ OTHER = FRONT + "model.layers.{}.self_attn.{}.lora_A.weight"
         (
             lambda _: None,
             {"modules_to_save": ["lm_head"]},
-            "'lm_head.weight' is absent",
+            "names 'lm_head'; 'base_model.model.lm_head.weight' is abs",
         ),
         (
             change(FRONT + "model.layers.0.input_layernorm.weight", np.ones(16)),

@@ -1,0 +1,153 @@
+"""PEFT's tensors by the names that PEFT gives them, whatever a file calls them.
+
+PEFT writes `base_model.model.<module>.lora_A.weight`. Files in the wild also have
+
+    <module>.lora_A.weight                        the front left out
+    base_model.model.base_model.model.<module>    a PeftModel inside another
+    module. _orig_mod. _fsdp_wrapped_module.      DistributedDataParallel, compile, FSDP
+    <module>.lora_A.default.weight                the state dict as it is in memory
+    <module>.modules_to_save.default.weight       likewise
+    layers.0.self_attn.q_proj                     a model without its head (AutoModel)
+    model.model.layers.0.self_attn.q_proj         a prefix twice
+
+Each means one tensor of the base only, or it is an error that says what was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from lorax.interop import files
+from lorax.interop.peft_base import WEIGHT, Base
+from lorax.interop.peft_config import PREFIX
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+FACTORS = (
+    "lora_A lora_B lora_E lora_embedding_A lora_embedding_B lora_magnitude_vector"
+).split()
+LINEAR = ("lora_A", "lora_B")
+WHOLE, ORIGINAL, LAYER = "modules_to_save", "original_module", "base_layer"
+FOREIGN = ("lora_down", "lora_up", "lora.down", "lora.up")
+WRITE = (
+    f"write '{PREFIX}<module>.lora_A.weight', as model.save_pretrained does in PEFT, "
+    "with <module> as model.named_modules() names it"
+)
+DEPTH = 3  # components of a prefix that may be there once too often
+
+
+def read(
+    tensors: Mapping[str, files.Tensor], kind: str, base: Base
+) -> tuple[dict[str, files.Tensor], str]:
+    """Returns the tensors by the base's names, and what PEFT's modules lack in front.
+
+    Args:
+      tensors: by their names in the file.
+      kind: "lora", "dora" or "adalora".
+      base: the model.
+
+    Raises:
+      ValueError: several adapters in one file, two spellings of one tensor, or a prefix
+        that may mean several modules or none.
+    """
+    named: dict[str, files.Tensor] = {}
+    adapters: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        name, adapter = _plain(key, kind, base)
+        if name in named:
+            first = named[name].key
+            raise ValueError(f"{first!r} and {key!r} are one tensor: keep one")
+        named[name] = tensor
+        if adapter:
+            adapters.setdefault(adapter, key)
+    if len(adapters) > 1:
+        told = ", ".join(f"{name!r} ({key!r})" for name, key in adapters.items())
+        raise ValueError(
+            f"the file holds the adapters {told}; save one of them, by "
+            "model.save_pretrained(folder, selected_adapters=[...]) in PEFT"
+        )
+    drop, front = _prefix(named, base)
+    found = {_with(_without(name, drop), front): t for name, t in named.items()}
+    return found, front and f"{front}."
+
+
+def _plain(key: str, kind: str, base: Base) -> tuple[str, str]:
+    """The name without wrappers and front, and the adapter's name in it, or ""."""
+    if any(word in key for word in FOREIGN):
+        raise ValueError(f"{key!r} is spelled as kohya does, not PEFT; {WRITE}")
+    parts = [part for part in key.split(".") if part not in WRAPPERS]
+    while parts[:1] == ["module"] or parts[:2] == ["base_model", "model"]:
+        parts = parts[1 if parts[0] == "module" else 2 :]
+    if ORIGINAL in parts:  # the frozen copy beside a module that is stored whole
+        parts[parts.index(ORIGINAL)] = LAYER
+    if WHOLE in parts:
+        at = parts.index(WHOLE)
+        whole = ".".join(parts[:at] + parts[at + 1 :])
+        if any(_ends(whole, other) for other in [*base.where, base.head + WEIGHT]):
+            return whole, ""  # older versions leave the adapter's name out
+        return ".".join(parts[:at] + parts[at + 2 :]), parts[at + 1]
+    at = next((i for i, part in enumerate(parts) if part in FACTORS), len(parts))
+    tail = parts[at + 1 :]
+    adapter = tail[0] if tail and tail[0] != "weight" else ""
+    if tail not in ([], ["weight"], [adapter], [adapter, "weight"]):
+        return ".".join(parts), ""
+    bare = ".".join(parts[: at + 1])
+    linear = parts[at : at + 1] and parts[at] in LINEAR
+    return bare + (WEIGHT if linear and kind != "adalora" else ""), adapter
+
+
+def _ends(name: str, other: str) -> bool:
+    return f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")
+
+
+def _prefix(named: Collection[str], base: Base) -> tuple[int, str]:
+    """How many components the names have too many, and what they then lack in front."""
+    known = {key.rpartition(".")[0] for key in base.where} | {base.head} - {""}
+    modules = {_module(name) for name in named}
+    fronts = sorted({name.partition(".")[0] for name in known if "." in name})
+    ways = [(drop, add) for drop in range(DEPTH + 1) for add in ("", *fronts)]
+    words = {*fronts, "model", "base_model"}
+    count = {way: _resolved(modules, way, known, words) for way in ways}
+    best = max(count.values(), default=0)
+    if count[0, ""] == best > 0 or not modules:
+        return 0, ""
+    found = {
+        tuple(sorted(_with(_without(name, way[0]), way[1]) for name in modules)): way
+        for way, hits in count.items()
+        if hits == best > 0
+    }
+    if len(found) == 1:
+        return next(iter(found.values()))
+    seen, like = min(modules), min(known, key=len)
+    if found:
+        fronts = sorted({front for _, front in found.values()})
+        raise ValueError(
+            f"the modules are named as {seen!r}, which may lie in {fronts}; {WRITE}"
+        )
+    raise ValueError(
+        f"the modules are named as {seen!r}, and this base has none of them under any "
+        f"prefix (it has {like!r}); is the adapter for another base? Else {WRITE}"
+    )
+
+
+def _resolved(
+    modules: Iterable[str], way: tuple[int, str], known: set[str], words: set[str]
+) -> int:
+    """How many modules the base has, of those whose first components are `words`."""
+    drop, front = way
+    fit = [name for name in modules if set(name.split(".")[:drop]) <= words]
+    return sum(_with(_without(name, drop), front) in known for name in fit)
+
+
+def _module(name: str) -> str:
+    """The module that a tensor's name belongs to."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part in (*FACTORS, LAYER)), -1)
+    return ".".join(parts[:at])
+
+
+def _with(name: str, front: str) -> str:
+    return f"{front}.{name}" if front else name
+
+
+def _without(name: str, drop: int) -> str:
+    return name.split(".", drop)[-1] if drop else name
