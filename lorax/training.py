@@ -313,7 +313,7 @@ def _stays_finite(new: PyTree, old: PyTree) -> jax.Array:
     for (path, now), before in zip(leaves, jax.tree.leaves(old), strict=True):
         if jnp.issubdtype(before.dtype, jnp.inexact):
             finite = jnp.isfinite(now) | ~jnp.isfinite(before)
-            alike.setdefault((path[-2:], finite.shape), []).append(finite)
+            alike.setdefault((path[-2:], jax.typeof(finite)), []).append(finite)
     checks = [jnp.all(functools.reduce(jnp.logical_and, c)) for c in alike.values()]
     return jnp.all(jnp.array(checks, bool))
 
