@@ -99,6 +99,9 @@ def fit(
     if any(inits.INITS[t.init].stats for t in targets if t.init in inits.INITS):
         first = [place.put(batches[i]) for i in range(calibration_batches)]
         stats = lorax.calibrate(init_key, loss_fn, params, targets, first, kernels)
+    if any(target.adapter != "full" for target in targets):
+        found = lorax.describe(params, targets, kernels)
+        progress.tell_targets(bars.console, found)
     given = params
     adapters, params = lorax.init(init_key, params, targets, kernels, stats)
     moved = params is not given

@@ -172,6 +172,8 @@ def fit(
     keys = [jax.random.fold_in(jax.random.key(m.seed), 1) for m in chosen]
     init_keys, step_keys = zip(*map(jax.random.split, keys), strict=True)
     kernels = lorax.discover(loss_fn, base, batches[0])
+    targets = factory.make_targets("lora", config.adapter)
+    progress.tell_targets(bars.console, lorax.describe(base, targets, kernels))
     starts = [
         start(config, *of, base, kernels) for of in zip(init_keys, chosen, strict=True)
     ]

@@ -6,6 +6,10 @@ from collections.abc import Iterator
 import rich.console
 import rich.progress
 
+from lorax import description
+
+SHOWN = 40  # leaves in a table; of more, those that are left out alone
+
 
 class Meter:
     """One bar of a `Progress`: steps done, loss, tokens a second, time left."""
@@ -20,6 +24,12 @@ class Meter:
         self._bars.update(
             self._task, completed=step, loss=f"{bits:.3f}", speed=f"{speed:,.0f}"
         )
+
+
+def tell_targets(console: rich.console.Console, found: description.Description) -> None:
+    """Prints what targets adapt and which matrices they leave out, with the reason."""
+    leaves = found.leaves if len(found.leaves) <= SHOWN else found.left_out
+    console.print(found.table(leaves), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,12 @@ merged = lorax.merge(adapters, params)      # plain Flax params again
 from lorax import analysis, compose, optim, scaling
 from lorax.adapters import AdaLora, Dora, Full, Lora
 from lorax.calibration import calibrate
+from lorax.description import describe
 from lorax.kernels import Kernel, KernelUse, discover
 from lorax.merging import merge_report
+from lorax.notices import TargetWarning
 from lorax.targets import Target
-from lorax.transform import MergeWarning, adapt, init, merge
+from lorax.transform import CustomRuleWarning, MergeWarning, adapt, init, merge
 from lorax.types import Adapter, Adapters, Axes
 
 __version__ = "0.1.0"
@@ -22,6 +24,7 @@ __all__ = [
     "Adapter",
     "Adapters",
     "Axes",
+    "CustomRuleWarning",
     "Dora",
     "Full",
     "Kernel",
@@ -29,10 +32,12 @@ __all__ = [
     "Lora",
     "MergeWarning",
     "Target",
+    "TargetWarning",
     "adapt",
     "analysis",
     "calibrate",
     "compose",
+    "describe",
     "discover",
     "init",
     "merge",

@@ -23,7 +23,8 @@ from lorax import inits, linalg, transform, tree
 from lorax.adapters import Full, Lora
 from lorax.inits import build
 from lorax.kernels import Kernel
-from lorax.targets import Rule, Target, select
+from lorax.selection import select
+from lorax.targets import Rule, Target
 from lorax.types import Adapters, GradSketch, PyTree
 
 Chosen = Mapping[str, tuple[Target, Kernel]]

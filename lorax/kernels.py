@@ -19,11 +19,14 @@ class KernelUse:
     """One place where a program uses a leaf.
 
     Attributes:
-      op: "dot", "conv", "gather", "ragged_dot", or the primitive that met the leaf.
+      op: "dot", "conv", "grouped_conv", "depthwise_conv" (one input channel in each
+        group), "gather", "ragged_dot", or the primitive that met the leaf.
       axes: how the leaf is read and written there; None unless the use is linear.
       fast: True where `adapt` emits the low-rank branch instead of merging.
       flops: of all runs of this place in one call, on the frozen leaf.
       source: `file:line (function)`.
+      matrix: True where two axes or more of the leaf, longer than one, meet the
+        operation: not so for one layer of a stack of biases.
     """
 
     op: str
@@ -31,6 +34,7 @@ class KernelUse:
     fast: bool
     flops: int
     source: str
+    matrix: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Kernel:
       path: the leaf's path.
       shape: the leaf's shape.
       dtype: the leaf's dtype.
-      op: the first linear use: "dot", "conv", "gather", "ragged_dot"; else "other"
+      op: the first linear use, as `KernelUse` names it; else "other"
         (met by something that is not linear in it) or "unused".
       axes: in, out and batch axes of the first linear use; None without one.
       flops: of one call of the program, on the frozen leaf, all uses together.
@@ -70,6 +74,12 @@ class Kernel:
         return self.axes
 
     @property
+    def matrix(self) -> bool:
+        """True for a leaf with two axes longer than one, and met as such anywhere."""
+        sized = sum(size > 1 for size in self.shape) > 1
+        return sized and (not self.uses or any(use.matrix for use in self.uses))
+
+    @property
     def tied(self) -> bool:
         """True when one use reads what another writes (an embedding and its head)."""
         if self.axes is None:
@@ -78,16 +88,23 @@ class Kernel:
 
     @property
     def conflicts(self) -> tuple[KernelUse, ...]:
-        """Linear uses whose axes fit the first one neither as made nor transposed."""
-        if self.axes is None:
-            return ()
-        fits = _orientations(self.axes)
-        return tuple(u for u in self.uses if u.axes is not None and u.axes not in fits)
+        """Linear uses that factors made for `axes` do not serve, even transposed."""
+        linear = (use for use in self.uses if use.axes is not None)
+        return tuple(use for use in linear if not _served(use, self.axes))
 
 
 def _orientations(axes: Axes) -> tuple[Axes, Axes]:
     """The two ways in which one pair of factors can be used: as made, transposed."""
     return axes, Axes(axes.out, axes.in_, axes.batch)
+
+
+def _served(use: KernelUse, axes: Axes | None) -> bool:
+    """True where factors made for `axes` have a low-rank form in this use."""
+    if use.axes is None or axes is None:
+        return False
+    if use.axes in _orientations(axes):
+        return True
+    return use.op == "dot" and interpret.fits(use.axes, axes) is not None
 
 
 class _Recorder:
@@ -107,20 +124,38 @@ class _Recorder:
         if any(found is None for found in axes):
             return None
         for term, found in zip(use.view.terms, axes, strict=True):
-            flops = use.flops * walker.trips
+            paths = (term.path, *term.peers)
+            flops = use.flops * walker.trips // len(paths)
             note = KernelUse(use.op, found, use.low_rank, flops, walker.line(eqn))
-            self._note(walker, eqn, term.path, note)
+            for path in paths:
+                self._note(walker, eqn, path, note)
             place = (*walker.scope, id(eqn))
-            self.equations.setdefault(place, set()).add(term.path)
+            self.equations.setdefault(place, set()).update(paths)
         return [interpret.frozen(walker, eqn, use)]
 
     def merge(self, walker: Any, eqn: Any, view: interpret.Tracked) -> jax.Array:
-        for path in view.paths:
-            name = eqn.primitive.name
-            self._note(
-                walker, eqn, path, KernelUse(name, None, False, 0, walker.line(eqn))
+        for term in view.terms:
+            sized = term.sized({axis for label in term.labels for axis in label})
+            met = KernelUse(
+                eqn.primitive.name, None, False, 0, walker.line(eqn), len(sized) > 1
             )
+            if not self.settle(term):
+                for path in (term.path, *term.peers):
+                    self._note(walker, eqn, path, met)
         return view.value
+
+    def custom(self, walker: Any, eqn: Any, paths: tuple[str, ...]) -> bool:
+        return True
+
+    def settle(self, term: interpret.Term) -> bool:
+        """Writes down a lookup that has turned out to be one; False if it is none."""
+        if (found := term.lookup) is None:
+            return False
+        use = KernelUse("gather", found.axes, True, 0, found.source)
+        place = (*found.place, term.path, use.op, use.axes)
+        self.uses.setdefault(term.path, {})[place] = use
+        self.equations.setdefault(found.place, set()).add(term.path)
+        return True
 
 
 def discover(
@@ -168,10 +203,12 @@ def discover(
     def walk(both: Any) -> list[Any]:
         watched, rest = both
         views = [interpret.watch(path, leaf) for path, leaf in sorted(watched.items())]
-        walker = interpret.Walker(recorder)
+        outs = interpret.Walker(recorder).run(jaxpr, [*views, *rest])
+        given = [out for out in outs if isinstance(out, interpret.Tracked)]
+        for term in (term for out in given for term in out.terms):
+            recorder.settle(term)
         return [
-            out.value if isinstance(out, interpret.Tracked) else out
-            for out in walker.run(jaxpr, [*views, *rest])
+            out.value if isinstance(out, interpret.Tracked) else out for out in outs
         ]
 
     jax.eval_shape(walk, (abstract, rest))
@@ -186,9 +223,8 @@ def _describe(path: str, leaf: Any, uses: dict[Any, KernelUse], inner: set) -> K
     """Sums up the uses of one leaf."""
     linear = next((use for use in uses.values() if use.axes is not None), None)
     axes = linear.axes if linear else None
-    fits = () if axes is None else _orientations(axes)
     places = tuple(
-        dataclasses.replace(use, fast=use.fast and use.axes in fits)
+        dataclasses.replace(use, fast=use.fast and _served(use, axes))
         for use in uses.values()
     )
     return Kernel(

@@ -1,8 +1,4 @@
-"""Which leaves are adapted, and how: one selection language.
-
-A list of targets is read like a rule table: each pattern is a regular expression that
-must match the whole path, and the first target that matches a leaf has it.
-"""
+"""A rule of the selection language: which leaves get an adapter, and what adapter."""
 
 from __future__ import annotations
 
@@ -10,14 +6,10 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
-
-from lorax import tree
-from lorax.kernels import Kernel
-from lorax.types import Axes, PyTree
 
 ALL_LINEAR = "all-linear"
 ADAPTERS = ("lora", "dora", "adalora", "full")
@@ -34,7 +26,8 @@ class Target:
     Args:
       pattern: regular expression, full match on paths such as `block/attn/q/kernel`;
         or "all-linear": every leaf that a dot, conv or ragged_dot consumes, except
-        embeddings and output heads, as PEFT means it.
+        embeddings and output heads, as PEFT means it, depthwise convolutions, and
+        low-rank factors of the model's own; `lorax.describe` says what is left out.
       rank: of the update, from 1 to min(in, out). 8 as in the LoRA paper's GLUE runs.
       alpha: numerator of the scale. 16 as in the same runs.
       adapter: "lora", "dora" or "adalora"; or "full" to train the leaf itself (heads,
@@ -51,6 +44,12 @@ class Target:
       options: hyperparameters of the init and of the adapter, as pairs `(name, value)`
         or a dict; the docstring of each init lists its own, and "dora" takes
         `detach_norm` (True).
+      batch_axes: axes of the leaf along which independent kernels are stacked, besides
+        those that `discover` read as such; negative numbers count from the end. A
+        written form such as `td,edf->tef` does not say whether e numbers experts or
+        is one more output axis: (0,) gives each expert a pair of its own, as in every
+        other form, () keeps what was read and says that it is meant. None: as read,
+        with a `TargetWarning` where a sibling disagrees.
 
     Raises:
       ValueError: a value out of range, or a pattern that is no regular expression.
@@ -78,6 +77,7 @@ class Target:
     layers: tuple[int, ...] | None = None
     options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
     slices: tuple[int, ...] | None = None
+    batch_axes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -115,6 +115,8 @@ class Target:
                 f"{self.pattern!r}: slices={self.slices} go with adapter='lora' and "
                 f"init='standard', not {self.adapter!r} and {self.init!r}"
             )
+        if self.batch_axes is not None:
+            object.__setattr__(self, "batch_axes", self._checked_axes())
         try:
             options = tuple(sorted(dict(self.options).items()))
         except (TypeError, ValueError):
@@ -132,6 +134,25 @@ class Target:
                 "or None for all"
             )
         return numbers
+
+    def _checked_axes(self) -> tuple[int, ...]:
+        given = self.batch_axes
+        numbers = tuple(given) if isinstance(given, tuple | list) else None
+        if (
+            numbers is None
+            or not all(map(_whole, numbers))
+            or len(set(numbers)) < len(numbers)
+        ):
+            raise ValueError(
+                f"{self.pattern!r}: batch_axes={given!r}; give a tuple of different "
+                "axis numbers of the leaf, such as (0,), or None for what discover read"
+            )
+        if self.adapter == "full" and numbers:
+            raise ValueError(
+                f"{self.pattern!r}: batch_axes={numbers} number the stacked kernels of "
+                "low-rank factors, and adapter='full' has none; leave them out"
+            )
+        return tuple(map(int, numbers))
 
     @property
     def scale(self) -> float:
@@ -160,167 +181,3 @@ def _one_of(field: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 Rule = Target | tuple | str
-
-
-def select(
-    params: PyTree,
-    targets: Rule | Iterable[Rule],
-    kernels: Mapping[str, Kernel] | None = None,
-) -> dict[str, tuple[Target, Kernel]]:
-    """Resolves targets to leaves.
-
-    Args:
-      params: the parameter tree.
-      targets: `Target`s, or tuples `(regex, rank, ...)` of their fields in order.
-      kernels: from `discover`; without it only two-dimensional leaves can get
-        low-rank factors, read as `[in, out]`.
-
-    Returns:
-      `{path: (target, kernel)}`, the kernel holding the leaf as its `value`.
-
-    Raises:
-      ValueError: a pattern that matches nothing, or a leaf that cannot be adapted.
-      KeyError: kernels that were discovered on another tree.
-    """
-    leaves = tree.flatten(params)
-    if kernels is not None:
-        tree.require(kernels, leaves, "parameter tree given to init")
-    chosen: dict[str, tuple[Target, Kernel]] = {}
-    for target in as_targets(targets):
-        paths = [path for path in leaves if _matches(target, path, kernels)]
-        if not paths:
-            raise ValueError(
-                f"the target {target.pattern!r} matches no leaf"
-                + (" outside its exclude" if target.exclude else "")
-                + f"; {tree.nearest(target.pattern, leaves)}"
-            )
-        for path in paths:
-            if path not in chosen:
-                chosen[path] = target, _kernel(target, path, leaves, kernels)
-    return dict(sorted(chosen.items()))
-
-
-def as_targets(targets: Rule | Iterable[Rule]) -> list[Target]:
-    """Returns a list of `Target` from one rule or several."""
-    if isinstance(targets, Mapping):
-        raise TypeError(
-            "targets is a dict; give a list of lorax.Target, or of tuples of its "
-            "fields such as (regex, rank), in which the first match wins"
-        )
-    given: list[Any] = [targets] if isinstance(targets, Target | str) else [*targets]
-    if isinstance(targets, tuple):
-        if not all(isinstance(rule, Target | tuple | str) for rule in targets):
-            given = [targets]  # one rule, such as (regex, rank)
-    rules = []
-    for rule in given:
-        if isinstance(rule, Target):
-            rules.append(rule)
-        elif isinstance(rule, str):
-            rules.append(Target(rule))
-        elif isinstance(rule, tuple):
-            rules.append(Target(*rule))
-        else:
-            raise TypeError(
-                f"a target is a lorax.Target or a tuple of its fields, not {rule!r}"
-            )
-    if not rules:
-        raise ValueError("no targets: give at least one, lorax.Target('all-linear')")
-    return rules
-
-
-def _matches(target: Target, path: str, kernels: Mapping[str, Kernel] | None) -> bool:
-    if any(tree.match(pattern, path) for pattern in target.excluded):
-        return False
-    if target.pattern != ALL_LINEAR:
-        return tree.match(target.pattern, path)
-    if kernels is None:
-        raise ValueError(
-            "the target 'all-linear' asks how the program uses each leaf: pass "
-            "kernels=lorax.discover(loss_fn, params, batch) to lorax.init"
-        )
-    kernel = kernels.get(path)
-    if kernel is None or kernel.op not in ("dot", "conv", "ragged_dot"):
-        return False
-    return not kernel.head and not kernel.tied
-
-
-def _kernel(
-    target: Target,
-    path: str,
-    leaves: Mapping[str, Any],
-    kernels: Mapping[str, Kernel] | None,
-) -> Kernel:
-    """Returns the description of one matched leaf, or says why it cannot be adapted."""
-    leaf = leaves[path]
-    if not tree.is_floating(leaf):
-        raise ValueError(
-            f"{path}: matched by {target.pattern!r}, but its dtype is "
-            f"{getattr(leaf, 'dtype', type(leaf).__name__)} and only floating leaves "
-            "can be adapted; narrow the pattern or add it to exclude="
-        )
-    tree.require_adaptable(path, leaf)
-    shape = tuple(leaf.shape)
-    if kernels is not None:
-        tree.require([path], kernels, "program given to discover")
-        found = kernels[path]
-        if found.shape != shape:
-            raise ValueError(
-                f"{path}: the leaf has shape {shape} and discover saw {found.shape}; "
-                "run discover on these parameters"
-            )
-    elif len(shape) == 2:
-        found = Kernel(path, shape, leaf.dtype, "dot", Axes((0,), (1,)))
-    else:
-        found = Kernel(path, shape, leaf.dtype, "unknown", None)
-    if target.adapter != "full":
-        _check_low_rank(target, found, leaves, kernels)
-    return dataclasses.replace(found, value=leaf)
-
-
-def _check_low_rank(
-    target: Target,
-    kernel: Kernel,
-    leaves: Mapping[str, Any],
-    kernels: Mapping[str, Kernel] | None,
-) -> None:
-    path, shape = kernel.path, kernel.shape
-    if kernel.axes is None and kernels is None:
-        raise ValueError(
-            f"{path}: its shape {shape} does not say which axes are read and which "
-            "are written; pass kernels=lorax.discover(loss_fn, params, batch)"
-        )
-    if kernel.axes is None and kernels is not None:
-        linear = [p for p in leaves if p in kernels and kernels[p].axes is not None]
-        raise ValueError(
-            f"{path}: matched by {target.pattern!r}, but no linear operation uses it "
-            f"(op={kernel.op!r}), so low-rank factors have no place; use "
-            "adapter='full' or narrow the pattern; "
-            + (tree.nearest(path, linear) if linear else "no leaf is used linearly")
-        )
-    axes = kernel.linear_axes()
-    in_, out, _ = (math.prod(size) for size in axes.sizes(shape))
-    if target.rank > min(in_, out):
-        raise ValueError(
-            f"{path}: rank={target.rank} is above min(in, out) = {min(in_, out)} of "
-            f"the kernel of shape {shape}; lower the rank or exclude the leaf"
-        )
-    if target.slices is not None:
-        size = shape[axes.out[0]]
-        if len(axes.out) < 2 or target.slices[-1] >= size:
-            raise ValueError(
-                f"{path}: slices={target.slices}, but of the shape {shape} the first "
-                f"out axis has size {size} of {len(axes.out)} out axes; slices number "
-                "the parts of a fused kernel [*in, parts, *out]"
-            )
-        if target.rank > out // size:
-            raise ValueError(
-                f"{path}: rank={target.rank} is above the {out // size} outputs "
-                "of a slice; lower the rank"
-            )
-    if target.layers is not None:
-        depth = shape[axes.batch[0]] if axes.batch else None
-        if depth is None or target.layers[-1] >= depth:
-            raise ValueError(
-                f"{path}: layers={target.layers}, but the leaf of shape {shape} "
-                + (f"stacks {depth} layers" if depth else "is not a stack of layers")
-            )

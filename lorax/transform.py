@@ -11,16 +11,21 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lorax import inits, interpret, tree
+from lorax import inits, interpret, notices, tree
 from lorax.adapters import Full
 from lorax.interpret import trace
 from lorax.kernels import Kernel
-from lorax.targets import Rule, select
+from lorax.selection import as_targets, select
+from lorax.targets import Rule
 from lorax.types import Adapters, PyTree
 
 
 class MergeWarning(UserWarning):
     """`adapt` had to form an adapted kernel instead of its low-rank branch."""
+
+
+class CustomRuleWarning(UserWarning):
+    """A derivative rule of the program's own meets an adapted kernel."""
 
 
 def init(
@@ -60,7 +65,10 @@ def init(
       ((4, 2), (2, 3))
     """
     trace.require_pure(params)
+    targets = as_targets(targets)  # an iterator is read once
     chosen = select(params, targets, kernels)
+    notices.notice_batch_axes(chosen, kernels)
+    notices.notice_left_out(targets, chosen, kernels)
     for path, (target, _) in chosen.items():
         inits.check(target)
         inits.require_stats(path, target, stats)
@@ -149,8 +157,10 @@ def check(adapters: Adapters, params: PyTree) -> dict[str, Any]:
 class _Emitter:
     """The visitor that adds the low-rank branch and merges where there is none."""
 
-    def __init__(self, on_merge: str, seen: set[tuple[str, str, str]]) -> None:
-        self.on_merge, self.seen = on_merge, seen
+    def __init__(
+        self, on_merge: str, custom_rules: str | None, seen: set[tuple[str, str, str]]
+    ) -> None:
+        self.on_merge, self.custom_rules, self.seen = on_merge, custom_rules, seen
 
     def linear(self, walker: Any, eqn: Any, use: Any, branch: Any) -> Any:
         return interpret.low_rank(walker, eqn, use, branch)
@@ -176,9 +186,28 @@ class _Emitter:
             )
         return interpret.dense(view)
 
+    def custom(self, walker: Any, eqn: Any, paths: tuple[str, ...]) -> bool:
+        name, where = eqn.primitive.name, walker.line(eqn)
+        place = (", ".join(paths), name, where)
+        if self.custom_rules is None and place not in self.seen:
+            self.seen.add(place)
+            warnings.warn(
+                f"{place[0]}: {name!r} at {where} has a derivative rule of its own; it "
+                "holds for the frozen kernel, and the adapter's branch beside it is "
+                "differentiated as the function is written. Should the rule be more "
+                "than its derivative (a scaled or clipped gradient), pass "
+                "custom_rules='merge' to lorax.adapt; custom_rules='branch' says that "
+                "it is not",
+                CustomRuleWarning,
+                stacklevel=2,
+            )
+        return self.custom_rules != "merge"
+
 
 def adapt(
-    fn: Callable[..., Any], on_merge: Literal["warn", "error"] = "warn"
+    fn: Callable[..., Any],
+    on_merge: Literal["warn", "error"] = "warn",
+    custom_rules: Literal["branch", "merge"] | None = None,
 ) -> Callable[..., Any]:
     """Makes a function of `(params, ...)` one of `(adapters, params, ...)`.
 
@@ -191,6 +220,12 @@ def adapt(
       fn: a pure function whose first argument is the parameter tree.
       on_merge: what to do where a kernel meets anything else: "warn" once per place
         and merge it there, or "error".
+      custom_rules: what to do with a kernel inside `jax.custom_vjp` or `custom_jvp`:
+        "branch" keeps the function's rule for the frozen kernel and differentiates the
+        low-rank branch as the body is written, which is right where the rule computes
+        the derivative; "merge" gives the rule the merged kernel, at the price of its
+        dense gradient. None: "branch", with a warning. Bodies that are not linear in
+        the kernel are merged.
 
     Returns:
       `fn(adapters, params, *args, lora_key=None, **kwargs)`. Only adapters and params
@@ -211,6 +246,10 @@ def adapt(
     """
     if on_merge not in ("warn", "error"):
         raise ValueError(f"on_merge={on_merge!r}; choose 'warn' or 'error'")
+    if custom_rules not in ("branch", "merge", None):
+        raise ValueError(
+            f"custom_rules={custom_rules!r}; choose 'branch', 'merge' or None"
+        )
     seen: set[tuple[str, str, str]] = set()
 
     @functools.wraps(fn)
@@ -241,7 +280,7 @@ def adapt(
             return fn(tree.replace(frozen, leaves), *args, **kwargs)
 
         jaxpr, rebuild = trace.trace(call, thin)
-        walker = interpret.Walker(_Emitter(on_merge, seen), key=lora_key)
+        walker = interpret.Walker(_Emitter(on_merge, custom_rules, seen), key=lora_key)
         outputs = walker.run(jaxpr, views)
         return rebuild([interpret.dense(out) for out in outputs])
 

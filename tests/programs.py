@@ -388,3 +388,6 @@ def counted(fn: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
         return fn(*args)
 
     return traced, traces
+
+
+from tests import programs_kernels  # noqa: E402, F401  (adds its programs to the table)

@@ -16,7 +16,8 @@ from tests.test_protocols import compiled
 
 KEY = jax.random.key(0)
 AXES = lorax.Axes((0,), (1,))
-MERGED = {"views"}  # no gain factors out of kernels joined along their inputs
+# no gain factors out of kernels joined along their inputs, padded there, or added
+MERGED = {"views", "padded_and_flipped", "sums_of_kernels"}
 
 
 def adapted_to(program, **fields):

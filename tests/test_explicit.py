@@ -32,7 +32,8 @@ def problem(name, kind, mesh):
     fn, params, x, x_spec = explicit_programs.PROGRAMS[name]()
     params = {path: put(mesh, leaf, spec) for path, (leaf, spec) in params.items()}
     x = put(mesh, x, x_spec)
-    target = lorax.Target("[wuv]", rank=2, alpha=4, adapter=kind)
+    stacked = (0,) if name == "experts" else None
+    target = lorax.Target("[wuv]", rank=2, alpha=4, adapter=kind, batch_axes=stacked)
     kernels = lorax.discover(fn, params, x)
     made, params = lorax.init(jax.random.key(0), params, target, kernels)
     return fn, programs.perturbed(made), params, x, kernels

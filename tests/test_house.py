@@ -26,8 +26,8 @@ LAYERS = """
 types untrusted tree _explicit _lapack linalg
 adapters scaling
 interpret
-kernels targets inits optim analysis sharding models
-transform calibration compose merging
+kernels targets selection notices inits optim analysis sharding models
+transform description calibration compose merging
 losses accumulation training stacking population checkpoint interop
 """.split()
 FORBIDDEN = (

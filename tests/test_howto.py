@@ -72,6 +72,17 @@ def targets(scope, printed):
     }
 
 
+def experts(scope, printed):
+    found = scope["adapters"]
+    assert found["experts/up"].a.shape == (4, 16, 4)
+    assert found["experts/down"].b.shape == (4, 4, 16)
+    assert found["router"].rank == 2 and found.keys().isdisjoint(["embed", "head"])
+    for reason in ("an embedding: its rows are looked up", "an output head"):
+        assert reason in printed
+    assert f"{sum(x.size for x in jax.tree.leaves(found)):,} parameters" in printed
+    assert scope["logits"].shape == (8, 32)
+
+
 def data_inits(scope):
     original, params = scope["original"], scope["params"]
     assert all(np.abs(params[p] - original[p]).max() > 1e-2 for p in original)
@@ -149,6 +160,7 @@ CHECKS = {
     for check in (
         own_model,
         targets,
+        experts,
         data_inits,
         optimizer_chain,
         adalora,
@@ -168,7 +180,7 @@ def test_the_code_does_what_the_page_says(name, capsys):
         return
     scope = run(name)
     printed = capsys.readouterr().out
-    CHECKS[name](*([scope, printed] if name == "targets" else [scope]))
+    CHECKS[name](*([scope, printed] if name in ("targets", "experts") else [scope]))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 import lorax
-from lorax.targets import Target, select
+from lorax.selection import select
+from lorax.targets import Target
 
 KEY = jax.random.key(0)
 PARAMS = {

@@ -248,26 +248,6 @@ def test_dropout_masks_differ_between_uses_and_in_loops():
     assert len(set(zeros)) == 5
 
 
-def test_custom_vjp_that_takes_the_kernel_is_merged_with_a_warning():
-    """Its backward is not autodiff's: the definition's gradient, not the branch's."""
-
-    @jax.custom_vjp
-    def product(x, w):
-        return x @ w
-
-    product.defvjp(
-        lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, 10.0 * r[0].T @ g)
-    )
-    fn = lambda params, x: jnp.sum(jnp.tanh(product(x, params["w"])))
-    params, x = {"w": programs.normal(1, 4, 3)}, programs.normal(0, 2, 4)
-    adapters, params = lorax.init(jax.random.key(0), params, lorax.Target("w", rank=2))
-    adapters = programs.perturbed(adapters)
-    with pytest.warns(lorax.MergeWarning, match=r"w: 'custom_vjp_call' at .*test_tr"):
-        got = jax.value_and_grad(lorax.adapt(fn))(adapters, params, x)
-    want = jax.value_and_grad(programs.definition(fn))(adapters, params, x)
-    assert_close(got, want)
-
-
 @pytest.mark.parametrize(
     "use",
     [
@@ -312,11 +292,16 @@ def test_a_merged_kernel_with_dropout_on_is_an_error():
         adapted(adapters, params, x, lora_key=jax.random.key(0))
 
 
-def test_grouped_convolution_merges():
-    module = nn.Conv(6, (3,), feature_group_count=3)
-    x = programs.normal(0, 2, 8, 6)
-    params = module.init(jax.random.key(0), x)
-    fn = lambda params, x: jnp.sum(module.apply(params, x) ** 2)
+def test_a_convolution_of_grouped_batches_merges():
+    conv = functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(1,),
+        padding="SAME",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        batch_group_count=2,
+    )
+    params, x = {"kernel": programs.normal(1, 3, 6, 4)}, programs.normal(0, 4, 8, 6)
+    fn = lambda params, x: jnp.sum(conv(x, params["kernel"]) ** 2)
     kernels = lorax.discover(fn, params, x)
     assert kernels["kernel"].op == "conv" and not kernels["kernel"].uses[0].fast
     adapters, params = lorax.init(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from absl import logging
 
 import lorax
 from experiments import distributed, factory, optimizers
@@ -143,6 +144,7 @@ def make_state(
         else t
         for t in factory.make_targets(method, config.adapter)
     ]
+    logging.info("%s", lorax.describe(shapes, targets, kernels))
     tx = optimizers.make_optimizer(
         config.optimizer.learning_rate[method], config.run.steps, config.optimizer
     )

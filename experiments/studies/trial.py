@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import optax
+from absl import logging
 
 import lorax
 from experiments import factory, optimizers
@@ -60,6 +61,7 @@ def make_trial(
     steps, targets = config.run.steps, factory.make_targets(method, config.adapter)
     looks = any(inits.INITS[t.init].stats for t in targets if t.init in inits.INITS)
     kernels = lorax.discover(loss_fn, base, train(0)[0])
+    logging.info("%s", lorax.describe(base, targets, kernels))
     tx = optax.inject_hyperparams(
         lambda learning_rate: optimizers.make_optimizer(
             learning_rate, steps, config.optimizer

@@ -16,7 +16,8 @@ from lorax.compose import forms
 from lorax.compose.forms import Combined
 from lorax.inits import build
 from lorax.kernels import Kernel
-from lorax.targets import Rule, Target, select
+from lorax.selection import select
+from lorax.targets import Rule, Target
 from lorax.types import PyTree
 
 

@@ -3,8 +3,8 @@
 Importing the package fills the walker's table of rules.
 """
 
-from lorax.interpret import control, rules, views
-from lorax.interpret.linear import Use, frozen, low_rank
+from lorax.interpret import control, custom, gather, rules, views
+from lorax.interpret.linear import Use, fits, frozen, low_rank
 from lorax.interpret.tracked import Term, Tracked, dense, watch
 from lorax.interpret.walker import RULES, Visitor, Walker
 
@@ -16,8 +16,11 @@ __all__ = [
     "Visitor",
     "Walker",
     "control",
+    "custom",
     "dense",
+    "fits",
     "frozen",
+    "gather",
     "low_rank",
     "rules",
     "views",

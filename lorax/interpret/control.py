@@ -174,7 +174,7 @@ def _stacked(value: Any) -> bool:
         return True
     shape = value.value.shape
     return all(
-        term.labels[0]
+        (term.labels[0] or term.added(0))
         and term.whole(0, shape)
         and (term.factors is None or term.kind(0) == "batch")
         for term in value.terms
@@ -193,7 +193,7 @@ def shard_map(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
     """`jax.shard_map`: factors are split as the kernel's axes are, rank unsharded."""
     params = eqn.params
     if any(
-        not term.whole(d, value.value.shape)
+        not term.whole(d, value.value.shape) or term.added(d)
         for value in values
         if isinstance(value, Tracked)
         for term in value.terms

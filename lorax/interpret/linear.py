@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import _explicit
-from lorax.interpret import emit
+from lorax.interpret import emit, grouped
 from lorax.interpret.tracked import Pending, Term, Tracked, gains
 from lorax.interpret.walker import Walker
 from lorax.types import Axes
@@ -29,7 +29,7 @@ class Use:
     """One linear use of a view.
 
     Attributes:
-      op: "dot", "conv", "gather" or "ragged_dot".
+      op: "dot", "conv", "grouped_conv", "depthwise_conv", "gather" or "ragged_dot".
       view: the kernel.
       operands: of the equation, the view among them.
       read: dimensions of the view that are contracted, in the equation's order.
@@ -43,7 +43,7 @@ class Use:
       by_row: turns a gain `[groups, write]` into one of the result, where the group
         differs from row to row.
       low_rank: False where the result is linear but not in the factors' form
-        (grouped convolution): axes are known, the kernel is merged.
+        (a convolution of grouped batches): axes are known, the kernel is merged.
     """
 
     op: str
@@ -72,6 +72,10 @@ class Use:
             return None
         if not all(term.whole(d, self.view.value.shape) for d in self.batch):
             return None
+        if term.lookup is not None and not (sized(read) and sized(write)):
+            return None  # nothing but rows: an embedding
+        if any(axes & read and axes & write for axes in term.scaled):
+            return None
         write -= read
         batch |= term.indexed - read - write
         rest = set(range(len(term.leaf))) - read - write - batch  # of length one
@@ -91,11 +95,31 @@ class Pair(NamedTuple):
       first: `[*batch, *read, rank]`, batch and read in view order.
       second: `[*batch, rank, *write]`.
       tied: True where the use is transposed: it reads what the leaf writes.
+      places: None; or, where an axis of the factors has another part in this use (an
+        expert axis that it writes or sums over), the dimensions that they have.
     """
 
     first: jax.Array
     second: jax.Array
     tied: bool
+    places: grouped.Places | None = None
+
+
+def fits(use: Axes, made: Axes) -> bool | None:
+    """Tells whether factors made for some axes serve a dot that reads a leaf by others.
+
+    They do where every axis of `in` is read or batched, every axis of `out` written or
+    batched; an axis of the batch may be anything, since both factors have it. For axes
+    longer than one.
+
+    Returns:
+      False: as made. True: transposed (tied). None: the product has no low-rank form.
+    """
+    read, write, _ = map(set, use)
+    for tied, (in_, out) in enumerate([(made.in_, made.out), (made.out, made.in_)]):
+        if not write & {*in_} and not read & {*out}:
+            return bool(tied)
+    return None
 
 
 def oriented(use: Use, term: Term, result: Any) -> Pair | None:
@@ -105,28 +129,51 @@ def oriented(use: Use, term: Term, result: Any) -> Pair | None:
     wider: rounding it, and `x @ first`, would then cost more than the kernel's own.
     """
     found = use.axes(term)
-    if found is None or not use.low_rank or term.factors is None:
+    if found is None or not use.low_rank or term.factors is None or term.axes is None:
         return None
-    sized = lambda axes: tuple(term.sized(group) for group in axes)
+    sized = lambda axes: Axes(*(tuple(sorted(term.sized(group))) for group in axes))
     here, made = sized(found), sized(term.axes)
-    size = lambda dims: [term.shape[d] for d in sorted(dims)]
-    batch, read, write = size(use.batch), size(use.read), size(use.write)
-    a, b, _ = term.factors
-    rank, tied = a.shape[-1], here != made
-    if not tied:
-        first, second = a, b
-    elif here == (made[1], made[0], made[2]):
-        n = len(term.dims("batch"))
-        first = jnp.moveaxis(b, n, -1)
-        second = jnp.moveaxis(a, -1, n)
-    else:
+    tied = fits(here, made)
+    if tied is None:
         return None
+    a, b, _ = term.factors
+    n, rank = len(term.dims("batch")), a.shape[-1]
+    first, second = (jnp.moveaxis(b, n, -1), jnp.moveaxis(a, -1, n)) if tied else (a, b)
+    size = lambda dims: [term.shape[d] for d in dims]
+    batch, read, write = sorted(use.batch), sorted(use.read), sorted(use.write)
+    places = None
+    plain = here == (Axes(made.out, made.in_, made.batch) if tied else made)
+    if not plain or any(map(term.added, (*use.read, *use.write))):
+        if use.op != "dot":
+            return None
+        places = _places(term, tied)
+        if places is None:
+            return None
+        batch, write = list(places.both), list(places.second)
+        read = [d for d in places.first if d not in batch]
     dtype = emit.operand_dtype(use.view.value.dtype)
     return Pair(
-        first.astype(dtype).reshape(*batch, *read, rank),
-        second.astype(jnp.promote_types(dtype, result)).reshape(*batch, rank, *write),
+        first.astype(dtype).reshape(*size(batch), *size(read), rank),
+        second.astype(jnp.promote_types(dtype, result)).reshape(
+            *size(batch), rank, *size(write)
+        ),
         tied,
+        places,
     )
+
+
+def _places(term: Term, tied: bool) -> grouped.Places | None:
+    """The dimensions that a term's factors have; those of length one are left out."""
+    dims = range(len(term.labels))
+    own = [d for d in dims if term.shape[d] > 1 or term.sized(term.labels[d])]
+    kinds = {d: term.kind(d) for d in own}
+    if None in kinds.values():
+        return None
+    of = lambda kind: tuple(d for d in own if kinds[d] == kind)
+    both, read, write = of("batch"), of("in"), of("out")
+    if tied:
+        read, write = write, read
+    return grouped.Places((*both, *read), both, write)
 
 
 Branch = Callable[[Term, Pair, Any], jax.Array]
@@ -175,6 +222,24 @@ def low_rank(walker: Walker, eqn: Any, use: Use, branch: Branch) -> list[Any] | 
     return [emit.total(base, extra, gain, rest)]
 
 
+def branches(walker: Walker, eqn: Any, use: Use, branch: Branch) -> jax.Array | None:
+    """Returns the branches of all terms without the frozen product, or None."""
+    out, terms = eqn.outvars[0].aval, use.view.terms
+    pairs = [oriented(use, term, out.dtype) for term in terms]
+    if any(map(_gained, terms)):
+        return None
+    wide = jnp.promote_types(out.dtype, jnp.float32)
+    x: Any = None if use.activation is None else use.operands[use.activation]
+    parts: list[jax.Array] = []
+    for term, pair in zip(terms, pairs, strict=True):
+        if pair is None:
+            return None
+        kept = x if x is None else emit.dropped(x, term, walker.fork_key())
+        part = branch(term, pair, kept).astype(wide)
+        parts.append(_explicit.like(part, parts[0]) if parts else part)
+    return sum(parts[1:], start=parts[0])
+
+
 def frozen(walker: Walker, eqn: Any, use: Use, x: Any = None) -> jax.Array:
     """Returns the operation on the frozen kernel alone, of `x` if that is given."""
     values = [use.view.value if v is use.view else v for v in use.operands]
@@ -185,6 +250,14 @@ def frozen(walker: Walker, eqn: Any, use: Use, x: Any = None) -> jax.Array:
 
 def _gained(term: Term) -> bool:
     return term.factors is not None and term.factors.gain is not None
+
+
+def gained_by(view: Tracked, dim: int) -> bool:
+    """True where a dimension numbers kernels with gains of their own."""
+    return any(
+        _gained(term) and term.shape[dim] > 1 and term.kind(dim) == "batch"
+        for term in view.terms
+    )
 
 
 def _gain(use: Use, ndim: int, pairs: Sequence[Pair]) -> jax.Array | None:
@@ -199,6 +272,9 @@ def _gain(use: Use, ndim: int, pairs: Sequence[Pair]) -> jax.Array | None:
     if len({pair.tied for pair in pairs}) > 1 or not places or not whole:
         return None
     dims = sorted(places, key=places.__getitem__)
+    needed = {d for t in gained for k in ("batch", "out") for d in t.dims(k)}
+    if not needed <= set(dims):  # a gain per expert, and the use sums over experts
+        return None
 
     def along(term: Term) -> Any:
         gain: Any = gains(term, dims, shape)

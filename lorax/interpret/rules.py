@@ -1,4 +1,4 @@
-"""The linear operations: where a kernel meets an activation.
+"""The linear operations: where a kernel meets an activation (lookups: `gather`).
 
 Each rule reads from the equation which dimensions of the kernel are contracted, kept
 and batched, and asks the visitor. `linear` says what `adapt` then emits.
@@ -6,6 +6,7 @@ and batched, and asks the visitor. `linear` says what `adapt` then emits.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,18 +15,18 @@ import jax
 import jax.numpy as jnp
 
 from lorax import _explicit
-from lorax.interpret import emit
-from lorax.interpret.linear import Pair, Use
+from lorax.interpret import emit, grouped, joins
+from lorax.interpret.linear import Pair, Use, gained_by
 from lorax.interpret.tracked import Pending, Term, Tracked, place
 from lorax.interpret.walker import Walker, rule
 
 
 @rule("add")
-def add(walker: Walker, eqn: Any, values: list[Any]) -> list[jax.Array] | None:
-    """The addition that a result waits for: a bias, a residual, another result."""
+def add(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
+    """The addition that a result waits for (a bias, a residual), or one of kernels."""
     waiting = [value for value in values if isinstance(value, Pending)]
     if not waiting:
-        return None
+        return joins.total(walker, eqn, values)
     if any(value.gain is not None for value in waiting):
         return [_add_rescaled(walker, eqn, values)]
     bases = [v.base if isinstance(v, Pending) else v for v in values]
@@ -55,6 +56,11 @@ def _add_rescaled(walker: Walker, eqn: Any, values: list[Any]) -> jax.Array:
 def dot_general(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
     """A contraction of the kernel, on either side, with an activation."""
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+    if all(isinstance(value, Tracked) for value in values):
+        # what a lookup gives is no kernel where it meets one
+        values = [walker.merged(v, eqn) if v.looked_up else v for v in values]
+        if not any(isinstance(value, Tracked) for value in values):
+            return None
     if isinstance(values[1], Tracked):
         values = [walker.merged(values[0], eqn), values[1]]
         x, view = values
@@ -62,6 +68,8 @@ def dot_general(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None
     else:
         view, x = values
         x_read, read, x_batch, batch, left = rc, lc, rb, lb, True
+    if stacked := [i for i, d in enumerate(read) if gained_by(view, d)]:
+        return _summed_last(walker, eqn, values, stacked)
     shape = view.value.shape
     write = tuple(d for d in range(len(shape)) if d not in (*read, *batch))
     out = eqn.outvars[0].aval
@@ -86,17 +94,37 @@ def dot_general(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None
         lies = [*lies[: len(batch)], *lies[len(batch) + len(write) :]]
         lies += _explicit.lies(out)[len(batch) : len(batch) + len(write)]
 
-    def branch(term: Term, pair: Pair, x: Any) -> jax.Array:
-        z = emit.dot(
-            emit.window(x, term, x_read, read),
+    def product(term: Term, pair: Pair, x: Any) -> jax.Array:
+        """The branch as `[*batch, *x_free, *write]`."""
+        x = emit.window(x, term, x_read, read)
+        how: Any = {
+            "precision": eqn.params["precision"],
+            "dtype": out.dtype,
+            "lies": _of_block(lies, term, write, shape),
+        }
+        if pair.places is None:
+            return emit.dot(
+                x,
+                pair.first,
+                pair.second,
+                read=(x_read, _ranks(read, len(batch))),
+                batch=(x_batch, _ranks(batch, 0)),
+                **how,
+            )
+        met = dict(zip((*x_read, *x_batch), (*read, *batch), strict=True))
+        names = tuple(met.get(d, ("x", d)) for d in range(x.ndim))
+        return grouped.dot(
+            grouped.Named(x, names),
             pair.first,
             pair.second,
-            read=(x_read, _ranks(read, len(batch))),
-            batch=(x_batch, _ranks(batch, 0)),
-            precision=eqn.params["precision"],
-            dtype=out.dtype,
-            lies=_of_block(lies, term, write, shape),
-        )  # [*batch, *x_free, *write]
+            pair.places,
+            batch=batch,
+            write=write,
+            **how,
+        )
+
+    def branch(term: Term, pair: Pair, x: Any) -> jax.Array:
+        z = product(term, pair, x)
         kept = len(write)
         if left:  # the kernel was the left operand: its dimensions come first
             z = jnp.moveaxis(
@@ -108,6 +136,37 @@ def dot_general(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None
         return place(z, start, out.shape)
 
     return walker.visitor.linear(walker, eqn, use, branch)
+
+
+def _summed_last(
+    walker: Walker, eqn: Any, values: list[Any], stacked: list[int]
+) -> list[Any]:
+    """A sum over experts whose outputs have gains of their own: batched, then summed.
+
+    Args:
+      walker: of the equation.
+      eqn: contracts an axis on which a gain depends.
+      values: its operands.
+      stacked: which of the contracted dimensions those are.
+    """
+    params = eqn.params
+    read, batch = params["dimension_numbers"]
+    own = [[dims[i] for i in stacked] for dims in read]
+    left, right = ([d for d in r if d not in o] for r, o in zip(read, own, strict=True))
+    numbers = (left, right), ([*batch[0], *own[0]], [*batch[1], *own[1]])
+    kept, out = len(batch[0]), eqn.outvars[0].aval.dtype
+    wide = jnp.promote_types(out, jnp.float32)  # one rounding, after the sum
+
+    lies = _explicit.lies(eqn.outvars[0].aval)
+    wanted = [*lies[:kept], *[None] * len(stacked), *lies[kept:]]
+
+    def batched(x: jax.Array, w: jax.Array) -> jax.Array:
+        y = _explicit.dot(x, w, numbers, params["precision"], dtype=wide, wanted=wanted)
+        return y.sum(range(kept, kept + len(stacked))).astype(out)
+
+    avals = [_explicit.abstract(getattr(v, "value", v)) for v in values]
+    inner = walker.inner(eqn, walker.fork_key())
+    return inner.run(jax.make_jaxpr(batched)(*avals), values)
 
 
 def _ranks(dims: Sequence[int], offset: int) -> tuple[int, ...]:
@@ -128,7 +187,11 @@ def _of_block(
 
 @rule("conv_general_dilated")
 def conv(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
-    """A convolution: `a` convolves to rank channels, `b` mixes them (1 x 1)."""
+    """A convolution: `a` convolves to rank channels, `b` mixes them (1 x 1).
+
+    In a grouped one every group is convolved by the same `a`, and its own outputs'
+    columns of `b` mix the result.
+    """
     x, view = values
     if not isinstance(view, Tracked):
         return None
@@ -136,11 +199,14 @@ def conv(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
     _, k_spec, y_spec = params["dimension_numbers"]
     to, *read = k_spec  # output channels, input channels, window
     out = eqn.outvars[0].aval
-    single = params["feature_group_count"] == params["batch_group_count"] == 1
+    groups = params["feature_group_count"]
+    op = "conv" if groups == 1 else "grouped_conv"
+    if groups > 1 and shape[read[0]] == 1:
+        op = "depthwise_conv"
     flops = 2 * math.prod(out.shape) * math.prod(shape[d] for d in read)
     features = y_spec[1]
     use = Use(
-        "conv",
+        op,
         view,
         [x, view],
         tuple(read),
@@ -149,7 +215,7 @@ def conv(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
         flops,
         activation=0,
         written={to: features},
-        low_rank=single,
+        low_rank=params["batch_group_count"] == 1,
     )
 
     def branch(term: Term, pair: Pair, x: Any) -> jax.Array:
@@ -164,95 +230,56 @@ def conv(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
                 "precision",
             )
         }
-        first = jnp.moveaxis(pair.first, -1, to)
         lies = _explicit.lies(out)
         thin = [None if d == features else e for d, e in enumerate(lies)]
         written = lies.pop(features)
+        own = _of_block([*lies, written], term, [to], shape)
+        first = jnp.moveaxis(pair.first, -1, to)
+        if groups > 1:  # every group is convolved by the same
+            first = jnp.concatenate([first] * groups, axis=to)
         h = jax.lax.conv_general_dilated(
-            x, first, **keep, out_sharding=_explicit.named(thin, x, first)
+            x,
+            first,
+            **keep,
+            feature_group_count=groups,
+            out_sharding=_explicit.named(thin, x, first),
         )
-        z = emit.mix(
-            h,
-            pair.second,
-            features,
-            (),
-            params["precision"],
-            out.dtype,
-            _of_block([*lies, written], term, [to], shape),
-        )
+        how = params["precision"], out.dtype, own
+        mix = emit.mix if groups == 1 else functools.partial(_mix_groups, groups)
+        z = mix(h, pair.second, features, (), *how)
         z = jnp.moveaxis(z, -1, features)
         start = [term.start[to] if d == features else 0 for d in range(z.ndim)]
         return place(z, start, out.shape)
 
-    if not all(term.whole(d, shape) for term in view.terms for d in read):
+    whole = [*read, to] if groups > 1 else read
+    if not all(term.whole(d, shape) for term in view.terms for d in whole):
         return None
     return walker.visitor.linear(walker, eqn, use, branch)
 
 
-@rule("gather")
-def gather(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
-    """An embedding lookup: rows of `a` are looked up, then multiplied by `b`."""
-    view, indices = values
-    params = eqn.params
-    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    shape = view.value.shape
-    axis = numbers.start_index_map
-    whole = all(sizes[d] == n for d, n in enumerate(shape) if d not in axis)
-    lookup = (
-        len(axis) == 1
-        and numbers.collapsed_slice_dims == axis
-        and not numbers.operand_batching_dims
-        and sizes[axis[0]] == 1
-        and whole
-        and all(term.whole(axis[0], shape) for term in view.terms)
-    )
-    if not lookup:
-        return None
-    write = tuple(d for d in range(len(shape)) if d != axis[0])
-    out = eqn.outvars[0].aval
-    written = dict(zip(write, numbers.offset_dims, strict=True))
-    use = Use(
-        "gather",
-        view,
-        values,
-        tuple(axis),
-        write,
-        (),
-        0,
-        activation=None,  # an index: nothing to drop
-        written=written,
-    )
-
-    def branch(term: Term, pair: Pair, x: Any) -> jax.Array:
-        del x
-        rank = pair.first.shape[-1]
-        ids = indices.ndim - 1
-        rows = jax.lax.gather(
-            pair.first,  # [vocabulary, rank]
-            indices,
-            numbers._replace(
-                offset_dims=(ids,), collapsed_slice_dims=(0,), start_index_map=(0,)
-            ),
-            slice_sizes=(1, rank),
-            indices_are_sorted=params["indices_are_sorted"],
-            unique_indices=params["unique_indices"],
-            mode=params["mode"],
-            fill_value=0,
-        )
-        lies = _explicit.lies(out)
-        lies = [lies[d] for d in range(out.ndim) if d not in numbers.offset_dims]
-        lies += [_explicit.lies(out)[d] for d in numbers.offset_dims]
-        lies = _of_block(lies, term, write, shape)
-        z = emit.mix(
-            rows, pair.second, ids, (), None, out.dtype, lies
-        )  # [*ids, *write]
-        z = jnp.moveaxis(z, range(ids, z.ndim), numbers.offset_dims)
-        start = [0] * z.ndim
-        for dim, place_ in written.items():
-            start[place_] = term.start[dim]
-        return place(z, start, out.shape)
-
-    return walker.visitor.linear(walker, eqn, use, branch)
+def _mix_groups(
+    groups: int,
+    h: jax.Array,
+    second: jax.Array,
+    feature: int,
+    batch: tuple[int, ...],
+    precision: jax.lax.PrecisionLike,
+    dtype: jnp.dtype,
+    lies: Sequence[Any],
+) -> jax.Array:
+    """`emit.mix` of a grouped convolution: each group mixes its own channels."""
+    del batch
+    h = jnp.moveaxis(h, feature, -1).astype(second.dtype)
+    rank, width = second.shape[0], second.shape[1] // groups
+    free = [*lies[:-1]]
+    shape = h.shape[:-1]
+    h = _explicit.reshape(h, (*shape, groups, rank), (*free, None, None))
+    second = _explicit.reshape(second, (rank, groups, width), (None, None, None))
+    numbers = ((h.ndim - 1,), (0,)), ((h.ndim - 2,), (1,))
+    wanted = [None, *free, None]
+    z = _explicit.dot(h, second, numbers, precision, dtype=dtype, wanted=wanted)
+    z = jnp.moveaxis(z, 0, -2)  # [*free, groups, width]
+    return _explicit.reshape(z, (*shape, groups * width), lies)
 
 
 @rule("ragged_dot_general")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,25 @@ from lorax.types import Axes, Factors
 Labels = tuple[tuple[int, ...], ...]
 
 
+class Lookup(NamedTuple):
+    """A gather that is an embedding lookup unless its result is contracted further.
+
+    Attributes:
+      axes: of the leaf, if it is a lookup.
+      place: of the gather: the equations around it and its own, by identity.
+      source: `file:line (function)`.
+    """
+
+    axes: Axes
+    place: tuple[int, ...]
+    source: str
+
+
+_FIELDS = "path leaf labels start shape indexed axes rate lookup scaled peers".split()
+
+
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["factors"],
-    meta_fields=["path", "leaf", "labels", "start", "shape", "indexed", "axes", "rate"],
+    jax.tree_util.register_dataclass, data_fields=["factors"], meta_fields=_FIELDS
 )
 @dataclasses.dataclass(frozen=True)
 class Term:
@@ -39,7 +54,9 @@ class Term:
     Attributes:
       path: the leaf's path.
       leaf: the leaf's shape.
-      labels: for each dimension of the view, the leaf axes it stands for.
+      labels: for each dimension of the view, the leaf axes it stands for; () for one
+        that the program added: of length one, or a stack of kernels by its own right
+        (kernels taken by index, repeated, or stacked), which both factors have.
       start: for each dimension, where the leaf's block begins (not 0 after a concat).
       shape: the block's shape.
       indexed: leaf axes taken away by indexing or scanning over them.
@@ -48,6 +65,11 @@ class Term:
       factors: `a: [*batch, *in, rank]`, `b: [*batch, rank, *out]` and, where the
         adapter rescales the frozen kernel, `gain: [*batch, *out]`, in view order; None
         under discover.
+      lookup: under discover, the gather that this is the result of, until it is known
+        what becomes of it.
+      scaled: under discover, leaf axes along which one array has scaled the kernel:
+        they must all be in, or all be out, besides the batch.
+      peers: the other leaves of a stack that the program made.
     """
 
     path: str
@@ -59,6 +81,9 @@ class Term:
     axes: Axes | None = None
     rate: float = 0.0
     factors: Factors | None = None
+    lookup: Lookup | None = None
+    scaled: tuple[frozenset[int], ...] = ()
+    peers: tuple[str, ...] = ()
 
     def sized(self, axes: Iterable[int]) -> frozenset[int]:
         """The leaf axes among `axes` that are longer than one."""
@@ -67,11 +92,17 @@ class Term:
     def kind(self, dim: int) -> str | None:
         """Returns "in", "out", "batch"; "unit" for an inserted axis; None if mixed."""
         label = self.labels[dim]
-        if not label or self.axes is None:
+        if self.axes is None:
             return "unit"
+        if not label:
+            return "batch" if self.added(dim) else "unit"
         wanted = self.sized(label) or frozenset(label)
         groups = zip(("in", "out", "batch"), self.axes, strict=True)
         return next((kind for kind, group in groups if wanted <= {*group}), None)
+
+    def added(self, dim: int) -> bool:
+        """True for a stack that the program made: longer than one, of no leaf axis."""
+        return not self.labels[dim] and self.shape[dim] > 1
 
     def dims(self, kind: str) -> list[int]:
         """The dimensions of the view of one kind, in view order."""
@@ -96,7 +127,12 @@ class Term:
             if kind != "in" and gain is not None:
                 gain = change(gain, axis + (kind == "out") * n)
             factors = Factors(a, b, gain)
-        return dataclasses.replace(self, factors=factors, **meta)
+        new = dataclasses.replace(self, factors=factors, **meta)
+        if factors is None or kind != "batch" or new.kind(dim) == "batch":
+            return new
+        # of a stack by its own right one kernel is left, and no axis numbers it
+        squeezed = jax.tree.map(lambda f: jnp.squeeze(f, axis), factors)
+        return dataclasses.replace(new, factors=squeezed)
 
     def drop(self, dim: int) -> Term:
         """Takes an indexed dimension out of the view; the factors have lost theirs."""
@@ -123,7 +159,12 @@ class Tracked:
     @property
     def paths(self) -> tuple[str, ...]:
         """The leaves in this view."""
-        return tuple(dict.fromkeys(term.path for term in self.terms))
+        return tuple(dict.fromkeys(p for t in self.terms for p in (t.path, *t.peers)))
+
+    @property
+    def looked_up(self) -> bool:
+        """True for the result of a gather that may be an embedding lookup."""
+        return any(term.lookup is not None for term in self.terms)
 
     def adapted(self, adapter: Any, factors: Factors) -> Tracked:
         """Gives a watched leaf the factors of its adapter."""

@@ -77,45 +77,6 @@ def per_factor(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | N
     return viewed(walker, eqn, values, edit)
 
 
-@rule("neg")
-def negate(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
-    """-W."""
-    return viewed(walker, eqn, values, lambda term: _scaled(term, lambda b: -b))
-
-
-@rule("mul", "div")
-def scale(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
-    """A kernel times, or divided by, a scalar."""
-    values = [_plain_scalar(walker, eqn, value) for value in values]
-    operand = 0 if isinstance(values[0], Tracked) else 1
-    scalar = walker.scalars.get(id(eqn.invars[1 - operand]), values[1 - operand])
-    if not isinstance(values[operand], Tracked) or isinstance(scalar, Tracked):
-        return None
-    if jnp.shape(scalar) != ():
-        return None
-    if eqn.primitive.name == "mul":
-        edit = lambda term: _scaled(term, lambda b: b * scalar)
-    elif operand == 0:
-        edit = lambda term: _scaled(term, lambda b: b / scalar)
-    else:
-        return None
-    return viewed(walker, eqn, values, edit, operand)
-
-
-def _plain_scalar(walker: Walker, eqn: Any, value: Any) -> Any:
-    """A leaf that is itself a scalar multiplies a kernel; it is no kernel."""
-    scalar = isinstance(value, Tracked) and value.value.shape == ()
-    return walker.merged(value, eqn) if scalar else value
-
-
-def _scaled(term: Term, change: Callable[[jax.Array], jax.Array]) -> Term:
-    if term.factors is None:
-        return term
-    a, b, gain = term.factors
-    factors = Factors(a, change(b).astype(b.dtype), gain)
-    return dataclasses.replace(term, factors=factors)
-
-
 @rule("transpose")
 def transpose(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
     """A permutation of the view's dimensions; factors keep view order."""
@@ -146,20 +107,35 @@ def transpose(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | No
     return viewed(walker, eqn, values, edit)
 
 
+@rule("rev")
+def reverse(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+    """A flip of some dimensions; the factors that own them are flipped."""
+    shape = values[0].value.shape
+
+    def edit(term: Term) -> Term:
+        for dim in eqn.params["dimensions"]:
+            start = list(term.start)
+            start[dim] = shape[dim] - start[dim] - term.shape[dim]
+            term = term.edit(dim, lambda f, axis: jnp.flip(f, axis), start=tuple(start))
+        return term
+
+    return viewed(walker, eqn, values, edit)
+
+
 @rule("reshape", "broadcast_in_dim", "squeeze")
 def reshape(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
-    """A change of shape in which no dimension mixes kinds.
-
-    `broadcast_in_dim` qualifies when all it adds is axes of length one.
-    """
+    """A change of shape in which no dimension mixes kinds, or a repetition."""
     tracked = values[0]
     shape = tuple(eqn.outvars[0].aval.shape)
     if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
         return None
     size = math.prod(shape)
-    if not isinstance(tracked, Tracked) or size == 0 or size != tracked.value.size:
+    if not isinstance(tracked, Tracked) or size == 0:
         return None
     old = tuple(tracked.value.shape)
+    if size != tracked.value.size:
+        places = eqn.params["broadcast_dimensions"]
+        return viewed(walker, eqn, values, lambda t: _repeated(t, places, old, shape))
     if eqn.primitive.name == "squeeze":
         kept = [d for d in range(len(old)) if d not in eqn.params["dimensions"]]
         groups = [([d], [j]) for j, d in enumerate(kept)]
@@ -171,6 +147,34 @@ def reshape(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None
     lies = _explicit.lies(eqn.outvars[0].aval)
     edit = lambda term: _regroup(term, groups, old, shape, lies)
     return viewed(walker, eqn, values, edit)
+
+
+def _repeated(
+    term: Term, places: Sequence[int], old: Sequence[int], shape: tuple[int, ...]
+) -> Term | None:
+    """A kernel repeated along new dimensions: a stack of equals, factors as well."""
+    labels: list[tuple[int, ...]] = [()] * len(shape)
+    start, block = [0] * len(shape), list(shape)
+    for d, j in enumerate(places):
+        if old[d] == shape[j]:
+            labels[j], start[j], block[j] = term.labels[d], term.start[d], term.shape[d]
+        elif term.labels[d]:
+            return None
+    new = dataclasses.replace(
+        term, labels=tuple(labels), start=tuple(start), shape=tuple(block)
+    )
+    if term.factors is None:
+        return new
+    kept = {places[d]: i for i, d in enumerate(term.dims("batch"))}
+    stack = new.dims("batch")
+
+    def repeat(factor: jax.Array) -> jax.Array:
+        own = factor.shape[len(kept) :]
+        added = [i for i, d in enumerate(stack) if d not in kept]
+        whole = [new.shape[d] for d in stack]
+        return jnp.broadcast_to(jnp.expand_dims(factor, added), (*whole, *own))
+
+    return dataclasses.replace(new, factors=jax.tree.map(repeat, term.factors))
 
 
 def _groups(
@@ -206,6 +210,9 @@ def _regroup(
     labels: list[tuple[int, ...]] = [()] * len(shape)
     start, block = [0] * len(shape), list(shape)
     for left, right in groups:
+        own = {bool(term.labels[d]) for d in left if term.shape[d] > 1}
+        if len(own) > 1:  # an axis of the leaf and one that the program added
+            return None
         label = tuple(dict.fromkeys(axis for d in left for axis in term.labels[d]))
         for d in right:
             labels[d] = label
@@ -343,25 +350,6 @@ def dynamic_slice(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] 
         return term
 
     return viewed(walker, eqn, values, edit)
-
-
-@rule("concatenate")
-def concatenate(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
-    """Kernels joined along one in or out axis (fused qkv, blocks)."""
-    dim, offset, terms = eqn.params["dimension"], 0, []
-    for value in values:
-        if isinstance(value, Tracked):
-            for term in value.terms:
-                if term.factors is not None and term.kind(dim) not in ("in", "out"):
-                    return None
-                start = list(term.start)
-                start[dim] += offset
-                terms.append(dataclasses.replace(term, start=tuple(start)))
-        offset += (
-            value.value.shape[dim] if isinstance(value, Tracked) else (value.shape[dim])
-        )
-    plain = [v.value if isinstance(v, Tracked) else v for v in values]
-    return [Tracked(walker.bind(eqn, plain)[0], tuple(terms))]
 
 
 @rule("all_gather")

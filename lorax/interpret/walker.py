@@ -42,6 +42,9 @@ class Visitor(Protocol):
     def merge(self, walker: Walker, eqn: Any, view: Tracked) -> jax.Array:
         """Returns the dense value of a view that meets no rule."""
 
+    def custom(self, walker: Walker, eqn: Any, paths: tuple[str, ...]) -> bool:
+        """True to follow kernels into a function with a derivative rule of its own."""
+
 
 class Walker:
     """Evaluates one jaxpr; control flow makes an inner walker for each body."""
@@ -107,19 +110,23 @@ class Walker:
         """Evaluates one equation."""
         name = eqn.primitive.name
         if not any(isinstance(value, Tracked | Pending) for value in values):
-            if name == "broadcast_in_dim":
-                if eqn.invars[0].aval.shape == ():
-                    self.scalars[id(eqn.outvars[0])] = values[0]
-                if eqn.invars[0].aval.size < eqn.outvars[0].aval.size:
-                    self.spread[id(eqn.outvars[0])] = _unbroadcast(eqn, values[0])
-            return self.bind(eqn, values)
+            return self.plain(eqn, values)
         views = [v.value for v in values if isinstance(v, Tracked)]
         with located(eqn), _explicit.under(*views):
             results = RULES[name](self, eqn, values) if name in RULES else None
             if results is None:
                 values = [self.merged(value, eqn) for value in values]
-                return self.bind(eqn, values)
+                return self.plain(eqn, values)
             return [followed(r) if isinstance(r, Tracked) else r for r in results]
+
+    def plain(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """Runs an equation on arrays; what is broadcast is remembered as it was."""
+        if eqn.primitive.name == "broadcast_in_dim":
+            if eqn.invars[0].aval.shape == ():
+                self.scalars[id(eqn.outvars[0])] = values[0]
+            if eqn.invars[0].aval.size < eqn.outvars[0].aval.size:
+                self.spread[id(eqn.outvars[0])] = _unbroadcast(eqn, values[0])
+        return self.bind(eqn, values)
 
     def feeds_only_an_add(self, eqn: Any) -> bool:
         """True when the result of an equation has one reader, and that is an add."""

@@ -1,0 +1,195 @@
+"""What targets do to a model, leaf by leaf: what they adapt, leave out, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from lorax import inits, selection, tree
+from lorax.kernels import Kernel
+from lorax.targets import Rule, Target
+from lorax.types import PyTree
+
+
+class Described(NamedTuple):
+    """One leaf.
+
+    Attributes:
+      path: of the leaf.
+      shape: its shape.
+      use: how the program uses it: the operation, and which axes it reads, writes and
+        batches.
+      target: the pattern of the target that takes it; None where none does.
+      adapter: the name of the adapter's class; None likewise.
+      parameters: that train in place of the leaf; 0 where it is left out.
+      reason: why it is left out; of an adapted leaf, where its kernel must be merged.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    use: str
+    target: str | None
+    adapter: str | None
+    parameters: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The leaves that targets adapt, and the matrices that they leave out.
+
+    Attributes:
+      leaves: in the order of their paths.
+    """
+
+    leaves: tuple[Described, ...]
+
+    def __iter__(self) -> Iterator[Described]:
+        """Goes through the leaves."""
+        return iter(self.leaves)
+
+    @property
+    def adapted(self) -> tuple[Described, ...]:
+        """The leaves with an adapter."""
+        return tuple(leaf for leaf in self.leaves if leaf.adapter is not None)
+
+    @property
+    def left_out(self) -> tuple[Described, ...]:
+        """The matrices without one."""
+        return tuple(leaf for leaf in self.leaves if leaf.adapter is None)
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters train."""
+        return sum(leaf.parameters for leaf in self.leaves)
+
+    def __str__(self) -> str:
+        """The table of all leaves, and a line that sums them up."""
+        return self.table()
+
+    def table(self, leaves: Sequence[Described] | None = None) -> str:
+        """Returns a table of some leaves, by default all, and the sum of all.
+
+        Args:
+          leaves: of the description, such as `left_out`.
+        """
+        rows = [("path", "shape", "use", "adapter", "parameters", "target or reason")]
+        rows += [
+            (
+                leaf.path,
+                "x".join(map(str, leaf.shape)),
+                leaf.use,
+                leaf.adapter or "-",
+                f"{leaf.parameters:,}",
+                "; ".join(filter(None, (leaf.target, leaf.reason))),
+            )
+            for leaf in (self.leaves if leaves is None else leaves)
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(map(str.ljust, row, widths)).rstrip()  # noqa: B905
+            for row in rows
+        ]
+        total = f"{self.parameters:,} parameters train in {len(self.adapted)} leaves; "
+        return "\n".join(
+            [*lines, total + f"{len(self.left_out)} matrices are left out"]
+        )
+
+
+def describe(
+    params: PyTree,
+    targets: Rule | Iterable[Rule],
+    kernels: Mapping[str, Kernel] | None = None,
+) -> Description:
+    """Says which leaves targets adapt, which matrices they leave out, and why.
+
+    A matrix is a floating leaf with two axes or more that are longer than one, and that
+    some operation meets as such: one layer of a stack of biases is none.
+
+    Args:
+      params: the parameter tree; shapes suffice.
+      targets: those that go to `lorax.init`.
+      kernels: from `lorax.discover`, as for `lorax.init`.
+
+    Returns:
+      A `Description`: `str` of it is a table; `adapted` and `left_out` are its leaves.
+
+    Raises:
+      ValueError: targets that `lorax.init` would refuse.
+      KeyError: kernels of another tree.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lorax
+      >>> params = {"w": jnp.ones((4, 3)), "table": jnp.ones((9, 4))}
+      >>> fn = lambda p, ids: jnp.sum(jnp.tanh(p["table"][ids] @ p["w"]) @ jnp.ones(3))
+      >>> kernels = lorax.discover(fn, params, jnp.zeros(2, int))
+      >>> found = describe(params, lorax.Target(".*w", rank=2), kernels)
+      >>> [(leaf.path, leaf.use, leaf.parameters) for leaf in found.adapted]
+      [('w', 'dot: reads 0, writes 1', 14)]
+      >>> [(leaf.path, leaf.reason) for leaf in found.left_out]
+      [('table', "'.*w' does not match")]
+    """
+    rules = selection.as_targets(targets)
+    chosen = selection.select(params, rules, kernels)
+    theirs = selection.own_low_rank(params)
+    found = []
+    entry: tuple[str | None, str | None, int, str]
+    for path, leaf in sorted(tree.flatten(params).items()):
+        if not tree.is_floating(leaf):
+            continue
+        shape = tuple(leaf.shape)
+        known = kernels.get(path) if kernels is not None else None
+        if path in chosen:
+            target, kernel = chosen[path]
+            merged = "" if target.adapter == "full" else _merged(kernel)
+            entry = (target.pattern, *_made(target, kernel), merged)
+        elif sum(size > 1 for size in shape) < 2 or (known and not known.matrix):
+            continue
+        else:
+            reasons = [selection.why_not(rule, path, kernels, theirs) for rule in rules]
+            entry = None, None, 0, "; ".join(dict.fromkeys(filter(None, reasons)))
+        use = _use(chosen[path][1] if path in chosen else known)
+        found.append(Described(path, shape, use, *entry))
+    return Description(tuple(found))
+
+
+def _use(kernel: Kernel | None) -> str:
+    if kernel is None:
+        return "unknown"
+    if kernel.axes is None:
+        return kernel.uses[0].op if kernel.uses else kernel.op
+    words = zip(("reads", "writes", "batch"), kernel.axes, strict=True)
+    parts = [f"{word} {' '.join(map(str, axes))}" for word, axes in words if axes]
+    return f"{kernel.op}: {', '.join(parts)}"
+
+
+def _merged(kernel: Kernel) -> str:
+    """Where an adapted kernel has no low-rank form, and is merged."""
+    slow = [use for use in kernel.uses if not use.fast]
+    if not slow:
+        return ""
+    more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
+    return f"merged for {slow[0].op!r} at {slow[0].source}{more}"
+
+
+def _made(target: Target, kernel: Kernel) -> tuple[str, int]:
+    """Returns the class and the size of an adapter, nothing computed.
+
+    Inits choose values and no shapes: the standard one stands for all.
+    """
+    if target.adapter == "full":
+        return "Full", math.prod(kernel.shape)
+    plain = dataclasses.replace(target, init="standard", options=())
+    standard = inits.INITS["standard"].make
+
+    def make(value: jax.Array) -> Any:
+        whole = dataclasses.replace(kernel, value=value)
+        return standard(jax.random.key(0), whole, plain, None)[0]
+
+    made = jax.eval_shape(make, jax.ShapeDtypeStruct(kernel.shape, kernel.dtype))
+    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(made)]
+    return type(made).__name__, sum(sizes)

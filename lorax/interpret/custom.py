@@ -1,0 +1,162 @@
+"""Kernels inside a function with a derivative rule of its own.
+
+The rule is written for the dense operand, and stays: the frozen kernel goes through the
+function whole, backward pass and all. Beside it, where the function is linear in the
+kernel, its body is followed for the branch alone,
+
+    f(x, W0 + a b) = f(x, W0) + f(x, a b)
+
+and differentiated as it is written. A body that hands the kernel on (a rule for the
+kernel's own gradient), or that is not linear in it, is merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorax.interpret import linear
+from lorax.interpret.linear import Use
+from lorax.interpret.tracked import Pending, Tracked
+from lorax.interpret.walker import RULES, Visitor, Walker, rule
+
+BODIES = "jit pjit closed_call core_call custom_jvp_call custom_vjp_call".split()
+VIEWS = (
+    "convert_element_type transpose reshape broadcast_in_dim squeeze slice copy rev "
+    "neg mul div dynamic_slice concatenate split stack name sharding_constraint"
+).split()
+"""What a body may do to a kernel before its linear operation."""
+OPERATIONS = "dot_general conv_general_dilated ragged_dot_general".split()
+ALONE = (
+    "transpose reshape broadcast_in_dim squeeze slice copy rev neg reduce_sum name "
+    "psum sharding_constraint"
+).split()
+"""What it may do to the result: operations of one operand, linear in it."""
+
+
+class Part(NamedTuple):
+    """What the adapters add to a value; the value itself is the frozen function's."""
+
+    branch: jax.Array
+
+
+class NotLinear(Exception):
+    """The body does more with a kernel than a linear operation."""
+
+
+class _BranchOnly:
+    """A visitor that keeps the branch of a linear operation, not the frozen product.
+
+    Under discover, where there is no branch, it keeps what to report if the whole body
+    turns out to be linear.
+    """
+
+    def __init__(self, visitor: Visitor) -> None:
+        self.visitor = visitor
+        self.reports: list[Callable[[], Any]] = []
+
+    def linear(self, walker: Walker, eqn: Any, use: Use, branch: Any) -> list[Any]:
+        if all(term.factors is None for term in use.view.terms):
+            if not use.low_rank or None in map(use.axes, use.view.terms):
+                raise NotLinear
+            report = self.visitor.linear
+            self.reports.append(lambda: report(walker, eqn, use, branch))
+            return [linear.frozen(walker, eqn, use)]
+        found = linear.branches(walker, eqn, use, branch)
+        if found is None:
+            raise NotLinear
+        return [found]
+
+    def merge(self, walker: Walker, eqn: Any, view: Tracked) -> jax.Array:
+        raise NotLinear
+
+    def custom(self, walker: Walker, eqn: Any, paths: tuple[str, ...]) -> bool:
+        return True  # the outer rule has been asked for
+
+
+class _BranchWalker(Walker):
+    """Evaluates a body for what the adapters add to its results."""
+
+    def step(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
+        name = eqn.primitive.name
+        parts = [value for value in values if isinstance(value, Part)]
+        views = [value for value in values if isinstance(value, Tracked)]
+        if not parts and not views:
+            return self.plain(eqn, values)
+        if name in BODIES:
+            return self.body(eqn).run(_jaxpr(eqn), values)
+        if parts and views:
+            raise NotLinear
+        if parts:
+            return [Part(_added(self, eqn, values))]
+        results = RULES[name](self, eqn, values) if name in VIEWS + OPERATIONS else None
+        if results is None:
+            raise NotLinear
+        return [Part(results[0])] if name in OPERATIONS else results
+
+    def body(self, eqn: Any) -> _BranchWalker:
+        """Returns the walker of a body inside this one."""
+        scope = (*self.scope, id(eqn))
+        key = self.fork_key()
+        return _BranchWalker(self.visitor, key, scope, self.trips, self.line(eqn))
+
+
+def _jaxpr(eqn: Any) -> Any:
+    return eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+
+
+def _added(walker: Walker, eqn: Any, values: list[Any]) -> jax.Array:
+    """The part of a result that a part of one operand, or of two, leads to."""
+    name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+    is_part = [isinstance(value, Part) for value in values]
+    arrays = [value.branch if isinstance(value, Part) else value for value in values]
+    if name in ("add", "add_any", "sub"):
+        signs = (1, -1 if name == "sub" else 1)
+        own = [s * a for s, a, p in zip(signs, arrays, is_part, strict=True) if p]
+        return jnp.broadcast_to(sum(own[1:], start=own[0]), shape)
+    if sum(is_part) > 1:
+        raise NotLinear
+    if name == "convert_element_type":
+        if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+            raise NotLinear
+        return arrays[0]  # cast once, where it is added
+    if name == "mul":
+        return jnp.multiply(*arrays)
+    if name == "div" and is_part[0]:
+        return jnp.divide(*arrays)
+    if name in ALONE:
+        return walker.bind(eqn, arrays)[0]
+    if name in ("dot_general", "conv_general_dilated"):
+        cast = [x.astype(v.aval.dtype) for x, v in zip(arrays, eqn.invars, strict=True)]
+        return walker.bind(eqn, cast)[0]
+    raise NotLinear
+
+
+@rule("custom_jvp_call", "custom_vjp_call")
+def custom(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
+    """The function on the frozen kernels, and the branches of a body linear in them."""
+    if any(isinstance(v, Pending) or getattr(v, "looked_up", False) for v in values):
+        return None
+    visitor = _BranchOnly(walker.visitor)
+    scope, key = (*walker.scope, id(eqn)), walker.fork_key()
+    body = _BranchWalker(visitor, key, scope, walker.trips, walker.line(eqn))
+    try:
+        parts = body.run(_jaxpr(eqn), values)
+    except NotLinear:
+        return None
+    views = [value for value in values if isinstance(value, Tracked)]
+    paths = tuple(dict.fromkeys(path for view in views for path in view.paths))
+    if any(isinstance(part, Tracked) for part in parts):
+        return None
+    if not walker.visitor.custom(walker, eqn, paths):
+        return None
+    for report in visitor.reports:
+        report()
+    outs = walker.bind(eqn, [v.value if isinstance(v, Tracked) else v for v in values])
+    return [
+        (out + part.branch).astype(out.dtype) if isinstance(part, Part) else out
+        for out, part in zip(outs, parts, strict=True)
+    ]

@@ -1,0 +1,94 @@
+"""A kernel times a number or a vector: the factor that owns the axis is scaled.
+
+(W0 + a b) * v[out] = W0 * v + a (b * v)      v[in] likewise, through a
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax.interpret.tracked import Term, Tracked
+from lorax.interpret.views import viewed
+from lorax.interpret.walker import Walker, rule
+from lorax.types import Factors
+
+Change = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@rule("neg")
+def negate(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+    """-W."""
+    return viewed(walker, eqn, values, negated)
+
+
+def negated(term: Term) -> Term:
+    """Returns the term of -W."""
+    if term.factors is None:
+        return term
+    return dataclasses.replace(term, factors=term.factors._replace(b=-term.factors.b))
+
+
+@rule("mul", "div")
+def scale(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+    """A kernel times, or divided by, a scalar or a vector along some of its axes."""
+    whole = eqn.outvars[0].aval.shape
+    kernels = [
+        i
+        for i, value in enumerate(values)
+        if isinstance(value, Tracked) and whole and value.value.shape == whole
+    ]
+    if len(kernels) != 1 or (eqn.primitive.name == "div" and kernels == [1]):
+        return None
+    (operand,) = kernels
+    atom = id(eqn.invars[1 - operand])
+    # a scalar or a vector that is itself a leaf is no kernel
+    other = walker.merged(values[1 - operand], eqn)
+    given = [other, other]
+    given[operand] = values[operand]
+    vector = jnp.asarray(walker.scalars.get(atom, walker.spread.get(atom, other)))
+    change = jnp.multiply if eqn.primitive.name == "mul" else jnp.divide
+    return viewed(
+        walker, eqn, given, lambda term: _scaled(term, vector, change), operand
+    )
+
+
+def _scaled(term: Term, vector: jax.Array, change: Change) -> Term | None:
+    """Scales the factor that owns the dimensions along which the vector varies."""
+    varied = [d for d, size in enumerate(vector.shape) if size > 1]
+    if term.factors is None:
+        return _noted(term, varied)
+    a, b, gain = term.factors
+    kinds = {term.kind(d) for d in varied}
+    if None in kinds or {"in", "out"} <= kinds:
+        return None
+    for d in varied:
+        low = term.start[d]
+        vector = jax.lax.slice_in_dim(vector, low, low + term.shape[d], axis=d)
+    batch, reads = term.dims("batch"), "in" in kinds
+    own = term.dims("in" if reads else "out")
+    if vector.ndim:
+        rest = [d for d in range(vector.ndim) if d not in (*batch, *own)]
+        vector = vector.transpose(*batch, *own, *rest)
+        vector = jax.lax.squeeze(vector, range(vector.ndim - len(rest), vector.ndim))
+        vector = jnp.expand_dims(vector, vector.ndim if reads else len(batch))
+    if reads:
+        a = change(a, vector.astype(a.dtype))
+    else:
+        b = change(b, vector.astype(b.dtype))
+    return dataclasses.replace(term, factors=Factors(a, b, gain))
+
+
+def _noted(term: Term, varied: Sequence[int]) -> Term | None:
+    """Under discover: which of the leaf's axes must not be parted into in and out."""
+    scaled = term.sized({axis for d in varied for axis in term.labels[d]})
+    present = term.sized({axis for label in term.labels for axis in label})
+    if len(scaled) < 2:
+        return term
+    if scaled == present:  # a mask over the whole kernel
+        return None
+    return dataclasses.replace(term, scaled=(*term.scaled, scaled))

@@ -1,0 +1,99 @@
+"""What `init` says of targets that may not do what is meant: once, in one warning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+
+from lorax import selection
+from lorax.kernels import Kernel
+from lorax.targets import ALL_LINEAR, Rule, Target
+
+
+class TargetWarning(UserWarning):
+    """A target may not do to a leaf what is meant."""
+
+
+def notice_batch_axes(
+    chosen: Mapping[str, tuple[Target, Kernel]], kernels: Mapping[str, Kernel] | None
+) -> None:
+    """Warns, once, of leaves whose axes siblings batch and they themselves do not.
+
+    Siblings lie in the same module and have as many axes; a target that gives
+    `batch_axes`, be it (), has decided.
+    """
+    found = {}
+    for path, (target, kernel) in chosen.items():
+        if target.adapter != "full" and target.batch_axes is None and kernels:
+            if doubts := _doubts(kernel, kernels):
+                found[path] = doubts
+    if not found:
+        return
+    lines = [
+        f"  {path} {chosen[path][1].shape}: axis {axis} is "
+        f"{'read' if axis in chosen[path][1].linear_axes().in_ else 'written'} here "
+        f"and batched {where}"
+        for path, doubts in found.items()
+        for axis, where in doubts.items()
+    ]
+    axes = sorted({axis for doubts in found.values() for axis in doubts})
+    warnings.warn(
+        "an axis that may number experts gets no factors of its own:\n"
+        + "\n".join(lines)
+        + f"\nTarget(..., batch_axes={tuple(axes)}) gives each of them a pair, "
+        "whatever the written form; batch_axes=() keeps what was read",
+        TargetWarning,
+        stacklevel=3,
+    )
+
+
+def _doubts(kernel: Kernel, kernels: Mapping[str, Kernel]) -> dict[int, str]:
+    """The axes read or written here that other uses batch, and where they do."""
+    doubts: dict[int, str] = {}
+    own = kernel.linear_axes()
+    module = kernel.path.rpartition("/")[0]
+    for path, other in sorted(kernels.items()):
+        if path.rpartition("/")[0] != module or len(other.shape) != len(kernel.shape):
+            continue
+        readings = [(use.axes, use.source) for use in other.uses if use.axes]
+        for axes, source in readings:
+            for axis in {*axes.batch} & {*own.in_, *own.out}:
+                if kernel.shape[axis] == other.shape[axis] > 1:
+                    where = "" if path == kernel.path else f"by {path} "
+                    doubts.setdefault(axis, f"{where}at {source}")
+    return doubts
+
+
+def notice_left_out(
+    targets: Rule | Iterable[Rule],
+    chosen: Collection[str],
+    kernels: Mapping[str, Kernel] | None,
+) -> None:
+    """Warns, once, of matrices that "all-linear" cannot follow to a linear operation.
+
+    Embeddings, heads and tables that are added are left out as meant, and leaves that
+    the target excludes by name have been decided on. `lorax.describe` lists them all.
+    """
+    if kernels is None:
+        return
+    rules = [t for t in selection.as_targets(targets) if t.pattern == ALL_LINEAR]
+    found = {}
+    for path, kernel in kernels.items():
+        if path in chosen or not rules or kernel.op != "other" or not kernel.matrix:
+            continue
+        met = next(
+            (u for u in kernel.uses if u.matrix and u.op not in selection.ADDED), None
+        )
+        excluded = any(selection.excludes(rule, path) for rule in rules)
+        if met is not None and not excluded:
+            found[path] = f"  {path} {kernel.shape}: {met.op!r} at {met.source}"
+    if found:
+        warnings.warn(
+            "'all-linear' leaves out matrices that meet an operation which is not "
+            "linear in them, or which lorax does not follow:\n"
+            + "\n".join(found.values())
+            + "\nexclude= them if that is right; else name them in a target of their "
+            "own (adapter='full'), or rewrite the operation",
+            TargetWarning,
+            stacklevel=3,
+        )
