@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.data import chat_limits, examples, extras, tokenization
+from lorax import untrusted
 
 Message = Mapping[str, Any]  # "role", "content" and what else the template knows
 
@@ -157,6 +158,7 @@ def load(
 
     Raises:
       ChatTemplateError: if there is none.
+      ValueError: if the file is not what it should be, naming file and key.
     """
     folder = pathlib.Path(directory)
     path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
@@ -164,11 +166,9 @@ def load(
         return ChatTemplate(
             path.read_text("utf-8"), str(path), tokenizer.special_tokens
         )
-    found = None
-    if config.is_file():
-        found = json.loads(config.read_text("utf-8")).get("chat_template")
+    found = tokenization.read_config(config).get("chat_template")
     if isinstance(found, list):
-        found = {t.get("name"): t.get("template") for t in found}.get("default")
+        found = _default(found, f"{config}: chat_template")
     if not isinstance(found, str):
         raise ChatTemplateError(
             f"{folder} has no chat template: neither {path.name}, nor `chat_template` "
@@ -176,6 +176,16 @@ def load(
             "on prompt and response."
         )
     return ChatTemplate(found, f"{config}:chat_template", tokenizer.special_tokens)
+
+
+def _default(templates: list[Any], where: str) -> str | None:
+    """The one of several named templates that is called "default"."""
+    named = {}
+    for i, template in enumerate(templates):
+        at = f"{where}[{i}]"
+        name = untrusted.field(template, "name", untrusted.TEXT, at)
+        named[name] = untrusted.field(template, "template", untrusted.TEXT, at)
+    return named.get("default")
 
 
 def assistant_spans(

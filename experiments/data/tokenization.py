@@ -4,13 +4,13 @@ No tokenizer here ever adds special tokens unasked: `encode` gives the tokens of
 text alone, and what opens and closes a sequence is put there by `examples`, once.
 """
 
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from experiments.data import extras
+from lorax import untrusted
 
 Span = tuple[int, int]  # characters [begin, end) of the text
 
@@ -117,7 +117,9 @@ class JsonTokenizer:
         bos_id = ids.get("bos_token")
         # GPT-2 has a BOS token, but opens no sequence with it: ask, do not guess.
         opened = self._tokenizer.encode("a", add_special_tokens=True).ids
-        asked = _config(folder / "tokenizer_config.json").get("add_bos_token")
+        config = folder / "tokenizer_config.json"
+        asked = read_config(config).get("add_bos_token")
+        untrusted.check(f"{config}: add_bos_token", asked, untrusted.FLAG | None)
         opens = opened[:1] == [bos_id] if asked is None else asked
         self.bos_id = bos_id if opens else None
 
@@ -201,7 +203,7 @@ def _special_tokens(
     ids: dict[str, int] = {}
     # The last has the last word, as in transformers.
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        values = _config(folder / file)
+        values = read_config(folder / file)
         for key in SPECIAL:
             value = values.get(key)
             text = value.get("content") if isinstance(value, dict) else value
@@ -220,17 +222,14 @@ def _special_tokens(
     return texts, ids
 
 
-def _config(path: pathlib.Path) -> dict[str, Any]:
+def read_config(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object; empty if there is no such file."""
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return untrusted.parsed(path.read_text(encoding="utf-8"))
     except ValueError as e:
-        raise ValueError(f"{path}: not JSON: {e}") from e
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
+        raise ValueError(f"{path}: {e}") from e
 
 
 def _how_to_get(folder: pathlib.Path) -> str:

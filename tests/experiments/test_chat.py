@@ -269,6 +269,15 @@ def test_where_a_directory_keeps_its_template(tmp_path, tokenizer):
     named = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
     config.write_text(json.dumps({"chat_template": named}))
     assert render() == "d"
+    for odd, message in (
+        ('["x"]', "holds list, not an object"),
+        ('{"chat_template": [3]}', r"chat_template\[0\]=3; it must be an object"),
+        ('{"chat_template": [{"name": {}}]}', r"\[0\].name={}; it must be text"),
+        ('{"chat_template": [{"name": "x"}]}', r"\[0\]: there is no 'template'"),
+    ):
+        config.write_text(odd)
+        with pytest.raises(ValueError, match=f"tokenizer_config.json: .*{message}"):
+            chat.load(tmp_path, tokenizer)
     (tmp_path / "chat_template.jinja").write_text("file")
     assert render() == "file"
 

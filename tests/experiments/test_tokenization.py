@@ -128,11 +128,14 @@ def test_damaged_files_are_named(tmp_path):
     folder = toy_tokenizers.write(tmp_path)
     (folder / "tokenizer_config.json").write_text("[]")
     with pytest.raises(
-        ValueError, match=r"tokenizer_config.json: expected a JSON object"
+        ValueError, match=r"tokenizer_config.json: holds list, not an object"
     ):
         tokenization.load(folder)
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config.json: not JSON"):
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: Expecting prop"):
+        tokenization.load(folder)
+    (folder / "tokenizer_config.json").write_text('{"add_bos_token": "false"}')
+    with pytest.raises(ValueError, match="add_bos_token='false'; it must be true or"):
         tokenization.load(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json: not a tokenizers file"):
