@@ -217,7 +217,7 @@ def adapters_source(folder: pathlib.Path, sealed: bool) -> Source:
 
 
 def _adapter_means(case: Case) -> Any:
-    """Any finite scale, any rate below 1, and a boolean switch mean what they say."""
+    """A finite scale, a rate below 1, a switch, a name mean what they say."""
     found = adapters()
     if len(case.key) != 4 or case.key[2] != "static":
         return None
@@ -229,7 +229,9 @@ def _adapter_means(case: Case) -> Any:
         return None
     elif field == "detach_norm" and not isinstance(value, bool):
         return None
-    elif field not in ("scale", "detach_norm"):
+    elif field == "moved_by" and not (isinstance(value, str) and value):
+        return None
+    elif field not in ("scale", "detach_norm", "moved_by"):
         return None
     found[path] = found[path].replace(**{field: value})
     return found

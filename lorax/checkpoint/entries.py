@@ -51,7 +51,7 @@ STATIC = {
     ),
     "blocks": untrusted.whole(1),
     "detach_norm": untrusted.FLAG,
-    "moved_by": untrusted.TEXT | None,
+    "moved_by": untrusted.Rule("a name", lambda v: untrusted.TEXT.fits(v) and v) | None,
 }
 """What the static fields of adapters must be, by name; others may be any such data."""
 

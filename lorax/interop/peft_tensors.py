@@ -109,7 +109,8 @@ def _check_modules(parts: Parts, settings: Settings, base: Base, front: str) -> 
             raise ValueError(
                 f"{tensor.key.removesuffix(there) + odd[0]!r} is "
                 f"{'there' if odd[0] in own else 'absent'}: as a module of this base "
-                f"in {settings.kind} form {module!r} needs {sorted(ends)}"
+                f"in {settings.kind} form (peft_type, use_dora) {module!r} needs "
+                f"{sorted(ends)}"
             )
     want = {
         module
