@@ -1,13 +1,18 @@
-"""Writes an adapted model for other programs: merged, or as a PEFT adapter.
+"""Writes an adapted model for other programs: merged, or as an adapter.
 
     python -m experiments.export --base=stories260k --trained=runs/x/adapter \
         --form=merged --to=merged   # a checkpoint that transformers and lorax load
     python -m experiments.export --base=stories260k --trained=runs/x/adapter \
         --form=peft --to=adapter    # for peft's PeftModel.from_pretrained
+    python -m experiments.export --base=stories260k --trained=runs/x/adapter \
+        --form=lorax --adalora_shrink --to=adapter   # AdaLoRA at the ranks it came to
 
 The tokenizer's files go along with a merged model. Where the init moved a part of the
 base (PiSSA, LoRA-GA, OLoRA), the run left `initial/` beside `adapter/`: it is found
 there, or given by `--initial`, and what is written is for the original base.
+
+`--adalora_shrink` leaves out AdaLoRA's pruned triplets, those with lam = 0. As trained
+they are still there, and an optimiser other than `optim.adalora` would revive them.
 """
 
 import pathlib
@@ -18,34 +23,50 @@ from absl import app, flags
 
 import lorax
 from experiments import command, loading
-from lorax import checkpoint, compose
+from lorax import checkpoint, compose, optim
 from lorax.interop import hf, peft
 
 _MODEL = flags.DEFINE_string("base", None, "The checkpoint: a directory or a hub id.")
 _ADAPTER = flags.DEFINE_string("trained", None, "Folder of adapters, ours or PEFT's.")
 _INITIAL = flags.DEFINE_string("initial", None, "Folder of the adapters at the start.")
 _TO = flags.DEFINE_string("to", None, "Folder to write; made if need be.")
-_FORM = flags.DEFINE_enum("form", "merged", ["merged", "peft"], "What to write.")
+_FORM = flags.DEFINE_enum(
+    "form", "merged", ["merged", "peft", "lorax"], "What to write."
+)
+_SHRINK = flags.DEFINE_bool("adalora_shrink", False, "Leave out pruned triplets.")
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "*.jinja", "generation_config*")
 
 
 def export(
-    source: str, adapter: str, to: str, form: str, initial: str | None = None
+    source: str,
+    adapter: str,
+    to: str,
+    form: str,
+    *,
+    initial: str | None = None,
+    adalora_shrink: bool = False,
 ) -> None:
-    """Writes a merged checkpoint, or a PEFT adapter.
+    """Writes a merged checkpoint, or an adapter.
 
     Args:
       source: the base's checkpoint.
       adapter: folder of adapters.
       to: folder to write; it must not be the base's.
-      form: "merged" or "peft".
+      form: "merged", "peft" or "lorax".
       initial: folder of the adapters at the start; None for `initial/` beside `adapter`
         if there is one.
+      adalora_shrink: without AdaLoRA's pruned triplets.
 
     Raises:
-      ValueError: `to` is the base's own folder, or the adapters belong to another base.
+      ValueError: `to` is the base's own folder, the adapters belong to another base, or
+        there is nothing to shrink.
     """
+    if adalora_shrink and form == "merged":
+        raise ValueError(
+            "--adalora_shrink with --form=merged: a merged kernel has no triplets to "
+            "leave out; leave the flag out, or write --form=peft or lorax"
+        )
     directory, target = loading.find(source), pathlib.Path(to)
     if target.resolve() == directory.resolve():
         raise ValueError(f"--to={to} is the base's own folder: give another")
@@ -57,8 +78,13 @@ def export(
         adapters = loading.load_adapters(adapter, model, params)
     else:  # of the moved base, which is not at hand: to_lora checks what can be checked
         adapters = compose.to_lora(checkpoint.load_adapters(adapter), start)
+    if adalora_shrink:
+        adapters = optim.adalora_shrink(adapters)
     if form == "peft":
         peft.save(target, adapters, config, base_name=source)
+        return
+    if form == "lorax":
+        checkpoint.save_adapters(target, adapters, params)
         return
     hf.save(target, config, lorax.merge(adapters, params))
     for pattern in TOKENIZER:
@@ -75,7 +101,8 @@ def main(argv: Sequence[str]) -> None:
         _ADAPTER.value or "",
         _TO.value or "",
         _FORM.value,
-        _INITIAL.value,
+        initial=_INITIAL.value,
+        adalora_shrink=_SHRINK.value,
     )
     print(f"{_FORM.value}: written to {_TO.value}")
 

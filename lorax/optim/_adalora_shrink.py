@@ -4,7 +4,9 @@
     small = lorax.optim.adalora_shrink(adapters, opt_state)
 
 During training pruned triplets are masked, never removed, so that shapes are static and
-a triplet can come back.
+a triplet can come back. Pruned means lam = 0 and no more: lam keeps its gradient, so
+any optimiser but `adalora` moves it off zero at its first step and the budget is lost.
+Train on from the shrunk adapters, in which only the kept triplets are left.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import optax
 from lorax.adapters import AdaLora
 from lorax.optim import _states
 from lorax.optim._adalora import AdaLoraState
+from lorax.optim._pairs import is_present
 from lorax.types import Adapters
 
 
@@ -55,7 +58,9 @@ def adalora_budget(opt_state: optax.OptState) -> jax.Array:
     return _state(opt_state).budget
 
 
-def adalora_shrink(adapters: Adapters, opt_state: optax.OptState) -> Adapters:
+def adalora_shrink(
+    adapters: Adapters, opt_state: optax.OptState | None = None
+) -> Adapters:
     """Returns the adapters without their pruned triplets: the same update, smaller.
 
     A stack keeps one physical rank, the largest of its layers, and the others are
@@ -65,14 +70,15 @@ def adalora_shrink(adapters: Adapters, opt_state: optax.OptState) -> Adapters:
 
     Args:
       adapters: after training; others than AdaLora are returned as they are.
-      opt_state: the optimiser state that goes with them.
+      opt_state: the optimiser state that goes with them; None, where adapters alone
+        were kept: triplets whose lam is exactly zero are the pruned ones.
 
     Returns:
       An adapter tree.
 
     Raises:
       ValueError: a pruned triplet whose lam is not zero, between two choices; no state
-        of `adalora`, or several.
+        of `adalora`, or several; without a state, no AdaLora.
 
     Example:
       >>> from lorax.optim import adalora
@@ -88,7 +94,7 @@ def adalora_shrink(adapters: Adapters, opt_state: optax.OptState) -> Adapters:
       Array([0.8], dtype=float32)
     """
     shrunk = dict(adapters)
-    for path, mask in jax.device_get(_state(opt_state).mask).items():
+    for path, mask in _masks(adapters, opt_state).items():
         adapter: Any = adapters[path]
         if np.any(np.asarray(adapter.lam)[~mask]):
             raise ValueError(
@@ -101,6 +107,24 @@ def adalora_shrink(adapters: Adapters, opt_state: optax.OptState) -> Adapters:
         else:
             del shrunk[path]
     return shrunk
+
+
+def _masks(adapters: Adapters, opt_state: optax.OptState | None) -> dict[str, Any]:
+    """False for pruned triplets, `{path: bool [*batch, rank]}`."""
+    if opt_state is not None:
+        return jax.device_get(_state(opt_state).mask)
+    found = {
+        p: np.asarray(a.lam) != 0
+        for p, a in adapters.items()
+        if isinstance(a, AdaLora) and is_present(a)
+    }
+    if not found:
+        kinds = sorted({type(a).__name__ for a in adapters.values()})
+        raise ValueError(
+            f"adalora_shrink found no AdaLora adapter among {', '.join(kinds)}: there "
+            "is nothing to shrink"
+        )
+    return found
 
 
 def _state(opt_state: optax.OptState) -> AdaLoraState:

@@ -84,6 +84,40 @@ def test_what_is_exported_writes_the_same(stories, adapters, tmp_path, form):
         export.export("stories260k", "x", str(DATA / "stories260k"), form)
 
 
+def test_adalora_is_exported_without_its_pruned_triplets(stories, tmp_path):
+    model, params, _ = stories
+    targets = [lorax.Target(".*/(q|down)/kernel", rank=3, adapter="adalora")]
+    loss = lambda p, t: model.apply({"params": p}, t).sum()
+    kernels = lorax.discover(loss, params, jnp.zeros((1, 4), int))
+    made, _ = lorax.init(jax.random.key(0), params, targets, kernels)
+    kept = lambda path: jnp.array([0.0, 3.0, 0.0] if "q" in path else [1.0, 0.0, -2.0])
+    trained = {
+        path: a.replace(lam=jnp.broadcast_to(kept(path), a.lam.shape))
+        for path, a in made.items()
+    }
+    own = str(tmp_path / "own")
+    checkpoint.save_adapters(own, trained, params)
+    for form in ("lorax", "peft"):
+        to = str(tmp_path / form)
+        export.export("stories260k", own, to, form, adalora_shrink=True)
+        small = loading.load_adapters(to, model, params)
+        assert {p: a.rank for p, a in small.items()} == {
+            p: 1 if "q" in p else 2 for p in trained
+        }
+        assert all(np.all(a.lam != 0) for a in small.values())
+        merged, want = lorax.merge(small, params), lorax.merge(trained, params)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+            merged,
+            want,
+        )
+    whole = str(tmp_path / "whole")
+    export.export("stories260k", own, whole, "lorax")
+    assert all(a.rank == 3 for a in checkpoint.load_adapters(whole).values())
+    with pytest.raises(ValueError, match="a merged kernel has no triplets"):
+        export.export("stories260k", own, whole, "merged", adalora_shrink=True)
+
+
 def test_what_pissa_learnt_is_exported_for_the_original_base(stories, tmp_path):
     model, params, _ = stories
     targets = [lorax.Target(".*/(q|down)/kernel", rank=2, init="pissa")]
