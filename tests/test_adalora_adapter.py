@@ -63,7 +63,13 @@ def test_the_penalty_is_that_of_the_equations(batch):
     }
     away = np.concatenate([distances(adapters["u"]), distances(adapters["w"])])
     got = orthogonal_penalty(adapters), orthogonal_penalty(adapters, "norm")
-    np.testing.assert_allclose(got, [np.sum(away**2), np.mean(away)], rtol=1e-5)
+    matrices = len(away) // 2  # each has a p and a q
+    want = [np.sum(away**2) / matrices, np.mean(away)]
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    twice = {**adapters, "x": adapters["u"], "y": adapters["w"]}
+    np.testing.assert_allclose(
+        [orthogonal_penalty(twice), orthogonal_penalty(twice, "norm")], got, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("form", ["squared", "norm"])

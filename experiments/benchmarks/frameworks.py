@@ -23,9 +23,9 @@ r to r / 2 a matrix over 1,000 steps of which the last 100 are fixed, a choice o
 triplets at *every* step (PEFT's default; lorax's is every tenth or rarer), importance
 with both decays 0.85 after the update, and PEFT's penalty, 0.5 times the mean of the
 norms. Not equal: PEFT ranks by a threshold and drops ties, lorax drops one of them. The
-row "lorax, its own penalty" has the paper's sum of squares in closed form, 0.1 times,
-as `lorax.optim.adalora` does unless told otherwise; of it only the loss of the first
-step is held to the others.
+row "lorax, its own penalty" has the step to orthonormality after AdamW, in closed form,
+as `lorax.optim.adalora` takes it unless told otherwise; of it only the loss of the
+first step is held to the others.
 
 lorax runs `lorax.training.make_train_step`, which also takes the gradients' norm and
 leaves out steps that are not finite; the other programs do neither. torch runs its

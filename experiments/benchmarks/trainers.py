@@ -43,7 +43,7 @@ def optimizer(method: str, adapters: Any, own_penalty: bool = False) -> Any:
       method: the case's.
       adapters: for their total rank.
       own_penalty: False: PEFT's, 0.5 times the mean of the norms, through autodiff;
-        True: lorax's default, 0.1 times the paper's sum of squares in closed form.
+        True: lorax's default, a step after AdamW in closed form.
     """
     adamw = optax.adamw(RATE, weight_decay=DECAY)
     if method != "adalora":
@@ -56,7 +56,7 @@ def optimizer(method: str, adapters: Any, own_penalty: bool = False) -> Any:
         initial_warmup=settings["tinit"],
         final_steps=settings["tfinal"],
         interval=settings["deltaT"],
-        orthogonal_weight=0.1 if own_penalty else 0.0,
+        orthogonal_weight=None if own_penalty else 0.0,
     )
     if own_penalty:
         return allocated

@@ -29,7 +29,9 @@ def _adalora(rank: int) -> dict[str, Any]:
         "target_budget": rank * MATRICES,
         "initial_warmup": STEPS // 10,
     }
-    budget |= {"final_steps": STEPS // 3, "interval": 3, "orthogonal_weight": 0.1}
+    budget |= {"final_steps": STEPS // 3, "interval": 3}
+    # Part of the config, so that runs of another default are never taken for these.
+    budget |= {"orthogonal_form": "decoupled", "orthogonal_weight": 0.3}
     fields = {"adapter.adapter": "adalora", "optimizer.wrap": (("adalora", budget),)}
     return {**_lora(start), **fields}
 

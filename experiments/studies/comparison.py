@@ -20,7 +20,10 @@ from lorax.checkpoint import folders
 _FOLDER = flags.DEFINE_string("study_dir", None, "Where results and figures go.")
 SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds to report.", lower_bound=2)
 
-STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
+STUDENT_T = {
+    **{2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571},
+    **{8: 2.365, 10: 2.262, 12: 2.201},
+}
 """The two-sided 95 % quantile for n paired differences, by n."""
 
 WIDER = 3

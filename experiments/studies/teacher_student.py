@@ -37,7 +37,7 @@ from absl import app, flags
 import lorax
 from experiments import disk
 from experiments.studies import comparison
-from lorax import optim
+from lorax import _lapack, optim
 
 _STEPS = flags.DEFINE_integer("steps", 400, "Steps of training.", lower_bound=20)
 _RATES = flags.DEFINE_integer("rates", 9, "Learning rates of a method's grid.")
@@ -85,7 +85,6 @@ def _adalora(rate: Any, steps: int) -> Any:
         initial_warmup=steps // 8,
         final_steps=steps // 4,
         interval=max(1, steps // 40),
-        orthogonal_weight=0.1,
     )
 
 
@@ -115,8 +114,8 @@ def teacher(problem: Problem, key: jax.Array) -> tuple[dict, dict]:
     for k, rank in enumerate(problem.ranks):
         keys = jax.random.split(jax.random.fold_in(key, k), 3)
         base[f"k{k}"] = jax.random.normal(keys[0], (n, m)) / math.sqrt(n)
-        left = jnp.linalg.qr(jax.random.normal(keys[1], (n, max(rank, 1))))[0]
-        right = jnp.linalg.qr(jax.random.normal(keys[2], (m, max(rank, 1))))[0]
+        left = _lapack.qr(jax.random.normal(keys[1], (n, max(rank, 1))))[0]
+        right = _lapack.qr(jax.random.normal(keys[2], (m, max(rank, 1))))[0]
         change[f"k{k}"] = (left @ right.T) * (rank > 0)
     return base, change
 
@@ -164,7 +163,7 @@ def make_run(problem: Problem, method: Method, steps: int) -> Callable[..., Any]
             return (adapters, state), sum(away.values())
 
         rank = method.target.rank
-        values = lambda w, g: jnp.linalg.svd(g - w, compute_uv=False)
+        values = lambda w, g: _lapack.svd(g - w)[1]
         left = jax.tree.leaves(jax.tree.map(values, params, goal))
         floor = jnp.sum(jnp.stack(left)[:, rank:] ** 2)
         carry = adapters, tx.init(adapters)

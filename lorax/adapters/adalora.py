@@ -3,8 +3,8 @@
     W = W0 + scale * p diag(lam) q
 
 `lam` starts at zero and is what rank allocation masks; `scale` is alpha over the
-*initial* rank for ever. Nothing keeps p and q orthonormal but a penalty in the loss,
-`orthogonal_penalty`.
+*initial* rank for ever. Nothing here keeps p and q orthonormal: `lorax.optim.adalora`
+pulls them there, and `orthogonal_penalty` measures how far they are.
 
 References:
   Zhang et al., AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient
@@ -85,12 +85,18 @@ def orthogonal_penalty(
 ) -> jax.Array:
     """Returns how far the singular vectors of every AdaLora are from orthonormal.
 
-        squared:  sum over matrices of |p^T p - I|^2 + |q q^T - I|^2      (the paper's)
-        norm:     mean over all p and q of |p^T p - I|                    (as released)
+        squared:  mean over matrices of |p^T p - I|^2 + |q q^T - I|^2
+        norm:     mean over all p and q of |p^T p - I|                 (as released)
 
-    Add it to the loss times a weight: 0.1 in the paper for "squared" and in the
-    released code for "norm" (0.5 in PEFT). The norm's gradient at exact orthonormality
-    is zero here, not NaN.
+    The paper's is M times "squared" for M matrices, with the weight 0.1; a sum grows
+    with the number of matrices beside the loss, a mean does not. The released code has
+    0.1 times "norm", PEFT 0.5 times. The norm's gradient at exact orthonormality is
+    zero here, not NaN.
+
+    A measure first. `lorax.optim.adalora` needs no penalty in the loss: by default it
+    pulls p and q to orthonormality by a step of its own, and its `orthogonal_form` puts
+    this function's gradient before the optimiser. As a term of the loss under Adam it
+    costs: lam = 0 at the start leaves p and q no gradient but the penalty's.
 
     Args:
       adapters: `{path: Adapter}`; others than AdaLora count for nothing. Every layer
@@ -114,8 +120,10 @@ def orthogonal_penalty(
     found = [a for a in adapters.values() if isinstance(a, AdaLora)]
     parts = [part.reshape(-1) for a in found for part in _squared_distances(a)]
     squared = jnp.concatenate([jnp.zeros(0), *parts])  # [matrices]
-    if form == "squared" or not found:
+    if not found:
         return squared.sum()
+    if form == "squared":
+        return 2 * squared.mean()  # p and q of one matrix together
     positive = squared > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0).mean()
 

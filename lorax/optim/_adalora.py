@@ -1,7 +1,7 @@
 """AdaLoRA: a total rank that moves to the triplets where the loss feels it most.
 
 With update `scale * p diag(lam) q` and, for every element w of p, lam, q, its gradient
-d (penalty included),
+d (with the penalty's, where it has one),
 
     I = |w d|,    Ibar <- b1 Ibar + (1 - b1) I,    Ubar <- b2 Ubar + (1 - b2) |I - Ibar|
     s = Ibar Ubar,    S_i = s(lam_i) + mean_j s(p_ji) + mean_j s(q_ij)
@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 from lorax.adapters import AdaLora, layout
-from lorax.optim import _checks, _gram, _states
+from lorax.optim import _checks, _orthogonal, _states
 from lorax.optim._adalora_schedule import BudgetSchedule, require_int
 from lorax.optim._pairs import (
     is_present,
@@ -72,7 +72,8 @@ def adalora(
     interval: int | None = None,
     beta1: float | jax.Array = 0.85,
     beta2: float | jax.Array = 0.85,
-    orthogonal_weight: float | jax.Array = 0.1,
+    orthogonal_form: Literal["decoupled", "squared", "norm"] = "decoupled",
+    orthogonal_weight: float | jax.Array | None = None,
     importance: Literal["post", "pre"] = "post",
 ) -> optax.GradientTransformationExtraArgs:
     """Trains AdaLora adapters by `inner` and allocates their total rank.
@@ -101,9 +102,13 @@ def adalora(
         PEFT's 1 a pruned triplet has next to no chance to come back.
       beta1: of Ibar; 0.85 as published.
       beta2: of Ubar; 0.85 as published.
-      orthogonal_weight: of `lorax.adapters.orthogonal_penalty`, whose gradient is added
-        before importance and `inner`; 0.1 as in the paper (0.3 for RTE, 0.5 for CoLA).
-        Do not add the penalty to the loss as well.
+      orthogonal_form: how p and q are pulled to orthonormality: "decoupled", a step of
+        each matrix after `inner` that its moments and the importance do not see;
+        "squared" or "norm", the gradient of `lorax.adapters.orthogonal_penalty` before
+        both (the released code has "norm"). Do not add a penalty to the loss as well.
+      orthogonal_weight: of it; None for 0.3, 0.001 or 0.1 in the order of the forms.
+        Decoupled it multiplies the share of p that `inner` moves, and so follows the
+        learning rate. The paper's 0.1 is of a sum of squares: M times "squared".
       importance: w of |w d|: "post", after the update, as released; "pre", before it,
         as in the paper's Algorithm 1.
 
@@ -134,7 +139,12 @@ def adalora(
     schedule = BudgetSchedule(
         target_budget, total_steps, initial_warmup, final_steps, interval
     )
-    _check(init_budget, target_budget, beta1, beta2, orthogonal_weight, importance)
+    _check(init_budget, target_budget, beta1, beta2, importance)
+    _orthogonal.check(orthogonal_form, orthogonal_weight)
+    orthogonal = lambda tree, before: _orthogonal.added(
+        tree, before, orthogonal_form, orthogonal_weight
+    )
+    decoupled = orthogonal_form == "decoupled"
 
     def init_fn(params: Adapters) -> AdaLoraState:
         adapters = require_adapters(params, "adalora")
@@ -158,8 +168,9 @@ def adalora(
         adapters = require_params(params)
         total = _total(adapters, init_budget, target_budget)
         before = _chosen(adapters)
-        grads = _with_penalty(updates, before, orthogonal_weight)
+        grads = updates if decoupled else orthogonal(updates, before)
         updates, inner_state = inner.update(grads, state.inner, adapters, **extra)
+        updates = orthogonal(updates, before) if decoupled else updates
         after = optax.apply_updates(before, _chosen(updates))
 
         step = optax.safe_increment(state.count)
@@ -196,21 +207,16 @@ def _check(
     target_budget: int,
     beta1: Any,
     beta2: Any,
-    weight: Any,
     importance: str,
 ) -> None:
     """Raises ValueError for what can be seen before the adapters are known."""
     if init_budget is not None:
         require_int("init_budget", init_budget, 1)
         _require_room(init_budget, target_budget)
-    numbers = {"beta1": beta1, "beta2": beta2, "orthogonal_weight": weight}
-    for name, value in numbers.items():
-        _checks.number(name, value)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        _checks.number(name, beta)
         if not _traced(beta) and not 0 < beta < 1:
             raise ValueError(f"{name}={beta}; give a decay between 0 and 1")
-    if not _traced(weight) and not 0 <= weight < float("inf"):
-        raise ValueError(f"orthogonal_weight={weight}; give a number >= 0")
     if importance not in ("post", "pre"):
         raise ValueError(
             f"importance={importance!r}; choose 'post' (weights after the update, as "
@@ -254,30 +260,6 @@ def _total(adapters: Adapters, init_budget: int | None, target_budget: int) -> i
         )
     _require_room(total, target_budget)
     return total
-
-
-def _with_penalty(
-    grads: Adapters, adapters: Mapping[str, AdaLora], weight: Any
-) -> Adapters:
-    """The gradients of loss + weight * orthogonal_penalty.
-
-    In closed form, `4 p (p^T p - I)` and `4 (q q^T - I) q`: two thin products a factor,
-    where autodiff takes three.
-    """
-    if isinstance(weight, int | float) and weight == 0:
-        return dict(grads)
-
-    def added(grad: Any, own: AdaLora) -> AdaLora:
-        p = own.p.reshape(*own.lam.shape[:-1], -1, own.rank)
-        q = own.q.reshape(*own.lam.shape, -1)
-        p, q = p.astype(layout.wide(p)), q.astype(layout.wide(q))
-        eye = jnp.eye(own.rank, dtype=p.dtype)
-        left = _gram.dot(p, 4 * weight * (_gram.dot(p.mT, p) - eye))
-        right = _gram.dot(4 * weight * (_gram.dot(q, q.mT) - eye), q)
-        add = lambda g, slope: (g + slope.reshape(g.shape)).astype(g.dtype)
-        return dataclasses.replace(grad, p=add(grad.p, left), q=add(grad.q, right))
-
-    return {**grads, **{path: added(grads[path], a) for path, a in adapters.items()}}
 
 
 def _importance(

@@ -72,3 +72,15 @@ def released_budget(t, b0=144, bT=96, ti=500, tf=1500, T=3000):
     if t > T - tf:
         return bT
     return int(bT + (b0 - bT) * (1 - (t - ti) / (T - tf - ti)) ** 3)
+
+
+def pull(x, form, gamma, matrices, update):
+    """The slope that the form adds to the gradient, or takes off after the update."""
+    gram = x.T @ x - np.eye(x.shape[1])
+    distance = np.sqrt((gram**2).sum())
+    share = gamma * np.sqrt((update**2).sum() / (x**2).sum())
+    return {
+        "squared": gamma / matrices * 4 * x @ gram,
+        "norm": gamma / matrices * x @ gram / distance,
+        "decoupled": min(share, 1 / 8) * 4 * x @ gram / max(1, distance),
+    }[form]

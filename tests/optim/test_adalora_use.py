@@ -81,7 +81,7 @@ def test_injected_hyperparameters_inside_and_out():
         "interval",
     )
     outer = optax.inject_hyperparams(optim.adalora, static_args=static)(
-        adam(schedule), **SHORT, orthogonal_weight=lambda count: 0.1
+        adam(schedule), **SHORT, orthogonal_weight=lambda count: 0.3
     )
     got, _ = applied(outer, adapters, grads)[-1]
     assert_trees_close(got, want, atol=1e-7)
@@ -115,7 +115,8 @@ def test_a_population_is_its_members_and_sorts_only_when_it_chooses():
     members = [jax.tree.map(lambda x: (1 + 0.2 * i) * x, two()) for i in range(3)]
     stack = lambda trees: jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
     grads = [
-        [random_grads(m, 10 * i + j) for j, m in enumerate(members)] for i in range(6)
+        [random_grads(m, 10 * i + 4 * j) for j, m in enumerate(members)]
+        for i in range(6)
     ]
     adapters = stack(members)
     state = jax.vmap(tx.init, out_axes=POPULATION)(adapters)
@@ -159,7 +160,7 @@ def test_a_population_is_its_members_and_sorts_only_when_it_chooses():
 
 def trained(adapters, target_budget, steps=8):
     run = {**SHORT, "target_budget": target_budget}
-    tx = optim.adalora(optax.sgd(RATE), **run)
+    tx = optim.adalora(optax.sgd(RATE), **run, orthogonal_weight=0.0)
     return applied(tx, adapters, [random_grads(adapters, 0)] * steps)
 
 
@@ -232,6 +233,22 @@ def test_shrinking_between_two_choices_would_change_the_function():
         optim.adalora_shrink(adapters, state)
 
 
+def test_a_plain_optimiser_revives_pruned_triplets_and_not_shrunk_ones():
+    adapters, state = trained(two(), 3)[-1]
+    small = optim.adalora_shrink(adapters)  # lam = 0 alone says what is pruned
+    by_mask = optim.adalora_shrink(adapters, state)
+    assert small.keys() == by_mask.keys()
+    assert_trees_close(small, by_mask)
+    count = lambda tree: sum(int(jnp.sum(a.lam != 0)) for a in tree.values())
+    assert count(adapters) == count(small) == 3
+    params = {"m": programs.normal(10, 5, 4), "s": programs.normal(11, 2, 4, 3)}
+    loss = lambda a: sum(jnp.sum(w**2) for w in lorax.merge(a, params).values())
+    step = lambda a: jax.tree.map(lambda x, g: x - 1e-3 * g, a, jax.grad(loss)(a))
+    assert count(step(adapters)) == 7 and count(step(small)) == 3
+    with pytest.raises(ValueError, match="no AdaLora adapter among Full"):
+        optim.adalora_shrink({"v": lorax.Full(jnp.ones(2))})
+
+
 # Errors
 
 
@@ -247,7 +264,8 @@ def test_shrinking_between_two_choices_would_change_the_function():
         ({"init_budget": 2}, "target_budget=3 is above the initial budget 2"),
         ({"beta1": 1.0}, "beta1=1.0; give a decay between 0 and 1"),
         ({"beta2": 0.0}, "beta2=0.0; give a decay between 0 and 1"),
-        ({"orthogonal_weight": -1.0}, "orthogonal_weight=-1.0; give a number >= 0"),
+        ({"orthogonal_weight": -1.0}, "orthogonal_weight=-1.0; give a number of"),
+        ({"orthogonal_form": "frobenius"}, "choose 'decoupled' .*, 'squared' .* or 'n"),
         ({"importance": "mid"}, "importance='mid'; choose 'post'"),
     ],
 )

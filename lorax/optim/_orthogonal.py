@@ -1,0 +1,116 @@
+"""AdaLoRA's pull of p and q towards orthonormality, in three forms.
+
+With G = p^T p - I of one of M matrices (q likewise, transposed):
+
+    decoupled:  p <- p + u - min(w |u| / |p|, 1/8) 4 p G / max(1, |G|)
+    squared:    g <- g + w 4 p G / M
+    norm:       g <- g + w p G / (M |G|)
+
+where g is the gradient that the optimiser gets and u the update that it returns.
+"squared" and "norm" are the gradients of `lorax.adapters.orthogonal_penalty`; they go
+through the optimiser's moments. lam = 0 at the start leaves p and q no gradient of the
+task, so Adam's first moments hold the penalty alone, and Adam takes a full step for it
+whatever its weight. "decoupled" keeps the moments for the task, as AdamW does with
+decay, and like decay there it follows the learning rate: by way of |u| / |p|, the share
+of p that the optimiser moves, with whatever optimiser and schedule. It is a step of
+every matrix by itself, whatever their number.
+
+Every singular value s of p goes to s (1 - 4 c (s^2 - 1) / max(1, |G|)), and |G| is at
+least |s^2 - 1|: with c <= 1/8 none can change its sign or grow without bound, and near
+1 the distance shrinks by 1 - 8 c a step. c = 1/8 is Newton's step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax.adapters import AdaLora, layout
+from lorax.optim import _checks, _gram
+from lorax.types import Adapters
+
+WEIGHTS = {"decoupled": 0.3, "squared": 0.001, "norm": 0.1}
+"""The default weight of every form."""
+
+NEWTON = 0.125
+"""The largest share c: it goes all the way from nearby."""
+
+
+def check(form: str, weight: Any) -> None:
+    """Raises ValueError for another form, or a weight out of its range."""
+    if form not in WEIGHTS:
+        raise ValueError(
+            f"orthogonal_form={form!r}; choose 'decoupled' (a step after inner), "
+            "'squared' (the paper's penalty, a mean over matrices) or 'norm' (the "
+            "released code's)"
+        )
+    if weight is not None:
+        _checks.at_least("orthogonal_weight", weight)
+
+
+def added(
+    tree: Adapters, adapters: Mapping[str, AdaLora], form: str, weight: Any
+) -> Adapters:
+    """Returns gradients with the penalty's, or updates with the decoupled step.
+
+    Args:
+      tree: gradients for "squared" and "norm", updates for "decoupled".
+      adapters: the AdaLora entries, before the update.
+      form: of `WEIGHTS`.
+      weight: None for that form's.
+    """
+    weight = WEIGHTS[form] if weight is None else weight
+    if isinstance(weight, int | float) and weight == 0:
+        return dict(tree)
+    if form == "decoupled":
+        step = functools.partial(_stepped, weight=weight)
+    else:
+        count = sum(a.lam.size // a.rank for a in adapters.values())
+        step = functools.partial(_sloped, form=form, weight=weight / count)
+    return {**tree, **{p: _both(step, tree[p], own) for p, own in adapters.items()}}
+
+
+def _both(step: Any, tree: Any, own: AdaLora) -> AdaLora:
+    """`step(x, given)` of p and of q, as columns `[*batch, k, rank]`."""
+    columns = lambda a: (
+        a.p.reshape(*own.lam.shape[:-1], -1, own.rank),
+        a.q.reshape(*own.lam.shape, -1).mT,
+    )
+    (p, q), (given_p, given_q) = columns(own), columns(tree)
+    wide = lambda x: x.astype(layout.wide(x))
+    left, right = step(wide(p), wide(given_p)), step(wide(q), wide(given_q)).mT
+    like = lambda new, old: new.reshape(old.shape).astype(old.dtype)
+    return dataclasses.replace(tree, p=like(left, tree.p), q=like(right, tree.q))
+
+
+def _sloped(x: jax.Array, gradient: jax.Array, form: str, weight: Any) -> jax.Array:
+    """The gradient with the penalty's: two thin products to autodiff's three."""
+    gram, distance = _away(x)
+    if form == "squared":
+        return gradient + _gram.dot(x, 4 * weight * gram)
+    # the norm's slope at exact orthonormality is zero
+    return gradient + _gram.dot(x, weight * gram / jnp.where(distance > 0, distance, 1))
+
+
+def _stepped(x: jax.Array, update: jax.Array, weight: Any) -> jax.Array:
+    """The update with the decoupled step."""
+    gram, distance = _away(x)
+    size = _norm(x)  # where x is zero, its step is too
+    share = jnp.minimum(weight * _norm(update) / jnp.where(size > 0, size, 1), NEWTON)
+    return update - _gram.dot(x, 4 * share * gram / jnp.maximum(distance, 1))
+
+
+def _away(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`x^T x - I` and its norm."""
+    gram = _gram.dot(x.mT, x) - jnp.eye(x.shape[-1], dtype=x.dtype)
+    return gram, _norm(gram)
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """Of every matrix, `[*batch, 1, 1]`."""
+    return jnp.sqrt(jnp.sum(x**2, axis=(-2, -1), keepdims=True))
