@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -149,54 +148,10 @@ def mix(
     )
 
 
-def total(
-    base: jax.Array,
-    branch: jax.Array,
-    gain: jax.Array | None = None,
-    bias: jax.Array | None = None,
-) -> jax.Array:
-    """Returns `(base + branch) * gain + bias` in the dtype of `base`.
-
-    Args:
-      base: the frozen product.
-      branch: the low-rank part, in at least float32.
-      gain: broadcasts against them; None for one.
-      bias: likewise; None for zero.
-    """
-    if gain is None:
-        both = base.astype(branch.dtype) + branch
-        return (both if bias is None else both + bias).astype(base.dtype)
-    zero = jnp.zeros((), branch.dtype)
-    bias = zero if bias is None else bias.astype(branch.dtype)
-    gain = _explicit.like(gain.astype(branch.dtype), base)
-    return _rescale(base, branch, gain, bias)
-
-
-@jax.custom_jvp
-def _rescale(
-    base: jax.Array, branch: jax.Array, gain: jax.Array, bias: jax.Array
-) -> jax.Array:
-    """`(base + branch) * gain + bias`, whose gradient keeps no operand of its own.
-
-    The gain's tangent needs `base + branch`, an array of the result's size for every
-    kernel (1.3 x the temporary memory of a LoRA step). It is read off the result
-    instead, `(result - bias) / gain`, which what follows keeps anyway. Where a gain is
-    exactly zero nothing can be read off, and its gradient is zero.
-    """
-    kept = base.astype(branch.dtype) * gain + bias
-    return (kept + branch * gain).astype(base.dtype)
-
-
-@_rescale.defjvp
-def _rescale_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    base, branch, gain, bias = primals
-    d_base, d_branch, d_gain, d_bias = tangents
-    y = _rescale(*primals)
-    dead = gain == 0
-    ratio = jnp.where(dead, 0, d_gain / jnp.where(dead, 1, gain))
-    dy = (d_base.astype(branch.dtype) + d_branch) * gain + d_bias
-    dy = dy + y.astype(branch.dtype) * ratio + (-bias) * ratio
-    return y, dy.astype(base.dtype)
+def alone(x: jax.Array) -> bool:
+    """True on a single device: elsewhere a reshape could merge sharded axes."""
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh.empty or mesh.size == 1
 
 
 def _flat(x: jax.Array, rows: int, columns: int) -> jax.Array:
@@ -205,6 +160,4 @@ def _flat(x: jax.Array, rows: int, columns: int) -> jax.Array:
 
 
 def _cpu_alone(x: jax.Array) -> bool:
-    """True on a single CPU device: elsewhere a reshape could merge sharded axes."""
-    mesh = jax.typeof(x).sharding.mesh
-    return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
+    return jax.default_backend() == "cpu" and alone(x)

@@ -18,8 +18,16 @@ import jax
 import jax.numpy as jnp
 
 from lorax import _explicit
-from lorax.interpret import emit, grouped
-from lorax.interpret.tracked import Pending, Term, Tracked, gains
+from lorax.interpret import emit, grouped, rescale
+from lorax.interpret.tracked import (
+    Pending,
+    Term,
+    Tracked,
+    block_of,
+    dense,
+    gains,
+    ungained,
+)
 from lorax.interpret.walker import Walker
 from lorax.types import Axes
 
@@ -186,7 +194,10 @@ def low_rank(walker: Walker, eqn: Any, use: Use, branch: Branch) -> list[Any] | 
     result's full shape. The sum is left `Pending` where an addition follows.
     """
     out, terms = eqn.outvars[0].aval, use.view.terms
-    found = [oriented(use, term, out.dtype) for term in terms]
+    result = out.dtype
+    if any(map(_gained, terms)) and result == jnp.float16:
+        result = jnp.dtype(jnp.float32)  # a gradient times a small gain would vanish
+    found = [oriented(use, term, result) for term in terms]
     pairs = [pair for pair in found if pair is not None]
     if len(pairs) < len(found):
         return None
@@ -216,10 +227,11 @@ def low_rank(walker: Walker, eqn: Any, use: Use, branch: Branch) -> list[Any] | 
     if gain is not None and (spec := jax.typeof(base).sharding.spec).unreduced:
         sides = _explicit.summed(base), _explicit.summed(extra)
         rest = None if rest is None else _explicit.summed(rest)
-        return [_explicit.moved(emit.total(*sides, gain, rest), spec, base)]
+        return [_explicit.moved(rescale.total(*sides, gain, rest), spec, base)]
+    again = None if gain is None else _again(walker, eqn, use, base_x)
     if wide == out.dtype and rest is None and walker.feeds_only_an_add(eqn):
-        return [Pending(base, extra, gain)]
-    return [emit.total(base, extra, gain, rest)]
+        return [Pending(base, extra, gain, again)]
+    return [rescale.total(base, extra, gain, rest, again)]
 
 
 def branches(walker: Walker, eqn: Any, use: Use, branch: Branch) -> jax.Array | None:
@@ -246,6 +258,32 @@ def frozen(walker: Walker, eqn: Any, use: Use, x: Any = None) -> jax.Array:
     if x is not None and use.activation is not None:
         values[use.activation] = x
     return walker.bind(eqn, values)[0]
+
+
+def _again(walker: Walker, eqn: Any, use: Use, x: Any) -> rescale.Again | None:
+    """How some outputs of a use are computed again, from the merged kernel.
+
+    None where its result is not made of blocks: a lookup, rows in groups, a mesh.
+    """
+    view = use.view
+    whole = lambda d: all(term.whole(d, view.value.shape) for term in view.terms)
+    dims = [d for d in use.write if d in use.written and whole(d)]
+    plain = use.op == "dot" or (
+        use.op == "conv" and eqn.params["feature_group_count"] == 1
+    )
+    if x is None or not plain or not dims:
+        return None
+    if _explicit.is_explicit(view.value, x) or not emit.alone(view.value):
+        return None
+    dim = max(dims, key=lambda d: view.value.shape[d])
+    rest = [x if i == use.activation else None for i, _ in enumerate(use.operands)]
+
+    def run(operands: Any, begin: jax.Array, size: int) -> jax.Array:
+        view, *others = operands
+        kernel = dense(block_of(view, dim, begin, size))
+        return walker.bind(eqn, [kernel if v is None else v for v in others])[0]
+
+    return rescale.Again(run, (ungained(view), *rest), use.written[dim])
 
 
 def _gained(term: Term) -> bool:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import _explicit
-from lorax.interpret import emit, grouped, joins
+from lorax.interpret import emit, grouped, joins, rescale
 from lorax.interpret.linear import Pair, Use, gained_by
 from lorax.interpret.tracked import Pending, Term, Tracked, place
 from lorax.interpret.walker import Walker, rule
@@ -41,7 +41,7 @@ def _add_rescaled(walker: Walker, eqn: Any, values: list[Any]) -> jax.Array:
     The gain's gradient is read off the sum, so that nothing else need be kept; from a
     residual, which may be far larger than the result, it could not be told apart.
     """
-    total = lambda v, bias: emit.total(v.base, v.branch, v.gain, bias)
+    total = lambda v, bias: rescale.total(v.base, v.branch, v.gain, bias, v.again)
     for value, other, atom in zip(values, values[::-1], eqn.invars[::-1], strict=True):
         if not isinstance(value, Pending) or isinstance(other, Pending | Tracked):
             continue
@@ -99,7 +99,7 @@ def dot_general(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None
         x = emit.window(x, term, x_read, read)
         how: Any = {
             "precision": eqn.params["precision"],
-            "dtype": out.dtype,
+            "dtype": _result(out, pair),
             "lies": _of_block(lies, term, write, shape),
         }
         if pair.places is None:
@@ -136,6 +136,11 @@ def dot_general(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None
         return place(z, start, out.shape)
 
     return walker.visitor.linear(walker, eqn, use, branch)
+
+
+def _result(out: Any, pair: Pair) -> jnp.dtype:
+    """The branch's dtype: of the operation's result, or wider where its factor is."""
+    return jnp.promote_types(out.dtype, pair.second.dtype)
 
 
 def _summed_last(
@@ -244,7 +249,7 @@ def conv(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
             feature_group_count=groups,
             out_sharding=_explicit.named(thin, x, first),
         )
-        how = params["precision"], out.dtype, own
+        how = params["precision"], _result(out, pair), own
         mix = emit.mix if groups == 1 else functools.partial(_mix_groups, groups)
         z = mix(h, pair.second, features, (), *how)
         z = jnp.moveaxis(z, -1, features)

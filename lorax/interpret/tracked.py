@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import _explicit
+from lorax.interpret.rescale import Again
 from lorax.types import Axes, Factors
 
 Labels = tuple[tuple[int, ...], ...]
@@ -231,12 +232,13 @@ class Pending:
 
     Adding the bias to the frozen part first, `(x @ W + bias) + branch`, lets XLA fuse
     the last sum into what follows; in the other order it keeps both sums for the
-    backward pass. With a gain the parts go to `emit.rescale`, together with the bias.
+    backward pass. With a gain the parts go to `rescale.total`, together with the bias.
     """
 
     base: jax.Array
     branch: jax.Array
     gain: jax.Array | None = None
+    again: Again | None = None
 
 
 def watch(path: str, leaf: jax.Array) -> Tracked:
@@ -271,6 +273,24 @@ def dense(tracked: Any) -> jax.Array:
         if (gain := gains(term, range(len(shape)), shape)) is not None:
             total = total * gain.astype(dtype)
     return total.astype(tracked.value.dtype)
+
+
+def ungained(tracked: Tracked) -> Tracked:
+    """Returns a view without the gains of its terms."""
+    plain = []
+    for term in tracked.terms:
+        if term.factors is not None:
+            term = dataclasses.replace(term, factors=term.factors._replace(gain=None))
+        plain.append(term)
+    return Tracked(tracked.value, tuple(plain))
+
+
+def block_of(tracked: Tracked, dim: int, begin: jax.Array, size: int) -> Tracked:
+    """Returns a block of a view along a dimension that every term fills."""
+    cut = lambda v, axis: jax.lax.dynamic_slice_in_dim(v, begin, size, axis)
+    put = lambda shape: (*shape[:dim], size, *shape[dim + 1 :])
+    terms = (term.edit(dim, cut, shape=put(term.shape)) for term in tracked.terms)
+    return Tracked(cut(tracked.value, dim), tuple(terms))
 
 
 def gains(term: Term, dims: Iterable[int], shape: Sequence[int]) -> jax.Array | None:
