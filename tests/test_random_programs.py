@@ -123,7 +123,7 @@ def with_a_rule(dot):
     return product
 
 
-def contract(x, w, dims, tied, left, order):
+def contract(x, w, dims, tied, left, order, dot=jax.lax.dot_general):
     """One dot of an activation [T, WIDTH] with a view; returns [T, WIDTH].
 
     Where `order` is high, an axis of stacked kernels may be summed or written, as in
@@ -142,7 +142,7 @@ def contract(x, w, dims, tied, left, order):
     n = len(batch)
     x_dims = ([*range(1 + n, x.ndim)], [*range(1, 1 + n)])
     pairs = [(tuple(a), tuple(b)) for a, b in zip(x_dims, (reads, batch), strict=True)]
-    dot = with_a_rule(jax.lax.dot_general) if order % 2 else jax.lax.dot_general
+    dot = with_a_rule(dot) if order % 2 else dot
     if left:
         y = dot(w, x, tuple((b, a) for a, b in pairs))
         y = jnp.moveaxis(y, -1, 0)  # [T, *batch, *write]
@@ -218,7 +218,7 @@ CURVED = [
 uses = st.tuples(small, small, edits, st.booleans(), st.booleans(), small)
 
 
-def program(leaves, instructions, curved=None):
+def program(leaves, instructions, curved=None, dot=jax.lax.dot_general):
     """The function that the instructions mean; `curved` is applied to one kernel."""
 
     def fn(params, x):
@@ -232,7 +232,7 @@ def program(leaves, instructions, curved=None):
                 w, x, dims=dims, changes=changes, tied=tied, left=left, order=order
             ):
                 w, now = view(jnp, w, dims, changes)
-                return contract(x, w, now, tied, left, order)
+                return contract(x, w, now, tied, left, order, dot)
 
             if curved is not None and n == 0:
                 w = curved(w)
