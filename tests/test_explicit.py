@@ -241,3 +241,29 @@ def test_slices_of_a_sharded_kernel(mesh):
     np.testing.assert_allclose(merged, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got[0].a, got[1].a, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(got[0].b, got[1].b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", list(AxisType))
+def test_dropout_on_a_mesh(kind):
+    """Every shard of a `shard_map` draws its own mask; elsewhere one is drawn."""
+    axis = AxisType.Explicit if kind is AxisType.Explicit else AxisType.Auto
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis,))
+    copies = lorax.Lora(
+        jnp.eye(16), jnp.eye(16), 1.0, lorax.Axes((0,), (1,)), dropout=0.5
+    )
+    params, key = {"w": jnp.zeros((16, 16))}, jax.random.key(3)
+    fn = lambda params, x: x @ params["w"]
+    alone = lorax.adapt(fn)({"w": copies}, params, jnp.ones((8, 16)), lora_key=key)
+    if kind is AxisType.Manual:
+        specs = {"in_specs": (P(), P("x")), "out_specs": P("x")}
+        shards = jax.shard_map(lambda w, x: x @ w, mesh=mesh, **specs)
+        fn = lambda params, x: shards(params["w"], x)
+    with jax.set_mesh(mesh):
+        x = put(mesh, jnp.ones((8, 16)), P("x"))
+        params = {"w": put(mesh, params["w"], P())}
+        run = jax.jit(lambda a, p, x: lorax.adapt(fn)(a, p, x, lora_key=key))
+        found = np.asarray(run({"w": copies}, params, x))  # a row for each device
+    assert set(np.unique(found)) == {0.0, 2.0}
+    assert len(np.unique(found, axis=0)) == 8
+    if kind is not AxisType.Manual:
+        np.testing.assert_array_equal(found, alone)

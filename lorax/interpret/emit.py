@@ -38,8 +38,8 @@ def dropped(x: jax.Array, term: Term, key: jax.Array | None) -> jax.Array:
     if key is None or term.rate == 0.0:
         return x
     key = tree.fold_path(key, term.path)
-    for axis in sorted(getattr(jax.typeof(x), "vma", ())):  # shards draw their own mask
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    for axis in sorted(jax.typeof(x).manual_axis_type.varying):
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))  # a mask of each shard
     keep = jax.random.bernoulli(key, 1.0 - term.rate, x.shape)
     return jnp.where(keep, x / jnp.asarray(1.0 - term.rate, x.dtype), 0)
 
