@@ -20,19 +20,20 @@ import jax.numpy as jnp
 
 from lorax.interpret import linear
 from lorax.interpret.linear import Use
-from lorax.interpret.tracked import Pending, Tracked
+from lorax.interpret.tracked import Pending, Tracked, followed
 from lorax.interpret.walker import RULES, Visitor, Walker, rule
 
 BODIES = "jit pjit closed_call core_call custom_jvp_call custom_vjp_call".split()
 VIEWS = (
     "convert_element_type transpose reshape broadcast_in_dim squeeze slice copy rev "
-    "neg mul div dynamic_slice concatenate split stack name sharding_constraint"
+    "neg mul div dynamic_slice concatenate split stack name sharding_constraint "
+    "reshard pvary pcast"
 ).split()
 """What a body may do to a kernel before its linear operation."""
 OPERATIONS = "dot_general conv_general_dilated ragged_dot_general".split()
 ALONE = (
     "transpose reshape broadcast_in_dim squeeze slice copy rev neg reduce_sum name "
-    "psum sharding_constraint"
+    "psum sharding_constraint reshard pvary pcast"
 ).split()
 """What it may do to the result: operations of one operand, linear in it."""
 
@@ -95,7 +96,9 @@ class _BranchWalker(Walker):
         results = RULES[name](self, eqn, values) if name in VIEWS + OPERATIONS else None
         if results is None:
             raise NotLinear
-        return [Part(results[0])] if name in OPERATIONS else results
+        if name in OPERATIONS:
+            return [Part(results[0])]
+        return [followed(r) if isinstance(r, Tracked) else r for r in results]
 
     def body(self, eqn: Any) -> _BranchWalker:
         """Returns the walker of a body inside this one."""
