@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lorax import linalg
 from lorax.losses import Metrics
 from lorax.types import Adapters, MicrobatchNorms, PyTree
 
@@ -64,7 +65,8 @@ def accumulated(micro: Callable[..., Gradients], count: int) -> Callable[..., An
         grads = jax.tree.map(lambda g: g / weights.sum(), carry[0])
         counts = weights > 0  # a microbatch without target tokens has no gradient
         norms = MicrobatchNorms(
-            small=jnp.where(counts, squared, 0.0).sum() / counts.sum(),
+            small=jnp.where(counts, squared, 0.0).sum()
+            / counts.sum(dtype=squared.dtype),
             large=optax.tree.norm(grads, squared=True),
             small_batch=_rows(batch) // count,
             large_batch=_rows(batch),
@@ -76,7 +78,7 @@ def accumulated(micro: Callable[..., Gradients], count: int) -> Callable[..., An
 
 def widen(tree: PyTree) -> PyTree:
     """Returns the leaves in the dtype their sums are kept in, at least float32."""
-    wide = lambda x: jnp.promote_types(jnp.result_type(x), jnp.float32)
+    wide = lambda x: linalg.wide(x)
     return jax.tree.map(lambda x: jnp.asarray(x, wide(x)), tree)
 
 

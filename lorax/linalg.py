@@ -19,6 +19,21 @@ CLOSE: Any = {"oversample": 24, "iterations": 16}
 """For `randomized_svd` where a flat spectrum must be told apart, as analysis does."""
 
 
+def promoted(*of: Any) -> jnp.dtype:
+    """Returns the dtype that arrays or dtypes promote to, also where JAX refuses to.
+
+    The sums here mix precisions on purpose, by casts; `jax_numpy_dtype_promotion`
+    "strict" is about a user's own.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*of)
+
+
+def wide(*of: Any) -> jnp.dtype:
+    """Returns the dtype in which sums over these are taken: at least float32."""
+    return promoted(jnp.float32, *of)
+
+
 def svd(matrix: jax.Array, rank: int) -> Triplets:
     """Returns the `rank` largest singular triplets, by a full decomposition.
 
@@ -35,7 +50,7 @@ def svd(matrix: jax.Array, rank: int) -> Triplets:
       >>> s.tolist(), abs(u).tolist(), vt.round(3).tolist()
       ([3.0], [[1.0], [0.0]], [[-0.0, -1.0]])
     """
-    matrix = matrix.astype(jnp.result_type(jnp.float32, matrix))
+    matrix = matrix.astype(wide(matrix))
     u, s, vt = _lapack.svd(matrix)
     return _signed(u[..., :rank], s[..., :rank], vt[..., :rank, :])
 
@@ -72,7 +87,7 @@ def randomized_svd(
     References:
       Halko, Martinsson, Tropp, Finding Structure with Randomness, arXiv:0909.4061.
     """
-    matrix = matrix.astype(jnp.result_type(jnp.float32, matrix))
+    matrix = matrix.astype(wide(matrix))
     chex.assert_axis_dimension_gteq(matrix, -1, rank)
     chex.assert_axis_dimension_gteq(matrix, -2, rank)
     *batch, n, m = matrix.shape
@@ -121,7 +136,7 @@ def low_rank_svd(a: jax.Array, b: jax.Array) -> Triplets:
       >>> s.round(3).tolist(), abs(vt).round(3).tolist()
       ([10.0], [[0.0, 1.0]])
     """
-    dtype = jnp.result_type(jnp.float32, a, b)
+    dtype = wide(a, b)
     left, r_left = _lapack.qr(a.astype(dtype))
     right, r_right = _lapack.qr(b.astype(dtype).mT)
     core = jnp.matmul(r_left, r_right.mT, precision=EXACT)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import transform, tree
+from lorax import linalg, transform, tree
 from lorax.types import Adapters, PyTree
 
 
@@ -95,7 +95,7 @@ def _require_floating(adapters: Adapters, params: PyTree) -> None:
 
 
 def _measured(adapter: Any, leaf: Any, dtype: Any) -> MergeError:
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    wide = linalg.wide(leaf.dtype)
     to = leaf.dtype if dtype is None else jnp.dtype(dtype)
     rounded = adapter.merge(leaf.astype(wide)).astype(to)
     exact = np.asarray(leaf, np.float64)

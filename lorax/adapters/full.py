@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 
 from lorax import tree
+from lorax.adapters import layout
 
 
 @flax.struct.dataclass
@@ -39,7 +39,7 @@ class Full:
 
     def delta(self, kernel: jax.Array) -> jax.Array:
         """Returns how far the value has moved from the leaf, at least float32."""
-        dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+        dtype = layout.wide(kernel)
         return self.value.astype(dtype) - kernel.astype(dtype)
 
     def merge(self, kernel: jax.Array) -> jax.Array:

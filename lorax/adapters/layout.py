@@ -9,14 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from lorax import _explicit, tree
+from lorax.linalg import wide
 from lorax.types import Axes
 
 Shape = tuple[int, ...]
-
-
-def wide(*arrays: jax.Array) -> jnp.dtype:
-    """The dtype in which sums over these arrays are taken: at least float32."""
-    return jnp.result_type(jnp.float32, *arrays)
 
 
 def check(

@@ -23,7 +23,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lorax import tree
+from lorax import linalg, tree
 from lorax.types import PyTree
 
 
@@ -52,7 +52,7 @@ class RandomSubspace:
         moved = {}
         for path, weight in self.weight.items():
             leaf, step = leaves[path], weight * z[self.coordinate[path]]
-            wide = jnp.result_type(leaf.dtype, jnp.float32)
+            wide = linalg.wide(leaf)
             moved[path] = (leaf.astype(wide) + step).astype(leaf.dtype)
         return tree.replace(origin, moved)
 

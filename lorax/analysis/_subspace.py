@@ -89,7 +89,7 @@ def _phi(path: str, one: Any, other: Any, of: str) -> jax.Array:
         )
     cosines = jnp.matmul(u.mT, v, precision=linalg.EXACT)  # [*stack, r1, r2]
     sums = jnp.cumsum(jnp.cumsum(cosines**2, -2), -1)
-    i, j = (jnp.arange(1, n + 1) for n in cosines.shape[-2:])
+    i, j = (jnp.arange(1, n + 1, dtype=sums.dtype) for n in cosines.shape[-2:])
     return sums / jnp.minimum(i[:, None], j[None, :])
 
 

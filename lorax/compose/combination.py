@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import tree
+from lorax import linalg, tree
 from lorax.adapters import Full, Lora, as_lora, layout
 from lorax.compose import checks, conversion, deltas, forms
 from lorax.compose.forms import Combined
@@ -316,5 +316,5 @@ def _full(
         move = jnp.sum(
             jnp.stack([w * m for w, m in zip(weights, moves, strict=True)]), axis=0
         )
-    stored = jnp.result_type(*(part.value for part in parts.values()))
+    stored = linalg.promoted(*(part.value for part in parts.values()))
     return Full((start + move).astype(stored))

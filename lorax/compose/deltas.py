@@ -85,7 +85,7 @@ def disjoint_mean(deltas: jax.Array, voters: jax.Array) -> jax.Array:
     elected = jnp.where(voters.sum(0) >= 0, 1.0, -1.0)
     agree = jnp.sign(voters) == elected
     total = jnp.where(agree, deltas, 0.0).sum(0)
-    return total / jnp.maximum(agree.sum(0), 1)
+    return total / jnp.maximum(agree.sum(0, dtype=total.dtype), 1)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "density", "rank", "election"))

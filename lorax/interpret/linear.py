@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax import _explicit
+from lorax import _explicit, linalg
 from lorax.interpret import emit, grouped, rescale
 from lorax.interpret.tracked import (
     Pending,
@@ -162,7 +162,7 @@ def oriented(use: Use, term: Term, result: Any) -> Pair | None:
     dtype = emit.operand_dtype(use.view.value.dtype)
     return Pair(
         first.astype(dtype).reshape(*size(batch), *size(read), rank),
-        second.astype(jnp.promote_types(dtype, result)).reshape(
+        second.astype(linalg.promoted(dtype, result)).reshape(
             *size(batch), rank, *size(write)
         ),
         tied,
@@ -201,7 +201,7 @@ def low_rank(walker: Walker, eqn: Any, use: Use, branch: Branch) -> list[Any] | 
     pairs = [pair for pair in found if pair is not None]
     if len(pairs) < len(found):
         return None
-    wide = jnp.promote_types(out.dtype, jnp.float32)
+    wide = linalg.wide(out.dtype)
     x: Any = None if use.activation is None else use.operands[use.activation]
     kept = [x if x is None else emit.dropped(x, t, walker.fork_key()) for t in terms]
     gain: Any = None
@@ -213,10 +213,13 @@ def low_rank(walker: Walker, eqn: Any, use: Use, branch: Branch) -> list[Any] | 
     rest, base_x = None, x
     if gain is not None and tied:  # (W * gain)^T reads x * gain
         gain = _explicit.like(gain, x)
-        base_x = (x + kept[0] * (gain - 1) if kept[0] is not x else x * gain).astype(
-            x.dtype
-        )
-        kept, gain = [(x_ * gain).astype(x.dtype) for x_ in kept], None
+        to = linalg.wide(x, gain)
+        times = lambda x_, gain: x_.astype(to) * gain.astype(to)
+        base_x = times(x, gain)
+        if kept[0] is not x:
+            base_x = x.astype(to) + times(kept[0], gain - 1)
+        base_x = base_x.astype(x.dtype)
+        kept, gain = [times(x_, gain).astype(x.dtype) for x_ in kept], None
     elif gain is not None and kept[0] is not x:
         # what is dropped does not enter the rescaled part, and keeps its size
         base_x, rest = kept[0], frozen(walker, eqn, use, x - kept[0]).astype(wide)
@@ -240,7 +243,7 @@ def branches(walker: Walker, eqn: Any, use: Use, branch: Branch) -> jax.Array | 
     pairs = [oriented(use, term, out.dtype) for term in terms]
     if any(map(_gained, terms)):
         return None
-    wide = jnp.promote_types(out.dtype, jnp.float32)
+    wide = linalg.wide(out.dtype)
     x: Any = None if use.activation is None else use.operands[use.activation]
     parts: list[jax.Array] = []
     for term, pair in zip(terms, pairs, strict=True):

@@ -154,4 +154,4 @@ def _held(y: jax.Array, part: jax.Array, gain: jax.Array) -> jax.Array:
     square = lambda v: jnp.sum(v.astype(gain.dtype) ** 2, along, keepdims=True)
     largest = jnp.max(jnp.abs(part), along, keepdims=True, initial=0)
     digits = square(y) <= SHARE * square(part)
-    return (gain != 0) & digits & (largest >= jnp.finfo(y.dtype).tiny)
+    return (gain != 0) & digits & (largest >= float(jnp.finfo(y.dtype).tiny))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax import _explicit
+from lorax import _explicit, linalg
 from lorax.interpret import emit, grouped, joins, rescale
 from lorax.interpret.linear import Pair, Use, gained_by
 from lorax.interpret.tracked import Pending, Term, Tracked, place
@@ -140,7 +140,7 @@ def dot_general(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None
 
 def _result(out: Any, pair: Pair) -> jnp.dtype:
     """The branch's dtype: of the operation's result, or wider where its factor is."""
-    return jnp.promote_types(out.dtype, pair.second.dtype)
+    return linalg.promoted(out.dtype, pair.second.dtype)
 
 
 def _summed_last(
@@ -160,7 +160,7 @@ def _summed_last(
     left, right = ([d for d in r if d not in o] for r, o in zip(read, own, strict=True))
     numbers = (left, right), ([*batch[0], *own[0]], [*batch[1], *own[1]])
     kept, out = len(batch[0]), eqn.outvars[0].aval.dtype
-    wide = jnp.promote_types(out, jnp.float32)  # one rounding, after the sum
+    wide = linalg.wide(out)  # one rounding, after the sum
 
     lies = _explicit.lies(eqn.outvars[0].aval)
     wanted = [*lies[:kept], *[None] * len(stacked), *lies[kept:]]

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax import _explicit
+from lorax import _explicit, linalg
 from lorax.interpret.rescale import Again
 from lorax.types import Axes, Factors
 
@@ -252,7 +252,7 @@ def dense(tracked: Any) -> jax.Array:
     """Returns the merged view: float32 accumulation, one rounding; arrays pass."""
     if not isinstance(tracked, Tracked):
         return tracked
-    dtype = jnp.promote_types(tracked.value.dtype, jnp.float32)
+    dtype = linalg.wide(tracked.value.dtype)
     total, shape = tracked.value.astype(dtype), tracked.value.shape
     for term in tracked.terms:
         if term.factors is None:

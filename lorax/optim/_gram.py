@@ -55,7 +55,8 @@ def damping_of(pair: _pairs.Pair, damping: Any, relative: bool = True) -> jax.Ar
     larger = jnp.maximum(trace(pair.a), trace(pair.b))
     if not relative:
         return jnp.full_like(larger, damping)
-    return (damping * larger / pair.rank).astype(larger.dtype)
+    rank = jnp.asarray(pair.rank, larger.dtype)
+    return (damping * larger / rank).astype(larger.dtype)
 
 
 def spectra(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from lorax import tree
-from lorax.optim import _checks, _decay, _gram, _pairs, _states
+from lorax.optim import _checks, _decay, _gram, _pairs, _standard, _states
 from lorax.types import Adapters, PairStatics
 
 TRAINED = ("b", "magnitude", "value")
@@ -120,7 +120,7 @@ def lora_fa(
     trained = lambda adapters: _decay.role_mask(adapters, TRAINED)
     return optax.chain(
         scale_by_lora_fa(damping, relative),
-        optax.masked(optax.scale_by_adam(b1, b2, eps), trained),
+        optax.masked(_standard.standard(optax.scale_by_adam(b1, b2, eps)), trained),
         _decay.add_decayed_weights(weight_decay, full_decay, roles=("b",)),
         optax.scale_by_learning_rate(learning_rate),
     )

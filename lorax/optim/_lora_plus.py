@@ -30,7 +30,7 @@ import optax
 
 from lorax import scaling, tree
 from lorax.adapters import layout
-from lorax.optim import _checks, _decay, _pairs, _states
+from lorax.optim import _checks, _decay, _pairs, _standard, _states
 from lorax.types import Adapters, PairStatics
 
 SECOND = ("b", "q")  # roles of the second factor
@@ -147,7 +147,7 @@ def lora_plus(
     """
     _checks.moments(b1, b2, eps, weight_decay)
     return optax.chain(
-        optax.scale_by_adam(b1, b2, eps),
+        _standard.standard(optax.scale_by_adam(b1, b2, eps)),
         scale_by_lora_plus(ratio),
         _decay.add_decayed_weights(weight_decay, full_decay),
         optax.scale_by_learning_rate(learning_rate),

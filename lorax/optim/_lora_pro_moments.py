@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import tree
+from lorax import linalg, tree
 from lorax.adapters import layout
-from lorax.optim import _checks, _gram, _pairs, _projection, _states
+from lorax.optim import _checks, _gram, _pairs, _projection, _standard, _states
 from lorax.types import Adapters, PairStatics
 
 
@@ -121,7 +121,8 @@ def scale_by_lora_pro_rowcol(
             along, down = _squares(left, right)
             rows[path] = average(rows[path], along)
             columns[path] = average(columns[path], down)
-            debiased = lambda mean: mean / (1 - b2**step) + eps**2
+            powers = step.astype(along.dtype)
+            debiased = lambda mean: mean / (1 - b2**powers) + eps**2
             p = debiased(rows[path]).reshape(along.shape)
             q = debiased(columns[path]).reshape(down.shape)
             left *= jnp.sqrt(p.mean(-1, keepdims=True) / p)[..., None]
@@ -168,7 +169,7 @@ def scale_by_lora_pro_full(
     """
     _checks.moments(b1, b2, eps, 0.0)
     _checks.at_least("damping", damping)
-    adam = optax.scale_by_adam(b1, b2, eps)
+    adam = _standard.standard(optax.scale_by_adam(b1, b2, eps))
 
     def init_fn(params: Adapters) -> ScaleByFullState:
         given = _checks.factor_pairs(params, "scale_by_lora_pro_full")
@@ -216,7 +217,7 @@ def moments(
     eps: _checks.Scalar,
 ) -> optax.GradientTransformation:
     """Returns the link that each mode of `lora_pro` puts after the projection."""
-    adam = optax.scale_by_adam(0.9 if b1 is None else b1, b2, eps)
+    adam = _standard.standard(optax.scale_by_adam(0.9 if b1 is None else b1, b2, eps))
     if mode == "factor":
         return adam
     if mode == "sgd":
@@ -229,7 +230,9 @@ def moments(
         )
     links = [scale_by_lora_pro_rowcol(b2, eps, x, damping, relative), rest]
     if b1 is not None:
-        links.append(optax.masked(optax.ema(b1), _mask(factors=True)))
+        links.append(
+            optax.masked(_standard.standard(optax.ema(b1)), _mask(factors=True))
+        )
     return optax.chain(*links)
 
 
@@ -246,7 +249,7 @@ def _mask(factors: bool) -> Callable[[Adapters], Adapters]:
 
 
 def _zeros(factor: jax.Array) -> jax.Array:
-    return jnp.zeros_like(factor, jnp.promote_types(factor.dtype, jnp.float32))
+    return jnp.zeros_like(factor, linalg.wide(factor.dtype))
 
 
 def _thin(h: _pairs.Pair, given: _pairs.Pair) -> tuple[jax.Array, jax.Array]:

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import optax
 
 from lorax import linalg
-from lorax.optim import _checks, _decay, _gram, _pairs, _projection, _states
+from lorax.optim import _checks, _decay, _gram, _pairs, _projection, _standard, _states
 from lorax.types import Adapters, PairStatics
 
 Factors = Literal["b", "both", "whitened", "product"]
@@ -89,7 +89,7 @@ def scale_by_muon_factors(
 
     def init_fn(params: Adapters) -> ScaleByMuonFactorsState:
         given = _checks.factor_pairs(params, "scale_by_muon_factors")
-        zero = lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
+        zero = lambda x: jnp.zeros_like(x, linalg.wide(x.dtype))
         return ScaleByMuonFactorsState(jax.tree.map(zero, given))
 
     def update_fn(
@@ -165,7 +165,7 @@ def muon(
     rest = lambda adapters: jax.tree.map(lambda on: not on, turned(adapters))
     return optax.chain(
         scale_by_muon_factors(factors, beta, nesterov, damping),
-        optax.masked(optax.scale_by_adam(b1, b2, eps), rest),
+        optax.masked(_standard.standard(optax.scale_by_adam(b1, b2, eps)), rest),
         _decay.add_decayed_weights(weight_decay),
         optax.masked(optax.scale_by_learning_rate(learning_rate), turned),
         optax.masked(optax.scale_by_learning_rate(other), rest),
@@ -209,7 +209,7 @@ def _turned(
     columns = jnp.concatenate([s * own.b, s * hb], axis=1)
     u, values, vt = linalg.low_rank_svd(rows, columns)
     keep = values > THRESHOLD * values[:, :1]
-    u = u * keep[:, None, :]
+    u = jnp.where(keep[:, None, :], u, 0)
     whole = max(1.0, m / n) ** 0.5
     ga = s * _gram.dot(u, _gram.dot(vt, own.b.mT))
     gb = s * _gram.dot(_gram.dot(own.a.mT, u), vt)
@@ -233,7 +233,7 @@ def polar(x: jax.Array) -> jax.Array:
     """Returns `U V^T` of `x = U S V^T: [n, long, short]`, zero where S is rounding."""
     u, s, vt = linalg.low_rank_svd(x, _eye(x))
     keep = s > THRESHOLD * s[:, :1]
-    return _gram.dot(u * keep[:, None, :], vt)
+    return _gram.dot(jnp.where(keep[:, None, :], u, 0), vt)
 
 
 def _eye(x: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import _explicit, tree
+from lorax import _explicit, linalg, tree
 from lorax.adapters import Dora, Lora, SlicedLora, layout
 from lorax.types import Adapters, PairStatics
 
@@ -66,7 +66,7 @@ def pair_of(adapter: Any, statics: PairStatics | None = None) -> Pair:
     rank = adapter.rank
 
     def flat(factor: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        wide = factor.astype(jnp.promote_types(factor.dtype, jnp.float32))
+        wide = factor.astype(linalg.wide(factor))
         return _explicit.reshape(wide, shape, (None, None, None))
 
     own = PairStatics(adapter.scale, rank) if statics is None else statics

@@ -22,7 +22,7 @@ from typing import Any
 
 import optax
 
-from lorax.optim import _checks, _decay, _gram, _pairs, _states
+from lorax.optim import _checks, _decay, _gram, _pairs, _standard, _states
 from lorax.types import Adapters, PairStatics
 
 
@@ -120,7 +120,7 @@ def riemannian(
     _checks.moments(b1, b2, eps, weight_decay)
     return optax.chain(
         scale_by_gram(damping, relative),
-        optax.scale_by_adam(b1, b2, eps),
+        _standard.standard(optax.scale_by_adam(b1, b2, eps)),
         _decay.add_decayed_weights(weight_decay, full_decay),
         optax.scale_by_learning_rate(learning_rate),
     )

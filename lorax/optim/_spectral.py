@@ -183,7 +183,7 @@ def _added(updates: Adapters, decay: Adapters, strength: Any) -> Adapters:
 def weights(s: jax.Array, schatten: float) -> jax.Array:
     """Returns `|s|_p^(2-p) s^(p-1)` for falling singular values `[..., k]`."""
     if schatten == math.inf:
-        return s * (jnp.arange(s.shape[-1]) == 0)
+        return jnp.where(jnp.arange(s.shape[-1]) == 0, s, 0)
     first = s[..., :1]
     share = s / jnp.where(first > 0, first, 1)  # of the largest, so that no power fails
     norm = jnp.sum(share**schatten, -1, keepdims=True) ** (1 / schatten)

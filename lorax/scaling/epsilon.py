@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import erf
 
+from lorax import linalg
 from lorax.scaling import checks
 from lorax.scaling.checks import Number
 
@@ -197,7 +198,7 @@ def _noisy(
 
 def _wide(x: Any) -> jax.Array:
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(linalg.wide(x))
 
 
 def _moments(g: jax.Array, t: jax.Array, eps: Number) -> tuple[jax.Array, jax.Array]:
