@@ -231,7 +231,7 @@ def low_rank(walker: Walker, eqn: Any, use: Use, branch: Branch) -> list[Any] | 
         sides = _explicit.summed(base), _explicit.summed(extra)
         rest = None if rest is None else _explicit.summed(rest)
         return [_explicit.moved(rescale.total(*sides, gain, rest), spec, base)]
-    again = None if gain is None else _again(walker, eqn, use, base_x)
+    again = None if gain is None else _again(eqn, use, base_x)
     if wide == out.dtype and rest is None and walker.feeds_only_an_add(eqn):
         return [Pending(base, extra, gain, again)]
     return [rescale.total(base, extra, gain, rest, again)]
@@ -263,7 +263,7 @@ def frozen(walker: Walker, eqn: Any, use: Use, x: Any = None) -> jax.Array:
     return walker.bind(eqn, values)[0]
 
 
-def _again(walker: Walker, eqn: Any, use: Use, x: Any) -> rescale.Again | None:
+def _again(eqn: Any, use: Use, x: Any) -> rescale.Again | None:
     """How some outputs of a use are computed again, from the merged kernel.
 
     None where its result is not made of blocks: a lookup, rows in groups, a mesh.
@@ -284,7 +284,8 @@ def _again(walker: Walker, eqn: Any, use: Use, x: Any) -> rescale.Again | None:
     def run(operands: Any, begin: jax.Array, size: int) -> jax.Array:
         view, *others = operands
         kernel = dense(block_of(view, dim, begin, size))
-        return walker.bind(eqn, [kernel if v is None else v for v in others])[0]
+        values = [kernel if v is None else v for v in others]
+        return eqn.primitive.bind(*values, **eqn.params)  # of another shape than eqn's
 
     return rescale.Again(run, (ungained(view), *rest), use.written[dim])
 
