@@ -21,6 +21,7 @@ import optax
 from lorax import transform
 from lorax.accumulation import Gradients, accumulated, widen
 from lorax.losses import LossFn, Metrics, cast, checked, simple_loss
+from lorax.optim import _states
 from lorax.optim._pairs import Pair, map_pairs
 from lorax.types import Adapters, PairStatics, PyTree
 
@@ -80,7 +81,8 @@ def create_state(
       A TrainState at step 0.
 
     Raises:
-      ValueError: no adapters, or an old-style key.
+      ValueError: no adapters, an old-style key, or a chain in which a transform of
+        gradients, such as `scale_by_lora_pro`, stands behind Adam or momentum.
       TypeError: `tx` is no optax transformation.
 
     Example:
@@ -95,9 +97,11 @@ def create_state(
         raise ValueError("adapters is empty: there is nothing to train")
     if not jnp.issubdtype(getattr(key, "dtype", int), jax.dtypes.prng_key):
         raise ValueError(f"key must be typed, jax.random.key(seed); got {key!r}")
+    opt_state = tx.init(adapters)
+    _states.require_order(opt_state)
     state = TrainState(
         adapters=adapters,
-        opt_state=tx.init(adapters),
+        opt_state=opt_state,
         model_state={} if model_state is None else model_state,
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),

@@ -13,7 +13,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,12 @@ from lorax.types import Adapters, PairStatics
 
 TRAINED = ("b", "magnitude", "value")
 """Roles of the leaves that move."""
+
+
+class ScaleByLoraFaState(NamedTuple):
+    """Nothing to keep; the type tells `training.create_state` that gradients go in."""
+
+    reads_gradients = "scale_by_lora_fa"
 
 
 def scale_by_lora_fa(
@@ -56,20 +62,20 @@ def scale_by_lora_fa(
     """
     _checks.at_least("damping", damping)
 
-    def init_fn(params: Adapters) -> optax.EmptyState:
+    def init_fn(params: Adapters) -> ScaleByLoraFaState:
         for path, adapter in _checks.factor_pairs(params, "scale_by_lora_fa").items():
             if _pairs.is_pair(adapter):
                 _check_alive(path, adapter)
-        return optax.EmptyState()
+        return ScaleByLoraFaState()
 
     def update_fn(
         updates: Adapters,
-        state: optax.EmptyState,
+        state: ScaleByLoraFaState,
         params: Adapters | None = None,
         *,
         pairs: Mapping[str, PairStatics] | None = None,
         **extra: Any,
-    ) -> tuple[Adapters, optax.EmptyState]:
+    ) -> tuple[Adapters, ScaleByLoraFaState]:
         del extra
 
         def scaled(path: str, update: _pairs.Pair, given: _pairs.Pair) -> Any:

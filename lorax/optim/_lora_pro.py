@@ -24,7 +24,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import optax
 
@@ -34,6 +34,12 @@ from lorax.types import Adapters, PairStatics
 Choice = Literal["sylvester", "symmetry", "zero"]
 Mode = Literal["rowcol", "factor", "sgd", "full"]
 MODES = ("rowcol", "factor", "sgd", "full")
+
+
+class ScaleByLoraProState(NamedTuple):
+    """Nothing to keep; the type tells `training.create_state` that gradients go in."""
+
+    reads_gradients = "scale_by_lora_pro"
 
 
 def scale_by_lora_pro(
@@ -76,18 +82,18 @@ def scale_by_lora_pro(
     _checks.one_of("x", x, _projection.CHOICES)
     _checks.at_least("damping", damping)
 
-    def init_fn(params: Adapters) -> optax.EmptyState:
+    def init_fn(params: Adapters) -> ScaleByLoraProState:
         _checks.factor_pairs(params, "scale_by_lora_pro")
-        return optax.EmptyState()
+        return ScaleByLoraProState()
 
     def update_fn(
         updates: Adapters,
-        state: optax.EmptyState,
+        state: ScaleByLoraProState,
         params: Adapters | None = None,
         *,
         pairs: Mapping[str, PairStatics] | None = None,
         **extra: Any,
-    ) -> tuple[Adapters, optax.EmptyState]:
+    ) -> tuple[Adapters, ScaleByLoraProState]:
         del extra
 
         def adjusted(path: str, update: _pairs.Pair, given: _pairs.Pair) -> Any:

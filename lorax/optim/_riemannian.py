@@ -18,12 +18,18 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import optax
 
 from lorax.optim import _checks, _decay, _gram, _pairs, _standard, _states
 from lorax.types import Adapters, PairStatics
+
+
+class ScaleByGramState(NamedTuple):
+    """Nothing to keep; the type tells `training.create_state` that gradients go in."""
+
+    reads_gradients = "scale_by_gram"
 
 
 def scale_by_gram(
@@ -58,18 +64,18 @@ def scale_by_gram(
     """
     _checks.at_least("damping", damping)
 
-    def init_fn(params: Adapters) -> optax.EmptyState:
+    def init_fn(params: Adapters) -> ScaleByGramState:
         _checks.factor_pairs(params, "scale_by_gram")
-        return optax.EmptyState()
+        return ScaleByGramState()
 
     def update_fn(
         updates: Adapters,
-        state: optax.EmptyState,
+        state: ScaleByGramState,
         params: Adapters | None = None,
         *,
         pairs: Mapping[str, PairStatics] | None = None,
         **extra: Any,
-    ) -> tuple[Adapters, optax.EmptyState]:
+    ) -> tuple[Adapters, ScaleByGramState]:
         del extra
 
         def scaled(path: str, update: _pairs.Pair, given: _pairs.Pair) -> Any:
