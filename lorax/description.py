@@ -94,10 +94,13 @@ class Description:
             "  ".join(map(str.ljust, row, widths)).rstrip()  # noqa: B905
             for row in rows
         ]
-        total = f"{self.parameters:,} parameters train in {len(self.adapted)} leaves; "
-        return "\n".join(
-            [*lines, total + f"{len(self.left_out)} matrices are left out"]
+        trained, left = len(self.adapted), len(self.left_out)
+        lines.append(
+            f"{self.parameters:,} parameters train in "
+            f"{trained} {'leaf' if trained == 1 else 'leaves'}; "
+            f"{left} {'matrix is' if left == 1 else 'matrices are'} left out"
         )
+        return "\n".join(lines)
 
 
 def describe(

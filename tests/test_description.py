@@ -82,7 +82,7 @@ def test_the_table_by_hand():
         "path shape use adapter parameters target or reason".split(),
         "v 3x5 dot: reads 0, writes 1 - 0 'w' does not match".split(),
         "w 4x3 dot: reads 0, writes 1 Dora 10 w".split(),
-        "10 parameters train in 1 leaves; 1 matrices are left out".split(),
+        "10 parameters train in 1 leaf; 1 matrix is left out".split(),
     ]
 
 

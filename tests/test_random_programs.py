@@ -138,7 +138,8 @@ def contract(x, w, dims, tied, left, order, dot=jax.lax.dot_general):
     reads = list(draw.permutation([*of(read), *summed]))
     shape = [dims[d][1] for d in (*batch, *reads)]
     mix = np.cos(np.arange(WIDTH * math.prod(shape))).reshape(WIDTH, *shape)
-    x = jnp.tensordot(x, mix, 1)  # [T, *batch, *reads]
+    w = w.astype(x.dtype)  # an edit may have widened it
+    x = jnp.tensordot(x, mix.astype(x.dtype), 1)  # [T, *batch, *reads]
     n = len(batch)
     x_dims = ([*range(1 + n, x.ndim)], [*range(1, 1 + n)])
     pairs = [(tuple(a), tuple(b)) for a, b in zip(x_dims, (reads, batch), strict=True)]
@@ -151,7 +152,7 @@ def contract(x, w, dims, tied, left, order, dot=jax.lax.dot_general):
         y = jnp.moveaxis(y, n, 0)
     y = y.reshape(T, -1)
     back = np.sin(np.arange(y.shape[1] * WIDTH)).reshape(-1, WIDTH)
-    return jnp.tanh(y @ back / (1 + y.shape[1]))
+    return jnp.tanh(y @ back.astype(y.dtype) / (1 + y.shape[1]))
 
 
 def plain(use, w, x):
@@ -195,6 +196,12 @@ def layered(use, w, x):
     return jax.lax.scan(lambda x, w: (use(w, x), None), x, w)[0]
 
 
+def handed_back(use, w, x):
+    """As `nnx.scan(nnx.remat(...))`: the layer returns its kernel, which is used on."""
+    layer = jax.checkpoint(lambda x, w: (use(w, x), w))
+    return layered(use, *reversed(jax.lax.scan(layer, x, w)))
+
+
 WRAPPERS = [
     plain,
     jitted,
@@ -226,7 +233,7 @@ def program(leaves, instructions, curved=None, dot=jax.lax.dot_general):
             dims, w = leaves[which % len(leaves)], params[f"w{which % len(leaves)}"]
             wrapper = WRAPPERS[wrap % len(WRAPPERS)]
             if dims[0][0] == "batch" and wrap > 5:
-                wrapper, dims = layered, dims[1:]
+                wrapper, dims = handed_back if wrap > 8 else layered, dims[1:]
 
             def use(
                 w, x, dims=dims, changes=changes, tied=tied, left=left, order=order
@@ -237,7 +244,8 @@ def program(leaves, instructions, curved=None, dot=jax.lax.dot_general):
             if curved is not None and n == 0:
                 w = curved(w)
             x = x + wrapper(use, w, x)
-        return jnp.sum(jnp.sin(x))
+        wide = jnp.promote_types(x.dtype, jnp.float32)  # a half would round the sum
+        return jnp.sum(jnp.sin(x), dtype=wide)
 
     return fn
 
@@ -283,6 +291,76 @@ def check_curved(leaves, instructions, curved):
     assert merged and all(message.startswith(f"{path}: ") for message in merged)
 
 
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype")  # 64 bits, of an edit
+def check_half(leaves, instructions):
+    """In float16 adapt is about as near to float64 as merging is.
+
+    Half as far again, and four units of the last place: a sum of few terms that cancel
+    rounds well or badly by luck, on either side.
+    """
+    fn, draw = program(leaves, instructions), np.random.RandomState(3).randn
+    shapes = [tuple(size for _, size in dims) for dims in leaves]
+    half = lambda *shape: (draw(*shape) / 2).astype(np.float16)
+    params = {f"w{i}": half(*s) for i, s in enumerate(shapes)}
+    x = half(T, WIDTH)
+    adapters = {f"w{i}": adapter_of(d, 1 + i, i) for i, d in enumerate(leaves)}
+    adapters = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), adapters)
+    adapted = lorax.adapt(fn, on_merge="error", custom_rules="branch")
+    sides = adapted, programs.definition(fn)
+    wide = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+    def found(side, *args):
+        step = jax.jit(jax.value_and_grad(side)).lower(*args)
+        got = step.compile({"xla_backend_optimization_level": 0})(*args)
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(wide(got))])
+
+    ours, merged = (found(side, adapters, params, x) for side in sides)
+    with jax.enable_x64(True):
+        exact = found(sides[1], *wide((adapters, params, x)))
+    norm = np.linalg.norm
+    ulp = float(jnp.finfo(jnp.float16).eps) * norm(exact)
+    assert norm(ours - exact) <= 1.5 * norm(merged - exact) + 4 * ulp
+
+
+@st.composite
+def convolutions(draw):
+    """Groups, inputs and outputs of a group, window, and how the window moves."""
+    of = lambda *choices: draw(st.sampled_from(choices))
+    groups, in_, out = of(1, 2, 3), of(1, 2, 3), of(1, 2)
+    how = {
+        "window_strides": (of(1, 2),),
+        "padding": of("SAME", "VALID"),
+        "rhs_dilation": (of(1, 2),),
+        "dimension_numbers": ("NWC", of("WIO", "IOW", "OWI"), "NWC"),
+    }
+    return groups, in_, out, of(1, 2, 3), how
+
+
+def check_convolution(drawn, rank, edit):
+    """A kernel `[window, in, out]`, edited, laid out as drawn, and convolved."""
+    groups, in_, out, window, how = drawn
+    order = ["WIO".index(letter) for letter in how["dimension_numbers"][1]]
+
+    def fn(params, x):
+        w = (params["w0"], -params["w0"], params["w0"][::-1], 2 * params["w0"])[edit]
+        y = jax.lax.conv_general_dilated(
+            x, w.transpose(order), feature_group_count=groups, **how
+        )
+        return jnp.sum(jnp.sin(y))
+
+    with jax.enable_x64(True):
+        shape, draw = (window, in_, groups * out), np.random.RandomState(5).randn
+        dims = [*zip(("in", "in", "out"), shape, strict=True)]
+        params, x = {"w0": draw(*shape)}, draw(2, 7, groups * in_)
+        adapters = {"w0": adapter_of(dims, rank, 1)}
+        got, want = (
+            jax.jit(jax.value_and_grad(side))(adapters, params, x)
+            for side in (lorax.adapt(fn, on_merge="error"), programs.definition(fn))
+        )
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-9)
+
+
 some_leaves = st.lists(leaves(), min_size=1, max_size=2)
 some_uses = st.lists(uses, min_size=1, max_size=2)
 test_linear_programs_merge_nothing = settings(max_examples=25, **SETTINGS)(
@@ -291,6 +369,22 @@ test_linear_programs_merge_nothing = settings(max_examples=25, **SETTINGS)(
 test_other_uses_merge_and_are_right = settings(max_examples=10, **SETTINGS)(
     given(some_leaves, some_uses, small)(check_curved)
 )
+
+a_convolution = convolutions(), st.integers(1, 3), st.integers(0, 3)
+test_half_precision_costs_nothing_more = settings(max_examples=8, **SETTINGS)(
+    given(some_leaves, some_uses)(check_half)
+)
+test_convolutions_merge_nothing = settings(max_examples=8, **SETTINGS)(
+    given(*a_convolution)(check_convolution)
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, **SETTINGS)
+@given(some_leaves, some_uses, *a_convolution)
+def test_many_more_in_half_precision_and_convolved(leaves, instructions, *convolution):
+    check_half(leaves, instructions)
+    check_convolution(*convolution)
 
 
 @pytest.mark.slow
