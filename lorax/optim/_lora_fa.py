@@ -30,7 +30,10 @@ TRAINED = ("b", "magnitude", "value")
 class ScaleByLoraFaState(NamedTuple):
     """Nothing to keep; the type tells `training.create_state` that gradients go in."""
 
-    reads_gradients = "scale_by_lora_fa"
+    @property
+    def reads_gradients(self) -> str:
+        """The name of the transform, for the message."""
+        return "scale_by_lora_fa"
 
 
 def scale_by_lora_fa(

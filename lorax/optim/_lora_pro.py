@@ -39,7 +39,10 @@ MODES = ("rowcol", "factor", "sgd", "full")
 class ScaleByLoraProState(NamedTuple):
     """Nothing to keep; the type tells `training.create_state` that gradients go in."""
 
-    reads_gradients = "scale_by_lora_pro"
+    @property
+    def reads_gradients(self) -> str:
+        """The name of the transform, for the message."""
+        return "scale_by_lora_pro"
 
 
 def scale_by_lora_pro(

@@ -29,7 +29,10 @@ from lorax.types import Adapters, PairStatics
 class ScaleByGramState(NamedTuple):
     """Nothing to keep; the type tells `training.create_state` that gradients go in."""
 
-    reads_gradients = "scale_by_gram"
+    @property
+    def reads_gradients(self) -> str:
+        """The name of the transform, for the message."""
+        return "scale_by_gram"
 
 
 def scale_by_gram(
