@@ -50,6 +50,8 @@ def notice_batch_axes(
 def _doubts(kernel: Kernel, kernels: Mapping[str, Kernel]) -> dict[int, str]:
     """The axes read or written here that other uses batch, and where they do."""
     doubts: dict[int, str] = {}
+    if kernel.op != "dot":  # a window, or a vocabulary, numbers no experts
+        return doubts
     own = kernel.linear_axes()
     module = kernel.path.rpartition("/")[0]
     for path, other in sorted(kernels.items()):

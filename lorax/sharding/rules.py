@@ -121,7 +121,8 @@ def place(
         its leaf, an axis that the mesh does not divide.
 
     Example:
-      >>> mesh = meshes.make_mesh(fsdp=1, devices=jax.devices()[:1])
+      >>> from lorax.sharding import make_mesh
+      >>> mesh = make_mesh(fsdp=1, devices=jax.devices()[:1])
       >>> params = {"up": {"kernel": jax.numpy.ones((4, 6))}}
       >>> print(place(params, mesh, {"up/kernel": ("embed", "mlp")}))
       leaf       shape   spec            by
