@@ -34,7 +34,7 @@ def replace(path: str | os.PathLike[str], text: str) -> None:
       OSError: it cannot be written; names the path.
     """
     path = pathlib.Path(path)
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # its own: two may write
     with failing(path):
         try:
             with open(part, "w", encoding="utf-8") as file:

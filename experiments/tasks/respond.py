@@ -168,8 +168,9 @@ def write_test(
         {"prompt": group.prompt, "text": text, "references": group.references}
         for group, text in zip(groups, texts, strict=True)
     ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    disk.replace(folder / "test.jsonl", lines)
+    if distributed.is_primary():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        disk.replace(folder / "test.jsonl", lines)
     references = [group.references for group in groups]
     scores = generation.generation_scores(texts, references, e2e.TOKENIZE[form])
     return {"test_prompts": len(groups), **scores}

@@ -81,9 +81,11 @@ def test_adapters_of_two_processes_are_those_of_one(done):
         checkpoint.load_adapters(done / name / "adapter")
         for name in ("one device", "2 x 4")
     )
+    # as whole factors: where a gradient is zero but for rounding, Adam's first steps
+    # turn what the order of a sum rounds into a part of a step of that entry
     for path, adapter in one.items():
-        np.testing.assert_allclose(two[path].a, adapter.a, rtol=1e-3, atol=1e-5)
-        np.testing.assert_allclose(two[path].b, adapter.b, rtol=1e-3, atol=1e-5)
+        for own, other in ((adapter.a, two[path].a), (adapter.b, two[path].b)):
+            assert np.linalg.norm(other - own) < 2e-4 * np.linalg.norm(own)
 
 
 UNSET = {"coordinator": "", "processes": None, "process": None, "heartbeat": 30}
