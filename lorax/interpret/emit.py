@@ -61,7 +61,8 @@ def dot(
     contracted over two leading axes XLA copies the activation transposed, which costs
     more than the step itself. And the gradient of `first` has to come out as [rank,
     in]: behind a plain transpose XLA rewrites it to [in, rank], which its library runs
-    far slower; the barrier keeps it. `experiments.benchmarks.adapt_cost` has the sum.
+    far slower. Negating both factors, which is exact, keeps it; a barrier did too, and
+    XLA:CPU aborted on it under vmap. `experiments.benchmarks.adapt_cost` has the sum.
 
     Args:
       x: the activation; the left operand of every product.
