@@ -76,7 +76,7 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(data.split(b"\n"), 1):
         try:
             value = json.loads(line) if line else None
-        except ValueError:  # text that is no JSON, or bytes that are no text
+        except ValueError:  # not JSON, or bytes that are not text
             value = line
         if isinstance(value, dict):
             found.append(value)

@@ -20,7 +20,7 @@ class Run(NamedTuple):
 
     Attributes:
       curve: values of `evaluate`; NaN where the step before it was skipped as not
-        finite, for what a stalled run stands at is no result.
+        finite: the value of a stalled run is not a result.
       watched: what `watch` returned at the same steps.
       ms: milliseconds of a step, the fastest stretch between two evaluations.
     """

@@ -27,7 +27,7 @@ def scale(adapters: Adapters, factor: float) -> Adapters:
       The same arrays with `scale * factor`.
 
     Raises:
-      ValueError: a factor that is no finite number, Dora or Full adapters, or ones
+      ValueError: a factor that is not a finite number, Dora or Full adapters, or ones
         whose init moved the base.
 
     Example:
