@@ -21,8 +21,7 @@ import optax
 from lorax import transform
 from lorax.accumulation import Gradients, accumulated, widen
 from lorax.losses import LossFn, Metrics, cast, checked, simple_loss
-from lorax.optim import _states
-from lorax.optim._pairs import Pair, map_pairs
+from lorax.optim import _pairwise, _states
 from lorax.types import Adapters, PairStatics, PyTree
 
 __all__ = [
@@ -211,7 +210,7 @@ def make_train_step(
         grads = jax.tree.map(clip, grads, state.adapters)
         extra = {"base": params, "pairs": pairs, "microbatch": norms}
         updates, opt_state = tx.update(grads, state.opt_state, state.adapters, **extra)
-        updates = _unpadded(updates, pairs)
+        updates = _pairwise.unpadded(updates, pairs)
         new = (optax.apply_updates(state.adapters, updates), opt_state, model_state)
         old = (state.adapters, state.opt_state, state.model_state)
         new = jax.tree.map(cast, new, old)  # in a small dtype it may overflow here
@@ -275,18 +274,6 @@ def _adapted(loss_fn: LossFn, on_merge: Literal["warn", "error"]) -> Callable[..
         return adapted({**adapters, **own}, *args, **kwargs)
 
     return scaled
-
-
-def _unpadded(updates: Adapters, pairs: Pairs) -> Adapters:
-    """Returns updates that leave the columns beyond every member's true rank alone."""
-
-    def keep(path: str, update: Pair, _: Pair) -> tuple[jax.Array, jax.Array]:
-        real = jnp.arange(update.a.shape[-1]) < update.rank
-        zero = lambda factor, real: jnp.where(real, factor, 0.0)
-        return zero(update.a, real), zero(update.b, real[:, None])
-
-    own = {path: updates[path] for path in pairs or {}}
-    return {**updates, **map_pairs(keep, own, own, pairs)}
 
 
 def transformation(tx: Any) -> optax.GradientTransformationExtraArgs:

@@ -15,7 +15,7 @@ import lorax
 from lorax import population as pop
 from lorax import training
 from lorax.adapters import Lora
-from lorax.optim._pairs import map_pairs
+from lorax.optim._pairwise import map_pairs
 from lorax.types import Axes
 from tests import programs
 
@@ -170,7 +170,7 @@ def scaled_by_statics(learning_rate):
 
     def update(updates, state, params=None, *, pairs=None, **extra):
         del extra
-        change = lambda path, u, p: (u.a / (p.scale**2 * p.rank), u.b / p.scale)
+        change = lambda u, p: (u.a / (p.scale**2 * p.rank), u.b / p.scale)
         return map_pairs(change, updates, params, pairs), state
 
     own = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)

@@ -7,6 +7,11 @@ of Lora by path (of AdaLora for AdaLoRA). Prints a markdown table: XLA's count o
 bytes of state, and the time of an update, all interleaved in one run, as ratios to
 AdamW on the same tree; and the share of a whole train step (forward and backward of 8 x
 128 tokens, then the update of AdamW) that an update takes.
+
+    python -m experiments.benchmarks.optimizer_cost --small_pairs=73
+
+measures programs in its place: lines of compiled HLO, the time to build them and that
+of an update, for so many small pairs of one shape, and of as many different shapes.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from __future__ import annotations
 import json
 import pathlib
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +34,7 @@ from experiments.benchmarks import measure, programs
 from lorax import optim
 
 _ROUNDS = flags.DEFINE_integer("updates", 11, "Interleaved rounds of timed updates.")
+_SMALL = flags.DEFINE_integer("small_pairs", 0, "How many; 0 for GPT-2's adapters.")
 _OUT = flags.DEFINE_string("table", None, "Where to write every figure as JSON.")
 
 SHAPE = gpt2.Shape(layers=12, width=768, heads=12, rank=16, batch=8)
@@ -129,6 +136,58 @@ def train_step_ms(shape: gpt2.Shape, rounds: int) -> float:
     return 1e3 * statistics.median(measure.interleave({"step": step}, rounds)["step"])
 
 
+def small_pairs(count: int, equal: bool, rank: int = 8) -> lorax.Adapters:
+    """Pairs of kernels `[48, 40]`, or of `[48, 40]`, `[49, 40]` and so on."""
+    params = {f"w_{i}": jnp.zeros((48 + (0 if equal else i), 40)) for i in range(count)}
+    made, _ = lorax.init(jax.random.key(0), params, lorax.Target(".*", rank=rank))
+    return jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(x.size), x.shape), made
+    )
+
+
+def compare_programs(
+    count: int, rounds: int, names: Sequence[str] = tuple(OPTIMIZERS)
+) -> dict[str, dict[str, Any]]:
+    """Lines, seconds to build and milliseconds to run, on equal and unequal shapes."""
+    rows: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for kind in ("equal", "unequal"):
+        tree, runs = small_pairs(count, kind == "equal"), {}
+        for name in names:
+            start = time.perf_counter()
+            step, args = compiled(OPTIMIZERS[name](), tree)
+            rows[name][f"{kind}_build_s"] = time.perf_counter() - start
+            rows[name][f"{kind}_lines"] = len(step.as_text().splitlines())
+            runs[name] = lambda step=step, args=args: jax.block_until_ready(step(*args))
+        for name, seconds in measure.interleave(runs, rounds).items():
+            rows[name][f"{kind}_ms"] = 1e3 * min(seconds)
+    return rows
+
+
+def programs_table(rows: dict[str, dict[str, Any]]) -> str:
+    """The figures of `compare_programs` as markdown."""
+    header, kinds = ["update"], ("equal", "unequal")
+    for kind in kinds:
+        header += [f"HLO lines, {kind} shapes", "/ AdamW", "build s", "best ms"]
+
+    def cells(row: dict[str, Any], kind: str) -> list[str]:
+        lines = row[f"{kind}_lines"]
+        ratio = lines / rows["adamw"][f"{kind}_lines"]
+        return [
+            f"{lines}",
+            f"{ratio:.2f}",
+            f"{row[f'{kind}_build_s']:.1f}",
+            f"{row[f'{kind}_ms']:.2f}",
+        ]
+
+    return measure.markdown(
+        header,
+        [
+            [name, *cells(row, "equal"), *cells(row, "unequal")]
+            for name, row in rows.items()
+        ],
+    )
+
+
 def table(rows: dict[str, dict[str, Any]], step_ms: float) -> str:
     """The figures as markdown."""
     header = ["update", "GFLOPs", "state MB", "state / AdamW", "best ms"]
@@ -155,6 +214,11 @@ def table(rows: dict[str, dict[str, Any]], step_ms: float) -> str:
 def main(argv: Sequence[str]) -> None:
     """Runs everything and prints the table."""
     del argv
+    if _SMALL.value:
+        rows = compare_programs(_SMALL.value, _ROUNDS.value)
+        facts = measure.about(("jax", "optax"))
+        print(f"{measure.caption(facts)}\n\n{programs_table(rows)}")
+        return
     step_ms = train_step_ms(SHAPE, 3)
     rows = compare(SHAPE, _ROUNDS.value)
     facts = measure.about(("jax", "optax"))

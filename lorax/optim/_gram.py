@@ -55,7 +55,7 @@ def damping_of(pair: _pairs.Pair, damping: Any, relative: bool = True) -> jax.Ar
     larger = jnp.maximum(trace(pair.a), trace(pair.b))
     if not relative:
         return jnp.full_like(larger, damping)
-    rank = jnp.asarray(pair.rank, larger.dtype)
+    rank = jnp.asarray(pair.rank, larger.dtype).reshape(-1, 1)
     return (damping * larger / rank).astype(larger.dtype)
 
 
@@ -100,5 +100,5 @@ def true_rank_only(
     """
     if isinstance(rank, int) and rank == a.shape[-1]:
         return a, b
-    real = jnp.arange(a.shape[-1]) < rank
-    return jnp.where(real, a, 0), jnp.where(real[:, None], b, 0)
+    real = jnp.arange(a.shape[-1])[:, None] < rank  # [rank, 1] or [n, rank, 1]
+    return jnp.where(real.mT, a, 0), jnp.where(real, b, 0)

@@ -12,7 +12,6 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from lorax import tree
-from lorax.optim import _checks, _decay, _gram, _pairs, _standard, _states
-from lorax.types import Adapters, PairStatics
+from lorax.optim import _checks, _decay, _gram, _pairs, _pairwise, _standard
 
 TRAINED = ("b", "magnitude", "value")
 """Roles of the leaves that move."""
@@ -65,33 +63,16 @@ def scale_by_lora_fa(
     """
     _checks.at_least("damping", damping)
 
-    def init_fn(params: Adapters) -> ScaleByLoraFaState:
-        for path, adapter in _checks.factor_pairs(params, "scale_by_lora_fa").items():
-            if _pairs.is_pair(adapter):
-                _check_alive(path, adapter)
-        return ScaleByLoraFaState()
+    def scaled(update: _pairs.Pair, given: _pairs.Pair) -> tuple[jax.Array, jax.Array]:
+        # b has no part in the damping: a alone is inverted.
+        only_a = _pairs.Pair(given.a, 0 * given.b, given.scale, given.rank)
+        d = _gram.damping_of(only_a, damping, relative)
+        n = _gram.damped_spectrum(_gram.dot(given.a.mT, given.a), d)
+        b = _gram.solve(n, update.b) / given.scale**2
+        return _gram.true_rank_only(jnp.zeros_like(update.a), b, given.rank)
 
-    def update_fn(
-        updates: Adapters,
-        state: ScaleByLoraFaState,
-        params: Adapters | None = None,
-        *,
-        pairs: Mapping[str, PairStatics] | None = None,
-        **extra: Any,
-    ) -> tuple[Adapters, ScaleByLoraFaState]:
-        del extra
-
-        def scaled(path: str, update: _pairs.Pair, given: _pairs.Pair) -> Any:
-            # b has no part in the damping: a alone is inverted.
-            only_a = _pairs.Pair(given.a, 0 * given.b, given.scale, given.rank)
-            d = _gram.damping_of(only_a, damping, relative)
-            n = _gram.damped_spectrum(_gram.dot(given.a.mT, given.a), d)
-            b = _gram.solve(n, update.b) / given.scale**2
-            return _gram.true_rank_only(jnp.zeros_like(update.a), b, given.rank)
-
-        return _pairs.map_pairs(scaled, updates, params, pairs), state
-
-    return _states.transformation(init_fn, update_fn)
+    name, state = "scale_by_lora_fa", ScaleByLoraFaState()
+    return _pairwise.stateless(name, scaled, state, check=_check_alive)
 
 
 def lora_fa(

@@ -23,13 +23,19 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import jax
 import optax
 
-from lorax.optim import _checks, _decay, _lora_pro_moments, _pairs, _projection, _states
-from lorax.types import Adapters, PairStatics
+from lorax.optim import (
+    _checks,
+    _decay,
+    _lora_pro_moments,
+    _pairs,
+    _pairwise,
+    _projection,
+)
 
 Choice = Literal["sylvester", "symmetry", "zero"]
 Mode = Literal["rowcol", "factor", "sgd", "full"]
@@ -85,26 +91,12 @@ def scale_by_lora_pro(
     _checks.one_of("x", x, _projection.CHOICES)
     _checks.at_least("damping", damping)
 
-    def init_fn(params: Adapters) -> ScaleByLoraProState:
-        _checks.factor_pairs(params, "scale_by_lora_pro")
-        return ScaleByLoraProState()
+    def adjusted(
+        update: _pairs.Pair, given: _pairs.Pair
+    ) -> tuple[jax.Array, jax.Array]:
+        return _projection.project(update, given, x, damping, relative)
 
-    def update_fn(
-        updates: Adapters,
-        state: ScaleByLoraProState,
-        params: Adapters | None = None,
-        *,
-        pairs: Mapping[str, PairStatics] | None = None,
-        **extra: Any,
-    ) -> tuple[Adapters, ScaleByLoraProState]:
-        del extra
-
-        def adjusted(path: str, update: _pairs.Pair, given: _pairs.Pair) -> Any:
-            return _projection.project(update, given, x, damping, relative)
-
-        return _pairs.map_pairs(adjusted, updates, params, pairs), state
-
-    return _states.transformation(init_fn, update_fn)
+    return _pairwise.stateless("scale_by_lora_pro", adjusted, ScaleByLoraProState())
 
 
 def lora_pro(

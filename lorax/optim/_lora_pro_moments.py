@@ -20,6 +20,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,7 +30,15 @@ import optax
 
 from lorax import linalg, tree
 from lorax.adapters import layout
-from lorax.optim import _checks, _gram, _pairs, _projection, _standard, _states
+from lorax.optim import (
+    _checks,
+    _gram,
+    _pairs,
+    _pairwise,
+    _projection,
+    _standard,
+    _states,
+)
 from lorax.types import Adapters, PairStatics
 
 
@@ -111,27 +120,29 @@ def scale_by_lora_pro_rowcol(
     ) -> tuple[Adapters, ScaleByRowColState]:
         del extra
         step = optax.safe_increment(state.step)
-        rows, columns = dict(state.rows), dict(state.columns)
 
-        def scaled(path: str, h: _pairs.Pair, given: _pairs.Pair) -> Any:
+        def scaled(h: _pairs.Pair, given: _pairs.Pair, means: Any) -> Any:
             left, right = _thin(h, given)
-            average = lambda old, new: (
-                b2 * old + (1 - b2) * new.astype(old.dtype).reshape(old.shape)
-            )
-            along, down = _squares(left, right)
-            rows[path] = average(rows[path], along)
-            columns[path] = average(columns[path], down)
-            powers = step.astype(along.dtype)
-            debiased = lambda mean: mean / (1 - b2**powers) + eps**2
-            p = debiased(rows[path]).reshape(along.shape)
-            q = debiased(columns[path]).reshape(down.shape)
+            average = lambda old, new: b2 * old + (1 - b2) * new.astype(old.dtype)
+            means = jax.tree.map(average, means, _squares(left, right))
+            debiased = lambda mean: mean / (1 - b2 ** step.astype(mean.dtype)) + eps**2
+            p, q = map(debiased, means)
             left *= jnp.sqrt(p.mean(-1, keepdims=True) / p)[..., None]
             right *= (1 / jnp.sqrt(q))[..., None, :]
             a = _gram.dot(left, _gram.dot(right, given.b.mT))
             b = _gram.dot(_gram.dot(given.a.mT, left), right)
-            return _again(a, b, given, x, damping, relative)
+            return *_again(a, b, given, x, damping, relative), means
 
-        updates = _pairs.map_pairs(scaled, updates, params, pairs)
+        before = {path: (state.rows[path], state.columns[path]) for path in state.rows}
+        depth = {path: _pairs.pair_of(updates[path]).a.shape[0] for path in before}
+        flat = {
+            path: tuple(x.reshape(depth[path], -1) for x in means)
+            for path, means in before.items()
+        }
+        updates, after = _pairwise.map_kept(scaled, updates, params, flat, pairs)
+        after = jax.tree.map(lambda new, old: new.reshape(old.shape), after, before)
+        rows = {path: row for path, (row, _) in after.items()}
+        columns = {path: column for path, (_, column) in after.items()}
         return updates, ScaleByRowColState(step, rows, columns)
 
     return _states.transformation(init_fn, update_fn)
@@ -187,21 +198,21 @@ def scale_by_lora_pro_full(
         **extra: Any,
     ) -> tuple[Adapters, ScaleByFullState]:
         del extra
-        dense: dict[str, jax.Array] = {}
 
-        def gather(path: str, h: _pairs.Pair, given: _pairs.Pair) -> Any:
-            dense[path] = _gram.dot(*_thin(h, given))
-            return h.a, h.b
+        def gather(h: _pairs.Pair, given: _pairs.Pair, _: None) -> Any:
+            return h.a, h.b, _gram.dot(*_thin(h, given))
 
-        def step(path: str, h: _pairs.Pair, given: _pairs.Pair) -> Any:
-            a = _gram.dot(scaled[path], given.b.mT)
-            b = _gram.dot(given.a.mT, scaled[path])
-            return _again(a, b, given, x, damping, relative)
+        def step(h: _pairs.Pair, given: _pairs.Pair, u: jax.Array) -> Any:
+            a = _gram.dot(u, given.b.mT)
+            b = _gram.dot(given.a.mT, u)
+            return *_again(a, b, given, x, damping, relative), None
 
-        _pairs.map_pairs(gather, updates, params, pairs)
-        inner = optax.ScaleByAdamState(*state)
-        scaled, inner = adam.update(dense, inner)
-        updates = _pairs.map_pairs(step, updates, params, pairs)
+        every = functools.partial(
+            _pairwise.map_kept, adapters=params, pairs=pairs, stacked=False
+        )
+        _, dense = every(gather, updates, kept={})
+        scaled, inner = adam.update(dense, optax.ScaleByAdamState(*state))
+        updates, _ = every(step, updates, kept=scaled)
         return updates, ScaleByFullState(*inner)
 
     return _states.transformation(init_fn, update_fn)

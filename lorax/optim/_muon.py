@@ -38,7 +38,16 @@ import jax.numpy as jnp
 import optax
 
 from lorax import linalg
-from lorax.optim import _checks, _decay, _gram, _pairs, _projection, _standard, _states
+from lorax.optim import (
+    _checks,
+    _decay,
+    _gram,
+    _pairs,
+    _pairwise,
+    _projection,
+    _standard,
+    _states,
+)
 from lorax.types import Adapters, PairStatics
 
 Factors = Literal["b", "both", "whitened", "product"]
@@ -109,11 +118,11 @@ def scale_by_muon_factors(
         )
         ahead = jax.tree.map(look, momentum, updates, handled)
 
-        def turned(path: str, update: _pairs.Pair, own: _pairs.Pair) -> Any:
+        def turned(update: _pairs.Pair, own: _pairs.Pair) -> Any:
             a, b = _turned(factors, update, own, damping)
             return _gram.true_rank_only(a, b, own.rank)
 
-        new = _pairs.map_pairs(turned, ahead, params, pairs)
+        new = _pairwise.map_pairs(turned, ahead, params, pairs)
         back = lambda n, u: n.astype(u.dtype)
         new = jax.tree.map(back, new, updates)
         return new, ScaleByMuonFactorsState(momentum)

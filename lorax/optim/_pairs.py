@@ -2,7 +2,8 @@
 
 Pair transforms need both factors of one kernel, and its scale, at once. They see every
 Lora and Dora as `a: [n, in, rank]`, `b: [n, rank, out]` in float32, whatever the axes
-of the leaf, and `n` the layers, experts or slices in it; other adapters pass.
+of the leaf, and `n` the layers, experts or slices in it; other adapters pass. How they
+are applied to a tree is `_pairwise`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ class Pair(NamedTuple):
     Attributes:
       a: `[n, in, rank]`, at least float32.
       b: `[n, rank, out]`, likewise.
-      scale: the factor on `a @ b`.
-      rank: the true rank; less than `a.shape[-1]` where a population pads it.
+      scale: the factor on `a @ b`: a number, or `[n, 1, 1]` where members of a stack
+        differ.
+      rank: the true rank, likewise; less than `a.shape[-1]` where a population pads it.
     """
 
     a: jax.Array
@@ -84,34 +86,6 @@ def with_pair(adapter: Any, a: jax.Array, b: jax.Array) -> Any:
         a=a.reshape(adapter.a.shape).astype(adapter.a.dtype),
         b=b.reshape(adapter.b.shape).astype(adapter.b.dtype),
     )
-
-
-def map_pairs(
-    function: Callable[[str, Pair, Pair], tuple[jax.Array, jax.Array]],
-    updates: Adapters,
-    adapters: Adapters | None,
-    pairs: Mapping[str, PairStatics] | None = None,
-) -> Adapters:
-    """Returns updates with `function(path, update, parameters)` in place of every pair.
-
-    Args:
-      function: returns the new `a: [n, in, rank]` and `b: [n, rank, out]`.
-      updates: gradients or updates, `{path: Adapter}`.
-      adapters: the parameters, as optax passes them.
-      pairs: of a population's member, the scales and ranks that differ.
-
-    Raises:
-      ValueError: `adapters` is None.
-    """
-    given = require_params(adapters)
-    changed = {}
-    for path, update in updates.items():
-        changed[path] = update
-        if is_pair(update):
-            own = None if pairs is None else pairs.get(path)
-            both = pair_of(update, own), pair_of(given[path], own)
-            changed[path] = with_pair(update, *function(path, *both))
-    return changed
 
 
 def require_params(adapters: Adapters | None) -> Adapters:

@@ -17,13 +17,12 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import optax
 
-from lorax.optim import _checks, _decay, _gram, _pairs, _standard, _states
-from lorax.types import Adapters, PairStatics
+from lorax.optim import _checks, _decay, _gram, _pairs, _pairwise, _standard
 
 
 class ScaleByGramState(NamedTuple):
@@ -67,29 +66,13 @@ def scale_by_gram(
     """
     _checks.at_least("damping", damping)
 
-    def init_fn(params: Adapters) -> ScaleByGramState:
-        _checks.factor_pairs(params, "scale_by_gram")
-        return ScaleByGramState()
+    def scaled(update: _pairs.Pair, given: _pairs.Pair) -> tuple[jax.Array, jax.Array]:
+        n, m = _gram.spectra(given, damping, relative)
+        a = _gram.solve(m, update.a.mT).mT
+        b = _gram.solve(n, update.b)
+        return _gram.true_rank_only(a, b, given.rank)
 
-    def update_fn(
-        updates: Adapters,
-        state: ScaleByGramState,
-        params: Adapters | None = None,
-        *,
-        pairs: Mapping[str, PairStatics] | None = None,
-        **extra: Any,
-    ) -> tuple[Adapters, ScaleByGramState]:
-        del extra
-
-        def scaled(path: str, update: _pairs.Pair, given: _pairs.Pair) -> Any:
-            n, m = _gram.spectra(given, damping, relative)
-            a = _gram.solve(m, update.a.mT).mT
-            b = _gram.solve(n, update.b)
-            return _gram.true_rank_only(a, b, given.rank)
-
-        return _pairs.map_pairs(scaled, updates, params, pairs), state
-
-    return _states.transformation(init_fn, update_fn)
+    return _pairwise.stateless("scale_by_gram", scaled, ScaleByGramState())
 
 
 def riemannian(

@@ -39,7 +39,7 @@ import optax
 
 from lorax import _lapack, linalg
 from lorax.kernels import Kernel
-from lorax.optim import _checks, _gram, _pairs, _states, _whole
+from lorax.optim import _checks, _gram, _pairs, _pairwise, _states, _whole
 from lorax.types import Adapters, PairStatics, PyTree
 
 dot = _gram.dot
@@ -157,12 +157,12 @@ def add_decayed_spectral_norm(
             new = _whole.changed(updates, found, add)
             return new, DecayedSpectralNormState(v)
 
-        def pulled(path: str, update: _pairs.Pair, own: _pairs.Pair) -> Any:
+        def pulled(update: _pairs.Pair, own: _pairs.Pair) -> Any:
             gradient = _delta if target == "delta" else _factors
             a, b = _gram.true_rank_only(*gradient(own, schatten), own.rank)
             return update.a + weight_decay * a, update.b + weight_decay * b
 
-        return _pairs.map_pairs(pulled, updates, given, pairs), state
+        return _pairwise.map_pairs(pulled, updates, given, pairs), state
 
     return _states.transformation(init_fn, update_fn)
 
@@ -201,7 +201,7 @@ def _delta(pair: _pairs.Pair, schatten: float) -> tuple[jax.Array, jax.Array]:
         left, right = _powers(schatten, *_gram.grams(pair))
         return square * dot(a, left), square * dot(right, b)
     u, s, vt = linalg.low_rank_svd(a, b)
-    w = (square * weights(s, schatten))[:, None, :]
+    w = square * weights(s, schatten)[:, None, :]
     return dot(u * w, dot(vt, b.mT)), dot(dot(a.mT, u) * w, vt)
 
 

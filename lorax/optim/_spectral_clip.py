@@ -23,7 +23,7 @@ import optax
 
 from lorax import linalg
 from lorax.kernels import Kernel
-from lorax.optim import _checks, _pairs, _states, _whole
+from lorax.optim import _checks, _pairs, _pairwise, _states, _whole
 from lorax.types import PairStatics, PyTree
 
 
@@ -96,10 +96,10 @@ def clip_spectral_norm(
             less = lambda u, x: (u - x).astype(u.dtype)
             return _whole.changed(updates, excess, less), ClipSpectralNormState(v)
 
-        def clipped(path: str, update: _pairs.Pair, own: _pairs.Pair) -> Any:
+        def clipped(update: _pairs.Pair, own: _pairs.Pair) -> Any:
             return _clipped(update, own, tau)
 
-        return _pairs.map_pairs(clipped, updates, given, pairs), state
+        return _pairwise.map_pairs(clipped, updates, given, pairs), state
 
     return _states.transformation(init_fn, update_fn)
 
@@ -111,8 +111,8 @@ def _clipped(
     dot = lambda x, y: jnp.matmul(x, y, precision=linalg.EXACT)
     a, b = own.a + update.a, own.b + update.b
     u, s, vt = linalg.low_rank_svd(a, b)
-    s = jnp.abs(own.scale) * s
+    s = jnp.abs(own.scale) * s[..., None]
     ratio = jnp.where(s > tau, tau / jnp.where(s > tau, s, 1), 1)
-    k = (1 - jnp.sqrt(ratio))[..., None]
+    k = 1 - jnp.sqrt(ratio)  # [n, rank, 1]
     a_less, b_less = dot(u, k * dot(u.mT, a)), dot(dot(b, vt.mT) * k.mT, vt)
     return update.a - a_less, update.b - b_less

@@ -20,3 +20,11 @@ def test_state_bytes_are_what_each_optimiser_promises():
     widths = 4 * (8 * 32 + 2 * 32 + 2 * 128)  # n + m floats a kernel
     assert rows["lora_pro rowcol"]["state"] <= widths + 64
     assert "share of a train step" in optimizer_cost.table(rows, 100.0)
+
+
+def test_the_table_of_programs_has_both_kinds_of_shapes():
+    rows = optimizer_cost.compare_programs(3, 1, ("adamw", "riemannian"))
+    row = rows["riemannian"]
+    assert row["equal_lines"] < row["unequal_lines"]
+    text = optimizer_cost.programs_table(rows)
+    assert f"| riemannian | {row['equal_lines']} |" in text

@@ -154,29 +154,38 @@ def test_a_population_is_its_members(row):
     lora, grad = problems.lora(rank=3), problems.lora(rank=3, seed=7)
     tx = make(row)
 
-    def member(lora, rank, scale, factor=1.0):
+    def padded(lora, rank):
         real = jnp.arange(3) < rank
-        own = lora.replace(
-            a=factor * jnp.where(real, lora.a, 0),
-            b=factor * jnp.where(real[:, None], lora.b, 0),
+        return lora.replace(
+            a=jnp.where(real, lora.a, 0), b=jnp.where(real[:, None], lora.b, 0)
         )
-        return {**small(row), "w": own}, {"w": PairStatics(scale, rank)}
 
-    def two_updates(rank, scale):
-        adapters, pairs = member(lora, rank, scale)
-        grads, _ = member(grad, rank, scale)
+    def two_updates(rank, scale, other_rank, other_scale):
+        """Of two pairs of one shape: "v" is what "w" is in the next member."""
+        tree = lambda x: {
+            **small(row),
+            "v": padded(x, other_rank),
+            "w": padded(x, rank),
+        }
+        statics = PairStatics(scale, rank), PairStatics(other_scale, other_rank)
+        extra = {"pairs": dict(zip("wv", statics, strict=True)), **row.extra}
+        adapters, grads = tree(lora), tree(grad)
         state = tx.init(adapters)
         for _ in range(2):
-            updates, state = tx.update(grads, state, adapters, pairs=pairs, **row.extra)
+            updates, state = tx.update(grads, state, adapters, **extra)
         return updates
 
     both = lambda *args: (
         jax.vmap(two_updates)(*args),
         jax.lax.map(lambda args: two_updates(*args), args),
     )
-    together, alone = compiled(both, ranks, scales)
+    following = lambda x: jnp.roll(x, -1)
+    together, alone = compiled(both, ranks, scales, following(ranks), following(scales))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6)
     jax.tree.map(close, together, alone)
+    for field in "ab":
+        v, w = (np.asarray(getattr(together[path], field)) for path in "vw")
+        close(v, np.roll(w, -1, axis=0))
     for i, rank in enumerate([3, 1, 2]):
         assert not np.any(together["w"].a[i, :, rank:])
         assert not np.any(together["w"].b[i, rank:])
