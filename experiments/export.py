@@ -8,7 +8,7 @@
         --form=lorax --adalora_shrink --to=adapter   # AdaLoRA at the ranks it came to
 
 The tokenizer's files go along with a merged model. Where the init moved a part of the
-base (PiSSA, LoRA-GA, OLoRA), the run left `initial/` beside `adapter/`: it is found
+base (PiSSA, LoRA-GA and others), the run left `initial/` beside `adapter/`: it is found
 there, or given by `--initial`, and what is written is for the original base.
 
 `--adalora_shrink` leaves out AdaLoRA's pruned triplets, those with lam = 0. As trained

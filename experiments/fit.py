@@ -85,7 +85,7 @@ def fit(
       writer: where metrics go, None for nowhere.
       eval_every: steps between two evaluations, 0 for one at the end.
       calibration_batches: how many of the first batches an init that looks at
-        gradients gets.
+        data gets.
       evaluate: merged parameters -> values to write.
       place: where batches lie.
       placed: where the parameters lie; adapters and optimiser follow them.

@@ -1,9 +1,10 @@
-"""What inits that look at data need: singular directions of gradients, in thin pieces.
+"""What inits that look at data need: directions of gradients, in thin pieces.
 
 With A = 0 and B = Omega random, the gradient of A is `G Omega^T`, a sketch of the range
 of the kernel's gradient G; with A = Q orthonormal and B = 0, that of B is `Q^T G`. So a
 randomised SVD of G needs nothing but backward passes of LoRA: no `[in, out]` gradient
-is formed, and scan, remat and sharding work as they do in training.
+is formed, and scan, remat and sharding work as they do in training. What kernels read
+is summed up by gradients, too: see `activations`.
 
 References:
   Halko, Martinsson, Tropp, Finding Structure with Randomness, arXiv:0909.4061.
@@ -19,15 +20,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lorax import inits, linalg, transform, tree
+from lorax import activations, inits, linalg, transform, tree
 from lorax.adapters import Full, Lora
 from lorax.inits import build
 from lorax.kernels import Kernel
 from lorax.selection import select
 from lorax.targets import Rule, Target
-from lorax.types import Adapters, GradSketch, PyTree
+from lorax.types import ActivationStats, Adapters, Covariance, GradSketch, PyTree
 
-Chosen = Mapping[str, tuple[Target, Kernel]]
+Chosen = dict[str, tuple[Target, Kernel]]
+Stats = GradSketch | ActivationStats | Covariance
 KEPT = 2  # x rank: the directions that LoRA-GA takes
 WIDTH = (
     8  # x rank: those that the sketch carries. On the spectrum i^-0.5, 4 passes then
@@ -46,11 +48,17 @@ def calibrate(
     method: Literal["sketch", "dense"] = "sketch",
     passes: int = 4,
     width: int = 12,
-) -> dict[str, GradSketch]:
+    tokens: Literal["reached", "all"] = "reached",
+) -> dict[str, Stats]:
     """Returns statistics of a few batches for the targets whose init asks for them.
 
     The gradient is the mean over the batches. Every pass sees the same batches, so
     `loss_fn` must be deterministic.
+
+    Activations are counted wherever a kernel is applied to them on the way to the loss:
+    a row of `x` in `x @ W` is a token, and each layer of a stack, each expert, has its
+    own. A convolution reads windows. A transposed use (`x @ W.T`) reads what the kernel
+    writes and does not count; nor does a use behind `stop_gradient`.
 
     Args:
       key: a typed key; only the sketch draws from it.
@@ -61,20 +69,40 @@ def calibrate(
         its paper 8 of one.
       kernels: from `lorax.discover`.
       method: "sketch" needs memory for one LoRA backward pass of rank `width * rank`;
-        "dense" forms every gradient and decomposes it exactly, for reference.
+        "dense" forms every gradient, for activations every covariance, and decomposes
+        it exactly, for reference.
       passes: of the sketch over the batches, an even number.
       width: columns of the sketch for each rank, at least 2. With 4 passes 12 keep
         0.998 of the exact energy and 0.999 of the first step's cosine with the
         gradient where singular values fall as slowly as i^-0.5; 4 do where they fall
-        as i^-1.
+        as i^-1. Of activations they are squared, and fall twice as fast.
+      tokens: which rows of the activations count. "reached": those on whose result the
+        loss depends, that is, where its gradient is not exactly zero: no padding
+        that nothing attends to, no token that was routed to another expert, and in the
+        last layer no position without a target. "all": every row, padding too.
 
     Returns:
-      `{path: GradSketch}` with `min(2 rank, in, out)` triplets each.
+      By path, what the init of its target asks for. "gradient": a `GradSketch` with
+      `min(2 rank, in, out)` triplets. "activation": `ActivationStats` with
+      `min(2 rank, in)` components. "covariance": a `Covariance`, `[*batch, in, in]`
+      in float32, in one pass; while they are made, three times their size is needed.
 
     Raises:
-      ValueError: no target whose init looks at gradients, no batch, batches that are
-        not alike, an odd number of passes, a width below 2, an unknown method.
+      ValueError: no target whose init looks at data, no batch, batches that are
+        not alike, an odd number of passes, a width below 2, an unknown method;
+        covariances of more than 8 GiB together; a kernel whose activations cannot be
+        told (an embedding lookup, a use of a part of its inputs, a derivative rule of
+        the program's own).
       TypeError: one batch where a list of them is wanted.
+
+    Example:
+      >>> params = {"w": jnp.eye(3)}
+      >>> loss = lambda params, x: jnp.sum(jnp.tanh(x @ params["w"]))
+      >>> target = Target("w", rank=1, init="eva")
+      >>> x = jnp.array([[2.0, 0.0, 1.0], [-2.0, 0.0, 1.0]])
+      >>> stats = calibrate(jax.random.key(0), loss, params, target, [x])
+      >>> abs(stats["w"].u[:, 0]).round(3).tolist(), stats["w"].s.round(3).tolist()
+      ([1.0, 0.0, 0.0], [2.0, 0.0])
     """
     if method not in ("sketch", "dense"):
         raise ValueError(f"method={method!r}; choose 'sketch' or 'dense'")
@@ -82,22 +110,48 @@ def calibrate(
         raise ValueError(f"passes={passes!r}; give an even number of at least 2")
     if type(width) is not int or width < KEPT:
         raise ValueError(f"width={width!r}; give a whole number of at least {KEPT}")
-    chosen = {}
+    if tokens not in ("reached", "all"):
+        raise ValueError(f"tokens={tokens!r}; choose 'reached' or 'all'")
+    chosen = _chosen(params, targets, kernels)
+    data = _listed(batches)
+    stats: dict[str, Stats] = {}
+    if own := chosen.get("gradient"):
+        total = _summed(transform.adapt(loss_fn), params, data)
+        mean = lambda adapters: jax.tree.map(lambda g: g / len(data), total(adapters))
+        dense = method == "dense"
+        stats |= _dense(mean, own) if dense else _sketch(key, mean, own, passes, width)
+    every = tokens == "all"
+    if own := chosen.get("activation"):
+        total = _summed(activations.observed(loss_fn, own, every), params, data)
+        if method == "dense":
+            stats |= activations.decomposed(total, own)
+        else:
+            stats |= activations.principal(key, total, own, passes, width)
+    if own := chosen.get("covariance"):
+        total = _summed(activations.observed(loss_fn, own, every), params, data)
+        stats |= activations.covariances(total, own)
+    return stats
+
+
+def _chosen(
+    params: PyTree,
+    targets: Rule | Iterable[Rule],
+    kernels: Mapping[str, Kernel] | None,
+) -> dict[str, Chosen]:
+    """The kernels whose init looks at data, by what it looks at."""
+    chosen: dict[str, Chosen] = {}
     for path, (target, kernel) in select(params, targets, kernels).items():
         inits.check(target)
-        if target.adapter != "full" and inits.INITS[target.init].stats == "gradient":
-            chosen[path] = target, kernel
+        asked = None if target.adapter == "full" else inits.INITS[target.init].stats
+        if asked:
+            chosen.setdefault(asked, {})[path] = target, kernel
     if not chosen:
         using = [name for name, init in inits.INITS.items() if init.stats]
         raise ValueError(
             "no target has an init that looks at data; calibrate is for "
             f"init={' or '.join(map(repr, using))}"
         )
-    data = _listed(batches)
-    mean = _mean_gradient(loss_fn, params, data)
-    if method == "dense":
-        return _dense(mean, chosen)
-    return _sketch(key, mean, chosen, passes, width)
+    return chosen
 
 
 def _listed(batches: Any) -> list[Any]:
@@ -134,26 +188,25 @@ def _form(batch: Any) -> str:
     return str(jax.tree.map(leaf, batch))
 
 
-def _mean_gradient(
-    loss_fn: Callable[[PyTree, Any], Any], params: PyTree, data: list[Any]
-) -> Callable[[Adapters], Adapters]:
-    """Returns `adapters -> gradient`, the mean over the batches, compiled once."""
-    adapted = transform.adapt(loss_fn)
+def _summed(
+    fn: Callable[..., Any], params: PyTree, data: list[Any]
+) -> Callable[[Any], Any]:
+    """Returns `first argument -> gradient`, summed over the batches, compiled once."""
 
-    def loss(adapters: Adapters, params: PyTree, batch: Any) -> jax.Array:
-        out = adapted(adapters, params, batch)
+    def loss(trained: Any, params: PyTree, batch: Any) -> jax.Array:
+        out = fn(trained, params, batch)
         return out[0] if isinstance(out, tuple) else out
 
     gradient = jax.jit(jax.grad(loss))
     add = jax.jit(lambda total, more: jax.tree.map(jnp.add, total, more))
 
-    def mean(adapters: Adapters) -> Adapters:
-        total = gradient(adapters, params, data[0])
+    def summed(trained: Any) -> Any:
+        total = gradient(trained, params, data[0])
         for batch in data[1:]:
-            total = add(total, gradient(adapters, params, batch))
-        return jax.tree.map(lambda g: g / len(data), total)
+            total = add(total, gradient(trained, params, batch))
+        return total
 
-    return mean
+    return summed
 
 
 def _width(times: int, kernel: Kernel, target: Target) -> int:

@@ -150,6 +150,14 @@ def orthonormal(matrix: jax.Array) -> jax.Array:
     return _lapack.qr(matrix)[0]
 
 
+def negligible(size: jax.Array, whole: jax.Array) -> jax.Array:
+    """Tells which sizes are rounding beside the whole: a decomposition's zeros.
+
+    LAPACK leaves them at a few units in the last place of the largest.
+    """
+    return size <= 8 * jnp.finfo(size.dtype).eps * whole
+
+
 def _signed(u: jax.Array, s: jax.Array, vt: jax.Array) -> Triplets:
     """Fixes the signs, which a decomposition leaves free and backends choose apart."""
     largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)

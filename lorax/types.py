@@ -61,6 +61,35 @@ class GradSketch(NamedTuple):
     vt: jax.Array
 
 
+class ActivationStats(NamedTuple):
+    """The leading principal components of what a kernel reads.
+
+    Attributes:
+      u: `[*batch, *in, k]`, orthonormal over the inputs.
+      s: `[*batch, k]`, standard deviations along them, in falling order.
+      variance: `[*batch]`, of all inputs together; s^2 / variance is what a component
+        explains.
+      tokens: `[*batch]`, how many rows were counted.
+    """
+
+    u: jax.Array
+    s: jax.Array
+    variance: jax.Array
+    tokens: jax.Array
+
+
+class Covariance(NamedTuple):
+    """The second moments of what a kernel reads, not centred: X^T X / tokens.
+
+    Attributes:
+      matrix: `[*batch, in, in]`, in axes flattened.
+      tokens: `[*batch]`, how many rows were counted.
+    """
+
+    matrix: jax.Array
+    tokens: jax.Array
+
+
 class PairStatics(NamedTuple):
     """Scale and true rank of one adapter where a population gives each member its own.
 

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorax
+from lorax import inits
 from lorax.adapters import AdaLora, Dora, Lora
 from tests import explicit_programs, programs
 from tests.optim import rows
@@ -184,6 +185,8 @@ def test_optimisers_step_as_on_one_device(row, mesh):
         ("pissa", "adalora", (("iterations", 8),)),
         ("olora", "lora", ()),
         ("lora_ga", "lora", (("norm_clip", True),)),
+        ("eva", "lora", ()),
+        ("corda", "lora", ()),
     ],
 )
 def test_inits_read_sharded_kernels(init, kind, options, mesh):
@@ -198,7 +201,7 @@ def test_inits_read_sharded_kernels(init, kind, options, mesh):
     def made(params, x):
         kernels = lorax.discover(fn, params, x)
         stats = None
-        if init == "lora_ga":
+        if inits.INITS[init].stats:
             given = jax.random.key(1), fn, params, target, [x], kernels
             stats = lorax.calibrate(*given)
         return lorax.init(jax.random.key(0), params, target, kernels, stats)

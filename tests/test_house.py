@@ -27,7 +27,7 @@ types untrusted tree _explicit _lapack linalg
 adapters scaling
 interpret
 kernels targets selection notices inits optim analysis sharding models
-transform description calibration compose merging
+transform description activations calibration compose merging
 losses accumulation training stacking population checkpoint interop
 """.split()
 FORBIDDEN = (

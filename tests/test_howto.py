@@ -89,6 +89,14 @@ def data_inits(scope):
     assert {p: a.rank for p, a in scope["plain"].items()} == {"up": 8, "down": 4}
 
 
+def activation_inits(scope):
+    original, params = scope["original"], scope["params"]
+    assert params["up"] is original["up"]
+    assert np.abs(params["down"] - original["down"]).max() > 1e-2
+    assert {p: a.rank for p, a in scope["adapters"].items()} == {"up": 4, "down": 2}
+    assert len(scope["explained"]) == 8 and 0.9 < sum(scope["explained"]) <= 1.001
+
+
 def optimizer_chain(scope):
     assert scope["losses"][-1] < 0.8 * scope["losses"][0]
     up = scope["mask"]["up"]
@@ -162,6 +170,7 @@ CHECKS = {
         targets,
         experts,
         data_inits,
+        activation_inits,
         optimizer_chain,
         adalora,
         saving,

@@ -85,6 +85,51 @@ def test_the_residual_is_taken_from_the_cast_factors(init, stats):
     assert error(whole, exact_rest) < 1e-6 * size
 
 
+def test_milora_is_the_minor_part_in_balance():
+    kernel = programs.normal(0, 12, 9)
+    lora, rest = made(kernel, init="milora")
+    u, s, vt = np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
+    least = u[:, -3:] * s[-3:] @ vt[-3:]
+    np.testing.assert_allclose(2 * lora.a @ lora.b, least, atol=1e-5)
+    np.testing.assert_allclose(lora.a.T @ lora.a, np.diag(s[-3:] / 2), atol=1e-5)
+    np.testing.assert_allclose(lora.b @ lora.b.T, np.diag(s[-3:] / 2), atol=1e-5)
+    np.testing.assert_allclose(rest, kernel - least, atol=1e-5)
+    adapter, rest = made(kernel, init="milora", adapter="adalora")
+    np.testing.assert_allclose(adapter.lam, s[-3:] / 2, rtol=1e-4)
+    np.testing.assert_allclose(adapter.merge(rest), kernel, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 2, 7])
+def test_milora_leaves_no_pair_dead(rank):
+    """Where the kernel has fewer directions than the adapter, b alone is zero."""
+    thin = programs.normal(0, 12, rank) @ programs.normal(1, rank, 9)
+    lora, rest = made(thin, init="milora")
+    lost = min(9 - rank, 3)
+    a, b = np.linalg.norm(lora.a, axis=0), np.linalg.norm(lora.b, axis=1)
+    np.testing.assert_allclose(a[3 - lost :], 1, rtol=1e-4)
+    np.testing.assert_array_equal(b[3 - lost :], 0)
+    assert (b[: 3 - lost] > 0.1).all()
+    np.testing.assert_allclose(lora.merge(rest), thin, atol=1e-6)
+
+
+@pytest.mark.parametrize("std", [0.1, 0.5])
+def test_orthogonal_factors_cancel_in_halves_of_the_rank(std):
+    options = {} if std == 0.1 else {"std": std}
+    kernel = jnp.ones((300, 200))
+    lora, after = made(kernel, rank=8, init="orthogonal", options=options)
+    assert after is kernel and lora.moved_by is None
+    a, b = (np.asarray(x, np.float64) for x in (lora.a, lora.b))
+    rank = lambda x: np.sum(np.linalg.svd(x)[1] > 1e-4 * std)
+    assert rank(a) == rank(b) == 4
+    assert np.abs(a @ b).max() < 1e-5 * std**2  # 8 roundings of entries of 4 std
+    for x in (a, b):
+        np.testing.assert_allclose(np.std(x), std / np.sqrt(2), rtol=0.1)
+    with pytest.raises(
+        ValueError, match="w: .*halves the rank, and rank=3; give an ev"
+    ):
+        made(kernel, rank=3, init="orthogonal")
+
+
 def test_olora_is_orthonormal_on_the_output_side():
     kernel = programs.normal(0, 12, 9)
     lora, rest = made(kernel, init="olora")
@@ -194,7 +239,7 @@ def test_bad_input():
         made(kernel, stats, init="lora_ga", adapter="adalora")
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "lora_ga"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "lora_ga", "milora"])
 def test_a_subset_of_a_stack_moves_only_its_layers(init):
     kernel = programs.normal(0, 3, 8, 6)
     fn = lambda params, x: jax.lax.scan(
@@ -214,7 +259,7 @@ def test_a_subset_of_a_stack_moves_only_its_layers(init):
     np.testing.assert_allclose(merged, kernel, atol=1e-5)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "lora_ga"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "lora_ga", "milora"])
 def test_to_lora_brings_a_moved_start_back_to_the_original_base(init):
     """Rank 2r, the same scale, the same trained kernel on the given one."""
     kernel = programs.normal(0, 16, 12)

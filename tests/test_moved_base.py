@@ -50,6 +50,9 @@ PISSA, REST = start()
         ("pissa", {"adapter": "adalora"}, "pissa(rank=2)"),
         ("pissa", {"options": {"iterations": 4}}, "pissa(rank=2, iterations=4)"),
         ("olora", {}, "olora(rank=2, scale=2.0)"),
+        ("milora", {}, "milora(rank=2)"),
+        ("milora", {"adapter": "adalora"}, "milora(rank=2)"),
+        ("orthogonal", {}, None),
         (
             "lora_ga",
             {"options": {"scale": "gd"}},

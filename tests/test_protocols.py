@@ -252,6 +252,10 @@ INITS = [
     ("olora", (), False),
     ("lora_ga", {"scale": "gd"}, False),
     ("lora_one", (), True),
+    ("eva", (), False),
+    ("corda", (), False),
+    ("milora", (), False),
+    ("orthogonal", (), False),
 ]
 init_rows = pytest.mark.parametrize(
     "name,options,moves", INITS, ids=[f"{row[0]}{i}" for i, row in enumerate(INITS)]
@@ -277,10 +281,17 @@ def test_every_init_has_a_row():
     assert {row[0] for row in INITS} == set(inits.INITS)
 
 
+# Of [in, out] alone: what they make of other shapes is the same in every class.
+ONE_CLASS = ("eva", "corda", "milora", "orthogonal")
+
+
 def fits(row, name):
     """Whether an init has a meaning for a row's adapter, and room for its rank."""
     room = name != "lora_ga" or row[4].rank <= 2
+    room &= name != "orthogonal" or row[4].rank % 2 == 0
     room &= name == "standard" or row[4].slices is None
+    alone = row[0] in ("dora", "adalora") or row[0].startswith("lora")
+    room &= name not in ONE_CLASS or alone
     return room and row[4].adapter in inits.INITS[name].adapters
 
 
@@ -326,7 +337,11 @@ def test_the_same_key_gives_the_same_adapter_whatever_else_is_adapted(
     assert list(again) == ["bias", "w"]
     np.testing.assert_array_equal(first["w"].a, again["w"].a)
     np.testing.assert_array_equal(first["w"].b, again["w"].b)
-    if name in ("standard", "gaussian"):  # the others draw nothing that shows
+    if name in (
+        "standard",
+        "gaussian",
+        "orthogonal",
+    ):  # the others draw nothing that shows
         _, (other, _) = init(key=jax.random.key(1))
         leaves = zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
         assert any(np.any(one != two) for one, two in leaves)

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import lorax
-from lorax import optim, training
+from lorax import inits, optim, training
 from tests import programs
 from tests.optim.rows import ROWS
 
@@ -71,7 +71,7 @@ def train(mode, target, tx, whole=True, **options):
         key = jax.random.key(0)
         kernels = lorax.discover(loss_fn, params, batch)
         stats = None
-        if target.init in ("lora_ga", "lora_one"):
+        if target.adapter != "full" and inits.INITS[target.init].stats:
             stats = lorax.calibrate(key, loss_fn, params, targets, [batch], kernels)
         adapters, params = lorax.init(key, params, targets, kernels, stats)
         tx = tx(adapters)
@@ -112,6 +112,10 @@ INITS = {
     "olora": {"init": "olora"},
     "lora_ga": {"init": "lora_ga"},
     "lora_one": {"init": "lora_one"},
+    "eva": {"init": "eva"},
+    "corda": {"init": "corda"},
+    "milora": {"init": "milora"},
+    "orthogonal": {"init": "orthogonal"},
 }
 SGD = lambda adapters: optax.sgd(0.1)
 

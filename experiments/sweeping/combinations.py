@@ -31,7 +31,7 @@ POOLED = {
     "adapter.alpha": "alpha",
 }
 """Fields in which members of a population may differ, and what it calls them."""
-SHARES_BASE = ("standard", "gaussian")
+SHARES_BASE = ("standard", "gaussian", "orthogonal")
 """The inits that leave the base as it is and look at no data."""
 COMMON = ("base.test_bpb", "lora.test_bpb", "lora.trainable")
 """What a population and a run of its own both report."""

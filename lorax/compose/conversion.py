@@ -131,8 +131,9 @@ def to_lora(adapters: Adapters, initial: Adapters | None = None) -> Adapters:
 
         W_moved + s a b  =  W + s (a b - a0 b0)  =  W + s [a, a0] @ [b; -b0]
 
-    PiSSA, LoRA-GA and OLoRA start from `W_moved = W - s a0 b0`: their adapters on the
-    *original* base are wrong, unless written like this, at twice the rank.
+    PiSSA, MiLoRA, LoRA-GA, OLoRA and CorDA start from `W_moved = W - s a0 b0`: their
+    adapters on the *original* base are wrong, unless written like this, at twice the
+    rank.
 
     Args:
       adapters: `{path: Adapter}`; an AdaLora becomes `p @ (lam * q)`, Full passes.

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from lorax.inits import gaussian, lora_ga, lora_one, olora, pissa, standard
+from lorax.inits import (
+    corda,
+    eva,
+    gaussian,
+    lora_ga,
+    lora_one,
+    milora,
+    olora,
+    orthogonal,
+    pissa,
+    standard,
+)
 from lorax.targets import Target
 
 
@@ -16,7 +27,8 @@ class Init(NamedTuple):
       make: `(key, kernel, target, stats) -> (adapter, kernel)`.
       adapters: the parametrisations it has a meaning for.
       options: its hyperparameters and their defaults.
-      stats: what it needs from `lorax.calibrate`: "gradient" or None.
+      stats: what it needs from `lorax.calibrate`: "gradient" (`GradSketch`),
+        "activation" (`ActivationStats`), "covariance" (`Covariance`) or None.
     """
 
     make: Callable[..., Any]
@@ -33,6 +45,10 @@ INITS = {
     "olora": Init(olora.olora),
     "lora_ga": Init(lora_ga.lora_ga, options=lora_ga.OPTIONS, stats="gradient"),
     "lora_one": Init(lora_one.lora_one, options=lora_one.OPTIONS, stats="gradient"),
+    "eva": Init(eva.eva, options=eva.OPTIONS, stats="activation"),
+    "corda": Init(corda.corda, options=corda.OPTIONS, stats="covariance"),
+    "milora": Init(milora.milora, adapters=EVERY),
+    "orthogonal": Init(orthogonal.orthogonal, options=orthogonal.OPTIONS),
 }
 """Init by the name that `Target.init` gives."""
 

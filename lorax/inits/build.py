@@ -131,6 +131,15 @@ def flat_triplets(
     return u, stats.vt.reshape(*batch, k, math.prod(out))
 
 
+def require_shape(kernel: Kernel, found: jax.Array, want: tuple[int, ...]) -> None:
+    """Raises ValueError for statistics that were made for another target."""
+    if found.shape != want:
+        raise ValueError(
+            f"{kernel.path}: the statistics have the shape {found.shape}, and this "
+            f"target needs {want}; calibrate with the targets that go to lorax.init"
+        )
+
+
 def options(target: Target, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an init's hyperparameters: its defaults under the target's options."""
     given = dict(target.options)

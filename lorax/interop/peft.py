@@ -119,8 +119,8 @@ def save(
       config: of the base, `model.config`.
       base_name: of the base, for `base_model_name_or_path`.
       initial: what `lorax.init` returned, if it moved a part of the base's kernels
-        (PiSSA, LoRA-GA, OLoRA): what is written is then for the original base, at twice
-        the rank.
+        (PiSSA, MiLoRA, LoRA-GA, OLoRA, CorDA): what is written is then for the original
+        base, at twice the rank.
       residual: True, without `initial`: write such adapters as they are, for the base
         that their init left.
       rank_stabilized: write alpha for rsLoRA's alpha / sqrt(rank); the function is the

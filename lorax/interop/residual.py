@@ -1,7 +1,7 @@
 """The initial adapters of an init that moved the base, from the base before and after.
 
-PiSSA, LoRA-GA, OLoRA and CorDA leave `W_res = W - s a0 b0` as the frozen base. Whoever
-has both bases has `a0 b0`, which is all that a conversion needs:
+PiSSA, MiLoRA, LoRA-GA, OLoRA and CorDA leave `W_res = W - s a0 b0` as the frozen base.
+Whoever has both bases has `a0 b0`, which is all that a conversion needs:
 
     initial = residual.initial(adapters, params, residual_params)
     peft.save("plain", adapters, config, initial=initial)

@@ -106,7 +106,8 @@ def test_any_scale(adapter, scale, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "init, adapter", [("pissa", "lora"), ("pissa", "dora"), ("olora", "lora")]
+    "init, adapter",
+    [("pissa", "lora"), ("pissa", "dora"), ("olora", "lora"), ("milora", "lora")],
 )
 def test_inits_that_moved_the_base(init, adapter, tmp_path):
     initial, adapters, base = made(

@@ -1,0 +1,165 @@
+"""EVA: a spans the directions in which what the kernel reads varies most.
+
+    X - mean = U S V^T,    a = V_r,    b = 0
+
+The kernel stays. The authors' code and PEFT decompose the *centred* inputs, as here;
+the paper's argument (the largest expected gradient of b) holds for X itself as well.
+They update the decomposition batch by batch, dropping what is beyond `rho r` components
+each time, until the components of two batches in a row have a cosine of 0.99;
+`lorax.calibrate` finds those of all batches together.
+
+With `whiten` a = V_r / std, so that the entries of x a have unit variance. The code
+divides by the square root of the singular value, which is neither that nor free of the
+number of tokens.
+
+`redistribute` gives the ranks to the kernels whose components explain most of their
+inputs' variance, before `lorax.init`:
+
+    stats = lorax.calibrate(key, loss_fn, params, targets, batches, kernels)
+    targets = redistribute(params, targets, stats, kernels)
+    adapters, params = lorax.init(key, params, targets, kernels, stats)
+
+References:
+  Paischer et al., Parameter Efficient Fine-tuning via Explained Variance Adaptation,
+  arXiv:2410.07170; github.com/ml-jku/EVA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax.adapters import Dora, Lora
+from lorax.inits import build
+from lorax.kernels import Kernel
+from lorax.selection import as_targets, select
+from lorax.targets import SCALINGS, Rule, Target
+from lorax.types import ActivationStats, PyTree
+
+OPTIONS = {"whiten": False}
+
+
+def eva(
+    key: jax.Array, kernel: Kernel, target: Target, stats: ActivationStats
+) -> tuple[Lora | Dora, Kernel]:
+    """Returns an adapter that reads the inputs' components, and the kernel unchanged.
+
+    Args:
+      key: not used.
+      kernel: the leaf and its axes.
+      target: its option `whiten` is False as in the paper's runs on language; the
+        authors found it to help on images.
+      stats: of this path, from `lorax.calibrate`, for this rank or a larger one.
+
+    Raises:
+      ValueError: statistics with fewer components than the rank, or of another kernel.
+    """
+    del key
+    in_, out, batch = build.sizes(kernel, target)
+    found, rank = stats.u.shape[-1], target.rank
+    build.require_shape(kernel, stats.u, (*batch, *in_, max(found, rank)))
+    a, s = stats.u[..., :rank], stats.s[..., :rank]
+    if build.options(target, OPTIONS)["whiten"]:
+        s = jnp.where(s > 0, s, 1)
+        a = a / s.reshape(*batch, *(1 for _ in in_), rank)
+    b = jnp.zeros((*batch, rank, *out))
+    return build.lora_or_dora(kernel, target, a, b), kernel
+
+
+def redistribute(
+    params: PyTree,
+    targets: Rule | Iterable[Rule],
+    stats: Mapping[str, Any],
+    kernels: Mapping[str, Kernel] | None = None,
+    rho: float = 2.0,
+) -> list[Target]:
+    """Returns targets with the same ranks in sum, given where they explain most.
+
+    Component j of a kernel explains `s_j^2 / variance` of its inputs' variance. The
+    components of all kernels are ranked by it, and taken until the sum of the ranks is
+    spent. A stack of layers or experts has one rank, so its component counts with its
+    mean over the stack, costs as many as the stack has kernels, and is passed over
+    where the rest does not pay for it. The scale stays: alpha is adjusted.
+
+    Args:
+      params: the pretrained tree.
+      targets: those that `stats` were made with; ones with another init stay.
+      stats: from `lorax.calibrate`.
+      kernels: from `lorax.discover`.
+      rho: no rank becomes larger than rho times what it was, 2 as in the paper and
+        PEFT; 1 leaves all as they are. Statistics have components for 2.
+
+    Returns:
+      A target for each kernel with `init="eva"`, none for one whose rank is 0; then
+      the others as they are, with those kernels excluded.
+
+    Raises:
+      ValueError: a rho below 1, or above the components in `stats`.
+    """
+    if not rho >= 1:
+        raise ValueError(f"rho={rho}; give a number >= 1")
+    rules = as_targets(targets)
+    is_eva = lambda target: target.init == "eva" and target.adapter != "full"
+    found = select(params, rules, kernels)
+    chosen = {path: both for path, both in found.items() if is_eva(both[0])}
+    used = [target for target, _ in found.values()]
+    ranks = _ranks(chosen, stats, rho)
+    own = [
+        _with_rank(path, target, ranks[path])
+        for path, (target, _) in chosen.items()
+        if ranks[path]
+    ]
+    taken = tuple(map(re.escape, chosen))
+    others = [
+        dataclasses.replace(target, exclude=(*target.excluded, *taken))
+        for target in rules
+        if target in used and not is_eva(target)
+    ]
+    return own + others
+
+
+def _ranks(
+    chosen: Mapping[str, tuple[Target, Kernel]], stats: Mapping[str, Any], rho: float
+) -> dict[str, int]:
+    """Which rank each kernel gets."""
+    budget, offers = 0, []
+    for path, (target, kernel) in chosen.items():
+        in_, out, batch = build.sizes(kernel, target)
+        cost = math.prod(batch)
+        budget += target.rank * cost
+        most = min(round(rho * target.rank), math.prod(in_), math.prod(out))
+        if path not in stats or stats[path].s.shape[-1] < most:
+            found = stats[path].s.shape[-1] if path in stats else "no"
+            raise ValueError(
+                f"{path}: rho={rho} needs {most} components and stats has {found}; "
+                "calibrate with these targets, and give a rho of at most 2"
+            )
+        s, variance = (np.asarray(x, float) for x in stats[path][1:3])
+        explained = s**2 / np.where(variance > 0, variance, 1)[..., None]
+        shares = explained.reshape(cost, -1).mean(0)[:most]
+        offers += [(-share, path, cost) for share in shares]
+    ranks = dict.fromkeys(chosen, 0)
+    for _, path, cost in sorted(offers):
+        if cost <= budget:
+            budget -= cost
+            ranks[path] += 1
+    return ranks
+
+
+def _with_rank(path: str, target: Target, rank: int) -> Target:
+    """The target of one path alone, of the same scale."""
+    unit = SCALINGS[target.scaling](1.0, rank)
+    return dataclasses.replace(
+        target,
+        pattern=re.escape(path),
+        exclude=None,
+        rank=rank,
+        alpha=target.scale / unit,
+    )

@@ -1,0 +1,61 @@
+"""Orthogonal starts: neither factor is zero, and their product is.
+
+    Q orthogonal, [rank, rank],    X, [in, rank/2], and Y, [rank/2, out], ~ N(0, 1)
+    a = std X Q[0::2],    b = std Q[1::2]^T Y
+
+so that a b = std^2 X (Q[0::2] Q[1::2]^T) Y = 0, to rounding, since the rows of Q are
+orthogonal. As in PEFT's `init_lora_weights="orthogonal"`, each factor has half the
+rank: its rows lie in complementary halves of the bottleneck. The kernel stays.
+
+References:
+  Datta, Rethinking LoRA initialisation, datta0.github.io/posts/rethink-lora-init;
+  PEFT, `tuners/lora/layer.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax import _lapack, linalg
+from lorax.adapters import Dora, Lora
+from lorax.inits import build
+from lorax.kernels import Kernel
+from lorax.targets import Target
+
+OPTIONS = {"std": 0.1}
+
+
+def orthogonal(
+    key: jax.Array, kernel: Kernel, target: Target, stats: Any = None
+) -> tuple[Lora | Dora, Kernel]:
+    """Returns an adapter whose factors cancel, and the kernel unchanged.
+
+    Args:
+      key: of this path.
+      kernel: the leaf and its axes.
+      target: its option `std` is of X and Y, 0.1 as in PEFT; entries of a and b then
+        have the standard deviation `std / sqrt(2)`.
+      stats: not used.
+
+    Raises:
+      ValueError: an odd rank.
+    """
+    del stats
+    std, rank = build.options(target, OPTIONS)["std"], target.rank
+    if rank % 2:
+        raise ValueError(
+            f"{kernel.path}: init='orthogonal' halves the rank, and rank={rank}; give "
+            "an even one"
+        )
+    in_, out, batch = build.sizes(kernel, target)
+    square, left, right = jax.random.split(key, 3)
+    normal = lambda key, *shape: jax.random.normal(key, (*batch, *shape))
+    q = _lapack.qr(normal(square, rank, rank))[0]
+    times = lambda x, y: std * jnp.matmul(x, y, precision=linalg.EXACT)
+    a = times(normal(left, math.prod(in_), rank // 2), q[..., 0::2, :])
+    b = times(q[..., 1::2, :].mT, normal(right, rank // 2, math.prod(out)))
+    return build.lora_or_dora(kernel, target, a, b), kernel
