@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
@@ -77,6 +77,11 @@ def on_mesh(kind, leaves, instructions, specs, i, j):
 
 
 def check(kind, leaves, instructions, i, j):
+    # jax 0.10 cannot map a product with an out_sharding, whoever writes it
+    mapped = {
+        random.WRAPPERS[wrap % len(random.WRAPPERS)] for _, wrap, *_ in instructions
+    }
+    assume(kind != "explicit" or random.mapped not in mapped)
     mesh = mesh_of(kind)
     with jax.enable_x64(True), jax.set_mesh(mesh), warnings.catch_warnings():
         warnings.simplefilter("error", lorax.MergeWarning)

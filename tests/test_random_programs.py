@@ -381,8 +381,8 @@ test_convolutions_merge_nothing = settings(max_examples=8, **SETTINGS)(
 
 @pytest.mark.slow
 @settings(max_examples=150, **SETTINGS)
-@given(some_leaves, some_uses, *a_convolution)
-def test_many_more_in_half_precision_and_convolved(leaves, instructions, *convolution):
+@given(some_leaves, some_uses, st.tuples(*a_convolution))
+def test_many_more_in_half_precision_and_convolved(leaves, instructions, convolution):
     check_half(leaves, instructions)
     check_convolution(*convolution)
 

@@ -140,8 +140,25 @@ def _added(walker: Walker, eqn: Any, values: list[Any]) -> jax.Array:
 
 @rule("custom_jvp_call", "custom_vjp_call")
 def custom(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
-    """The function on the frozen kernels, and the branches of a body linear in them."""
-    if any(isinstance(v, Pending) or getattr(v, "looked_up", False) for v in values):
+    """The function on the frozen kernels, and the branches of a body linear in them.
+
+    What a lookup gave may be kernels of a stack; where the body does not use it as
+    such, it is an activation, and the other kernels are tried without it.
+    """
+    found = _beside(walker, eqn, values)
+    looked_up = [isinstance(v, Tracked) and v.looked_up for v in values]
+    if found is None and any(looked_up):
+        pairs = zip(values, looked_up, strict=True)
+        values = [walker.merged(v, eqn) if rows else v for v, rows in pairs]
+        if not any(isinstance(value, Tracked) for value in values):
+            return walker.plain(eqn, values)
+        found = _beside(walker, eqn, values)
+    return found
+
+
+def _beside(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
+    """The function's results with the branches added; None where it is not linear."""
+    if any(isinstance(value, Pending) for value in values):
         return None
     visitor = _BranchOnly(walker.visitor)
     scope, key = (*walker.scope, id(eqn)), walker.fork_key()
