@@ -15,6 +15,7 @@ import lorax
 from experiments import distributed, keeping, metrics, nonfinite, progress
 from experiments import writer as writers
 from experiments.data.batches import ahead
+from lorax import adapters as adapter_classes
 from lorax import inits, sharding, training
 
 
@@ -96,10 +97,10 @@ def fit(
     example = place.put(batches[0])  # of all processes together
     kernels = lorax.discover(loss_fn, params, example)
     stats = None
-    if any(inits.INITS[t.init].stats for t in targets if t.init in inits.INITS):
+    if any(inits.of_target(t).stats for t in targets):
         first = [place.put(batches[i]) for i in range(calibration_batches)]
         stats = lorax.calibrate(init_key, loss_fn, params, targets, first, kernels)
-    if any(target.adapter != "full" for target in targets):
+    if not all(adapter_classes.get(target.adapter).replaces for target in targets):
         found = lorax.describe(params, targets, kernels)
         progress.tell_targets(bars.console, found)
     given = params

@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import activations, inits, linalg, transform, tree
-from lorax.adapters import Full, Lora
-from lorax.inits import build
+from lorax.adapters import Full, Lora, making
 from lorax.kernels import Kernel
 from lorax.selection import select
 from lorax.targets import Rule, Target
@@ -142,11 +141,10 @@ def _chosen(
     chosen: dict[str, Chosen] = {}
     for path, (target, kernel) in select(params, targets, kernels).items():
         inits.check(target)
-        asked = None if target.adapter == "full" else inits.INITS[target.init].stats
-        if asked:
+        if asked := inits.of_target(target).stats:
             chosen.setdefault(asked, {})[path] = target, kernel
     if not chosen:
-        using = [name for name, init in inits.INITS.items() if init.stats]
+        using = [name for name, init in inits.REGISTRY.items() if init.stats]
         raise ValueError(
             "no target has an init that looks at data; calibrate is for "
             f"init={' or '.join(map(repr, using))}"
@@ -210,7 +208,7 @@ def _summed(
 
 
 def _width(times: int, kernel: Kernel, target: Target) -> int:
-    in_, out, _ = build.sizes(kernel, target)
+    in_, out, _ = making.sizes(kernel, target)
     return min(times * target.rank, math.prod(in_), math.prod(out))
 
 
@@ -224,7 +222,7 @@ def _sketch(
     """Subspace iteration, all kernels at once."""
     a, b = {}, {}
     for path, (target, kernel) in chosen.items():
-        in_, out, batch = build.sizes(kernel, target)
+        in_, out, batch = making.sizes(kernel, target)
         k = _width(width, kernel, target)
         a[path] = jnp.zeros((*batch, math.prod(in_), k))
         own = tree.fold_path(key, path)
@@ -233,7 +231,7 @@ def _sketch(
     def gradient(a: dict, b: dict, field: str) -> dict[str, jax.Array]:
         probes: Adapters = {}
         for path, (target, kernel) in chosen.items():
-            both = build.unflatten(kernel, target, a[path], b[path])
+            both = making.unflatten(kernel, target, a[path], b[path])
             axes = kernel.linear_axes()
             probes[path] = Lora(*both, 1.0, axes, 0.0, target.layers)
         found = mean(probes)
@@ -250,7 +248,7 @@ def _sketch(
     for path, (target, kernel) in chosen.items():
         u, s, vt = linalg.svd(small[path], _width(KEPT, kernel, target))
         u = jnp.matmul(a[path], u, precision=linalg.EXACT)
-        u, vt = build.unflatten(kernel, target, u, vt)
+        u, vt = making.unflatten(kernel, target, u, vt)
         stats[path] = GradSketch(u, s, vt)
     return stats
 
@@ -266,10 +264,10 @@ def _dense(
     stats = {}
     for path, found in mean(leaves).items():
         target, kernel = chosen[path]
-        assert isinstance(found, Full)
-        held = dataclasses.replace(kernel, value=found.value)
-        matrix = build.matrices(held, target)
+        (value,) = jax.tree.leaves(found)
+        held = dataclasses.replace(kernel, value=value)
+        matrix = making.matrices(held, target)
         u, s, vt = linalg.svd(matrix, _width(KEPT, kernel, target))
-        u, vt = build.unflatten(kernel, target, u, vt)
+        u, vt = making.unflatten(kernel, target, u, vt)
         stats[path] = GradSketch(u, s, vt)
     return stats

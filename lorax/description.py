@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lorax import inits, selection, tree
+from lorax import adapters, selection, tree
 from lorax.kernels import Kernel
 from lorax.targets import Rule, Target
 from lorax.types import PyTree
@@ -148,7 +148,8 @@ def describe(
         known = kernels.get(path) if kernels is not None else None
         if path in chosen:
             target, kernel = chosen[path]
-            merged = "" if target.adapter == "full" else _merged(kernel)
+            replaced = adapters.get(target.adapter).replaces
+            merged = "" if replaced else _merged(kernel)
             entry = (target.pattern, *_made(target, kernel), merged)
         elif sum(size > 1 for size in shape) < 2 or (known and not known.matrix):
             continue
@@ -184,14 +185,15 @@ def _made(target: Target, kernel: Kernel) -> tuple[str, int]:
 
     Inits choose values and no shapes: the standard one stands for all.
     """
-    if target.adapter == "full":
-        return "Full", math.prod(kernel.shape)
-    plain = dataclasses.replace(target, init="standard", options=())
-    standard = inits.INITS["standard"].make
+    cls = adapters.of_target(target)
+    own = {name: v for name, v in dict(target.options).items() if name in cls.options}
+    plain = dataclasses.replace(target, init="standard", options=own)
 
     def make(value: jax.Array) -> Any:
         whole = dataclasses.replace(kernel, value=value)
-        return standard(jax.random.key(0), whole, plain, None)[0]
+        key = jax.random.key(0)
+        shared = cls.shared(key, {kernel.path: (plain, whole)})
+        return adapters.lent_out(cls.make(key, whole, plain, shared))[0]
 
     made = jax.eval_shape(make, jax.ShapeDtypeStruct(kernel.shape, kernel.dtype))
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(made)]

@@ -65,17 +65,17 @@ def merge_report(
         raise ValueError(f"dtype={dtype}; give a floating dtype to merge into")
     if isinstance(adapters, Mapping):  # anything else: `check` says what it is
         _require_floating(adapters, params)
-    leaves = transform.check(adapters, params)
+    whole, leaves = transform.check(adapters, params)
     with jax.ensure_compile_time_eval():  # known arrays, closed over by a jit
         return {
             path: _measured(adapter, jnp.asarray(leaves[path]), dtype)
-            for path, adapter in adapters.items()
+            for path, adapter in whole.items()
         }
 
 
 def _require_floating(adapters: Adapters, params: PyTree) -> None:
     """Raises ValueError for adapters on integer or 8-bit leaves."""
-    leaves = tree.flatten(params)
+    leaves = tree.flatten(transform.split(params)[0])
     for path in adapters:
         inside = [known for known in leaves if known.startswith(f"{path}/")]
         held = [leaves[path]] if path in leaves else [leaves[k] for k in inside]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 
-from lorax import selection
+from lorax import adapters, selection
 from lorax.kernels import Kernel
 from lorax.targets import ALL_LINEAR, Rule, Target
 
@@ -24,7 +24,8 @@ def notice_batch_axes(
     """
     found = {}
     for path, (target, kernel) in chosen.items():
-        if target.adapter != "full" and target.batch_axes is None and kernels:
+        replaced = adapters.get(target.adapter).replaces
+        if not replaced and target.batch_axes is None and kernels:
             if doubts := _doubts(kernel, kernels):
                 found[path] = doubts
     if not found:

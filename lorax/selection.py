@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lorax import tree
+from lorax import adapters, tree
 from lorax.kernels import Kernel
 from lorax.targets import ALL_LINEAR, Rule, Target
 from lorax.types import Axes, PyTree
@@ -205,7 +205,7 @@ def _kernel(
         found = Kernel(path, shape, leaf.dtype, "dot", Axes((in_,), (out,), batch))
     else:
         found = Kernel(path, shape, leaf.dtype, "unknown", None)
-    if target.adapter != "full":
+    if not adapters.get(target.adapter).replaces:
         if found.axes is not None and target.batch_axes:
             axes = _stacked(target, found)
             found = dataclasses.replace(found, axes=axes)
@@ -268,9 +268,10 @@ def _check_low_rank(
         )
     axes = kernel.linear_axes()
     in_, out, _ = (math.prod(size) for size in axes.sizes(shape))
-    if target.rank > min(in_, out):
+    most = adapters.get(target.adapter).largest_rank(in_, out)
+    if most is not None and target.rank > most:
         raise ValueError(
-            f"{path}: rank={target.rank} is above min(in, out) = {min(in_, out)} of "
+            f"{path}: rank={target.rank} is above min(in, out) = {most} of "
             f"the kernel of shape {shape}; lower the rank or exclude the leaf"
         )
     if target.slices is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax.adapters import AdaLora, layout
+from lorax.adapters import layout
 from lorax.compose import forms
 from lorax.optim._pairs import is_pair
 from lorax.types import Adapters, PairStatics
@@ -71,8 +71,10 @@ def _require_alike(path: str, k: int, adapter: Any, first: Any) -> None:
                 pairs[f"{name}.dtype"] = new.dtype, old.dtype
             elif name != "scale":
                 pairs[name] = new, old
-        if isinstance(first, AdaLora):  # allocation and penalty would see the padding
-            pairs["rank"] = adapter.rank, first.rank
+        if not first.padded or first.counts_ranks:  # the padding would be seen
+            for name in first.roles:
+                new, old = getattr(adapter, name), getattr(first, name)
+                pairs[f"{name}.shape"] = new.shape, old.shape
     for name, (new, old) in pairs.items():
         if new != old:
             raise ValueError(

@@ -6,13 +6,14 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from lorax import adapters
+
 ALL_LINEAR = "all-linear"
-ADAPTERS = ("lora", "dora", "adalora", "full")
 SCALINGS = {
     "standard": lambda alpha, rank: alpha / rank,
     "rank_stabilized": lambda alpha, rank: alpha / math.sqrt(rank),
@@ -30,9 +31,11 @@ class Target:
         low-rank factors of the model's own; `lorax.describe` says what is left out.
       rank: of the update, from 1 to min(in, out). 8 as in the LoRA paper's GLUE runs.
       alpha: numerator of the scale. 16 as in the same runs.
-      adapter: "lora", "dora" or "adalora"; or "full" to train the leaf itself (heads,
-        norms, biases).
-      init: name of the initialisation of the factors, one of `lorax.inits.INITS`.
+      adapter: a registered name, one of `lorax.adapters.REGISTRY`, or the class itself:
+        "lora", "dora", "adalora", ...; "full" trains the leaf as it is (heads, norms,
+        biases).
+      init: a registered name, one of `lorax.inits.REGISTRY`, or a function `(key,
+        kernel, target, stats) -> (adapter, kernel)`; "standard" is the class's own.
       scaling: "standard", alpha / rank; or "rank_stabilized", alpha / sqrt(rank).
       dropout: rate on the adapter branch's input, used when a `lora_key` is given.
       dtype: of the factors; float32 whatever the base's dtype.
@@ -68,8 +71,8 @@ class Target:
     pattern: str
     rank: int = 8
     alpha: float = 16.0
-    adapter: Literal["lora", "dora", "adalora", "full"] = "lora"
-    init: str = "standard"
+    adapter: str | type[adapters.Parametrisation] = "lora"
+    init: str | Callable[..., Any] = "standard"
     scaling: Literal["standard", "rank_stabilized"] = "standard"
     dropout: float = 0.0
     dtype: Any = jnp.float32
@@ -88,7 +91,12 @@ class Target:
                 raise ValueError(
                     f"{pattern!r} is no regular expression: {error}"
                 ) from None
-        _one_of("adapter", self.adapter, ADAPTERS)
+        cls = adapters.get(self.adapter)
+        if not isinstance(self.init, str) and not callable(self.init):
+            raise ValueError(
+                f"{self.pattern!r}: init={self.init!r}; give a registered name, or a "
+                "function (key, kernel, target, stats) -> (adapter, kernel)"
+            )
         _one_of("scaling", self.scaling, tuple(SCALINGS))
         if not _whole(self.rank) or self.rank < 1:
             raise ValueError(
@@ -107,13 +115,15 @@ class Target:
         for field in ("layers", "slices"):
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, self._rising(field))
-        if self.slices is not None and (self.adapter, self.init) != (
-            "lora",
-            "standard",
-        ):
+        if self.slices is not None and (not cls.sliced or self.init != "standard"):
             raise ValueError(
                 f"{self.pattern!r}: slices={self.slices} go with adapter='lora' and "
                 f"init='standard', not {self.adapter!r} and {self.init!r}"
+            )
+        if self.dropout and not cls.drops:
+            raise ValueError(
+                f"{self.pattern!r}: dropout={self.dropout}, and adapter="
+                f"{self.adapter!r} has no branch whose input could drop; leave it out"
             )
         if self.batch_axes is not None:
             object.__setattr__(self, "batch_axes", self._checked_axes())
@@ -147,10 +157,11 @@ class Target:
                 f"{self.pattern!r}: batch_axes={given!r}; give a tuple of different "
                 "axis numbers of the leaf, such as (0,), or None for what discover read"
             )
-        if self.adapter == "full" and numbers:
+        if adapters.get(self.adapter).replaces and numbers:
             raise ValueError(
                 f"{self.pattern!r}: batch_axes={numbers} number the stacked kernels of "
-                "low-rank factors, and adapter='full' has none; leave them out"
+                f"low-rank factors, and adapter={self.adapter!r} has none; leave them "
+                "out"
             )
         return tuple(map(int, numbers))
 

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from lorax import adapters as adapter_classes
 from lorax import inits, interpret, notices, tree
-from lorax.adapters import Full
 from lorax.interpret import trace
 from lorax.kernels import Kernel
 from lorax.selection import as_targets, select
 from lorax.targets import Rule
-from lorax.types import Adapters, PyTree
+from lorax.types import Adapters, Base, PyTree
 
 
 class MergeWarning(UserWarning):
@@ -50,7 +50,8 @@ def init(
 
     Returns:
       Adapters `{path: Adapter}`, and params, of which inits such as PiSSA move a part
-      into the adapter.
+      into the adapter; a `Base` of them where a method has frozen arrays (VeRA's
+      projections), to be passed on as it is wherever params are.
 
     Raises:
       ValueError: a target that matches nothing or a leaf it cannot adapt, an unknown
@@ -64,28 +65,43 @@ def init(
       >>> adapters["dense/kernel"].a.shape, adapters["dense/kernel"].b.shape
       ((4, 2), (2, 3))
     """
-    trace.require_pure(params)
+    plain, frozen = split(params)
+    trace.require_pure(plain)
     targets = as_targets(targets)  # an iterator is read once
-    chosen = select(params, targets, kernels)
+    chosen = select(plain, targets, kernels)
     notices.notice_batch_axes(chosen, kernels)
     notices.notice_left_out(targets, chosen, kernels)
     for path, (target, _) in chosen.items():
         inits.check(target)
         inits.require_stats(path, target, stats)
-    _require_finite(params)
+    _require_finite(plain)
+    shared = {cls: cls.shared(key, group) for cls, group in _by_class(chosen).items()}
     adapters: Adapters = {}
     moved: dict[str, Any] = {}
     for path, (target, kernel) in chosen.items():
-        if target.adapter == "full":
-            adapters[path] = Full(_copy(kernel.value, target.dtype))
-            continue
-        own = tree.fold_path(key, path)
+        own, cls = tree.fold_path(key, path), adapter_classes.of_target(target)
         statistics = inits.require_stats(path, target, stats)
-        made = inits.INITS[target.init].make(own, kernel, target, statistics)
-        adapters[path], after = made
+        made, after = inits.made(own, kernel, target, statistics, shared[cls])
+        adapters[path], lent = adapter_classes.lent_out(made)
+        frozen = {**frozen, **lent}
         if after.value is not kernel.value:
             moved[path] = after.value
-    return adapters, tree.replace(params, moved) if moved else params
+    plain = tree.replace(plain, moved) if moved else plain
+    return adapters, Base(plain, frozen) if frozen else plain
+
+
+def split(params: PyTree) -> tuple[PyTree, Mapping[str, jax.Array]]:
+    """Returns the parameters of a `Base` and its frozen arrays; of others, none."""
+    return params if isinstance(params, Base) else (params, {})
+
+
+def _by_class(chosen: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
+    """The chosen leaves by the class that they get."""
+    groups: dict[Any, dict[str, Any]] = {}
+    for path, (target, kernel) in chosen.items():
+        cls = adapter_classes.of_target(target)
+        groups.setdefault(cls, {})[path] = target, kernel
+    return groups
 
 
 def _require_finite(params: PyTree) -> None:
@@ -104,13 +120,6 @@ def _require_finite(params: PyTree) -> None:
             )
 
 
-def _copy(leaf: Any, dtype: Any) -> Any:
-    """Returns the leaf in its own buffer; abstract leaves stay abstract."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
-    return jnp.array(leaf, dtype)
-
-
 def merge(adapters: Adapters, params: PyTree) -> PyTree:
     """Returns plain parameters with every adapter folded in.
 
@@ -122,21 +131,26 @@ def merge(adapters: Adapters, params: PyTree) -> PyTree:
       params: the tree they were made for.
 
     Returns:
-      A tree of the same structure, shapes and dtypes.
+      A tree of the same structure, shapes and dtypes; of a `Base`, its parameters.
 
     Raises:
       KeyError: a path that params lacks.
       ValueError: an adapter that does not fit its leaf.
     """
-    leaves = check(adapters, params)
+    whole, leaves = check(adapters, params)
     return tree.replace(
-        params,
-        {path: a.merge(jnp.asarray(leaves[path])) for path, a in adapters.items()},
+        split(params)[0],
+        {path: a.merge(jnp.asarray(leaves[path])) for path, a in whole.items()},
     )
 
 
-def check(adapters: Adapters, params: PyTree) -> dict[str, Any]:
-    """Raises unless every adapter fits its leaf; returns the leaves by path."""
+def check(adapters: Adapters, params: PyTree) -> tuple[Adapters, dict[str, Any]]:
+    """Raises unless every adapter fits its leaf.
+
+    Returns:
+      The adapters with their frozen arrays in place, and the leaves by path.
+    """
+    params, frozen = split(params)
     trace.require_pure(params)
     values = adapters.values() if isinstance(adapters, Mapping) else [adapters]
     for value in values:
@@ -151,16 +165,40 @@ def check(adapters: Adapters, params: PyTree) -> dict[str, Any]:
         if not hasattr(leaves[path], "dtype"):
             raise ValueError(f"{path}: the leaf is no array: {leaves[path]!r}")
         adapter.check(path, leaves[path])
-    return leaves
+    bound = adapter_classes.bound
+    return {path: bound(a, frozen, path) for path, a in adapters.items()}, leaves
 
 
 class _Emitter:
     """The visitor that adds the low-rank branch and merges where there is none."""
 
-    def __init__(
-        self, on_merge: str, custom_rules: str | None, seen: set[tuple[str, str, str]]
-    ) -> None:
-        self.on_merge, self.custom_rules, self.seen = on_merge, custom_rules, seen
+    def __init__(self, on_merge: str, custom_rules: str | None) -> None:
+        self.on_merge, self.custom_rules = on_merge, custom_rules
+        self.seen: set[tuple[str, str, str]] = set()
+
+    def whole(self, path: str, adapter: Any, key: jax.Array | None) -> None:
+        """Says that a kernel is merged before the program begins."""
+        if adapter.replaces:
+            return  # its array is the leaf: there is nothing that merging adds
+        name = type(adapter).__name__
+        self._tell(
+            (path, name, ""),
+            f"{path}: {name} has no form for a linear operation, so the kernel is "
+            "merged: correct, but it costs a dense weight gradient",
+        )
+        if key is not None and getattr(adapter, "dropout", None):
+            raise ValueError(
+                f"{path}: dropout acts on the input of the adapter branch, and {name} "
+                "has none; set dropout=0 for this target"
+            )
+
+    def _tell(self, place: tuple[str, str, str], message: str) -> None:
+        """Warns once per place, or raises."""
+        if self.on_merge == "error":
+            raise ValueError(message + "; pass on_merge='warn' to allow it")
+        if place not in self.seen:
+            self.seen.add(place)
+            warnings.warn(message, MergeWarning, stacklevel=3)
 
     def linear(self, walker: Any, eqn: Any, use: Any, branch: Any) -> Any:
         return interpret.low_rank(walker, eqn, use, branch)
@@ -168,16 +206,12 @@ class _Emitter:
     def merge(self, walker: Any, eqn: Any, view: interpret.Tracked) -> jax.Array:
         name, where = eqn.primitive.name, walker.line(eqn)
         for path in view.paths:
-            message = (
+            self._tell(
+                (path, name, where),
                 f"{path}: {name!r} at {where} is no linear use that fits the adapter, "
                 "so the kernel is merged there: correct, but it costs a dense weight "
-                "gradient"
+                "gradient",
             )
-            if self.on_merge == "error":
-                raise ValueError(message + "; pass on_merge='warn' to allow it")
-            if (path, name, where) not in self.seen:
-                self.seen.add((path, name, where))
-                warnings.warn(message, MergeWarning, stacklevel=2)
         if walker.key is not None and any(term.rate for term in view.terms):
             raise ValueError(
                 f"{', '.join(view.paths)}: dropout acts on the input of the adapter "
@@ -250,7 +284,7 @@ def adapt(
         raise ValueError(
             f"custom_rules={custom_rules!r}; choose 'branch', 'merge' or None"
         )
-    seen: set[tuple[str, str, str]] = set()
+    emitter = _Emitter(on_merge, custom_rules)
 
     @functools.wraps(fn)
     def adapted(
@@ -260,13 +294,15 @@ def adapt(
         lora_key: jax.Array | None = None,
         **kwargs: Any,
     ) -> Any:
-        leaves = check(adapters, params)
+        whole, leaves = check(adapters, params)
+        params, _ = split(params)
         views, replaced = [], {}
         thin: dict[str, jax.Array] = {}
-        for path, adapter in sorted(adapters.items()):
+        for path, adapter in sorted(whole.items()):
             leaf = jnp.asarray(leaves[path])
             factors = adapter.factors(leaf)
             if factors is None:
+                emitter.whole(path, adapter, lora_key)
                 replaced[path] = adapter.merge(leaf)
             else:
                 thin[path] = leaf
@@ -280,7 +316,7 @@ def adapt(
             return fn(tree.replace(frozen, leaves), *args, **kwargs)
 
         jaxpr, rebuild = trace.trace(call, thin)
-        walker = interpret.Walker(_Emitter(on_merge, custom_rules, seen), key=lora_key)
+        walker = interpret.Walker(emitter, key=lora_key)
         outputs = walker.run(jaxpr, views)
         return rebuild([interpret.dense(out) for out in outputs])
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -33,18 +36,97 @@ class Axes(NamedTuple):
         return tuple(tuple(shape[axis] for axis in group) for group in self)
 
 
-class Factors(NamedTuple):
-    """The form `(W0 + a @ b) * gain` in which an adapter meets a linear operation.
+class Field(NamedTuple):
+    """What everything above a parametrisation knows of one of its arrays.
 
     Attributes:
-      a: `[*batch, *in, rank]`.
+      role: what the array does, by which optimisers label it: "a" reads, "b" writes,
+        "magnitude" rescales; any other word for anything else.
+      dims: its axes in order, as words: "batch" (the kernel's stack), "in", "out",
+        "rank"; "leaf" for all axes of the leaf; any other word for one axis of the
+        method's own. "in rank" of a kernel `[layers, heads, size, out]` read over heads
+        and sizes has three axes; without "batch" the array is shared by the stack.
+      decays: True where weight decay means a pull to the pretrained kernel: at zero,
+        the update is zero.
+      pair: name of the other factor, where `scale * a @ b` of the two is the update
+        (times a gain, if there is one).
+      frozen: True for an array that does not train. It lies in `Base.frozen`, under a
+        name that the adapter has, and in the adapter itself the field is None.
+    """
+
+    role: str
+    dims: str
+    decays: bool = False
+    pair: str | None = None
+    frozen: bool = False
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The dims, one by one."""
+        return tuple(self.dims.split())
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["apply"]
+)
+@dataclasses.dataclass(frozen=True)
+class LinearMap:
+    """A linear map of activations, with arrays of its own for every kernel of a stack.
+
+    Attributes:
+      arrays: a pytree of `[*batch, ...]`.
+      apply: `(arrays of one kernel, x: [n, in]) -> [n, in]` or `[n, out]`, linear in x,
+        in and out axes flattened. A function of a module, not one made anew at every
+        call: compiled programs are found again by it.
+    """
+
+    arrays: Any
+    apply: Callable[[Any, jax.Array], jax.Array]
+
+
+class Factors(NamedTuple):
+    """The form in which an adapter meets a linear operation.
+
+        y = ((x + x D) W0 + (x @ a) @ b + C(x)) * gain
+
+    A thin product follows every view of a kernel that keeps in and out axes apart. The
+    maps D and C act on whole inputs: a view that cuts, flips or splits the axes they
+    act on is merged, and `on_merge` says so.
+
+    Attributes:
+      a: `[*batch, *in, rank]`; of rank 0 where there is no thin product.
       b: `[*batch, rank, *out]`, the scale folded in.
       gain: `[*batch, *out]`, on the outputs; None for ones.
+      inputs: D, the change of the inputs of the frozen kernel; None for none.
+      branch: C, a branch that is not a thin product; None for none.
     """
 
     a: jax.Array
     b: jax.Array
     gain: jax.Array | None = None
+    inputs: LinearMap | None = None
+    branch: LinearMap | None = None
+
+    @property
+    def maps(self) -> bool:
+        """True where a map acts on whole inputs."""
+        return self.inputs is not None or self.branch is not None
+
+
+class Base(NamedTuple):
+    """Parameters, and the arrays of methods that do not train: the second argument.
+
+    `lorax.init` returns it where a method has frozen arrays (VeRA's projections), else
+    the plain parameters. `adapt` and `merge` take it apart: a function of parameters
+    never sees it.
+
+    Attributes:
+      params: the parameter tree.
+      frozen: `{name: array}`, by the names that adapters have.
+    """
+
+    params: PyTree
+    frozen: Mapping[str, jax.Array]
 
 
 class GradSketch(NamedTuple):
@@ -120,14 +202,88 @@ class MicrobatchNorms(NamedTuple):
     large_batch: int
 
 
+class KernelSpec(Protocol):
+    """What the making of an adapter reads of a leaf: see `lorax.Kernel`."""
+
+    @property
+    def path(self) -> str:
+        """Of the leaf."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the leaf."""
+
+    @property
+    def op(self) -> str:
+        """How the program uses it."""
+
+    @property
+    def value(self) -> Any:
+        """The leaf itself."""
+
+    def linear_axes(self) -> Axes:
+        """Returns the leaf's axes; ValueError where no linear operation uses it."""
+
+
+class TargetSpec(Protocol):
+    """What the making of an adapter reads of a rule: see `lorax.Target`."""
+
+    @property
+    def pattern(self) -> str:
+        """Of the paths."""
+
+    @property
+    def adapter(self) -> Any:
+        """A registered name, or the class."""
+
+    @property
+    def rank(self) -> int:
+        """Of the update."""
+
+    @property
+    def scale(self) -> float:
+        """The factor on the update."""
+
+    @property
+    def dropout(self) -> float:
+        """Rate on the branch's input."""
+
+    @property
+    def dtype(self) -> Any:
+        """Of the arrays."""
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """Of a stack, those that get factors."""
+
+    @property
+    def slices(self) -> tuple[int, ...] | None:
+        """Of a fused kernel, the parts that do."""
+
+    @property
+    def options(self) -> Any:
+        """Hyperparameters, by name."""
+
+
 class Adapter(Protocol):
-    """What every parametrisation offers; its array fields are all trainable.
+    """What every parametrisation offers; `adapters.Parametrisation` has defaults.
 
     Attributes:
-      roles: field name -> role, by which optimisers label leaves.
+      fields: its arrays, by name.
+      roles: of the trained ones, name -> role.
+      replaces: True where the array is the leaf itself.
+      additive: True where the update adds, and is proportional to `scale`.
+      padded: True where zeros in the ranks change no update.
     """
 
+    fields: ClassVar[dict[str, Field]]
     roles: ClassVar[dict[str, str]]
+    replaces: ClassVar[bool]
+    additive: ClassVar[bool]
+    padded: ClassVar[bool]
+
+    def as_lora(self) -> Any:
+        """Returns the same update as a plain Lora; None where it is not one."""
 
     def check(self, path: str, leaf: jax.Array) -> None:
         """Raises ValueError, naming `path`, unless the adapter fits the leaf."""
@@ -139,7 +295,7 @@ class Adapter(Protocol):
         """Returns the adapted kernel: float32 accumulation, one rounding."""
 
     def factors(self, kernel: jax.Array) -> Factors | None:
-        """Returns the low-rank form for the fast path; None: replace the leaf."""
+        """Returns the form for the fast path; None: there is none, merge."""
 
 
 Adapters = dict[str, Adapter]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import ClassVar
 
 import flax.struct
 import jax
@@ -18,7 +17,7 @@ from etils import epath
 from lorax import adapters as adapter_classes
 from lorax import checkpoint
 from lorax.adapters import Full, Lora
-from lorax.types import Axes
+from lorax.types import Axes, Field
 
 
 def lora(scale=2.0, dtype=jnp.float32, **static):
@@ -95,7 +94,8 @@ def test_the_index_by_hand(tmp_path):
         "generation": 0,
         "adapters": {
             "dense/kernel": {
-                "class": "Lora",
+                "class": "lora",
+                "module": "lorax.adapters.lora",
                 "static": {
                     "scale": 2.0,
                     "axes": {"Axes": {"in_": [0], "out": [1], "batch": []}},
@@ -109,7 +109,8 @@ def test_the_index_by_hand(tmp_path):
                 },
             },
             "head": {
-                "class": "Full",
+                "class": "full",
+                "module": "lorax.adapters.full",
                 "static": {},
                 "arrays": {"value": {"shape": [4], "dtype": "float32"}},
             },
@@ -193,7 +194,7 @@ def test_paths_that_look_alike_stay_apart(tmp_path):
 
 
 @flax.struct.dataclass
-class Odd:
+class Odd(adapter_classes.Parametrisation):
     """A class with an optional array, an optional static field, and a text."""
 
     u: jax.Array
@@ -201,12 +202,12 @@ class Odd:
     note: str = flax.struct.field(pytree_node=False, default="plain")
     nested: tuple = flax.struct.field(pytree_node=False, default=())
 
-    roles: ClassVar[dict[str, str]] = {"u": "u", "gate": "gate"}
+    fields = {"u": Field("u", "size"), "gate": Field("gate", "size")}
 
 
 @pytest.fixture(name="odd")
 def register_odd(monkeypatch):
-    monkeypatch.setitem(adapter_classes.CLASSES, "Odd", Odd)
+    monkeypatch.setitem(adapter_classes.REGISTRY, "odd", Odd)
     return Odd
 
 
@@ -293,7 +294,7 @@ def test_a_template_that_fits_changes_nothing(tmp_path):
             lora().replace(a=jnp.ones((4, 1))),
             r"a=.*\[3, 1\].*the template a=.*\[4, 1\]",
         ),
-        (Full(jnp.ones(4)), "class Lora and the template Full"),
+        (Full(jnp.ones(4)), "class lora and the template full"),
     ],
 )
 def test_a_template_that_differs_is_named(tmp_path, other, message):

@@ -14,24 +14,26 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from lorax import checkpoint
+from lorax import adapters, checkpoint
 from lorax.adapters import AdaLora, Dora, Full, Lora, SlicedLora
-from lorax.types import Axes
+from lorax.types import Axes, Field
 from tests.test_checkpoint import assert_same, base, both, edit, lora
 
 
 @flax.struct.dataclass
-class Odd:
+class Odd(adapters.Parametrisation):
     """A class that lorax does not know."""
 
     u: jax.Array
+
+    fields = {"u": Field("u", "size")}
 
 
 def test_what_cannot_be_saved_is_named(tmp_path):
     save = checkpoint.save_adapters
     with pytest.raises(ValueError, match="adapters is empty"):
         save(tmp_path, {})
-    with pytest.raises(TypeError, match="w: Odd is not in lorax.adapters.CLASSES"):
+    with pytest.raises(TypeError, match="w: Odd is not registered.*adapters.register"):
         save(tmp_path, {"w": Odd(jnp.ones(1))})
     with pytest.raises(TypeError, match="w: scale is inf; adapters.json holds"):
         save(tmp_path, {"w": lora(scale=float("inf"))})
@@ -99,7 +101,10 @@ def array(name, **fields):
 
 NUMBER = r"a number >= -3\.40\S+ and <= 3\.40"
 IMPOSSIBLE = [
-    (lambda e: e.update({"class": "Lokr"}), r"class 'Lokr' is none of .*upgrade"),
+    (
+        lambda e: e.update({"class": "Lokr"}),
+        "class 'Lokr' is not registered",
+    ),
     (lambda e: e.update({"class": ["Lora"]}), r"class=\['Lora'\]; it must be text"),
     (lambda e: e.pop("static"), "there is no 'static' in it"),
     (lambda e: e["static"].pop("scale"), "static: there is no 'scale' in it"),
@@ -210,7 +215,7 @@ AXES = """"in_": [
         ('"scale": 2.5', '"scale": 2.4', "adapters.w is not what was written"),
         (AXES, AXES.translate({48: "1", 49: "0"}), "adapters.w is not what was wri"),
         ('"dropout": 0.0', '"dropout": 0.5', "adapters.w is not what was written"),
-        ('"class": "Lora"', '"class": "Dora"', "w: .*: there is no 'magnitude'"),
+        ('"class": "lora"', '"class": "dora"', "w: .*: there is no 'magnitude'"),
         ('"w": {', '"v": {', "only one of base and adapters has 'v'"),
         ('"generation": 0', '"generation": 1', "generation is not what was written"),
         ('"sha256": "0', '"sha256": "1', "base.w is not what was written"),
@@ -274,7 +279,7 @@ def test_every_class_loads_also_as_a_population_and_without_digests(tmp_path, ad
     assert_same(checkpoint.load_adapters(tmp_path), adapters)
 
 
-HEAD = {"class": "Full", "static": {}, "arrays": {"value": {}}}
+HEAD = {"class": "full", "static": {}, "arrays": {"value": {}}}
 HEAD["arrays"]["value"] = {"shape": [5], "dtype": "float32"}
 
 

@@ -221,3 +221,13 @@ def test_nothing_is_left_unfinished(path):
         for rule in (UNFINISHED, MACHINE, IGNORE):
             if path != pathlib.Path(__file__):
                 assert not rule.search(line), f"line {number}: {line.strip()}"
+
+
+@ids([p for p in LIBRARY + PROGRAMS if p.parent.name != "adapters"])
+def test_methods_are_not_told_apart_by_class_or_name(path):
+    """What is above a parametrisation reads its declaration: methods may join."""
+    text = path.read_text()
+    names = "|".join(cls.__name__ for cls in lorax.adapters.REGISTRY.values())
+    told = re.findall(rf"isinstance\([^)]*\b(?:{names})\b[^)]*\)", text)
+    told += re.findall(r"\.adapter\s*[!=]=\s*\S+", text)
+    assert not told, told

@@ -133,7 +133,7 @@ FIELDS = [
     (dict(pattern="w", alpha=float("nan")), "alpha=nan"),
     (
         dict(pattern="w", adapter="lokr"),
-        "adapter='lokr'; choose one of lora, dora, adalora, full",
+        "adapter='lokr'; choose one of adalora, dora, full, lora",
     ),
     (dict(pattern="w", scaling="none"), "choose one of standard, rank_stabilized"),
     (dict(pattern="w", dropout=1.0), r"dropout=1.0; give a rate in \[0, 1\)"),

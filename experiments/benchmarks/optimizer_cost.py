@@ -84,7 +84,7 @@ def adapters(shape: gpt2.Shape, method: str = "lora") -> lorax.Adapters:
         f"h_{i}": {name: {"kernel": jnp.zeros(size)} for name, size in sizes.items()}
         for i in range(shape.layers)
     }
-    target: Any = lorax.Target(".*", rank=shape.rank, adapter=method)  # type: ignore[arg-type]
+    target: Any = lorax.Target(".*", rank=shape.rank, adapter=method)
     made, _ = lorax.init(jax.random.key(0), params, target)
     return jax.tree.map(
         lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape), made

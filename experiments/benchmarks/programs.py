@@ -19,6 +19,8 @@ from experiments.benchmarks import gpt2_shaped as gpt2
 Loss = Callable[..., jax.Array]
 
 WHOLE = {"full": ".*", "none": "h_0/[qkv]/bias"}
+MOVED = {"b": 0.02, "lam": 1.0}
+"""Fields that are zero at the start, and the size of what they are moved by."""
 """What is trained as it is, by the name of a method that has no factors."""
 
 
@@ -82,7 +84,7 @@ def adapted(
         pattern,
         rank=shape.rank,
         alpha=shape.alpha,
-        adapter="full" if method in WHOLE else method,  # type: ignore[arg-type]
+        adapter="full" if method in WHOLE else method,
     )
     kernels = lorax.discover(loss, params, batch)
     adapters, params = lorax.init(key, params, [target], kernels)
@@ -91,12 +93,11 @@ def adapted(
         raise RuntimeError(f"{expected} kernels to adapt, found {sorted(adapters)}")
     for i, (path, adapter) in enumerate(sorted(adapters.items())):
         draw = functools.partial(jax.random.normal, jax.random.fold_in(key, i))
-        if isinstance(adapter, lorax.Lora | lorax.Dora):
-            b = 0.02 * draw(adapter.b.shape)
-            adapters[path] = dataclasses.replace(adapter, b=b)
-        elif isinstance(adapter, lorax.AdaLora):
-            lam = draw(adapter.lam.shape)
-            adapters[path] = dataclasses.replace(adapter, lam=lam)
+        for field, size in MOVED.items():
+            if field in adapter.roles:  # away from the start, where the update is zero
+                moved = size * draw(getattr(adapter, field).shape)
+                own: Any = adapters[path]
+                adapters[path] = dataclasses.replace(own, **{field: moved})
     return Case(lorax.adapt(loss, on_merge="error"), adapters, params, batch)
 
 

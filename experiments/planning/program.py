@@ -140,7 +140,7 @@ def make_state(
     targets = [
         # inits that look at data start from factors of the same shapes
         dataclasses.replace(t, init="standard", options=())
-        if t.adapter != "full" and inits.INITS[t.init].stats
+        if inits.of_target(t).stats
         else t
         for t in factory.make_targets(method, config.adapter)
     ]

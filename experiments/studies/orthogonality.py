@@ -38,7 +38,7 @@ from experiments import disk
 from experiments.benchmarks import measure
 from experiments.studies import comparison
 from lorax import _lapack, optim
-from lorax.inits import standard
+from lorax.adapters import adalora
 
 _MINUTES = flags.DEFINE_float("orthogonality_minutes", None, "Begin no run after.")
 
@@ -156,7 +156,7 @@ def numbers(setting: Setting, arm: Arm, rate: float) -> Numbers:
     """What a run takes besides its form."""
     values = 0.8 ** np.arange(WIDTH)
     values[RANK if setting.low_rank else WIDTH :] = 0
-    grown = 1.0 if not arm.std else arm.std / standard.ADALORA_STD
+    grown = 1.0 if not arm.std else arm.std / adalora.STD
     return Numbers(
         rate,
         setting.steps,
@@ -216,7 +216,7 @@ def flatness(merged: Any, params: Any) -> jax.Array:
 
 def distances(adapters: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
     """The mean of |p^T p - I| and of |q q^T - I|; zeros for LoRA."""
-    found = [a for a in adapters.values() if isinstance(a, lorax.AdaLora)]
+    found = [a for a in adapters.values() if {"p", "q"} <= set(a.roles)]
     if not found:
         return jnp.zeros(()), jnp.zeros(())
     away = lambda x: jnp.linalg.norm(x.T @ x - jnp.eye(RANK))

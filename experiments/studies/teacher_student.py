@@ -38,6 +38,7 @@ import lorax
 from experiments import disk
 from experiments.studies import comparison
 from lorax import _lapack, optim
+from lorax import adapters as adapter_classes
 
 _STEPS = flags.DEFINE_integer("steps", 400, "Steps of training.", lower_bound=20)
 _RATES = flags.DEFINE_integer("rates", 9, "Learning rates of a method's grid.")
@@ -170,7 +171,7 @@ def make_run(problem: Problem, method: Method, steps: int) -> Callable[..., Any]
         (adapters, state), away = jax.lax.scan(step, carry, jnp.arange(1, steps + 1))
         size = sum(jnp.sum(d**2) for d in change.values())
         ranks: Any = {}
-        if method.target.adapter == "adalora":
+        if adapter_classes.get(method.target.adapter).counts_ranks:
             ranks = optim.adalora_effective_ranks(state)
         return away / size, ranks, floor / size
 

@@ -59,7 +59,7 @@ def make_trial(
       method: "lora" or "full".
     """
     steps, targets = config.run.steps, factory.make_targets(method, config.adapter)
-    looks = any(inits.INITS[t.init].stats for t in targets if t.init in inits.INITS)
+    looks = any(inits.of_target(t).stats for t in targets)
     kernels = lorax.discover(loss_fn, base, train(0)[0])
     logging.info("%s", lorax.describe(base, targets, kernels))
     tx = optax.inject_hyperparams(

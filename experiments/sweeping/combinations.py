@@ -24,6 +24,7 @@ import ml_collections
 
 from experiments import checking
 from experiments.sweeping import grid
+from lorax import adapters
 
 POOLED = {
     "optimizer.learning_rate.lora": "learning_rate",
@@ -196,7 +197,9 @@ def _pool(config: ml_collections.ConfigDict) -> str:
     """Equal for the runs that one population can hold: a hash of all else."""
     rest = copy.deepcopy(config)
     # AdaLoRA's allocation and Muon's factor of the width would see padded ranks.
-    ranks = config.adapter.adapter != "adalora" and config.optimizer.name != "muon"
+    cls = adapters.get(config.adapter.adapter)
+    padded = cls.padded and not cls.counts_ranks
+    ranks = padded and config.optimizer.name != "muon"
     for name in POOLED:
         if name != "adapter.rank" or ranks:
             holder, _, last = name.rpartition(".")

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from lorax import linalg, tree
 from lorax.activations import probes
 from lorax.activations.probes import Sums
-from lorax.inits import build
+from lorax.adapters import making
 from lorax.kernels import Kernel
 from lorax.targets import Target
 from lorax.types import ActivationStats, Covariance
@@ -50,7 +50,7 @@ def principal(
     """
     q = {}
     for path, (target, kernel) in chosen.items():
-        in_, _, batch = build.sizes(kernel, target)
+        in_, _, batch = making.sizes(kernel, target)
         shape = *batch, math.prod(in_), _width(width, kernel, target)
         q[path] = jax.random.normal(tree.fold_path(key, path), shape)
     for _ in range(passes - 1):
@@ -87,7 +87,7 @@ def _whole(gradient: Gradient, chosen: Chosen) -> dict[str, Sums]:
     """The sums with q = 1, where there is room for them."""
     shapes = {}
     for path, (target, kernel) in chosen.items():
-        in_, _, batch = build.sizes(kernel, target)
+        in_, _, batch = making.sizes(kernel, target)
         shapes[path] = *batch, math.prod(in_), math.prod(in_)
     need = {path: 4 * math.prod(shape) for path, shape in shapes.items()}
     if sum(need.values()) > LIMIT:
@@ -130,7 +130,7 @@ def _centred(found: Sums, q: jax.Array) -> jax.Array:
 def _components(
     kernel: Kernel, target: Target, found: Sums, u: jax.Array, s: jax.Array
 ) -> ActivationStats:
-    in_, _, batch = build.sizes(kernel, target)
+    in_, _, batch = making.sizes(kernel, target)
     n = _some(found)[..., None]
     variance = jnp.sum(found.squares / n - (found.total / n) ** 2, -1)
     u = u.reshape(*batch, *in_, u.shape[-1])
@@ -143,7 +143,7 @@ def _some(found: Sums) -> jax.Array:
 
 
 def _width(times: int, kernel: Kernel, target: Target) -> int:
-    in_, _, _ = build.sizes(kernel, target)
+    in_, _, _ = making.sizes(kernel, target)
     return min(times * target.rank, math.prod(in_))
 
 

@@ -31,8 +31,7 @@ import jax.numpy as jnp
 
 from lorax import _explicit, interpret, tree
 from lorax.activations.readers import READERS
-from lorax.adapters import Lora
-from lorax.inits import build
+from lorax.adapters import Lora, making
 from lorax.interpret import trace
 from lorax.kernels import Kernel
 from lorax.targets import Target
@@ -65,7 +64,7 @@ class Sums(NamedTuple):
 
 def probe(kernel: Kernel, target: Target, q: jax.Array) -> jax.Array:
     """Returns the argument whose gradient has the sums, from q `[*batch, in, k]`."""
-    in_, _, batch = build.sizes(kernel, target)
+    in_, _, batch = making.sizes(kernel, target)
     columns = jnp.zeros((*q.shape[:-1], EXTRA), q.dtype).at[..., 1].set(1)
     q = jnp.concatenate([q, columns], axis=-1)
     return q.reshape(*batch, *in_, q.shape[-1])
@@ -73,7 +72,7 @@ def probe(kernel: Kernel, target: Target, q: jax.Array) -> jax.Array:
 
 def sums(kernel: Kernel, target: Target, gradient: jax.Array) -> Sums:
     """Reads the gradient of a `probe`."""
-    in_, _, batch = build.sizes(kernel, target)
+    in_, _, batch = making.sizes(kernel, target)
     found = gradient.reshape(*batch, math.prod(in_), gradient.shape[-1])
     total, squares, tokens = (found[..., i - EXTRA] for i in range(EXTRA))
     # padding of a convolution is not counted as a token of the border's own
@@ -97,7 +96,7 @@ def observed(
         views = []
         for path, leaf in thin.items():
             target, kernel = chosen[path]
-            _, out, stack = build.sizes(kernel, target)
+            _, out, stack = making.sizes(kernel, target)
             silent = jnp.zeros((*stack, probes[path].shape[-1], *out))
             axes = kernel.linear_axes()
             pair = Lora(probes[path], silent, 1.0, axes, 0.0, target.layers)

@@ -4,19 +4,33 @@ from lorax.adapters.adalora import AdaLora, orthogonal_penalty
 from lorax.adapters.dora import Dora
 from lorax.adapters.full import Full
 from lorax.adapters.lora import Lora
-from lorax.adapters.plain import as_lora
+from lorax.adapters.parametrisation import (
+    REGISTRY,
+    Parametrisation,
+    as_lora,
+    bound,
+    get,
+    lent_out,
+    name_of,
+    of_target,
+    register,
+)
 from lorax.adapters.sliced import SlicedLora
 
-CLASSES = {cls.__name__: cls for cls in (Lora, SlicedLora, Dora, AdaLora, Full)}
-"""Class by name, for adapters read back from disk."""
-
 __all__ = [
-    "CLASSES",
+    "REGISTRY",
     "AdaLora",
     "Dora",
     "Full",
     "Lora",
+    "Parametrisation",
     "SlicedLora",
     "as_lora",
+    "bound",
+    "get",
+    "lent_out",
+    "name_of",
+    "of_target",
     "orthogonal_penalty",
+    "register",
 ]

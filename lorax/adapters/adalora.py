@@ -14,18 +14,24 @@ References:
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lorax.adapters import layout
-from lorax.types import Adapters, Axes, Factors
+from lorax.adapters import layout, making
+from lorax.adapters.lora import Lora
+from lorax.adapters.parametrisation import Parametrisation, register
+from lorax.types import Adapters, Axes, Factors, Field, KernelSpec, TargetSpec
+
+STD = 0.02  # of p and q at the start, as in github.com/QingruZhang/AdaLoRA
 
 
+@register("adalora")
 @flax.struct.dataclass
-class AdaLora:
+class AdaLora(Parametrisation):
     """Update `scale * p @ diag(lam) @ q` of one kernel, or of a stack of kernels.
 
     Attributes:
@@ -50,17 +56,47 @@ class AdaLora:
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
     moved_by: str | None = flax.struct.field(pytree_node=False, default=None)
 
-    roles: ClassVar[dict[str, str]] = {"p": "p", "lam": "lam", "q": "q"}
+    fields = {
+        "p": Field("p", "batch in rank", decays=True),
+        "lam": Field("lam", "batch rank", decays=True),
+        "q": Field("q", "batch rank out", decays=True),
+    }
+    additive = True
+    padded = True
+    counts_ranks = True
+    absorbs = "lam"
 
-    @property
-    def rank(self) -> int:
-        """The number of triplets, masked ones included."""
-        return self.p.shape[-1]
+    @classmethod
+    def make(
+        cls,
+        key: jax.Array,
+        kernel: KernelSpec,
+        target: TargetSpec,
+        shared: Mapping[str, jax.Array],
+    ) -> AdaLora:
+        """Returns p, q ~ N(0, 0.02^2) and lam = 0."""
+        del shared
+        in_, out, batch = making.sizes(kernel, target)
+        rank, dtype = target.rank, target.dtype
+        left, right = jax.random.split(key)
+        p = STD * jax.random.normal(left, (*batch, *in_, rank), dtype)
+        q = STD * jax.random.normal(right, (*batch, rank, *out), dtype)
+        lam = jnp.zeros((*batch, rank), dtype)
+        return cls(p, lam, q, **making.statics(kernel, target))
 
-    def check(self, path: str, leaf: jax.Array) -> None:
-        """Raises ValueError unless the factors fit a leaf of this shape and dtype."""
-        shapes = [(self.p.shape, "ir"), (self.lam.shape, "r"), (self.q.shape, "ro")]
-        layout.check(path, leaf, self.axes, self.layers, self.rank, shapes)
+    @classmethod
+    def from_triplets(
+        cls,
+        kernel: KernelSpec,
+        target: TargetSpec,
+        u: jax.Array,
+        s: jax.Array,
+        vt: jax.Array,
+    ) -> AdaLora:
+        """Returns the adapter around triplets of the flattened kernel."""
+        p, q = making.unflatten(kernel, target, u, vt)
+        p, lam, q = (x.astype(target.dtype) for x in (p, s, q))
+        return cls(p, lam, q, **making.statics(kernel, target))
 
     def factors(self, kernel: jax.Array) -> Factors:
         """Returns (p, scale * lam * q) over the whole stack."""
@@ -68,16 +104,15 @@ class AdaLora:
         lam = self.lam.astype(dtype).reshape(self.lam.shape + (1,) * len(self.axes.out))
         depth = layout.depth(kernel, self.axes)
         both = self.p, self.scale * lam * self.q.astype(dtype)
-        return Factors(*(layout.spread(f, self.layers, depth) for f in both))
+        a, b = (layout.spread(f, self.layers, depth) for f in both)
+        return Factors(a, b)
 
-    def delta(self, kernel: jax.Array) -> jax.Array:
-        """Returns the update in the leaf's layout and at least float32."""
-        a, b, _ = self.factors(kernel)
-        return layout.product(a, b, self.axes, kernel)
-
-    def merge(self, kernel: jax.Array) -> jax.Array:
-        """Returns the adapted kernel, rounded once to its dtype."""
-        return layout.added(kernel, self.delta(kernel))
+    def as_lora(self) -> Lora:
+        """Returns the Lora `p @ (lam * q)`."""
+        dtype = layout.wide(self.lam, self.q)
+        lam = self.lam.astype(dtype).reshape(self.lam.shape + (1,) * len(self.axes.out))
+        static = self.scale, self.axes, self.dropout, self.layers, self.moved_by
+        return Lora(self.p, lam * self.q.astype(dtype), *static)
 
 
 def orthogonal_penalty(

@@ -15,21 +15,22 @@ References:
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from lorax import _explicit
-from lorax.adapters import layout
-from lorax.types import Axes, Factors
+from lorax.adapters import layout, making
+from lorax.adapters.lora import FromFactors
+from lorax.adapters.parametrisation import register
+from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
 
 CLAMP = 1e-12  # of |W0|^2: below, float32 cancellation can make c^2 negative
 
 
+@register("dora")
 @flax.struct.dataclass
-class Dora:
+class Dora(FromFactors):
     """Low-rank change of a kernel's directions, with a trained norm per output.
 
     Attributes:
@@ -58,18 +59,25 @@ class Dora:
     detach_norm: bool = flax.struct.field(pytree_node=False, default=True)
     moved_by: str | None = flax.struct.field(pytree_node=False, default=None)
 
-    roles: ClassVar[dict[str, str]] = {"a": "a", "b": "b", "magnitude": "magnitude"}
+    fields = {
+        "a": Field("a", "batch in rank", decays=True, pair="b"),
+        "b": Field("b", "batch rank out", decays=True, pair="a"),
+        "magnitude": Field("magnitude", "batch out"),
+    }
+    options = {"detach_norm": True}
+    padded = True
+    absorbs = "b"
 
-    @property
-    def rank(self) -> int:
-        """The width of the bottleneck."""
-        return self.a.shape[-1]
-
-    def check(self, path: str, leaf: jax.Array) -> None:
-        """Raises ValueError unless the factors fit a leaf of this shape and dtype."""
-        shapes = [(self.a.shape, "ir"), (self.b.shape, "ro")]
-        shapes.append((self.magnitude.shape, "o"))
-        layout.check(path, leaf, self.axes, self.layers, self.rank, shapes)
+    @classmethod
+    def around(
+        cls, kernel: KernelSpec, target: TargetSpec, a: jax.Array, b: jax.Array
+    ) -> Dora:
+        """Returns the adapter; its magnitude is the norm of the kernel."""
+        statics = making.statics(kernel, target)
+        whole = making.chosen_layers(kernel, target)
+        magnitude = column_norm(whole, None, None, statics["axes"])
+        options = making.options(target, cls.options)
+        return cls(a, b, magnitude, **statics, detach_norm=options["detach_norm"])
 
     def norm(self, kernel: jax.Array) -> jax.Array:
         """Returns c, the norm of every adapted column: `[*batch, *out]`, float32."""
@@ -93,23 +101,6 @@ class Dora:
             layout.spread(b, self.layers, depth),
             layout.spread(self.gain(kernel), self.layers, depth, fill=1.0),
         )
-
-    def delta(self, kernel: jax.Array) -> jax.Array:
-        """Returns the change of the kernel in its own layout, at least float32."""
-        return self._merged(kernel) - kernel
-
-    def merge(self, kernel: jax.Array) -> jax.Array:
-        """Returns the adapted kernel, rounded once to its dtype."""
-        return self._merged(kernel).astype(kernel.dtype)
-
-    def _merged(self, kernel: jax.Array) -> jax.Array:
-        a, b, gain = self.factors(kernel)
-        update = layout.product(a, b, self.axes, kernel)
-        n = len(self.axes.batch)
-        between = tuple(range(n, n + len(self.axes.in_)))
-        assert gain is not None
-        gain = layout.in_leaf_order(jnp.expand_dims(gain, between), self.axes)
-        return (kernel.astype(update.dtype) + update) * gain
 
 
 def column_norm(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from lorax import tree
 from lorax.adapters import layout
+from lorax.adapters.parametrisation import Parametrisation, register
+from lorax.types import Field, KernelSpec, TargetSpec
 
 
+@register("full")
 @flax.struct.dataclass
-class Full:
+class Full(Parametrisation):
     """Replaces its leaf by a trainable copy.
 
     Attributes:
@@ -22,7 +26,24 @@ class Full:
 
     value: jax.Array
 
-    roles: ClassVar[dict[str, str]] = {"value": "value"}
+    fields = {"value": Field("value", "leaf")}
+    replaces = True
+
+    @classmethod
+    def make(
+        cls,
+        key: jax.Array,
+        kernel: KernelSpec,
+        target: TargetSpec,
+        shared: Mapping[str, jax.Array],
+    ) -> Full:
+        """Returns a copy of the leaf; of an abstract leaf, an abstract one."""
+        del key, shared
+        leaf = kernel.value
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            like = jax.ShapeDtypeStruct
+            return cls(like(leaf.shape, target.dtype, sharding=leaf.sharding))  # type: ignore[arg-type]
+        return cls(jnp.array(leaf, target.dtype))
 
     def check(self, path: str, leaf: jax.Array) -> None:
         """Raises ValueError unless the value has the leaf's shape."""

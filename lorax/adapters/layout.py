@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,30 +11,67 @@ import jax.numpy as jnp
 
 from lorax import _explicit, tree
 from lorax.linalg import wide
-from lorax.types import Axes
+from lorax.types import Axes, Factors, Field, LinearMap
 
 Shape = tuple[int, ...]
+KERNEL_WORDS = ("batch", "in", "out", "out[1:]", "leaf")
+"""Words of `Field.dims` that stand for axes of the kernel."""
 
 
-def check(
-    path: str,
-    leaf: Any,
-    axes: Axes,
-    layers: tuple[int, ...] | None,
-    rank: int,
-    shapes: Sequence[tuple[Shape, str]],
-) -> None:
-    """Raises ValueError unless factors fit a leaf of this shape and dtype.
+def sizes_of(
+    words: Sequence[str], sizes: Sequence[Shape], own: Mapping[str, int]
+) -> Shape | None:
+    """Returns the shape that the words of a field ask for; None: not known.
+
+    Args:
+      words: of `Field.dims`.
+      sizes: (in, out, batch) of what has factors.
+      own: sizes of the words that are not the kernel's: rank, and the method's own.
+    """
+    in_, out, batch = sizes
+    known = {"batch": batch, "in": in_, "out": out, "out[1:]": out[1:]}
+    shape: Shape = ()
+    for word in words:
+        if word not in known and word not in own:
+            return None
+        shape += known.get(word, ()) if word in known else (own[word],)
+    return shape
+
+
+def axis_of(adapter: Any, name: str, word: str) -> int:
+    """Returns which axis of a field a word of one axis names, its stack's included."""
+    lengths = _lengths(adapter.axes)
+    words = adapter.fields[name].words
+    before = words[: words.index(word)]
+    behind = words[words.index(word) + 1 :]
+    count = lambda words: sum(lengths.get(word, 1) for word in words)
+    if not before or before[0] != "batch":
+        return count(before)
+    # a population's axes may stand in front of all
+    return getattr(adapter, name).ndim - 1 - count(behind)
+
+
+def _lengths(axes: Axes) -> dict[str, int]:
+    """How many axes a word of `Field.dims` stands for."""
+    out = len(axes.out)
+    return {
+        "batch": len(axes.batch),
+        "in": len(axes.in_),
+        "out": out,
+        "out[1:]": out - 1,
+    }
+
+
+def check(path: str, adapter: Any, leaf: Any) -> None:
+    """Raises ValueError unless an adapter's arrays fit a leaf of this shape and dtype.
 
     Args:
       path: of the leaf, for the message.
+      adapter: with `fields`, `axes` and perhaps `layers`.
       leaf: an array or its abstract form.
-      axes: the adapter's.
-      layers: of the first batch axis that have factors; None for all.
-      rank: the width of the bottleneck.
-      shapes: of each factor, the shape it has and its layout in the letters "i" (in),
-        "r" (rank) and "o" (out), batch axes in front.
     """
+    axes: Axes = adapter.axes
+    layers = getattr(adapter, "layers", None)
     tree.require_adaptable(path, leaf)
     if sorted(axes.order) != list(range(leaf.ndim)):
         raise ValueError(
@@ -48,15 +86,30 @@ def check(
                 f"and {axes}; no such layers"
             )
         batch = (len(layers), *batch[1:])
-    letters = {"i": in_, "r": (rank,), "o": out}
-    found = [shape for shape, _ in shapes]
-    want = [batch + sum((letters[c] for c in layout), ()) for _, layout in shapes]
+    fields = {n: f for n, f in adapter.fields.items() if not f.frozen}
+    found = [tuple(getattr(adapter, name).shape) for name in fields]
+    own = _own_sizes(adapter, fields)
+    want = [sizes_of(f.words, (in_, out, batch), own) for f in fields.values()]
     if found != want:
         say = lambda shapes: " and ".join(map(str, shapes))
         raise ValueError(
             f"{path}: the factors have shapes {say(found)}, and a kernel of shape "
             f"{leaf.shape} needs {say(want)}; was the adapter made for another model?"
         )
+
+
+def _own_sizes(adapter: Any, fields: Mapping[str, Field]) -> dict[str, int]:
+    """The sizes of the words that are not the kernel's, each where it comes first."""
+    own: dict[str, int] = {}
+    for name, field in fields.items():
+        shape = getattr(adapter, name).shape
+        for word in field.words:
+            if word in KERNEL_WORDS or word in own:
+                continue
+            axis = axis_of(adapter, name, word)
+            if 0 <= axis < len(shape):
+                own[word] = shape[axis]
+    return own
 
 
 def spread(
@@ -118,6 +171,65 @@ def in_leaf_order(array: jax.Array, axes: Axes) -> jax.Array:
     return array.transpose([order.index(axis) for axis in range(len(order))])
 
 
-def added(kernel: jax.Array, delta: jax.Array) -> jax.Array:
-    """Returns `kernel + delta`, rounded once to the kernel's dtype."""
-    return (kernel.astype(delta.dtype) + delta).astype(kernel.dtype)
+def without_product(
+    kernel: jax.Array,
+    axes: Axes,
+    gain: jax.Array | None = None,
+    inputs: LinearMap | None = None,
+    branch: LinearMap | None = None,
+) -> Factors:
+    """Returns a form whose thin product has rank 0: gains and maps alone."""
+    in_, out, batch = axes.sizes(kernel.shape)
+    dtype = wide(kernel)
+    a = jnp.zeros((*batch, *in_, 0), dtype)
+    return Factors(a, jnp.zeros((*batch, 0, *out), dtype), gain, inputs, branch)
+
+
+def merged(factors: Factors, axes: Axes, kernel: jax.Array) -> jax.Array:
+    """Returns `((I + D) W0 + a b + C) * gain` in the kernel's layout, not rounded."""
+    whole = kernel.astype(wide(kernel))
+    if (total := added_by(factors, axes, kernel)) is not None:
+        whole = whole + total
+    if factors.gain is None:
+        return whole
+    n = len(axes.batch)
+    between = tuple(range(n, n + len(axes.in_)))
+    gain = in_leaf_order(jnp.expand_dims(factors.gain, between), axes)
+    return whole * gain.astype(whole.dtype)
+
+
+def added_by(factors: Factors, axes: Axes, kernel: jax.Array) -> jax.Array | None:
+    """Returns `D W0 + a b + C` in the kernel's layout, at least float32; None for 0."""
+    parts = mapped(factors, axes, kernel)
+    if factors.a.shape[-1]:
+        parts.append(product(factors.a, factors.b, axes, kernel))
+    return sum(parts[1:], start=parts[0]) if parts else None
+
+
+def mapped(factors: Factors, axes: Axes, kernel: jax.Array) -> list[jax.Array]:
+    """Returns `D W0` and C of a form's maps in the leaf's layout."""
+    in_, out, batch = axes.sizes(kernel.shape)
+    n, m, dtype = math.prod(in_), math.prod(out), wide(kernel)
+    matrix = kernel.astype(dtype).transpose(axes.order).reshape(*batch, n, m)
+
+    def turned(held: LinearMap, w: jax.Array) -> jax.Array:
+        """`D w`, by the transpose of `x -> x D`."""
+        like = jax.ShapeDtypeStruct((m, n), dtype)
+        (back,) = jax.linear_transpose(lambda x: held.apply(held.arrays, x), like)(w.mT)
+        return back.mT
+
+    def written(held: LinearMap, w: jax.Array) -> jax.Array:
+        del w
+        return held.apply(held.arrays, jnp.eye(n, dtype=dtype))
+
+    found = []
+    for held, one in ((factors.inputs, turned), (factors.branch, written)):
+        if held is None:
+            continue
+        for _ in batch:
+            one = jax.vmap(one)
+        exact = jax.tree.map(lambda x: x.astype(dtype), held)
+        with jax.default_matmul_precision("highest"):
+            part = _explicit.automatic(one, (exact, matrix), matrix)
+        found.append(in_leaf_order(part.reshape(*batch, *in_, *out), axes))
+    return found

@@ -11,17 +11,80 @@ References:
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
-from lorax.adapters import layout
-from lorax.types import Axes, Factors
+from lorax.adapters import layout, making
+from lorax.adapters.parametrisation import Parametrisation, register
+from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
 
 
+class FromFactors(Parametrisation):
+    """What the classes share that can be made around any two factors a and b."""
+
+    @classmethod
+    def make(
+        cls,
+        key: jax.Array,
+        kernel: KernelSpec,
+        target: TargetSpec,
+        shared: Mapping[str, jax.Array],
+    ) -> Any:
+        """Returns a ~ U(-1/sqrt(in), 1/sqrt(in)), b = 0; of a lookup 0 and N(0, 1)."""
+        del shared
+        return cls.from_factors(kernel, target, *standard_factors(key, kernel, target))
+
+    @classmethod
+    def from_factors(
+        cls, kernel: KernelSpec, target: TargetSpec, a: jax.Array, b: jax.Array
+    ) -> Any:
+        """Returns the adapter around factors of the whole stack, or its chosen layers.
+
+        Args:
+          kernel: the leaf before any part of it moves.
+          target: with its static fields and options.
+          a: `[*batch, *in, rank]`, its in axes flattened or not; cast to target.dtype.
+          b: `[*batch, rank, *out]`, likewise.
+        """
+        a, b = making.unflatten(kernel, target, a, b)
+        a, b = a.astype(target.dtype), b.astype(target.dtype)
+        return cls.around(kernel, target, a, b)
+
+    @classmethod
+    def around(
+        cls, kernel: KernelSpec, target: TargetSpec, a: jax.Array, b: jax.Array
+    ) -> Any:
+        """Returns the adapter with these a and b, in their own shapes and dtypes."""
+        made: Any = cls
+        return made(a, b, **making.statics(kernel, target))
+
+    @classmethod
+    def from_triplets(
+        cls,
+        kernel: KernelSpec,
+        target: TargetSpec,
+        u: jax.Array,
+        s: jax.Array,
+        vt: jax.Array,
+    ) -> Any:
+        """Returns the adapter with `a b = u diag(s) vt`, balanced between the two.
+
+        A direction of size zero keeps its unit column in a, beside a zero row in b:
+        with both zero no gradient would ever reach it.
+        """
+        root = jnp.sqrt(jnp.where(s > 0, s, 1.0))
+        a, b = u * root[..., None, :], (s / root)[..., :, None] * vt
+        return cls.from_factors(kernel, target, a, b)
+
+
+@register("lora")
 @flax.struct.dataclass
-class Lora:
+class Lora(FromFactors):
     """Low-rank update `scale * a @ b` of one kernel, or of a stack of kernels.
 
     Attributes:
@@ -45,17 +108,14 @@ class Lora:
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
     moved_by: str | None = flax.struct.field(pytree_node=False, default=None)
 
-    roles: ClassVar[dict[str, str]] = {"a": "a", "b": "b"}
-
-    @property
-    def rank(self) -> int:
-        """The width of the bottleneck."""
-        return self.a.shape[-1]
-
-    def check(self, path: str, leaf: jax.Array) -> None:
-        """Raises ValueError unless the factors fit a leaf of this shape and dtype."""
-        shapes = [(self.a.shape, "ir"), (self.b.shape, "ro")]
-        layout.check(path, leaf, self.axes, self.layers, self.rank, shapes)
+    fields = {
+        "a": Field("a", "batch in rank", decays=True, pair="b"),
+        "b": Field("b", "batch rank out", decays=True, pair="a"),
+    }
+    additive = True
+    padded = True
+    absorbs = "b"
+    sliced = "sliced_lora"
 
     def factors(self, kernel: jax.Array) -> Factors:
         """Returns (a, scale * b) over the whole stack, zero where no layer has factors.
@@ -68,13 +128,27 @@ class Lora:
         """
         a, b = self.a, self.scale * self.b.astype(layout.wide(self.b))
         depth = layout.depth(kernel, self.axes)
-        return Factors(*(layout.spread(f, self.layers, depth) for f in (a, b)))
+        a, b = (layout.spread(f, self.layers, depth) for f in (a, b))
+        return Factors(a, b)
 
-    def delta(self, kernel: jax.Array) -> jax.Array:
-        """Returns `scale * a @ b` in the leaf's layout and at least float32."""
-        a, b, _ = self.factors(kernel)
-        return layout.product(a, b, self.axes, kernel)
+    def as_lora(self) -> Lora:
+        """Returns the adapter itself."""
+        return self
 
-    def merge(self, kernel: jax.Array) -> jax.Array:
-        """Returns `W0 + scale * a @ b`, rounded once to the kernel's dtype."""
-        return layout.added(kernel, self.delta(kernel))
+
+def standard_factors(
+    key: jax.Array, kernel: KernelSpec, target: TargetSpec
+) -> tuple[jax.Array, jax.Array]:
+    """Returns LoRA's a and b at the start, as in the reference implementation.
+
+    Its `kaiming_uniform(a=sqrt(5))` amounts to U(-1/sqrt(in), 1/sqrt(in)). Embeddings
+    are mirrored, a = 0 and b ~ N(0, 1), as there and in PEFT.
+    """
+    in_, out, batch = making.sizes(kernel, target)
+    a_shape, b_shape = (*batch, *in_, target.rank), (*batch, target.rank, *out)
+    if kernel.op == "gather":
+        a = jnp.zeros(a_shape, target.dtype)
+        return a, jax.random.normal(key, b_shape, target.dtype)
+    bound = 1 / math.sqrt(math.prod(in_))
+    a = jax.random.uniform(key, a_shape, target.dtype, -bound, bound)
+    return a, jnp.zeros(b_shape, target.dtype)

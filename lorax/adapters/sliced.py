@@ -13,19 +13,22 @@ References:
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
+from collections.abc import Mapping
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lorax.adapters import layout
+from lorax.adapters import layout, making
 from lorax.adapters.lora import Lora
-from lorax.types import Axes, Factors
+from lorax.adapters.parametrisation import Parametrisation, register
+from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
 
 
+@register("sliced_lora")
 @flax.struct.dataclass
-class SlicedLora:
+class SlicedLora(Parametrisation):
     """Low-rank updates of slices of a kernel, along the first of its out axes.
 
     Attributes:
@@ -49,12 +52,35 @@ class SlicedLora:
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
 
-    roles: ClassVar[dict[str, str]] = {"a": "a", "b": "b"}
+    fields = {
+        "a": Field("a", "batch slices in rank", decays=True, pair="b"),
+        "b": Field("b", "batch slices rank out[1:]", decays=True, pair="a"),
+    }
+    additive = True
+    padded = True
+    absorbs = "b"
+    sliced = "sliced_lora"
 
-    @property
-    def rank(self) -> int:
-        """The width of each slice's bottleneck."""
-        return self.a.shape[-1]
+    @classmethod
+    def make(
+        cls,
+        key: jax.Array,
+        kernel: KernelSpec,
+        target: TargetSpec,
+        shared: Mapping[str, jax.Array],
+    ) -> SlicedLora:
+        """Returns LoRA's start for every slice."""
+        del shared
+        in_, out, batch = making.sizes(kernel, target)
+        assert target.slices is not None
+        count, rank = len(target.slices), target.rank
+        bound, a = 1 / math.sqrt(math.prod(in_)), (*batch, count, *in_, rank)
+        own = {"slices": target.slices, "blocks": out[0]}
+        return cls(
+            jax.random.uniform(key, a, target.dtype, -bound, bound),
+            jnp.zeros((*batch, count, rank, *out[1:]), target.dtype),
+            **making.statics(kernel, target) | own,
+        )
 
     def fused(self) -> Lora:
         """Returns the same update as one Lora of the summed rank, zeros in its b."""
@@ -85,10 +111,6 @@ class SlicedLora:
         """Returns the factors of the fused kernel, `a` and `scale * b`."""
         return self.fused().factors(kernel)
 
-    def delta(self, kernel: jax.Array) -> jax.Array:
-        """Returns the update in the leaf's layout and at least float32."""
-        return self.fused().delta(kernel)
-
-    def merge(self, kernel: jax.Array) -> jax.Array:
-        """Returns the adapted kernel, rounded once to its dtype."""
-        return layout.added(kernel, self.delta(kernel))
+    def as_lora(self) -> Lora:
+        """Returns `fused()`."""
+        return self.fused()

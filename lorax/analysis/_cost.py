@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from lorax import tree
-from lorax.adapters import as_lora
 from lorax.kernels import Kernel
 from lorax.types import Adapters, PyTree
 
@@ -121,9 +120,15 @@ def _bytes(leaf: Any) -> int:
 
 def _flops(kernel: Kernel, adapter: Any) -> int:
     """Of a train step, as the module says."""
-    if adapter is None or not hasattr(adapter, "rank"):
-        return (2 if adapter is None else 3) * kernel.flops
-    plain = jax.eval_shape(as_lora, adapter)
-    in_, out, _ = plain.axes.sizes(kernel.shape)
+    if adapter is None:
+        return 2 * kernel.flops
+    if adapter.replaces:
+        return 3 * kernel.flops
+    leaf = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
+    factors = jax.eval_shape(lambda a, leaf: a.factors(leaf), adapter, leaf)
+    if factors is None:
+        return 3 * kernel.flops
+    in_, out, _ = adapter.axes.sizes(kernel.shape)
     n, m = math.prod(in_), math.prod(out)
-    return 2 * kernel.flops + 3 * round(kernel.flops * plain.rank * (n + m) / (n * m))
+    rank = factors.a.shape[-1]
+    return 2 * kernel.flops + 3 * round(kernel.flops * rank * (n + m) / (n * m))

@@ -9,10 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from lorax import tree
-from lorax.adapters import AdaLora, Dora, Lora, SlicedLora, as_lora, layout
+from lorax.adapters import as_lora, layout
 from lorax.types import Adapters, Axes, PyTree
-
-KINDS = (Lora, SlicedLora, Dora, AdaLora)
 
 
 def thin(adapters: Adapters, what: str) -> Adapters:
@@ -21,7 +19,7 @@ def thin(adapters: Adapters, what: str) -> Adapters:
     Raises:
       ValueError: there are none.
     """
-    chosen: Adapters = {path: a for path, a in adapters.items() if isinstance(a, KINDS)}
+    chosen = {path: a for path, a in adapters.items() if _is_thin(a)}
     if not chosen:
         names = sorted({type(adapter).__name__ for adapter in adapters.values()})
         raise ValueError(
@@ -30,6 +28,12 @@ def thin(adapters: Adapters, what: str) -> Adapters:
             "returns for at least one lora, dora or adalora target"
         )
     return chosen
+
+
+def _is_thin(adapter: Any) -> bool:
+    """True where the update, a gain apart, is a product of two trained factors."""
+    pair = any(field.pair for field in adapter.fields.values())
+    return pair or adapter.as_lora() is not None
 
 
 def leaves_of(adapters: Adapters, params: PyTree) -> dict[str, jax.Array]:

@@ -1,6 +1,6 @@
 """An adapter without its numbers, as JSON data, and back.
 
-    {"class": "Lora",
+    {"class": "lora", "module": "lorax.adapters.lora",
      "static": {"scale": 2.0, "axes": {"Axes": {"in_": [0], ...}}, ...},
      "arrays": {"a": {"shape": [3, 1], "dtype": "float32"}, ...}}
 
@@ -83,18 +83,33 @@ def describe(path: str, adapter: Any) -> dict[str, Any]:
     Raises:
       TypeError: a class that is not registered, or a field that JSON cannot hold.
     """
-    name = type(adapter).__name__
-    if adapter_classes.CLASSES.get(name) is not type(adapter):
+    name = adapter_classes.name_of(type(adapter))
+    if name is None:
         raise TypeError(
-            f"{path}: {name} is not in lorax.adapters.CLASSES, so it could not be "
-            "loaded again; register it there"
+            f"{path}: {type(adapter).__name__} is not registered, so it could not be "
+            "loaded again; call lorax.adapters.register(name, "
+            f"{type(adapter).__name__}) where it is defined"
         )
     static = {
         field: _encode(f"{path}: {field}", getattr(adapter, field))
         for field in fields(adapter, static=True)
     }
     shapes = {field: kind(value) for field, value in arrays(adapter).items()}
-    return {"class": name, "static": static, "arrays": shapes}
+    home = type(adapter).__module__
+    return {"class": name, "module": home, "static": static, "arrays": shapes}
+
+
+def _class_of(name: str, module: Any) -> Any:
+    """The class that a file names; older files have the name of the class itself."""
+    known = adapter_classes.REGISTRY
+    older = {cls.__name__: cls for cls in known.values()}
+    if name in known or name in older:
+        return known.get(name) or older[name]
+    where = f"import {module}" if isinstance(module, str) else "import its module"
+    raise ValueError(
+        f"class {name!r} is not registered, which are {sorted(known)}; {where}, which "
+        "registers it, before loading (a file is never a reason to import anything)"
+    )
 
 
 def skeleton(entry: Any) -> Any:
@@ -108,9 +123,7 @@ def skeleton(entry: Any) -> Any:
         do not fit one another; the field is named.
     """
     name = untrusted.field(entry, "class", untrusted.TEXT)
-    if name not in adapter_classes.CLASSES:
-        raise ValueError(f"class {name!r} is none of {[*adapter_classes.CLASSES]}")
-    cls: Any = adapter_classes.CLASSES[name]
+    cls = _class_of(name, entry.get("module"))
     static = untrusted.field(entry, "static", untrusted.TABLE)
     kinds = untrusted.field(entry, "arrays", untrusted.TABLE)
     for given, part in ((static, "static"), (kinds, "arrays")):
@@ -244,12 +257,15 @@ def _require_layout(made: Any) -> None:
     A population's adapters have its axes in front of all arrays.
     """
     axes, layers = getattr(made, "axes", None), getattr(made, "layers", None)
+    pair = any(field.pair for field in made.fields.values())
     if not isinstance(axes, Axes):
         return
     if hasattr(made, "slices") and max(made.slices) >= made.blocks:
         raise ValueError(f"static.slices={made.slices} of blocks={made.blocks}")
     try:
         plain: Any = jax.eval_shape(adapter_classes.as_lora, made)
+        if not pair and type(plain) is type(made):
+            return  # no product of factors, whose sizes would give the leaf's
         before = plain.a.ndim - len(axes.in_) - 1
         members = before - len(axes.batch)
         batch, in_ = plain.a.shape[members:before], plain.a.shape[before:-1]

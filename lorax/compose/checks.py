@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorax.adapters import Dora, Full
 from lorax.compose import forms
 from lorax.types import Adapters
 
@@ -45,20 +44,28 @@ def require_same(path: str, members: Sequence[tuple[str, Any]]) -> None:
 
 def _sizes(adapter: Any) -> str:
     """The axes and sizes of the kernel that an adapter fits, as text."""
-    if isinstance(adapter, Full):
+    if adapter.replaces:
         return f"shape {tuple(adapter.value.shape)}"
+    if not forms.has_factors(adapter):
+        shapes = [tuple(getattr(adapter, name).shape) for name in adapter.roles]
+        return f"shapes {shapes}, {adapter.axes}"
     first, last = (getattr(adapter, name) for name in forms.factor_names(adapter))
     n = len(adapter.axes.batch)
     stack = f"stack {first.shape[:n]}, layers {adapter.layers}, " if n else ""
     return f"in {first.shape[n:-1]}, out {last.shape[n + 1 :]}, {stack}{adapter.axes}"
 
 
-def refuse_dora(adapters: Adapters, what: str) -> None:
-    """Raises ValueError naming the Dora paths, whose update is no product."""
-    if paths := [path for path, a in adapters.items() if isinstance(a, Dora)]:
+def require_products(adapters: Adapters, what: str) -> None:
+    """Raises ValueError naming the paths whose update is not a product of factors."""
+    others = {
+        path: type(a).__name__
+        for path, a in adapters.items()
+        if not a.replaces and a.as_lora() is None
+    }
+    if others:
         raise ValueError(
-            f"{what} needs updates that are products of factors, and {paths} are Dora: "
-            "its norm depends on the whole adapted kernel, so updates neither add nor "
+            f"{what} needs updates that are products of factors, and {[*others]} are "
+            f"{', '.join(sorted({*others.values()}))}, whose updates neither add nor "
             "scale; merge each set and read it back as Lora with compose.extract("
             "params, lorax.merge(adapters, params), targets)"
         )

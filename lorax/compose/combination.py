@@ -97,7 +97,7 @@ def combine(
     """
     given = checks.require_sets(sets)
     for adapters in given:
-        checks.refuse_dora(adapters, "combine")
+        checks.require_products(adapters, "combine")
         checks.refuse_moved(adapters, "combine")
     checks.require_weights(weights, len(given))
     recipe = _Recipe(method, rank, density, key, election)
@@ -109,7 +109,7 @@ def combine(
     for path in sorted(set().union(*given)):
         parts = {i: s[path] for i, s in enumerate(given) if path in s}
         weights_here = [weights[i] for i in parts]
-        kinds = {isinstance(part, Full) for part in parts.values()}
+        kinds = {part.replaces for part in parts.values()}
         if kinds == {True}:
             made[path] = _full(path, parts, weights_here, recipe, leaves)
             error[path] = jnp.zeros(())

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import linalg, tree
-from lorax.adapters import Full, as_lora
+from lorax.adapters import as_lora
 from lorax.compose import checks, forms
 from lorax.compose.forms import Combined
 from lorax.types import Adapters
@@ -43,9 +43,9 @@ def scale(adapters: Adapters, factor: float) -> Adapters:
             f"factor={factor!r}; give a finite Python number (the scale is static: a "
             "traced factor goes through compose.combine([adapters], [factor]))"
         )
-    checks.refuse_dora(adapters, "scale")
+    checks.require_products(adapters, "scale")
     checks.refuse_moved(adapters, "scale")
-    if full := [path for path, a in adapters.items() if isinstance(a, Full)]:
+    if full := [path for path, a in adapters.items() if a.replaces]:
         raise ValueError(
             f"{full} are Full: they hold values, not changes, and a change needs the "
             f"base; compose.combine([adapters], [{factor}], params=params) scales "
@@ -109,8 +109,14 @@ def resize(adapters: Adapters, rank: int) -> Combined:
 
 def resized(path: str, adapter: Any, rank: int) -> tuple[Any, jax.Array]:
     """Returns one adapter of another rank, and the relative error of its update."""
-    if isinstance(adapter, Full):
+    if adapter.replaces:
         return adapter, jnp.zeros(())
+    if not forms.has_factors(adapter):
+        raise ValueError(
+            f"{path}: resize cuts a product of one reading and one writing factor, and "
+            f"{type(adapter).__name__} is none; write it as Lora first "
+            "(compose.to_lora), or merge it and read it back (compose.extract)"
+        )
     checks.require_rank(path, adapter, rank)
     if rank >= adapter.rank:
         return forms.padded(adapter, rank), jnp.zeros(())
@@ -152,7 +158,7 @@ def to_lora(adapters: Adapters, initial: Adapters | None = None) -> Adapters:
     References:
       Meng et al., PiSSA, arXiv:2404.02948. Wang et al., LoRA-GA, arXiv:2407.05000.
     """
-    checks.refuse_dora(adapters, "to_lora")
+    checks.require_products(adapters, "to_lora")
     plain = tree.map_adapters(lambda _, a: as_lora(a), adapters)
     if initial is None:
         checks.refuse_moved(plain, "to_lora without initial=")
@@ -162,13 +168,15 @@ def to_lora(adapters: Adapters, initial: Adapters | None = None) -> Adapters:
             f"initial has no adapter for {lacking}; pass the whole dict that "
             "lorax.init returned for these adapters"
         )
-    checks.refuse_dora({path: initial[path] for path in plain}, "to_lora(initial=)")
+    checks.require_products(
+        {path: initial[path] for path in plain}, "to_lora(initial=)"
+    )
     return {path: _on_base(path, a, initial[path]) for path, a in plain.items()}
 
 
 def _on_base(path: str, adapter: Any, initial: Any) -> Any:
     """The adapter less its initial update."""
-    if isinstance(adapter, Full):
+    if adapter.replaces:
         return adapter
     start = as_lora(initial)
     both = [("the adapter", adapter), ("initial", start)]

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax import adapters as adapter_classes
 from lorax import tree
-from lorax.adapters import AdaLora, Full, layout
+from lorax.adapters import layout, making
 from lorax.compose import forms
 from lorax.compose.forms import Combined
-from lorax.inits import build
 from lorax.kernels import Kernel
 from lorax.selection import select
 from lorax.targets import Rule, Target
@@ -71,33 +71,23 @@ def extract(
 
 def _extracted(target: Target, kernel: Kernel, tuned: Any) -> tuple[Any, jax.Array]:
     value = jnp.asarray(kernel.value)
-    if target.adapter == "full":
-        return Full(jnp.array(tuned, target.dtype)), jnp.zeros(())
+    cls: Any = adapter_classes.of_target(target)
+    whole = dataclasses.replace(kernel, value=tuned)  # whose norm Dora takes
+    if cls.replaces:
+        return cls.make(None, whole, target, {}), jnp.zeros(())
+    if not hasattr(cls, "from_triplets"):
+        raise ValueError(
+            f"{kernel.path}: a difference of checkpoints is read as a product of "
+            f"factors, and adapter={target.adapter!r} is none; use adapter='lora'"
+        )
     dtype = layout.wide(value, tuned)
     change = tuned.astype(dtype) - value.astype(dtype)
     moved = dataclasses.replace(kernel, value=change)
-    matrices = build.matrices(moved, target)
+    matrices = making.matrices(moved, target)
     batch = matrices.shape[:-2]
     stack = matrices.reshape(-1, *matrices.shape[-2:])
     u, s, vt = (f.reshape(*batch, *f.shape[1:]) for f in _top(stack, target.rank))
-    adapter: Any
-    if target.adapter == "adalora":
-        p, q = build.unflatten(kernel, target, u, vt)
-        adapter = AdaLora(
-            p.astype(target.dtype),
-            (s / target.scale).astype(target.dtype),
-            q.astype(target.dtype),
-            target.scale,
-            kernel.linear_axes(),
-            target.dropout,
-            target.layers,
-        )
-    else:
-        factors = forms.split(u, s, vt, target.scale)
-        whole = dataclasses.replace(kernel, value=tuned)  # whose norm Dora takes
-        adapter = build.lora_or_dora(
-            whole, target, *build.unflatten(kernel, target, *factors)
-        )
+    adapter = cls.from_triplets(whole, target, u, s / abs(target.scale), vt)
     missed = jnp.linalg.norm((change - adapter.delta(value)).ravel())
     return adapter, forms.relative(missed, jnp.linalg.norm(change.ravel()))
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import linalg
-from lorax.adapters import AdaLora, Lora, layout
+from lorax.adapters import layout
 from lorax.types import Adapters
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -35,27 +35,43 @@ class Combined(NamedTuple):
     error: dict[str, jax.Array]
 
 
-def is_delta(adapter: Any) -> bool:
-    """True for the adapters whose update is a product of factors and nothing else."""
-    return isinstance(adapter, Lora | AdaLora)
+READS, WRITES, MIDDLE = (
+    ("batch", "in", "rank"),
+    ("batch", "rank", "out"),
+    ("batch", "rank"),
+)
+
+
+def has_factors(adapter: Any) -> bool:
+    """True where one field reads, and one writes, for every kernel of the stack."""
+    words = {field.words for field in adapter.fields.values()}
+    return {READS, WRITES} <= words
 
 
 def factor_names(adapter: Any) -> tuple[str, str]:
     """The fields that read and write: ("a", "b"), of an AdaLora ("p", "q")."""
-    return ("p", "q") if isinstance(adapter, AdaLora) else ("a", "b")
+    names = {field.words: name for name, field in adapter.fields.items()}
+    return names[READS], names[WRITES]
 
 
 def rank_axes(adapter: Any) -> dict[str, int]:
     """For each field that has a rank, which of its axes that is."""
-    n = len(adapter.axes.batch)
-    if isinstance(adapter, AdaLora):
-        return {"p": adapter.p.ndim - 1, "lam": n, "q": n}
-    return {"a": adapter.a.ndim - 1, "b": n}
+    return {
+        name: layout.axis_of(adapter, name, "rank")
+        for name, field in adapter.fields.items()
+        if "rank" in field.words
+    }
 
 
 def padded(adapter: Any, rank: int) -> Any:
     """Returns the adapter with zeros up to `rank` in every factor: the same update."""
     fields = {}
+    if not adapter.padded and rank > adapter.rank:
+        raise ValueError(
+            f"{type(adapter).__name__} of rank {adapter.rank} cannot be widened to "
+            f"{rank}: zeros in its arrays would change its update; give all sets one "
+            "rank"
+        )
     for name, axis in rank_axes(adapter).items():
         field = getattr(adapter, name)
         widths = [(0, 0)] * field.ndim
@@ -68,7 +84,12 @@ def rescaled(adapter: Any, scale: float) -> Any:
     """Returns the adapter with another scale and the ratio in b (AdaLora: in lam)."""
     if adapter.scale == scale:
         return adapter
-    name = "lam" if isinstance(adapter, AdaLora) else "b"
+    name = adapter.absorbs
+    if name is None:
+        raise ValueError(
+            f"{type(adapter).__name__} has scale {adapter.scale}, and none of its "
+            f"arrays can take the ratio to {scale}; give all sets one scale"
+        )
     field, ratio = getattr(adapter, name), adapter.scale / scale
     folded = (ratio * field.astype(layout.wide(field))).astype(field.dtype)
     return adapter.replace(**{name: folded}, scale=scale)
@@ -131,11 +152,14 @@ def with_triplets(adapter: Any, u: jax.Array, s: jax.Array, vt: jax.Array) -> An
       s: `[n, rank]`.
       vt: `[n, rank, out]`.
     """
-    if not isinstance(adapter, AdaLora):
+    fields = adapter.fields.items()
+    middle = next((name for name, field in fields if field.words == MIDDLE), None)
+    if middle is None:
         return with_matrices(adapter, *split(u, s, vt, 1.0))
-    lam = s.reshape(*adapter.lam.shape[:-1], -1).astype(adapter.lam.dtype)
+    old = getattr(adapter, middle)
     after: Any = with_matrices(adapter, u, vt)
-    return after.replace(lam=lam)
+    new = s.reshape(*old.shape[:-1], -1).astype(old.dtype)
+    return after.replace(**{middle: new})
 
 
 def is_whole(value: Any) -> bool:

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import tree
-from lorax.adapters import Full
 from lorax.compose import checks, forms
 from lorax.types import Adapters
 
@@ -98,7 +97,7 @@ def _require_stackable(path: str, members: list[tuple[int, Any]]) -> None:
 
 def _zero(path: str, like: Any, absent: list[int]) -> Any:
     """An adapter of the same shape whose update is zero."""
-    if not forms.is_delta(like):
+    if not like.additive:
         raise ValueError(
             f"{path}: sets {absent} lack it, and a {type(like).__name__} of zeros is "
             "no zero update (it replaces or rescales the kernel); give those sets an "
@@ -116,7 +115,7 @@ def _zero(path: str, like: Any, absent: list[int]) -> Any:
 
 def _stacked(members: list[Any]) -> Any:
     first = members[0]
-    if not isinstance(first, Full):
+    if first.padded:
         rank = max(member.rank for member in members)
         same = all(member.scale == first.scale for member in members)
         scale = first.scale if same else forms.shared_scale(members)
@@ -175,8 +174,8 @@ def count(stacked: Adapters) -> int:
 
 def _ranks(stacked: Any) -> np.ndarray:
     """The ranks that are not zero in every factor: `[K]`, at least 1."""
-    if isinstance(stacked, Full):
-        return np.zeros(stacked.value.shape[0], int)
+    if not stacked.padded:
+        return np.zeros(len(jax.tree.leaves(stacked)[0]), int)
     member = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], stacked))
     used: Any = False
     for name, axis in forms.rank_axes(member).items():
@@ -187,8 +186,8 @@ def _ranks(stacked: Any) -> np.ndarray:
 
 
 def _cut(adapter: Any, rank: int) -> Any:
-    """The adapter's leading ranks."""
-    if isinstance(adapter, Full):
+    """The adapter's leading ranks; where there is no padding, all."""
+    if not adapter.padded:
         return adapter
     cut = lambda field, axis: jax.lax.slice_in_dim(field, 0, int(rank), axis=axis)
     axes = forms.rank_axes(adapter)
@@ -237,7 +236,7 @@ def _switched(path: str, adapter: Any, like: Any) -> Any:
     both = [("the adapter", adapter), ("like", like)]
     checks.require_same(path, both)
     checks.require_one_base(path, both)
-    if not isinstance(like, Full):
+    if like.padded:
         if adapter.rank > like.rank:
             raise ValueError(
                 f"{path}: the adapter has rank {adapter.rank} and like {like.rank}; "

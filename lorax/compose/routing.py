@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import transform, tree
+from lorax.adapters import bound
 from lorax.compose import population
-from lorax.types import Adapters, Axes, Factors, PyTree
+from lorax.types import Adapters, Axes, Factors, Field, PyTree
 
 
 @flax.struct.dataclass
@@ -23,7 +24,8 @@ class _Made:
     axes: Axes = flax.struct.field(pytree_node=False)
     dropout: float = flax.struct.field(pytree_node=False)
 
-    roles: ClassVar[dict[str, str]] = {"made": "made"}
+    fields: ClassVar[dict[str, Field]] = {}
+    replaces: ClassVar[bool] = False
 
     def check(self, path: str, leaf: jax.Array) -> None:
         """The adapter was checked when its factors were made."""
@@ -123,6 +125,7 @@ def _checked(index: Any, size: int) -> jax.Array:
 
 def _made(stacked: Adapters, params: PyTree) -> Adapters:
     """The factors of each of the K adapters, on the leaf they all share."""
+    params, frozen = transform.split(params)
     leaves = tree.flatten(params)
     tree.require(stacked, leaves, "parameter tree")
     made: dict[str, Any] = {}
@@ -131,11 +134,12 @@ def _made(stacked: Adapters, params: PyTree) -> Adapters:
 
         def factors(adapter: Any, path: str = path, leaf: Any = leaf) -> Any:
             adapter.check(path, leaf)
-            return adapter.factors(leaf)
+            return bound(adapter, frozen, path).factors(leaf)
 
         found = jax.vmap(factors)(adapters)
         whole: Any = adapters
         made[path] = adapters
         if found is not None:
-            made[path] = _Made(found, whole.axes, whole.dropout)
+            rate = getattr(whole, "dropout", 0.0)
+            made[path] = _Made(found, whole.axes, rate)
     return made

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+
+from lorax import adapters
 from lorax.inits import (
     corda,
     eva,
@@ -17,6 +21,7 @@ from lorax.inits import (
     pissa,
     standard,
 )
+from lorax.kernels import Kernel
 from lorax.targets import Target
 
 
@@ -25,61 +30,137 @@ class Init(NamedTuple):
 
     Attributes:
       make: `(key, kernel, target, stats) -> (adapter, kernel)`.
-      adapters: the parametrisations it has a meaning for.
+      calls: the classmethod of a parametrisation that it makes the adapter by, such as
+        "from_factors" or "from_triplets": it has a meaning for the classes that have
+        it. None: it goes with every class.
       options: its hyperparameters and their defaults.
       stats: what it needs from `lorax.calibrate`: "gradient" (`GradSketch`),
         "activation" (`ActivationStats`), "covariance" (`Covariance`) or None.
     """
 
     make: Callable[..., Any]
-    adapters: tuple[str, ...] = ("lora", "dora")
-    options: dict[str, Any] = {}
+    calls: str | None = "from_factors"
+    options: Mapping[str, Any] = {}
     stats: str | None = None
 
 
-EVERY = ("lora", "dora", "adalora")
-INITS = {
-    "standard": Init(standard.standard, adapters=EVERY),
-    "gaussian": Init(gaussian.gaussian, options=gaussian.OPTIONS),
-    "pissa": Init(pissa.pissa, adapters=EVERY, options=pissa.OPTIONS),
-    "olora": Init(olora.olora),
-    "lora_ga": Init(lora_ga.lora_ga, options=lora_ga.OPTIONS, stats="gradient"),
-    "lora_one": Init(lora_one.lora_one, options=lora_one.OPTIONS, stats="gradient"),
-    "eva": Init(eva.eva, options=eva.OPTIONS, stats="activation"),
-    "corda": Init(corda.corda, options=corda.OPTIONS, stats="covariance"),
-    "milora": Init(milora.milora, adapters=EVERY),
-    "orthogonal": Init(orthogonal.orthogonal, options=orthogonal.OPTIONS),
-}
+REGISTRY: dict[str, Init] = {}
 """Init by the name that `Target.init` gives."""
+STANDARD = "standard"
 
-ADAPTER_OPTIONS = {"dora": ("detach_norm",)}
+
+def register(
+    name: str,
+    make: Callable[..., Any] | None = None,
+    *,
+    calls: str | None = "from_factors",
+    options: Mapping[str, Any] | None = None,
+    stats: str | None = None,
+) -> Any:
+    """Registers an initialisation under a name, for targets and configs.
+
+    Args:
+      name: what `Target(init=)` says.
+      make: `(key, kernel, target, stats) -> (adapter, kernel)`; None: returns a
+        decorator.
+      calls: see `Init`.
+      options: its hyperparameters and their defaults.
+      stats: "gradient": `stats` is the path's `GradSketch` from `lorax.calibrate`.
+
+    Returns:
+      The function, or the decorator.
+
+    Raises:
+      ValueError: a name that another function has.
+
+    Example:
+      >>> from lorax.adapters import making
+      >>> from lorax.inits import build
+      >>> @register("halves")
+      ... def halves(key, kernel, target, stats=None):
+      ...     in_, out, batch = making.sizes(kernel, target)
+      ...     a = jnp.full((*batch, *in_, target.rank), 0.5)
+      ...     b = jnp.zeros((*batch, target.rank, *out))
+      ...     return build.around_factors(kernel, target, a, b), kernel
+      >>> import jax.numpy as jnp, lorax
+      >>> target = lorax.Target("w", rank=1, init="halves")
+      >>> lorax.init(jax.random.key(0), {"w": jnp.ones((2, 2))}, target)[0]["w"].a[0, 0]
+      Array(0.5, dtype=float32)
+    """
+    if make is None:
+        return functools.partial(
+            register, name, calls=calls, options=options, stats=stats
+        )
+    held = REGISTRY.get(name)
+    if held is not None and _home(held.make) != _home(make):
+        raise ValueError(
+            f"init name {name!r} belongs to {'.'.join(_home(held.make))}; register "
+            "this one under another"
+        )
+    REGISTRY[name] = Init(make, calls, dict(options or {}), stats)
+    return make
+
+
+def _home(make: Any) -> tuple[str, str]:
+    """By which a module that is loaded again is known."""
+    return getattr(make, "__module__", ""), getattr(make, "__qualname__", repr(make))
+
+
+register(STANDARD, standard.standard, calls=None)
+register("gaussian", gaussian.gaussian, options=gaussian.OPTIONS)
+register("pissa", pissa.pissa, calls="from_triplets", options=pissa.OPTIONS)
+register("olora", olora.olora)
+register("lora_ga", lora_ga.lora_ga, options=lora_ga.OPTIONS, stats="gradient")
+register("lora_one", lora_one.lora_one, options=lora_one.OPTIONS, stats="gradient")
+register("eva", eva.eva, options=eva.OPTIONS, stats="activation")
+register("corda", corda.corda, options=corda.OPTIONS, stats="covariance")
+register("milora", milora.milora, calls="from_triplets")
+register("orthogonal", orthogonal.orthogonal, options=orthogonal.OPTIONS)
+
+
+def of_target(target: Target) -> Init:
+    """Returns a target's init: a registered one, or its own function.
+
+    Raises:
+      ValueError: a name that is not registered.
+    """
+    held = next((i for i in REGISTRY.values() if i.make is target.init), None)
+    if held is not None:
+        return held
+    if callable(target.init):
+        return Init(target.init, None, dict(target.options))
+    if target.init not in REGISTRY:
+        raise ValueError(
+            f"init={target.init!r}; choose one of {', '.join(REGISTRY)}, import the "
+            "module that registers it, or pass the function itself"
+        )
+    return REGISTRY[target.init]
 
 
 def check(target: Target) -> None:
     """Raises ValueError for an unknown init or option, or a meaningless combination."""
-    if target.adapter == "full":
-        return
-    if target.init not in INITS:
-        raise ValueError(f"init={target.init!r}; choose one of {', '.join(INITS)}")
-    init = INITS[target.init]
-    if target.adapter not in init.adapters:
+    init, cls = of_target(target), adapters.of_target(target)
+    if init.calls is not None and not hasattr(cls, init.calls):
+        able = [n for n, c in adapters.REGISTRY.items() if hasattr(c, init.calls)]
         raise ValueError(
             f"{target.pattern!r}: init={target.init!r} has no meaning for "
-            f"adapter={target.adapter!r}; use it with {' or '.join(init.adapters)}"
+            f"adapter={target.adapter!r}, which has no {init.calls}; use it with "
+            f"{' or '.join(able)}"
         )
-    known = {*init.options, *ADAPTER_OPTIONS.get(target.adapter, ())}
+    known = {*init.options, *cls.options}
     if unknown := set(dict(target.options)) - known:
         raise ValueError(
             f"{target.pattern!r}: init={target.init!r} of adapter={target.adapter!r} "
             f"has no option {', '.join(sorted(unknown))}; it has "
             f"{', '.join(sorted(known)) or 'none'}"
         )
+    cls.check_target(target)
 
 
 def require_stats(path: str, target: Target, stats: Mapping[str, Any] | None) -> Any:
     """Returns the statistics of a path; ValueError where its init has none."""
-    if target.adapter == "full" or INITS[target.init].stats is None:
-        return None
+    if of_target(target).stats is None:
+        return None if stats is None else stats.get(path)
     if stats is None or path not in stats:
         raise ValueError(
             f"{path}: init={target.init!r} looks at data; pass stats=lorax.calibrate("
@@ -89,4 +170,27 @@ def require_stats(path: str, target: Target, stats: Mapping[str, Any] | None) ->
     return stats[path]
 
 
-__all__ = ["INITS", "Init", "check", "require_stats"]
+def made(
+    key: jax.Array,
+    kernel: Kernel,
+    target: Target,
+    stats: Any,
+    shared: Mapping[str, jax.Array],
+) -> tuple[Any, Kernel]:
+    """Returns the adapter of one leaf, and what is left of its kernel."""
+    init = of_target(target)
+    if init.make is standard.standard:
+        return standard.standard(key, kernel, target, stats, shared)
+    return init.make(key, kernel, target, stats)
+
+
+__all__ = [
+    "REGISTRY",
+    "STANDARD",
+    "Init",
+    "check",
+    "made",
+    "of_target",
+    "register",
+    "require_stats",
+]

@@ -1,124 +1,80 @@
-"""From factors to an adapter: what every initialisation ends with.
+"""From factors to an adapter, and what a moved part leaves of the kernel.
 
 An init chooses a, b, and how much of the kernel they carry; the parametrisation and the
-target's static fields are put around them here, and the frozen leaf is reduced by what
-the *cast* factors represent, in float32, before its one rounding.
+target's static fields are put around them by the class, and the frozen leaf is reduced
+by what the *cast* factors represent, in float32, before its one rounding.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lorax import _explicit
-from lorax.adapters import AdaLora, Dora, Lora, layout
-from lorax.adapters.dora import column_norm
+from lorax import adapters
+from lorax.adapters import layout, making
 from lorax.kernels import Kernel
 from lorax.targets import Target
-from lorax.types import Adapter, GradSketch
-
-Made = TypeVar("Made", bound=Lora | Dora | AdaLora)
+from lorax.types import GradSketch
 
 
-def lora_or_dora(
-    kernel: Kernel, target: Target, a: jax.Array, b: jax.Array
-) -> Lora | Dora:
-    """Returns the adapter around factors of the whole stack, or of its chosen layers.
+def around_factors(kernel: Kernel, target: Target, a: jax.Array, b: jax.Array) -> Any:
+    """Returns the target's class around factors of the whole stack.
 
     Args:
       kernel: the leaf before any part of it moves: DoRA's magnitude is its norm.
-      target: "lora" or "dora", with its static fields.
+      target: of a class that has `from_factors`.
       a: `[*batch, *in, rank]`, its in axes flattened or not; cast to target.dtype.
       b: `[*batch, rank, *out]`, likewise.
     """
-    a, b = unflatten(kernel, target, a, b)
-    a, b = a.astype(target.dtype), b.astype(target.dtype)
-    axes = kernel.linear_axes()
-    static = (target.scale, axes, target.dropout, target.layers)
-    if target.adapter == "lora":
-        return Lora(a, b, *static)
-    magnitude = column_norm(chosen_layers(kernel, target), None, None, axes)
-    detach = dict(target.options).get("detach_norm", True)
-    return Dora(a, b, magnitude, *static, detach_norm=detach)
+    cls: Any = adapters.of_target(target)
+    return cls.from_factors(kernel, target, a, b)
 
 
-def adalora(
-    kernel: Kernel, target: Target, p: jax.Array, lam: jax.Array, q: jax.Array
-) -> AdaLora:
-    """Returns the adapter around triplets of the flattened kernel."""
-    p, q = unflatten(kernel, target, p, q)
-    p, lam, q = (x.astype(target.dtype) for x in (p, lam, q))
-    axes = kernel.linear_axes()
-    return AdaLora(p, lam, q, target.scale, axes, target.dropout, target.layers)
-
-
-def moved(kernel: Kernel, adapter: Made, by: str, **given: Any) -> tuple[Made, Kernel]:
-    """Returns the adapter, and the kernel less its update: merging gives it back.
+def around_triplets(
+    kernel: Kernel, target: Target, u: jax.Array, s: jax.Array, vt: jax.Array
+) -> Any:
+    """Returns the target's class with the product `u diag(s) vt` of the whole stack.
 
     Args:
       kernel: the leaf before any part of it moves.
-      adapter: whose update is taken out of the kernel.
+      target: of a class that has `from_triplets`.
+      u: `[*batch, in, rank]`, in axes flattened.
+      s: `[*batch, rank]`, not negative.
+      vt: `[*batch, rank, out]`, likewise.
+    """
+    cls: Any = adapters.of_target(target)
+    return cls.from_triplets(kernel, target, u, s, vt)
+
+
+def moved(kernel: Kernel, adapter: Any, by: str, **given: Any) -> tuple[Any, Kernel]:
+    """Returns the adapter, and the kernel less its product: merging gives it back.
+
+    A gain is one at the start, where the norm is the kernel's own.
+
+    Args:
+      kernel: the leaf before any part of it moves.
+      adapter: whose product is taken out of the kernel.
       by: name of the init, for the adapter's record.
       given: what the part depends on besides kernel, data and key, for the record.
     """
     said = ", ".join(f"{name}={value}" for name, value in given.items())
     adapter = dataclasses.replace(adapter, moved_by=f"{by}({said})")
     value = jnp.asarray(kernel.value)
-    plain: Adapter = adapter
-    if isinstance(adapter, Dora):  # its gain is one where the norm is the kernel's own
-        plain = Lora(
-            adapter.a, adapter.b, adapter.scale, adapter.axes, 0.0, adapter.layers
-        )
-    delta = plain.delta(value)
+    a, b, *_ = adapter.factors(value)
+    delta = layout.product(a, b, adapter.axes, value)
     rest = (value.astype(delta.dtype) - delta).astype(value.dtype)
     return adapter, dataclasses.replace(kernel, value=rest)
-
-
-def sizes(kernel: Kernel, target: Target) -> tuple[tuple[int, ...], ...]:
-    """Returns the (in, out, batch) sizes of what gets factors."""
-    in_, out, batch = kernel.linear_axes().sizes(kernel.shape)
-    if target.layers is not None:
-        batch = (len(target.layers), *batch[1:])
-    return in_, out, batch
-
-
-def chosen_layers(kernel: Kernel, target: Target) -> jax.Array:
-    """Returns the leaf, or of a stack the layers that get factors."""
-    value = jnp.asarray(kernel.value)
-    if target.layers is None:
-        return value
-    return layout.chosen(value, target.layers, kernel.linear_axes().batch[0])
-
-
-def matrices(kernel: Kernel, target: Target) -> jax.Array:
-    """Returns the chosen layers as `[*batch, in, out]` in float32, axes flattened."""
-    value = chosen_layers(kernel, target)
-    in_, out, batch = sizes(kernel, target)
-    value = value.astype(layout.wide(value)).transpose(kernel.linear_axes().order)
-    shape = (*batch, math.prod(in_), math.prod(out))
-    lies = [*_explicit.entries(value)[: len(batch)], None, None]
-    return _explicit.reshape(value, shape, lies)
-
-
-def unflatten(
-    kernel: Kernel, target: Target, a: jax.Array, b: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Gives factors `[*batch, in, r]` and `[*batch, r, out]` the leaf's own axes."""
-    in_, out, batch = sizes(kernel, target)
-    rank = a.shape[-1]
-    return a.reshape(*batch, *in_, rank), b.reshape(*batch, rank, *out)
 
 
 def flat_triplets(
     kernel: Kernel, target: Target, stats: GradSketch
 ) -> tuple[jax.Array, jax.Array]:
     """Returns u `[*batch, in, k]` and vt `[*batch, k, out]` of a gradient sketch."""
-    in_, out, batch = sizes(kernel, target)
+    in_, out, batch = making.sizes(kernel, target)
     k = stats.s.shape[-1]
     want = (*batch, *in_, k), (*batch, k, *out)
     if (stats.u.shape, stats.vt.shape) != want:
@@ -138,9 +94,3 @@ def require_shape(kernel: Kernel, found: jax.Array, want: tuple[int, ...]) -> No
             f"{kernel.path}: the statistics have the shape {found.shape}, and this "
             f"target needs {want}; calibrate with the targets that go to lorax.init"
         )
-
-
-def options(target: Target, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an init's hyperparameters: its defaults under the target's options."""
-    given = dict(target.options)
-    return {name: given.get(name, default) for name, default in defaults.items()}

@@ -31,11 +31,13 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from lorax import linalg
-from lorax.adapters import Dora, Lora
+from lorax.adapters import making
 from lorax.inits import build
 from lorax.kernels import Kernel
 from lorax.targets import Target
@@ -47,7 +49,7 @@ MODES = ("instruction", "knowledge")
 
 def corda(
     key: jax.Array, kernel: Kernel, target: Target, stats: Covariance
-) -> tuple[Lora | Dora, Kernel]:
+) -> tuple[Any, Kernel]:
     """Returns a context-oriented part of the kernel, and the kernel without it.
 
     Args:
@@ -64,9 +66,9 @@ def corda(
         other targets.
     """
     del key
-    options, rank = build.options(target, OPTIONS), target.rank
+    options, rank = making.options(target, OPTIONS), target.rank
     _check(kernel, options)
-    w = build.matrices(kernel, target)
+    w = making.matrices(kernel, target)
     build.require_shape(kernel, stats.matrix, (*w.shape[:-1], w.shape[-2]))
     times = lambda x, y: jnp.matmul(x, y, precision=linalg.EXACT)
     size = jnp.trace(stats.matrix, axis1=-2, axis2=-1)[..., None, None] / w.shape[-2]
@@ -86,7 +88,7 @@ def corda(
         moved / jnp.where(lost, 1, target.scale * root)[..., None, :],
     )
     b = jnp.where(lost, 0, root)[..., :, None] * ut
-    adapter = build.lora_or_dora(kernel, target, a, b)
+    adapter = build.around_factors(kernel, target, a, b)
     recipe = {"rank": rank, "scale": target.scale, "options": options}
     return build.moved(kernel, adapter, "corda", **recipe)
 

@@ -36,7 +36,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax.adapters import Dora, Lora
+from lorax import adapters
+from lorax.adapters import making
 from lorax.inits import build
 from lorax.kernels import Kernel
 from lorax.selection import as_targets, select
@@ -48,7 +49,7 @@ OPTIONS = {"whiten": False}
 
 def eva(
     key: jax.Array, kernel: Kernel, target: Target, stats: ActivationStats
-) -> tuple[Lora | Dora, Kernel]:
+) -> tuple[Any, Kernel]:
     """Returns an adapter that reads the inputs' components, and the kernel unchanged.
 
     Args:
@@ -62,15 +63,15 @@ def eva(
       ValueError: statistics with fewer components than the rank, or of another kernel.
     """
     del key
-    in_, out, batch = build.sizes(kernel, target)
+    in_, out, batch = making.sizes(kernel, target)
     found, rank = stats.u.shape[-1], target.rank
     build.require_shape(kernel, stats.u, (*batch, *in_, max(found, rank)))
     a, s = stats.u[..., :rank], stats.s[..., :rank]
-    if build.options(target, OPTIONS)["whiten"]:
+    if making.options(target, OPTIONS)["whiten"]:
         s = jnp.where(s > 0, s, 1)
         a = a / s.reshape(*batch, *(1 for _ in in_), rank)
     b = jnp.zeros((*batch, rank, *out))
-    return build.lora_or_dora(kernel, target, a, b), kernel
+    return build.around_factors(kernel, target, a, b), kernel
 
 
 def redistribute(
@@ -106,7 +107,8 @@ def redistribute(
     if not rho >= 1:
         raise ValueError(f"rho={rho}; give a number >= 1")
     rules = as_targets(targets)
-    is_eva = lambda target: target.init == "eva" and target.adapter != "full"
+    replaced = lambda target: adapters.get(target.adapter).replaces
+    is_eva = lambda target: target.init == "eva" and not replaced(target)
     found = select(params, rules, kernels)
     chosen = {path: both for path, both in found.items() if is_eva(both[0])}
     used = [target for target, _ in found.values()]
@@ -131,7 +133,7 @@ def _ranks(
     """Which rank each kernel gets."""
     budget, offers = 0, []
     for path, (target, kernel) in chosen.items():
-        in_, out, batch = build.sizes(kernel, target)
+        in_, out, batch = making.sizes(kernel, target)
         cost = math.prod(batch)
         budget += target.rank * cost
         most = min(round(rho * target.rank), math.prod(in_), math.prod(out))

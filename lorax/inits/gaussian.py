@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax.adapters import Dora, Lora
+from lorax.adapters import making
 from lorax.inits import build
 from lorax.kernels import Kernel
 from lorax.targets import Target
@@ -29,7 +29,7 @@ OPTIONS = {"zero": None}
 
 def gaussian(
     key: jax.Array, kernel: Kernel, target: Target, stats: Any = None
-) -> tuple[Lora | Dora, Kernel]:
+) -> tuple[Any, Kernel]:
     """Returns an adapter whose update is zero, and the kernel unchanged.
 
     Args:
@@ -43,12 +43,12 @@ def gaussian(
       ValueError: another `zero`.
     """
     del stats
-    zero = build.options(target, OPTIONS)["zero"]
+    zero = making.options(target, OPTIONS)["zero"]
     if zero is None:
         zero = "a" if kernel.op == "gather" else "b"
     if zero not in ("a", "b"):
         raise ValueError(f"{kernel.path}: zero={zero!r}; choose 'a' or 'b'")
-    in_, out, batch = build.sizes(kernel, target)
+    in_, out, batch = making.sizes(kernel, target)
     a = jnp.zeros((*batch, *in_, target.rank), target.dtype)
     b = jnp.zeros((*batch, target.rank, *out), target.dtype)
     if zero == "b":
@@ -56,4 +56,4 @@ def gaussian(
         a = draw / math.sqrt(math.prod(in_))
     else:
         b = jax.random.normal(key, b.shape, target.dtype) / math.sqrt(target.rank)
-    return build.lora_or_dora(kernel, target, a, b), kernel
+    return build.around_factors(kernel, target, a, b), kernel

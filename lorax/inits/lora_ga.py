@@ -17,11 +17,12 @@ References:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lorax.adapters import Dora, Lora
+from lorax.adapters import making
 from lorax.inits import build
 from lorax.kernels import Kernel
 from lorax.targets import Target
@@ -32,7 +33,7 @@ OPTIONS = {"scale": "stable", "gamma": 16.0, "norm_clip": False}
 
 def lora_ga(
     key: jax.Array, kernel: Kernel, target: Target, stats: GradSketch
-) -> tuple[Lora | Dora, Kernel]:
+) -> tuple[Any, Kernel]:
     """Returns the gradient's singular directions, and the kernel without their product.
 
     Args:
@@ -48,8 +49,8 @@ def lora_ga(
       ValueError: an unknown `scale`, or 2 rank above min(in, out).
     """
     del key
-    options = build.options(target, OPTIONS)
-    in_, out, batch = build.sizes(kernel, target)
+    options = making.options(target, OPTIONS)
+    in_, out, batch = making.sizes(kernel, target)
     n, m, rank = math.prod(in_), math.prod(out), target.rank
     if 2 * rank > min(n, m):
         raise ValueError(
@@ -74,9 +75,9 @@ def lora_ga(
         largest = lambda x: jnp.max(jnp.abs(x), (-2, -1), keepdims=True)
         size = target.scale * largest(a @ b)
         shrink = jnp.sqrt(
-            jnp.minimum(1, largest(build.matrices(kernel, target)) / size)
+            jnp.minimum(1, largest(making.matrices(kernel, target)) / size)
         )
         a, b = a * shrink, b * shrink
-    adapter = build.lora_or_dora(kernel, target, a, b)
+    adapter = build.around_factors(kernel, target, a, b)
     recipe = {"rank": rank, "scale": target.scale, "options": options}
     return build.moved(kernel, adapter, "lora_ga", **recipe)

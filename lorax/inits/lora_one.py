@@ -12,10 +12,12 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from lorax.adapters import Dora, Lora
+from lorax.adapters import making
 from lorax.inits import build
 from lorax.kernels import Kernel
 from lorax.targets import Target
@@ -26,7 +28,7 @@ OPTIONS = {"step": 1 / 128}
 
 def lora_one(
     key: jax.Array, kernel: Kernel, target: Target, stats: GradSketch
-) -> tuple[Lora | Dora, Kernel]:
+) -> tuple[Any, Kernel]:
     """Returns a first step as an adapter, and the kernel unchanged.
 
     Args:
@@ -36,11 +38,11 @@ def lora_one(
       stats: of this path, from `lorax.calibrate`.
     """
     del key
-    g, rank = build.options(target, OPTIONS)["step"], target.rank
+    g, rank = making.options(target, OPTIONS)["step"], target.rank
     u, vt = build.flat_triplets(kernel, target, stats)
     s = stats.s[..., :rank]
     first = s[..., :1]
     root = jnp.sqrt(g * s / jnp.where(first > 0, first, 1))
     a = -u[..., :rank] * root[..., None, :]
     b = root[..., :, None] * vt[..., :rank, :]
-    return build.lora_or_dora(kernel, target, a, b), kernel
+    return build.around_factors(kernel, target, a, b), kernel

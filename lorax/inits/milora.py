@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import linalg
-from lorax.adapters import AdaLora, Dora, Lora
+from lorax.adapters import making
 from lorax.inits import build
 from lorax.kernels import Kernel
 from lorax.targets import Target
@@ -32,7 +32,7 @@ from lorax.targets import Target
 
 def milora(
     key: jax.Array, kernel: Kernel, target: Target, stats: Any = None
-) -> tuple[Lora | Dora | AdaLora, Kernel]:
+) -> tuple[Any, Kernel]:
     """Returns the minor part as an adapter, and the kernel without it.
 
     Args:
@@ -42,17 +42,10 @@ def milora(
       stats: not used.
     """
     del key, stats
-    matrix = build.matrices(kernel, target)
+    matrix = making.matrices(kernel, target)
     u, s, vt = linalg.svd(matrix, min(matrix.shape[-2:]))
     rank, largest = target.rank, s[..., :1]
     u, s, vt = u[..., -rank:], s[..., -rank:], vt[..., -rank:, :]
-    lost, s = linalg.negligible(s, largest), s / target.scale
-    adapter: Lora | Dora | AdaLora
-    if target.adapter == "adalora":
-        adapter = build.adalora(kernel, target, u, s, vt)
-    else:
-        root = jnp.sqrt(s)
-        a = u * jnp.where(lost, 1, root)[..., None, :]
-        b = jnp.where(lost, 0, root)[..., :, None] * vt
-        adapter = build.lora_or_dora(kernel, target, a, b)
+    s = jnp.where(linalg.negligible(s, largest), 0, s / target.scale)
+    adapter = build.around_triplets(kernel, target, u, s, vt)
     return build.moved(kernel, adapter, "milora", rank=rank)

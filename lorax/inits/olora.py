@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import _lapack
-from lorax.adapters import Dora, Lora
+from lorax.adapters import making
 from lorax.inits import build
 from lorax.kernels import Kernel
 from lorax.targets import Target
@@ -27,7 +27,7 @@ from lorax.targets import Target
 
 def olora(
     key: jax.Array, kernel: Kernel, target: Target, stats: Any = None
-) -> tuple[Lora | Dora, Kernel]:
+) -> tuple[Any, Kernel]:
     """Returns the leading part of the decomposition, and the kernel without it.
 
     Args:
@@ -37,10 +37,10 @@ def olora(
       stats: not used.
     """
     del key, stats
-    q, r = _lapack.qr(build.matrices(kernel, target).mT)
+    q, r = _lapack.qr(making.matrices(kernel, target).mT)
     diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
     sign = jnp.where(diagonal < 0, -1.0, 1.0).astype(r.dtype)[..., : target.rank]
     a = r[..., : target.rank, :].mT * sign[..., None, :]
     b = (q[..., : target.rank] * sign[..., None, :]).mT
-    adapter = build.lora_or_dora(kernel, target, a, b)
+    adapter = build.around_factors(kernel, target, a, b)
     return build.moved(kernel, adapter, "olora", rank=target.rank, scale=target.scale)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import _lapack, linalg
-from lorax.adapters import Dora, Lora
+from lorax.adapters import making
 from lorax.inits import build
 from lorax.kernels import Kernel
 from lorax.targets import Target
@@ -31,7 +31,7 @@ OPTIONS = {"std": 0.1}
 
 def orthogonal(
     key: jax.Array, kernel: Kernel, target: Target, stats: Any = None
-) -> tuple[Lora | Dora, Kernel]:
+) -> tuple[Any, Kernel]:
     """Returns an adapter whose factors cancel, and the kernel unchanged.
 
     Args:
@@ -45,17 +45,17 @@ def orthogonal(
       ValueError: an odd rank.
     """
     del stats
-    std, rank = build.options(target, OPTIONS)["std"], target.rank
+    std, rank = making.options(target, OPTIONS)["std"], target.rank
     if rank % 2:
         raise ValueError(
             f"{kernel.path}: init='orthogonal' halves the rank, and rank={rank}; give "
             "an even one"
         )
-    in_, out, batch = build.sizes(kernel, target)
+    in_, out, batch = making.sizes(kernel, target)
     square, left, right = jax.random.split(key, 3)
     normal = lambda key, *shape: jax.random.normal(key, (*batch, *shape))
     q = _lapack.qr(normal(square, rank, rank))[0]
     times = lambda x, y: std * jnp.matmul(x, y, precision=linalg.EXACT)
     a = times(normal(left, math.prod(in_), rank // 2), q[..., 0::2, :])
     b = times(q[..., 1::2, :].mT, normal(right, rank // 2, math.prod(out)))
-    return build.lora_or_dora(kernel, target, a, b), kernel
+    return build.around_factors(kernel, target, a, b), kernel

@@ -17,10 +17,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lorax import linalg
-from lorax.adapters import AdaLora, Dora, Lora
+from lorax.adapters import making
 from lorax.inits import build
 from lorax.kernels import Kernel
 from lorax.targets import Target
@@ -30,7 +29,7 @@ OPTIONS = {"iterations": None}
 
 def pissa(
     key: jax.Array, kernel: Kernel, target: Target, stats: Any = None
-) -> tuple[Lora | Dora | AdaLora, Kernel]:
+) -> tuple[Any, Kernel]:
     """Returns the principal part as an adapter, and the kernel without it.
 
     Args:
@@ -42,8 +41,8 @@ def pissa(
       stats: not used.
     """
     del stats
-    iterations = build.options(target, OPTIONS)["iterations"]
-    matrix = build.matrices(kernel, target)
+    iterations = making.options(target, OPTIONS)["iterations"]
+    matrix = making.matrices(kernel, target)
     if iterations is None:
         u, s, vt = linalg.svd(matrix, target.rank)
     else:
@@ -51,12 +50,6 @@ def pissa(
             key, matrix, target.rank, iterations=iterations
         )
     s = s / target.scale
-    adapter: Lora | Dora | AdaLora
-    if target.adapter == "adalora":
-        adapter = build.adalora(kernel, target, u, s, vt)
-    else:
-        root = jnp.sqrt(s)
-        a, b = u * root[..., None, :], root[..., :, None] * vt
-        adapter = build.lora_or_dora(kernel, target, a, b)
+    adapter = build.around_triplets(kernel, target, u, s, vt)
     drawn = {} if iterations is None else {"iterations": iterations}
     return build.moved(kernel, adapter, "pissa", rank=target.rank, **drawn)

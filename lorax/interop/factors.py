@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax.adapters import AdaLora, Dora, Lora
+from lorax.compose import forms
 from lorax.models import table
 from lorax.types import Axes
 
@@ -101,14 +102,14 @@ def split(adapter: Any, names: Sequence[str]) -> list[Module]:
       adapter: a Lora, Dora or AdaLora.
       names: of the module of every layer that has factors.
     """
-    first, last = ("p", "q") if isinstance(adapter, AdaLora) else ("a", "b")
+    first, last = forms.factor_names(adapter)
     n, rank = len(names), adapter.rank
     flat = lambda name, *tail: np.asarray(
         jax.device_get(getattr(adapter, name)), np.float32
     ).reshape(n, *tail)
     a, b = flat(first, -1, rank), flat(last, rank, -1)
-    lam = flat("lam", rank) if isinstance(adapter, AdaLora) else None
-    magnitude = flat("magnitude", -1) if isinstance(adapter, Dora) else None
+    lam = flat("lam", rank) if "lam" in adapter.roles else None
+    magnitude = flat("magnitude", -1) if "magnitude" in adapter.roles else None
     found = []
     for i, name in enumerate(names):
         used = a[i].any(0) | b[i].any(1)

@@ -26,8 +26,9 @@ import jax
 import numpy as np
 import safetensors.numpy
 
+from lorax import adapters as adapter_classes
 from lorax import compose, tree
-from lorax.adapters import AdaLora, Dora, Full, Lora, SlicedLora
+from lorax.adapters import Lora, as_lora
 from lorax.interop import (
     assembly,
     factors,
@@ -92,8 +93,7 @@ def load(
     if not settings.moved:
         return found
     by = f"PEFT's {settings.moved}(rank={settings.rank})"
-    low_rank = lambda a: not isinstance(a, Full)
-    mark: Any = lambda _, a: dataclasses.replace(a, moved_by=by) if low_rank(a) else a
+    mark: Any = lambda _, a: a if a.replaces else dataclasses.replace(a, moved_by=by)
     return tree.map_adapters(mark, found)
 
 
@@ -142,8 +142,7 @@ def save(
     elif not residual:
         _refuse_moved(adapters)
     adapters = {  # PEFT has one adapter a module
-        path: a.fused() if isinstance(a, SlicedLora) else a
-        for path, a in adapters.items()
+        path: as_lora(a) if "slices" in vars(a) else a for path, a in adapters.items()
     }
     kind = _kind(adapters)
     modules, saved = _split(adapters, base)
@@ -163,7 +162,7 @@ def save(
     rates = {
         getattr(adapter, "dropout", 0.0)
         for path, adapter in adapters.items()
-        if not isinstance(adapter, Full) and not path.endswith("/embedding")
+        if not adapter.replaces and not path.endswith("/embedding")
     }
     written = peft_written.fields(
         kind, modules, list(saved), base, rates, rank_stabilized, dict(fields or {})
@@ -231,9 +230,12 @@ def _untied(
     return [m for m in modules if m.name != base.head], saved
 
 
+KINDS = ("lora", "dora", "adalora")
+"""Parametrisations that are written, by their registered names."""
+
+
 def _kind(adapters: Adapters) -> str:
-    names = {Lora: "lora", Dora: "dora", AdaLora: "adalora"}
-    kinds = {type(a): path for path, a in adapters.items() if not isinstance(a, Full)}
+    kinds = {type(a): path for path, a in adapters.items() if not a.replaces}
     if len(kinds) > 1:
         raise ValueError(
             "one adapter of PEFT has one parametrisation, and these have several: "
@@ -242,7 +244,15 @@ def _kind(adapters: Adapters) -> str:
         )
     if not kinds:
         raise ValueError("no low-rank adapters: PEFT has no form for Full alone")
-    return names[next(iter(kinds))]
+    cls, path = next(iter(kinds.items()))
+    name = adapter_classes.name_of(cls)
+    if name not in KINDS:
+        raise ValueError(
+            f"{path}: PEFT's files have no form for {cls.__name__}; merge it "
+            "(lorax.merge) and save the model, or read it back as Lora "
+            "(compose.extract)"
+        )
+    return name
 
 
 def _split(
@@ -255,8 +265,9 @@ def _split(
     modules, saved = [], {}
     for path, adapter in sorted(adapters.items()):
         base.require_one(keys[path][0].removesuffix(WEIGHT))
-        if isinstance(adapter, Full):
-            leaves = {path: np.asarray(jax.device_get(adapter.value))}
+        if adapter.replaces:
+            (value,) = jax.tree.leaves(adapter)
+            leaves = {path: np.asarray(jax.device_get(value))}
             for key in keys[path]:
                 saved[key] = base.tensor(key, leaves)
             continue
@@ -306,9 +317,10 @@ def _with_head(
 
 def _on_original(adapters: Adapters, initial: Adapters) -> Adapters:
     """`compose.to_lora`, and DoRA by the same sum: its norm is of all the kernel."""
+    rescaled = lambda a: "magnitude" in a.roles
     plain = lambda a: (
         Lora(a.a, a.b, a.scale, a.axes, a.dropout, a.layers, a.moved_by)
-        if isinstance(a, Dora)
+        if rescaled(a)
         else a
     )
     found = compose.to_lora(
@@ -316,10 +328,11 @@ def _on_original(adapters: Adapters, initial: Adapters) -> Adapters:
         {path: plain(a) for path, a in initial.items()},
     )
     for path, adapter in adapters.items():
-        if isinstance(adapter, Dora):
+        if rescaled(adapter):
             lora: Any = found[path]
+            own: Any = adapter
             found[path] = dataclasses.replace(
-                adapter, a=lora.a, b=lora.b, scale=lora.scale, moved_by=lora.moved_by
+                own, a=lora.a, b=lora.b, scale=lora.scale, moved_by=lora.moved_by
             )
     return found
 

@@ -9,7 +9,6 @@ Whoever has both bases has `a0 b0`, which is all that a conversion needs:
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import linalg, tree
-from lorax.adapters import AdaLora, Full
+from lorax.compose import forms
 from lorax.types import Adapters, PyTree
 
 NOISE = 0.05  # of the difference: what rounding of the two bases may leave of it
@@ -47,7 +46,7 @@ def initial(adapters: Adapters, original: PyTree, residual: PyTree) -> Adapters:
     with jax.ensure_compile_time_eval():  # known bases, closed over by a jit
         return {
             path: adapter
-            if isinstance(adapter, Full)
+            if adapter.replaces
             else _initial(path, adapter, before[path], after[path])
             for path, adapter in adapters.items()
         }
@@ -71,14 +70,5 @@ def _initial(path: str, adapter: Any, before: Any, after: Any) -> Any:
             f"{adapter.rank}: {float(jnp.sqrt(whole - kept) / jnp.sqrt(whole)):.2g} of "
             "the difference is left; are they the original and its residual?"
         )
-    s = s / adapter.scale
-    u, vt = u.reshape(*batch, *in_, -1), vt.reshape(*batch, adapter.rank, *out)
-    lift = lambda s: s.reshape(*s.shape, *(1 for _ in out))
-    dtypes = {f: getattr(adapter, f).dtype for f in adapter.roles}
-    fields: dict[str, jax.Array]
-    if isinstance(adapter, AdaLora):
-        fields = {"p": u, "lam": s, "q": vt}
-    else:
-        fields = {"a": u, "b": lift(s) * vt}
-    cast = {f: x.astype(dtypes[f]) for f, x in fields.items()}
-    return dataclasses.replace(adapter, **cast)
+    flat = lambda f: f.reshape(-1, *f.shape[len(batch) :])
+    return forms.with_triplets(adapter, *map(flat, (u, s / adapter.scale, vt)))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax.interpret import unchanged
-from lorax.interpret.tracked import Term, Tracked
+from lorax.interpret.tracked import Rigid, Term, Tracked
 from lorax.interpret.walker import Walker, rule
 from lorax.types import Factors
 
@@ -244,10 +244,14 @@ def _specs(value: Any, spec: Any) -> Any:
         )
         a: Any = PartitionSpec(*batch, *in_, None)
         b: Any = PartitionSpec(*batch, None, *out)
-        gain: Any = None
-        if term.factors.gain is not None:
+        gain: Any = term.factors.gain
+        maps: Any = term.factors[3:]
+        if gain is not None:
             gain = PartitionSpec(*batch, *out)
-        return dataclasses.replace(term, factors=Factors(a, b, gain))
+        if any(map(bool, [*in_, *out])) and term.factors.maps:
+            raise Rigid
+        maps = jax.tree.map(lambda _: PartitionSpec(*batch), maps)
+        return dataclasses.replace(term, factors=Factors(a, b, gain, *maps))
 
     return Tracked(spec, tuple(term_specs(term) for term in value.terms))
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from lorax.interpret import linear
 from lorax.interpret.linear import Use
-from lorax.interpret.tracked import Pending, Tracked, followed
+from lorax.interpret.tracked import Pending, Rigid, Tracked, followed
 from lorax.interpret.walker import RULES, Visitor, Walker, rule
 
 BODIES = "jit pjit closed_call core_call custom_jvp_call custom_vjp_call".split()
@@ -93,7 +93,12 @@ class _BranchWalker(Walker):
             raise NotLinear
         if parts:
             return [Part(_added(self, eqn, values))]
-        results = RULES[name](self, eqn, values) if name in VIEWS + OPERATIONS else None
+        try:
+            results = None
+            if name in VIEWS + OPERATIONS:
+                results = RULES[name](self, eqn, values)
+        except Rigid:
+            results = None
         if results is None:
             raise NotLinear
         if name in OPERATIONS:

@@ -24,7 +24,6 @@ from lorax.interpret import emit
 from lorax.interpret.linear import Pair, Use
 from lorax.interpret.tracked import Lookup, Term, Tracked, place
 from lorax.interpret.walker import Walker, rule
-from lorax.types import Factors
 
 
 class Taken(NamedTuple):
@@ -161,9 +160,7 @@ def _with_factors(term: Term, new: Term, taken: Taken) -> Term:
         f = jax.lax.squeeze(f, [i for i, d in enumerate(taken.rows) if d not in rows])
         return f.transpose(*order, *range(len(order), f.ndim))
 
-    a, b, gain = term.factors
-    gain = None if gain is None else take(gain)
-    return dataclasses.replace(new, factors=Factors(take(a), take(b), gain))
+    return dataclasses.replace(new, factors=jax.tree.map(take, term.factors))
 
 
 def _lookup(eqn: Any, values: list[Any], taken: Taken) -> Use:

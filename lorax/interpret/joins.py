@@ -121,6 +121,8 @@ def _fused(values: Sequence[Any], axis: int, shape: Sequence[int]) -> Term | Non
     new = dataclasses.replace(first, path=path, peers=tuple(peers), shape=whole)
     if first.factors is None:
         return new
+    if any(term.factors is not None and term.factors.maps for term in terms):
+        return None
     found = [group[0].factors if group else None for group in groups]
     return dataclasses.replace(new, factors=_fused_factors(found, new, axis))
 
@@ -148,6 +150,11 @@ def _fused_factors(found: Sequence[Factors | None], new: Term, axis: int) -> Fac
         _filled(b, widened(known[0].b, n), 0.0, place),
         gains,
     )
+
+
+def additive(factors: Factors) -> bool:
+    """True where a form adds to a kernel, whatever the kernel is."""
+    return factors.gain is None and factors.inputs is None
 
 
 def _gain_of(factors: Factors, n: int) -> jax.Array:
@@ -182,7 +189,7 @@ def total(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
     frozen = all(term.factors is None for term in terms)
     if any(view.looked_up for view in views) or (len(views) < 2 and frozen):
         return None
-    if any(t.factors is not None and t.factors.gain is not None for t in terms):
+    if any(t.factors is not None and not additive(t.factors) for t in terms):
         return None
     if any(id(atom) in walker.scalars for atom in eqn.invars):
         return None

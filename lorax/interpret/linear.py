@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import _explicit, linalg
-from lorax.interpret import emit, grouped, rescale
+from lorax.interpret import emit, grouped, maps, rescale
 from lorax.interpret.tracked import (
     Pending,
     Term,
@@ -26,6 +26,7 @@ from lorax.interpret.tracked import (
     block_of,
     dense,
     gains,
+    place,
     ungained,
 )
 from lorax.interpret.walker import Walker
@@ -142,9 +143,9 @@ def oriented(use: Use, term: Term, result: Any) -> Pair | None:
     sized = lambda axes: Axes(*(tuple(sorted(term.sized(group))) for group in axes))
     here, made = sized(found), sized(term.axes)
     tied = fits(here, made)
-    if tied is None:
+    if tied is None or not maps.acts(use, term):
         return None
-    a, b, _ = term.factors
+    a, b = term.factors[:2]
     n, rank = len(term.dims("batch")), a.shape[-1]
     first, second = (jnp.moveaxis(b, n, -1), jnp.moveaxis(a, -1, n)) if tied else (a, b)
     size = lambda dims: [term.shape[d] for d in dims]
@@ -152,7 +153,7 @@ def oriented(use: Use, term: Term, result: Any) -> Pair | None:
     places = None
     plain = here == (Axes(made.out, made.in_, made.batch) if tied else made)
     if not plain or any(map(term.added, (*use.read, *use.write))):
-        if use.op != "dot":
+        if use.op != "dot" or term.factors.maps:
             return None
         places = _places(term, tied)
         if places is None:
@@ -223,10 +224,22 @@ def low_rank(walker: Walker, eqn: Any, use: Use, branch: Branch) -> list[Any] | 
     elif gain is not None and kept[0] is not x:
         # what is dropped does not enter the rescaled part, and keeps its size
         base_x, rest = kept[0], frozen(walker, eqn, use, x - kept[0]).astype(wide)
+    turn = next((t for t in terms if t.factors and t.factors.inputs is not None), None)
+    if turn is not None and rest is not None:
+        return None
+    if turn is not None and not tied:
+        base_x = maps.turned(use, turn, base_x)
     base = frozen(walker, eqn, use, base_x)
-    parts = zip(terms, pairs, kept, strict=True)
-    first, *more = (_explicit.like(branch(*part).astype(wide), base) for part in parts)
-    extra = sum(more, start=first)
+    if turn is not None and tied:
+        base = maps.turned_back(use, turn, base)
+    added = []
+    for part in zip(terms, pairs, kept, strict=True):
+        added += [
+            _explicit.like(p, base) for p in _parts(use, branch, part, base, wide)
+        ]
+    if not added and gain is None:
+        return [base]
+    extra = sum(added[1:], start=added[0]) if added else jnp.zeros((), wide)
     if gain is not None and (spec := jax.typeof(base).sharding.spec).unreduced:
         sides = _explicit.summed(base), _explicit.summed(extra)
         rest = None if rest is None else _explicit.summed(rest)
@@ -235,6 +248,24 @@ def low_rank(walker: Walker, eqn: Any, use: Use, branch: Branch) -> list[Any] | 
     if wide == out.dtype and rest is None and walker.feeds_only_an_add(eqn):
         return [Pending(base, extra, gain, again)]
     return [rescale.total(base, extra, gain, rest, again)]
+
+
+def _parts(
+    use: Use, branch: Branch, part: tuple[Term, Pair, Any], base: Any, wide: Any
+) -> list[jax.Array]:
+    """What one term adds to a result: its thin product, and its map of the input."""
+    term, pair, x = part
+    assert term.factors is not None
+    parts = [branch(*part).astype(wide)] if pair.first.shape[-1] else []
+    if term.factors.branch is not None:
+        dims = [d for d in use.read if d in use.applied]
+        x = emit.window(x, term, [use.applied[d] for d in dims], dims)
+        own = maps.branch(use, term, x, pair.tied, base).astype(wide)
+        start = [0] * own.ndim
+        for d in use.write:
+            start[use.written[d]] = term.start[d]
+        parts.append(place(own, start, base.shape))
+    return parts
 
 
 def branches(walker: Walker, eqn: Any, use: Use, branch: Branch) -> jax.Array | None:
@@ -247,11 +278,11 @@ def branches(walker: Walker, eqn: Any, use: Use, branch: Branch) -> jax.Array | 
     x: Any = None if use.activation is None else use.operands[use.activation]
     parts: list[jax.Array] = []
     for term, pair in zip(terms, pairs, strict=True):
-        if pair is None:
+        if pair is None or term.factors is None or term.factors.inputs is not None:
             return None
         kept = x if x is None else emit.dropped(x, term, walker.fork_key())
-        part = branch(term, pair, kept).astype(wide)
-        parts.append(_explicit.like(part, parts[0]) if parts else part)
+        for part in _parts(use, branch, (term, pair, kept), out, wide):
+            parts.append(_explicit.like(part, parts[0]) if parts else part)
     return sum(parts[1:], start=parts[0])
 
 
@@ -274,7 +305,8 @@ def _again(eqn: Any, use: Use, x: Any) -> rescale.Again | None:
     plain = use.op == "dot" or (
         use.op == "conv" and eqn.params["feature_group_count"] == 1
     )
-    if x is None or not plain or not dims:
+    mapped = any(term.factors and term.factors.maps for term in view.terms)
+    if x is None or not plain or not dims or mapped:
         return None
     if _explicit.is_explicit(view.value, x) or not emit.alone(view.value):
         return None

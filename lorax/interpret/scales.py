@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax.interpret.tracked import Term, Tracked
+from lorax.interpret.tracked import Rigid, Term, Tracked
 from lorax.interpret.views import viewed
 from lorax.interpret.walker import Walker, rule
 from lorax.types import Factors
@@ -30,6 +30,8 @@ def negated(term: Term) -> Term:
     """Returns the term of -W."""
     if term.factors is None:
         return term
+    if term.factors.branch is not None:
+        raise Rigid
     return dataclasses.replace(term, factors=term.factors._replace(b=-term.factors.b))
 
 
@@ -62,9 +64,11 @@ def _scaled(term: Term, vector: jax.Array, change: Change) -> Term | None:
     varied = [d for d, size in enumerate(vector.shape) if size > 1]
     if term.factors is None:
         return _noted(term, varied)
-    a, b, gain = term.factors
+    a, b, gain, *maps = term.factors
     kinds = {term.kind(d) for d in varied}
     if None in kinds or {"in", "out"} <= kinds:
+        return None
+    if term.factors.branch is not None or (term.factors.maps and "in" in kinds):
         return None
     for d in varied:
         low = term.start[d]
@@ -80,7 +84,7 @@ def _scaled(term: Term, vector: jax.Array, change: Change) -> Term | None:
         a = change(a, vector.astype(a.dtype))
     else:
         b = change(b, vector.astype(b.dtype))
-    return dataclasses.replace(term, factors=Factors(a, b, gain))
+    return dataclasses.replace(term, factors=Factors(a, b, gain, *maps))
 
 
 def _noted(term: Term, varied: Sequence[int]) -> Term | None:

@@ -22,10 +22,15 @@ import jax
 import jax.numpy as jnp
 
 from lorax import _explicit, linalg
+from lorax.interpret import maps
 from lorax.interpret.rescale import Again
 from lorax.types import Axes, Factors
 
 Labels = tuple[tuple[int, ...], ...]
+
+
+class Rigid(Exception):
+    """A view that cuts or flips an axis on which a map acts as a whole."""
 
 
 class Lookup(NamedTuple):
@@ -119,7 +124,9 @@ class Term:
         """Applies `change(factor, axis)` to the factors that own a dimension."""
         factors, kind = self.factors, self.kind(dim)
         if factors is not None and kind in ("batch", "in", "out"):
-            a, b, gain = factors
+            if factors.maps and kind != "batch":
+                raise Rigid
+            a, b, gain, *held = factors
             axis, n = self.dims(kind).index(dim), len(self.dims("batch"))
             if kind != "out":
                 a = change(a, axis + (kind == "in") * n)
@@ -127,7 +134,8 @@ class Term:
                 b = change(b, axis + (kind == "out") * (n + 1))
             if kind != "in" and gain is not None:
                 gain = change(gain, axis + (kind == "out") * n)
-            factors = Factors(a, b, gain)
+            held = jax.tree.map(lambda f: change(f, axis), held)
+            factors = Factors(a, b, gain, *held)
         new = dataclasses.replace(self, factors=factors, **meta)
         if factors is None or kind != "batch" or new.kind(dim) == "batch":
             return new
@@ -171,16 +179,19 @@ class Tracked:
         """Gives a watched leaf the factors of its adapter."""
         (term,) = self.terms
         in_, out, batch = adapter.axes
-        a, b, gain = factors
+        a, b, gain, *held = factors
         if gain is not None:  # ordered as b is, whose rank stands at len(batch)
             gain = jnp.expand_dims(gain, len(batch))
             gain = _in_view_order(gain, batch, out, 1).squeeze(len(batch))
         a, b = _in_view_order(a, batch, in_, 0), _in_view_order(b, batch, out, 1)
+        stack = [batch.index(axis) for axis in sorted(batch)]
+        own = lambda f: f.transpose(*stack, *range(len(stack), f.ndim))
+        held = jax.tree.map(own, held)  # their own axes are the adapter's, flattened
         term = dataclasses.replace(
             term,
             axes=adapter.axes,
-            rate=adapter.dropout,
-            factors=Factors(a, b, gain),
+            rate=getattr(adapter, "dropout", 0.0),
+            factors=Factors(a, b, gain, *held),
         )
         return followed(Tracked(self.value, (term,)))
 
@@ -214,12 +225,14 @@ def followed(view: Tracked) -> Tracked:
             [lies[d] if term.whole(d, shape) else None for d in term.dims(kind)]
             for kind in ("batch", "in", "out")
         )
-        a, b, gain = term.factors
+        a, b, gain, *held = term.factors
         a = _explicit.moved(a, [*batch, *in_, None], view.value)
         b = _explicit.moved(b, [*batch, None, *out], view.value)
         if gain is not None:
             gain = _explicit.moved(gain, [*batch, *out], view.value)
-        return dataclasses.replace(term, factors=Factors(a, b, gain))
+        whole = lambda f: [*batch, *[None] * (f.ndim - len(batch))]
+        held = jax.tree.map(lambda f: _explicit.moved(f, whole(f), view.value), held)
+        return dataclasses.replace(term, factors=Factors(a, b, gain, *held))
 
     if not _explicit.is_explicit(*jax.tree.leaves(view)):
         return view
@@ -257,7 +270,11 @@ def dense(tracked: Any) -> jax.Array:
     for term in tracked.terms:
         if term.factors is None:
             return tracked.value
-        a, b, _ = term.factors
+        for part in maps.dense(term, tracked.value):
+            total = total + _explicit.like(part, total)
+        a, b = term.factors[:2]
+        if not a.shape[-1]:
+            continue
         batch, in_, out = (term.dims(kind) for kind in ("batch", "in", "out"))
         order, n = batch + in_ + out, len(batch)
         product = _explicit.dot(

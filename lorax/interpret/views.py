@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import _explicit
+from lorax.interpret import maps
 from lorax.interpret.tracked import Term, Tracked
 from lorax.interpret.walker import Walker, rule
 from lorax.types import Factors
@@ -99,10 +100,11 @@ def transpose(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | No
         n = len(batch)
         a = term.factors.a.transpose(*batch, *(n + i for i in in_), n + len(in_))
         b = term.factors.b.transpose(*batch, n, *(n + 1 + i for i in out))
-        gain = term.factors.gain
+        _, _, gain, *held = term.factors
         if gain is not None:
             gain = gain.transpose(*batch, *(n + i for i in out))
-        return dataclasses.replace(new, factors=Factors(a, b, gain))
+        held = jax.tree.map(lambda f: f.transpose(*batch, *range(n, f.ndim)), held)
+        return dataclasses.replace(new, factors=Factors(a, b, gain, *held))
 
     return viewed(walker, eqn, values, edit)
 
@@ -235,19 +237,29 @@ def _regroup(
         return new
     if any(new.kind(d) is None for d in range(len(shape))):
         return None
+    if term.factors.maps and not maps.follows(term, groups):
+        return None
     batch, in_, out = (
         [(block[d], lies[d] if block[d] == shape[d] else None) for d in new.dims(kind)]
         for kind in ("batch", "in", "out")
     )
-    a, b, gain = term.factors
+    a, b, gain, *held = term.factors
     rank = [(a.shape[-1], None)]
     sized = lambda factor, dims: _explicit.reshape(factor, *zip(*dims, strict=True))
     factors = Factors(
         sized(a, [*batch, *in_, *rank]),
         sized(b, [*batch, *rank, *out]),
         None if gain is None else sized(gain, [*batch, *out]),
+        *jax.tree.map(
+            lambda f: sized(f, [*batch, *_own(f, len(term.dims("batch")))]), held
+        ),
     )
     return dataclasses.replace(new, factors=factors)
+
+
+def _own(factor: jax.Array, n: int) -> list[tuple[int, Any]]:
+    """The sizes of a map's own axes, behind n of the stack; whole on a mesh."""
+    return [(size, None) for size in factor.shape[n:]]
 
 
 @rule("slice")

@@ -17,7 +17,7 @@ from jax.extend import core
 from jax.extend import source_info_util as source
 
 from lorax import _explicit
-from lorax.interpret.tracked import Pending, Tracked, followed
+from lorax.interpret.tracked import Pending, Rigid, Tracked, followed
 
 Rule = Callable[["Walker", Any, list[Any]], Sequence[Any] | None]
 RULES: dict[str, Rule] = {}
@@ -113,7 +113,10 @@ class Walker:
             return self.plain(eqn, values)
         views = [v.value for v in values if isinstance(v, Tracked)]
         with located(eqn), _explicit.under(*views):
-            results = RULES[name](self, eqn, values) if name in RULES else None
+            try:
+                results = RULES[name](self, eqn, values) if name in RULES else None
+            except Rigid:
+                results = None
             if results is None:
                 values = [self.merged(value, eqn) for value in values]
                 return self.plain(eqn, values)

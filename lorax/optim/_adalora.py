@@ -32,6 +32,7 @@ from lorax.adapters import AdaLora, layout
 from lorax.optim import _checks, _orthogonal, _states
 from lorax.optim._adalora_schedule import BudgetSchedule, require_int
 from lorax.optim._pairs import (
+    has_triplets,
     is_present,
     require_adapters,
     require_params,
@@ -239,7 +240,7 @@ def _require_room(init_budget: int, target_budget: int) -> None:
 
 def _chosen(adapters: Mapping[str, Any]) -> dict[str, AdaLora]:
     """The AdaLora entries, by path: the order in which ties are broken."""
-    own = lambda a: isinstance(a, AdaLora) and is_present(a)
+    own = lambda a: has_triplets(a) and is_present(a)
     return {p: a for p, a in sorted(adapters.items()) if own(a)}
 
 

@@ -22,7 +22,7 @@ import optax
 from lorax.adapters import AdaLora
 from lorax.optim import _states
 from lorax.optim._adalora import AdaLoraState
-from lorax.optim._pairs import is_present
+from lorax.optim._pairs import has_triplets, is_present
 from lorax.types import Adapters
 
 
@@ -113,10 +113,11 @@ def _masks(adapters: Adapters, opt_state: optax.OptState | None) -> dict[str, An
     """False for pruned triplets, `{path: bool [*batch, rank]}`."""
     if opt_state is not None:
         return jax.device_get(_state(opt_state).mask)
+    own: dict[str, Any] = dict(adapters)
     found = {
         p: np.asarray(a.lam) != 0
-        for p, a in adapters.items()
-        if isinstance(a, AdaLora) and is_present(a)
+        for p, a in own.items()
+        if has_triplets(a) and is_present(a)
     }
     if not found:
         kinds = sorted({type(a).__name__ for a in adapters.values()})

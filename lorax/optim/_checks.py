@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 from lorax import tree
-from lorax.adapters import AdaLora
 from lorax.optim import _pairs
 from lorax.types import Adapters
 
@@ -70,19 +69,13 @@ def factor_pairs(adapters: Any, name: str) -> Adapters:
     for path, adapter in given.items():
         if not _pairs.is_present(adapter):
             continue
-        if isinstance(adapter, AdaLora):
+        thin = [n for n in adapter.roles if "rank" in adapter.fields[n].words]
+        if thin and not _pairs.is_pair(adapter):
             raise ValueError(
-                f"{path}: {name} acts on factors a and b, and an AdaLora has p, lam "
-                "and q; use lora_plus or an optax optimiser for it, or adapt this "
-                "leaf with adapter='lora'"
-            )
-        factors = {"a", "b", "p", "q", "lam"} & set(adapter.roles.values())
-        if factors and not _pairs.is_pair(adapter):
-            raise ValueError(
-                f"{path}: {name} acts on factors a and b of Lora, SlicedLora and Dora, "
-                f"and does not know how {type(adapter).__name__} uses its "
-                f"{', '.join(sorted(factors))}; train this path by another optimiser "
-                "through optax.partition"
+                f"{path}: {name} acts on pairs a and b whose product is the update, "
+                f"and the {', '.join(thin)} of {type(adapter).__name__} are no such "
+                "pair; use lora_plus or an optax optimiser for it, by itself or "
+                "through optax.partition, or adapt this leaf with adapter='lora'"
             )
     return given
 

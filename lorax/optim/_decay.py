@@ -24,29 +24,26 @@ import jax.numpy as jnp
 import optax
 
 from lorax import tree
-from lorax.adapters import Full
 from lorax.optim import _checks, _pairs, _states
 from lorax.types import Adapters, PyTree
 
-FACTORS = ("a", "b", "p", "lam", "q")
-"""Roles of the leaves that decay: at zero, the update is zero."""
 
-
-def role_mask(adapters: Adapters, roles: tuple[str, ...]) -> Adapters:
-    """Returns True for the leaves of these roles, in the structure of the adapters.
+def role_mask(adapters: Adapters, roles: tuple[str, ...] | None) -> Adapters:
+    """Returns True for the leaves that decay, in the structure of the adapters.
 
     Args:
       adapters: `{path: Adapter}`.
-      roles: values of `adapter.roles`.
+      roles: values of `adapter.roles`; None: whatever the fields declare.
     """
     given = _pairs.require_adapters(adapters, "decay_mask")
     return _pairs.map_present(lambda _, a: _marked(a, roles), given)
 
 
 def decay_mask(adapters: Adapters) -> Adapters:
-    """Returns True for factors (a, b, p, lam, q), False for magnitude and value.
+    """Returns True for the fields that declare `decays`: at zero there is no update.
 
-    It is the `mask=` of an optax optimiser over adapters.
+    Those are factors (a, b, p, lam, q), and neither a magnitude nor a Full leaf. It is
+    the `mask=` of an optax optimiser over adapters.
 
     Args:
       adapters: `{path: Adapter}`, of arrays or their abstract forms.
@@ -60,13 +57,13 @@ def decay_mask(adapters: Adapters) -> Adapters:
       False
       >>> tx = optax.adamw(1e-3, weight_decay=0.1, mask=decay_mask)
     """
-    return role_mask(adapters, FACTORS)
+    return role_mask(adapters, None)
 
 
 def add_decayed_weights(
     weight_decay: _checks.ScalarOrSchedule = 0.0,
     full: bool = False,
-    roles: tuple[str, ...] = FACTORS,
+    roles: tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds `weight_decay * w` to the updates of the factors.
 
@@ -76,7 +73,8 @@ def add_decayed_weights(
       weight_decay: strength, at least 0; a number or a schedule.
       full: True: Full leaves decay to the base's value, which `update` then takes as
         `base=params`, the tree `lorax.init` returned (`make_train_step` passes it).
-      roles: of the leaves that decay; fewer where an optimiser freezes a factor.
+      roles: of the leaves that decay; fewer where an optimiser freezes a factor. None:
+        all fields that declare `decays`.
 
     Returns:
       An optax transformation; `update` needs the adapters, as `params`.
@@ -115,22 +113,29 @@ def add_decayed_weights(
     return _states.transformation(init_fn, update_fn)
 
 
-def _marked(adapter: Any, roles: tuple[str, ...]) -> Any:
-    return adapter.replace(**{f: r in roles for f, r in adapter.roles.items()})
+def _marked(adapter: Any, roles: tuple[str, ...] | None) -> Any:
+    return adapter.replace(
+        **{name: _decays(adapter, name, roles) for name in adapter.roles}
+    )
 
 
-def _away(adapter: Any, roles: tuple[str, ...], leaf: jax.Array | None) -> Any:
+def _decays(adapter: Any, name: str, roles: tuple[str, ...] | None) -> bool:
+    field = adapter.fields[name]
+    return field.decays if roles is None else field.role in roles
+
+
+def _away(adapter: Any, roles: tuple[str, ...] | None, leaf: jax.Array | None) -> Any:
     """How far each field is from where decay takes it; zero where it does not act."""
     if leaf is not None:
         return adapter.replace(value=adapter.value - leaf.astype(adapter.value.dtype))
     zeros = lambda field: jax.tree.map(jnp.zeros_like, getattr(adapter, field))
-    still = [field for field, role in adapter.roles.items() if role not in roles]
+    still = [name for name in adapter.roles if not _decays(adapter, name, roles)]
     return adapter.replace(**{field: zeros(field) for field in still})
 
 
 def _base_leaves(base: PyTree, adapters: Adapters) -> dict[str, jax.Array]:
     """The leaves of the base under Full adapters."""
-    full = lambda a: isinstance(a, Full) and _pairs.is_present(a)
+    full = lambda a: _pairs.is_present(a) and a.replaces
     paths = [path for path, a in adapters.items() if full(a)]
     if base is None:
         raise ValueError(

@@ -17,11 +17,8 @@ import jax.numpy as jnp
 import optax
 
 from lorax import _explicit, linalg, tree
-from lorax.adapters import Dora, Lora, SlicedLora, layout
+from lorax.adapters import layout
 from lorax.types import Adapters, PairStatics
-
-ROLES = ("a", "b", "p", "lam", "q", "magnitude", "value")
-"""Roles of fields that the optimisers here have a rule for."""
 
 
 class Pair(NamedTuple):
@@ -43,7 +40,13 @@ class Pair(NamedTuple):
 
 def is_pair(adapter: Any) -> bool:
     """True for the adapters that pair transforms act on."""
-    return isinstance(adapter, Lora | SlicedLora | Dora) and is_present(adapter)
+    own = getattr(adapter, "fields", {}).values()
+    return any(field.pair for field in own) and is_present(adapter)
+
+
+def has_triplets(adapter: Any) -> bool:
+    """True for the adapters whose update is `p diag(lam) q`."""
+    return {"p", "lam", "q"} <= set(getattr(adapter, "roles", {}).values())
 
 
 def is_present(adapter: Any) -> bool:
@@ -101,7 +104,6 @@ def require_params(adapters: Adapters | None) -> Adapters:
 def require_adapters(adapters: Any, name: str) -> Adapters:
     """Raises unless this is an adapter tree of real arrays that `name` can act on.
 
-    A role that nobody here knows would neither be preconditioned nor decay, unseen.
     Whole adapters may be left out, as `optax.masked` and `optax.partition` do.
     """
     whole = isinstance(adapters, Mapping) and all(
@@ -116,12 +118,11 @@ def require_adapters(adapters: Any, name: str) -> Adapters:
     for path, adapter in adapters.items():
         if not is_present(adapter):
             continue
-        if unknown := sorted(set(adapter.roles.values()) - set(ROLES)):
+        if not hasattr(adapter, "fields"):
             raise ValueError(
-                f"{path}: {name} has no rule for the role {unknown[0]!r} of "
-                f"{type(adapter).__name__}; it knows {', '.join(ROLES)}: name the "
-                "field's role after what it does, or train this path by another "
-                "optimiser through optax.partition"
+                f"{path}: {name} reads what an adapter declares of its fields, and "
+                f"{type(adapter).__name__} declares none: make it a subclass of "
+                "lorax.adapters.Parametrisation"
             )
         for leaf in jax.tree.leaves(adapter):
             if jnp.issubdtype(leaf.dtype, jnp.complexfloating):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import tree
-from lorax.adapters import Full, SlicedLora, layout
+from lorax.adapters import as_lora, layout
 from lorax.kernels import Kernel
 from lorax.linalg import EXACT
 from lorax.optim import _pairs
@@ -42,7 +42,7 @@ def leaves(params: PyTree, kernels: Mapping[str, Kernel] | None) -> dict[str, Le
     if isinstance(params, Mapping) and any(
         hasattr(a, "roles") for a in params.values()
     ):
-        found = {p: a.value for p, a in params.items() if isinstance(a, Full)}
+        found = {p: a.value for p, a in params.items() if a.replaces}
     else:
         found = tree.flatten(params)
     matrices = {}
@@ -144,21 +144,26 @@ def changed(
 
 def start_merged(adapters: Adapters) -> dict[str, jax.Array]:
     """Returns a random unit vector `[n, out]` for every kernel with factors."""
-    return {
-        path: _direction(path, *_sizes(adapter))
+    own = {
+        path: adapter
         for path, adapter in adapters.items()
-        if not isinstance(adapter, Full) and _pairs.is_present(adapter)
+        if _pairs.is_present(adapter) and not adapter.replaces
     }
+    for path, adapter in own.items():
+        if not _pairs.is_pair(adapter) and adapter.as_lora() is None:
+            raise ValueError(
+                f"{path}: target='merged' multiplies by the kernel factor by factor, "
+                f"and {type(adapter).__name__} is not a product of factors; decay "
+                "this path by add_decayed_weights, through optax.partition"
+            )
+    return {path: _direction(path, *_sizes(adapter)) for path, adapter in own.items()}
 
 
 def _sizes(adapter: Any) -> tuple[int, int]:
     """The number of matrices that have factors, and their outputs."""
-    if isinstance(adapter, SlicedLora):
-        adapter = adapter.fused()
-    n = len(adapter.axes.batch)
-    last = next(f for f, role in adapter.roles.items() if role in ("b", "q"))
-    shape = getattr(adapter, last).shape
-    return math.prod(shape[:n]), math.prod(shape[n + 1 :])
+    plain = jax.eval_shape(as_lora, adapter)
+    n = len(plain.axes.batch)
+    return math.prod(plain.b.shape[:n]), math.prod(plain.b.shape[n + 1 :])
 
 
 def merged_decay(
@@ -210,7 +215,7 @@ def _merged(
     fields = {f: getattr(adapter, f) for f in adapter.roles}
 
     def parts(fields: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-        a, b, gain = adapter.replace(**fields).factors(leaf)
+        a, b, gain, *_ = adapter.replace(**fields).factors(leaf)
         n, rank = w.shape[0], a.shape[-1]
         gain = jnp.ones((n, w.shape[2])) if gain is None else gain.reshape(n, -1)
         return a.reshape(n, -1, rank), b.reshape(n, rank, -1), gain

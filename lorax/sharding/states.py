@@ -12,7 +12,7 @@ collective that the kernel's own product does not need. The rank is never cut.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,13 +20,9 @@ import jax.tree_util as jtu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorax import tree
-from lorax.adapters import SlicedLora
 from lorax.sharding import mesh as meshes
 from lorax.sharding import rules
 from lorax.types import Adapters, Axes
-
-# role -> the letters of its layout behind the batch axes
-LAYOUTS = {"a": "ir", "p": "ir", "b": "ro", "q": "ro", "magnitude": "o", "lam": "r"}
 
 
 def adapter_specs(
@@ -57,9 +53,10 @@ def adapter_specs(
 
     def placed(path: str, adapter: Any) -> Any:
         found = {}
-        for field, role in adapter.roles.items():
+        for field in adapter.roles:
             leaf = getattr(adapter, field)
-            spec = PartitionSpec() if replicate else _spec(adapter, role, specs[path])
+            words = adapter.fields[field].words
+            spec = PartitionSpec() if replicate else _spec(adapter, words, specs[path])
             if not replicate:
                 extra = [None] * (leaf.ndim - len(spec))
                 spec = PartitionSpec(*extra, *spec)
@@ -69,23 +66,20 @@ def adapter_specs(
     return tree.map_adapters(placed, adapters)
 
 
-def _spec(adapter: Any, role: str, kernel: PartitionSpec) -> PartitionSpec:
-    """The spec of one array of an adapter."""
-    if role == "value":
+def _spec(adapter: Any, words: Sequence[str], kernel: PartitionSpec) -> PartitionSpec:
+    """The spec of an array with axes of these words: what is not the kernel's is whole.
+
+    So is the stack where only some of its layers have factors.
+    """
+    if words == ("leaf",):
         return kernel
     axes: Axes = adapter.axes
     entries = [*kernel, *[None] * (len(axes.order) - len(kernel))]
-    cut = {
-        "i": [entries[axis] for axis in axes.in_],
-        "o": [entries[axis] for axis in axes.out],
-        "r": [None],
-    }
-    batch = [entries[axis] for axis in axes.batch]
-    if isinstance(adapter, SlicedLora):  # the slices are the first out axis
-        batch, cut["o"] = [*batch, None], cut["o"][1:]
-    if adapter.layers is not None:  # some of the layers: fewer than the mesh divides
+    in_, out, batch = ([entries[axis] for axis in group] for group in axes)
+    if getattr(adapter, "layers", None) is not None:  # fewer than the mesh divides
         batch[0] = None
-    return PartitionSpec(*batch, *(e for c in LAYOUTS[role] for e in cut[c]))
+    cut = {"in": in_, "out": out, "batch": batch, "out[1:]": out[1:]}
+    return PartitionSpec(*(entry for word in words for entry in cut.get(word, [None])))
 
 
 def state_shardings(state: Any, placed: rules.Placed, replicate: bool = False) -> Any:

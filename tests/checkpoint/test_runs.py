@@ -184,7 +184,7 @@ def test_another_mesh(tmp_path):
                     "dense/kernel": fresh().adapters["head"],
                 }
             ),
-            "dense/kernel: the checkpoint has class Lora and the template Full",
+            "dense/kernel: the checkpoint has class lora and the template full",
         ),
         (
             lambda: fresh().replace(skipped=jnp.zeros((), jnp.float32)),

@@ -181,11 +181,11 @@ def test_runs_from_a_checkpoint_go_alone(parsed):
     assert (config.adapter.rank, config.data.packed) == (4, True)
 
 
-@pytest.mark.parametrize("init", inits.INITS)
+@pytest.mark.parametrize("init", inits.REGISTRY)
 def test_which_inits_share_the_base(init):
     params = {"w": jnp.eye(4, 3)}
     target = lorax.Target("w", rank=2, init=init)
-    shares = inits.INITS[init].stats is None
+    shares = inits.REGISTRY[init].stats is None
     if shares:
         shares = lorax.init(jax.random.key(0), params, [target])[1] is params
     assert (init in combinations.SHARES_BASE) == shares

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax.adapters import AdaLora, Dora, Full, Lora
-from lorax.types import Axes
+from lorax.adapters import AdaLora, Dora, Full, Lora, Parametrisation
+from lorax.types import Axes, Field
 
 DENSE = Axes((0,), (1,))
 # name -> (axes, shape of the leaf); batch axes first, then in, then out
@@ -24,7 +24,7 @@ LEAVES = {
 
 @flax.struct.dataclass
 class Gated:
-    """A parametrisation with a role that nobody knows."""
+    """A parametrisation that declares roles, and no fields."""
 
     b: jax.Array
     gate: jax.Array
@@ -33,13 +33,13 @@ class Gated:
 
 
 @flax.struct.dataclass
-class Own:
-    """A parametrisation of known roles that is none of lorax's."""
+class Own(Parametrisation):
+    """A parametrisation of known roles whose a and b are not a pair."""
 
     a: jax.Array
     b: jax.Array
 
-    roles: ClassVar[dict[str, str]] = {"a": "a", "b": "b"}
+    fields = {"a": Field("a", "in rank"), "b": Field("b", "rank out")}
 
 
 def draw(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:

@@ -387,5 +387,5 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match="damping=-0.1; give a number of at least"):
             make(damping=-0.1)
-        with pytest.raises(ValueError, match="head: .* AdaLora has p, lam and q"):
+        with pytest.raises(ValueError, match="head: .* the p, lam, q of AdaLora"):
             make().init({"head": problems.adalora()})

@@ -210,5 +210,5 @@ def test_bad_input():
     with pytest.raises(ValueError, match="beta=1"):
         optim.muon(0.1, beta=1.0)
     ada = lorax.AdaLora(jnp.ones((4, 1)), jnp.ones(1), jnp.ones((1, 3)), 1.0, AXES)
-    with pytest.raises(ValueError, match="w: .*acts on factors a and b"):
+    with pytest.raises(ValueError, match="w: .*acts on pairs a and b"):
         optim.muon(0.1).init({"w": ada})

@@ -142,7 +142,7 @@ def test_errors():
     for make in (optim.scale_by_gram, optim.scale_by_lora_fa):
         with pytest.raises(ValueError, match="damping=-1.0; give a number of at least"):
             make(-1.0)
-        with pytest.raises(ValueError, match="w: .* AdaLora has p, lam and q"):
+        with pytest.raises(ValueError, match="w: .* the p, lam, q of AdaLora"):
             make().init({"w": problems.adalora()})
     zero = problems.lora()
     zero = {"w": zero.replace(a=0 * zero.a)}

@@ -325,5 +325,5 @@ def test_bad_input():
         optim.clip_spectral_norm(0.0)
     ada = lorax.AdaLora(jnp.ones((4, 1)), jnp.ones(1), jnp.ones((1, 3)), 1.0, AXES)
     for tx in (decay(0.1), optim.clip_spectral_norm(1.0)):
-        with pytest.raises(ValueError, match="w: .*acts on factors a and b"):
+        with pytest.raises(ValueError, match="w: .*acts on pairs a and b"):
             tx.init({"w": ada})

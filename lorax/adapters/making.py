@@ -1,0 +1,69 @@
+"""How an adapter is made for a kernel: sizes, matrices, and the target's static fields.
+
+An init chooses the values of the arrays; their shapes follow from the kernel's axes and
+the target, and so do the static fields.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax import _explicit
+from lorax.adapters import layout
+from lorax.types import KernelSpec, TargetSpec
+
+
+def sizes(kernel: KernelSpec, target: TargetSpec) -> tuple[tuple[int, ...], ...]:
+    """Returns the (in, out, batch) sizes of what gets factors."""
+    in_, out, batch = kernel.linear_axes().sizes(kernel.shape)
+    if target.layers is not None:
+        batch = (len(target.layers), *batch[1:])
+    return in_, out, batch
+
+
+def statics(kernel: KernelSpec, target: TargetSpec) -> dict[str, Any]:
+    """Returns the static fields that most classes have, by name."""
+    return {
+        "scale": target.scale,
+        "axes": kernel.linear_axes(),
+        "dropout": target.dropout,
+        "layers": target.layers,
+    }
+
+
+def chosen_layers(kernel: KernelSpec, target: TargetSpec) -> jax.Array:
+    """Returns the leaf, or of a stack the layers that get factors."""
+    value = jnp.asarray(kernel.value)
+    if target.layers is None:
+        return value
+    return layout.chosen(value, target.layers, kernel.linear_axes().batch[0])
+
+
+def matrices(kernel: KernelSpec, target: TargetSpec) -> jax.Array:
+    """Returns the chosen layers as `[*batch, in, out]` in float32, axes flattened."""
+    value = chosen_layers(kernel, target)
+    in_, out, batch = sizes(kernel, target)
+    value = value.astype(layout.wide(value)).transpose(kernel.linear_axes().order)
+    shape = (*batch, math.prod(in_), math.prod(out))
+    lies = [*_explicit.entries(value)[: len(batch)], None, None]
+    return _explicit.reshape(value, shape, lies)
+
+
+def unflatten(
+    kernel: KernelSpec, target: TargetSpec, a: jax.Array, b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gives factors `[*batch, in, r]` and `[*batch, r, out]` the leaf's own axes."""
+    in_, out, batch = sizes(kernel, target)
+    rank = a.shape[-1]
+    return a.reshape(*batch, *in_, rank), b.reshape(*batch, rank, *out)
+
+
+def options(target: TargetSpec, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns hyperparameters: their defaults under the target's options."""
+    given = dict(target.options)
+    return {name: given.get(name, default) for name, default in defaults.items()}
