@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from lorax.adapters import layout
 from lorax.compose import forms
-from lorax.optim._pairs import is_pair
 from lorax.types import Adapters, PairStatics
 
 
@@ -85,9 +84,12 @@ def _require_alike(path: str, k: int, adapter: Any, first: Any) -> None:
 
 
 def cut(adapter: Any, rank: int) -> Any:
-    """Returns a Lora or Dora without the columns beyond `rank`, which are padding."""
-    if not is_pair(adapter):
+    """Returns an adapter without the ranks beyond `rank`, which are padding."""
+    if not adapter.padded:
         return adapter
-    a, n = adapter.a, layout.stack_axes(adapter.a, adapter.axes)
-    b = jax.lax.slice_in_dim(adapter.b, 0, rank, axis=n)
-    return adapter.replace(a=a[..., :rank], b=b)
+    return adapter.replace(
+        **{
+            name: jax.lax.slice_in_dim(getattr(adapter, name), 0, rank, axis=axis)
+            for name, axis in forms.rank_axes(adapter).items()
+        }
+    )

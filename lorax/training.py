@@ -9,8 +9,7 @@ follows the protocol of `lorax.losses`:
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.struct
@@ -18,23 +17,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import transform
-from lorax.accumulation import Gradients, accumulated, widen
-from lorax.losses import LossFn, Metrics, cast, checked, simple_loss
-from lorax.optim import _pairwise, _states
-from lorax.types import Adapters, PairStatics, PyTree
+from lorax import steps, transform
+from lorax.losses import LossFn, Metrics, checked, simple_loss
+from lorax.optim import order
+from lorax.steps import Pairs, Part, Work, join
+from lorax.types import Adapters, PyTree
 
 __all__ = [
     "LossFn",
     "Metrics",
+    "Part",
     "TrainState",
+    "Work",
     "create_state",
+    "join",
     "make_eval_step",
     "make_train_step",
     "simple_loss",
+    "train_parts",
 ]
-
-Pairs = Mapping[str, PairStatics] | None
 
 
 @flax.struct.dataclass
@@ -97,7 +98,7 @@ def create_state(
     if not jnp.issubdtype(getattr(key, "dtype", int), jax.dtypes.prng_key):
         raise ValueError(f"key must be typed, jax.random.key(seed); got {key!r}")
     opt_state = tx.init(adapters)
-    _states.require_order(opt_state)
+    order.require_order(opt_state)
     state = TrainState(
         adapters=adapters,
         opt_state=opt_state,
@@ -175,6 +176,45 @@ def make_train_step(
       >>> state.adapters["w"].b
       Array([[0.5]], dtype=float32)
     """
+    parts = train_parts(
+        loss_fn, tx, accumulate=accumulate, clip_norm=clip_norm, on_merge=on_merge
+    )
+    return steps.join(parts)
+
+
+def train_parts(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    on_merge: Literal["warn", "error"] = "warn",
+) -> list[Part]:
+    """Returns the parts that `make_train_step` joins, to be changed and joined again.
+
+    Args:
+      loss_fn: as for `make_train_step`, and so are the others.
+      tx: any optax transformation.
+      accumulate: microbatches per step.
+      clip_norm: bound on the gradients' global norm; None for none.
+      on_merge: what `lorax.adapt` does when it must form a merged kernel.
+
+    Returns:
+      A list of `Part`: "gradients", "check", "clip", "update", "guard".
+
+    Example:
+      >>> import lorax.adapters
+      >>> def halve(work):
+      ...     return work.replace(grads=jax.tree.map(lambda g: g / 2, work.grads))
+      >>> loss_fn = simple_loss(lambda params, batch: jnp.sum(params["w"] * batch))
+      >>> tx, adapters = optax.sgd(1.0), {"w": lorax.adapters.Full(jnp.asarray(2.0))}
+      >>> parts = train_parts(loss_fn, tx)
+      >>> parts.insert(3, Part("halve", halve))
+      >>> state = create_state(jax.random.key(0), adapters, tx)
+      >>> state, _ = join(parts)(state, {"w": jnp.asarray(2.0)}, jnp.asarray(1.0))
+      >>> float(state.adapters["w"].value)
+      1.5
+    """
     tx = transformation(tx)
     if type(accumulate) is not int or accumulate < 1:
         raise ValueError(f"accumulate must be an int of at least 1; got {accumulate!r}")
@@ -182,49 +222,14 @@ def make_train_step(
         raise ValueError(f"clip_norm must be positive, or None; got {clip_norm!r}")
     value_and_grad = jax.value_and_grad(_adapted(loss_fn, on_merge), has_aux=True)
 
-    def micro(
-        state: TrainState, params: PyTree, batch: PyTree, key: Any, pairs: Pairs
-    ) -> Gradients:
-        loss_key, lora_key = jax.random.split(key)
-        extra = {"lora_key": lora_key} if _has_dropout(state.adapters) else {}
-        (loss, (metrics, model_state)), grads = value_and_grad(
-            state.adapters, pairs, params, state.model_state, batch, loss_key, **extra
-        )
-        return widen({**metrics, "loss": loss}), model_state, widen(grads)
-
-    whole = lambda *args: (micro(*args), None)
-    gradients = whole if accumulate == 1 else accumulated(micro, accumulate)
-
-    def step(
-        state: TrainState, params: PyTree, batch: PyTree, pairs: Pairs = None
-    ) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(state.key, state.step)
-        made, norms = gradients(state, params, batch, key, pairs)
-        values, model_state, grads = made
-        norm = optax.tree.norm(grads)
-        ok = jnp.isfinite(values["loss"]) & jnp.isfinite(norm)
-        ok &= values.get("weight", 1.0) > 0
-        scale = 1.0 if clip_norm is None else jnp.minimum(1.0, clip_norm / norm)
-        # Zeros in place of NaN: an eigendecomposition inside tx need not survive them.
-        clip = lambda g, leaf: jnp.where(ok, scale * g, 0.0).astype(leaf.dtype)
-        grads = jax.tree.map(clip, grads, state.adapters)
-        extra = {"base": params, "pairs": pairs, "microbatch": norms}
-        updates, opt_state = tx.update(grads, state.opt_state, state.adapters, **extra)
-        updates = _pairwise.unpadded(updates, pairs)
-        new = (optax.apply_updates(state.adapters, updates), opt_state, model_state)
-        old = (state.adapters, state.opt_state, state.model_state)
-        new = jax.tree.map(cast, new, old)  # in a small dtype it may overflow here
-        # Finite gradients may still make a step that is not: a rate, a schedule, eps 0.
-        ok &= _stays_finite(new, old)
-        keep = lambda new, old: jnp.where(ok, new, old)
-        skipped = state.skipped + jnp.where(ok, 0, 1)
-        adapters, opt_state, model_state = jax.tree.map(keep, new, old)
-        state = TrainState(
-            adapters, opt_state, model_state, state.step + 1, skipped, state.key
-        )
-        return state, {**values, "grad_norm": norm, "skipped": skipped}
-
-    return step
+    parts = [
+        steps.gradients(value_and_grad, accumulate),
+        Part("check", steps.check),
+        steps.clip(clip_norm),
+        steps.update(tx),
+        Part("guard", steps.guard),
+    ]
+    return parts
 
 
 def make_eval_step(
@@ -286,28 +291,3 @@ def transformation(tx: Any) -> optax.GradientTransformationExtraArgs:
             f"tx must be an optax transformation, such as optax.adam(1e-3); got {tx!r}"
         )
     return optax.with_extra_args_support(tx)
-
-
-def _stays_finite(new: PyTree, old: PyTree) -> jax.Array:
-    """False where a finite number of `old` is none in `new`.
-
-    Neither loss nor gradient need show it. On XLA:CPU the relu of NaN is 0, and NaN
-    pixels give a finite loss, finite gradients, and NaN BatchNorm statistics; a rate
-    that is inf, or Adam's 0 / (0 + eps) with an eps of 0, makes NaN of a good gradient.
-    What was infinite before (the best value of a plateau's schedule) may stay so.
-
-    A leaf and its moments end in one path, `kernel/a`, and lie alike on the devices:
-    they share one reduction, which XLA fuses with the update.
-    """
-    alike: dict[Any, list[jax.Array]] = {}
-    leaves = jax.tree_util.tree_leaves_with_path(new)
-    for (path, now), before in zip(leaves, jax.tree.leaves(old), strict=True):
-        if jnp.issubdtype(before.dtype, jnp.inexact):
-            finite = jnp.isfinite(now) | ~jnp.isfinite(before)
-            alike.setdefault((path[-2:], jax.typeof(finite)), []).append(finite)
-    checks = [jnp.all(functools.reduce(jnp.logical_and, c)) for c in alike.values()]
-    return jnp.all(jnp.array(checks, bool))
-
-
-def _has_dropout(adapters: Adapters) -> bool:
-    return any(getattr(adapter, "dropout", 0.0) for adapter in adapters.values())

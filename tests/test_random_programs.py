@@ -340,45 +340,6 @@ def check_half(leaves, instructions):
     assert norm(ours - exact) <= 1.5 * norm(merged - exact) + 4 * ulp
 
 
-@st.composite
-def convolutions(draw):
-    """Groups, inputs and outputs of a group, window, and how the window moves."""
-    of = lambda *choices: draw(st.sampled_from(choices))
-    groups, in_, out = of(1, 2, 3), of(1, 2, 3), of(1, 2)
-    how = {
-        "window_strides": (of(1, 2),),
-        "padding": of("SAME", "VALID"),
-        "rhs_dilation": (of(1, 2),),
-        "dimension_numbers": ("NWC", of("WIO", "IOW", "OWI"), "NWC"),
-    }
-    return groups, in_, out, of(1, 2, 3), how
-
-
-def check_convolution(drawn, rank, edit):
-    """A kernel `[window, in, out]`, edited, laid out as drawn, and convolved."""
-    groups, in_, out, window, how = drawn
-    order = ["WIO".index(letter) for letter in how["dimension_numbers"][1]]
-
-    def fn(params, x):
-        w = (params["w0"], -params["w0"], params["w0"][::-1], 2 * params["w0"])[edit]
-        y = jax.lax.conv_general_dilated(
-            x, w.transpose(order), feature_group_count=groups, **how
-        )
-        return jnp.sum(jnp.sin(y))
-
-    with jax.enable_x64(True):
-        shape, draw = (window, in_, groups * out), np.random.RandomState(5).randn
-        dims = [*zip(("in", "in", "out"), shape, strict=True)]
-        params, x = {"w0": draw(*shape)}, draw(2, 7, groups * in_)
-        adapters = {"w0": adapter_of(dims, rank, 1)}
-        got, want = (
-            jax.jit(jax.value_and_grad(side))(adapters, params, x)
-            for side in (lorax.adapt(fn, on_merge="error"), programs.definition(fn))
-        )
-        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-9)
-
-
 some_leaves = st.lists(leaves(), min_size=1, max_size=2)
 some_uses = st.lists(uses, min_size=1, max_size=2)
 test_linear_programs_merge_nothing = settings(max_examples=25, **SETTINGS)(
@@ -387,23 +348,17 @@ test_linear_programs_merge_nothing = settings(max_examples=25, **SETTINGS)(
 test_other_uses_merge_and_are_right = settings(max_examples=10, **SETTINGS)(
     given(some_leaves, some_uses, small)(check_curved)
 )
-
-a_convolution = convolutions(), st.integers(1, 3), st.integers(0, 3)
 test_half_precision_costs_nothing_more = settings(max_examples=8, **SETTINGS)(
     given(some_leaves, some_uses)(check_half)
-)
-test_convolutions_merge_nothing = settings(max_examples=8, **SETTINGS)(
-    given(*a_convolution)(check_convolution)
 )
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
 @settings(max_examples=150, **SETTINGS)
-@given(some_leaves, some_uses, st.tuples(*a_convolution))
-def test_many_more_in_half_precision_and_convolved(leaves, instructions, convolution):
+@given(some_leaves, some_uses)
+def test_many_more_in_half_precision(leaves, instructions):
     check_half(leaves, instructions)
-    check_convolution(*convolution)
 
 
 @pytest.mark.slow

@@ -51,6 +51,14 @@ def axis_of(adapter: Any, name: str, word: str) -> int:
     return getattr(adapter, name).ndim - 1 - count(behind)
 
 
+def real_ranks(adapter: Any, name: str, rank: Any) -> jax.Array:
+    """Returns a field with zeros beyond its first `rank` ranks, a number or traced."""
+    array, axis = getattr(adapter, name), axis_of(adapter, name, "rank")
+    numbers = jnp.arange(array.shape[axis])
+    own = jnp.expand_dims(numbers, [d for d in range(array.ndim) if d != axis]) < rank
+    return jnp.where(own, array, jnp.zeros((), array.dtype))
+
+
 def _lengths(axes: Axes) -> dict[str, int]:
     """How many axes a word of `Field.dims` stands for."""
     out = len(axes.out)

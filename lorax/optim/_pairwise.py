@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from lorax import _explicit
-from lorax.optim import _checks, _gram, _pairs, _states
+from lorax.optim import _checks, _pairs, _states
 from lorax.types import Adapters, PairStatics
 
 Function = Callable[[_pairs.Pair, _pairs.Pair], tuple[jax.Array, jax.Array]]
@@ -154,16 +154,6 @@ def map_kept(
             after[one.path] = jax.tree.map(part, new)
             start += one.depth
     return changed, after
-
-
-def unpadded(updates: Adapters, pairs: Mapping[str, PairStatics] | None) -> Adapters:
-    """Returns updates that leave the columns beyond every member's true rank alone."""
-
-    def keep(update: _pairs.Pair, _: _pairs.Pair) -> tuple[jax.Array, jax.Array]:
-        return _gram.true_rank_only(update.a, update.b, update.rank)
-
-    own = {path: updates[path] for path in pairs or {}}
-    return {**updates, **map_pairs(keep, own, own, pairs)}
 
 
 def _key(member: _Member) -> tuple[Any, ...]:

@@ -1,0 +1,260 @@
+"""A train step as a list of named parts, each a pure function of what is known so far.
+
+    gradients   loss, metrics, gradients, the model's new state
+    check       |g|, and whether the batch can be learned from
+    clip        g <- g * min(1, clip_norm / |g|); zeros where it cannot
+    update      the optimiser's step, and what it makes of adapters and states
+    guard       keeps what was there before, where something would not be finite
+
+`lorax.training.make_train_step` joins them. A step of your own is a list of your own:
+
+    parts = training.train_parts(loss_fn, tx, clip_norm=1.0)
+    parts.insert(2, training.Part("sharpen", sharpen))   # Work -> Work, after "check"
+    step = training.join(parts)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorax.accumulation import accumulated, widen
+from lorax.adapters import layout
+from lorax.losses import Metrics, cast
+from lorax.types import Adapters, MicrobatchNorms, PairStatics, PyTree
+
+Pairs = Mapping[str, PairStatics] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is known in the middle of a step; a part returns it with more filled in.
+
+    Attributes:
+      state: before the step; a `lorax.training.TrainState`.
+      params: the frozen base.
+      batch: of this step.
+      pairs: of a population's member, the scales and ranks that differ.
+      key: of this step.
+      values: loss and metrics.
+      grads: of the adapters; after "update" no part reads them.
+      norm: [], the global norm of the gradients before clipping.
+      norms: of the microbatches; None without accumulation.
+      model_state: the model's, after the batch.
+      ok: [], False where the step must change nothing.
+      adapters: after the step.
+      opt_state: after the step.
+    """
+
+    state: Any
+    params: PyTree
+    batch: PyTree
+    pairs: Pairs
+    key: jax.Array
+    values: Metrics = dataclasses.field(default_factory=dict)
+    grads: Any = None
+    norm: Any = None
+    norms: MicrobatchNorms | None = None
+    model_state: PyTree = None
+    ok: Any = True
+    adapters: Any = None
+    opt_state: Any = None
+
+    def replace(self, **fields: Any) -> Work:
+        """Returns it with some fields in place of its own."""
+        return dataclasses.replace(self, **fields)
+
+
+class Part(NamedTuple):
+    """A named part of a step.
+
+    Attributes:
+      name: by which a list of parts is read and changed.
+      run: `Work -> Work`, pure.
+    """
+
+    name: str
+    run: Callable[[Work], Work]
+
+
+def join(parts: Sequence[Part]) -> Callable[..., Any]:
+    """Returns `step(state, params, batch, pairs=None) -> (state, metrics)` of parts.
+
+    Raises:
+      ValueError: two parts of one name, or no part that fills in what the state needs.
+
+    Example:
+      >>> from lorax import training
+      >>> import optax
+      >>> loss_fn = training.simple_loss(lambda params, batch: jnp.sum(params["w"]))
+      >>> [part.name for part in training.train_parts(loss_fn, optax.sgd(0.1))]
+      ['gradients', 'check', 'clip', 'update', 'guard']
+    """
+    names = [part.name for part in parts]
+    if len({*names}) < len(names):
+        raise ValueError(f"parts are called {names}; give each a name of its own")
+    if lacking := [name for name in ("gradients", "update") if name not in names]:
+        raise ValueError(
+            f"parts are {names}, and no {lacking[0]!r} is among them: without it a "
+            "step has nothing to return"
+        )
+
+    def step(
+        state: Any, params: PyTree, batch: PyTree, pairs: Pairs = None
+    ) -> tuple[Any, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        work = Work(state, params, batch, pairs, key)
+        for part in parts:
+            work = part.run(work)
+        skipped = state.skipped + jnp.where(work.ok, 0, 1)
+        after = state.replace(
+            adapters=work.adapters,
+            opt_state=work.opt_state,
+            model_state=work.model_state,
+            step=state.step + 1,
+            skipped=skipped,
+        )
+        return after, {**work.values, "grad_norm": work.norm, "skipped": skipped}
+
+    return step
+
+
+def gradients(value_and_grad: Callable[..., Any], accumulate: int = 1) -> Part:
+    """Returns the part that computes loss, gradients and the model's new state.
+
+    Args:
+      value_and_grad: `(adapters, pairs, params, model_state, batch, key) -> ((loss,
+        (metrics, model_state)), grads)`; it takes `lora_key` where adapters drop.
+      accumulate: microbatches per step, one after the other.
+    """
+
+    def micro(state: Any, params: PyTree, batch: PyTree, key: Any, pairs: Pairs) -> Any:
+        loss_key, lora_key = jax.random.split(key)
+        extra = {"lora_key": lora_key} if _has_dropout(state.adapters) else {}
+        (loss, (metrics, model_state)), grads = value_and_grad(
+            state.adapters, pairs, params, state.model_state, batch, loss_key, **extra
+        )
+        return widen({**metrics, "loss": loss}), model_state, widen(grads)
+
+    def whole(*args: Any) -> Any:
+        return micro(*args), None
+
+    found = whole if accumulate == 1 else accumulated(micro, accumulate)
+
+    def run(work: Work) -> Work:
+        made, norms = found(work.state, work.params, work.batch, work.key, work.pairs)
+        values, model_state, grads = made
+        return work.replace(
+            values=values, model_state=model_state, grads=grads, norms=norms
+        )
+
+    return Part("gradients", run)
+
+
+def check(work: Work) -> Work:
+    """Takes the gradients' norm; not ok where it, or the loss, is not finite."""
+    norm = optax.tree.norm(work.grads)
+    ok = work.ok & jnp.isfinite(work.values["loss"]) & jnp.isfinite(norm)
+    return work.replace(norm=norm, ok=ok & (work.values.get("weight", 1.0) > 0))
+
+
+def clip(clip_norm: float | None) -> Part:
+    """Returns the part that bounds the gradients' global norm; None for no bound.
+
+    It puts zeros in place of NaN: an eigendecomposition in the optimiser need not
+    survive them.
+    """
+
+    def run(work: Work) -> Work:
+        scale = 1.0 if clip_norm is None else jnp.minimum(1.0, clip_norm / work.norm)
+
+        def clipped(g: jax.Array, leaf: jax.Array) -> jax.Array:
+            return jnp.where(work.ok, scale * g, 0.0).astype(leaf.dtype)
+
+        return work.replace(
+            grads=jax.tree.map(clipped, work.grads, work.state.adapters)
+        )
+
+    return Part("clip", run)
+
+
+def update(tx: optax.GradientTransformationExtraArgs) -> Part:
+    """Returns the part that makes the optimiser's step."""
+
+    def run(work: Work) -> Work:
+        state = work.state
+        extra = {"base": work.params, "pairs": work.pairs, "microbatch": work.norms}
+        updates, opt_state = tx.update(
+            work.grads, state.opt_state, state.adapters, **extra
+        )
+        updates = unpadded(updates, work.pairs)
+        adapters = optax.apply_updates(state.adapters, updates)
+        return work.replace(adapters=adapters, opt_state=opt_state)
+
+    return Part("update", run)
+
+
+def guard(work: Work) -> Work:
+    """Keeps adapters, optimiser and model state where the new ones are not finite.
+
+    Finite gradients may still make a step that is not: a rate, a schedule, an epsilon
+    of zero, a small dtype that overflows.
+    """
+    state = work.state
+    old = (state.adapters, state.opt_state, state.model_state)
+    new = (work.adapters, work.opt_state, work.model_state)
+    new = jax.tree.map(cast, new, old)  # in a small dtype it may overflow here
+    ok = work.ok & stays_finite(new, old)
+
+    def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(ok, new, old)
+
+    adapters, opt_state, model_state = jax.tree.map(keep, new, old)
+    return work.replace(
+        adapters=adapters, opt_state=opt_state, model_state=model_state, ok=ok
+    )
+
+
+def unpadded(updates: Adapters, pairs: Pairs) -> Adapters:
+    """Returns updates that leave the ranks beyond every member's true rank alone."""
+    kept: Any = {}
+    for path, own in (pairs or {}).items():
+        adapter: Any = updates[path]
+        fields = {
+            name: layout.real_ranks(adapter, name, own.rank)
+            for name in adapter.roles
+            if "rank" in adapter.fields[name].words
+        }
+        kept[path] = adapter.replace(**fields)
+    return {**updates, **kept}
+
+
+def stays_finite(new: PyTree, old: PyTree) -> jax.Array:
+    """False where a finite number of `old` is none in `new`.
+
+    Neither loss nor gradient need show it. On XLA:CPU the relu of NaN is 0, and NaN
+    pixels give a finite loss, finite gradients, and NaN BatchNorm statistics; a rate
+    that is inf, or Adam's 0 / (0 + eps) with an eps of 0, makes NaN of a good gradient.
+    What was infinite before (the best value of a plateau's schedule) may stay so.
+
+    A leaf and its moments end in one path, `kernel/a`, and lie alike on the devices:
+    they share one reduction, which XLA fuses with the update.
+    """
+    alike: dict[Any, list[jax.Array]] = {}
+    leaves = jax.tree_util.tree_leaves_with_path(new)
+    for (path, now), before in zip(leaves, jax.tree.leaves(old), strict=True):
+        if jnp.issubdtype(before.dtype, jnp.inexact):
+            finite = jnp.isfinite(now) | ~jnp.isfinite(before)
+            alike.setdefault((path[-2:], jax.typeof(finite)), []).append(finite)
+    checks = [jnp.all(functools.reduce(jnp.logical_and, c)) for c in alike.values()]
+    return jnp.all(jnp.array(checks, bool))
+
+
+def _has_dropout(adapters: Adapters) -> bool:
+    return any(getattr(adapter, "dropout", 0.0) for adapter in adapters.values())
