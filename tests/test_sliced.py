@@ -108,6 +108,17 @@ def test_optimisers_see_each_slice_as_a_kernel_of_its_own(tx):
             )
 
 
+def test_ranks_that_differ_are_stacked_and_taken_apart():
+    adapters, params, _ = made()
+    cut = jax.tree.map(jnp.copy, adapters["w"])
+    narrow = {"w": cut.replace(a=cut.a[..., :1], b=cut.b[:, :, :1])}
+    again = compose.unstack(compose.stack([narrow, adapters]))
+    for sets, want in zip(again, (narrow, adapters), strict=True):
+        assert sets["w"].rank == want["w"].rank
+        got, want = (lorax.merge(s, params)["w"] for s in (sets, want))
+        np.testing.assert_array_equal(got, want)
+
+
 def test_slices_that_mean_nothing():
     with pytest.raises(ValueError, match="slices=.* go with adapter='lora'"):
         lorax.Target("w", adapter="dora", slices=(0,))

@@ -40,15 +40,9 @@ def sizes_of(
 
 def axis_of(adapter: Any, name: str, word: str) -> int:
     """Returns which axis of a field a word of one axis names, its stack's included."""
-    lengths = _lengths(adapter.axes)
-    words = adapter.fields[name].words
-    before = words[: words.index(word)]
-    behind = words[words.index(word) + 1 :]
-    count = lambda words: sum(lengths.get(word, 1) for word in words)
-    if not before or before[0] != "batch":
-        return count(before)
-    # a population's axes may stand in front of all
-    return getattr(adapter, name).ndim - 1 - count(behind)
+    lengths, words = _lengths(adapter.axes), adapter.fields[name].words
+    behind = sum(lengths.get(other, 1) for other in words[words.index(word) + 1 :])
+    return getattr(adapter, name).ndim - 1 - behind  # a population's axes lead
 
 
 def real_ranks(adapter: Any, name: str, rank: Any) -> jax.Array:

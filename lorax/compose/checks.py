@@ -47,8 +47,14 @@ def _sizes(adapter: Any) -> str:
     if adapter.replaces:
         return f"shape {tuple(adapter.value.shape)}"
     if not forms.has_factors(adapter):
-        shapes = [tuple(getattr(adapter, name).shape) for name in adapter.roles]
-        return f"shapes {shapes}, {adapter.axes}"
+        ranks = forms.rank_axes(adapter) if adapter.padded else {}
+        shapes = {
+            name: [n for i, n in enumerate(field.shape) if i != ranks.get(name)]
+            for name, field in (
+                (name, getattr(adapter, name)) for name in adapter.roles
+            )
+        }
+        return f"shapes but for the rank {shapes}, {adapter.axes}"
     first, last = (getattr(adapter, name) for name in forms.factor_names(adapter))
     n = len(adapter.axes.batch)
     stack = f"stack {first.shape[:n]}, layers {adapter.layers}, " if n else ""
