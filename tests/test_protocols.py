@@ -282,8 +282,9 @@ def test_every_init_has_a_row():
     assert {row[0] for row in INITS} == set(inits.REGISTRY)
 
 
-# Of [in, out] alone: what they make of other shapes is the same in every class.
-ONE_CLASS = ("eva", "corda", "milora", "orthogonal")
+# Of flattened matrices: a stack, a window and each class that they know show the rest.
+FLAT = ("eva", "corda", "milora", "orthogonal")
+FEW = ("lora", "lora_stacked", "lora_conv", "dora", "adalora")
 
 
 def fits(row, name):
@@ -291,8 +292,7 @@ def fits(row, name):
     room = name != "lora_ga" or row[4].rank <= 2
     room &= name != "orthogonal" or row[4].rank % 2 == 0
     room &= name == "standard" or row[4].slices is None
-    alone = row[0] in ("dora", "adalora") or row[0].startswith("lora")
-    room &= name not in ONE_CLASS or alone
+    room &= name not in FLAT or row[0] in FEW
     calls = inits.REGISTRY[name].calls
     return room and (calls is None or hasattr(adapter_classes.of_target(row[4]), calls))
 

@@ -114,8 +114,6 @@ INITS = {
     "lora_one": {"init": "lora_one"},
     "eva": {"init": "eva"},
     "corda": {"init": "corda"},
-    "milora": {"init": "milora"},
-    "orthogonal": {"init": "orthogonal"},
 }
 SGD = lambda adapters: optax.sgd(0.1)
 

@@ -27,12 +27,27 @@ NAMES = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 PATHS = ".*/(q|v|o|up|down)/kernel"
 
 
-def start(init, scan=True, **fields):
-    """Our adapters of the base, the target, the statistics and their kernels."""
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Half of the time of these toys would go into optimising their programs."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@functools.cache
+def program(scan):
+    """Our config and parameters of the base, a loss, and how it uses them."""
     config, params, _ = cases.own(*BASE, scan)
     model = llama.Model(config)
     run = lambda params, x: jnp.sum(jnp.sin(model.apply({"params": params}, x)))
-    kernels = lorax.discover(run, params, TOKENS)
+    return config, params, run, lorax.discover(run, params, TOKENS)
+
+
+def start(init, scan=True, **fields):
+    """The base's config and parameters, a target, its kernels and its statistics."""
+    config, params, run, kernels = program(scan)
     target = lorax.Target(PATHS, rank=RANK, alpha=2 * RANK, init=init, **fields)
     stats = None
     if init != "orthogonal":
