@@ -91,7 +91,7 @@ def calibrate(
         not alike, an odd number of passes, a width below 2, an unknown method;
         covariances of more than 8 GiB together; a kernel whose activations cannot be
         told (an embedding lookup, a use of a part of its inputs, a derivative rule of
-        the program's own).
+        the program's own for more than a linear operation).
       TypeError: one batch where a list of them is wanted.
 
     Example:

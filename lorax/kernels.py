@@ -147,6 +147,9 @@ class _Recorder:
     def custom(self, walker: Any, eqn: Any, paths: tuple[str, ...]) -> bool:
         return True
 
+    def branches(self, walker: Any, eqn: Any, use: Any, branch: Any) -> None:
+        return None  # without factors there are none
+
     def settle(self, term: interpret.Term) -> bool:
         """Writes down a lookup that has turned out to be one; False if it is none."""
         if (found := term.lookup) is None:

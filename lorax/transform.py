@@ -203,6 +203,9 @@ class _Emitter:
     def linear(self, walker: Any, eqn: Any, use: Any, branch: Any) -> Any:
         return interpret.low_rank(walker, eqn, use, branch)
 
+    def branches(self, walker: Any, eqn: Any, use: Any, branch: Any) -> Any:
+        return interpret.branches(walker, eqn, use, branch)
+
     def merge(self, walker: Any, eqn: Any, view: interpret.Tracked) -> jax.Array:
         name, where = eqn.primitive.name, walker.line(eqn)
         for path in view.paths:

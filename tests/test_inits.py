@@ -226,6 +226,8 @@ def test_lora_one_has_moved_down_the_gradient():
 
 
 def test_bad_input():
+    with pytest.raises(ValueError, match="init 'mine': stats='weights'; choose one of"):
+        lorax.inits.register("mine", lambda *_: None, stats="weights")
     kernel, stats = programs.normal(0, 8, 6), exact(programs.normal(1, 8, 6))
     with pytest.raises(ValueError, match="w: init='lora_ga' looks at data.*calibrate"):
         made(kernel, init="lora_ga")

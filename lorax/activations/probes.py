@@ -118,13 +118,22 @@ class _Observer:
 
     def linear(self, walker: Any, eqn: Any, use: Any, branch: Any) -> list[Any]:
         del branch
-        y = interpret.frozen(walker, eqn, use)
+        return [self.beside(walker, eqn, use, interpret.frozen(walker, eqn, use))]
+
+    def branches(self, walker: Any, eqn: Any, use: Any, branch: Any) -> jax.Array:
+        del branch  # a derivative rule of the program's own has the result: add nothing
+        out = eqn.outvars[0].aval
+        nothing = jnp.zeros_like(interpret.frozen(walker, eqn, use), out.dtype)
+        return self.beside(walker, eqn, use, nothing)
+
+    def beside(self, walker: Any, eqn: Any, use: Any, y: jax.Array) -> jax.Array:
+        """Returns y, behind which the use is seen."""
         for term in use.view.terms:
             if _reads(walker, eqn, use, term):
                 reader = READERS[use.op](eqn, use, term)
                 x, *rest = reader.operands
                 y = _seen((reader, self.every), y, term.factors.a, x, *rest)
-        return [y]
+        return y
 
     def merge(self, walker: Any, eqn: Any, view: interpret.Tracked) -> jax.Array:
         if eqn.primitive.name in UNREAD:
@@ -133,7 +142,7 @@ class _Observer:
         return view.value
 
     def custom(self, walker: Any, eqn: Any, paths: tuple[str, ...]) -> bool:
-        return False
+        return True
 
 
 def _unseen(walker: Any, eqn: Any, path: str, why: str) -> str:

@@ -47,6 +47,7 @@ class Init(NamedTuple):
 REGISTRY: dict[str, Init] = {}
 """Init by the name that `Target.init` gives."""
 STANDARD = "standard"
+STATS = (None, "gradient", "activation", "covariance")
 
 
 def register(
@@ -65,13 +66,14 @@ def register(
         decorator.
       calls: see `Init`.
       options: its hyperparameters and their defaults.
-      stats: "gradient": `stats` is the path's `GradSketch` from `lorax.calibrate`.
+      stats: what `lorax.calibrate` finds for it: "gradient", "activation" or
+        "covariance"; see `Init`. None: nothing.
 
     Returns:
       The function, or the decorator.
 
     Raises:
-      ValueError: a name that another function has.
+      ValueError: a name that another function has, or unknown `stats`.
 
     Example:
       >>> from lorax.adapters import making
@@ -90,6 +92,11 @@ def register(
     if make is None:
         return functools.partial(
             register, name, calls=calls, options=options, stats=stats
+        )
+    if stats not in STATS:
+        raise ValueError(
+            f"init {name!r}: stats={stats!r}; choose one of "
+            f"{', '.join(map(repr, STATS))}"
         )
     held = REGISTRY.get(name)
     if held is not None and _home(held.make) != _home(make):

@@ -108,7 +108,7 @@ def redistribute(
         raise ValueError(f"rho={rho}; give a number >= 1")
     rules = as_targets(targets)
     replaced = lambda target: adapters.get(target.adapter).replaces
-    is_eva = lambda target: target.init == "eva" and not replaced(target)
+    is_eva = lambda target: target.init in ("eva", eva) and not replaced(target)
     found = select(params, rules, kernels)
     chosen = {path: both for path, both in found.items() if is_eva(both[0])}
     used = [target for target, _ in found.values()]

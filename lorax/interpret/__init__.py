@@ -4,7 +4,7 @@ Importing the package fills the walker's table of rules.
 """
 
 from lorax.interpret import control, custom, gather, rules, views
-from lorax.interpret.linear import Use, fits, frozen, low_rank
+from lorax.interpret.linear import Use, branches, fits, frozen, low_rank
 from lorax.interpret.tracked import Term, Tracked, dense, watch
 from lorax.interpret.walker import RULES, Visitor, Walker
 
@@ -15,6 +15,7 @@ __all__ = [
     "Use",
     "Visitor",
     "Walker",
+    "branches",
     "control",
     "custom",
     "dense",

@@ -66,10 +66,13 @@ class _BranchOnly:
             report = self.visitor.linear
             self.reports.append(lambda: report(walker, eqn, use, branch))
             return [linear.frozen(walker, eqn, use)]
-        found = linear.branches(walker, eqn, use, branch)
+        found = self.branches(walker, eqn, use, branch)
         if found is None:
             raise NotLinear
         return [found]
+
+    def branches(self, walker: Walker, eqn: Any, use: Use, branch: Any) -> Any | None:
+        return self.visitor.branches(walker, eqn, use, branch)
 
     def merge(self, walker: Walker, eqn: Any, view: Tracked) -> jax.Array:
         raise NotLinear

@@ -45,6 +45,9 @@ class Visitor(Protocol):
     def custom(self, walker: Walker, eqn: Any, paths: tuple[str, ...]) -> bool:
         """True to follow kernels into a function with a derivative rule of its own."""
 
+    def branches(self, walker: Walker, eqn: Any, use: Any, branch: Any) -> Any | None:
+        """Returns what is added to a linear use in there, or None to merge it."""
+
 
 class Walker:
     """Evaluates one jaxpr; control flow makes an inner walker for each body."""
