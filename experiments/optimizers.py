@@ -97,6 +97,7 @@ LINKS = {
     "sgd": Link("moments", _sgd),
     "adam": Link("moments", optax.scale_by_adam),
     "muon_factors": Link("moments", optim.scale_by_muon_factors),
+    "lora_rite": Link("moments", optim.scale_by_lora_rite),
     "lora_plus": Link("ratio", optim.scale_by_lora_plus),
     "scale_by_path": Link("ratio", scale_by_path),
     "weight_decay": Link("decay", optim.add_decayed_weights),
@@ -112,6 +113,7 @@ READY = {
     "lora_pro": optim.lora_pro,
     "lora_fa": optim.lora_fa,
     "riemannian": optim.riemannian,
+    "lora_rite": optim.lora_rite,
     "muon_factors": optim.muon,
     "muon": _muon_of_layers,
 }

@@ -67,6 +67,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "lora_pro rowcol": lambda: optim.lora_pro(RATE, mode="rowcol"),
     "riemannian": lambda: optim.riemannian(RATE),
     "lora_fa": lambda: optim.lora_fa(RATE),
+    "lora_rite": lambda: optim.lora_rite(RATE),
     "adam + spectral delta": lambda: _spectral("delta"),
     "adam + spectral factors": lambda: _spectral("factors"),
     "muon b": lambda: optim.muon(RATE),

@@ -26,6 +26,11 @@ from lorax.optim._lora_pro_moments import (
     scale_by_lora_pro_full,
     scale_by_lora_pro_rowcol,
 )
+from lorax.optim._lora_rite import (
+    ScaleByLoraRiteState,
+    lora_rite,
+    scale_by_lora_rite,
+)
 from lorax.optim._muon import ScaleByMuonFactorsState, muon, scale_by_muon_factors
 from lorax.optim._noise_scale import NoiseScaleState, noise_scale, track_noise_scale
 from lorax.optim._riemannian import riemannian, scale_by_gram
@@ -43,6 +48,7 @@ __all__ = [
     "NoiseScaleState",
     "ScaleByFullState",
     "ScaleByLoraPlusState",
+    "ScaleByLoraRiteState",
     "ScaleByMuonFactorsState",
     "ScaleByRowColState",
     "adalora",
@@ -56,6 +62,7 @@ __all__ = [
     "lora_fa",
     "lora_plus",
     "lora_pro",
+    "lora_rite",
     "muon",
     "noise_scale",
     "riemannian",
@@ -65,6 +72,7 @@ __all__ = [
     "scale_by_lora_pro",
     "scale_by_lora_pro_full",
     "scale_by_lora_pro_rowcol",
+    "scale_by_lora_rite",
     "scale_by_muon_factors",
     "track_noise_scale",
 ]

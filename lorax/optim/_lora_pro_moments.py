@@ -21,7 +21,7 @@ References:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -233,7 +233,7 @@ def moments(
         return adam
     if mode == "sgd":
         return optax.identity()
-    rest = optax.masked(adam, _mask(factors=False))
+    rest = optax.masked(adam, functools.partial(_pairs.factor_mask, others=True))
     if mode == "full":
         first = 0.9 if b1 is None else b1
         return optax.chain(
@@ -241,22 +241,9 @@ def moments(
         )
     links = [scale_by_lora_pro_rowcol(b2, eps, x, damping, relative), rest]
     if b1 is not None:
-        links.append(
-            optax.masked(_standard.standard(optax.ema(b1)), _mask(factors=True))
-        )
+        momentum = _standard.standard(optax.ema(b1))
+        links.append(optax.masked(momentum, _pairs.factor_mask))
     return optax.chain(*links)
-
-
-def _mask(factors: bool) -> Callable[[Adapters], Adapters]:
-    """A mask of the pairs' factors, or of all leaves but them."""
-
-    def marked(_: str, adapter: Any) -> Any:
-        pair = _pairs.is_pair(adapter)
-        is_factor = lambda role: pair and role in ("a", "b")
-        fields = adapter.roles.items()
-        return adapter.replace(**{f: is_factor(r) == factors for f, r in fields})
-
-    return lambda adapters: _pairs.map_present(marked, adapters)
 
 
 def _zeros(factor: jax.Array) -> jax.Array:

@@ -30,6 +30,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -44,6 +45,7 @@ from lorax.optim import (
     _gram,
     _pairs,
     _pairwise,
+    _polar,
     _projection,
     _standard,
     _states,
@@ -52,7 +54,6 @@ from lorax.types import Adapters, PairStatics
 
 Factors = Literal["b", "both", "whitened", "product"]
 CHOICES = ("b", "both", "whitened", "product")
-THRESHOLD = 1e-6  # of the largest: singular values below are rounding
 
 
 class ScaleByMuonFactorsState(NamedTuple):
@@ -110,7 +111,7 @@ def scale_by_muon_factors(
         **extra: Any,
     ) -> tuple[Adapters, ScaleByMuonFactorsState]:
         del extra
-        handled = _handled(updates, factors)
+        handled = _pairs.factor_mask(updates, _roles(factors))
         mean = lambda m, g, on: beta * m + (1 - beta) * g.astype(m.dtype) if on else m
         momentum = jax.tree.map(mean, state.momentum, updates, handled)
         look = lambda m, g, on: (
@@ -170,8 +171,9 @@ def muon(
     """
     _checks.moments(b1, b2, eps, weight_decay)
     other = learning_rate if adam_learning_rate is None else adam_learning_rate
-    turned = lambda adapters: _handled(adapters, factors)
-    rest = lambda adapters: jax.tree.map(lambda on: not on, turned(adapters))
+    roles = _roles(factors)
+    turned = functools.partial(_pairs.factor_mask, roles=roles)
+    rest = functools.partial(_pairs.factor_mask, roles=roles, others=True)
     return optax.chain(
         scale_by_muon_factors(factors, beta, nesterov, damping),
         optax.masked(_standard.standard(optax.scale_by_adam(b1, b2, eps)), rest),
@@ -181,16 +183,9 @@ def muon(
     )
 
 
-def _handled(adapters: Adapters, factors: str) -> Adapters:
-    """True for the leaves that are orthogonalised."""
-    roles = ("b",) if factors == "b" else ("a", "b")
-
-    def marked(_: str, adapter: Any) -> Any:
-        pair = _pairs.is_pair(adapter)
-        fields = adapter.roles.items()
-        return adapter.replace(**{f: pair and role in roles for f, role in fields})
-
-    return _pairs.map_present(marked, adapters)
+def _roles(factors: str) -> tuple[str, ...]:
+    """Of the leaves that are orthogonalised."""
+    return ("b",) if factors == "b" else ("a", "b")
 
 
 def _turned(
@@ -201,14 +196,14 @@ def _turned(
     wide_a, wide_b = max(1.0, (own.a.shape[2] / n)) ** 0.5, _width(m, own.rank)
     a, b = _alive(update.a, update.b), _alive(update.b, update.a)
     if factors == "b":
-        return update.a, wide_b * polar(b.mT).mT
+        return update.a, wide_b * _polar.factor(b.mT).mT
     if factors == "both":
-        return wide_a * polar(a), wide_b * polar(b.mT).mT
+        return wide_a * _polar.factor(a), wide_b * _polar.factor(b.mT).mT
     if factors == "whitened":
         left, right = _gram.spectra(own, damping)
         root_n, root_m = _inverse_root(left), _inverse_root(right)
-        new_a = _gram.dot(polar(_gram.dot(a, root_m)), root_m)
-        new_b = _gram.dot(root_n, polar(_gram.dot(root_n, b).mT).mT)
+        new_a = _gram.dot(_polar.factor(_gram.dot(a, root_m)), root_m)
+        new_b = _gram.dot(root_n, _polar.factor(_gram.dot(root_n, b).mT).mT)
         return new_a, new_b
     ha, hb = _projection.project(
         _pairs.Pair(a, b, own.scale, own.rank), own, "zero", damping
@@ -216,9 +211,7 @@ def _turned(
     s = own.scale
     rows = jnp.concatenate([ha, own.a], axis=2)  # [n, in, 2 rank]
     columns = jnp.concatenate([s * own.b, s * hb], axis=1)
-    u, values, vt = linalg.low_rank_svd(rows, columns)
-    keep = values > THRESHOLD * values[:, :1]
-    u = jnp.where(keep[:, None, :], u, 0)
+    u, vt = _polar.product(rows, columns)
     whole = max(1.0, m / n) ** 0.5
     ga = s * _gram.dot(u, _gram.dot(vt, own.b.mT))
     gb = s * _gram.dot(_gram.dot(own.a.mT, u), vt)
@@ -235,19 +228,7 @@ def _width(out: int, rank: Any) -> Any:
 def _alive(own: jax.Array, other: jax.Array) -> jax.Array:
     """Zero where a factor's momentum is rounding beside its partner's."""
     norm = lambda x: jnp.linalg.norm(x, axis=(1, 2), keepdims=True)
-    return jnp.where(norm(own) > THRESHOLD * norm(other), own, 0)
-
-
-def polar(x: jax.Array) -> jax.Array:
-    """Returns `U V^T` of `x = U S V^T: [n, long, short]`, zero where S is rounding."""
-    u, s, vt = linalg.low_rank_svd(x, _eye(x))
-    keep = s > THRESHOLD * s[:, :1]
-    return _gram.dot(jnp.where(keep[:, None, :], u, 0), vt)
-
-
-def _eye(x: jax.Array) -> jax.Array:
-    short = x.shape[-1]
-    return jnp.broadcast_to(jnp.eye(short, dtype=x.dtype), (len(x), short, short))
+    return jnp.where(norm(own) > _polar.THRESHOLD * norm(other), own, 0)
 
 
 def _inverse_root(spectrum: _gram.Spectrum) -> jax.Array:

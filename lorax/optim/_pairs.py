@@ -21,6 +21,18 @@ from lorax.adapters import layout
 from lorax.types import Adapters, PairStatics
 
 
+class Both(NamedTuple):
+    """What an optimiser keeps of both factors of one adapter, under their names.
+
+    Attributes:
+      a: of the first factor; where it has its shape, it is sharded alike.
+      b: of the second.
+    """
+
+    a: jax.Array
+    b: jax.Array
+
+
 class Pair(NamedTuple):
     """Both factors of one adapter, or of its gradient or update.
 
@@ -67,6 +79,12 @@ def pair_of(adapter: Any, statics: PairStatics | None = None) -> Pair:
       adapter: a Lora or Dora of parameters, gradients or updates.
       statics: scale and rank of this member of a population; None: the adapter's own.
     """
+    own = PairStatics(adapter.scale, adapter.rank) if statics is None else statics
+    return Pair(*stacked(adapter, adapter), own.scale, own.rank)
+
+
+def stacked(factors: Any, adapter: Any) -> Both:
+    """Returns what has the shapes of an adapter's factors as stacks of matrices."""
     n = math.prod(adapter.a.shape[: layout.stack_axes(adapter.a, adapter.axes)])
     rank = adapter.rank
 
@@ -74,13 +92,30 @@ def pair_of(adapter: Any, statics: PairStatics | None = None) -> Pair:
         wide = factor.astype(linalg.wide(factor))
         return _explicit.reshape(wide, shape, (None, None, None))
 
-    own = PairStatics(adapter.scale, rank) if statics is None else statics
-    return Pair(
-        flat(adapter.a, (n, adapter.a.size // (n * rank), rank)),
-        flat(adapter.b, (n, rank, adapter.b.size // (n * rank))),
-        own.scale,
-        own.rank,
+    return Both(
+        flat(factors.a, (n, factors.a.size // (n * rank), rank)),
+        flat(factors.b, (n, rank, factors.b.size // (n * rank))),
     )
+
+
+def zeros(adapter: Any) -> Both:
+    """Returns zeros of the factors' shapes, at least float32."""
+    zero = lambda x: jnp.zeros_like(x, linalg.wide(x.dtype))
+    return Both(zero(adapter.a), zero(adapter.b))
+
+
+def factor_mask(
+    adapters: Adapters, roles: tuple[str, ...] = ("a", "b"), others: bool = False
+) -> Adapters:
+    """Returns True for the pairs' leaves of these roles, or for all others."""
+
+    def marked(_: str, adapter: Any) -> Any:
+        pair, fields = is_pair(adapter), adapter.roles.items()
+        return adapter.replace(
+            **{f: (pair and role in roles) != others for f, role in fields}
+        )
+
+    return map_present(marked, adapters)
 
 
 def with_pair(adapter: Any, a: jax.Array, b: jax.Array) -> Any:

@@ -20,11 +20,10 @@ def require_order(opt_state: optax.OptState) -> None:
 
     def seen(state: Any) -> tuple[str, str]:
         """Names the moments and the reader of gradients inside a state, "" for none."""
-        if reader := getattr(state, "reads_gradients", ""):
-            return "", reader
-        fields = getattr(state, "_fields", ())
-        if MOMENTS.intersection(fields):
-            return type(state).__name__, ""
+        reader = getattr(state, "reads_gradients", "")
+        keeps = MOMENTS.intersection(getattr(state, "_fields", ()))
+        if reader or keeps:
+            return type(state).__name__ if keeps else "", reader
         if isinstance(state, Mapping):
             inside = [*state.values()]
         else:

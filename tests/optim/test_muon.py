@@ -8,7 +8,7 @@ import pytest
 
 import lorax
 from lorax import optim
-from lorax.optim import _muon
+from lorax.optim import _muon, _polar
 from lorax.types import PairStatics
 from tests import programs
 
@@ -48,7 +48,7 @@ def test_one_step_by_hand():
 def test_the_polar_factor_is_numpys():
     x = programs.normal(0, 2, 9, 4)
     u, _, vt = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
-    np.testing.assert_allclose(_muon.polar(x), u @ vt, atol=1e-5)
+    np.testing.assert_allclose(_polar.factor(x), u @ vt, atol=1e-5)
 
 
 def test_the_step_of_b_is_larger_by_the_root_of_in_over_rank():

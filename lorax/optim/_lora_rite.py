@@ -1,0 +1,254 @@
+"""LoRA-RITE: Adam with a matrix for its second moment, whatever the factors' gauge.
+
+With the polar decompositions `a = U_a R_a`, `b^T = U_b R_b`, the gradients of the
+factors lose the other's magnitude and become the kernel's own in a basis,
+
+    g_a = grad_a R_b^-1 = s G U_b,    g_b = grad_b^T R_a^-1 = s G^T U_a
+
+and each has moments on the rank side. For a, with `P = U_b^T U_b,old` (for b likewise):
+
+    V <- mean of P V P^T and g_a^T g_a / in,        rho <- mean of rho + lost and 0
+    M <- mean of M P^T and g_a (V + rho I)^-1/2,    update_a = M R_b^-1
+
+The means are Adam's, corrected for their start at zero. `lost` is the largest fall of
+an eigenvalue from V to P V P^T: what the second moment held outside of the new basis.
+
+Another gauge `(a T, T^-1 b)`, with any invertible T, turns the bases by an orthogonal
+matrix, g, V and M with them, and update_a into update_a T: the product takes the same
+path, exactly. The released code differs from the paper in three ways. Its V is the mean
+above, divided by the inputs, where the paper's sums (Adagrad): here as in the code, so
+that M has entries of size 1. It leaves rho out unless asked: here as in the paper. It
+clips all g together at norm 1 and drops those with an entry above 1 in the mean
+square: not here, as V makes the step independent of the gradient's size; put
+`optax.clip_by_global_norm` before it for outliers.
+
+References:
+  Yen et al., LoRA Done RITE: Robust Invariant Transformation Equilibration for LoRA
+  Optimization, arXiv:2410.20625; gkevinyen5418/LoRA-RITE.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorax import _lapack
+from lorax.optim import (
+    _checks,
+    _decay,
+    _gram,
+    _pairs,
+    _pairwise,
+    _polar,
+    _standard,
+    _states,
+)
+from lorax.types import Adapters, PairStatics
+
+
+class ScaleByLoraRiteState(NamedTuple):
+    """Bases of the last step, and moments in them.
+
+    Attributes:
+      step: updates so far, int32.
+      basis: `{path: (a, b)}`, U_a and U_b^T, in the factors' shapes.
+      momentum: `{path: (a, b)}`, M of a and of b, in the factors' shapes.
+      second: `{path: (a, b)}`, V of both, `[n, rank, rank]`.
+      escaped: `{path: (a, b)}`, rho of both, `[n]`.
+    """
+
+    step: jax.Array
+    basis: dict[str, _pairs.Both]
+    momentum: dict[str, _pairs.Both]
+    second: dict[str, _pairs.Both]
+    escaped: dict[str, _pairs.Both]
+
+    @property
+    def reads_gradients(self) -> str:
+        """The name of the transform, for messages about its place in a chain."""
+        return "scale_by_lora_rite"
+
+
+class _Moments(NamedTuple):
+    """Of one factor, as a stack of tall matrices."""
+
+    momentum: jax.Array  # [n, long, rank]
+    second: jax.Array  # [n, rank, rank]
+    escaped: jax.Array  # [n]
+
+
+def scale_by_lora_rite(
+    b1: _checks.Scalar = 0.9,
+    b2: _checks.Scalar = 0.999,
+    eps: _checks.Scalar = 1e-6,
+    escape: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces the gradients of every pair by LoRA-RITE's directions; others pass.
+
+    Where a factor is zero, the other gets no step, as its gradient is zero.
+
+    Args:
+      b1: decay rate of the first moment.
+      b2: decay rate of the second.
+      eps: added to the root of the second moment; 1e-6 as released.
+      escape: False: without rho, as the released code does by default.
+
+    Returns:
+      An optax transformation; `update` needs the adapters, as `params`, and takes
+      `pairs=` of a population's member.
+
+    Raises:
+      ValueError: a hyperparameter out of range; at `init`, an AdaLora; at `update`, no
+        adapters.
+
+    Example:
+      >>> from lorax.adapters import Lora
+      >>> from lorax.types import Axes
+      >>> w = {"w": Lora(jnp.eye(2), 4 * jnp.eye(2), 1.0, Axes((0,), (1,)))}
+      >>> tx = scale_by_lora_rite()
+      >>> updates, _ = tx.update(w, tx.init(w), w)
+      >>> updates["w"].a.round(3)  # sqrt(in) polar(grad_a), divided by |b|
+      Array([[0.354, 0.   ],
+             [0.   , 0.354]], dtype=float32)
+    """
+    _checks.moments(b1, b2, eps, 0.0)
+
+    def init_fn(params: Adapters) -> ScaleByLoraRiteState:
+        given = _checks.factor_pairs(params, "scale_by_lora_rite")
+        pairs = {path: a for path, a in given.items() if _pairs.is_pair(a)}
+        zeros = {path: _pairs.zeros(adapter) for path, adapter in pairs.items()}
+        grams = {path: _gram.grams(_pairs.pair_of(a)) for path, a in pairs.items()}
+        second = {path: _pairs.Both(*both) for path, both in grams.items()}
+        second = jax.tree.map(jnp.zeros_like, second)
+        escaped = jax.tree.map(lambda v: v[:, 0, 0], second)
+        step = jnp.zeros((), jnp.int32)
+        return ScaleByLoraRiteState(step, zeros, zeros, second, escaped)
+
+    def update_fn(
+        updates: Adapters,
+        state: ScaleByLoraRiteState,
+        params: Adapters | None = None,
+        *,
+        pairs: Mapping[str, PairStatics] | None = None,
+        **extra: Any,
+    ) -> tuple[Adapters, ScaleByLoraRiteState]:
+        del extra
+        step = optax.safe_increment(state.step)
+
+        def turned(update: _pairs.Pair, given: _pairs.Pair, kept: Any) -> Any:
+            rates = [_decay_now(b, step, given.a.dtype) for b in (b1, b2)]
+            a, b, kept = _turned(update, given, kept, (*rates, eps), escape)
+            return *_gram.true_rank_only(a, b, given.rank), kept
+
+        flat = lambda tree, path: _pairs.stacked(tree[path], updates[path])
+        kept = {
+            path: (
+                flat(state.basis, path),
+                flat(state.momentum, path),
+                state.second[path],
+                state.escaped[path],
+            )
+            for path in state.basis
+        }
+        updates, after = _pairwise.map_kept(turned, updates, params, kept, pairs)
+        shape = lambda new, old: new.reshape(old.shape)
+        parts = [{path: each[i] for path, each in after.items()} for i in range(4)]
+        parts = jax.tree.map(shape, parts, list(state[1:]))
+        return updates, ScaleByLoraRiteState(step, *parts)
+
+    return _states.transformation(init_fn, update_fn)
+
+
+def lora_rite(
+    learning_rate: _checks.ScalarOrSchedule,
+    b1: _checks.Scalar = 0.9,
+    b2: _checks.Scalar = 0.999,
+    eps: _checks.Scalar = 1e-6,
+    escape: bool = True,
+    weight_decay: _checks.ScalarOrSchedule = 0.0,
+    full_decay: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """LoRA-RITE for the factors, Adam for every other leaf (magnitude, value).
+
+    Args:
+      learning_rate: a number or a schedule; relative to the factors' sizes, it moves
+        the kernel alike whatever they are.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: see `scale_by_lora_rite`; Adam's too.
+      escape: see `scale_by_lora_rite`.
+      weight_decay: see `add_decayed_weights`; as invariant as the rest.
+      full_decay: True: Full leaves decay to their initial values.
+
+    Returns:
+      An optax transformation; `update` needs the adapters, as `params`.
+
+    Raises:
+      ValueError: a hyperparameter out of range.
+
+    Example:
+      >>> tx = lora_rite(1e-3)
+    """
+    _checks.moments(b1, b2, eps, weight_decay)
+    rest = functools.partial(_pairs.factor_mask, others=True)
+    return optax.chain(
+        scale_by_lora_rite(b1, b2, eps, escape),
+        optax.masked(_standard.standard(optax.scale_by_adam(b1, b2, eps)), rest),
+        _decay.add_decayed_weights(weight_decay, full_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _decay_now(beta: Any, step: jax.Array, dtype: Any) -> jax.Array:
+    """The rate at which a mean of `step` values, free of its start, keeps the old."""
+    t = step.astype(dtype)
+    return beta * (1 - beta ** (t - 1)) / (1 - beta**t)
+
+
+def _turned(
+    update: _pairs.Pair, given: _pairs.Pair, kept: Any, rates: Any, escape: bool
+) -> tuple[jax.Array, jax.Array, Any]:
+    """The new directions, and what is kept: bases, momentum, V and rho of both."""
+    bases, momentum, second, escaped = kept
+    u_a, inverse_a = _polar.parts(given.a)
+    u_b, inverse_b = _polar.parts(given.b.mT)
+    of_a = _Moments(momentum.a, second.a, escaped.a)
+    of_b = _Moments(momentum.b.mT, second.b, escaped.b)
+    g_a, g_b = _gram.dot(update.a, inverse_b), _gram.dot(update.b.mT, inverse_a)
+    of_a = _advanced(g_a, _gram.dot(u_b.mT, bases.b.mT), of_a, rates, escape)
+    of_b = _advanced(g_b, _gram.dot(u_a.mT, bases.a), of_b, rates, escape)
+    a = _gram.dot(of_a.momentum, inverse_b)
+    b = _gram.dot(of_b.momentum, inverse_a).mT
+    each = map(_pairs.Both, of_a, (of_b.momentum.mT, *of_b[1:]))
+    return a, b, (_pairs.Both(u_a, u_b.mT), *each)
+
+
+def _advanced(
+    g: jax.Array, p: jax.Array, old: _Moments, rates: Any, escape: bool
+) -> _Moments:
+    """The moments of one factor after the unmagnified gradient `g: [n, long, rank]`."""
+    b1, b2, eps = rates
+    moved = _gram.dot(p, _gram.dot(old.second, p.mT))
+    values = lambda v: _lapack.eigh(v)[0]
+    lost = jnp.zeros_like(old.escaped)
+    if escape:
+        lost = jnp.max(jnp.maximum(values(old.second) - values(moved), 0), axis=-1)
+    second = b2 * moved + (1 - b2) * _gram.dot(g.mT, g) / g.shape[1]
+    escaped = b2 * (old.escaped + lost)
+    direction = _gram.dot(g, _inverse_root(second, escaped[:, None], eps))
+    momentum = b1 * _gram.dot(old.momentum, p.mT) + (1 - b1) * direction
+    return _Moments(momentum, second, escaped)
+
+
+def _inverse_root(v: jax.Array, escaped: jax.Array, eps: Any) -> jax.Array:
+    """`(V + rho I)^-1/2`, eps added to the roots."""
+    values, vectors = _lapack.eigh((v + v.mT) / 2)
+    # An eigenvalue below the rounding of the largest may be anything, zero too.
+    rounding = v.shape[-1] * jnp.finfo(v.dtype).eps * values[:, -1:]
+    roots = jnp.sqrt(jnp.maximum(values, jnp.maximum(rounding, 0)) + escaped) + eps
+    return _gram.dot(vectors / roots[:, None, :], vectors.mT)
