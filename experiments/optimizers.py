@@ -94,15 +94,18 @@ LINKS = {
     "lora_pro": Link("pair", optim.scale_by_lora_pro),
     "gram": Link("pair", optim.scale_by_gram),
     "lora_fa": Link("pair", optim.scale_by_lora_fa),
+    "reflora": Link("pair", optim.scale_by_reflora),
     "sgd": Link("moments", _sgd),
     "adam": Link("moments", optax.scale_by_adam),
     "muon_factors": Link("moments", optim.scale_by_muon_factors),
     "lora_rite": Link("moments", optim.scale_by_lora_rite),
+    "riemannion": Link("moments", optim.scale_by_riemannion),
     "lora_plus": Link("ratio", optim.scale_by_lora_plus),
     "scale_by_path": Link("ratio", scale_by_path),
     "weight_decay": Link("decay", optim.add_decayed_weights),
     "spectral_decay": Link("decay", optim.add_decayed_spectral_norm),
     "clip_spectral": Link("project", optim.clip_spectral_norm),
+    "retract": Link("project", optim.retract),
 }
 """Transformations by the name that a chain gives them."""
 
@@ -114,6 +117,8 @@ READY = {
     "lora_fa": optim.lora_fa,
     "riemannian": optim.riemannian,
     "lora_rite": optim.lora_rite,
+    "riemannion": optim.riemannion,
+    "reflora": optim.reflora,
     "muon_factors": optim.muon,
     "muon": _muon_of_layers,
 }

@@ -68,6 +68,8 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "riemannian": lambda: optim.riemannian(RATE),
     "lora_fa": lambda: optim.lora_fa(RATE),
     "lora_rite": lambda: optim.lora_rite(RATE),
+    "riemannion": lambda: optim.riemannion(RATE),
+    "reflora": lambda: optim.reflora(RATE),
     "adam + spectral delta": lambda: _spectral("delta"),
     "adam + spectral factors": lambda: _spectral("factors"),
     "muon b": lambda: optim.muon(RATE),

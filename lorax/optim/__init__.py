@@ -33,9 +33,17 @@ from lorax.optim._lora_rite import (
 )
 from lorax.optim._muon import ScaleByMuonFactorsState, muon, scale_by_muon_factors
 from lorax.optim._noise_scale import NoiseScaleState, noise_scale, track_noise_scale
+from lorax.optim._reflora import reflora, scale_by_reflora
 from lorax.optim._riemannian import riemannian, scale_by_gram
+from lorax.optim._riemannion import (
+    ScaleByRiemannionState,
+    retract,
+    riemannion,
+    scale_by_riemannion,
+)
 from lorax.optim._spectral import DecayedSpectralNormState, add_decayed_spectral_norm
 from lorax.optim._spectral_clip import ClipSpectralNormState, clip_spectral_norm
+from lorax.optim._split_decay import SplitDecayState, split_decay
 
 __all__ = [
     "AdamDiagnostics",
@@ -50,7 +58,9 @@ __all__ = [
     "ScaleByLoraPlusState",
     "ScaleByLoraRiteState",
     "ScaleByMuonFactorsState",
+    "ScaleByRiemannionState",
     "ScaleByRowColState",
+    "SplitDecayState",
     "adalora",
     "adalora_budget",
     "adalora_effective_ranks",
@@ -65,7 +75,10 @@ __all__ = [
     "lora_rite",
     "muon",
     "noise_scale",
+    "reflora",
+    "retract",
     "riemannian",
+    "riemannion",
     "scale_by_gram",
     "scale_by_lora_fa",
     "scale_by_lora_plus",
@@ -74,5 +87,8 @@ __all__ = [
     "scale_by_lora_pro_rowcol",
     "scale_by_lora_rite",
     "scale_by_muon_factors",
+    "scale_by_reflora",
+    "scale_by_riemannion",
+    "split_decay",
     "track_noise_scale",
 ]

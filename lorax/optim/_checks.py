@@ -80,6 +80,11 @@ def factor_pairs(adapters: Any, name: str) -> Adapters:
     return given
 
 
+def value(given: ScalarOrSchedule) -> float | None:
+    """Returns a known number, None for a schedule or one that is traced."""
+    return None if callable(given) else _known("value", given)
+
+
 def number(name: str, value: Any) -> None:
     """Raises ValueError for a schedule, where only one number will do."""
     if callable(value):

@@ -100,5 +100,5 @@ def true_rank_only(
     """
     if isinstance(rank, int) and rank == a.shape[-1]:
         return a, b
-    real = jnp.arange(a.shape[-1])[:, None] < rank  # [rank, 1] or [n, rank, 1]
+    real = jnp.arange(a.shape[-1])[None, :, None] < rank  # [1 or n, rank, 1]
     return jnp.where(real.mT, a, 0), jnp.where(real, b, 0)

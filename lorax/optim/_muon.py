@@ -21,11 +21,24 @@ free. Which factors are orthogonalised, and how:
     whitened   polar(u_a M^-1/2) M^-1/2,  N^-1/2 polar(N^-1/2 u_b),  without a width
                scale; N = a^T a, M = b b^T. The kernel's step does not depend on how
                the product is split
+    split      whitened / (2 s), LoRA-Muon's: the learning rate bounds the spectral
+               norm of the kernel's step, and decay is of the product (`split_decay`)
     product    the polar factor P of LoRA-Pro's projection of the kernel's gradient
                (rank 2r, from thin cores), projected back to the factors
 
+"split" is steepest descent under the spectral norm. Of the first-order change of the
+kernel, `X + Y = s u_a b + s a u_b`, let each part have a norm of at most 1/2, so that
+the whole has at most 1. `<G, X>` is largest where X is half the polar factor of G
+projected on the rows of b, and `u_a b = polar(u_a M^-1/2) M^-1/2 b` is that polar
+factor: so `u_a = polar(m_a M^-1/2) M^-1/2 / (2 s)` for `m_a` the gradient of a, and b
+likewise. A published summary of the paper has the same equations at s = 1, with
+momentum of the factors' gradients and without Nesterov's look ahead; how the paper
+treats singular M and N was not at hand, and is `damping` here.
+
 References:
   Jordan et al., Muon: An optimizer for hidden layers in neural networks (2024).
+  Cesista et al., LoRA-Muon: Spectral Steepest Descent on the Low-Rank Manifold,
+  arXiv:2606.12921.
 """
 
 from __future__ import annotations
@@ -47,13 +60,14 @@ from lorax.optim import (
     _pairwise,
     _polar,
     _projection,
+    _split_decay,
     _standard,
     _states,
 )
 from lorax.types import Adapters, PairStatics
 
-Factors = Literal["b", "both", "whitened", "product"]
-CHOICES = ("b", "both", "whitened", "product")
+Factors = Literal["b", "both", "whitened", "split", "product"]
+CHOICES = ("b", "both", "whitened", "split", "product")
 
 
 class ScaleByMuonFactorsState(NamedTuple):
@@ -83,8 +97,8 @@ def scale_by_muon_factors(
       beta: decay rate of the momentum; 0.95 as published.
       nesterov: as published, without the bias correction of `optax.contrib.muon`; see
         the module.
-      damping: of the Gram matrices in "whitened" and "product", relative to the larger
-        trace; 0 for exact invariance, see `scale_by_lora_pro`.
+      damping: of the Gram matrices in "whitened", "split" and "product", relative to
+        the larger trace; 0 for exact invariance, see `scale_by_lora_pro`.
 
     Returns:
       An optax transformation; `update` needs the adapters, as `params`.
@@ -149,7 +163,8 @@ def muon(
     `muon_weight_dimension_numbers` serves.
 
     Args:
-      learning_rate: of the orthogonalised factors; 0.02 is Muon's own default.
+      learning_rate: of the orthogonalised factors; 0.02 is Muon's own default. With
+        "split" it is the spectral norm of the kernel's step, at most.
       factors: see the module.
       beta: see `scale_by_muon_factors`.
       nesterov: see `scale_by_muon_factors`.
@@ -158,7 +173,7 @@ def muon(
       b1: of Adam.
       b2: of Adam.
       eps: of Adam.
-      weight_decay: decoupled, of the factors alone.
+      weight_decay: decoupled, of the factors alone; with "split" of their product.
 
     Returns:
       An optax transformation; `update` needs the adapters, as `params`.
@@ -174,13 +189,17 @@ def muon(
     roles = _roles(factors)
     turned = functools.partial(_pairs.factor_mask, roles=roles)
     rest = functools.partial(_pairs.factor_mask, roles=roles, others=True)
-    return optax.chain(
+    links = [
         scale_by_muon_factors(factors, beta, nesterov, damping),
         optax.masked(_standard.standard(optax.scale_by_adam(b1, b2, eps)), rest),
         _decay.add_decayed_weights(weight_decay),
         optax.masked(optax.scale_by_learning_rate(learning_rate), turned),
         optax.masked(optax.scale_by_learning_rate(other), rest),
-    )
+    ]
+    if factors == "split":
+        del links[2]
+        links.append(_split_decay.split_decay(weight_decay, learning_rate))
+    return optax.chain(*links)
 
 
 def _roles(factors: str) -> tuple[str, ...]:
@@ -199,12 +218,13 @@ def _turned(
         return update.a, wide_b * _polar.factor(b.mT).mT
     if factors == "both":
         return wide_a * _polar.factor(a), wide_b * _polar.factor(b.mT).mT
-    if factors == "whitened":
+    if factors in ("whitened", "split"):
         left, right = _gram.spectra(own, damping)
         root_n, root_m = _inverse_root(left), _inverse_root(right)
         new_a = _gram.dot(_polar.factor(_gram.dot(a, root_m)), root_m)
         new_b = _gram.dot(root_n, _polar.factor(_gram.dot(root_n, b).mT).mT)
-        return new_a, new_b
+        budget = 1.0 if factors == "whitened" else 0.5 / own.scale
+        return budget * new_a, budget * new_b
     ha, hb = _projection.project(
         _pairs.Pair(a, b, own.scale, own.rank), own, "zero", damping
     )

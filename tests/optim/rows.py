@@ -114,10 +114,13 @@ ROWS = [
     _pro("rowcol", 0.05),
     _pro("full", 0.05),
     Row("riemannian", optim.riemannian, {"learning_rate": 0.05}),
+    Row("riemannion", optim.riemannion, {"learning_rate": 0.1}),
+    Row("reflora", optim.reflora, {"learning_rate": 0.05}),
     Row("lora_rite", optim.lora_rite, {"learning_rate": 0.05}, static=("escape",)),
     _muon("b", 0.02),
     _muon("both", 0.02),
     _muon("whitened", 0.1),
+    _muon("split", 0.3),
     _muon("product", 0.1),
     Row(
         "spectral_delta",

@@ -68,7 +68,7 @@ def test_a_zero_gradient_stays_zero_and_rounding_makes_no_step(factors):
     assert not grads.a.any()
     got = once(grads, lora, factors=factors)
     assert not got.a.any() and np.isfinite(got.b).all() and got.b.any()
-    if factors in ("both", "whitened"):
+    if factors in ("both", "whitened", "split"):
         noisy = grads.replace(a=1e-10 * programs.normal(4, 32, 4))
         assert not once(noisy, lora, factors=factors).a.any()
     nothing = once(jax.tree.map(jnp.zeros_like, grads), lora, factors=factors)
@@ -81,7 +81,8 @@ def step_of(lora, update):
 
 
 @pytest.mark.parametrize(
-    "factors,invariant", [("whitened", True), ("product", True), ("both", False)]
+    "factors,invariant",
+    [("whitened", True), ("split", True), ("product", True), ("both", False)],
 )
 def test_whether_the_step_depends_on_how_the_product_is_split(factors, invariant):
     with jax.enable_x64(True):
@@ -111,6 +112,66 @@ def test_product_takes_the_polar_factor_of_the_projected_gradient():
     u, s, vt = np.linalg.svd(project(dense), full_matrices=False)
     want = project(u[:, :8] @ vt[:8])  # rank 2r; in > out, so the width scale is 1
     np.testing.assert_allclose(got, want, atol=1e-8)
+
+
+def test_split_is_steepest_descent_under_the_spectral_norm():
+    """In numpy float64: each part of the kernel's step is half a polar factor of G."""
+    with jax.enable_x64(True):
+        lora = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), pair())
+        dense = np.asarray(programs.normal(3, 32, 24), np.float64)
+        got = once(gradients(lora, dense), lora, factors="split", damping=0.0)
+        own = step_of(lora, got)
+        parts = [lora.scale * got.a @ lora.b, lora.scale * lora.a @ got.b]
+    a, b = np.asarray(lora.a), np.asarray(lora.b)
+    projected = dense @ np.linalg.pinv(b) @ b, a @ np.linalg.pinv(a) @ dense
+    for part, g in zip(parts, projected, strict=True):
+        u, _, vt = np.linalg.svd(g)
+        np.testing.assert_allclose(part, 0.5 * u[:, :4] @ vt[:4], atol=1e-9)
+        np.testing.assert_allclose(np.linalg.norm(part, 2), 0.5, rtol=1e-9)
+    assert np.linalg.norm(own, 2) <= 1
+    draw = np.random.default_rng(0).standard_normal
+    for _ in range(20):  # no other step of these norms descends as far
+        x, y = draw((32, 4)) @ b, a @ draw((4, 24))
+        other = x / np.linalg.norm(x, 2) / 2 + y / np.linalg.norm(y, 2) / 2
+        assert np.vdot(dense, other) < np.vdot(dense, own)
+
+
+def test_split_decay_is_of_the_product():
+    """By hand, at rank 1, and on a schedule; magnitude and value keep still."""
+    tx = optim.split_decay(2.0, 0.25)
+    one = lorax.Lora(jnp.array([[3.0]]), jnp.array([[5.0]]), 1.0, AXES)
+    dora = lorax.Dora(*jax.tree.leaves(pair()), jnp.ones(24), 0.7, AXES)
+    adapters = {"w": one, "d": dora, "f": lorax.Full(jnp.ones(3))}
+    step = jax.tree.map(jnp.zeros_like, adapters)
+    step["w"] = one.replace(a=jnp.array([[0.1]]), b=jnp.array([[0.2]]))
+    new = optax.apply_updates(adapters, tx.update(step, tx.init(adapters), adapters)[0])
+    # half of 15, the first-order step, and 0.1 * 0.2 / half
+    want = 0.5 * 15 + (0.1 * 5 + 3 * 0.2) + 0.1 * 0.2 / 0.5
+    np.testing.assert_allclose(new["w"].a * new["w"].b, want, rtol=1e-6)
+    np.testing.assert_allclose(new["d"].a @ new["d"].b, dora.a @ dora.b / 2, atol=1e-6)
+    assert (new["d"].magnitude == 1).all() and (new["f"].value == 1).all()
+    tx = optim.split_decay(lambda count: 0.1 * count, 0.5)
+    state, nothing = tx.init(adapters), jax.tree.map(jnp.zeros_like, adapters)
+    for count in range(3):
+        updates, state = tx.update(nothing, state, adapters)
+        left = (1 + updates["w"].a[0, 0] / 3) ** 2
+        np.testing.assert_allclose(left, 1 - 0.05 * count, rtol=1e-6)
+    fine = optim.split_decay(1e-3, 1e-3)  # 1 - sigma would have one digit in float32
+    updates, _ = fine.update(nothing, fine.init(adapters), adapters)
+    np.testing.assert_allclose(updates["w"].b, -5 * 0.5e-6, rtol=1e-5)
+
+
+def test_the_chain_of_split_decays_the_product_alone():
+    lora = pair()
+    tx = optim.muon(0.02, "split", weight_decay=0.5)
+    zero = {"w": jax.tree.map(jnp.zeros_like, lora)}
+    updates, _ = tx.update(zero, tx.init({"w": lora}), {"w": lora})
+    new = optax.apply_updates({"w": lora}, updates)["w"]
+    np.testing.assert_allclose(new.a @ new.b, 0.99 * lora.a @ lora.b, atol=1e-6)
+    with pytest.raises(ValueError, match="decays the product of a and b past zero"):
+        optim.muon(0.5, "split", weight_decay=2.0)
+    with pytest.raises(ValueError, match="weight_decay=-1"):
+        optim.split_decay(-1.0, 0.1)
 
 
 def test_momentum_and_the_ready_chain():
@@ -191,7 +252,8 @@ def test_the_loss_falls():
     w = {"w": lorax.Lora(programs.normal(2, 16, 2) / 4, jnp.zeros((2, 12)), 1.0, AXES)}
     loss = lambda w: jnp.mean((w["w"].a @ w["w"].b - target) ** 2)
     for factors in _muon.CHOICES:
-        tx = optim.muon(0.1, factors, adam_learning_rate=0.05)
+        rate = 0.2 if factors == "split" else 0.1  # it halves the step
+        tx = optim.muon(rate, factors, adam_learning_rate=0.05)
 
         @jax.jit
         def step(w, state, tx=tx):

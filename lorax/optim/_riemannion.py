@@ -1,0 +1,274 @@
+"""Riemannion: Muon on the manifold of the kernel updates of one rank.
+
+`D = s a b = U_a C U_b^T`, in orthonormal bases of its columns and rows, is a point; the
+tangent space there has the matrices `A U_b^T + U_a B^T` with `U_a^T A = 0`, and P is
+the projection on it. With the gradient G of the kernel a step is
+
+    X <- beta P(X) + (1 - beta) P(G)      momentum, carried to the new point
+    Z = P(polar(X))                       X has rank 2 r, so thin cores serve
+    D <- best rank r part of (1 - lr decay) D - lr Z
+
+so every step is one of D, whatever its factors. P(G) needs the factors' gradients
+alone: `G U_b = grad_a R_b^-1 / s` and `G^T U_a = grad_b^T R_a^-1 / s` for the polar
+decompositions `a = U_a R_a` and `b^T = U_b R_b`. `scale_by_riemannion` gives Z as steps
+of the factors, `s (u_a b + a u_b) = Z`, and `retract`, the last link, makes of any such
+steps the best rank r part, in the balanced factors nearest to the old ones.
+
+The momentum carried on is X, as in Muon, not the orthogonalised Z. This was written
+from the paper's abstract, a published summary of its equations and a reimplementation;
+its own text and code were not at hand. The reimplementation carries Z on and decays
+with a basis where D should stand; both were decided here by what Muon and decay of the
+kernel are. The paper's start from the gradient is a matter of inits.
+
+References:
+  Bogachev et al., LoRA meets Riemannion: Muon Optimizer for Parametrization-independent
+  Low-Rank Adapters, arXiv:2507.12142.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorax import _lapack, linalg
+from lorax.optim import (
+    _checks,
+    _decay,
+    _gram,
+    _pairs,
+    _pairwise,
+    _polar,
+    _standard,
+    _states,
+)
+from lorax.types import Adapters, PairStatics
+
+dot = _gram.dot
+
+
+class ScaleByRiemannionState(NamedTuple):
+    """The momentum, a tangent vector, and the point where it was one.
+
+    Attributes:
+      basis: `{path: (a, b)}`, U_a and U_b^T, in the factors' shapes.
+      momentum: `{path: (a, b)}`, A and B^T, likewise.
+    """
+
+    basis: dict[str, _pairs.Both]
+    momentum: dict[str, _pairs.Both]
+
+    @property
+    def reads_gradients(self) -> str:
+        """The name of the transform, for messages about its place in a chain."""
+        return "scale_by_riemannion"
+
+
+class RetractState(NamedTuple):
+    """Nothing to keep."""
+
+
+class _Point(NamedTuple):
+    """Orthonormal bases of columns and rows, `[n, in, rank]` and `[n, out, rank]`."""
+
+    a: jax.Array
+    b: jax.Array
+
+
+def scale_by_riemannion(
+    beta: _checks.Scalar = 0.9,
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces the gradients of every pair by the direction Z; others pass.
+
+    Chain `retract` behind the learning rate: without it the step is Z's of first order.
+    While b is zero, as at the start, only b gets a step.
+
+    Args:
+      beta: decay rate of the momentum; 0.9 as in code for it, Muon's own is 0.95.
+
+    Returns:
+      An optax transformation; `update` needs the adapters, as `params`, and takes
+      `pairs=` of a population's member.
+
+    Raises:
+      ValueError: `beta` out of range; at `init`, an AdaLora; at `update`, no adapters.
+
+    Example:
+      >>> from lorax.adapters import Lora
+      >>> from lorax.types import Axes
+      >>> w = {"w": Lora(jnp.eye(2), 4 * jnp.eye(2), 1.0, Axes((0,), (1,)))}
+      >>> tx = scale_by_riemannion()
+      >>> updates, _ = tx.update(w, tx.init(w), w)
+      >>> updates["w"].a @ w["w"].b + w["w"].a @ updates["w"].b  # the polar factor of G
+      Array([[1., 0.],
+             [0., 1.]], dtype=float32)
+    """
+    _checks.average("beta", beta)
+
+    def init_fn(params: Adapters) -> ScaleByRiemannionState:
+        given = _checks.factor_pairs(params, "scale_by_riemannion")
+        zeros = {p: _pairs.zeros(a) for p, a in given.items() if _pairs.is_pair(a)}
+        return ScaleByRiemannionState(zeros, zeros)
+
+    def update_fn(
+        updates: Adapters,
+        state: ScaleByRiemannionState,
+        params: Adapters | None = None,
+        *,
+        pairs: Mapping[str, PairStatics] | None = None,
+        **extra: Any,
+    ) -> tuple[Adapters, ScaleByRiemannionState]:
+        del extra
+
+        def turned(update: _pairs.Pair, given: _pairs.Pair, kept: Any) -> Any:
+            a, b, kept = _direction(update, given, kept, beta)
+            return *_gram.true_rank_only(a, b, given.rank), kept
+
+        flat = lambda tree, path: _pairs.stacked(tree[path], updates[path])
+        kept = {p: tuple(flat(part, p) for part in state) for p in state.basis}
+        updates, after = _pairwise.map_kept(turned, updates, params, kept, pairs)
+        shape = lambda new, old: new.reshape(old.shape)
+        parts = [{path: each[i] for path, each in after.items()} for i in range(2)]
+        return updates, ScaleByRiemannionState(*jax.tree.map(shape, parts, list(state)))
+
+    return _states.transformation(init_fn, update_fn)
+
+
+def retract() -> optax.GradientTransformationExtraArgs:
+    """Makes of the steps of a and b the best rank r part of what D then is.
+
+    With steps u_a, u_b it takes `a b + u_a b + a u_b`, of rank 2 r, to its r largest
+    singular values S, and the factors to `U S^1/2 Q` and `Q^T S^1/2 V^T`, with the
+    rotation Q that keeps them nearest to the old ones. Where that has less than rank r,
+    as at b = 0 under a learning rate of zero, balanced factors would lose a direction
+    for good: there the factors take their own steps.
+
+    Returns:
+      An optax transformation without state; `update` needs the adapters, as `params`,
+      and takes `pairs=` of a population's member.
+
+    Raises:
+      ValueError: at `init`, an AdaLora; at `update`, no adapters.
+
+    Example:
+      >>> tx = optax.chain(optax.sgd(0.1), retract())
+    """
+
+    def nearest(update: _pairs.Pair, own: _pairs.Pair) -> tuple[jax.Array, jax.Array]:
+        rank = own.a.shape[-1]
+        rows = jnp.concatenate([own.a, update.a], axis=2)
+        columns = jnp.concatenate([own.b + update.b, own.b], axis=1)
+        u, s, vt = linalg.low_rank_svd(rows, columns)
+        if s.shape[-1] < rank:  # a kernel of fewer inputs or outputs
+            return update.a, update.b
+        s = s[:, None, :rank]
+        real = jnp.arange(rank)[None, None, :] < own.rank
+        last = jnp.min(jnp.where(real, s, s[..., :1]), axis=-1, keepdims=True)
+        full = last > _polar.THRESHOLD * s[..., :1]
+        a, b = u[..., :rank] * jnp.sqrt(s), jnp.sqrt(s).mT * vt[:, :rank]
+        a, b = _gram.true_rank_only(a, b, own.rank)
+        q = _rotation(dot(a.mT, own.a) + dot(b, own.b.mT), own.rank)
+        a, b = _gram.true_rank_only(dot(a, q), dot(q.mT, b), own.rank)
+        keep = lambda new, old, step: jnp.where(full, new - old, step)
+        return keep(a, own.a, update.a), keep(b, own.b, update.b)
+
+    return _pairwise.stateless("retract", nearest, RetractState())
+
+
+def riemannion(
+    learning_rate: _checks.ScalarOrSchedule,
+    beta: _checks.Scalar = 0.9,
+    adam_learning_rate: _checks.ScalarOrSchedule | None = None,
+    b1: _checks.Scalar = 0.9,
+    b2: _checks.Scalar = 0.999,
+    eps: _checks.Scalar = 1e-8,
+    weight_decay: _checks.ScalarOrSchedule = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Riemannion for the factors, Adam for every other leaf (magnitude, value).
+
+    Args:
+      learning_rate: the spectral norm of a step of the kernel, about; a number or a
+        schedule.
+      beta: see `scale_by_riemannion`.
+      adam_learning_rate: of the leaves that follow Adam; None: `learning_rate`.
+      b1: of Adam.
+      b2: of Adam.
+      eps: of Adam.
+      weight_decay: decoupled, of the product of the factors alone.
+
+    Returns:
+      An optax transformation; `update` needs the adapters, as `params`.
+
+    Raises:
+      ValueError: a hyperparameter out of range.
+
+    Example:
+      >>> tx = riemannion(0.02, adam_learning_rate=1e-3)
+    """
+    _checks.moments(b1, b2, eps, weight_decay)
+    other = learning_rate if adam_learning_rate is None else adam_learning_rate
+    rest = functools.partial(_pairs.factor_mask, others=True)
+    # Half on each factor is the whole of their product, to first order: of Z's order.
+    half = lambda count: 0.5 * weight_decay(count)
+    decay = half if callable(weight_decay) else 0.5 * weight_decay
+    return optax.chain(
+        scale_by_riemannion(beta),
+        optax.masked(_standard.standard(optax.scale_by_adam(b1, b2, eps)), rest),
+        _decay.add_decayed_weights(decay),
+        optax.masked(optax.scale_by_learning_rate(learning_rate), _pairs.factor_mask),
+        optax.masked(optax.scale_by_learning_rate(other), rest),
+        retract(),
+    )
+
+
+def _direction(
+    update: _pairs.Pair, given: _pairs.Pair, kept: Any, beta: Any
+) -> tuple[jax.Array, jax.Array, tuple[_pairs.Both, _pairs.Both]]:
+    """Z as steps of the factors, and the point and momentum to keep."""
+    u_a, inverse_a = _polar.parts(given.a)
+    u_b, inverse_b = _polar.parts(given.b.mT)
+    point = _Point(u_a, u_b)
+    old = _Point(kept[0].a, kept[0].b.mT), kept[1].a, kept[1].b.mT
+    before = _projected(*_thin(*old), point)
+    of_g = (
+        _outside(point.a, dot(update.a, inverse_b) / given.scale),
+        dot(update.b.mT, inverse_a) / given.scale,
+    )
+    mean = lambda x, g: beta * x + (1 - beta) * g
+    a, b = map(mean, before, of_g)
+    left, right = _thin(point, a, b)
+    u, vt = _polar.product(left, right.mT)
+    z_a, z_b = _projected(u, vt.mT, point)
+    kept = _pairs.Both(u_a, u_b.mT), _pairs.Both(a, b.mT)
+    new_a, new_b = dot(z_a, inverse_b), dot(inverse_a, z_b.mT)
+    return new_a / given.scale, new_b / given.scale, kept
+
+
+def _thin(point: _Point, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`L = [A, U_a]` and `R = [U_b, B]`, of which `L R^T` is the tangent vector."""
+    left = jnp.concatenate([a, point.a], axis=-1)
+    return left, jnp.concatenate([point.b, b], axis=-1)
+
+
+def _projected(
+    left: jax.Array, right: jax.Array, point: _Point
+) -> tuple[jax.Array, jax.Array]:
+    """A and B of `P(L R^T)`."""
+    a = dot(left, dot(right.mT, point.b))
+    return _outside(point.a, a), dot(right, dot(left.mT, point.a))
+
+
+def _outside(basis: jax.Array, x: jax.Array) -> jax.Array:
+    return x - dot(basis, dot(basis.mT, x))
+
+
+def _rotation(x: jax.Array, rank: Any) -> jax.Array:
+    """The orthogonal matrix nearest to x; a population's padding stays by itself."""
+    own = jnp.eye(x.shape[-1], dtype=x.dtype)[None]
+    padded = jnp.arange(x.shape[-1])[None, :, None] >= rank
+    u, _, vt = _lapack.svd(x + jnp.where(padded, own, 0))
+    return dot(u, vt)

@@ -1,0 +1,101 @@
+"""Weight decay of the product, half on each factor, that leaves the step alone.
+
+    sigma = sqrt(1 - lr weight_decay),    a <- sigma a + u_a / sigma,    b likewise
+
+so that, but for the term of second order,
+
+    a b <- (1 - lr weight_decay) a b + u_a b + a u_b
+
+as decay acts on a whole kernel. Decay of both factors at the usual strength would take
+the product to (1 - lr weight_decay)^2 of itself, and shrink the factors under the step.
+
+The equations are those of a published summary of the paper, derived again here: the
+paper's own text of them was not at hand.
+
+References:
+  Cesista et al., LoRA-Muon: Spectral Steepest Descent on the Low-Rank Manifold,
+  arXiv:2606.12921.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorax.optim import _checks, _pairs, _states
+from lorax.types import Adapters
+
+
+class SplitDecayState(NamedTuple):
+    """What the schedules need.
+
+    Attributes:
+      step: updates so far, int32.
+    """
+
+    step: jax.Array
+
+
+def split_decay(
+    weight_decay: _checks.ScalarOrSchedule, learning_rate: _checks.ScalarOrSchedule
+) -> optax.GradientTransformationExtraArgs:
+    """Decays the product of every pair by `lr * weight_decay`; other leaves pass.
+
+    The last link of a chain, after the learning rate: it reads whole steps.
+
+    Args:
+      weight_decay: strength, at least 0; a number or a schedule.
+      learning_rate: what the steps were multiplied by, a number or a schedule.
+
+    Returns:
+      An optax transformation; `update` needs the adapters, as `params`.
+
+    Raises:
+      ValueError: a negative strength, or one that decays the product past zero; at
+        `init`, an AdaLora; at `update`, no adapters.
+
+    Example:
+      >>> from lorax.adapters import Lora
+      >>> from lorax.types import Axes
+      >>> w = {"w": Lora(jnp.ones((1, 1)), jnp.ones((1, 1)), 1.0, Axes((0,), (1,)))}
+      >>> tx = split_decay(3.0, 0.25)  # of the product a quarter is left
+      >>> updates, _ = tx.update(jax.tree.map(jnp.zeros_like, w), tx.init(w), w)
+      >>> updates["w"].a.item(), updates["w"].b.item()
+      (-0.5, -0.5)
+    """
+    _checks.at_least("weight_decay", weight_decay, schedule=True)
+    _checks.at_least("learning_rate", learning_rate, schedule=True)
+    decay, rate = _checks.value(weight_decay), _checks.value(learning_rate)
+    if decay is not None and rate is not None and not decay * rate < 1:
+        raise ValueError(
+            f"weight_decay={decay:g} at learning_rate={rate:g} decays the product of a "
+            "and b past zero; keep weight_decay * learning_rate below 1"
+        )
+
+    def init_fn(params: Adapters) -> SplitDecayState:
+        _checks.factor_pairs(params, "split_decay")
+        return SplitDecayState(jnp.zeros((), jnp.int32))
+
+    def update_fn(
+        updates: Adapters,
+        state: SplitDecayState,
+        params: Adapters | None = None,
+        **extra: Any,
+    ) -> tuple[Adapters, SplitDecayState]:
+        del extra
+        given = _pairs.require_params(params)
+        at = lambda x: x(state.step) if callable(x) else x
+        lost = jnp.asarray(at(weight_decay) * at(learning_rate), jnp.float32)
+        sigma = jnp.sqrt(1 - lost)
+        less = lost / (1 + sigma)  # 1 - sigma, without cancellation
+
+        def decayed(u: jax.Array, w: jax.Array, on: bool) -> jax.Array:
+            return (u / sigma - less * w).astype(u.dtype) if on else u
+
+        new = jax.tree.map(decayed, updates, given, _pairs.factor_mask(updates))
+        return new, SplitDecayState(optax.safe_increment(state.step))
+
+    return _states.transformation(init_fn, update_fn)
