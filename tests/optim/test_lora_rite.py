@@ -146,5 +146,5 @@ def test_errors():
         optim.lora_rite(0.1, b2=1.0)
     with pytest.raises(ValueError, match="eps=0.0; give a number > 0"):
         optim.scale_by_lora_rite(eps=0)
-    with pytest.raises(ValueError, match="w: .*acts on factors a and b"):
+    with pytest.raises(ValueError, match="w: .*acts on pairs a and b"):
         optim.lora_rite(0.1).init({"w": problems.adalora()})

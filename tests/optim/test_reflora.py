@@ -98,5 +98,5 @@ def test_b_leaves_zero_where_it_is_damped():
 def test_errors():
     with pytest.raises(ValueError, match="damping=-1.0; give a number of at least"):
         optim.reflora(0.1, damping=-1.0)
-    with pytest.raises(ValueError, match="w: .* AdaLora has p, lam and q"):
+    with pytest.raises(ValueError, match="w: .* the p, lam, q of AdaLora"):
         optim.reflora(0.1).init({"w": problems.adalora()})

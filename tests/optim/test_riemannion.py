@@ -130,7 +130,7 @@ def test_errors():
     with pytest.raises(ValueError, match="beta=1.0; give a decay rate"):
         optim.riemannion(0.1, beta=1.0)
     for tx in (optim.scale_by_riemannion(), optim.retract()):
-        with pytest.raises(ValueError, match="w: .* AdaLora has p, lam and q"):
+        with pytest.raises(ValueError, match="w: .* the p, lam, q of AdaLora"):
             tx.init({"w": problems.adalora()})
         w = {"w": lora(*START)}
         with pytest.raises(ValueError, match="reads the adapters"):
