@@ -52,6 +52,7 @@ def decay_mask(adapters: Adapters) -> Adapters:
       Booleans in the structure of the adapters.
 
     Example:
+      >>> from lorax.adapters import Full
       >>> mask = decay_mask({"bias": Full(jnp.ones(3))})
       >>> mask["bias"].value
       False
@@ -83,6 +84,7 @@ def add_decayed_weights(
       ValueError: a negative strength; at `update`, no adapters, or no `base`.
 
     Example:
+      >>> from lorax.adapters import Full
       >>> adapters = {"bias": Full(jnp.ones(1))}
       >>> tx = add_decayed_weights(0.5, full=True)
       >>> zero = jax.tree.map(jnp.zeros_like, adapters)
