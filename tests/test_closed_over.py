@@ -33,8 +33,8 @@ def init(key, **target):
     return lorax.init(key, PARAMS, lorax.Target("[vw]", rank=2, **target))
 
 
-def calibrated(key):
-    targets = [lorax.Target("[vw]", rank=2, init="lora_ga")]
+def calibrated(key, init="lora_ga"):
+    targets = [lorax.Target("[vw]", rank=2, init=init)]
     stats = lorax.calibrate(key, loss, PARAMS, targets, [X], passes=2, width=2)
     return lorax.init(key, PARAMS, targets, stats=stats)
 
@@ -50,6 +50,8 @@ ROWS = {
     "olora": lambda key: init(key, init="olora"),
     "full": lambda key: init(key, adapter="full"),
     "calibrate": calibrated,
+    "eva": lambda key: calibrated(key, "eva"),
+    "corda": lambda key: calibrated(key, "corda"),
     "merge": lambda key: lorax.merge(LORA, PARAMS),
     "merge_report": lambda key: lorax.merge_report(LORA, PARAMS),
     "combine": lambda key: lorax.compose.combine([LORA, LORA], [0.5, 2.0]),

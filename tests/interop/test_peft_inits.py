@@ -113,6 +113,32 @@ def test_eva_spans_what_pefts_does(tmp_path):
         np.testing.assert_allclose(cosines, 1, atol=2e-3, err_msg=name)
 
 
+def test_components_of_many_batches_are_the_exact_ones():
+    """PEFT drops what is beyond the rank after each batch; both against float64."""
+    from peft.utils.incremental_pca import IncrementalPCA
+
+    draw = np.random.default_rng(0).standard_normal
+    turn, _ = np.linalg.qr(draw((64, 64)))
+    scale = np.arange(1.0, 65) ** -0.5
+    batches = [draw((256, 64)) * scale @ turn + 0.2 for _ in range(8)]
+    rows = np.concatenate(batches)
+    exact = np.linalg.svd(rows - rows.mean(0), full_matrices=False)[2][:8]
+    theirs = IncrementalPCA(8, lowrank=True, lowrank_seed=42)
+    for batch in batches:
+        theirs.partial_fit(torch.tensor(batch, dtype=torch.float32))
+    params = {"w": jnp.asarray(draw((64, 64)) / 8, jnp.float32)}
+    stats = lorax.calibrate(
+        jax.random.key(0),
+        lambda params, x: jnp.sum(jnp.tanh(x @ params["w"])),
+        params,
+        lorax.Target("w", rank=8, init="eva"),
+        [jnp.asarray(batch, jnp.float32) for batch in batches],
+    )
+    nearest = lambda basis: np.linalg.svd(exact @ np.asarray(basis))[1].min()
+    assert nearest(theirs.components_.T) < 0.97
+    assert nearest(stats["w"].u[:, :8]) > 0.999999
+
+
 @pytest.mark.slow
 def test_eva_redistributes_as_peft_does():
     """q and v read the same and explain the same: one of them, whichever, gets more."""
