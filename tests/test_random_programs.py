@@ -28,6 +28,7 @@ SETTINGS = dict(
     phases=[Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
+HALF_DRAWS = 12
 T, WIDTH = 2, 6  # every activation is [T, WIDTH]
 small = st.integers(0, 11)
 edits = st.lists(st.tuples(small, small, small), max_size=4)
@@ -311,33 +312,39 @@ def check_curved(leaves, instructions, curved):
 
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype")  # 64 bits, of an edit
 def check_half(leaves, instructions):
-    """In float16 adapt is about as near to float64 as merging is.
+    """In float16 adapt is as near to float64 as merging is, over draws of the numbers.
 
-    Half as far again, and four units of the last place: a sum of few terms that cancel
-    rounds well or badly by luck, on either side.
+    One draw says little: a sum of few terms that cancel rounds well or badly by luck.
+    The mean square over draws may be half as far again, and one unit of the last place.
     """
-    fn, draw = program(leaves, instructions), np.random.RandomState(3).randn
+    fn = program(leaves, instructions)
     shapes = [tuple(size for _, size in dims) for dims in leaves]
-    half = lambda *shape: (draw(*shape) / 2).astype(np.float16)
-    params = {f"w{i}": half(*s) for i, s in enumerate(shapes)}
-    x = half(T, WIDTH)
-    adapters = {f"w{i}": adapter_of(d, 1 + i, i) for i, d in enumerate(leaves)}
-    adapters = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), adapters)
+    made = {f"w{i}": adapter_of(d, 1 + i, i) for i, d in enumerate(leaves)}
     adapted = lorax.adapt(fn, on_merge="error", custom_rules="branch")
     sides = adapted, programs.definition(fn)
-    wide = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
 
-    def found(side, *args):
-        step = jax.jit(jax.value_and_grad(side)).lower(*args)
-        got = step.compile({"xla_backend_optimization_level": 0})(*args)
-        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(wide(got))])
+    def drawn(seed):
+        draw = np.random.RandomState(seed).randn
+        half = lambda *shape: (draw(*shape) / 2).astype(np.float16)
+        params = {f"w{i}": half(*s) for i, s in enumerate(shapes)}
+        adapters = jax.tree.map(lambda f: draw(*f.shape).astype(np.float32), made)
+        return adapters, params, half(T, WIDTH)
 
-    ours, merged = (found(side, adapters, params, x) for side in sides)
+    def found(side, many):
+        step = jax.jit(jax.value_and_grad(side)).lower(*many[0])
+        step = step.compile({"xla_backend_optimization_level": 0})
+        leaves = [jax.tree.leaves(step(*args)) for args in many]
+        wide = lambda leaf: np.ravel(np.asarray(leaf, np.float64))
+        return np.stack([np.concatenate([*map(wide, own)]) for own in leaves])
+
+    many = [*map(drawn, range(HALF_DRAWS))]
+    ours, merged = (found(side, many) for side in sides)
     with jax.enable_x64(True):
-        exact = found(sides[1], *wide((adapters, params, x)))
+        wide = lambda args: jax.tree.map(lambda x: np.asarray(x, np.float64), args)
+        exact = found(sides[1], [*map(wide, many)])
     norm = np.linalg.norm
     ulp = float(jnp.finfo(jnp.float16).eps) * norm(exact)
-    assert norm(ours - exact) <= 1.5 * norm(merged - exact) + 4 * ulp
+    assert norm(ours - exact) <= 1.5 * norm(merged - exact) + ulp
 
 
 some_leaves = st.lists(leaves(), min_size=1, max_size=2)

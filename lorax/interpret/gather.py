@@ -98,8 +98,11 @@ def gather(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
     shape = view.value.shape
     if taken is None or not all(t.whole(taken.axis, shape) for t in view.terms):
         return None
-    if view.looked_up:
-        return None
+    if view.looked_up:  # rows, or kernels, of those that were chosen before
+        if not all(term.added(taken.axis) for term in view.terms):
+            return None
+        known = [term.lookup for term in view.terms]
+        return [_kernels(walker, eqn, view, indices, taken, known)]
     kinds = {t.kind(taken.axis) for t in view.terms if t.factors is not None}
     if kinds == {"batch"} or all(t.added(taken.axis) for t in view.terms):
         return [_kernels(walker, eqn, view, indices, taken)]
@@ -121,7 +124,7 @@ def _kernels(
     view: Tracked,
     indices: jax.Array,
     taken: Taken,
-    lookups: Sequence[Lookup] = (),
+    lookups: Sequence[Lookup | None] = (),
 ) -> Tracked:
     """The chosen kernels as a view: the indices number a stack of their own."""
     value = walker.bind(eqn, [view.value, indices])[0]
