@@ -49,7 +49,7 @@ class Field(NamedTuple):
       decays: True where weight decay means a pull to the pretrained kernel: at zero,
         the update is zero.
       pair: name of the other factor, where `scale * a @ b` of the two is the update
-        (times a gain, if there is one).
+        (times a gain, if there is one). They are called a and b.
       frozen: True for an array that does not train. It lies in `Base.frozen`, under a
         name that the adapter has, and in the adapter itself the field is None.
     """

@@ -73,6 +73,12 @@ class Parametrisation:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Reads the roles of trained fields off the declaration."""
         super().__init_subclass__(**kwargs)
+        pairs = {name: field.pair for name, field in cls.fields.items() if field.pair}
+        if pairs and pairs != {"a": "b", "b": "a"}:
+            raise TypeError(
+                f"{cls.__name__} declares the pairs {pairs}; the two factors whose "
+                "product is the update are called a, which reads, and b, which writes"
+            )
         cls.roles = {n: f.role for n, f in cls.fields.items() if not f.frozen}
 
     @property

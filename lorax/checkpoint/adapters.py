@@ -74,7 +74,7 @@ def save_adapters(
       ValueError: no adapters, ones that do not fit `params`, a static field out of its
         range, or adapters that are not finite and would replace a checkpoint.
       KeyError: `params` lacks an adapted path.
-      TypeError: an adapter of no class in `lorax.adapters.CLASSES`, or a static field
+      TypeError: an adapter whose class is not registered, or a static field
         that JSON cannot hold.
       OSError: the directory cannot be written (no space left, no permission); what it
         held is as it was.
