@@ -1,4 +1,4 @@
-"""QR, SVD and eigenvectors of stacks, matrix by matrix where jaxlib could hang.
+"""QR, SVD, eigenvectors, inverses of stacks, one by one where jaxlib could hang.
 
 Up to jaxlib 0.11.0 a stack that XLA:CPU hands to LAPACK is spread over the pool of
 threads from within the pool: as many such calls at once as the pool has threads wait
@@ -76,6 +76,7 @@ def _guarded(decompose: Decompose) -> Decompose:
 _qr = _guarded(lambda x: tuple(jnp.linalg.qr(x)))
 _svd = _guarded(lambda x: tuple(jnp.linalg.svd(x, full_matrices=False)))
 _eigh = _guarded(lambda x: tuple(jnp.linalg.eigh(x)))
+_inverse = _guarded(lambda x: (jnp.linalg.inv(x),))
 
 
 def _whole(x: jax.Array) -> jax.Array:
@@ -99,3 +100,9 @@ def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the eigenvalues `[..., n]`, ascending, and vectors of symmetric `x`."""
     values, vectors = _eigh(_whole(x))
     return values, vectors
+
+
+def inverse(x: jax.Array) -> jax.Array:
+    """Returns the inverses `[..., n, n]` of regular matrices `x`."""
+    (found,) = _inverse(_whole(x))
+    return found

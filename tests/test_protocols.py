@@ -35,6 +35,12 @@ def fused(params, x):
     return jnp.tanh(jnp.einsum("bi,ihd->bhd", x, params["w"]) + params["bias"])
 
 
+def joined(params, x):
+    return jnp.tanh(
+        jnp.einsum("bij,ijo->bo", x.reshape(-1, 2, 3), params["w"]) + params["bias"]
+    )
+
+
 def image(params, x):
     x = jnp.stack([x, -x, 2 * x, x**2], axis=-1)
     y = jax.lax.conv_general_dilated(
@@ -46,6 +52,7 @@ def image(params, x):
 LORA = functools.partial(lorax.Target, "w", rank=2, alpha=3)
 DORA = functools.partial(LORA, adapter="dora")
 ADALORA = functools.partial(LORA, adapter="adalora")
+OFT = functools.partial(LORA, adapter="oft", options={"block_size": 3})
 FULL = functools.partial(lorax.Target, "w|bias", adapter="full")
 # (name, program, shape of w, size of the bias, target)
 ADAPTERS = [
@@ -73,6 +80,21 @@ ADAPTERS = [
     ("adalora_stacked", layers, (3, IN, IN), IN, ADALORA()),
     ("adalora_three_axes", heads, (2, IN, 4), 4, ADALORA()),
     ("adalora_conv", image, (3, 4, OUT), OUT, ADALORA()),
+    (
+        "oft_exact_and_constrained",
+        matrix,
+        (IN, OUT),
+        OUT,
+        OFT(options={"block_size": 3, "cayley_terms": None, "coft": True, "eps": 0.4}),
+    ),
+    (
+        "oft_layer_subset",
+        layers,
+        (3, IN, IN),
+        IN,
+        OFT(layers=(0, 2), options={"block_size": 2, "block_share": True}),
+    ),
+    ("oft_several_inputs", joined, (2, 3, OUT), OUT, OFT()),
     ("full", matrix, (IN, OUT), OUT, FULL()),
     ("full_stacked", layers, (3, IN, IN), IN, FULL()),
 ]
@@ -314,7 +336,11 @@ def test_at_init_the_merged_kernel_is_the_given_one(row, name, options, moves):
     assert (off > 1e-4) if moves else (off <= 1e-6)
     if name in ("standard", "gaussian"):
         np.testing.assert_array_equal(merged["w"], params["w"])
-    assert any(np.any(leaf) for leaf in jax.tree.leaves(adapters)), "a dead start"
+    leaves = jax.tree.leaves(adapters)
+    if not any(map(np.any, leaves)):  # at zero a rotation has a gradient
+        loss = lorax.adapt(loss_of(row[1]))
+        leaves = jax.tree.leaves(jax.grad(loss)(adapters, after, X))
+    assert any(map(np.any, leaves)), "a dead start"
 
 
 @pytest.mark.parametrize("name,options", [row[:2] for row in INITS if not row[2]])

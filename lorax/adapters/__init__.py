@@ -4,6 +4,7 @@ from lorax.adapters.adalora import AdaLora, orthogonal_penalty
 from lorax.adapters.dora import Dora
 from lorax.adapters.full import Full
 from lorax.adapters.lora import Lora
+from lorax.adapters.oft import Oft
 from lorax.adapters.parametrisation import (
     REGISTRY,
     Parametrisation,
@@ -23,6 +24,7 @@ __all__ = [
     "Dora",
     "Full",
     "Lora",
+    "Oft",
     "Parametrisation",
     "SlicedLora",
     "as_lora",

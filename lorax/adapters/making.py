@@ -63,6 +63,15 @@ def unflatten(
     return a.reshape(*batch, *in_, rank), b.reshape(*batch, rank, *out)
 
 
+def require_inputs(kernel: KernelSpec, name: str) -> None:
+    """Raises ValueError for a lookup: it has no inputs for a map of them to act on."""
+    if kernel.op == "gather":
+        raise ValueError(
+            f"{kernel.path}: adapter={name!r} acts on what a kernel reads, and an "
+            "embedding reads token ids; leave it out, or adapt it with 'lora'"
+        )
+
+
 def options(target: TargetSpec, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Returns hyperparameters: their defaults under the target's options."""
     given = dict(target.options)
