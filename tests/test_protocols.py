@@ -12,92 +12,10 @@ import lorax
 from lorax import adapters as adapter_classes
 from lorax import inits
 from tests import programs
+from tests.adapter_rows import ADAPTERS, BATCH, IN, OUT
 from tests.test_adapt import assert_close
 
 KEY = jax.random.key(0)
-BATCH, IN, OUT = 3, 6, 5
-
-
-def matrix(params, x):
-    return jnp.tanh(x @ params["w"] + params["bias"])
-
-
-def layers(params, x):
-    step = lambda x, w: (jnp.tanh(x @ w), x.sum())
-    return jax.lax.scan(step, x, params["w"])[0] + params["bias"]
-
-
-def heads(params, x):
-    return jnp.tanh(jnp.einsum("bi,hid->bhd", x, params["w"]) + params["bias"])
-
-
-def fused(params, x):
-    return jnp.tanh(jnp.einsum("bi,ihd->bhd", x, params["w"]) + params["bias"])
-
-
-def joined(params, x):
-    return jnp.tanh(
-        jnp.einsum("bij,ijo->bo", x.reshape(-1, 2, 3), params["w"]) + params["bias"]
-    )
-
-
-def image(params, x):
-    x = jnp.stack([x, -x, 2 * x, x**2], axis=-1)
-    y = jax.lax.conv_general_dilated(
-        x, params["w"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
-    )
-    return jnp.tanh(y + params["bias"])
-
-
-LORA = functools.partial(lorax.Target, "w", rank=2, alpha=3)
-DORA = functools.partial(LORA, adapter="dora")
-ADALORA = functools.partial(LORA, adapter="adalora")
-OFT = functools.partial(LORA, adapter="oft", options={"block_size": 3})
-FULL = functools.partial(lorax.Target, "w|bias", adapter="full")
-# (name, program, shape of w, size of the bias, target)
-ADAPTERS = [
-    ("lora", matrix, (IN, OUT), OUT, LORA()),
-    ("lora_rank_stabilized", matrix, (IN, OUT), OUT, LORA(scaling="rank_stabilized")),
-    ("lora_full_rank", matrix, (IN, OUT), OUT, LORA(rank=5)),
-    ("lora_stacked", layers, (3, IN, IN), IN, LORA()),
-    ("lora_layer_subset", layers, (3, IN, IN), IN, LORA(layers=(0, 2))),
-    ("lora_three_axes", heads, (2, IN, 4), 4, LORA()),
-    ("lora_slices", fused, (IN, 3, 4), 4, LORA(slices=(0, 2))),
-    ("lora_conv", image, (3, 4, OUT), OUT, LORA()),
-    ("dora", matrix, (IN, OUT), OUT, DORA()),
-    (
-        "dora_whole_gradient",
-        matrix,
-        (IN, OUT),
-        OUT,
-        DORA(options={"detach_norm": False}),
-    ),
-    ("dora_stacked", layers, (3, IN, IN), IN, DORA()),
-    ("dora_layer_subset", layers, (3, IN, IN), IN, DORA(layers=(0, 2))),
-    ("dora_three_axes", heads, (2, IN, 4), 4, DORA()),
-    ("dora_conv", image, (3, 4, OUT), OUT, DORA()),
-    ("adalora", matrix, (IN, OUT), OUT, ADALORA()),
-    ("adalora_stacked", layers, (3, IN, IN), IN, ADALORA()),
-    ("adalora_three_axes", heads, (2, IN, 4), 4, ADALORA()),
-    ("adalora_conv", image, (3, 4, OUT), OUT, ADALORA()),
-    (
-        "oft_exact_and_constrained",
-        matrix,
-        (IN, OUT),
-        OUT,
-        OFT(options={"block_size": 3, "cayley_terms": None, "coft": True, "eps": 0.4}),
-    ),
-    (
-        "oft_layer_subset",
-        layers,
-        (3, IN, IN),
-        IN,
-        OFT(layers=(0, 2), options={"block_size": 2, "block_share": True}),
-    ),
-    ("oft_several_inputs", joined, (2, 3, OUT), OUT, OFT()),
-    ("full", matrix, (IN, OUT), OUT, FULL()),
-    ("full_stacked", layers, (3, IN, IN), IN, FULL()),
-]
 rows = pytest.mark.parametrize("row", ADAPTERS, ids=[row[0] for row in ADAPTERS])
 X = programs.normal(9, BATCH, IN)
 

@@ -3,6 +3,7 @@
 from lorax.adapters.adalora import AdaLora, orthogonal_penalty
 from lorax.adapters.dora import Dora
 from lorax.adapters.full import Full
+from lorax.adapters.loha import LoHa
 from lorax.adapters.lora import Lora
 from lorax.adapters.oft import Oft
 from lorax.adapters.parametrisation import (
@@ -23,6 +24,7 @@ __all__ = [
     "AdaLora",
     "Dora",
     "Full",
+    "LoHa",
     "Lora",
     "Oft",
     "Parametrisation",

@@ -24,7 +24,7 @@ def adapters(
     """Returns adapters by path.
 
     Args:
-      modules: with their factors; rank 0 is none.
+      modules: with their arrays; rank 0 is none.
       saved: `{key on disk: tensor}` of parameters that are stored whole.
       base: the model.
       dropout: of the input of every adapter but an embedding's.
@@ -34,7 +34,7 @@ def adapters(
     """
     groups: dict[str, list[tuple[int | None, Module]]] = {}
     for module in modules:
-        if module.a.shape[1]:  # AdaLoRA may leave rank 0
+        if not module.empty:
             path, layer, _ = base.modules[module.name]
             groups.setdefault(path, []).append((layer, module))
     found: Adapters = {}

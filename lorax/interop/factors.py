@@ -1,48 +1,71 @@
-"""Between the factors of single modules, as on disk, and adapters of whole leaves.
+"""Between the arrays of single modules, as on disk, and adapters of whole leaves.
 
-Torch keeps `A: [rank, in]` and `B: [out, rank]`, so that `a = A^T` and `b = B^T`, for
-linear maps, `Conv1D` and embeddings alike. A leaf that stacks its layers has one module
-for each; ranks that differ among them are padded with zeros in every factor, and scales
-that differ are folded into b (AdaLoRA: lam), both of which change no update. Such
-padding is cut off again before anything is written.
+A leaf that stacks its layers has one module for each, and one adapter: what the words
+of `Field.dims` say gives the arrays their axes. Ranks that differ among the layers are
+padded with zeros in every factor, and scales that differ are folded into one field
+(LoRA's b), both of which change no update. Such padding is cut off again before
+anything is written.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax.adapters import AdaLora, Dora, Lora
-from lorax.compose import forms
 from lorax.models import table
 from lorax.types import Axes
+
+LEAF = ("axes", "dropout", "layers", "moved_by")
+"""Static fields of a whole leaf's adapter; the others are a module's own."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """The factors of one module.
+    """What one module of torch has of an adapter.
 
     Attributes:
       name: of the module on disk, without `.weight`.
-      a: `[in, rank]`; of AdaLoRA p.
-      b: `[rank, out]`; of AdaLoRA q.
-      scale: the factor on their product.
-      lam: `[rank]` of AdaLoRA, else None.
-      magnitude: `[out]` of DoRA, else None.
+      cls: the parametrisation.
+      fields: its trained arrays by name, one axis for every word of `Field.dims` but
+        "batch": LoRA's a is `[in, rank]`.
+      statics: the static fields that are the module's own, such as `scale`.
     """
 
     name: str
-    a: np.ndarray
-    b: np.ndarray
-    scale: float
-    lam: np.ndarray | None = None
-    magnitude: np.ndarray | None = None
+    cls: Any
+    fields: Mapping[str, np.ndarray]
+    statics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def scale(self) -> float:
+        """The factor on the update; 1 of a class that has none."""
+        return self.statics.get("scale", 1.0)
+
+    @property
+    def empty(self) -> bool:
+        """True where rank allocation left nothing."""
+        return bool(_ranks(self.cls)) and not self.rank
+
+    @property
+    def rank(self) -> int:
+        """The width of the bottleneck; 0 of a class that has none."""
+        return next((self.fields[n].shape[axis] for n, axis in _ranks(self.cls)), 0)
+
+
+def _ranks(cls: Any) -> list[tuple[str, int]]:
+    """The fields that have a rank, and on which axis of a module's array."""
+    own = {name: _own(field.words) for name, field in cls.fields.items()}
+    return [(n, w.index("rank")) for n, w in own.items() if "rank" in w]
+
+
+def _own(words: Sequence[str]) -> list[str]:
+    return [word for word in words if word != "batch"]
 
 
 def axes_of(entry: table.Entry, stacked: bool) -> Axes:
@@ -60,7 +83,7 @@ def joined(
     entry: table.Entry,
     shape: tuple[int, ...],
     dropout: float = 0.0,
-) -> Lora | Dora | AdaLora:
+) -> Any:
     """Returns one adapter.
 
     Args:
@@ -71,107 +94,136 @@ def joined(
 
     Returns:
       The adapter, float32; `layers` names those that have factors, if not all do.
+
+    Raises:
+      ValueError: layers that differ in what one adapter has once.
     """
     numbers = [layer for layer, _ in modules]
     stacked = numbers[0] is not None
     axes = axes_of(entry, stacked)
     in_, out, _ = axes.sizes(shape)
     own = sorted(modules, key=lambda pair: pair[0] or 0)
-    each = [module for _, module in own]
-    scale = next((m.scale for m in each if m.scale), 0.0)
-    rank = max(m.a.shape[1] for m in each)
-    shared = [_rescaled(m, scale) for m in each]
-    put = lambda arrays, tail: _put(arrays, tail, stacked)
-    a = put([_padded(m.a, rank, 1) for m in shared], (*in_, rank))
-    b = put([_padded(m.b, rank, 0) for m in shared], (rank, *out))
+    each = _alike([module for _, module in own])
     layers = tuple(layer for layer, _ in own if layer is not None)
     every = not stacked or layers == tuple(range(shape[0]))
-    static = (scale, axes, dropout, None if every else layers)
-    if each[0].lam is not None:
-        lam = put([_padded(_given(m.lam), rank, 0) for m in shared], (rank,))
-        return AdaLora(a, lam, b, *static)
-    if each[0].magnitude is not None:
-        return Dora(a, b, put([_given(m.magnitude) for m in each], out), *static)
-    return Lora(a, b, *static)
+    cls, tails = each[0].cls, {"in": in_, "out": out}
+    arrays = {}
+    for name in cls.roles:
+        words = _own(cls.fields[name].words)
+        sizes = zip(words, each[0].fields[name].shape, strict=True)
+        tail = [n for word, size in sizes for n in tails.get(word, (size,))]
+        arrays[name] = _put([m.fields[name] for m in each], tail, stacked)
+    leaf = {"axes": axes, "dropout": dropout, "layers": None if every else layers}
+    known = {field.name for field in dataclasses.fields(cls)}
+    leaf = {name: value for name, value in leaf.items() if name in known}
+    return cls(**arrays, **leaf, **each[0].statics)
+
+
+def _alike(modules: Sequence[Module]) -> list[Module]:
+    """The modules of one leaf with one rank, one scale, and the same statics."""
+    first = modules[0]
+    scale = next((m.scale for m in modules if m.scale), 0.0)
+    rank = max(m.rank for m in modules)
+    found = [_padded(_rescaled(m, scale), rank) for m in modules]
+    for module in found:
+        if module.statics != found[0].statics:
+            raise ValueError(
+                f"{first.name!r} has {dict(found[0].statics)} and {module.name!r} "
+                f"{dict(module.statics)}, and the two are layers of one leaf here; "
+                "load the base with scan=False"
+            )
+    return found
 
 
 def split(adapter: Any, names: Sequence[str]) -> list[Module]:
     """Returns the modules of an adapter, without ranks that are zero in every factor.
 
     Args:
-      adapter: a Lora, Dora or AdaLora.
+      adapter: of a class whose arrays lie on the kernel's axes, or on their own.
       names: of the module of every layer that has factors.
     """
-    first, last = forms.factor_names(adapter)
-    n, rank = len(names), adapter.rank
-    flat = lambda name, *tail: np.asarray(
-        jax.device_get(getattr(adapter, name)), np.float32
-    ).reshape(n, *tail)
-    a, b = flat(first, -1, rank), flat(last, rank, -1)
-    lam = flat("lam", rank) if "lam" in adapter.roles else None
-    magnitude = flat("magnitude", -1) if "magnitude" in adapter.roles else None
+    cls, n = type(adapter), len(names)
+    arrays = {name: _flat(adapter, name, n) for name in adapter.roles}
+    fields = {f.name for f in dataclasses.fields(adapter)}
+    statics = {
+        name: getattr(adapter, name)
+        for name in sorted(fields - set(adapter.fields) - set(LEAF))
+    }
+    ranks = _ranks(cls) if adapter.padded else []
     found = []
     for i, name in enumerate(names):
-        used = a[i].any(0) | b[i].any(1)
-        if lam is not None:
-            used |= lam[i] != 0
-        elif not used.any():
-            used[0] = True  # only AdaLoRA knows rank 0
-        found.append(
-            Module(
-                name,
-                a[i][:, used],
-                b[i][used],
-                float(adapter.scale),
-                None if lam is None else lam[i][used],
-                None if magnitude is None else magnitude[i],
-            )
-        )
+        own = {field: array[i] for field, array in arrays.items()}
+        used = [np.moveaxis(own[f] != 0, axis, 0) for f, axis in ranks]
+        if used:
+            rows = np.any([u.reshape(len(u), -1).any(1) for u in used], axis=0)
+            if not rows.any() and not adapter.counts_ranks:
+                rows[0] = True  # only where ranks are allocated is there rank 0
+            cut = {f: np.compress(rows, own[f], axis) for f, axis in ranks}
+            own |= cut
+        found.append(Module(name, cls, own, statics))
     return found
+
+
+def _flat(adapter: Any, name: str, n: int) -> np.ndarray:
+    """A field as `[n, ...]`, one axis for every word but "batch"."""
+    array = np.asarray(jax.device_get(getattr(adapter, name)), np.float32)
+    axes: Axes = adapter.axes
+    lengths = {"batch": len(axes.batch), "in": len(axes.in_), "out": len(axes.out)}
+    rest, sizes = list(array.shape), []
+    for word in adapter.fields[name].words:
+        count = lengths.get(word, 1)
+        taken, rest = rest[:count], rest[count:]
+        if word != "batch":
+            sizes.append(math.prod(taken))
+    return array.reshape(n, *sizes)
 
 
 def one_scale(modules: Sequence[Module]) -> list[Module]:
     """Returns the same updates with one positive scale."""
     scale = next((abs(m.scale) for m in modules if m.scale), 1.0)
-    return [dataclasses.replace(_rescaled(m, scale), scale=scale) for m in modules]
+    return [_rescaled(m, scale) for m in modules]
 
 
 def mirrored(module: Module, name: str) -> Module:
     """Returns a module's factors for the transposed matrix: an embedding's tied head.
 
     Args:
-      module: without magnitude.
+      module: of a Lora.
       name: of the other module.
     """
-    return dataclasses.replace(module, name=name, a=module.b.T, b=module.a.T)
-
-
-def _given(array: np.ndarray | None) -> np.ndarray:
-    assert array is not None
-    return array
+    fields = {"a": module.fields["b"].T, "b": module.fields["a"].T}
+    return dataclasses.replace(module, name=name, fields=fields)
 
 
 def _rescaled(module: Module, scale: float) -> Module:
-    if module.scale == scale:
+    """The same update at another scale, the ratio in the field that absorbs it."""
+    name = module.cls.absorbs
+    if module.scale == scale or "scale" not in module.statics or name is None:
         return module
-    if module.lam is not None:
-        return dataclasses.replace(module, lam=_times(module.lam, module.scale / scale))
-    return dataclasses.replace(module, b=_times(module.b, module.scale / scale))
+    times = module.fields[name].astype(np.float64) * (module.scale / scale)
+    fields = {**module.fields, name: times.astype(np.float32)}
+    statics = {**module.statics, "scale": scale}
+    return dataclasses.replace(module, fields=fields, statics=statics)
 
 
-def _times(array: np.ndarray, ratio: float) -> np.ndarray:
-    return (array.astype(np.float64) * ratio).astype(np.float32)
+def _padded(module: Module, rank: int) -> Module:
+    if module.rank == rank:
+        return module
+    if not module.cls.padded:
+        raise ValueError(
+            f"{module.name!r} has rank {module.rank} and another layer of its leaf "
+            f"rank {rank}, and zeros would change what {module.cls.__name__} computes; "
+            "load the base with scan=False"
+        )
+    fields = dict(module.fields)
+    for name, axis in _ranks(module.cls):
+        widths = [(0, 0)] * fields[name].ndim
+        widths[axis] = (0, rank - fields[name].shape[axis])
+        fields[name] = np.pad(fields[name], widths)
+    return dataclasses.replace(module, fields=fields)
 
 
-def _padded(array: np.ndarray, rank: int, axis: int) -> np.ndarray:
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, rank - array.shape[axis])
-    return np.pad(array, widths)
-
-
-def _put(
-    arrays: Sequence[np.ndarray], tail: tuple[int, ...], stacked: bool
-) -> jax.Array:
+def _put(arrays: Sequence[np.ndarray], tail: Sequence[int], stacked: bool) -> jax.Array:
     whole = np.stack([array.reshape(tail) for array in arrays])
     assert whole.size == len(arrays) * math.prod(tail)
     return jnp.asarray(whole if stacked else whole[0], jnp.float32)

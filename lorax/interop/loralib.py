@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from lorax import tree, untrusted
+from lorax.adapters import Lora
 from lorax.interop import assembly, files, hf
 from lorax.interop.factors import Module
 from lorax.interop.peft_base import Base
@@ -138,11 +139,15 @@ def _module(
     a, b = (named[name + end].read().astype(np.float32) for end in ENDS)
     rank, out = b.shape[1], base.sizes(name)[1]
     if b.shape[0] == out and a.shape[0] == rank:
-        return Module(name, a.T, b.T, alpha / rank)
+        return _lora(name, a.T, b.T, alpha / rank)
     assert merged is not None
     width = out // len(merged)
     whole = np.zeros((a.shape[0], out), np.float32)
     for i, block in enumerate(np.flatnonzero(merged)):
         own = b[i * width : (i + 1) * width].T
         whole[i * rank : (i + 1) * rank, block * width : (block + 1) * width] = own
-    return Module(name, a.T, whole, alpha / rank)
+    return _lora(name, a.T, whole, alpha / rank)
+
+
+def _lora(name: str, a: np.ndarray, b: np.ndarray, scale: float) -> Module:
+    return Module(name, Lora, {"a": a, "b": b}, {"scale": scale})

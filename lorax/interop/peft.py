@@ -19,28 +19,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from lorax import adapters as adapter_classes
-from lorax import compose, tree
+from lorax import compose, transform, tree
 from lorax.adapters import Lora, as_lora
 from lorax.interop import (
     assembly,
     factors,
     files,
     hf,
+    peft_base,
     peft_config,
+    peft_forms,
+    peft_leaves,
+    peft_table,
     peft_tensors,
     peft_written,
 )
-from lorax.interop.factors import Module
-from lorax.interop.peft_base import WEIGHT, Base
-from lorax.types import Adapters, PyTree
+from lorax.interop.peft_selection import PREFIX
+from lorax.types import Adapters, Base, PyTree
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -76,25 +78,80 @@ def load(
       ValueError: a file that is not sound or not for this base, or a field of its
         config that is not implemented; file and key are named.
     """
+    adapters, frozen = _load(source, config, params, residual, revision)
+    if frozen:
+        raise ValueError(
+            f"{source}: {', '.join(sorted(frozen))} do not train and belong to the "
+            "second argument; call peft.load_with_base(source, config, params), which "
+            "returns (adapters, params) with them"
+        )
+    return adapters
+
+
+def load_with_base(
+    source: str | pathlib.Path,
+    config: Any,
+    params: PyTree,
+    *,
+    residual: bool = False,
+    revision: str | None = None,
+) -> tuple[Adapters, PyTree]:
+    """Reads an adapter of PEFT, with what of it does not train: VeRA's projections.
+
+    Args:
+      source: a directory, or the id of an adapter on the hub.
+      config: of the base, `model.config`.
+      params: of the base.
+      residual: as in `load`.
+      revision: of the hub's repository.
+
+    Returns:
+      Adapters, and params; a `lorax.Base` of them where there are frozen arrays, as
+      from `lorax.init`.
+
+    Raises:
+      FileNotFoundError: no such files.
+      ValueError: as in `load`; another array under a name that `params.frozen` has.
+    """
+    adapters, found = _load(source, config, params, residual, revision)
+    plain, held = transform.split(params)
+    for name, array in found.items():
+        if name in held and not np.array_equal(held[name], array):
+            raise ValueError(
+                f"{source}: params have another frozen array {name!r}; pass the "
+                "parameters alone, and keep the two sets of adapters apart"
+            )
+    frozen = {**held, **{name: jnp.asarray(array) for name, array in found.items()}}
+    return adapters, Base(plain, frozen) if frozen else plain
+
+
+def _load(
+    source: str | pathlib.Path,
+    config: Any,
+    params: PyTree,
+    residual: bool,
+    revision: str | None,
+) -> tuple[Adapters, dict[str, np.ndarray]]:
+    """The adapters of a file, and its frozen arrays."""
     directory = hf.locate(source, revision)
     if not (directory / TENSORS).exists():
         raise FileNotFoundError(_nothing(directory))
     settings = _settings(directory, residual)
     path = files.inside(directory, TENSORS)
     tensors = files.open_tensors(path)
-    base = Base(config)
-    leaves = {} if params is None else tree.flatten(params)
+    base = peft_base.Base(config)
+    leaves = {} if params is None else tree.flatten(transform.split(params)[0])
     try:
-        modules, saved = peft_tensors.read(tensors, settings, base, leaves)
-        modules, saved = _untied(modules, saved, base)
+        modules, saved, frozen = peft_tensors.read(tensors, settings, base, leaves)
+        modules, saved = peft_leaves.untied(modules, saved, base)
         found = assembly.adapters(modules, saved, base, settings.dropout)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not settings.moved:
-        return found
+        return found, frozen
     by = f"PEFT's {settings.moved}(rank={settings.rank})"
     mark: Any = lambda _, a: a if a.replaces else dataclasses.replace(a, moved_by=by)
-    return tree.map_adapters(mark, found)
+    return tree.map_adapters(mark, found), frozen
 
 
 def save(
@@ -102,6 +159,7 @@ def save(
     adapters: Adapters,
     config: Any,
     *,
+    params: PyTree = None,
     base_name: str | None = None,
     initial: Adapters | None = None,
     residual: bool = False,
@@ -117,6 +175,8 @@ def save(
       directory: made if need be; files of the same names are replaced.
       adapters: `{path: adapter}`, of one parametrisation beside Full.
       config: of the base, `model.config`.
+      params: of the base, as from `lorax.init`; needed by methods that PEFT writes with
+        frozen arrays (VeRA, RandLoRA) or norms of the kernels (DeLoRA).
       base_name: of the base, for `base_model_name_or_path`.
       initial: what `lorax.init` returned, if it moved a part of the base's kernels
         (PiSSA, MiLoRA, LoRA-GA, OLoRA, CorDA): what is written is then for the original
@@ -133,7 +193,9 @@ def save(
       ValueError: adapters that do not fit it, or that PEFT has no form for; ones whose
         init moved the base, without `initial` or `residual`.
     """
-    base = Base(config)
+    base = peft_base.Base(config)
+    plain, frozen = transform.split(params)
+    leaves = {} if params is None else tree.flatten(plain)
     tree.require(adapters, base.shapes, "model")
     for path, adapter in adapters.items():
         adapter.check(path, base.shapes[path])
@@ -144,19 +206,22 @@ def save(
     adapters = {  # PEFT has one adapter a module
         path: as_lora(a) if "slices" in vars(a) else a for path, a in adapters.items()
     }
-    kind = _kind(adapters)
-    modules, saved = _split(adapters, base)
+    kind = peft_leaves.kind_of(adapters)
+    modules, saved = peft_leaves.split(adapters, base)
     if kind == "adalora":
         modules = factors.one_scale(modules)
-    tensors = {f"{peft_config.PREFIX}{key}": t for key, t in saved.items()}
-    for module in modules:
-        embedding = base.is_embedding(module.name)
-        if embedding and kind == "adalora":
+    tensors = {f"{PREFIX}{key}": t for key, t in saved.items()}
+    places = [peft_tensors.place_of(m.name, {}, base, leaves) for m in modules]
+    for module, place in zip(modules, places, strict=True):
+        if form := peft_table.FORMS.get(kind):
+            peft_forms.require_module(form, module.name, base)
+        elif place.embedding and kind == "adalora":
             raise ValueError(
                 f"{module.name!r} is an embedding, on which PEFT has no AdaLoRA; "
                 "compose.to_lora writes it as plain LoRA"
             )
-        tensors |= peft_tensors.to_disk(module, kind, embedding)
+        tensors |= peft_tensors.to_disk(module, kind, place)
+    tensors |= peft_tensors.common_to_disk(modules, places, kind, frozen)
     if odd := [key for key, tensor in tensors.items() if not files.is_finite(tensor)]:
         raise ValueError(f"{odd[0]!r} would hold NaN or infinity")
     rates = {
@@ -176,7 +241,9 @@ def save(
     (directory / CONFIG).write_text(text + "\n")
 
 
-def _settings(directory: pathlib.Path, residual: bool) -> peft_config.Settings:
+def _settings(
+    directory: pathlib.Path, residual: bool
+) -> peft_config.Settings | peft_config.FormSettings:
     path = files.inside(directory, CONFIG)
     raw = files.read_json(path)
     try:
@@ -202,117 +269,6 @@ def _nothing(directory: pathlib.Path) -> str:
             "it in PEFT and call save_pretrained, which writes safetensors"
         )
     return told
-
-
-def _untied(
-    modules: list[Module], saved: dict[str, np.ndarray], base: Base
-) -> tuple[list[Module], dict[str, np.ndarray]]:
-    """Drops what a tied head repeats of its embedding; ValueError where they differ."""
-    if not base.head:
-        return modules, saved
-    pair = {m.name: m for m in modules if m.name in (base.embedding, base.head)}
-    whole = [n + WEIGHT for n in (base.embedding, base.head) if n + WEIGHT in saved]
-    wrong = (
-        "PEFT adapts the embedding and its tied head apart, and here they are one "
-        "leaf; load the base with tied=False, its head/kernel the embedding transposed"
-    )
-    if pair:
-        if len(pair) < 2 or any(m.magnitude is not None for m in pair.values()):
-            raise ValueError(f"factors for {next(iter(pair))!r}: {wrong}")
-        one, two = pair[base.head], factors.mirrored(pair[base.embedding], base.head)
-        same = np.array_equal(one.a, two.a) and np.array_equal(one.b, two.b)
-        if not same or one.scale != two.scale:
-            raise ValueError(f"factors for {base.head!r}: {wrong}")
-    if whole:
-        if len(whole) < 2 or not np.array_equal(saved[whole[0]], saved[whole[1]]):
-            raise ValueError(f"the whole of {whole[0]!r}: {wrong}")
-        del saved[base.head + WEIGHT]
-    return [m for m in modules if m.name != base.head], saved
-
-
-KINDS = ("lora", "dora", "adalora")
-"""Parametrisations that are written, by their registered names."""
-
-
-def _kind(adapters: Adapters) -> str:
-    kinds = {type(a): path for path, a in adapters.items() if not a.replaces}
-    if len(kinds) > 1:
-        raise ValueError(
-            "one adapter of PEFT has one parametrisation, and these have several: "
-            + ", ".join(f"{c.__name__} at {path!r}" for c, path in kinds.items())
-            + "; save them apart, or write AdaLora as Lora by compose.to_lora"
-        )
-    if not kinds:
-        raise ValueError("no low-rank adapters: PEFT has no form for Full alone")
-    cls, path = next(iter(kinds.items()))
-    name = adapter_classes.name_of(cls)
-    if name not in KINDS:
-        raise ValueError(
-            f"{path}: PEFT's files have no form for {cls.__name__}; merge it "
-            "(lorax.merge) and save the model, or read it back as Lora "
-            "(compose.extract)"
-        )
-    return name
-
-
-def _split(
-    adapters: Adapters, base: Base
-) -> tuple[list[Module], dict[str, np.ndarray]]:
-    """The modules and whole tensors that the adapters are on disk."""
-    keys: dict[str, list[str]] = {}
-    for key, location in base.where.items():
-        keys.setdefault(location.path, []).append(key)
-    modules, saved = [], {}
-    for path, adapter in sorted(adapters.items()):
-        base.require_one(keys[path][0].removesuffix(WEIGHT))
-        if adapter.replaces:
-            (value,) = jax.tree.leaves(adapter)
-            leaves = {path: np.asarray(jax.device_get(value))}
-            for key in keys[path]:
-                saved[key] = base.tensor(key, leaves)
-            continue
-        lora: Any = adapter
-        entry, stacked = base.where[keys[path][0]].entry, len(lora.axes.batch) > 0
-        want = factors.axes_of(entry, stacked)
-        if lora.axes != want or not entry.inputs:
-            raise ValueError(
-                f"{path}: PEFT's factors have {want} of this leaf, and the adapter "
-                f"has {lora.axes}"
-            )
-        chosen = range(len(keys[path])) if lora.layers is None else lora.layers
-        names = [keys[path][layer].removesuffix(WEIGHT) for layer in chosen]
-        modules += factors.split(lora, names)
-    _check_whole(saved, base)
-    return _with_head(modules, saved, base)
-
-
-def _check_whole(saved: Collection[str], base: Base) -> None:
-    """PEFT stores a module whole or adapts it, and cannot load a part of one."""
-    whole = {key.rpartition(".")[0] for key in saved}
-    for key in base.where:
-        parts = [key[:i] for i, letter in enumerate(key) if letter == "."]
-        if key not in saved and (module := whole.intersection(parts)):
-            raise ValueError(
-                f"a part of {min(module)!r} is Full, and PEFT stores modules whole: "
-                f"make {base.where[key].path!r} Full too, not another adapter"
-            )
-
-
-def _with_head(
-    modules: list[Module], saved: dict[str, np.ndarray], base: Base
-) -> tuple[list[Module], dict[str, np.ndarray]]:
-    """Repeats for a tied head what its embedding has."""
-    embedding = base.embedding + WEIGHT
-    if base.head and embedding in saved:
-        saved[base.head + WEIGHT] = saved[embedding].copy()
-    for module in [m for m in modules if base.head and m.name == base.embedding]:
-        if module.magnitude is not None:
-            raise ValueError(
-                f"{module.name!r} is embedding and head in one, whose outputs differ: "
-                "PEFT has no DoRA for both"
-            )
-        modules.append(factors.mirrored(module, base.head))
-    return modules, saved
 
 
 def _on_original(adapters: Adapters, initial: Adapters) -> Adapters:

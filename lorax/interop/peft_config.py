@@ -16,8 +16,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lorax import untrusted
-from lorax.interop import patterns
+from lorax import adapters, untrusted
+from lorax.interop import peft_forms, peft_table
+from lorax.interop.factors import Module
+from lorax.interop.peft_base import Base
+from lorax.interop.peft_forms import Arrays, Common, Form, Place, Shapes
+from lorax.interop.peft_selection import (
+    ALWAYS_HARMLESS,
+    COMMON,
+    PREFIX,
+    Fields,
+    Selection,
+    first,
+)
 
 IMPLEMENTED = frozenset(
     """
@@ -58,188 +69,211 @@ DEFAULTS: dict[str, Any] = {
 }
 """Fields that change the function in a way that is not implemented."""
 
+LORA = {"a": ".lora_A.weight", "b": ".lora_B.weight"}
+EMBEDDING = {"a": ".lora_embedding_A", "b": ".lora_embedding_B"}
+ADALORA = {"p": ".lora_A", "q": ".lora_B", "lam": ".lora_E"}
+MAGNITUDE = {"magnitude": ".lora_magnitude_vector"}
+
+
+def suffixes(kind: str, embedding: bool) -> dict[str, str]:
+    """Returns what follows a module's name, by field of ours.
+
+    Args:
+      kind: "lora", "dora" or "adalora".
+      embedding: the module is a lookup table.
+    """
+    if kind == "adalora":
+        return ADALORA
+    return (EMBEDDING if embedding else LORA) | (MAGNITUDE if kind == "dora" else {})
+
+
+OLDER = ("LORA", "ADALORA")
+"""Types that have their own rules, here; the others have an entry in `peft_forms`."""
+
 STILL = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 MOVING = re.compile("pissa(_niter_\\d+)?|olora|corda|lora_ga|loftq")
-PREFIX = "base_model.model."  # of every name in PEFT
 RANKNUM = 1e-5  # what PEFT adds to AdaLoRA's initial rank before it divides by it
-EVERY_LINEAR = "all-linear"
 RANK, REAL = untrusted.whole(1), untrusted.number()
-POSITIVE, RATE = untrusted.number(above=0), untrusted.number(0, below=1)
-TEXTS = untrusted.listed(untrusted.TEXT)
-NAMES = untrusted.TEXT | TEXTS
-LAYERS = untrusted.whole() | untrusted.listed(untrusted.whole())
+POSITIVE = untrusted.number(above=0)
 MASK = untrusted.listed(untrusted.FLAG)
-HEADS = {"SEQ_CLS": ("lm_head", "score", "classifier")}
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a config says of the function; see `read`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Selection):
+    """What a config of LoRA, DoRA or AdaLoRA says of the function; see `read`.
 
     Attributes:
       kind: "lora", "dora" or "adalora".
       rank: default rank; of AdaLoRA the initial one.
       alpha: default numerator of the scale.
-      dropout: of the adapter's input.
       rank_stabilized: the scale is alpha / sqrt(rank).
-      targets: a pattern of whole module names, or their last components.
-      exclude: likewise; wins over `targets`.
-      layers: numbers of the layers that are adapted; None for all.
-      layers_pattern: patterns of what stands before a layer's number.
       ranks: rank by pattern; of AdaLoRA which initial triplets are left, by module.
       alphas: alpha by pattern.
-      saved: ends of names of modules that are stored whole.
-      tying: the adapter of an embedding is its tied head's too.
-      heads: what "all-linear" leaves out.
-      moved: name of an init that took a part out of the base's kernels, or "".
     """
 
     kind: str
     rank: int
     alpha: float
-    dropout: float
     rank_stabilized: bool
-    targets: str | tuple[str, ...]
-    exclude: str | tuple[str, ...]
-    layers: tuple[int, ...] | None
-    layers_pattern: tuple[str, ...]
     ranks: Mapping[str, Any]
     alphas: Mapping[str, float]
-    saved: tuple[str, ...]
-    tying: bool
-    heads: tuple[str, ...]
-    moved: str
+    common: None = None
 
-    def selects(self, module: str, linear: bool) -> bool:
-        """True when PEFT puts factors on the module.
+    @property
+    def suffixes(self) -> set[str]:
+        """All that may follow a module's name in those of its tensors."""
+        return {end for e in (0, 1) for end in suffixes(self.kind, bool(e)).values()}
 
-        Args:
-          module: its name in the base model.
-          linear: it is a linear map; else an embedding.
-        """
-        if _matches(self.exclude, module) or self.saves(module):
-            return False
-        if self.targets == EVERY_LINEAR:
-            return linear and module not in self.heads
-        if not _matches(self.targets, module):
-            return False
-        if self.layers is None or module in self.targets:
-            return True
-        return _layer(module, self.layers_pattern) in self.layers
+    @property
+    def said(self) -> str:
+        """The form in an error."""
+        return f"{self.kind} form (peft_type, use_dora)"
 
-    def saves(self, module: str) -> bool:
-        """True when PEFT stores the module whole, or one that contains it."""
-        parts = module.split(".")
-        whole = [PREFIX + ".".join(parts[: i + 1]) for i in range(len(parts))]
-        return any(name.endswith(end) for name in whole for end in self.saved)
+    def asks(self, module: str) -> str:
+        """What a module's shapes follow from, in an error."""
+        return f"rank {self.kept(module)} (by r and rank_pattern, or init_r)"
+
+    def given(self, module: str) -> dict[str, Any]:
+        """Rank and scale of one module."""
+        return {"rank": self.kept(module), "scale": self.scale(module)}
+
+    def require(self, module: str, base: Base) -> None:
+        """Takes every module of the base."""
+        del module, base
+
+    def shapes(self, place: Place) -> Shapes:
+        """The shapes of a module's tensors, by suffix."""
+        rank, in_, out = place.given["rank"], place.in_, place.out
+        sizes = {"a": (rank, in_), "b": (out, rank), "magnitude": (out,)}
+        sizes |= {"p": (rank, in_), "q": (out, rank), "lam": (rank, 1)}
+        own = suffixes(self.kind, place.embedding)
+        return {end: sizes[field] for field, end in own.items()}
+
+    def module(self, tensors: Arrays, place: Place) -> Module:
+        """Returns our fields of a module's tensors."""
+        fields = {
+            field: tensors[end][:, 0] if field == "lam" else tensors[end].T
+            for field, end in suffixes(self.kind, place.embedding).items()
+        }
+        scale = {"scale": place.given["scale"]}
+        return Module(place.name, adapters.get(self.kind), fields, scale)
 
     def kept(self, module: str) -> int:
         """The rank of the module's factors on disk."""
         if self.kind != "adalora":
-            return self.ranks.get(_first(self.ranks, module), self.rank)
+            return self.ranks.get(first(self.ranks, module), self.rank)
         return sum(self.ranks[module]) if module in self.ranks else self.rank
 
     def scale(self, module: str) -> float:
         """The factor on the product of the module's factors."""
         if self.kind == "adalora":  # alpha_pattern is not for it, nor is rsLoRA
             return self.alpha / (self.rank + RANKNUM)
-        alpha = self.alphas.get(_first(self.alphas, module), self.alpha)
+        alpha = self.alphas.get(first(self.alphas, module), self.alpha)
         rank = self.kept(module)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 
-def read(raw: Mapping[str, Any]) -> Settings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FormSettings(Selection):
+    """What a config of any other type says of the function; see `read`.
+
+    Attributes:
+      form: the entry of its type.
+      values: of `form.fields`.
+      patterned: of fields, values by pattern.
+    """
+
+    form: Form
+    values: Mapping[str, Any]
+    patterned: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def common(self) -> Common | None:
+        """The tensors that all modules share."""
+        return self.form.common
+
+    @property
+    def suffixes(self) -> set[str]:
+        """All that may follow a module's name in those of its tensors."""
+        return set(self.form.tensors)
+
+    @property
+    def said(self) -> str:
+        """The form in an error."""
+        return f"{self.form.peft_type} form"
+
+    def asks(self, module: str) -> str:
+        """What a module's shapes follow from, in an error."""
+        given = self.given(module)
+        return ", ".join(f"{name}={value!r}" for name, value in given.items())
+
+    def require(self, module: str, base: Base) -> None:
+        """Raises ValueError for a module that PEFT does not adapt so."""
+        peft_forms.require_module(self.form, module, base)
+
+    def shapes(self, place: Place) -> Shapes:
+        """The shapes of a module's tensors, by suffix."""
+        return self.form.shapes(place)
+
+    def module(self, tensors: Arrays, place: Place) -> Module:
+        """Returns our fields of a module's tensors."""
+        return Module(place.name, self.form.cls, *self.form.load(tensors, place))
+
+    def given(self, module: str) -> dict[str, Any]:
+        """The values of `form.fields` for one module."""
+        found = dict(self.values)
+        for name, own in self.patterned.items():
+            found[name] = own.get(first(own, module), found[name])
+        return found
+
+
+def read(raw: Mapping[str, Any]) -> Settings | FormSettings:
     """Returns the settings of a config as read from JSON.
 
     Raises:
       ValueError: a field that is unknown, not implemented, or out of range.
     """
-    fields = _Fields(raw)
-    kind = fields.one_of("peft_type", ("LORA", "ADALORA"))
-    for name, default in DEFAULTS.items():
-        given = raw.get(name, default)
-        off = untrusted.ZERO.fits(given) and untrusted.ZERO.fits(default)
-        if given is not None and not off and given != default:
-            raise fields.error(name, f"is not implemented here, only {default!r}")
-    on = {name for name, value in raw.items() if not untrusted.ZERO.fits(value)}
-    if unknown := sorted(on - IMPLEMENTED - HARMLESS - set(DEFAULTS)):
-        told = ", ".join(f"{name}={untrusted.shown(raw[name])}" for name in unknown)
-        raise ValueError(
-            f"unknown fields, which may change what the adapter computes: {told}; "
-            "remove what you know to be harmless"
-        )
+    fields = _Older(raw)
+    kinds = *OLDER, *(form.peft_type for form in peft_table.FORMS.values())
+    kind = fields.one_of("peft_type", kinds)
+    if form := peft_table.of_type(kind):
+        return _of_form(fields, form)
+    fields.require_known(IMPLEMENTED | HARMLESS, DEFAULTS)
     dora = fields.take("use_dora", untrusted.FLAG, False)
     if dora and kind == "ADALORA":
         raise fields.error("use_dora", "has no meaning for AdaLoRA")
-    targets = fields.names("target_modules")
-    layers = fields.layers()
-    if isinstance(targets, str) and layers is not None:
-        raise fields.error("layers_to_transform", "needs a list of target_modules")
     lora = kind == "LORA"
     ranks = fields.table("rank_pattern", RANK) if lora else fields.masks()
     return Settings(
         kind="dora" if dora else kind.lower(),
         rank=fields.take("r", RANK, 8) if lora else fields.take("init_r", RANK, 12),
         alpha=float(fields.take("lora_alpha", REAL if lora else POSITIVE, 8)),
-        dropout=float(fields.take("lora_dropout", RATE, 0.0)),
         rank_stabilized=fields.take("use_rslora", untrusted.FLAG, False) and lora,
-        targets=targets,
-        exclude=fields.names("exclude_modules"),
-        layers=layers,
-        layers_pattern=_listed(fields.names("layers_pattern", patterns_only=True)),
         ranks=ranks,
         alphas=fields.table("alpha_pattern", REAL),
-        saved=tuple(fields.take("modules_to_save", TEXTS, ())),
-        tying=fields.take("ensure_weight_tying", untrusted.FLAG, False),
-        heads=HEADS.get(fields.take("task_type", untrusted.TEXT, ""), ("lm_head",)),
         moved=fields.init(),
+        **fields.selection("lora_dropout"),
     )
 
 
-class _Fields:
-    """Takes fields, each with its checks."""
+def _of_form(fields: Fields, form: Form) -> FormSettings:
+    """The settings of a type that has an entry in the table."""
+    known = COMMON | ALWAYS_HARMLESS | form.free | {form.dropout} | set(form.patterns)
+    fields.require_known(known | set(form.fields), form.fixed)
+    patterned = {
+        of: fields.table(name, form.fields[of][0]) for name, of in form.patterns.items()
+    }
+    take = lambda name: fields.take(name, *form.fields[name])
+    return FormSettings(
+        form=form,
+        values={name: take(name) for name in form.fields},
+        patterned=patterned,
+        **fields.selection(form.dropout),
+    )
 
-    def __init__(self, raw: Mapping[str, Any]) -> None:
-        self.raw = raw
 
-    def error(self, name: str, why: str) -> ValueError:
-        return ValueError(f"{name}={untrusted.shown(self.raw.get(name))} {why}")
-
-    def take(self, name: str, rule: untrusted.Rule, default: Any) -> Any:
-        given = self.raw.get(name)
-        return default if given is None else untrusted.check(name, given, rule)
-
-    def one_of(self, name: str, choices: tuple[str, ...]) -> str:
-        if self.raw.get(name) not in choices:
-            raise self.error(name, f"is not implemented; known are {choices}")
-        return self.raw[name]
-
-    def names(self, name: str, patterns_only: bool = False) -> str | tuple[str, ...]:
-        value = self.take(name, NAMES, ()) or ()
-        every = [value] if isinstance(value, str) else value if patterns_only else []
-        for pattern in every:
-            self.check(name, pattern)
-        if isinstance(value, str):
-            return EVERY_LINEAR if value.lower() == EVERY_LINEAR else value
-        return tuple(value)
-
-    def check(self, name: str, pattern: str) -> None:
-        try:
-            patterns.compiled(pattern)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-
-    def layers(self) -> tuple[int, ...] | None:
-        value = self.take("layers_to_transform", LAYERS, [])
-        given = [value] if isinstance(value, int) else value
-        return tuple(given) or None
-
-    def table(self, name: str, rule: untrusted.Rule) -> dict[str, Any]:
-        value = self.take(name, untrusted.TABLE, {})
-        for key, item in value.items():
-            untrusted.check(f"{name}.{key}", item, rule)
-            self.check(name, key)
-        return dict(value)
+class _Older(Fields):
+    """Takes what LoRA and AdaLoRA have of their own."""
 
     def masks(self) -> dict[str, list[bool]]:
         """AdaLoRA's rank_pattern, by module."""
@@ -264,34 +298,3 @@ class _Fields:
                 "init_lora_weights", "is unknown: it may have moved the base's kernels"
             )
         return ""
-
-
-def _listed(names: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else names
-
-
-def _matches(names: str | tuple[str, ...], module: str) -> bool:
-    if isinstance(names, str):
-        return patterns.compiled(names).fullmatch(module)
-    return any(module == name or module.endswith(f".{name}") for name in names)
-
-
-def _first(table: Mapping[str, Any], module: str) -> str:
-    """The first pattern that matches the end of the name; else the name."""
-    found = (key for key in table if patterns.compiled(key).tail(module))
-    return next(found, module)
-
-
-def _layer(module: str, before: tuple[str, ...]) -> int | None:
-    """The layer's number in a name, as PEFT finds it."""
-    if not before:
-        # at least two components in front of it and one behind
-        parts = module.split(".")
-        return next((int(p) for p in parts[2:-1] if p.isdecimal()), None)
-    starts = [0, *(i + 1 for i, c in enumerate(module) if c == ".")]
-    for pattern in before:
-        for start in starts:
-            for end in sorted(patterns.compiled(pattern).ends(module, start)):
-                if found := re.compile(r"\.(\d+)\.").match(module, end):
-                    return int(found[1])
-    return None

@@ -17,15 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from lorax.interop import files
+from lorax.interop import files, peft_table
 from lorax.interop.peft_base import WEIGHT, Base
-from lorax.interop.peft_config import PREFIX
+from lorax.interop.peft_selection import PREFIX
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 FACTORS = (
     "lora_A lora_B lora_E lora_embedding_A lora_embedding_B lora_magnitude_vector"
 ).split()
-LINEAR = ("lora_A", "lora_B")
 WHOLE, ORIGINAL, LAYER = "modules_to_save", "original_module", "base_layer"
 FOREIGN = ("lora_down", "lora_up", "lora.down", "lora.up")
 WRITE = (
@@ -36,13 +35,14 @@ DEPTH = 3  # components of a prefix that may be there once too often
 
 
 def read(
-    tensors: Mapping[str, files.Tensor], kind: str, base: Base
+    tensors: Mapping[str, files.Tensor], suffixes: Collection[str], base: Base
 ) -> tuple[dict[str, files.Tensor], str]:
     """Returns the tensors by the base's names, and what PEFT's modules lack in front.
 
     Args:
       tensors: by their names in the file.
-      kind: "lora", "dora" or "adalora".
+      suffixes: what may follow a module's name: ".lora_A.weight" of LoRA, ".lora_A" of
+        AdaLoRA.
       base: the model.
 
     Raises:
@@ -52,7 +52,7 @@ def read(
     named: dict[str, files.Tensor] = {}
     adapters: dict[str, str] = {}
     for key, tensor in tensors.items():
-        name, adapter = _plain(key, kind, base)
+        name, adapter = _plain(key, suffixes, base)
         if name in named:
             first = named[name].key
             raise ValueError(f"{first!r} and {key!r} are one tensor: keep one")
@@ -70,7 +70,7 @@ def read(
     return found, front and f"{front}."
 
 
-def _plain(key: str, kind: str, base: Base) -> tuple[str, str]:
+def _plain(key: str, suffixes: Collection[str], base: Base) -> tuple[str, str]:
     """The name without wrappers and front, and the adapter's name in it, or ""."""
     if any(word in key for word in FOREIGN):
         raise ValueError(f"{key!r} is spelled as kohya does, not PEFT; {WRITE}")
@@ -85,14 +85,21 @@ def _plain(key: str, kind: str, base: Base) -> tuple[str, str]:
         if any(_ends(whole, other) for other in [*base.where, base.head + WEIGHT]):
             return whole, ""  # older versions leave the adapter's name out
         return ".".join(parts[:at] + parts[at + 2 :]), parts[at + 1]
-    at = next((i for i, part in enumerate(parts) if part in FACTORS), len(parts))
+    words = _words()
+    at = next((i for i, part in enumerate(parts) if part in words), len(parts))
     tail = parts[at + 1 :]
     adapter = tail[0] if tail and tail[0] != "weight" else ""
     if tail not in ([], ["weight"], [adapter], [adapter, "weight"]):
         return ".".join(parts), ""
     bare = ".".join(parts[: at + 1])
-    linear = parts[at : at + 1] and parts[at] in LINEAR
-    return bare + (WEIGHT if linear and kind != "adalora" else ""), adapter
+    weight = f".{''.join(parts[at : at + 1])}{WEIGHT}" in suffixes
+    return bare + (WEIGHT if weight else ""), adapter
+
+
+def _words() -> set[str]:
+    """The first word behind a module's name, of every type."""
+    forms = peft_table.FORMS.values()
+    return {*FACTORS, *(end.split(".")[1] for form in forms for end in form.tensors)}
 
 
 def _ends(name: str, other: str) -> bool:
@@ -141,7 +148,8 @@ def _resolved(
 def _module(name: str) -> str:
     """The module that a tensor's name belongs to."""
     parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part in (*FACTORS, LAYER)), -1)
+    words = _words() | {LAYER}
+    at = next((i for i, part in enumerate(parts) if part in words), -1)
     return ".".join(parts[:at])
 
 

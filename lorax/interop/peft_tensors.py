@@ -15,46 +15,47 @@ base_model.model.<module>.base_layer.weight    the frozen weight of an embedding
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from lorax import tree
-from lorax.interop import files, peft_names
+from lorax.interop import files, peft_names, peft_table
 from lorax.interop.factors import Module
 from lorax.interop.peft_base import WEIGHT, Base
-from lorax.interop.peft_config import PREFIX, Settings
+from lorax.interop.peft_config import FormSettings, Settings, suffixes
+from lorax.interop.peft_forms import Place, Shapes
+from lorax.interop.peft_selection import PREFIX
 
-LORA = {"a": ".lora_A.weight", "b": ".lora_B.weight"}
-EMBEDDING = {"a": ".lora_embedding_A", "b": ".lora_embedding_B"}
-ADALORA = {"a": ".lora_A", "b": ".lora_B", "lam": ".lora_E"}
-MAGNITUDE = {"magnitude": ".lora_magnitude_vector"}
 FROZEN = ".base_layer."
 
 Parts = dict[str, dict[str, files.Tensor]]
 Tensors = dict[str, files.Tensor]
 
 
-def suffixes(kind: str, embedding: bool) -> dict[str, str]:
-    """Returns what follows a module's name, by field of `factors.Module`.
+class Read(NamedTuple):
+    """What a file holds.
 
-    Args:
-      kind: "lora", "dora" or "adalora".
-      embedding: the module is a lookup table.
+    Attributes:
+      modules: with their arrays.
+      saved: tensors that are stored whole, by their keys.
+      frozen: arrays of `Base.frozen`, by name.
     """
-    if kind == "adalora":
-        return ADALORA
-    return (EMBEDDING if embedding else LORA) | (MAGNITUDE if kind == "dora" else {})
+
+    modules: list[Module]
+    saved: dict[str, np.ndarray]
+    frozen: dict[str, np.ndarray]
 
 
 def read(
     tensors: Mapping[str, files.Tensor],
-    settings: Settings,
+    settings: Settings | FormSettings,
     base: Base,
     params: Mapping[str, Any],
-) -> tuple[list[Module], dict[str, np.ndarray]]:
-    """Returns the factors of every module, and the tensors that are stored whole.
+) -> Read:
+    """Returns the arrays of every module, and the tensors that are stored whole.
 
     Nothing is read before every name and shape has been checked.
 
@@ -68,27 +69,90 @@ def read(
     Raises:
       ValueError: names or shapes that are not what the config and the base ask for.
     """
-    named, front = peft_names.read(tensors, settings.kind, base)
-    parts, rest = _sorted(named, settings.kind)
-    _check_modules(parts, settings, base, front)
+    tensors, common = _shared(tensors, settings)
+    named, front = peft_names.read(tensors, settings.suffixes, base)
+    parts, rest = _sorted(named, settings.suffixes)
+    places = {
+        module: place_of(
+            module, settings.given(module.removeprefix(front)), base, params
+        )
+        for module in parts
+        if module in base.modules
+    }
+    _check_modules(parts, places, settings, base, front)
     _check_rest(rest, settings, base, front)
-    scales = {}
     for module, own in parts.items():
-        _check_shapes(module, own, settings.kept(module.removeprefix(front)), base)
-        scales[module] = settings.scale(module.removeprefix(front))
+        asks = settings.asks(module.removeprefix(front))
+        _check_shapes(own, settings.shapes(places[module]), asks)
     _check_frozen(rest, base, params)
-    modules = [_module(name, own, scales[name]) for name, own in parts.items()]
+    frozen = _frozen(common, settings, list(places.values()))
+    modules = [
+        settings.module({end: _float32(t) for end, t in own.items()}, places[module])
+        for module, own in parts.items()
+    ]
     saved = {k: tensor.read() for k, tensor in rest.items() if FROZEN not in k}
-    return modules, saved
+    return Read(modules, saved, frozen)
 
 
-def _sorted(named: Tensors, kind: str) -> tuple[Parts, Tensors]:
+def _shared(
+    tensors: Mapping[str, files.Tensor], settings: Settings | FormSettings
+) -> tuple[Tensors, Tensors]:
+    """Takes out the tensors that all modules share; returns the rest, and them."""
+    rest: Tensors = {}
+    found: Tensors = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("base_model.").partition(".")[0]
+        if settings.common is not None and name in settings.common.names:
+            found[name] = tensor
+        else:
+            rest[key] = tensor
+    return rest, found
+
+
+def _frozen(
+    found: Tensors, settings: Settings | FormSettings, places: Sequence[Place]
+) -> dict[str, np.ndarray]:
+    """The arrays of `Base.frozen` that the shared tensors are."""
+    if (common := settings.common) is None:
+        return {}
+    tree.require(common.names, found, "file")
+    asks = "the largest modules that are adapted"
+    _check_shapes(found, common.shapes(places), asks)
+    return common.load({name: _float32(tensor) for name, tensor in found.items()})
+
+
+def place_of(
+    module: str, given: Mapping[str, Any], base: Base, params: Mapping[str, Any]
+) -> Place:
+    """Returns what a form sees of a module.
+
+    Args:
+      module: its name.
+      given: its values of the config.
+      base: the model.
+      params: leaves by path; empty: the kernel is not known.
+    """
+    in_, out = base.sizes(module)
+    path, layer, _ = base.modules[module]
+
+    def kernel() -> np.ndarray:
+        leaf = params[path] if layer is None else params[path][layer]
+        return np.asarray(jax.device_get(leaf), np.float32).reshape(in_, out)
+
+    known = kernel if path in params else None
+    return Place(module, in_, out, given, known, base.is_embedding(module))
+
+
+def _float32(tensor: files.Tensor) -> np.ndarray:
+    return tensor.read().astype(np.float32)
+
+
+def _sorted(named: Tensors, suffixes: Collection[str]) -> tuple[Parts, Tensors]:
     """Returns `{module: {suffix: tensor}}`, and the other tensors."""
-    ends = {*suffixes(kind, True).values(), *suffixes(kind, False).values()}
     parts: Parts = {}
     rest = {}
     for name, tensor in named.items():
-        end = next((end for end in ends if name.endswith(end)), None)
+        end = next((end for end in suffixes if name.endswith(end)), None)
         if end is None:
             rest[name] = tensor
         else:
@@ -96,20 +160,27 @@ def _sorted(named: Tensors, kind: str) -> tuple[Parts, Tensors]:
     return parts, rest
 
 
-def _check_modules(parts: Parts, settings: Settings, base: Base, front: str) -> None:
+def _check_modules(
+    parts: Parts,
+    places: Mapping[str, Place],
+    settings: Settings | FormSettings,
+    base: Base,
+    front: str,
+) -> None:
     """Holds the modules that have factors against the base and the config."""
     for module, own in parts.items():
         if module not in base.modules:
             key = next(iter(own.values())).key
             raise ValueError(f"{key!r}: {_unknown(module, base.modules)}")
         base.require_one(module)
-        ends = set(suffixes(settings.kind, base.is_embedding(module)).values())
+        settings.require(module, base)
+        ends = set(settings.shapes(places[module]))
         if odd := sorted(ends ^ set(own)):
             there, tensor = next(iter(own.items()))
             raise ValueError(
                 f"{tensor.key.removesuffix(there) + odd[0]!r} is "
                 f"{'there' if odd[0] in own else 'absent'}: as a module of this base "
-                f"in {settings.kind} form (peft_type, use_dora) {module!r} needs "
+                f"in {settings.said} {module!r} needs "
                 f"{sorted(ends)}"
             )
     want = {
@@ -137,7 +208,9 @@ def _check_modules(parts: Parts, settings: Settings, base: Base, front: str) -> 
         )
 
 
-def _check_rest(rest: Tensors, settings: Settings, base: Base, front: str) -> None:
+def _check_rest(
+    rest: Tensors, settings: Settings | FormSettings, base: Base, front: str
+) -> None:
     """Holds what is stored whole, and frozen weights, against base and config."""
     shapes = {key: base.shape(key) for key in base.where}
     if base.head:
@@ -162,14 +235,10 @@ def _check_rest(rest: Tensors, settings: Settings, base: Base, front: str) -> No
             raise ValueError(f"modules_to_save names {module!r}; {absent!r} is absent")
 
 
-def _check_shapes(module: str, own: Tensors, rank: int, base: Base) -> None:
-    in_, out = base.sizes(module)
-    shapes = {"A": (rank, in_), "B": (out, rank), "E": (rank, 1), "vector": (out,)}
+def _check_shapes(own: Tensors, want: Shapes, asks: str) -> None:
     for end, tensor in own.items():
-        want = shapes[end.removesuffix(WEIGHT).rpartition("_")[2]]
-        if tensor.shape != want:
-            who = f"rank {rank} (by r and rank_pattern, or init_r) and the base ask"
-            raise ValueError(_misshapen(tensor, want, who))
+        if tensor.shape != tuple(want[end]):
+            raise ValueError(_misshapen(tensor, want[end], f"{asks} and the base ask"))
         tensor.require_floating()
 
 
@@ -188,33 +257,55 @@ def _check_frozen(rest: Tensors, base: Base, params: Mapping[str, Any]) -> None:
             )
 
 
-def _module(name: str, own: Tensors, scale: float) -> Module:
-    fields: dict[str, np.ndarray] = {}
-    for end, tensor in own.items():
-        array = tensor.read().astype(np.float32)
-        if end in MAGNITUDE.values():
-            fields["magnitude"] = array
-        elif end == ADALORA["lam"]:
-            fields["lam"] = array[:, 0]
-        else:
-            fields["a" if "A" in end else "b"] = array.T
-    return Module(name, scale=scale, **fields)
-
-
-def to_disk(module: Module, kind: str, embedding: bool) -> dict[str, np.ndarray]:
-    """Returns `{key: tensor}` of a module's factors.
+def to_disk(module: Module, kind: str, place: Place) -> dict[str, np.ndarray]:
+    """Returns `{key: tensor}` of a module's arrays.
 
     Args:
-      module: its factors.
-      kind: "lora", "dora" or "adalora".
-      embedding: it is a lookup table.
+      module: its arrays.
+      kind: registered name of its class.
+      place: the module.
     """
-    found = {}
-    for part, suffix in suffixes(kind, embedding).items():
-        array = getattr(module, part)
-        tensor = array[:, None] if part == "lam" else array.T
-        found[f"{PREFIX}{module.name}{suffix}"] = np.ascontiguousarray(tensor)
-    return found
+    if kind in peft_table.FORMS:
+        found = peft_table.FORMS[kind].save(module, place)
+    else:
+        own = suffixes(kind, place.embedding)
+        on_disk = lambda x, f: x[:, None] if f == "lam" else x.T
+        found = {
+            end: on_disk(module.fields[field], field) for field, end in own.items()
+        }
+    name = f"{PREFIX}{module.name}"
+    return {f"{name}{end}": np.ascontiguousarray(t) for end, t in found.items()}
+
+
+def common_to_disk(
+    modules: Sequence[Module],
+    places: Sequence[Place],
+    kind: str,
+    frozen: Mapping[str, Any],
+) -> dict[str, np.ndarray]:
+    """Returns `{key: tensor}` of what all modules share.
+
+    Args:
+      modules: of one class.
+      places: of the modules.
+      kind: registered name of their class.
+      frozen: arrays of `Base.frozen` by name.
+
+    Raises:
+      ValueError: an array that is not there.
+    """
+    form = peft_table.FORMS.get(kind)
+    if form is None or form.common is None:
+        return {}
+    lent = {name for m in modules for _, name in m.statics["lent"]}
+    if lacking := sorted(lent - set(frozen)):
+        raise ValueError(
+            f"{form.peft_type} is written with its frozen arrays {lacking}; pass "
+            "params=, the lorax.Base that lorax.init returned"
+        )
+    arrays = {name: np.asarray(jax.device_get(frozen[name])) for name in lent}
+    found = form.common.save(modules, places, arrays)
+    return {f"base_model.{n}": np.ascontiguousarray(t) for n, t in found.items()}
 
 
 def _misshapen(tensor: files.Tensor, want: tuple[int, ...], who: str) -> str:

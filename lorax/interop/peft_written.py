@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from lorax.interop import peft_config
+from lorax.interop import peft_config, peft_table
 from lorax.interop.factors import Module
 from lorax.interop.peft_base import Base, short_names
+from lorax.interop.peft_forms import Form, near_whole
+from lorax.interop.peft_selection import ALWAYS_HARMLESS
 
 FREE = peft_config.HARMLESS | {"lora_dropout"}
+"""Fields of LoRA and AdaLoRA that a caller may give."""
 
 
 def fields(
@@ -26,7 +29,7 @@ def fields(
     """Returns the fields.
 
     Args:
-      kind: "lora", "dora" or "adalora".
+      kind: registered name of the adapters' class.
       modules: with their factors; of AdaLoRA one scale is made of all by the caller.
       saved: keys of whole tensors.
       base: the model.
@@ -37,27 +40,55 @@ def fields(
     Raises:
       ValueError: fields that are not free, or rates that differ.
     """
-    if odd := sorted(set(given) - FREE):
+    form = peft_table.FORMS.get(kind)
+    own = {form.dropout, *form.free} - {""} if form else set()
+    free = ALWAYS_HARMLESS | own if form else FREE
+    dropout = form.dropout if form else "lora_dropout"
+    if odd := sorted(set(given) - free):
         raise ValueError(
-            f"fields={odd} follow from the adapters; free are {', '.join(sorted(FREE))}"
+            f"fields={odd} follow from the adapters; free are {', '.join(sorted(free))}"
         )
-    if len(set(rates)) > 1 and "lora_dropout" not in given:
+    if form and rank_stabilized:
         raise ValueError(
-            f"PEFT has one lora_dropout, and the adapters have {sorted(set(rates))}; "
-            "choose by fields={'lora_dropout': ...}"
+            f"rank_stabilized=True is LoRA's, and PEFT's {form.peft_type} has none"
         )
-    names = [module.name for module in modules]
+    if not dropout and any(rates):
+        raise ValueError(
+            f"PEFT's {kind} drops no inputs, and the adapters have {sorted(set(rates))}"
+            "; set dropout=0 by adapter.replace(dropout=0.0)"
+        )
+    if len(set(rates)) > 1 and dropout not in given:
+        raise ValueError(
+            f"PEFT has one {dropout}, and the adapters have {sorted(set(rates))}; "
+            f"choose by fields={{{dropout!r}: ...}}"
+        )
+    rate = next(iter(rates), 0.0)
+    found: dict[str, Any] = {"task_type": None, "inference_mode": True}
+    if dropout:
+        found[dropout] = rate
+    found |= _selection([module.name for module in modules], saved, base)
+    if form:
+        conv1d = found.pop("fan_in_fan_out")
+        found |= {"fan_in_fan_out": conv1d} if "fan_in_fan_out" in form.free else {}
+        return {**found, **_of_form(form, modules), **given}
+    found |= {
+        "peft_type": "LORA",
+        "bias": "none",
+        "init_lora_weights": True,
+        "use_dora": kind == "dora",
+        "use_rslora": rank_stabilized,
+    }
+    ranks = _adalora(modules) if kind == "adalora" else _lora(modules, rank_stabilized)
+    return {**found, **ranks, **given}
+
+
+def _selection(
+    names: Sequence[str], saved: Sequence[str], base: Base
+) -> dict[str, Any]:
+    """The fields that say which modules are adapted, and which are stored whole."""
     whole = sorted({key.rpartition(".")[0] for key in saved})
     every = {key.rpartition(".")[0] for key in base.where} | {base.head} - {""}
     found = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "bias": "none",
-        "use_dora": kind == "dora",
-        "use_rslora": rank_stabilized,
-        "lora_dropout": next(iter(rates), 0.0),
         "fan_in_fan_out": any(
             not base.modules[name].entry.transposed and "embedding" not in path
             for name in names
@@ -68,15 +99,33 @@ def fields(
     }
     if base.head and {base.embedding, base.head} & {*names, *whole}:
         found["ensure_weight_tying"] = base.embedding.endswith("embed_tokens")
-    ranks = _adalora(modules) if kind == "adalora" else _lora(modules, rank_stabilized)
-    return {**found, **ranks, **given}
+    return found
+
+
+def _of_form(form: Form, modules: Sequence[Module]) -> dict[str, Any]:
+    """The fields of a type of the table; patterns where modules differ."""
+    each = {m.name: form.config(m) for m in modules}
+    patterns = {of: name for name, of in form.patterns.items()}
+    found: dict[str, Any] = {"peft_type": form.peft_type, **form.fixed}
+    for field in form.fields:
+        values = {name: own[field] for name, own in each.items()}
+        found[field] = Counter(values.values()).most_common(1)[0][0]
+        pattern = _pattern(values, found[field])
+        if pattern and field not in patterns:
+            raise ValueError(
+                f"PEFT's {form.peft_type} has one {field}, and the adapters have "
+                f"{sorted(set(values.values()))}; save them apart"
+            )
+        if field in patterns:
+            found[patterns[field]] = pattern
+    return found
 
 
 def _lora(modules: Sequence[Module], rank_stabilized: bool) -> dict[str, Any]:
     """The common rank and alpha, and the patterns of those that differ."""
-    ranks = {m.name: m.a.shape[1] for m in modules}
+    ranks = {m.name: m.rank for m in modules}
     root = math.sqrt if rank_stabilized else float
-    alphas = {m.name: _whole(m.scale * root(ranks[m.name])) for m in modules}
+    alphas = {m.name: near_whole(m.scale * root(ranks[m.name])) for m in modules}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return {
@@ -99,7 +148,7 @@ def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
 
 def _adalora(modules: Sequence[Module]) -> dict[str, Any]:
     """AdaLoRA's fields; PEFT divides alpha by the initial rank plus 1e-5."""
-    ranks = {m.name: m.a.shape[1] for m in modules}
+    ranks = {m.name: m.rank for m in modules}
     rank = max(1, *ranks.values())
     pattern = {
         f"{name}.lora_E": [True] * own + [False] * (rank - own)
@@ -116,9 +165,3 @@ def _adalora(modules: Sequence[Module]) -> dict[str, Any]:
         "tinit": 0,
         "tfinal": 0,
     }
-
-
-def _whole(value: float) -> float:
-    """The integer that a product of scale and rank was rounded off from, if any."""
-    near = round(value)
-    return near if math.isclose(value, near, rel_tol=1e-12) else value

@@ -1,0 +1,118 @@
+"""LoHa: an update that is the elementwise product of two low-rank matrices.
+
+    W = W0 + scale * (a1 b1) * (a2 b2)
+
+of rank up to r^2 from the parameters of rank 2 r. Row i of the update is a sum over
+pairs of ranks, so that it is one thin product of width r^2 as well (Khatri-Rao):
+
+    (a1 b1) * (a2 b2) = a b,   a[i, (k, l)] = a1[i, k] a2[i, l],   b likewise.
+
+References:
+  Hyeon-Woo, Ye-Bin, Oh, FedPara: Low-Rank Hadamard Product for Communication-Efficient
+  Federated Learning, arXiv:2108.06098. Yeh et al., Navigating Text-To-Image
+  Customization: From LyCORIS Fine-Tuning to Model Evaluation, arXiv:2309.14859.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lorax.adapters import layout, making
+from lorax.adapters.parametrisation import Parametrisation, register
+from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
+
+
+@register("loha")
+@flax.struct.dataclass
+class LoHa(Parametrisation):
+    """Update `scale * (a1 @ b1) * (a2 @ b2)` of one kernel, or of a stack of kernels.
+
+    The thin product has the width r^2 and costs what LoRA of that rank does; where r^2
+    is not below min(in, out), the kernel is merged, and `on_merge` says so.
+
+    Attributes:
+      a1: `[*batch, *in, rank]`.
+      b1: `[*batch, rank, *out]`.
+      a2: `[*batch, *in, rank]`.
+      b2: `[*batch, rank, *out]`.
+      scale: the factor on the product, alpha / rank.
+      axes: the leaf's in, out and batch axes.
+      dropout: rate on the input of the adapter branch, in [0, 1).
+      layers: the layers of the first batch axis that have factors; None for all.
+    """
+
+    a1: jax.Array
+    b1: jax.Array
+    a2: jax.Array
+    b2: jax.Array
+    scale: float = flax.struct.field(pytree_node=False)
+    axes: Axes = flax.struct.field(pytree_node=False)
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+    layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
+
+    fields = {
+        "a1": Field("a1", "batch in rank", decays=True),
+        "b1": Field("b1", "batch rank out", decays=True),
+        "a2": Field("a2", "batch in rank", decays=True),
+        "b2": Field("b2", "batch rank out", decays=True),
+    }
+    additive = True
+    padded = True
+    absorbs = "b1"
+
+    @classmethod
+    def make(
+        cls,
+        key: jax.Array,
+        kernel: KernelSpec,
+        target: TargetSpec,
+        shared: Mapping[str, jax.Array],
+    ) -> LoHa:
+        """Returns a2 = 0, a1 ~ U(-1/sqrt(in), 1/sqrt(in)), b1, b2 ~ U(-1, 1)/sqrt(r).
+
+        As in PEFT, after the paper's He initialisation; LyCORIS draws normal numbers.
+        """
+        del shared
+        in_, out, batch = making.sizes(kernel, target)
+        rank, keys = target.rank, jax.random.split(key, 3)
+
+        def uniform(key: jax.Array, shape: tuple[int, ...], fan: int) -> jax.Array:
+            bound = 1 / math.sqrt(fan)
+            return jax.random.uniform(key, shape, target.dtype, -bound, bound)
+
+        reads, writes = (*batch, *in_, rank), (*batch, rank, *out)
+        return cls(
+            uniform(keys[0], reads, math.prod(in_)),
+            uniform(keys[1], writes, rank),
+            jnp.zeros(reads, target.dtype),
+            uniform(keys[2], writes, rank),
+            **making.statics(kernel, target),
+        )
+
+    def factors(self, kernel: jax.Array) -> Factors | None:
+        """Returns the thin product of width r^2; None where it is not thin."""
+        in_, out, batch = self.axes.sizes(kernel.shape)
+        if self.rank**2 >= min(math.prod(in_), math.prod(out)):
+            return None
+        return self._product(kernel)
+
+    def _form(self, kernel: jax.Array) -> Factors:
+        return self._product(kernel)
+
+    def _product(self, kernel: jax.Array) -> Factors:
+        """The Khatri-Rao products, zero where no layer has factors."""
+        dtype, rank = layout.wide(self.a1, self.b1), self.rank
+        a1, b1, a2, b2 = (x.astype(dtype) for x in (self.a1, self.b1, self.a2, self.b2))
+        a = a1[..., :, None] * a2[..., None, :]
+        a = a.reshape(*a1.shape[:-1], rank * rank)
+        n = b1.ndim - len(self.axes.out) - 1  # of the batch
+        b = jnp.expand_dims(b1, n + 1) * jnp.expand_dims(b2, n)
+        b = self.scale * b.reshape(*b1.shape[:n], rank * rank, *b1.shape[n + 1 :])
+        depth = layout.depth(kernel, self.axes)
+        a, b = (layout.spread(f, self.layers, depth) for f in (a, b))
+        return Factors(a, b)

@@ -1,0 +1,31 @@
+"""The parametrisations that PEFT has a form of, beside LoRA, DoRA and AdaLoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorax.interop import peft_low_rank
+from lorax.interop.peft_forms import Form
+
+FORMS: dict[str, Form] = {form.adapter: form for form in (*peft_low_rank.FORMS,)}
+"""Form by our registered name."""
+
+
+def register(form: Form) -> Form:
+    """Adds a form, for a parametrisation from outside.
+
+    Raises:
+      ValueError: a name or a type that another form has.
+    """
+    if form.adapter in FORMS or of_type(form.peft_type):
+        raise ValueError(
+            f"{form.adapter!r} as PEFT's {form.peft_type!r}: one of the two has a form "
+            "already"
+        )
+    FORMS[form.adapter] = form
+    return form
+
+
+def of_type(peft_type: Any) -> Form | None:
+    """Returns the form of a PEFT type; None: there is none."""
+    return next((f for f in FORMS.values() if f.peft_type == peft_type), None)

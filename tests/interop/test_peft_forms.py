@@ -1,0 +1,142 @@
+"""Types of PEFT that the table has: logits both ways, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import lorax
+from lorax import adapters as adapter_classes
+from lorax.interop import peft as ours
+from lorax.interop import peft_config, peft_selection, peft_table
+from lorax.types import Base
+from tests.interop import peft_cases as cases
+
+peft = pytest.importorskip("peft", reason="needs the golden extra: torch, peft")
+LLAMA, GPT2 = ("llama", False), ("gpt2", True)
+SOME = ["q_proj", "v_proj", "down_proj"]  # of unequal sizes
+FUSED = ["c_attn", "mlp.c_proj"]
+
+# name: (base, config); the types that PEFT has on `Conv1D` have a case of GPT-2
+CASES = {
+    "loha": (LLAMA, peft.LoHaConfig(r=2, alpha=3, target_modules=SOME)),
+    "loha patterns": (
+        LLAMA,
+        peft.LoHaConfig(
+            r=2,
+            alpha=4,
+            target_modules=["q_proj", "up_proj"],
+            rank_pattern={"layers.1.self_attn.q_proj": 3},
+            alpha_pattern={"up_proj": 5},
+            layers_to_transform=[0, 1],
+        ),
+    ),
+    "loha head": (("gpt2", False), peft.LoHaConfig(r=2, target_modules=["lm_head"])),
+}
+
+
+def test_every_form_has_a_case():
+    types = {config.peft_type.value for _, config in CASES.values()}
+    assert types == {form.peft_type for form in peft_table.FORMS.values()}
+    fused = {c.peft_type.value for base, c in CASES.values() if base == GPT2}
+    assert fused == {f.peft_type for f in peft_table.FORMS.values() if f.conv1d}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_ways(name, tmp_path):
+    base, config = CASES[name]
+    model = cases.adapted(*base, config)
+    cases.saved(model, tmp_path / "theirs")
+    expected = cases.logits(model)
+
+    model_config, params, run = cases.own(*base)
+    adapters, params = ours.load_with_base(tmp_path / "theirs", model_config, params)
+    form = peft_table.of_type(config.peft_type.value)
+    assert {type(a) for a in adapters.values()} == {form.cls}
+    logits = lambda adapters, params: np.asarray(run(lorax.merge(adapters, params)))
+    cases.assert_same(logits(adapters, params), expected, *base)
+
+    ours.save(tmp_path / "ours", adapters, model_config, params=params)
+    cases.assert_same(cases.in_peft(*base, tmp_path / "ours"), expected, *base)
+    plain = params.params if isinstance(params, Base) else params
+    again, params = ours.load_with_base(tmp_path / "ours", model_config, plain)
+    cases.assert_same(logits(again, params), expected, *base)
+    assert jax.tree.structure(again) == jax.tree.structure(adapters)
+    for one, two in zip(*map(jax.tree.leaves, (again, adapters)), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", peft_table.FORMS)
+def test_every_field_of_the_installed_version(name):
+    """Each is known to the table, with PEFT's own default."""
+    form = peft_table.FORMS[name]
+    kind = next(c for _, c in CASES.values() if c.peft_type.value == form.peft_type)
+    theirs = {field.name: field for field in dataclasses.fields(kind)}
+    own = [set(form.fields), set(form.patterns), set(form.fixed), set(form.free)]
+    own += [{form.dropout} - {""}]
+    common = peft_selection.COMMON | peft_selection.ALWAYS_HARMLESS
+    for field in theirs:
+        assert field in common.union(*own), f"{field} is new"
+    assert set().union(*own) <= set(theirs), "names that PEFT does not have"
+    assert sum(map(len, own)) == len(set().union(*own)), "a field in two groups"
+    for field, (_, default) in form.fields.items():
+        assert theirs[field].default == default, field
+
+
+@pytest.mark.parametrize("name", peft_table.FORMS)
+def test_what_is_not_implemented_is_refused(name):
+    form = peft_table.FORMS[name]
+    raw = {"peft_type": form.peft_type, "target_modules": ["q_proj"]}
+    with pytest.raises(ValueError, match="unknown fields.*gamma=3"):
+        peft_config.read({**raw, "gamma": 3})
+    for field, value in form.fixed.items():
+        with pytest.raises(ValueError, match=f"{field}=.* is not implemented here"):
+            peft_config.read({**raw, field: not value or "other"})
+    for field in form.fields:
+        with pytest.raises(ValueError, match=rf"{field}=\[None\]; it must be"):
+            peft_config.read({**raw, field: [None]})
+
+
+def made(base, target, **kwargs):
+    """Adapters of a class on a base, and what goes with them."""
+    config, params, _ = cases.own(*base)
+    family = {"llama": "llama", "gpt2": "gpt2"}[base[0]]
+    model = __import__(f"lorax.models.{family}", fromlist=["x"]).Model
+    run = lambda params: model(config).apply({"params": params}, cases.TOKENS)
+    kernels = lorax.discover(run, params)
+    return config, *lorax.init(jax.random.key(0), params, target, kernels, **kwargs)
+
+
+def test_embeddings_and_conv1d_are_refused(tmp_path):
+    config, adapters, params = made(GPT2, [("layers/up/kernel", 2, 4, "loha")])
+    with pytest.raises(ValueError, match="a transformers Conv1D, on which PEFT has no"):
+        ours.save(tmp_path, adapters, config, params=params)
+    target = lorax.Target("embed/embedding", rank=2, adapter="loha")
+    config, adapters, params = made(LLAMA, target)
+    with pytest.raises(ValueError, match="an embedding, on which PEFT has no LOHA"):
+        ours.save(tmp_path, adapters, config, params=params)
+
+
+def test_what_other_types_lack_is_refused(tmp_path):
+    target = lorax.Target("layers/(q|k)/kernel", rank=2, adapter="loha", dropout=0.1)
+    config, adapters, params = made(LLAMA, target)
+    save = lambda adapters, **given: ours.save(tmp_path, adapters, config, **given)
+    with pytest.raises(ValueError, match="loha drops no inputs, .* dropout=0"):
+        save(adapters)
+    still = {path: a.replace(dropout=0.0) for path, a in adapters.items()}
+    with pytest.raises(ValueError, match="rank_stabilized=True is LoRA's, and .* LOHA"):
+        save(still, rank_stabilized=True)
+    with pytest.raises(ValueError, match=r"fields=\['alpha'\] follow from"):
+        save(still, fields={"alpha": 3})
+    save(still, fields={"task_type": "CAUSAL_LM"})
+    text = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert text["task_type"] == "CAUSAL_LM" and text["peft_type"] == "LOHA"
+
+
+def test_a_form_is_registered_once():
+    form = peft_table.FORMS["loha"]
+    with pytest.raises(ValueError, match="one of the two has a form already"):
+        peft_table.register(form._replace(adapter="other"))
+    assert adapter_classes.get("loha") is form.cls
