@@ -201,7 +201,7 @@ def test_inits_read_sharded_kernels(init, kind, options, mesh):
     def made(params, x):
         kernels = lorax.discover(fn, params, x)
         stats = None
-        if inits.INITS[init].stats:
+        if inits.REGISTRY[init].stats:
             given = jax.random.key(1), fn, params, target, [x], kernels
             stats = lorax.calibrate(*given)
         return lorax.init(jax.random.key(0), params, target, kernels, stats)

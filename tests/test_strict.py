@@ -71,7 +71,7 @@ def train(mode, target, tx, whole=True, **options):
         key = jax.random.key(0)
         kernels = lorax.discover(loss_fn, params, batch)
         stats = None
-        if target.adapter != "full" and inits.INITS[target.init].stats:
+        if inits.of_target(target).stats:
             stats = lorax.calibrate(key, loss_fn, params, targets, [batch], kernels)
         adapters, params = lorax.init(key, params, targets, kernels, stats)
         tx = tx(adapters)

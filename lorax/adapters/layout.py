@@ -210,6 +210,8 @@ def added_by(factors: Factors, axes: Axes, kernel: jax.Array) -> jax.Array | Non
 
 def mapped(factors: Factors, axes: Axes, kernel: jax.Array) -> list[jax.Array]:
     """Returns `D W0` and C of a form's maps in the leaf's layout."""
+    if factors.inputs is None and factors.branch is None:
+        return []
     in_, out, batch = axes.sizes(kernel.shape)
     n, m, dtype = math.prod(in_), math.prod(out), wide(kernel)
     matrix = kernel.astype(dtype).transpose(axes.order).reshape(*batch, n, m)
