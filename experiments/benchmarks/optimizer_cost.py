@@ -16,6 +16,7 @@ of an update, for so many small pairs of one shape, and of as many different sha
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import statistics
@@ -153,17 +154,23 @@ def compare_programs(
 ) -> dict[str, dict[str, Any]]:
     """Lines, seconds to build and milliseconds to run, on equal and unequal shapes."""
     rows: dict[str, dict[str, Any]] = {name: {} for name in names}
+    runs: dict[str, Any] = {}
     for kind in ("equal", "unequal"):
-        tree, runs = small_pairs(count, kind == "equal"), {}
+        tree = small_pairs(count, kind == "equal")
         for name in names:
             start = time.perf_counter()
             step, args = compiled(OPTIMIZERS[name](), tree)
             rows[name][f"{kind}_build_s"] = time.perf_counter() - start
             rows[name][f"{kind}_lines"] = len(step.as_text().splitlines())
-            runs[name] = lambda step=step, args=args: jax.block_until_ready(step(*args))
-        for name, seconds in measure.interleave(runs, rounds).items():
-            rows[name][f"{kind}_ms"] = 1e3 * min(seconds)
+            runs[f"{kind} {name}"] = functools.partial(_run, step, args)
+    for key, seconds in measure.interleave(runs, rounds).items():
+        kind, name = key.split(" ", 1)
+        rows[name][f"{kind}_ms"] = 1e3 * min(seconds)
     return rows
+
+
+def _run(step: Any, args: Any) -> Any:
+    return jax.block_until_ready(step(*args))
 
 
 def programs_table(rows: dict[str, dict[str, Any]]) -> str:

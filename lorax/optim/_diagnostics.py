@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -87,8 +87,7 @@ def adam_diagnostics(
     for path, field in sorted(seconds):
         role = grads[path].roles[field]
         trees = (getattr(grads[path], field), getattr(updates[path], field))
-        flat = lambda x: jnp.ravel(x).astype(jnp.float32)
-        piece = (*map(flat, trees), jnp.sqrt(flat(seconds[path, field])))
+        piece = (*map(_flat, trees), jnp.sqrt(_flat(seconds[path, field])))
         pieces["all"].append(piece)
         pieces.setdefault(role, []).append(piece)
     return {role: _summary(found, eps) for role, found in pieces.items()}
@@ -129,8 +128,10 @@ def hessian_row_norms(
     seconds = _second_moments(opt_state, b2)
 
     def rows(path: str, adapter: Any) -> Any:
-        nothing = lambda field: jnp.full(getattr(adapter, field).shape, jnp.nan)
-        v = {f: seconds.get((path, f), nothing(f)) for f in adapter.roles}
+        v = {
+            f: seconds.get((path, f), jnp.full(getattr(adapter, f).shape, jnp.nan))
+            for f in adapter.roles
+        }
         return dataclasses.replace(
             adapter,
             **{f: jnp.sqrt(x.astype(jnp.float32)) / wander for f, x in v.items()},
@@ -166,10 +167,17 @@ def _second_moments(opt_state: Any, b2: float) -> dict[tuple[str, str], jax.Arra
     return found
 
 
+def _flat(x: jax.Array) -> jax.Array:
+    return jnp.ravel(x).astype(jnp.float32)
+
+
 def _summary(pieces: list[tuple[jax.Array, ...]], eps: float) -> AdamDiagnostics:
     """From (gradient, update, sqrt(v)) of every leaf, flat."""
     size = sum(root.size for _, _, root in pieces)
-    total = lambda f: sum((jnp.sum(f(*piece)) for piece in pieces), jnp.zeros(()))
+
+    def total(f: Callable[..., jax.Array]) -> jax.Array:
+        return sum((jnp.sum(f(*piece)) for piece in pieces), jnp.zeros(()))
+
     gg, uu = total(lambda g, u, root: g**2), total(lambda g, u, root: u**2)
     norms = jnp.sqrt(gg) * jnp.sqrt(uu)
     dot = -total(lambda g, u, root: g * u)

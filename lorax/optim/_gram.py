@@ -51,8 +51,8 @@ def damping_of(pair: _pairs.Pair, damping: Any, relative: bool = True) -> jax.Ar
       damping: relative; or d itself.
       relative: False: `damping` is d.
     """
-    trace = lambda f: jnp.sum(f**2, axis=(1, 2))[:, None]
-    larger = jnp.maximum(trace(pair.a), trace(pair.b))
+    traces = (jnp.sum(factor**2, axis=(1, 2))[:, None] for factor in pair[:2])
+    larger = jnp.maximum(*traces)
     if not relative:
         return jnp.full_like(larger, damping)
     rank = jnp.asarray(pair.rank, larger.dtype).reshape(-1, 1)

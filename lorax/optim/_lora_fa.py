@@ -12,6 +12,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -107,7 +108,7 @@ def lora_fa(
       >>> tx = lora_fa(2e-4, weight_decay=0.01)
     """
     _checks.moments(b1, b2, eps, weight_decay)
-    trained = lambda adapters: _decay.role_mask(adapters, TRAINED)
+    trained = functools.partial(_decay.role_mask, roles=TRAINED)
     return optax.chain(
         scale_by_lora_fa(damping, relative),
         optax.masked(_standard.standard(optax.scale_by_adam(b1, b2, eps)), trained),

@@ -103,7 +103,10 @@ def scale_by_lora_plus(ratio: Ratio = 16.0) -> optax.GradientTransformationExtra
         if callable(ratio):
             now = ratio(state.step)
             state = ScaleByLoraPlusState(optax.safe_increment(state.step))
-        scaled = lambda path, a: _scaled(a, _ratio_at(now, path, a, pairs))
+
+        def scaled(path: str, adapter: Any) -> Any:
+            return _scaled(adapter, _ratio_at(now, path, adapter, pairs))
+
         return _pairs.map_present(scaled, updates), state
 
     return _states.transformation(init_fn, update_fn)

@@ -106,8 +106,9 @@ def scale_by_lora_pro_rowcol(
         pairs = {path: a for path, a in given.items() if _pairs.is_pair(a)}
         # Sums of zeros of the factors' own, so that they are sharded alike.
         rows = tree.map_adapters(lambda _, p: _zeros(p.a).sum(-1), pairs)
-        rank_axis = lambda p: layout.stack_axes(p.a, p.axes)
-        columns = tree.map_adapters(lambda _, p: _zeros(p.b).sum(rank_axis(p)), pairs)
+        columns = tree.map_adapters(
+            lambda _, p: _zeros(p.b).sum(layout.stack_axes(p.a, p.axes)), pairs
+        )
         return ScaleByRowColState(jnp.zeros((), jnp.int32), rows, columns)
 
     def update_fn(
@@ -123,10 +124,14 @@ def scale_by_lora_pro_rowcol(
 
         def scaled(h: _pairs.Pair, given: _pairs.Pair, means: Any) -> Any:
             left, right = _thin(h, given)
-            average = lambda old, new: b2 * old + (1 - b2) * new.astype(old.dtype)
-            means = jax.tree.map(average, means, _squares(left, right))
-            debiased = lambda mean: mean / (1 - b2 ** step.astype(mean.dtype)) + eps**2
-            p, q = map(debiased, means)
+            means = jax.tree.map(
+                lambda old, new: b2 * old + (1 - b2) * new.astype(old.dtype),
+                means,
+                _squares(left, right),
+            )
+            p, q = (
+                mean / (1 - b2 ** step.astype(mean.dtype)) + eps**2 for mean in means
+            )
             left *= jnp.sqrt(p.mean(-1, keepdims=True) / p)[..., None]
             right *= (1 / jnp.sqrt(q))[..., None, :]
             a = _gram.dot(left, _gram.dot(right, given.b.mT))
@@ -185,8 +190,8 @@ def scale_by_lora_pro_full(
     def init_fn(params: Adapters) -> ScaleByFullState:
         given = _checks.factor_pairs(params, "scale_by_lora_pro_full")
         pairs = {path: a for path, a in given.items() if _pairs.is_pair(a)}
-        dense = lambda pair: _gram.dot(_zeros(pair.a), _zeros(pair.b))
-        zeros = tree.map_adapters(lambda _, a: dense(_pairs.pair_of(a)), pairs)
+        factors = {path: _pairs.pair_of(adapter)[:2] for path, adapter in pairs.items()}
+        zeros = {path: _gram.dot(*map(_zeros, both)) for path, both in factors.items()}
         return ScaleByFullState(*adam.init(zeros))
 
     def update_fn(

@@ -145,20 +145,8 @@ def scale_by_lora_rite(
             a, b, kept = _turned(update, given, kept, (*rates, eps), escape)
             return *_gram.true_rank_only(a, b, given.rank), kept
 
-        flat = lambda tree, path: _pairs.stacked(tree[path], updates[path])
-        kept = {
-            path: (
-                flat(state.basis, path),
-                flat(state.momentum, path),
-                state.second[path],
-                state.escaped[path],
-            )
-            for path in state.basis
-        }
-        updates, after = _pairwise.map_kept(turned, updates, params, kept, pairs)
-        shape = lambda new, old: new.reshape(old.shape)
-        parts = [{path: each[i] for path, each in after.items()} for i in range(4)]
-        parts = jax.tree.map(shape, parts, list(state[1:]))
+        kept = state[1:]
+        updates, parts = _pairwise.map_both(turned, updates, params, kept, pairs)
         return updates, ScaleByLoraRiteState(step, *parts)
 
     return _states.transformation(init_fn, update_fn)
@@ -234,10 +222,10 @@ def _advanced(
     """The moments of one factor after the unmagnified gradient `g: [n, long, rank]`."""
     b1, b2, eps = rates
     moved = _gram.dot(p, _gram.dot(old.second, p.mT))
-    values = lambda v: _lapack.eigh(v)[0]
     lost = jnp.zeros_like(old.escaped)
     if escape:
-        lost = jnp.max(jnp.maximum(values(old.second) - values(moved), 0), axis=-1)
+        before, after = (_lapack.eigh(v)[0] for v in (old.second, moved))
+        lost = jnp.max(jnp.maximum(before - after, 0), axis=-1)
     second = b2 * moved + (1 - b2) * _gram.dot(g.mT, g) / g.shape[1]
     escaped = b2 * (old.escaped + lost)
     direction = _gram.dot(g, _inverse_root(second, escaped[:, None], eps))

@@ -113,8 +113,9 @@ def scale_by_muon_factors(
 
     def init_fn(params: Adapters) -> ScaleByMuonFactorsState:
         given = _checks.factor_pairs(params, "scale_by_muon_factors")
-        zero = lambda x: jnp.zeros_like(x, linalg.wide(x.dtype))
-        return ScaleByMuonFactorsState(jax.tree.map(zero, given))
+        return ScaleByMuonFactorsState(
+            jax.tree.map(lambda x: jnp.zeros_like(x, linalg.wide(x.dtype)), given)
+        )
 
     def update_fn(
         updates: Adapters,
@@ -126,11 +127,14 @@ def scale_by_muon_factors(
     ) -> tuple[Adapters, ScaleByMuonFactorsState]:
         del extra
         handled = _pairs.factor_mask(updates, _roles(factors))
-        mean = lambda m, g, on: beta * m + (1 - beta) * g.astype(m.dtype) if on else m
+
+        def mean(m: jax.Array, g: jax.Array, on: bool) -> jax.Array:
+            return beta * m + (1 - beta) * g.astype(m.dtype) if on else m
+
+        def look(m: jax.Array, g: jax.Array, on: bool) -> jax.Array:
+            return g if not on else (1 - beta) * g + beta * m if nesterov else m
+
         momentum = jax.tree.map(mean, state.momentum, updates, handled)
-        look = lambda m, g, on: (
-            g if not on else (1 - beta) * g + beta * m if nesterov else m
-        )
         ahead = jax.tree.map(look, momentum, updates, handled)
 
         def turned(update: _pairs.Pair, own: _pairs.Pair) -> Any:
@@ -138,8 +142,7 @@ def scale_by_muon_factors(
             return _gram.true_rank_only(a, b, own.rank)
 
         new = _pairwise.map_pairs(turned, ahead, params, pairs)
-        back = lambda n, u: n.astype(u.dtype)
-        new = jax.tree.map(back, new, updates)
+        new = jax.tree.map(lambda n, u: n.astype(u.dtype), new, updates)
         return new, ScaleByMuonFactorsState(momentum)
 
     return _states.transformation(init_fn, update_fn)
@@ -247,8 +250,10 @@ def _width(out: int, rank: Any) -> Any:
 
 def _alive(own: jax.Array, other: jax.Array) -> jax.Array:
     """Zero where a factor's momentum is rounding beside its partner's."""
-    norm = lambda x: jnp.linalg.norm(x, axis=(1, 2), keepdims=True)
-    return jnp.where(norm(own) > _polar.THRESHOLD * norm(other), own, 0)
+    size, beside = (
+        jnp.linalg.norm(x, axis=(1, 2), keepdims=True) for x in (own, other)
+    )
+    return jnp.where(size > _polar.THRESHOLD * beside, own, 0)
 
 
 def _inverse_root(spectrum: _gram.Spectrum) -> jax.Array:

@@ -86,7 +86,10 @@ def track_noise_scale(
     ) -> tuple[Any, NoiseScaleState]:
         del params, extra
         covariance, gradient = _estimates(microbatch)
-        ema = lambda old, new: jnp.asarray(decay * old + (1 - decay) * new, old.dtype)
+
+        def ema(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jnp.asarray(decay * old + (1 - decay) * new, old.dtype)
+
         return updates, NoiseScaleState(
             optax.safe_increment(state.count),
             ema(state.covariance, covariance),

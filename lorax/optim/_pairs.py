@@ -68,7 +68,10 @@ def is_present(adapter: Any) -> bool:
 
 def map_present(function: Callable[[str, Any], Any], adapters: Adapters) -> Adapters:
     """Returns `{path: function(path, adapter)}`, what is left out as it is."""
-    own = lambda path, a: function(path, a) if is_present(a) else a
+
+    def own(path: str, adapter: Any) -> Any:
+        return function(path, adapter) if is_present(adapter) else adapter
+
     return tree.map_adapters(own, adapters)
 
 
@@ -100,8 +103,8 @@ def stacked(factors: Any, adapter: Any) -> Both:
 
 def zeros(adapter: Any) -> Both:
     """Returns zeros of the factors' shapes, at least float32."""
-    zero = lambda x: jnp.zeros_like(x, linalg.wide(x.dtype))
-    return Both(zero(adapter.a), zero(adapter.b))
+    both = (adapter.a, adapter.b)
+    return Both(*(jnp.zeros_like(x, linalg.wide(x.dtype)) for x in both))
 
 
 def factor_mask(

@@ -14,7 +14,7 @@ differently would gather them. So does a large pair, whose copy costs more than 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -156,6 +156,34 @@ def map_kept(
     return changed, after
 
 
+def map_both(
+    function: KeepingFunction,
+    updates: Adapters,
+    adapters: Adapters | None,
+    parts: Sequence[Mapping[str, _pairs.Both]],
+    pairs: Mapping[str, PairStatics] | None = None,
+) -> tuple[Adapters, list[dict[str, _pairs.Both]]]:
+    """`map_kept` for states that keep something of both factors, part by part.
+
+    Args:
+      function: see `map_kept`; what it keeps is a tuple of `Both`, one for each part.
+      updates: see `map_pairs`.
+      adapters: see `map_pairs`.
+      parts: `{path: Both}`, in the factors' shapes or as stacks already.
+      pairs: see `map_pairs`.
+    """
+
+    def flat(both: _pairs.Both, adapter: Any) -> _pairs.Both:
+        alike = both.a.shape == adapter.a.shape
+        return _pairs.stacked(both, adapter) if alike else both
+
+    kept = {p: tuple(flat(part[p], updates[p]) for part in parts) for p in parts[0]}
+    updates, new = map_kept(function, updates, adapters, kept, pairs)
+    after = [{path: new[path][i] for path in part} for i, part in enumerate(parts)]
+    shaped = jax.tree.map(lambda x, old: x.reshape(old.shape), after, list(parts))
+    return updates, shaped
+
+
 def _key(member: _Member) -> tuple[Any, ...]:
     """What two paths must share to be taken at once."""
     update, given = member.update, member.given
@@ -163,9 +191,9 @@ def _key(member: _Member) -> tuple[Any, ...]:
     mesh = _explicit.mesh_of(*arrays)
     if given.a.size + given.b.size > SMALL or (mesh is not None and mesh.size > 1):
         return (member.path,)
-    known = lambda x: x if isinstance(x, numbers.Real) else None
-    kinds = ((x.shape[1:], x.dtype) for x in arrays)
-    return *kinds, known(given.scale), known(given.rank)
+    statics = given.scale, given.rank
+    known = (x if isinstance(x, numbers.Real) else None for x in statics)
+    return *((x.shape[1:], x.dtype) for x in arrays), *known
 
 
 def _stack(members: list[_Member]) -> tuple[_pairs.Pair, _pairs.Pair, Any]:

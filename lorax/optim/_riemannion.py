@@ -128,12 +128,8 @@ def scale_by_riemannion(
             a, b, kept = _direction(update, given, kept, beta)
             return *_gram.true_rank_only(a, b, given.rank), kept
 
-        flat = lambda tree, path: _pairs.stacked(tree[path], updates[path])
-        kept = {p: tuple(flat(part, p) for part in state) for p in state.basis}
-        updates, after = _pairwise.map_kept(turned, updates, params, kept, pairs)
-        shape = lambda new, old: new.reshape(old.shape)
-        parts = [{path: each[i] for path, each in after.items()} for i in range(2)]
-        return updates, ScaleByRiemannionState(*jax.tree.map(shape, parts, list(state)))
+        updates, parts = _pairwise.map_both(turned, updates, params, state, pairs)
+        return updates, ScaleByRiemannionState(*parts)
 
     return _states.transformation(init_fn, update_fn)
 
@@ -173,8 +169,11 @@ def retract() -> optax.GradientTransformationExtraArgs:
         a, b = _gram.true_rank_only(a, b, own.rank)
         q = _rotation(dot(a.mT, own.a) + dot(b, own.b.mT), own.rank)
         a, b = _gram.true_rank_only(dot(a, q), dot(q.mT, b), own.rank)
-        keep = lambda new, old, step: jnp.where(full, new - old, step)
-        return keep(a, own.a, update.a), keep(b, own.b, update.b)
+        a, b = (
+            jnp.where(full, a - own.a, update.a),
+            jnp.where(full, b - own.b, update.b),
+        )
+        return a, b
 
     return _pairwise.stateless("retract", nearest, RetractState())
 
@@ -212,17 +211,21 @@ def riemannion(
     _checks.moments(b1, b2, eps, weight_decay)
     other = learning_rate if adam_learning_rate is None else adam_learning_rate
     rest = functools.partial(_pairs.factor_mask, others=True)
-    # Half on each factor is the whole of their product, to first order: of Z's order.
-    half = lambda count: 0.5 * weight_decay(count)
-    decay = half if callable(weight_decay) else 0.5 * weight_decay
     return optax.chain(
         scale_by_riemannion(beta),
         optax.masked(_standard.standard(optax.scale_by_adam(b1, b2, eps)), rest),
-        _decay.add_decayed_weights(decay),
+        _decay.add_decayed_weights(_half(weight_decay)),
         optax.masked(optax.scale_by_learning_rate(learning_rate), _pairs.factor_mask),
         optax.masked(optax.scale_by_learning_rate(other), rest),
         retract(),
     )
+
+
+def _half(weight_decay: _checks.ScalarOrSchedule) -> _checks.ScalarOrSchedule:
+    """Each factor's share: to first order their product decays by the whole."""
+    if callable(weight_decay):
+        return lambda count: 0.5 * weight_decay(count)
+    return 0.5 * weight_decay
 
 
 def _direction(
@@ -238,8 +241,7 @@ def _direction(
         _outside(point.a, dot(update.a, inverse_b) / given.scale),
         dot(update.b.mT, inverse_a) / given.scale,
     )
-    mean = lambda x, g: beta * x + (1 - beta) * g
-    a, b = map(mean, before, of_g)
+    a, b = (beta * x + (1 - beta) * g for x, g in zip(before, of_g, strict=True))
     left, right = _thin(point, a, b)
     u, vt = _polar.product(left, right.mT)
     z_a, z_b = _projected(u, vt.mT, point)

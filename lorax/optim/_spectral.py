@@ -29,6 +29,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -153,7 +154,7 @@ def add_decayed_spectral_norm(
             return _added(updates, decay, weight_decay), DecayedSpectralNormState(v)
         if target == "param":
             found, v = _whole.leaf_decay(_whole.leaves(given, kernels), state.v)
-            add = lambda u, d: (u + weight_decay * d).astype(u.dtype)
+            add = functools.partial(_added_to, strength=weight_decay)
             new = _whole.changed(updates, found, add)
             return new, DecayedSpectralNormState(v)
 
@@ -176,8 +177,12 @@ def _scheduled(schedule: Any, *fixed: Any) -> optax.GradientTransformationExtraA
 
 
 def _added(updates: Adapters, decay: Adapters, strength: Any) -> Adapters:
-    add = lambda u, d: (u + strength * d).astype(u.dtype)
+    add = functools.partial(_added_to, strength=strength)
     return jax.tree.map(add, updates, decay)
+
+
+def _added_to(u: jax.Array, d: jax.Array, strength: Any) -> jax.Array:
+    return (u + strength * d).astype(u.dtype)
 
 
 def weights(s: jax.Array, schatten: float) -> jax.Array:
@@ -220,15 +225,18 @@ def _leading(n: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _powers(p: float, n: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`c M X^(p/2-1)` and `c X^(p/2-1) N` with `X = N M / tr(N M)`; products alone."""
     product = dot(n, m)
-    trace = lambda x: jnp.trace(x, axis1=1, axis2=2)[:, None, None]
-    size = trace(product)  # |sigma|_2^2
+    size = _trace(product)  # |sigma|_2^2
     x = product / jnp.where(size > 0, size, 1)
     power = jnp.broadcast_to(jnp.eye(n.shape[-1], dtype=n.dtype), n.shape)
     for _ in range(int(p) // 2 - 1):
         power = dot(power, x)
-    total = trace(dot(power, x))
+    total = _trace(dot(power, x))
     c = jnp.where(total > 0, total, 1) ** ((2 - p) / p)
     return c * dot(m, power), c * dot(power, n)
+
+
+def _trace(x: jax.Array) -> jax.Array:
+    return jnp.trace(x, axis1=1, axis2=2)[:, None, None]
 
 
 def _factors(pair: _pairs.Pair, schatten: float) -> tuple[jax.Array, jax.Array]:

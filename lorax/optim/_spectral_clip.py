@@ -23,7 +23,7 @@ import optax
 
 from lorax import linalg
 from lorax.kernels import Kernel
-from lorax.optim import _checks, _pairs, _pairwise, _states, _whole
+from lorax.optim import _checks, _gram, _pairs, _pairwise, _states, _whole
 from lorax.types import PairStatics, PyTree
 
 
@@ -93,8 +93,8 @@ def clip_spectral_norm(
             after = optax.apply_updates(given, updates)
             matrices = _whole.leaves(after, kernels)
             excess, v = _whole.leaf_excess(matrices, state.v, tau)
-            less = lambda u, x: (u - x).astype(u.dtype)
-            return _whole.changed(updates, excess, less), ClipSpectralNormState(v)
+            new = _whole.changed(updates, excess, lambda u, x: (u - x).astype(u.dtype))
+            return new, ClipSpectralNormState(v)
 
         def clipped(update: _pairs.Pair, own: _pairs.Pair) -> Any:
             return _clipped(update, own, tau)
@@ -108,7 +108,7 @@ def _clipped(
     update: _pairs.Pair, own: _pairs.Pair, tau: Any
 ) -> tuple[jax.Array, jax.Array]:
     """The updates after which no singular value of `s a b` is above tau."""
-    dot = lambda x, y: jnp.matmul(x, y, precision=linalg.EXACT)
+    dot = _gram.dot
     a, b = own.a + update.a, own.b + update.b
     u, s, vt = linalg.low_rank_svd(a, b)
     s = jnp.abs(own.scale) * s[..., None]

@@ -87,8 +87,9 @@ def split_decay(
     ) -> tuple[Adapters, SplitDecayState]:
         del extra
         given = _pairs.require_params(params)
-        at = lambda x: x(state.step) if callable(x) else x
-        lost = jnp.asarray(at(weight_decay) * at(learning_rate), jnp.float32)
+        both = (weight_decay, learning_rate)
+        decay, rate = (x(state.step) if callable(x) else x for x in both)
+        lost = jnp.asarray(decay * rate, jnp.float32)
         sigma = jnp.sqrt(1 - lost)
         less = lost / (1 + sigma)  # 1 - sigma, without cancellation
 

@@ -21,9 +21,9 @@ def transformation(
     """
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        call = lambda updates, state, params, extra: update_fn(
-            updates, state, params, **extra
-        )
+        def call(updates: Any, state: Any, params: Any, extra: Any) -> Any:
+            return update_fn(updates, state, params, **extra)
+
         args = (updates, state, params, extra)
         return _explicit.automatic(call, args, (updates, state))
 
