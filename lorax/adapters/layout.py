@@ -214,7 +214,6 @@ def mapped(factors: Factors, axes: Axes, kernel: jax.Array) -> list[jax.Array]:
         return []
     in_, out, batch = axes.sizes(kernel.shape)
     n, m, dtype = math.prod(in_), math.prod(out), wide(kernel)
-    matrix = kernel.astype(dtype).transpose(axes.order).reshape(*batch, n, m)
 
     def turned(held: LinearMap, w: jax.Array) -> jax.Array:
         """`D w`, by the transpose of `x -> x D`."""
@@ -226,14 +225,16 @@ def mapped(factors: Factors, axes: Axes, kernel: jax.Array) -> list[jax.Array]:
         del w
         return held.apply(held.arrays, jnp.eye(n, dtype=dtype))
 
-    found = []
-    for held, one in ((factors.inputs, turned), (factors.branch, written)):
-        if held is None:
-            continue
+    def part(held: LinearMap, one: Any, kernel: jax.Array) -> jax.Array:
+        matrix = kernel.astype(dtype).transpose(axes.order).reshape(*batch, n, m)
         for _ in batch:
             one = jax.vmap(one)
         exact = jax.tree.map(lambda x: x.astype(dtype), held)
         with jax.default_matmul_precision("highest"):
-            part = _explicit.automatic(one, (exact, matrix), matrix)
-        found.append(in_leaf_order(part.reshape(*batch, *in_, *out), axes))
-    return found
+            return in_leaf_order(one(exact, matrix).reshape(*batch, *in_, *out), axes)
+
+    return [
+        _explicit.automatic(part, (held, one, kernel), kernel)
+        for held, one in ((factors.inputs, turned), (factors.branch, written))
+        if held is not None
+    ]

@@ -98,9 +98,7 @@ def gather(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
     shape = view.value.shape
     if taken is None or not all(t.whole(taken.axis, shape) for t in view.terms):
         return None
-    if view.looked_up:  # rows, or kernels, of those that were chosen before
-        if not all(term.added(taken.axis) for term in view.terms):
-            return None
+    if view.looked_up:  # of what was chosen before: still rows, or kernels
         known = [term.lookup for term in view.terms]
         return [_kernels(walker, eqn, view, indices, taken, known)]
     kinds = {t.kind(taken.axis) for t in view.terms if t.factors is not None}
