@@ -52,6 +52,8 @@ class Field(NamedTuple):
         (times a gain, if there is one). They are called a and b.
       frozen: True for an array that does not train. It lies in `Base.frozen`, under a
         name that the adapter has, and in the adapter itself the field is None.
+      optional: True for an array that some adapters of the class have, and is None in
+        the others: an adapter's own `fields` and `roles` leave it out there.
     """
 
     role: str
@@ -59,6 +61,7 @@ class Field(NamedTuple):
     decays: bool = False
     pair: str | None = None
     frozen: bool = False
+    optional: bool = False
 
     @property
     def words(self) -> tuple[str, ...]:

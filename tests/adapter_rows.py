@@ -46,6 +46,9 @@ LOHA = functools.partial(LORA, adapter="loha")
 DORA = functools.partial(LORA, adapter="dora")
 ADALORA = functools.partial(LORA, adapter="adalora")
 OFT = functools.partial(LORA, adapter="oft", options={"block_size": 3})
+IA3 = functools.partial(LORA, adapter="ia3")
+LOKR = functools.partial(LORA, adapter="lokr")
+HRA = functools.partial(LORA, adapter="hra")
 FULL = functools.partial(lorax.Target, "w|bias", adapter="full")
 # (name, program, shape of w, size of the bias, target)
 ADAPTERS = [
@@ -91,6 +94,25 @@ ADAPTERS = [
         OFT(layers=(0, 2), options={"block_size": 2, "block_share": True}),
     ),
     ("oft_several_inputs", joined, (2, 3, OUT), OUT, OFT()),
+    ("ia3_conv", image, (3, 4, OUT), OUT, IA3()),
+    ("ia3_layer_subset", layers, (3, IN, IN), IN, IA3(layers=(0, 2))),
+    (
+        "ia3_feedforward",
+        joined,
+        (2, 3, OUT),
+        OUT,
+        IA3(options={"feedforward": True}),
+    ),
+    ("lokr", heads, (2, IN, 4), 4, LOKR()),
+    (
+        "lokr_thin_layer_subset",
+        layers,
+        (3, IN, IN),
+        IN,
+        LOKR(rank=1, layers=(0, 2), options={"decompose_both": True, "factor": 3}),
+    ),
+    ("hra", joined, (2, 3, OUT), OUT, HRA(rank=4)),
+    ("hra_layer_subset", layers, (3, IN, IN), IN, HRA(layers=(0, 2))),
     ("full", matrix, (IN, OUT), OUT, FULL()),
     ("full_stacked", layers, (3, IN, IN), IN, FULL()),
 ]

@@ -115,6 +115,8 @@ def test_every_array_is_trainable_and_has_a_role(row):
     for path, adapter in make(row)[1].items():
         fields = dataclasses.fields(adapter)
         arrays = {f.name for f in fields if f.metadata.get("pytree_node", True)}
+        arrays -= {n for n, f in type(adapter).fields.items() if f.optional}
+        arrays |= set(adapter.fields)
         frozen = {name for name, field in adapter.fields.items() if field.frozen}
         assert set(adapter.roles) == arrays - frozen, path
         assert len(jax.tree.leaves(adapter)) == len(adapter.roles)
@@ -252,7 +254,8 @@ def test_at_init_the_merged_kernel_is_the_given_one(row, name, options, moves):
     off = np.abs(merged["w"] - params["w"]).max() / np.abs(params["w"]).max()
     assert after["w"].dtype == params["w"].dtype
     assert (off > 1e-4) if moves else (off <= 1e-6)
-    if name in ("standard", "gaussian"):
+    exact = not row[0].startswith("hra")  # there two reflections cancel, to rounding
+    if name in ("standard", "gaussian") and exact:
         np.testing.assert_array_equal(merged["w"], params["w"])
     leaves = jax.tree.leaves(adapters)
     if not any(map(np.any, leaves)):  # at zero a rotation has a gradient

@@ -3,7 +3,10 @@
 from lorax.adapters.adalora import AdaLora, orthogonal_penalty
 from lorax.adapters.dora import Dora
 from lorax.adapters.full import Full
+from lorax.adapters.hra import Hra
+from lorax.adapters.ia3 import Ia3
 from lorax.adapters.loha import LoHa
+from lorax.adapters.lokr import LoKr
 from lorax.adapters.lora import Lora
 from lorax.adapters.oft import Oft
 from lorax.adapters.parametrisation import (
@@ -24,7 +27,10 @@ __all__ = [
     "AdaLora",
     "Dora",
     "Full",
+    "Hra",
+    "Ia3",
     "LoHa",
+    "LoKr",
     "Lora",
     "Oft",
     "Parametrisation",

@@ -35,6 +35,19 @@ from lorax.adapters import layout
 from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
 
 
+class _Present:
+    """Entries by field: of a class all, of an adapter those whose array it has."""
+
+    def __init__(self, entries: Mapping[str, Any], optional: frozenset[str]) -> None:
+        self.entries, self.optional = dict(entries), optional
+
+    def __get__(self, adapter: Any, owner: type) -> dict[str, Any]:
+        if adapter is None:
+            return self.entries
+        absent = {n for n in self.optional if getattr(adapter, n) is None}
+        return {n: entry for n, entry in self.entries.items() if n not in absent}
+
+
 class Parametrisation:
     """The base of every adapter class, a frozen `flax.struct.dataclass`.
 
@@ -80,6 +93,10 @@ class Parametrisation:
                 "product is the update are called a, which reads, and b, which writes"
             )
         cls.roles = {n: f.role for n, f in cls.fields.items() if not f.frozen}
+        optional = frozenset(n for n, f in cls.fields.items() if f.optional)
+        if optional:
+            for name in ("fields", "roles"):
+                setattr(cls, name, _Present(getattr(cls, name), optional))
 
     @property
     def rank(self) -> int:

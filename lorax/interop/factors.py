@@ -50,12 +50,13 @@ class Module:
     @property
     def empty(self) -> bool:
         """True where rank allocation left nothing."""
-        return bool(_ranks(self.cls)) and not self.rank
+        return self.cls.padded and bool(_ranks(self.cls)) and not self.rank
 
     @property
     def rank(self) -> int:
         """The width of the bottleneck; 0 of a class that has none."""
-        return next((self.fields[n].shape[axis] for n, axis in _ranks(self.cls)), 0)
+        own = ((n, axis) for n, axis in _ranks(self.cls) if n in self.fields)
+        return next((self.fields[n].shape[axis] for n, axis in own), 0)
 
 
 def _ranks(cls: Any) -> list[tuple[str, int]]:
@@ -108,7 +109,7 @@ def joined(
     every = not stacked or layers == tuple(range(shape[0]))
     cls, tails = each[0].cls, {"in": in_, "out": out}
     arrays = {}
-    for name in cls.roles:
+    for name in each[0].fields:
         words = _own(cls.fields[name].words)
         sizes = zip(words, each[0].fields[name].shape, strict=True)
         tail = [n for word, size in sizes for n in tails.get(word, (size,))]
@@ -147,7 +148,7 @@ def split(adapter: Any, names: Sequence[str]) -> list[Module]:
     fields = {f.name for f in dataclasses.fields(adapter)}
     statics = {
         name: getattr(adapter, name)
-        for name in sorted(fields - set(adapter.fields) - set(LEAF))
+        for name in sorted(fields - set(cls.fields) - set(LEAF))
     }
     ranks = _ranks(cls) if adapter.padded else []
     found = []

@@ -1,0 +1,102 @@
+"""(IA)^3: a learned gain on what a kernel writes, or on what it reads.
+
+    W = W0 diag(l)        keys and values of attention
+    W = diag(l) W0        the second kernel of a feed-forward block: feedforward=True
+
+with l = 1 at the start. In the paper l multiplies the activations: keys, values, and
+the hidden layer of the feed-forward block, which is what its second kernel reads. A
+gain here is one of the kernel. Where the module has a bias, PEFT multiplies the bias by
+a gain on outputs as well; the paper's T5 has none.
+
+References:
+  Liu et al., Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
+  In-Context Learning, arXiv:2205.05638.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lorax.adapters import layout, making
+from lorax.adapters.parametrisation import Parametrisation, register
+from lorax.types import Axes, Factors, Field, KernelSpec, LinearMap, TargetSpec
+
+
+@register("ia3")
+@flax.struct.dataclass
+class Ia3(Parametrisation):
+    """A gain on every output of a kernel, or on every input.
+
+    Attributes:
+      axes: the leaf's in, out and batch axes.
+      gain: `[*batch, *out]`, 1 at the start; None: outputs have none. Never decay it.
+      input_gain: `[*batch, *in]`, likewise of the inputs.
+      layers: the layers of the first batch axis that have gains; None for all.
+    """
+
+    axes: Axes = flax.struct.field(pytree_node=False)
+    gain: jax.Array | None = None
+    input_gain: jax.Array | None = None
+    layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
+
+    fields = {
+        "gain": Field("magnitude", "batch out", optional=True),
+        "input_gain": Field("magnitude", "batch in", optional=True),
+    }
+    options = {"feedforward": False}
+    drops = False
+
+    @classmethod
+    def check_target(cls, target: TargetSpec) -> None:
+        """Raises ValueError for an option that is neither True nor False."""
+        given = making.options(target, cls.options)["feedforward"]
+        if not isinstance(given, bool):
+            raise ValueError(
+                f"{target.pattern!r}: feedforward={given!r} of adapter='ia3'; give "
+                "True for a gain on the inputs, False for one on the outputs"
+            )
+
+    @classmethod
+    def make(
+        cls,
+        key: jax.Array,
+        kernel: KernelSpec,
+        target: TargetSpec,
+        shared: Mapping[str, jax.Array],
+    ) -> Ia3:
+        """Returns gains of one, on the inputs where the target's option says so.
+
+        Raises:
+          ValueError: gains on the inputs of a lookup.
+        """
+        del key, shared
+        in_, out, batch = making.sizes(kernel, target)
+        axes, layers = kernel.linear_axes(), target.layers
+        ones = lambda sizes: jnp.ones((*batch, *sizes), target.dtype)
+        if not making.options(target, cls.options)["feedforward"]:
+            return cls(axes, gain=ones(out), layers=layers)
+        making.require_inputs(kernel, "ia3")
+        return cls(axes, input_gain=ones(in_), layers=layers)
+
+    def factors(self, kernel: jax.Array) -> Factors:
+        """Returns the gain, and D = diag(input gain) - I; no layer, no change."""
+        depth = layout.depth(kernel, self.axes)
+        gain, inputs = self.gain, None
+        if gain is not None:
+            gain = layout.spread(gain, self.layers, depth, fill=1.0)
+        if self.input_gain is not None:
+            own = self.input_gain.astype(layout.wide(self.input_gain))
+            own = layout.spread(own, self.layers, depth, fill=1.0)
+            in_, _, batch = self.axes.sizes(kernel.shape)
+            inputs = LinearMap(own.reshape(*batch, math.prod(in_)) - 1, scaled)
+        return layout.without_product(kernel, self.axes, gain=gain, inputs=inputs)
+
+
+def scaled(gain: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns x diag(gain), x `[n, in]`."""
+    return x * gain

@@ -1,0 +1,216 @@
+"""LoKr: the update is a Kronecker product of two small matrices, each full or thin.
+
+    W = W0 + scale * w1 (x) w2,      w1: [m, p],  w2: [n, k],  m n = in,  p k = out
+
+w2 is the product `w2_a w2_b` where the rank is below half of its longer side, w1 one
+likewise where `decompose_both` asks for it. The Kronecker product is never formed: with
+x as `[tokens, m, n]`,
+
+    y[t, p k] = scale * sum_mn x[t, m, n] w1[m, p] w2[n, k]
+
+is two small contractions. m and p are chosen as in LyCORIS and PEFT: the divisor at
+`factor`, or the largest one up to it, or (factor = -1) up to the square root.
+
+References:
+  Yeh et al., Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model
+  Evaluation, arXiv:2309.14859.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lorax.adapters import layout, making
+from lorax.adapters.parametrisation import Parametrisation, register
+from lorax.types import Axes, Factors, Field, KernelSpec, LinearMap, TargetSpec
+
+OPTIONS = {
+    "factor": -1,  # PEFT's decompose_factor
+    "decompose_both": False,  # PEFT's
+}
+Sides = tuple[tuple[int, int], tuple[int, int]]
+"""((m, p), (n, k)): inputs and outputs of w1, and of w2."""
+
+
+@register("lokr")
+@flax.struct.dataclass
+class LoKr(Parametrisation):
+    """Update `scale * w1 (x) w2` of one kernel, or of a stack of kernels.
+
+    w1, or w1_a and w1_b; likewise w2: the others are None.
+
+    Attributes:
+      scale: the factor on the product, `alpha / rank`.
+      axes: the leaf's in, out and batch axes; in and out are taken flattened.
+      w1: `[*batch, m, p]`.
+      w1_a: `[*batch, m, rank]`.
+      w1_b: `[*batch, rank, p]`.
+      w2: `[*batch, n, k]`.
+      w2_a: `[*batch, n, rank]`.
+      w2_b: `[*batch, rank, k]`.
+      dropout: rate on the input of the adapter branch, in [0, 1).
+      layers: the layers of the first batch axis that have factors; None for all.
+      factor: by which the sizes were chosen, for PEFT's config; they are what counts.
+      decompose_both: likewise, whether w1 could be a product.
+    """
+
+    scale: float = flax.struct.field(pytree_node=False)
+    axes: Axes = flax.struct.field(pytree_node=False)
+    w1: jax.Array | None = None
+    w1_a: jax.Array | None = None
+    w1_b: jax.Array | None = None
+    w2: jax.Array | None = None
+    w2_a: jax.Array | None = None
+    w2_b: jax.Array | None = None
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+    layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
+    factor: int = flax.struct.field(pytree_node=False, default=-1)
+    decompose_both: bool = flax.struct.field(pytree_node=False, default=False)
+
+    fields = {
+        "w1": Field("w1", "batch in1 out1", decays=True, optional=True),
+        "w1_a": Field("w1_a", "batch in1 rank", decays=True, optional=True),
+        "w1_b": Field("w1_b", "batch rank out1", decays=True, optional=True),
+        "w2": Field("w2", "batch in2 out2", decays=True, optional=True),
+        "w2_a": Field("w2_a", "batch in2 rank", decays=True, optional=True),
+        "w2_b": Field("w2_b", "batch rank out2", decays=True, optional=True),
+    }
+    options = OPTIONS
+    additive = True
+    padded = False  # zeros in the rank of w2 change no update, but w1 may have none
+
+    @classmethod
+    def check_target(cls, target: TargetSpec) -> None:
+        """Raises ValueError for options out of range."""
+        given = making.options(target, OPTIONS)
+        factor, both = given["factor"], given["decompose_both"]
+        whole = isinstance(factor, int) and not isinstance(factor, bool)
+        if not whole or (factor < 1 and factor != -1):
+            raise ValueError(
+                f"{target.pattern!r}: factor={factor!r} of adapter='lokr'; give a "
+                "whole number >= 1, or -1 for the divisor nearest the square root"
+            )
+        if not isinstance(both, bool):
+            raise ValueError(
+                f"{target.pattern!r}: decompose_both={both!r} of adapter='lokr'; give "
+                "True or False"
+            )
+
+    @classmethod
+    def largest_rank(cls, in_: int, out: int) -> None:
+        """Returns None: from half of its longer side on a matrix is stored full."""
+        del in_, out
+
+    @classmethod
+    def make(
+        cls,
+        key: jax.Array,
+        kernel: KernelSpec,
+        target: TargetSpec,
+        shared: Mapping[str, jax.Array],
+    ) -> LoKr:
+        """Returns w1 = 0 (w1_b, where it is a product), others uniform, as in PEFT.
+
+        Raises:
+          ValueError: a lookup.
+        """
+        del shared
+        making.require_inputs(kernel, "lokr")
+        in_, out, batch = making.sizes(kernel, target)
+        given = making.options(target, OPTIONS)
+        (m, n), (p, k) = (split(math.prod(s), given["factor"]) for s in (in_, out))
+        rank, dtype = target.rank, target.dtype
+        keys = iter(jax.random.split(key, 3))
+
+        def uniform(reads: int, writes: int) -> jax.Array:
+            """Its bound is that of what reads: torch's fan_in."""
+            bound, shape = 1 / math.sqrt(reads), (*batch, reads, writes)
+            return jax.random.uniform(next(keys), shape, dtype, -bound, bound)
+
+        zeros = lambda *shape: jnp.zeros((*batch, *shape), dtype)
+        arrays = {}
+        if given["decompose_both"] and rank < max(p, m) / 2:
+            arrays |= {"w1_a": uniform(m, rank), "w1_b": zeros(rank, p)}
+        else:
+            arrays["w1"] = zeros(m, p)
+        if rank < max(k, n) / 2:
+            arrays |= {"w2_a": uniform(n, rank), "w2_b": uniform(rank, k)}
+        else:
+            arrays["w2"] = uniform(n, k)
+        return cls(**making.statics(kernel, target), **arrays, **given)
+
+    @property
+    def sides(self) -> Sides:
+        """((m, p), (n, k))."""
+        first = [x for x in (self.w1, self.w1_a, self.w1_b) if x is not None]
+        second = [x for x in (self.w2, self.w2_a, self.w2_b) if x is not None]
+        if len(first) not in (1, 2) or len(second) not in (1, 2):
+            raise ValueError(f"it has {sorted(self.roles)}; give w1 or w1_a and w1_b")
+        size = lambda parts: (parts[0].shape[-2], parts[-1].shape[-1])
+        return size(first), size(second)
+
+    def check(self, path: str, leaf: jax.Array) -> None:
+        """Raises ValueError unless the two matrices make up a leaf of this shape."""
+        layout.check(path, self, leaf)
+        in_, out, _ = map(math.prod, self.axes.sizes(leaf.shape))
+        (m, p), (n, k) = self.sides
+        if (m * n, p * k) != (in_, out):
+            raise ValueError(
+                f"{path}: [{m}, {p}] and [{n}, {k}] make a kernel [{m * n}, {p * k}], "
+                f"and the leaf is [{in_}, {out}]; was the adapter made for another "
+                "model?"
+            )
+
+    def factors(self, kernel: jax.Array) -> Factors:
+        """Returns the branch; of layers without factors it is zero."""
+        depth = layout.depth(kernel, self.axes)
+
+        def whole(*parts: jax.Array | None) -> tuple[jax.Array, ...]:
+            kept = (part for part in parts if part is not None)
+            return tuple(layout.spread(part, self.layers, depth) for part in kept)
+
+        first = whole(self.w1, self.w1_a, self.w1_b)
+        second = whole(self.w2, self.w2_a, self.w2_b)
+        last = first[-1].astype(layout.wide(first[-1]))
+        first = (*first[:-1], self.scale * last)
+        return layout.without_product(
+            kernel, self.axes, branch=LinearMap((first, second), kronecker)
+        )
+
+
+def kronecker(
+    both: tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]], x: jax.Array
+) -> jax.Array:
+    """Returns `x (w1 (x) w2)`, through the bottleneck of a thin w2.
+
+    Args:
+      both: the one or two parts of w1, `[m, p]`, and those of w2, `[n, k]`.
+      x: `[tokens, m n]`.
+    """
+    first, second = both
+    m, n = first[0].shape[0], second[0].shape[0]
+    y = x.reshape(-1, m, n) @ second[0]
+    for part in first:
+        y = jnp.einsum("tmr,mp->tpr", y, part)
+    if len(second) == 2:
+        y = y @ second[1]
+    return y.reshape(x.shape[0], -1)
+
+
+def split(size: int, factor: int) -> tuple[int, int]:
+    """Returns two factors of a size, the first near `factor`: LyCORIS' choice.
+
+    Example:
+      >>> split(768, -1), split(768, 8), split(768, 9), split(768, 512)
+      ((24, 32), (8, 96), (8, 96), (24, 32))
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    most = min(math.isqrt(size), size if factor == -1 else factor)
+    first = max(d for d in range(1, most + 1) if size % d == 0)
+    return first, size // first
