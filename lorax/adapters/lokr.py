@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 import jax
@@ -133,7 +134,7 @@ class LoKr(Parametrisation):
             return jax.random.uniform(next(keys), shape, dtype, -bound, bound)
 
         zeros = lambda *shape: jnp.zeros((*batch, *shape), dtype)
-        arrays = {}
+        arrays: dict[str, Any] = {}
         if given["decompose_both"] and rank < max(p, m) / 2:
             arrays |= {"w1_a": uniform(m, rank), "w1_b": zeros(rank, p)}
         else:
@@ -211,6 +212,6 @@ def split(size: int, factor: int) -> tuple[int, int]:
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
-    most = min(math.isqrt(size), size if factor == -1 else factor)
+    most = max(1, min(math.isqrt(size), size if factor == -1 else factor))
     first = max(d for d in range(1, most + 1) if size % d == 0)
     return first, size // first

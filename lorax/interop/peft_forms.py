@@ -35,6 +35,7 @@ class Place(NamedTuple):
       given: the values of `Form.fields`, of patterns those that are this module's.
       kernel: returns the frozen kernel `[in, out]`, float32; None: it is not known.
       embedding: the module is a lookup table; of the table's types none adapts it.
+      bias: the module adds one.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Place(NamedTuple):
     given: Mapping[str, Any]
     kernel: Callable[[], np.ndarray] | None = None
     embedding: bool = False
+    bias: bool = False
 
 
 class Common(NamedTuple):
@@ -79,6 +81,8 @@ class Form(NamedTuple):
         in one, its pattern says so, or else the adapters cannot be written.
       patterns: config fields that give modules values of their own, and of which field:
         `{"rank_pattern": "r"}`.
+      lists: of `fields`, those that name the modules of a kind, and the kind: such as
+        IA3's "feedforward_modules". They are no part of `config`.
       fixed: config fields that must have one value: another is not implemented. Most
         types have `{"bias": "none"}`.
       free: config fields that say nothing of the function. Most types have
@@ -97,6 +101,7 @@ class Form(NamedTuple):
     save: Callable[[Module, Place], dict[str, np.ndarray]]
     config: Callable[[Module], dict[str, Any]]
     patterns: Mapping[str, str] = {}
+    lists: Mapping[str, Callable[[Module], bool]] = {}
     fixed: Mapping[str, Any] = {}
     free: frozenset[str] = frozenset()
     dropout: str = ""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorax.interop import peft_low_rank
+from lorax.interop import peft_low_rank, peft_maps
 from lorax.interop.peft_forms import Form
 
-FORMS: dict[str, Form] = {form.adapter: form for form in (*peft_low_rank.FORMS,)}
+FORMS: dict[str, Form] = {
+    form.adapter: form for form in (*peft_low_rank.FORMS, *peft_maps.FORMS)
+}
 """Form by our registered name."""
 
 

@@ -140,7 +140,8 @@ def place_of(
         return np.asarray(jax.device_get(leaf), np.float32).reshape(in_, out)
 
     known = kernel if path in params else None
-    return Place(module, in_, out, given, known, base.is_embedding(module))
+    bias = f"{module}.bias" in base.where
+    return Place(module, in_, out, given, known, base.is_embedding(module), bias)
 
 
 def _float32(tensor: files.Tensor) -> np.ndarray:

@@ -70,7 +70,8 @@ def fields(
     if form:
         conv1d = found.pop("fan_in_fan_out")
         found |= {"fan_in_fan_out": conv1d} if "fan_in_fan_out" in form.free else {}
-        return {**found, **_of_form(form, modules), **given}
+        found |= _of_form(form, modules)
+        return {**found, **_listed(form, modules, base, found), **given}
     found |= {
         "peft_type": "LORA",
         "bias": "none",
@@ -107,7 +108,7 @@ def _of_form(form: Form, modules: Sequence[Module]) -> dict[str, Any]:
     each = {m.name: form.config(m) for m in modules}
     patterns = {of: name for name, of in form.patterns.items()}
     found: dict[str, Any] = {"peft_type": form.peft_type, **form.fixed}
-    for field in form.fields:
+    for field in set(form.fields) - set(form.lists):
         values = {name: own[field] for name, own in each.items()}
         found[field] = Counter(values.values()).most_common(1)[0][0]
         pattern = _pattern(values, found[field])
@@ -119,6 +120,24 @@ def _of_form(form: Form, modules: Sequence[Module]) -> dict[str, Any]:
         if field in patterns:
             found[patterns[field]] = pattern
     return found
+
+
+def _listed(
+    form: Form, modules: Sequence[Module], base: Base, found: dict[str, Any]
+) -> dict[str, Any]:
+    """The fields that list modules of a kind: ends of names, targets among the others.
+
+    PEFT wants them to be of `target_modules`, word for word.
+    """
+    lists: dict[str, Any] = {}
+    targets = set(found["target_modules"])
+    every = {key.rpartition(".")[0] for key in base.where}
+    for field, belongs in form.lists.items():
+        chosen = [module.name for module in modules if belongs(module)]
+        ends = short_names(chosen, every - set(chosen)) if chosen else []
+        lists[field] = sorted(ends)
+        targets |= set(ends)
+    return lists and {**lists, "target_modules": sorted(targets)}
 
 
 def _lora(modules: Sequence[Module], rank_stabilized: bool) -> dict[str, Any]:

@@ -33,6 +33,79 @@ CASES = {
             layers_to_transform=[0, 1],
         ),
     ),
+    "oft": (LLAMA, peft.OFTConfig(oft_block_size=8, target_modules=SOME)),
+    "oft exact": (
+        LLAMA,
+        peft.OFTConfig(
+            r=2,
+            oft_block_size=0,
+            use_cayley_neumann=False,
+            target_modules=["q_proj", "up_proj"],
+            layers_to_transform=[0, 2],
+        ),
+    ),
+    "oft constrained": (
+        LLAMA,
+        peft.OFTConfig(
+            oft_block_size=4,
+            coft=True,
+            eps=0.8,
+            block_share=True,
+            num_cayley_neumann_terms=6,
+            target_modules=SOME,
+        ),
+    ),
+    "oft head": (
+        ("gpt2", False),
+        peft.OFTConfig(num_cayley_neumann_terms=3, target_modules=["lm_head"]),
+    ),
+    "ia3": (
+        LLAMA,
+        peft.IA3Config(target_modules=SOME, feedforward_modules=["down_proj"]),
+    ),
+    "ia3 pattern": (
+        LLAMA,
+        peft.IA3Config(
+            target_modules=r".*(q_proj|gate_proj|down_proj)",
+            feedforward_modules=r".*(gate|down)_proj",
+        ),
+    ),
+    "ia3 outputs": (
+        LLAMA,
+        peft.IA3Config(target_modules="all-linear", feedforward_modules=[]),
+    ),
+    "ia3 fused": (
+        GPT2,
+        peft.IA3Config(target_modules=FUSED, feedforward_modules=FUSED),
+    ),
+    "lokr": (LLAMA, peft.LoKrConfig(r=2, alpha=3, target_modules=SOME)),
+    "lokr thin": (
+        LLAMA,
+        peft.LoKrConfig(
+            r=1,
+            alpha=2,
+            decompose_both=True,
+            target_modules=["q_proj", "up_proj"],
+            rank_pattern={"up_proj": 4},
+            layers_to_transform=[0, 1],
+        ),
+    ),
+    "lokr factor": (
+        LLAMA,
+        peft.LoKrConfig(r=2, decompose_factor=8, target_modules=SOME),
+    ),
+    "lokr head": (("gpt2", False), peft.LoKrConfig(r=2, target_modules=["lm_head"])),
+    "hra": (LLAMA, peft.HRAConfig(r=4, target_modules=SOME)),
+    "hra odd": (
+        LLAMA,
+        peft.HRAConfig(
+            r=3,
+            apply_GS=True,
+            target_modules=["q_proj", "up_proj"],
+            layers_to_transform=[1],
+        ),
+    ),
+    "hra head": (("gpt2", False), peft.HRAConfig(r=2, target_modules=["lm_head"])),
     "loha head": (("gpt2", False), peft.LoHaConfig(r=2, target_modules=["lm_head"])),
 }
 
