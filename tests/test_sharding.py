@@ -277,6 +277,11 @@ def test_states_of_other_shapes(mesh):
         if leaf != P()
     ]
     assert dense and set(dense) == {P(None, "fsdp", "tensor")}
+    rite = specs_of(optim.lora_rite(0.1), low_rank("lora"), mesh).opt_state
+    (kept,) = _states.states(rite, optim.ScaleByLoraRiteState)
+    for both in (kept.basis["w"], kept.momentum["w"]):
+        assert both == (A, B)
+    assert {*kept.second["w"], *kept.escaped["w"], kept.step} == {P()}
 
 
 def test_what_fits_several_places_is_whole(mesh):
