@@ -44,6 +44,7 @@ def checkpoint_run() -> ml_collections.ConfigDict:
     config = sections()
     config.run.seed = 0
     config.run.methods = ("lora",)  # or ("full",)
+    config.run.plugins = ()  # modules that register methods of your own
     config.run.steps = 1_000
     config.run.log_every = 100
     config.run.label_smoothing = 0.0

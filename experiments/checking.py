@@ -1,15 +1,16 @@
 """A config as a whole, checked where it is read: nothing is loaded or trained before.
 
 `fields` holds what each value may be. Here stand the names that other tables know
-(optimisers, inits, tasks) and what two fields must agree on; an optimiser, its chain
-and the targets are built once, for what they say about their own arguments.
+(optimisers, inits, tasks, to which plugins may add) and what two fields must agree on;
+an optimiser, its chain and the targets are built once, for what they say about their
+own arguments.
 """
 
 from __future__ import annotations
 
 import ml_collections
 
-from experiments import factory, fields, loading, optimizers, tasks
+from experiments import factory, fields, loading, optimizers, plugins, tasks
 from experiments.data import e2e, glue
 from lorax import inits
 
@@ -17,6 +18,7 @@ from lorax import inits
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError, naming the field, for a config that no run could finish."""
     fields.require(config)
+    plugins.load(config)
     for method in config.run.methods:
         _targets(config, method)
         _optimizer(config.optimizer, "optimizer", config.run.steps, method)

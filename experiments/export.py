@@ -11,6 +11,9 @@ The tokenizer's files go along with a merged model. Where the init moved a part 
 base (PiSSA, LoRA-GA and others), the run left `initial/` beside `adapter/`: it is found
 there, or given by `--initial`, and what is written is for the original base.
 
+Adapters of a class that lorax does not have need the module that registers it:
+`--plugins=my_package.methods`.
+
 `--adalora_shrink` leaves out AdaLoRA's pruned triplets, those with lam = 0. As trained
 they are still there, and an optimiser other than `optim.adalora` would revive them.
 """
@@ -22,7 +25,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 import lorax
-from experiments import command, loading
+from experiments import command, loading, plugins
 from lorax import checkpoint, compose, optim
 from lorax.interop import hf, peft
 
@@ -33,6 +36,7 @@ _TO = flags.DEFINE_string("to", None, "Folder to write; made if need be.")
 _FORM = flags.DEFINE_enum(
     "form", "merged", ["merged", "peft", "lorax"], "What to write."
 )
+_PLUGINS = flags.DEFINE_list("plugins", [], "Modules that register its classes.")
 _SHRINK = flags.DEFINE_bool("adalora_shrink", False, "Leave out pruned triplets.")
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "*.jinja", "generation_config*")
@@ -75,7 +79,7 @@ def export(
     beside = pathlib.Path(initial or pathlib.Path(adapter).parent / "initial")
     start = checkpoint.load_adapters(beside) if initial or beside.is_dir() else None
     if start is None:
-        adapters = loading.load_adapters(adapter, model, params)
+        adapters, params = loading.load_adapters(adapter, model, params)
     else:  # of the moved base, which is not at hand: to_lora checks what can be checked
         adapters = compose.to_lora(checkpoint.load_adapters(adapter), start)
     if adalora_shrink:
@@ -96,6 +100,8 @@ def main(argv: Sequence[str]) -> None:
     """Exports as the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+    with command.refusing():
+        plugins.import_all(_PLUGINS.value or [], "--plugins")
     export(
         _MODEL.value or "",
         _ADAPTER.value or "",

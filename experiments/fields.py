@@ -54,6 +54,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"run\.save_every", whole()),
     (r"run\.save_deadline", POSITIVE),
     (r"run\.cache_dir", TEXT),
+    (r"run\.plugins", such_as(listed(NAME), "('my_package.methods',)")),
     # distributed
     (r"distributed\.coordinator", TEXT),
     (r"distributed\.processes", whole(1) | None),

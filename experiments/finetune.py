@@ -28,6 +28,7 @@ from experiments import (
     metrics,
     nonfinite,
     optimizers,
+    plugins,
     progress,
     tasks,
 )
@@ -48,6 +49,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       workdir: folder for everything that the run writes.
     """
     # ----------------------------------------------------------- model, task
+    plugins.load(config)
     folder, primary = pathlib.Path(workdir), distributed.is_primary()
     console = rich.console.Console(soft_wrap=False, quiet=not primary)
     key = jax.random.key(config.run.seed)
@@ -130,11 +132,12 @@ def score(
       adapter: folder of adapters, ours or PEFT's; None scores the base.
       folder: where the task puts what it writes.
     """
+    plugins.load(config)
     key = jax.random.fold_in(jax.random.key(config.run.seed), 0)
     model, params, tokenizer = load_base(config.model, key)
     task = tasks.TASKS[config.data.task](config, model, tokenizer)
     if adapter:
-        params = lorax.merge(loading.load_adapters(adapter, model, params), params)
+        params = lorax.merge(*loading.load_adapters(adapter, model, params))
     return task.report(params, folder)
 
 

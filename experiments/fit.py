@@ -16,7 +16,7 @@ from experiments import distributed, keeping, metrics, nonfinite, progress
 from experiments import writer as writers
 from experiments.data.batches import ahead
 from lorax import adapters as adapter_classes
-from lorax import inits, sharding, training
+from lorax import inits, sharding, training, tree
 
 
 class Fit(NamedTuple):
@@ -105,16 +105,19 @@ def fit(
         progress.tell_targets(bars.console, found)
     given = params
     adapters, params = lorax.init(init_key, params, targets, kernels, stats)
-    moved = params is not given
+    moved = tree.split(params)[0] is not tree.split(given)[0]
     initial = jax.tree.map(jax.numpy.copy, adapters) if moved else None  # not donated
     state = training.create_state(step_key, adapters, tx)
     whole = state_lies = None  # as the arguments lie
     if placed:
-        whole = placed.tree(params)
+        whole = placed.tree(tree.split(params)[0])
         replicate = bool(place.config.get("replicate_adapters"))
         state_lies = sharding.state_shardings(state, placed, replicate)
         # device_put of a key asks for devices of this process alone
         state = jax.jit(lambda state: state, out_shardings=state_lies)(state)
+        if isinstance(params, lorax.Base):
+            lies = sharding.base_shardings(params, adapters, placed)
+            params = jax.jit(lambda params: params, out_shardings=lies)(params)
     step = jax.jit(
         training.make_train_step(
             training.simple_loss(loss_fn), tx, clip_norm=clip_norm

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from experiments import command, loading, writing
+from experiments import command, loading, plugins, writing
 from lorax.models import sampling
 
 _MODEL = flags.DEFINE_string("model", None, "Directory of a checkpoint, or a hub id.")
@@ -27,6 +27,7 @@ _BEAMS = flags.DEFINE_integer("beams", 1, "Beams of a search; 1: none.")
 _PENALTY = flags.DEFINE_float("length_penalty", 1.0, "Exponent of a beam's length.")
 _REPEAT = flags.DEFINE_integer("no_repeat", 0, "Length of sequences not to repeat.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text to end before; repeatable.")
+_PLUGINS = flags.DEFINE_list("plugins", [], "Modules that register its classes.")
 _SEED = flags.DEFINE_integer("sampling_seed", 0, "Of the sampling.")
 
 
@@ -38,7 +39,9 @@ def main(argv: Sequence[str]) -> None:
     model, params, tokenizer = loading.load_model(_MODEL.value or "")
     state: tuple[Any, ...] = (params,)
     if _ADAPTER.value:
-        state = loading.load_adapters(_ADAPTER.value, model, params), params
+        with command.refusing():
+            plugins.import_all(_PLUGINS.value or [], "--plugins")
+        state = loading.load_adapters(_ADAPTER.value, model, params)
     write = writing.make_writer(
         model,
         tokenizer,

@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+import lorax
 from experiments.data import paths, tokenization
 from lorax import checkpoint
 from lorax.interop import hf, peft
@@ -37,8 +38,18 @@ def check(source: str) -> None:
     hf.find_local(source, (paths.root(),))
 
 
-def load_adapters(folder: str, model: Any, params: Any) -> Adapters:
-    """Returns the adapters in a folder, lorax's own or PEFT's."""
+def load_adapters(folder: str, model: Any, params: Any) -> tuple[Adapters, Any]:
+    """Returns the adapters in a folder, lorax's own or PEFT's, and their base.
+
+    Args:
+      folder: of the adapters.
+      model: whose they are.
+      params: the plain parameters; returned as a `lorax.Base` where the adapters have
+        frozen arrays.
+    """
     if (pathlib.Path(folder) / "adapter_config.json").exists():
-        return peft.load(folder, model.config, params)
-    return checkpoint.load_adapters(folder, params=params)
+        adapters: Any = peft.load(folder, model.config, params)
+        return adapters, params
+    frozen = checkpoint.load_frozen(folder)
+    base = lorax.Base(params, frozen) if frozen else params
+    return checkpoint.load_adapters(folder, params=base), base

@@ -1,6 +1,6 @@
 """From the values of `config.optimizer` to an optax transformation.
 
-`config.optimizer.name` is one of READY, or "chain":
+`config.optimizer.name` is one of READY, to which `register` adds, or "chain":
 
     config.optimizer.name = "chain"
     config.optimizer.chain = (
@@ -13,9 +13,10 @@ learning rate is put in where it belongs. Links stand in the order of STAGES; wr
 go around the whole, the first innermost.
 """
 
+import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -124,11 +125,62 @@ READY = {
 }
 """Whole optimisers by name, `(learning_rate, **options)`; "muon" is for whole trees."""
 
+SEES_SHAPES = {"muon"}
+"""Names in READY whose step depends on the shapes of factors, not on values alone:
+members of a population are then not padded to one rank."""
+
 WRAPPERS = {"adalora": optim.adalora, "accumulate": optax.MultiSteps}
 """What goes around an optimiser, by name, `(inner, **options)`."""
 
 FIELDS = ("b1", "b2", "weight_decay", "adam_learning_rate")
 """Fields of the config that a READY optimiser gets if it takes them."""
+
+SCHEDULE = ("learning_rate", "warmup_steps", "final_share", "clip_norm", "tuned")
+BUILD = ("name", "options", "chain", "wrap", "steps", "batch_size")
+"""Fields of the config that are no optimiser's own. Any other is an argument."""
+
+
+def register(
+    name: str, make: Callable[..., Any] | None = None, *, sees_shapes: bool = False
+) -> Any:
+    """Registers an optimiser under a name, for `config.optimizer.name`.
+
+    Its arguments are fields of `config.optimizer` in a config of your own, as
+    `config.optimizer.momentum = 0.9`, or stand in `config.optimizer.options`.
+
+    Args:
+      name: what the config says.
+      make: `(learning_rate, **arguments) -> optax transformation`; the rate is a
+        schedule. None: returns a decorator.
+      sees_shapes: True: its step depends on the shape of a factor, as widths of Muon
+        do, so that ranks of a population are not padded for it.
+
+    Returns:
+      The function, or the decorator.
+
+    Raises:
+      ValueError: a name that another function has, or "chain".
+
+    Example:
+      >>> make = lambda learning_rate, momentum=0.9: optax.sgd(learning_rate, momentum)
+      >>> register("heavy_ball", make) is make
+      True
+      >>> del READY["heavy_ball"]
+    """
+    if make is None:
+        return functools.partial(register, name, sees_shapes=sees_shapes)
+    home = lambda f: (getattr(f, "__module__", ""), getattr(f, "__qualname__", repr(f)))
+    held = READY.get(name)
+    if name == "chain" or (held is not None and home(held) != home(make)):
+        owner = "chains of links" if held is None else ".".join(home(held))
+        raise ValueError(
+            f"optimiser name {name!r} belongs to {owner}; register this one under "
+            "another"
+        )
+    READY[name] = make
+    if sees_shapes:
+        SEES_SHAPES.add(name)
+    return make
 
 
 def make_optimizer(
@@ -142,17 +194,24 @@ def make_optimizer(
       learning_rate: the peak; under `optax.inject_hyperparams` a traced number.
       steps: length of the schedule.
       config: `config.optimizer`, or `config.model.pretrain`. `options`, pairs `(name,
-        value)`, are further arguments of a READY optimiser and go before its FIELDS.
+        value)`, are further arguments of a READY optimiser and go before fields.
 
     Raises:
-      ValueError: an unknown name, a chain in another order than STAGES.
+      ValueError: an unknown name, a chain in another order than STAGES, a field that
+        the optimiser does not take.
     """
     warmup = min(config.warmup_steps, steps // 2)
     unit = optax.warmup_cosine_decay_schedule(
         0.0, 1.0, warmup, steps, config.final_share
     )
     schedule = lambda peak: lambda step: peak * unit(step)  # the peak may be traced
+    own = [f for f in config if f not in (*FIELDS, *SCHEDULE, *BUILD)]
     if config.name == "chain":
+        if own:
+            raise ValueError(
+                f"optimizer.{own[0]}={config[own[0]]!r}: a chain takes its arguments "
+                "from its links; remove the field"
+            )
         tx = make_chain(config.get("chain", ()), schedule(learning_rate))
     elif config.name in READY:
         make = READY[config.name]
@@ -164,7 +223,9 @@ def make_optimizer(
                 "not read it; set optimizer.name to 'chain', or the chain to ()"
             )
         _require_options("optimizer.options", config.name, make, given)
+        _require_options("optimizer", config.name, make, own)
         fields = {f: config[f] for f in FIELDS if f in config and f in takes}
+        fields |= {f: config[f] for f in own}
         if config.name == "lora_pro" and given.get("mode", "rowcol") == "rowcol":
             fields.pop("b1", None)  # no momentum, unless `options` ask for one
         options = {**fields, **given}
@@ -173,7 +234,8 @@ def make_optimizer(
         tx = make(schedule(learning_rate), **options)
     else:
         raise ValueError(
-            f"optimizer.name={config.name!r} is not one of {', '.join(READY)}, chain"
+            f"optimizer.name={config.name!r} is not one of {', '.join(READY)}, chain; "
+            "an optimiser of your own is registered by a module of config.run.plugins"
         )
     for name, given in config.get("wrap", ()):
         tx = _wrapped(tx, name, given, steps)
@@ -251,7 +313,7 @@ def _link(name: str, given: Any) -> Any:
 
 
 def _require_options(
-    where: str, name: str, make: Callable[..., Any], given: Mapping[str, Any]
+    where: str, name: str, make: Callable[..., Any], given: Iterable[str]
 ) -> None:
     """Raises ValueError for an argument that a transformation does not take."""
     takes = inspect.signature(make).parameters

@@ -24,13 +24,13 @@ import rich.progress
 import rich.table
 
 import lorax
-from experiments import disk, factory, metrics, optimizers, progress
+from experiments import disk, factory, metrics, optimizers, plugins, progress
 from experiments import writer as writers
 from experiments.data import documents, windows
 from experiments.pretrain import load_or_train
 from experiments.train import save_and_verify
 from experiments.train import train as train_methods
-from lorax import population, training
+from lorax import population, training, tree
 
 
 class Member(NamedTuple):
@@ -101,6 +101,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       bits per byte), `trainable` and `skipped`; "step_ms" of all members together.
     """
     # ------------------------------------------------------------------ setup
+    plugins.load(config)
     chosen = members(config)
     folder = pathlib.Path(workdir)
     console = rich.console.Console(soft_wrap=False)
@@ -120,16 +121,18 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         batches = windows.training_batches(
             topics.train, config.data.batch_size, config.data.length, config.run.seed
         )
-        trained, step_ms = fit(config, chosen, loss_fn, base, batches, bars, writer)
+        trained, shared, step_ms = fit(
+            config, chosen, loss_fn, base, batches, bars, writer
+        )
 
         # ------------------------------------------------------------- report
         rows: list[dict[str, Any]] = []
         for k, adapters in enumerate(population.unstack(trained)):
-            save_and_verify(folder / "members" / str(k), adapters, base)
+            save_and_verify(folder / "members" / str(k), adapters, shared)
             rows.append(
                 {
                     **chosen[k]._asdict(),
-                    "test_bpb": bits_per_byte(lorax.merge(adapters, base), test),
+                    "test_bpb": bits_per_byte(lorax.merge(adapters, shared), test),
                     "trainable": metrics.size(adapters),
                     "skipped": int(trained.state.skipped[k]),
                 }
@@ -156,11 +159,12 @@ def fit(
     batches: Any,
     bars: rich.progress.Progress,
     writer: writers.Writer,
-) -> tuple[population.Population, float]:
+) -> tuple[population.Population, Any, float]:
     """Trains all members in one program.
 
     Returns:
-      The trained population, and the median milliseconds of a step of all members.
+      The trained population, the base that its members share, and the median
+      milliseconds of a step of all members.
     """
 
     def make_tx(learning_rate: float) -> optax.GradientTransformation:
@@ -174,9 +178,10 @@ def fit(
     kernels = lorax.discover(loss_fn, base, batches[0])
     targets = factory.make_targets("lora", config.adapter)
     progress.tell_targets(bars.console, lorax.describe(base, targets, kernels))
-    starts = [
-        start(config, *of, base, kernels) for of in zip(init_keys, chosen, strict=True)
-    ]
+    starts = []
+    for of in zip(init_keys, chosen, strict=True):
+        adapters, base = start(config, *of, base, kernels)
+        starts.append(adapters)
     tx = optax.inject_hyperparams(make_tx)(learning_rate=1.0)
     rates = {"learning_rate": [m.learning_rate for m in chosen]}
     state = population.create_population(step_keys, starts, tx, base, hyperparams=rates)
@@ -198,7 +203,7 @@ def fit(
             for k, own in enumerate(loss):
                 writer.write(f"member_{k}", i, {"loss": float(own)})
             began, reported = time.perf_counter(), i
-    return state, statistics.median(times) * 1e3
+    return state, base, statistics.median(times) * 1e3
 
 
 def start(
@@ -207,19 +212,25 @@ def start(
     member: Member,
     base: Any,
     kernels: Any,
-) -> lorax.Adapters:
-    """Returns a member's adapters at init; ValueError if that moves the base."""
+) -> tuple[lorax.Adapters, Any]:
+    """Returns a member's adapters at init, and the base with what it is lent.
+
+    Members share the frozen arrays of a method: those that the first one drew.
+
+    Raises:
+      ValueError: the init moves a part of the base.
+    """
     adapter = config.adapter.copy_and_resolve_references()
     adapter.rank, adapter.alpha = member.rank, float(member.alpha)
     targets = factory.make_targets("lora", adapter)
     adapters, params = lorax.init(key, base, targets, kernels)
-    if params is not base:
+    if tree.split(params)[0] is not tree.split(base)[0]:
         raise ValueError(
             f"config.adapter.init={adapter.init!r} moves a part of the base into the "
             "adapters, and members share one base: use init='standard', or run the "
             "members one by one"
         )
-    return adapters
+    return adapters, params
 
 
 def table(results: dict[str, Any]) -> rich.table.Table:

@@ -13,13 +13,22 @@ import ml_collections
 import numpy as np
 import rich.console
 
-from experiments import disk, factory, metrics, nonfinite, optimizers, plots, progress
+from experiments import (
+    disk,
+    factory,
+    metrics,
+    nonfinite,
+    optimizers,
+    plots,
+    plugins,
+    progress,
+)
 from experiments import writer as writers
 from experiments.data import documents, windows
 from experiments.fit import Fit, fit
 from experiments.pretrain import load_or_train
 from experiments.sample import sample_text
-from lorax import checkpoint
+from lorax import checkpoint, tree
 
 LABELS = {"base": "base", "lora": "LoRA", "full": "full"}
 
@@ -39,6 +48,7 @@ def train(
       `trainable_share`, `opt_state_bytes`, `step_ms` and, beside "full", `recovered`.
     """
     # ------------------------------------------------------------------ setup
+    plugins.load(config)
     folder = pathlib.Path(workdir)
     console = rich.console.Console(soft_wrap=False)
 
@@ -165,6 +175,8 @@ def save_and_verify(path: pathlib.Path, adapters: Any, params: Any) -> None:
     checkpoint.save_adapters(path, adapters, params, overwrite=True)
     restored = checkpoint.load_adapters(path, params=params)
     same = jax.tree.map(np.array_equal, restored, adapters)  # or it raises
+    for name, array in checkpoint.load_frozen(path).items():
+        same[name] = np.array_equal(array, tree.split(params)[1][name])
     if not all(jax.tree.leaves(same)):
         raise OSError(f"{path}: the adapters read back are not those saved")
 

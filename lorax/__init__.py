@@ -15,7 +15,7 @@ from lorax.merging import merge_report
 from lorax.notices import TargetWarning
 from lorax.targets import Target
 from lorax.transform import CustomRuleWarning, MergeWarning, adapt, init, merge
-from lorax.types import Adapter, Adapters, Axes
+from lorax.types import Adapter, Adapters, Axes, Base
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "Adapter",
     "Adapters",
     "Axes",
+    "Base",
     "CustomRuleWarning",
     "Dora",
     "Full",

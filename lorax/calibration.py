@@ -62,7 +62,7 @@ def calibrate(
     Args:
       key: a typed key; only the sketch draws from it.
       loss_fn: `(params, batch) -> loss` or `(loss, anything)`, for plain parameters.
-      params: the pretrained tree, sharded as it may be.
+      params: the pretrained tree, sharded as it may be; or a `Base`.
       targets: those that go to `lorax.init`.
       batches: a few; read once and kept. LoRA-GA's library takes 64 of two examples,
         its paper 8 of one.
@@ -111,6 +111,7 @@ def calibrate(
         raise ValueError(f"width={width!r}; give a whole number of at least {KEPT}")
     if tokens not in ("reached", "all"):
         raise ValueError(f"tokens={tokens!r}; choose 'reached' or 'all'")
+    params, _ = tree.split(params)
     chosen = _chosen(params, targets, kernels)
     data = _listed(batches)
     stats: dict[str, Stats] = {}

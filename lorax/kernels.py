@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lorax import _explicit, interpret, tree
 from lorax.interpret import trace
-from lorax.types import Axes, Base, PyTree
+from lorax.types import Axes, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,7 @@ def discover(
       >>> kernels["bias"].op
       'other'
     """
-    params = params.params if isinstance(params, Base) else params
+    params, _ = tree.split(params)
     trace.require_pure(params)
     leaves = tree.flatten(params)
     watched = {

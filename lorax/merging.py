@@ -75,7 +75,7 @@ def merge_report(
 
 def _require_floating(adapters: Adapters, params: PyTree) -> None:
     """Raises ValueError for adapters on integer or 8-bit leaves."""
-    leaves = tree.flatten(transform.split(params)[0])
+    leaves = tree.flatten(params)
     for path in adapters:
         inside = [known for known in leaves if known.startswith(f"{path}/")]
         held = [leaves[path]] if path in leaves else [leaves[k] for k in inside]

@@ -33,6 +33,7 @@ import numpy as np
 import optax
 
 from lorax import stacking, training, transform
+from lorax.compose import forms
 from lorax.losses import LossFn, Metrics
 from lorax.training import TrainState
 from lorax.types import Adapters, MicrobatchNorms, PairStatics, PyTree
@@ -78,7 +79,8 @@ def create_population(
       members: K adapter trees for one and the same `params`; ranks and scales may
         differ, whatever else is static may not.
       tx: the optimiser of every member.
-      params: the frozen base; only its shapes are read.
+      params: the frozen base, or the `Base` that holds what all members share; only
+        shapes are read.
       hyperparams: `{name: K values}` for arguments of an `optax.inject_hyperparams`
         in `tx`; the members share those not named.
       model_state: of `create_state`; every member starts from it.
@@ -236,7 +238,7 @@ def member(population: Population, index: int) -> Adapters:
     adapters: Adapters = jax.tree.map(lambda leaf: leaf[index], stacked)
     for path, statics in population.pairs.items():
         bits = np.asarray(population.scale_bits[path][index])
-        own = stacking.cut(adapters[path], int(statics.rank[index]))
+        own = forms.cut(adapters[path], int(statics.rank[index]))
         adapters[path] = own.replace(scale=float(bits.view(np.float64)[0]))
     return adapters
 

@@ -165,7 +165,8 @@ def own_low_rank(params: PyTree) -> frozenset[str]:
     Known by their type, `nnx.LoRAParam`, or by the names `lora_a` and `lora_b`.
     """
     is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
-    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_variable)[0]
+    plain, _ = tree.split(params)
+    leaves = jax.tree_util.tree_flatten_with_path(plain, is_leaf=is_variable)[0]
     named = {tree.path_name(keys): leaf for keys, leaf in leaves}
     return frozenset(
         path

@@ -42,16 +42,16 @@ def stack(members: Sequence[Adapters]) -> tuple[Adapters, dict[str, PairStatics]
         for k, adapter in enumerate(own):
             _require_alike(path, k, adapter, own[0])
         if hasattr(own[0], "scale"):
-            ranks, scales = [a.rank for a in own], [a.scale for a in own]
+            ranks = [getattr(a, "rank", 1) for a in own]  # 1: it has none
+            scales = [a.scale for a in own]
             if len({*ranks}) > 1 or len({*scales}) > 1:
                 dtype = layout.wide(*jax.tree.leaves(own[0]))
                 pairs[path] = PairStatics(
                     jnp.array(scales, dtype), jnp.array(ranks, jnp.int32)
                 )
-                own = [
-                    forms.padded(a, max(ranks)).replace(scale=scales[0])  # one treedef
-                    for a in own
-                ]
+                if len({*ranks}) > 1:
+                    own = [forms.padded(a, max(ranks)) for a in own]
+                own = [a.replace(scale=scales[0]) for a in own]  # one treedef
         stacked[path] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
     return stacked, pairs
 
@@ -81,15 +81,3 @@ def _require_alike(path: str, k: int, adapter: Any, first: Any) -> None:
                 "members of a population differ in key, rank (not of AdaLora), scale "
                 "and hyperparameters alone: train this one in another population"
             )
-
-
-def cut(adapter: Any, rank: int) -> Any:
-    """Returns an adapter without the ranks beyond `rank`, which are padding."""
-    if not adapter.padded:
-        return adapter
-    return adapter.replace(
-        **{
-            name: jax.lax.slice_in_dim(getattr(adapter, name), 0, rank, axis=axis)
-            for name, axis in forms.rank_axes(adapter).items()
-        }
-    )

@@ -42,7 +42,9 @@ def init(
 
     Args:
       key: a `jax.random.key`.
-      params: the pretrained tree: a variables dict, an `nnx.State`, any pytree.
+      params: the pretrained tree: a variables dict, an `nnx.State`, any pytree; a
+        `Base` keeps its frozen arrays, and what it has of those that adapters share
+        is taken, so that members of a population share one base.
       targets: rules, first match wins; see `Target`.
       kernels: from `discover`; needed by "all-linear" and for kernels that are not
         two-dimensional.
@@ -55,7 +57,8 @@ def init(
 
     Raises:
       ValueError: a target that matches nothing or a leaf it cannot adapt, an unknown
-        init, or parameters that are not finite; the message names the path.
+        init, parameters that are not finite, or a `Base` with another frozen array
+        of the name; the message names the path.
       KeyError: kernels of another tree.
 
     Example:
@@ -65,7 +68,7 @@ def init(
       >>> adapters["dense/kernel"].a.shape, adapters["dense/kernel"].b.shape
       ((4, 2), (2, 3))
     """
-    plain, frozen = split(params)
+    plain, frozen = tree.split(params)
     trace.require_pure(plain)
     targets = as_targets(targets)  # an iterator is read once
     chosen = select(plain, targets, kernels)
@@ -75,7 +78,11 @@ def init(
         inits.check(target)
         inits.require_stats(path, target, stats)
     _require_finite(plain)
-    shared = {cls: cls.shared(key, group) for cls, group in _by_class(chosen).items()}
+    shared = {
+        cls: _kept(frozen, cls.shared(key, group))
+        for cls, group in _by_class(chosen).items()
+    }
+    given = frozen
     adapters: Adapters = {}
     moved: dict[str, Any] = {}
     for path, (target, kernel) in chosen.items():
@@ -83,16 +90,12 @@ def init(
         statistics = inits.require_stats(path, target, stats)
         made, after = inits.made(own, kernel, target, statistics, shared[cls])
         adapters[path], lent = adapter_classes.lent_out(made)
+        _require_same(path, given, lent)
         frozen = {**frozen, **lent}
         if after.value is not kernel.value:
             moved[path] = after.value
     plain = tree.replace(plain, moved) if moved else plain
     return adapters, Base(plain, frozen) if frozen else plain
-
-
-def split(params: PyTree) -> tuple[PyTree, Mapping[str, jax.Array]]:
-    """Returns the parameters of a `Base` and its frozen arrays; of others, none."""
-    return params if isinstance(params, Base) else (params, {})
 
 
 def _by_class(chosen: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
@@ -102,6 +105,30 @@ def _by_class(chosen: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
         cls = adapter_classes.of_target(target)
         groups.setdefault(cls, {})[path] = target, kernel
     return groups
+
+
+def _kept(given: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    """The shared arrays, those of a Base where they would fit as well."""
+    kind = lambda x: (x.shape, x.dtype)
+    fits = lambda name, x: name in given and kind(given[name]) == kind(x)
+    return {name: given[name] if fits(name, x) else x for name, x in made.items()}
+
+
+def _require_same(path: str, given: Mapping[str, Any], lent: Mapping[str, Any]) -> None:
+    """Raises ValueError where a Base has another array of an adapter's name."""
+    for name in given.keys() & lent.keys():
+        old, new = given[name], lent[name]
+        same = old is new or (old.shape, old.dtype) == (new.shape, new.dtype)
+        if same and tree.is_concrete(old) and tree.is_concrete(new):
+            with jax.ensure_compile_time_eval():
+                same = bool(jnp.array_equal(old, new))
+        if not same:
+            raise ValueError(
+                f"{path}: the Base given has another frozen array {name!r}, of shape "
+                f"{old.shape}, than the adapter needs, of shape {new.shape}: other "
+                "adapters use it; start from its parameters alone, base.params, and "
+                "keep one Base for each set"
+            )
 
 
 def _require_finite(params: PyTree) -> None:
@@ -139,7 +166,7 @@ def merge(adapters: Adapters, params: PyTree) -> PyTree:
     """
     whole, leaves = check(adapters, params)
     return tree.replace(
-        split(params)[0],
+        tree.split(params)[0],
         {path: a.merge(jnp.asarray(leaves[path])) for path, a in whole.items()},
     )
 
@@ -150,7 +177,7 @@ def check(adapters: Adapters, params: PyTree) -> tuple[Adapters, dict[str, Any]]
     Returns:
       The adapters with their frozen arrays in place, and the leaves by path.
     """
-    params, frozen = split(params)
+    params, frozen = tree.split(params)
     trace.require_pure(params)
     values = adapters.values() if isinstance(adapters, Mapping) else [adapters]
     for value in values:
@@ -298,7 +325,7 @@ def adapt(
         **kwargs: Any,
     ) -> Any:
         whole, leaves = check(adapters, params)
-        params, _ = split(params)
+        params, _ = tree.split(params)
         views, replaced = [], {}
         thin: dict[str, jax.Array] = {}
         for path, adapter in sorted(whole.items()):

@@ -2,7 +2,7 @@
 
 A path joins the tree path by `/`. Suffixes that only wrap a leaf (the `value` of a
 `flax.linen` box or an `nnx.Variable`) and the leading `params/` of a variables dict are
-dropped; sequence indices are decimal.
+dropped; sequence indices are decimal. Of a `Base` the tree is its parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from lorax.types import Adapters, PyTree
+from lorax.types import Adapters, Base, PyTree
 
 
 def path_name(key_path: tuple[Any, ...]) -> str:
@@ -30,11 +30,16 @@ def path_name(key_path: tuple[Any, ...]) -> str:
     return jtu.keystr(tuple(keys), simple=True, separator="/")
 
 
+def split(params: PyTree) -> tuple[PyTree, Mapping[str, jax.Array]]:
+    """Returns the parameters of a `Base` and its frozen arrays; of others, none."""
+    return params if isinstance(params, Base) else (params, {})
+
+
 def flatten(tree: PyTree) -> dict[str, Any]:
     """Returns `{path: leaf}` in tree order.
 
     Args:
-      tree: any pytree.
+      tree: any pytree; of a `Base` its parameters alone.
 
     Returns:
       A dict from path to leaf.
@@ -47,7 +52,7 @@ def flatten(tree: PyTree) -> dict[str, Any]:
       {'dense/kernel': 1, 'steps/0': 2, 'steps/1': 3}
     """
     leaves: dict[str, Any] = {}
-    for key_path, leaf in jtu.tree_flatten_with_path(tree)[0]:
+    for key_path, leaf in jtu.tree_flatten_with_path(split(tree)[0])[0]:
         path = path_name(key_path)
         if path in leaves:
             raise ValueError(
@@ -63,7 +68,7 @@ def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     """Returns `tree` with the leaves at the given paths exchanged.
 
     Args:
-      tree: any pytree.
+      tree: any pytree; a `Base` keeps its frozen arrays.
       leaves: new leaves by path; every path must exist.
 
     Returns:
@@ -72,6 +77,8 @@ def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     Raises:
       KeyError: a path that the tree lacks.
     """
+    if isinstance(tree, Base):
+        return Base(replace(tree.params, leaves), tree.frozen)
     require(leaves, flatten(tree))
     return jtu.tree_map_with_path(
         lambda key_path, leaf: leaves.get(path_name(key_path), leaf), tree

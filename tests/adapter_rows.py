@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 import lorax
+from tests.plugin import methods
 
 BATCH, IN, OUT = 3, 6, 5
 
@@ -49,6 +50,7 @@ OFT = functools.partial(LORA, adapter="oft", options={"block_size": 3})
 IA3 = functools.partial(LORA, adapter="ia3")
 LOKR = functools.partial(LORA, adapter="lokr")
 HRA = functools.partial(LORA, adapter="hra")
+WALSH = functools.partial(lorax.Target, "w", adapter=methods.Walsh, alpha=3)
 FULL = functools.partial(lorax.Target, "w|bias", adapter="full")
 # (name, program, shape of w, size of the bias, target)
 ADAPTERS = [
@@ -115,4 +117,9 @@ ADAPTERS = [
     ("hra_layer_subset", layers, (3, IN, IN), IN, HRA(layers=(0, 2))),
     ("full", matrix, (IN, OUT), OUT, FULL()),
     ("full_stacked", layers, (3, IN, IN), IN, FULL()),
+    # of a package of its own, tests/plugin
+    ("walsh", matrix, (IN, OUT), OUT, WALSH()),
+    ("walsh_stacked", layers, (3, IN, IN), IN, WALSH()),
+    ("walsh_layer_subset", layers, (3, IN, IN), IN, WALSH(layers=(0, 2))),
+    ("walsh_three_axes", heads, (2, IN, 4), 4, WALSH()),
 ]

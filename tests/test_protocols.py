@@ -10,9 +10,10 @@ import pytest
 
 import lorax
 from lorax import adapters as adapter_classes
-from lorax import inits
+from lorax import inits, tree
 from tests import programs
 from tests.adapter_rows import ADAPTERS, BATCH, IN, OUT
+from tests.plugin import methods
 from tests.test_adapt import assert_close
 
 KEY = jax.random.key(0)
@@ -35,8 +36,20 @@ def make(row, dtype=jnp.float32, size=0.3):
     return fn, programs.perturbed(adapters, size), params
 
 
+def in_place(adapters, params):
+    """Adapters with their frozen arrays, and the parameters without."""
+    plain, frozen = tree.split(params)
+    bound = adapter_classes.bound
+    return {path: bound(a, frozen, path) for path, a in adapters.items()}, plain
+
+
 def loss_of(fn):
     return lambda params, x: jnp.sum(fn(params, x) ** 2)
+
+
+def test_the_plugin_is_registered_by_being_imported():
+    assert adapter_classes.REGISTRY["walsh"] is methods.Walsh
+    assert inits.REGISTRY["cosines"].make is methods.cosines
 
 
 def test_every_class_has_a_row():
@@ -147,6 +160,7 @@ def test_an_adapter_is_a_pytree(row):
 def test_delta_and_merge_agree_and_merge_keeps_the_tree(row):
     _, adapters, params = make(row)
     merged = lorax.merge(adapters, params)
+    adapters, params = in_place(adapters, params)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     for path, leaf in params.items():
         if path not in adapters:
@@ -165,9 +179,10 @@ def test_delta_and_merge_agree_and_merge_keeps_the_tree(row):
 def test_merge_rounds_once(row):
     """A bf16 kernel gets the float32 sum, rounded; the reference is numpy's."""
     _, adapters, params = make(row, jnp.bfloat16)
+    merged = lorax.merge(adapters, params)["w"]
+    adapters, params = in_place(adapters, params)
     kernel, adapter = params["w"], adapters["w"]
     exact = np.asarray(kernel, np.float32) + np.asarray(adapter.delta(kernel))
-    merged = lorax.merge(adapters, params)["w"]
     assert adapter.delta(kernel).dtype == jnp.float32
     assert merged.dtype == jnp.bfloat16
     np.testing.assert_array_equal(merged, exact.astype(jnp.bfloat16))
@@ -199,6 +214,7 @@ INITS = [
     ("corda", (), False),
     ("milora", (), False),
     ("orthogonal", (), False),
+    ("cosines", (), False),  # of tests/plugin
 ]
 init_rows = pytest.mark.parametrize(
     "name,options,moves", INITS, ids=[f"{row[0]}{i}" for i, row in enumerate(INITS)]
@@ -225,7 +241,7 @@ def test_every_init_has_a_row():
 
 
 # Of flattened matrices: a stack, a window and each class that they know show the rest.
-FLAT = ("eva", "corda", "milora", "orthogonal")
+FLAT = ("eva", "corda", "milora", "orthogonal", "cosines")
 FEW = ("lora", "lora_stacked", "lora_conv", "dora", "adalora")
 
 
@@ -252,7 +268,7 @@ def test_at_init_the_merged_kernel_is_the_given_one(row, name, options, moves):
     params, (adapters, after) = initialised(row, (name, options))
     merged = lorax.merge(adapters, after)
     off = np.abs(merged["w"] - params["w"]).max() / np.abs(params["w"]).max()
-    assert after["w"].dtype == params["w"].dtype
+    assert tree.flatten(after)["w"].dtype == params["w"].dtype
     assert (off > 1e-4) if moves else (off <= 1e-6)
     exact = not row[0].startswith("hra")  # there two reflections cancel, to rounding
     if name in ("standard", "gaussian") and exact:

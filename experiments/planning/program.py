@@ -76,7 +76,7 @@ def build(
     placed = distributed.place_params(mesh, config.sharding, model, shapes)
     batch = make_batch(config.data, mesh)
     loss_fn = respond.make_loss(model, config.run.label_smoothing)
-    state, tx = make_state(config, loss_fn, shapes, batch)
+    state, params, tx = make_state(config, loss_fn, shapes, batch)
     where = sharding.state_shardings(state, placed, config.sharding.replicate_adapters)
     made = make_step(loss_fn, tx, config.optimizer.clip_norm, form)
     step = jax.jit(
@@ -85,7 +85,9 @@ def build(
     return Program(
         step,
         jax.tree.map(_abstract, state, where),
-        placed.abstract(shapes),
+        jax.tree.map(
+            _abstract, params, sharding.base_shardings(params, state.adapters, placed)
+        ),
         batch,
         placed,
         config.data.batch_size * max(config.data.lengths),
@@ -133,8 +135,8 @@ def make_batch(config: ml_collections.ConfigDict, mesh: Any) -> dict[str, Any]:
 
 def make_state(
     config: ml_collections.ConfigDict, loss_fn: Any, shapes: Any, batch: Any
-) -> tuple[training.TrainState, Any]:
-    """The abstract train state, and the optimiser that it belongs to."""
+) -> tuple[training.TrainState, Any, Any]:
+    """The abstract train state, its base, and the optimiser that it belongs to."""
     (method,) = config.run.methods
     kernels = lorax.discover(loss_fn, shapes, batch)
     targets = [
@@ -149,11 +151,11 @@ def make_state(
         config.optimizer.learning_rate[method], config.run.steps, config.optimizer
     )
 
-    def create(key: jax.Array, params: Any) -> training.TrainState:
-        adapters, _ = lorax.init(key, params, targets, kernels)
-        return training.create_state(key, adapters, tx)
+    def create(key: jax.Array, params: Any) -> tuple[training.TrainState, Any]:
+        adapters, base = lorax.init(key, params, targets, kernels)
+        return training.create_state(key, adapters, tx), base
 
-    return jax.eval_shape(create, jax.random.key(0), shapes), tx
+    return *jax.eval_shape(create, jax.random.key(0), shapes), tx
 
 
 def make_step(

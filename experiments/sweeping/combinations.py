@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from experiments import checking
+from experiments import checking, optimizers
 from experiments.sweeping import grid
-from lorax import adapters
+from lorax import adapters, inits
 
 POOLED = {
     "optimizer.learning_rate.lora": "learning_rate",
@@ -32,8 +32,6 @@ POOLED = {
     "adapter.alpha": "alpha",
 }
 """Fields in which members of a population may differ, and what it calls them."""
-SHARES_BASE = ("standard", "gaussian", "orthogonal")
-"""The inits that leave the base as it is and look at no data."""
 COMMON = ("base.test_bpb", "lora.test_bpb", "lora.trainable")
 """What a population and a run of its own both report."""
 
@@ -150,7 +148,8 @@ def apart(config: ml_collections.ConfigDict) -> str:
         return "runs from a checkpoint have no populations"
     if config.run.methods[:1] != ("lora",):
         return f"run.methods={config.run.methods} starts with another than lora"
-    if config.adapter.init not in SHARES_BASE:
+    init = inits.REGISTRY[config.adapter.init]
+    if not init.keeps_base or init.stats:
         return f"adapter.init={config.adapter.init} does not leave the base as it is"
     for name in POOLED:
         holder, _, last = name.rpartition(".")
@@ -199,7 +198,7 @@ def _pool(config: ml_collections.ConfigDict) -> str:
     # AdaLoRA's allocation and Muon's factor of the width would see padded ranks.
     cls = adapters.get(config.adapter.adapter)
     padded = cls.padded and not cls.counts_ranks
-    ranks = padded and config.optimizer.name != "muon"
+    ranks = padded and config.optimizer.name not in optimizers.SEES_SHAPES
     for name in POOLED:
         if name != "adapter.rank" or ranks:
             holder, _, last = name.rpartition(".")

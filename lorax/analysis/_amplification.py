@@ -70,8 +70,8 @@ def amplification(
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank}; look at one direction or more, or None for all")
-    chosen = _matrices.thin(adapters, "amplification")
-    leaves = _matrices.leaves_of(chosen, params)
+    whole, leaves = _matrices.on_leaves(adapters, params)
+    chosen = _matrices.thin(whole, "amplification")
     return {
         path: _measured(tree.fold_path(key, path), adapter, leaves[path], rank)
         for path, adapter in chosen.items()
@@ -80,7 +80,7 @@ def amplification(
 
 def _measured(key: jax.Array, adapter: Any, leaf: Any, rank: int | None) -> Any:
     kernel = _matrices.leaf_matrices(leaf, adapter.axes)
-    if adapter.layers is not None:
+    if getattr(adapter, "layers", None) is not None:
         kernel = kernel[jnp.asarray(adapter.layers)]
     u, s, vt = linalg.low_rank_svd(*_matrices.matrices(adapter))
     k = s.shape[-1] if rank is None else min(rank, s.shape[-1])

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import tree
+from lorax.adapters import bound
 from lorax.kernels import Kernel
 from lorax.types import Adapters, PyTree
 
@@ -28,7 +29,7 @@ class Cost(NamedTuple):
     Attributes:
       trained: parameters that are trained.
       checkpoint: bytes to keep what was trained.
-      params: bytes of the base, and of adapters beside it.
+      params: bytes of the base, of adapters beside it and of their frozen arrays.
       gradients: bytes of the gradients of what is trained.
       moments: bytes of the optimiser's state.
       flops: operations of all kernels in a train step; None without `kernels`.
@@ -98,7 +99,9 @@ def cost(
     tree.require(adapters, leaves, "parameter tree")
     floating = [leaf for leaf in leaves.values() if tree.is_floating(leaf)]
     trained = jax.tree.leaves(adapters)
-    base = sum(map(_bytes, jax.tree.leaves(params)))
+    plain, frozen = tree.split(params)
+    base, held = (sum(map(_bytes, jax.tree.leaves(x))) for x in (plain, frozen))
+    adapters = {path: bound(a, frozen, path) for path, a in adapters.items()}
 
     def made(trained: list[Any], params: int, flops: int | None) -> Cost:
         size, count = sum(map(_bytes, trained)), sum(x.size for x in trained)
@@ -109,7 +112,7 @@ def cost(
         whole = 3 * sum(kernel.flops for kernel in kernels.values())
         own = sum(_flops(k, adapters.get(path)) for path, k in kernels.items())
     return Costs(
-        made(trained, base + sum(map(_bytes, trained)), own),
+        made(trained, base + held + sum(map(_bytes, trained)), own),
         made(floating, base, whole),
     )
 

@@ -75,8 +75,8 @@ def intruder_dimensions(
             raise ValueError(f"{name}={value}; give 1 or more directions")
     if side not in ("in", "out"):
         raise ValueError(f"side={side!r}; choose 'in' or 'out'")
-    chosen = _matrices.thin(adapters, "intruder_dimensions")
-    leaves = _matrices.leaves_of(chosen, params)
+    whole, leaves = _matrices.on_leaves(adapters, params)
+    chosen = _matrices.thin(whole, "intruder_dimensions")
 
     def measured(path: str, adapter: Any) -> Intruders:
         leaf = leaves[path]

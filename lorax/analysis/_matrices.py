@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import tree
-from lorax.adapters import as_lora, layout
+from lorax.adapters import as_lora, bound, layout
 from lorax.types import Adapters, Axes, PyTree
 
 
@@ -36,18 +36,21 @@ def _is_thin(adapter: Any) -> bool:
     return pair or adapter.as_lora() is not None
 
 
-def leaves_of(adapters: Adapters, params: PyTree) -> dict[str, jax.Array]:
-    """Returns the leaf of every adapter.
+def on_leaves(
+    adapters: Adapters, params: PyTree
+) -> tuple[Adapters, dict[str, jax.Array]]:
+    """Returns the adapters with their frozen arrays, and the leaf of each.
 
     Raises:
       KeyError: a path that params lacks.
       ValueError: an adapter that does not fit its leaf.
     """
-    leaves = tree.flatten(params)
+    leaves, (_, frozen) = tree.flatten(params), tree.split(params)
     tree.require(adapters, leaves, "parameter tree")
     for path, adapter in adapters.items():
         adapter.check(path, leaves[path])
-    return {path: jnp.asarray(leaves[path]) for path in adapters}
+    whole = {path: bound(a, frozen, path) for path, a in adapters.items()}
+    return whole, {path: jnp.asarray(leaves[path]) for path in adapters}
 
 
 def matrices(adapter: Any) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,6 @@
 """Checkpoints: adapters to share, and the whole state of a run to go on from."""
 
-from lorax.checkpoint.adapters import load_adapters, save_adapters
+from lorax.checkpoint.adapters import load_adapters, load_frozen, save_adapters
 from lorax.checkpoint.record import DamagedError
 from lorax.checkpoint.runs import CheckpointWarning, Restored, RunCheckpoints
 
@@ -10,5 +10,6 @@ __all__ = [
     "Restored",
     "RunCheckpoints",
     "load_adapters",
+    "load_frozen",
     "save_adapters",
 ]

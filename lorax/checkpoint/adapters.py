@@ -1,17 +1,8 @@
 """Adapters on disk: arrays in orbax, everything else in `adapters.json`.
 
-    path/adapters.json   {"format": 1, "library": ..., "generation": n,
-                          "adapters": {path: {class, static fields; of every array
-                          shape, dtype and digest}},
-                          "base": {path: {shape, dtype, sha256}} or null,
-                          "digests": of every field above; of adapters and base by path}
-    path/arrays-n/       orbax: {path: {field: array}}
-
-`adapters.json` is written last and replaced in one move, so a directory without it is
-no checkpoint, and overwriting one keeps the old arrays until the new ones are complete.
-It is data: reading it runs no code and imports nothing. Every field is held to its type
-and range, and to its digest, before an array is read; every array is then held to its
-own. (Older files have no digests, and load as well.)
+`index` has the form of that file, which is written last and replaced in one move: a
+directory without it is no checkpoint, and overwriting one keeps the old arrays until
+the new ones are complete.
 """
 
 from __future__ import annotations
@@ -30,26 +21,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lorax import tree, untrusted
-from lorax.checkpoint import digests, entries, folders, record
+from lorax import tree
+from lorax.checkpoint import digests, entries, folders
+from lorax.checkpoint import index as indices
 from lorax.checkpoint.entries import item_name
 from lorax.types import Adapters, PyTree
-
-FORMAT = 1
-INDEX = "adapters.json"
-FIELDS = {
-    "format": untrusted.whole(1),
-    "library": untrusted.TEXT,
-    "generation": untrusted.whole(),
-    "adapters": untrusted.mapping(untrusted.ANY, 1),
-    "base": untrusted.TABLE | None,
-}
-"""What the fields of the index must be; it may have others, which are sealed too."""
-BASE = {
-    "shape": untrusted.SHAPE,
-    "dtype": untrusted.TEXT,
-    "sha256": untrusted.digits(64) | None,
-}
 
 
 def save_adapters(
@@ -66,16 +42,18 @@ def save_adapters(
       adapters: `{path: Adapter}`.
       params: the base they belong to, after `lorax.init` (an init may move part of a
         kernel). Only a fingerprint is stored: shape, dtype and content digest of each
-        adapted leaf, by which loading tells another base. None stores none.
+        adapted leaf, by which loading tells another base. None stores none. Of a `Base`
+        the frozen arrays that the adapters have are stored whole, see `load_frozen`.
       overwrite: replace the checkpoint that is there; not by NaN or an infinity.
 
     Raises:
       FileExistsError: there is one, and `overwrite` is False.
-      ValueError: no adapters, ones that do not fit `params`, a static field out of its
-        range, or adapters that are not finite and would replace a checkpoint.
+      ValueError: no adapters, ones that do not fit `params`, ones with frozen arrays
+        and `params` without them, a static field out of its range, or adapters that
+        are not finite and would replace a checkpoint.
       KeyError: `params` lacks an adapted path.
-      TypeError: an adapter whose class is not registered, or a static field
-        that JSON cannot hold.
+      TypeError: an adapter whose class is not registered, or a static field that JSON
+        cannot hold.
       OSError: the directory cannot be written (no space left, no permission); what it
         held is as it was.
 
@@ -93,33 +71,42 @@ def save_adapters(
     folders.require_directory(folder)
     if not adapters:
         raise ValueError("adapters is empty: there is nothing to save")
-    if (folder / INDEX).exists():
+    frozen = _frozen_of(adapters, params)
+    if (folder / indices.INDEX).exists():
         if not overwrite:
             raise FileExistsError(
                 f"{folder} holds adapters already; pass overwrite=True to replace them"
             )
         _require_finite(folder, adapters)
     index = {
-        "format": FORMAT,
+        "format": indices.FORMAT,
         "library": f"lorax {_version()}",
         "generation": max(_generations(folder), default=-1) + 1,
         "adapters": {name: _entry(name, a) for name, a in adapters.items()},
         "base": None if params is None else _fingerprint(adapters, params),
     }
-    index["digests"] = seals(index)
+    if frozen:
+        index["frozen"] = {name: _described(x) for name, x in frozen.items()}
+    index["digests"] = indices.seals(index)
     text = json.dumps(index, indent=1, allow_nan=False)
-    arrays = {item_name(name): entries.arrays(a) for name, a in adapters.items()}
+    parts: dict[str, dict[str, Any]] = {
+        "arrays": {item_name(name): entries.arrays(a) for name, a in adapters.items()},
+        "frozen": {item_name(name): x for name, x in frozen.items()},
+    }
     with _writing(folder):
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            target = folder / f"arrays-{index['generation']}"
-            checkpointer.save(target, args=ocp.args.PyTreeSave(arrays))
+            for part, arrays in parts.items():
+                if arrays:
+                    target = folder / f"{part}-{index['generation']}"
+                    checkpointer.save(target, args=ocp.args.PyTreeSave(arrays))
         if jax.process_index() == 0:
-            part = folder / f"{INDEX}.part"
-            part.write_text(text)
-            part.replace(folder / INDEX)
+            written = folder / f"{indices.INDEX}.part"
+            written.write_text(text)
+            written.replace(folder / indices.INDEX)
     if jax.process_index() == 0:
         for stale in set(_generations(folder)) - {index["generation"]}:
-            (folder / f"arrays-{stale}").rmtree(missing_ok=True)
+            for part in parts:
+                (folder / f"{part}-{stale}").rmtree(missing_ok=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("lorax.checkpoint.save_adapters")
 
@@ -136,11 +123,11 @@ def load_adapters(
       template: adapters of the expected paths, classes, static fields, shapes and
         dtypes (arrays or `jax.ShapeDtypeStruct`); arrays are put on its shardings.
         None takes what is there, on the default device.
-      params: the base the adapters will be applied to, held against the fingerprint.
-        None leaves the base unchecked.
+      params: the base the adapters will be applied to, held against the fingerprint;
+        of a `Base` the frozen arrays as well. None leaves the base unchecked.
 
     Returns:
-      `{path: Adapter}`.
+      `{path: Adapter}`; what they have in `Base.frozen` is `load_frozen`'s.
 
     Raises:
       FileNotFoundError: no such directory.
@@ -161,15 +148,16 @@ def load_adapters(
       (2.0, Axes(in_=(0,), out=(1,), batch=()))
     """
     folder = folder_of(path)
-    index, skeleton = _read_index(folder)
+    index, skeleton = indices.read_index(folder)
     try:
         if template is not None:
             skeleton = entries.filled(skeleton, index["adapters"], template)
             entries.check_template(skeleton, template)
         if params is not None:
             _check_base(skeleton, index["base"] or {}, params)
+            _check_frozen(index.get("frozen", {}), params)
     except ValueError as error:
-        raise ValueError(f"{folder / INDEX}: {error}") from error
+        raise ValueError(f"{folder / indices.INDEX}: {error}") from error
     place = folder / f"arrays-{index['generation']}"
     arrays = _read_arrays(place, skeleton)
     for name, entry in index["adapters"].items():
@@ -184,6 +172,47 @@ def load_adapters(
             **jax.device_put(arrays[item_name(name)], places)
         )
     return loaded
+
+
+def load_frozen(path: str | os.PathLike[str]) -> dict[str, jax.Array]:
+    """Reads the frozen arrays that `save_adapters` wrote beside adapters.
+
+        params = lorax.Base(params, load_frozen(path))
+
+    is then what `lorax.init` returned, of these adapters.
+
+    Args:
+      path: the directory.
+
+    Returns:
+      `{name: array}`, the same bits, on the default device; `{}` where the adapters
+      have none.
+
+    Raises:
+      FileNotFoundError: no such directory.
+      ValueError: no adapter checkpoint, a damaged one or one of a newer format.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> from lorax.adapters import Full
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_adapters(folder, {"bias": Full(jnp.zeros(2))})
+      ...     load_frozen(folder)
+      {}
+    """
+    folder = folder_of(path)
+    index, _ = indices.read_index(folder)
+    told = index.get("frozen", {})
+    if not told:
+        return {}
+    place = folder / f"frozen-{index['generation']}"
+    arrays = _read_tree(
+        place, {item_name(n): entries.abstract(n, k) for n, k in told.items()}
+    )
+    found = {name: arrays[item_name(name)] for name in told}
+    _verify(str(place), told, found)
+    return jax.device_put(found)
 
 
 def folder_of(path: str | os.PathLike[str]) -> epath.Path:
@@ -245,21 +274,23 @@ def _entry(path: str, adapter: Any) -> dict[str, Any]:
     return entry
 
 
-def seals(index: dict[str, Any]) -> dict[str, Any]:
-    """Returns a digest of every field of an index; of tables one of every item.
+def _frozen_of(adapters: Adapters, params: PyTree) -> dict[str, Any]:
+    """The frozen arrays that the adapters have; ValueError where params have not."""
+    (_, held), lent = tree.split(params), entries.lent_names(adapters)
+    if lacking := sorted(lent.keys() - held.keys()):
+        path = lent[lacking[0]]
+        raise ValueError(
+            f"{path}: {type(adapters[path]).__name__} has the frozen array "
+            f"{lacking[0]!r}, without which it could not be used again, and params "
+            f"{'lack it' if held else 'are not a Base'}: write save_adapters(path, "
+            "adapters, base), base what lorax.init returned, or lorax.Base(params, "
+            "frozen)"
+        )
+    return {name: held[name] for name in sorted(lent)}
 
-    Example:
-      >>> seals({"format": 1, "base": None, "digests": {}}).keys()
-      dict_keys(['format', 'base'])
-    """
-    found: dict[str, Any] = {}
-    for field, value in index.items():
-        if isinstance(value, dict):
-            found[field] = {k: record.digest([field, k, v]) for k, v in value.items()}
-        else:
-            found[field] = record.digest([field, value])
-    found.pop("digests", None)
-    return found
+
+def _described(array: Any) -> dict[str, Any]:
+    return entries.kind(array) | {"digest": digests.of(digests.on_host(array))}
 
 
 def _fingerprint(adapters: Adapters, params: PyTree) -> dict[str, Any]:
@@ -282,74 +313,6 @@ def _seal(leaf: Any) -> dict[str, Any]:
 # Reading
 
 
-def _read_index(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The index, of which every field has been checked, and the abstract adapters."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no directory {folder}")
-    place = folder / INDEX
-    if not place.exists():
-        raise ValueError(
-            f"{folder} has no {INDEX}: another kind of checkpoint, or one whose saving "
-            "was cut short"
-        )
-    try:
-        index = untrusted.parsed(place.read_text())
-        if untrusted.field(index, "format", FIELDS["format"]) <= FORMAT:
-            _require_form(index)
-    except ValueError as error:
-        raise ValueError(f"{place} is damaged: {error}") from error
-    if index["format"] > FORMAT:  # the rest may look otherwise
-        raise ValueError(
-            f"{place} has format {index['format']} of {index.get('library')}; this "
-            f"lorax reads up to {FORMAT}: upgrade lorax"
-        )
-    skeletons = {}
-    for path, entry in index["adapters"].items():
-        try:
-            skeletons[path] = entries.skeleton(entry)
-        except ValueError as error:
-            raise ValueError(
-                f"{place}: {path}: its entry does not fit this lorax: {error}; if a "
-                "newer lorax wrote it, upgrade, else the file is damaged"
-            ) from error
-    if damaged := _unsealed(index):
-        raise ValueError(
-            f"{place} is damaged: {damaged} is not what was written, by its digest"
-        )
-    return index, skeletons
-
-
-def _require_form(index: dict[str, Any]) -> None:
-    """Raises ValueError unless all fields but the adapters' own are what they must."""
-    for field, rule in FIELDS.items():
-        untrusted.field(index, field, rule)
-    if "digests" in index:
-        untrusted.field(index, "digests", untrusted.TABLE)
-    base = index["base"]
-    for path, seal in (base or {}).items():
-        for field, rule in BASE.items():
-            untrusted.field(seal, field, rule, f"base.{path}")
-    if base is not None and (odd := sorted(base.keys() ^ index["adapters"].keys())):
-        raise ValueError(f"only one of base and adapters has {odd[0]!r}")
-
-
-def _unsealed(index: dict[str, Any]) -> str:
-    """The first field that is not what its digest says, or ""; the oldest have none."""
-    if "digests" not in index:
-        return ""
-    then, now = index["digests"], seals(index)
-    for field in [*then, *now]:
-        old, new = then.get(field), now.get(field)
-        if not isinstance(old, dict) or not isinstance(new, dict):
-            if old != new:
-                return field
-            continue
-        for name in [*old, *new]:
-            if old.get(name) != new.get(name):
-                return f"{field}.{name}"
-    return ""
-
-
 def _check_base(skeleton: Adapters, base: dict[str, Any], params: PyTree) -> None:
     for path, now in _fingerprint(skeleton, params).items():
         then = base.get(path, {})
@@ -363,9 +326,24 @@ def _check_base(skeleton: Adapters, base: dict[str, Any], params: PyTree) -> Non
                 )
 
 
+def _check_frozen(told: dict[str, Any], params: PyTree) -> None:
+    """Raises ValueError for a Base with other frozen arrays than those saved."""
+    for name, now in tree.split(params)[1].items():
+        if name in told and tree.is_concrete(now) and _described(now) != told[name]:
+            raise ValueError(
+                f"the adapters were made with another frozen array {name!r} than that "
+                "of params; pass lorax.Base(params, checkpoint.load_frozen(path))"
+            )
+
+
 def _read_arrays(folder: epath.Path, skeletons: Adapters) -> dict[str, Any]:
-    """The arrays as numpy, so that they load whatever devices they were saved from."""
+    """The arrays of adapters, by item name."""
     want = {item_name(name): entries.arrays(a) for name, a in skeletons.items()}
+    return _read_tree(folder, want)
+
+
+def _read_tree(folder: epath.Path, want: dict[str, Any]) -> dict[str, Any]:
+    """The arrays as numpy, so that they load whatever devices they were saved from."""
     restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), want)
     kind = entries.kind
     try:
@@ -376,7 +354,9 @@ def _read_arrays(folder: epath.Path, skeletons: Adapters) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"the arrays in {folder} are damaged: {error}") from error
     if not all(jax.tree.leaves(same)):
-        raise ValueError(f"the arrays in {folder} do not fit {INDEX}: both are damaged")
+        raise ValueError(
+            f"the arrays in {folder} do not fit {indices.INDEX}: both are damaged"
+        )
     for leaf in jax.tree.leaves(arrays):
         if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
             raise ValueError(

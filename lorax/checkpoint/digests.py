@@ -73,13 +73,15 @@ def content(params: PyTree) -> dict[str, dict[str, Any]]:
         have the content None.
 
     Returns:
-      `{path: {"shape": [...], "dtype": name, "content": 32 hex digits or None}}`.
+      `{path: {"shape": [...], "dtype": name, "content": 32 hex digits or None}}`; of a
+      `Base` its frozen arrays too, as `frozen:name`.
 
     Example:
       >>> content({"w": jnp.zeros(2, jnp.int8)})["w"]["content"]
       'e32f6afb092d86deb81864035f6b1cd2'
     """
     leaves = tree.flatten(params)
+    leaves |= {f"frozen:{name}": x for name, x in tree.split(params)[1].items()}
     with jax.ensure_compile_time_eval():  # known leaves, closed over by a jit
         lanes = {p: _lanes(x) for p, x in leaves.items() if tree.is_concrete(x)}
     described = {}

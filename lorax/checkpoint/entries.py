@@ -51,6 +51,15 @@ STATIC = {
     ),
     "blocks": untrusted.whole(1),
     "detach_norm": untrusted.FLAG,
+    "lent": untrusted.Rule(
+        "pairs (field, name of its array in Base.frozen), each field once",
+        lambda v: (
+            isinstance(v, tuple)
+            and all(isinstance(p, tuple) and len(p) == 2 for p in v)
+            and all(untrusted.TEXT.fits(text) and text for p in v for text in p)
+            and len({p[0] for p in v}) == len(v)
+        ),
+    ),
     "moved_by": untrusted.Rule("a name", lambda v: untrusted.TEXT.fits(v) and v) | None,
 }
 """What the static fields of adapters must be, by name; others may be any such data."""
@@ -62,9 +71,20 @@ def fields(adapter: Any, static: bool) -> list[str]:
 
 
 def arrays(adapter: Any) -> dict[str, Any]:
-    """Returns the array fields that are not None."""
-    values = {name: getattr(adapter, name) for name in fields(adapter, static=False)}
+    """Returns the array fields that are not None; frozen ones are the base's."""
+    lent = {field for field, _ in getattr(adapter, "lent", ())}
+    names = [name for name in fields(adapter, static=False) if name not in lent]
+    values = {name: getattr(adapter, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def lent_names(adapters: Adapters) -> dict[str, str]:
+    """Returns the names of all frozen arrays, each with a path that has it."""
+    return {
+        name: path
+        for path, adapter in reversed(adapters.items())
+        for _, name in getattr(adapter, "lent", ())
+    }
 
 
 def kind(array: Any) -> dict[str, Any]:
@@ -129,12 +149,18 @@ def skeleton(entry: Any) -> Any:
     for given, part in ((static, "static"), (kinds, "arrays")):
         _require_names(cls, given, part)
     values: dict[str, Any] = dict.fromkeys(fields(cls, static=False))
-    values |= {field: _abstract(f"arrays.{field}", k) for field, k in kinds.items()}
+    values |= {field: abstract(f"arrays.{field}", k) for field, k in kinds.items()}
     for field, value in static.items():
         where = f"static.{field}"
         rule = STATIC.get(field, untrusted.ANY)
         values[field] = untrusted.check(where, _decode(where, value), rule)
     made = cls(**values)
+    own = {n for n, field in cls.fields.items() if field.frozen}
+    if odd := sorted({field for field, _ in getattr(made, "lent", ())} - own):
+        raise ValueError(
+            f"static.lent: {odd[0]!r} is not a frozen field of {cls.__name__}, which "
+            f"has {sorted(own)}"
+        )
     _require_layout(made)
     return made
 
@@ -226,7 +252,8 @@ def _decode(where: str, value: Any) -> Any:
     return value
 
 
-def _abstract(where: str, told: Any) -> jax.ShapeDtypeStruct:
+def abstract(where: str, told: Any) -> jax.ShapeDtypeStruct:
+    """Returns the shape that a file tells; ValueError where it is not one."""
     shape = untrusted.field(told, "shape", untrusted.SHAPE, where)
     name = untrusted.field(told, "dtype", untrusted.TEXT, where)
     try:

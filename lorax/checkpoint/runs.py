@@ -65,8 +65,8 @@ class RunCheckpoints:
       folder: a directory of its own, local or anything orbax writes to; made at the
         first save.
       params: the frozen base, after `lorax.init`. Only a sum over its content is
-        kept, taken shard by shard; the base itself is never written. None leaves the
-        base unchecked.
+        kept, of a `Base` its frozen arrays' too, taken shard by shard; the base itself
+        is never written. None leaves the base unchecked.
       source: where the base can be had again (a path, a hub id), for the reader.
       config: JSON data; tuples become lists.
       keep: how many of the newest steps stay (3, so that two may be damaged).

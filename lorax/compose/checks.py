@@ -32,6 +32,12 @@ def require_same(path: str, members: Sequence[tuple[str, Any]]) -> None:
     """
     first_name, first = members[0]
     for name, other in members[1:]:
+        if (one := getattr(first, "lent", ())) != (two := getattr(other, "lent", ())):
+            raise ValueError(
+                f"{path}: {first_name} has the frozen arrays {dict(one)}, {name} "
+                f"{dict(two)}, and there is one Base: give all sets the same, by "
+                "lorax.init(key, base, targets), base what the first one returned"
+            )
         said = lambda a: f"{type(a).__name__} with {_sizes(a)}"
         if type(first) is not type(other) or _sizes(first) != _sizes(other):
             raise ValueError(

@@ -43,23 +43,23 @@ READS, WRITES, MIDDLE = (
 
 
 def has_factors(adapter: Any) -> bool:
-    """True where one field reads, and one writes, for every kernel of the stack."""
-    words = {field.words for field in adapter.fields.values()}
+    """True where one trained field reads, and one writes, for every kernel."""
+    words = {adapter.fields[name].words for name in adapter.roles}
     return {READS, WRITES} <= words
 
 
 def factor_names(adapter: Any) -> tuple[str, str]:
     """The fields that read and write: ("a", "b"), of an AdaLora ("p", "q")."""
-    names = {field.words: name for name, field in adapter.fields.items()}
+    names = {adapter.fields[name].words: name for name in adapter.roles}
     return names[READS], names[WRITES]
 
 
 def rank_axes(adapter: Any) -> dict[str, int]:
-    """For each field that has a rank, which of its axes that is."""
+    """For each trained field that has a rank, which of its axes that is."""
     return {
         name: layout.axis_of(adapter, name, "rank")
-        for name, field in adapter.fields.items()
-        if "rank" in field.words
+        for name in adapter.roles
+        if "rank" in adapter.fields[name].words
     }
 
 
@@ -78,6 +78,17 @@ def padded(adapter: Any, rank: int) -> Any:
         widths[axis] = (0, rank - field.shape[axis])
         fields[name] = jnp.pad(field, widths) if rank > adapter.rank else field
     return adapter.replace(**fields)
+
+
+def cut(adapter: Any, rank: int) -> Any:
+    """Returns the adapter's leading ranks, the rest being padding, if it has any."""
+    if not adapter.padded:
+        return adapter
+    cut = lambda field, axis: jax.lax.slice_in_dim(field, 0, rank, axis=axis)
+    axes = rank_axes(adapter)
+    return adapter.replace(
+        **{name: cut(getattr(adapter, name), axis) for name, axis in axes.items()}
+    )
 
 
 def rescaled(adapter: Any, scale: float) -> Any:

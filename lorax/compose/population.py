@@ -115,11 +115,13 @@ def _zero(path: str, like: Any, absent: list[int]) -> Any:
 
 def _stacked(members: list[Any]) -> Any:
     first = members[0]
-    if first.padded:
-        rank = max(member.rank for member in members)
+    if hasattr(first, "scale"):
         same = all(member.scale == first.scale for member in members)
         scale = first.scale if same else forms.shared_scale(members)
-        members = [forms.padded(forms.rescaled(m, scale), rank) for m in members]
+        members = [forms.rescaled(member, scale) for member in members]
+    if first.padded:
+        rank = max(member.rank for member in members)
+        members = [forms.padded(member, rank) for member in members]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
@@ -148,7 +150,7 @@ def unstack(stacked: Adapters) -> list[Adapters]:
     ranks = tree.map_adapters(lambda _, adapter: _ranks(adapter), stacked)
     member = lambda k: jax.tree.map(lambda leaf: leaf[k], stacked)
     return [
-        {path: _cut(a, ranks[path][k]) for path, a in member(k).items()}
+        {path: forms.cut(a, int(ranks[path][k])) for path, a in member(k).items()}
         for k in range(size)
     ]
 
@@ -183,17 +185,6 @@ def _ranks(stacked: Any) -> np.ndarray:
         rest = tuple(d for d in range(1, field.ndim) if d != axis + 1)
         used = used | field.any(rest)  # [K, rank]
     return np.maximum((used * np.arange(1, used.shape[1] + 1)).max(1), 1)
-
-
-def _cut(adapter: Any, rank: int) -> Any:
-    """The adapter's leading ranks; where there is no padding, all."""
-    if not adapter.padded:
-        return adapter
-    cut = lambda field, axis: jax.lax.slice_in_dim(field, 0, int(rank), axis=axis)
-    axes = forms.rank_axes(adapter)
-    return adapter.replace(
-        **{name: cut(getattr(adapter, name), axis) for name, axis in axes.items()}
-    )
 
 
 def switch(adapters: Adapters, like: Adapters) -> Adapters:
@@ -243,13 +234,14 @@ def _switched(path: str, adapter: Any, like: Any) -> Any:
                 f"compress it with compose.resize(adapters, {like.rank}), or compile "
                 "for adapters of the largest rank"
             )
+        adapter = forms.padded(adapter, like.rank)
+    if hasattr(like, "scale"):
         if like.scale == 0 != adapter.scale:
             raise ValueError(
                 f"{path}: like has scale 0, at which every update is zero; compile for "
                 "adapters with a scale"
             )
-        folded = forms.rescaled(adapter, like.scale)
-        adapter = forms.padded(folded, like.rank)
+        adapter = forms.rescaled(adapter, like.scale)
     fields = {
         name: _placed(getattr(adapter, name), getattr(like, name))
         for name in like.roles

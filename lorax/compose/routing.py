@@ -125,7 +125,7 @@ def _checked(index: Any, size: int) -> jax.Array:
 
 def _made(stacked: Adapters, params: PyTree) -> Adapters:
     """The factors of each of the K adapters, on the leaf they all share."""
-    params, frozen = transform.split(params)
+    params, frozen = tree.split(params)
     leaves = tree.flatten(params)
     tree.require(stacked, leaves, "parameter tree")
     made: dict[str, Any] = {}

@@ -36,12 +36,15 @@ class Init(NamedTuple):
       options: its hyperparameters and their defaults.
       stats: what it needs from `lorax.calibrate`: "gradient" (`GradSketch`),
         "activation" (`ActivationStats`), "covariance" (`Covariance`) or None.
+      keeps_base: True: no part of the kernel moves into the adapter, whatever the
+        options, so that members of a population can share one base.
     """
 
     make: Callable[..., Any]
     calls: str | None = "from_factors"
     options: Mapping[str, Any] = {}
     stats: str | None = None
+    keeps_base: bool = False
 
 
 REGISTRY: dict[str, Init] = {}
@@ -57,6 +60,7 @@ def register(
     calls: str | None = "from_factors",
     options: Mapping[str, Any] | None = None,
     stats: str | None = None,
+    keeps_base: bool = False,
 ) -> Any:
     """Registers an initialisation under a name, for targets and configs.
 
@@ -68,6 +72,7 @@ def register(
       options: its hyperparameters and their defaults.
       stats: what `lorax.calibrate` finds for it: "gradient", "activation" or
         "covariance"; see `Init`. None: nothing.
+      keeps_base: see `Init`.
 
     Returns:
       The function, or the decorator.
@@ -91,7 +96,12 @@ def register(
     """
     if make is None:
         return functools.partial(
-            register, name, calls=calls, options=options, stats=stats
+            register,
+            name,
+            calls=calls,
+            options=options,
+            stats=stats,
+            keeps_base=keeps_base,
         )
     if stats not in STATS:
         raise ValueError(
@@ -104,7 +114,7 @@ def register(
             f"init name {name!r} belongs to {'.'.join(_home(held.make))}; register "
             "this one under another"
         )
-    REGISTRY[name] = Init(make, calls, dict(options or {}), stats)
+    REGISTRY[name] = Init(make, calls, dict(options or {}), stats, keeps_base)
     return make
 
 
@@ -113,8 +123,8 @@ def _home(make: Any) -> tuple[str, str]:
     return getattr(make, "__module__", ""), getattr(make, "__qualname__", repr(make))
 
 
-register(STANDARD, standard.standard, calls=None)
-register("gaussian", gaussian.gaussian, options=gaussian.OPTIONS)
+register(STANDARD, standard.standard, calls=None, keeps_base=True)
+register("gaussian", gaussian.gaussian, options=gaussian.OPTIONS, keeps_base=True)
 register("pissa", pissa.pissa, calls="from_triplets", options=pissa.OPTIONS)
 register("olora", olora.olora)
 register("lora_ga", lora_ga.lora_ga, options=lora_ga.OPTIONS, stats="gradient")
@@ -122,7 +132,12 @@ register("lora_one", lora_one.lora_one, options=lora_one.OPTIONS, stats="gradien
 register("eva", eva.eva, options=eva.OPTIONS, stats="activation")
 register("corda", corda.corda, options=corda.OPTIONS, stats="covariance")
 register("milora", milora.milora, calls="from_triplets")
-register("orthogonal", orthogonal.orthogonal, options=orthogonal.OPTIONS)
+register(
+    "orthogonal",
+    orthogonal.orthogonal,
+    options=orthogonal.OPTIONS,
+    keeps_base=True,
+)
 
 
 def of_target(target: Target) -> Init:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from lorax import compose, transform, tree
+from lorax import compose, tree
 from lorax.adapters import Lora, as_lora
 from lorax.interop import (
     assembly,
@@ -114,7 +114,7 @@ def load_with_base(
       ValueError: as in `load`; another array under a name that `params.frozen` has.
     """
     adapters, found = _load(source, config, params, residual, revision)
-    plain, held = transform.split(params)
+    plain, held = tree.split(params)
     for name, array in found.items():
         if name in held and not np.array_equal(held[name], array):
             raise ValueError(
@@ -140,7 +140,7 @@ def _load(
     path = files.inside(directory, TENSORS)
     tensors = files.open_tensors(path)
     base = peft_base.Base(config)
-    leaves = {} if params is None else tree.flatten(transform.split(params)[0])
+    leaves = {} if params is None else tree.flatten(params)
     try:
         modules, saved, frozen = peft_tensors.read(tensors, settings, base, leaves)
         modules, saved = peft_leaves.untied(modules, saved, base)
@@ -194,7 +194,7 @@ def save(
         init moved the base, without `initial` or `residual`.
     """
     base = peft_base.Base(config)
-    plain, frozen = transform.split(params)
+    plain, frozen = tree.split(params)
     leaves = {} if params is None else tree.flatten(plain)
     tree.require(adapters, base.shapes, "model")
     for path, adapter in adapters.items():

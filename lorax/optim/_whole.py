@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import tree
-from lorax.adapters import as_lora, layout
+from lorax.adapters import as_lora, bound, layout
 from lorax.kernels import Kernel
 from lorax.linalg import EXACT
 from lorax.optim import _pairs
@@ -186,7 +186,7 @@ def merged_decay(
             "target='merged' reads the frozen kernels: call tx.update(grads, state, "
             "adapters, base=params)"
         )
-    kernels, decay, after = tree.flatten(base), {}, {}
+    kernels, (_, frozen), decay, after = tree.flatten(base), tree.split(base), {}, {}
     tree.require(v, kernels, "base")
     for path, adapter in adapters.items():
         own: Any = adapter
@@ -195,7 +195,8 @@ def merged_decay(
             continue
         if pairs is not None and path in pairs:
             own = own.replace(scale=pairs[path].scale)
-        after[path], found = _merged(own, kernels[path], v[path])
+        whole = bound(own, frozen, path)
+        after[path], found = _merged(whole, kernels[path], v[path])
         still = [f for f, role in own.roles.items() if role == "magnitude"]
         decay[path] = own.replace(
             **{f: jnp.zeros_like(x) if f in still else x for f, x in found.items()}

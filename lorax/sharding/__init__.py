@@ -3,6 +3,7 @@
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=4)
     placed = sharding.place(abstract, mesh, logical)  # {path: PartitionSpec}
     model, params = hf.load(source, shardings=placed.tree)
+    params = jax.device_put(params, sharding.base_shardings(params, adapters, placed))
     state = jax.device_put(state, sharding.state_shardings(state, placed))
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     with jax.set_mesh(mesh):
@@ -21,7 +22,7 @@ from lorax.sharding.mesh import (
     replicated,
 )
 from lorax.sharding.rules import LOGICAL, Placed, Row, place
-from lorax.sharding.states import adapter_specs, state_shardings
+from lorax.sharding.states import adapter_specs, base_shardings, state_shardings
 
 __all__ = [
     "AXES",
@@ -29,6 +30,7 @@ __all__ = [
     "Placed",
     "Row",
     "adapter_specs",
+    "base_shardings",
     "batch_sharding",
     "fetch",
     "make_mesh",

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorax import tree
-from lorax.types import PyTree
+from lorax.types import Base, PyTree
 
 LOGICAL: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,  # scanned: a slice of it is one layer
@@ -64,7 +64,17 @@ class Placed:
         return {row.path: row.spec for row in self.rows}
 
     def tree(self, params: PyTree) -> PyTree:
-        """Returns a tree like `params` (arrays or shapes) of their shardings."""
+        """Returns a tree like `params` (arrays or shapes) of their shardings.
+
+        Raises:
+          ValueError: a `Base`, whose frozen arrays lie as the adapters say.
+        """
+        if isinstance(params, Base):
+            raise ValueError(
+                "params is a Base, and where its frozen arrays lie depends on the "
+                "adapters that have them: use sharding.base_shardings(params, "
+                "adapters, placed), or place params.params alone"
+            )
         shardings = {
             path: NamedSharding(self.mesh, spec) for path, spec in self.specs.items()
         }

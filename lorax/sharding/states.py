@@ -5,6 +5,8 @@
     magnitude  [batch, out]       (B, O)           lam   [batch, rank]       (B, -)
     value      the leaf's own
 
+Frozen arrays of one adapter lie likewise, those that several share are whole.
+
 A factor so meets its activation cut as the kernel meets it, and the branch needs no
 collective that the kernel's own product does not need. The rank is never cut.
 """
@@ -22,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lorax import tree
 from lorax.sharding import mesh as meshes
 from lorax.sharding import rules
-from lorax.types import Adapters, Axes
+from lorax.types import Adapters, Axes, Base, PyTree
 
 
 def adapter_specs(
@@ -54,16 +56,61 @@ def adapter_specs(
     def placed(path: str, adapter: Any) -> Any:
         found = {}
         for field in adapter.roles:
-            leaf = getattr(adapter, field)
-            words = adapter.fields[field].words
-            spec = PartitionSpec() if replicate else _spec(adapter, words, specs[path])
-            if not replicate:
-                extra = [None] * (leaf.ndim - len(spec))
-                spec = PartitionSpec(*extra, *spec)
+            ndim = getattr(adapter, field).ndim
+            whole = PartitionSpec()
+            spec = whole if replicate else _of_field(adapter, field, ndim, specs[path])
             found[field] = spec
         return adapter.replace(**found)
 
     return tree.map_adapters(placed, adapters)
+
+
+def base_shardings(params: PyTree, adapters: Adapters, placed: rules.Placed) -> PyTree:
+    """Returns a tree like what `lorax.init` returned as params, of shardings.
+
+    A frozen array of one adapter lies as its kernel does, by the words of its `Field`;
+    one that several adapters share is held whole by every device.
+
+    Args:
+      params: a `Base`, or plain parameters, for which it is `placed.tree(params)`.
+      adapters: those that have the frozen arrays.
+      placed: the placement of the parameters.
+
+    Raises:
+      KeyError: an adapter whose kernel has no spec, or a frozen array that params lack.
+      ValueError: an axis of a frozen array that the mesh does not divide.
+    """
+    plain, frozen = tree.split(params)
+    users: dict[str, list[tuple[str, str]]] = {}
+    for path, adapter in adapters.items():
+        for field, name in getattr(adapter, "lent", ()):
+            users.setdefault(name, []).append((path, field))
+    tree.require(users, frozen, "Base")
+    if not isinstance(params, Base):
+        return placed.tree(plain)
+    specs = placed.specs
+    tree.require(
+        [path for own in users.values() for path, _ in own], specs, "placement"
+    )
+
+    def where(name: str, leaf: Any) -> NamedSharding:
+        own = users.get(name, [])
+        if len(own) != 1:
+            return meshes.replicated(placed.mesh)
+        ((path, field),) = own
+        spec = _of_field(adapters[path], field, leaf.ndim, specs[path])
+        return _checked(f"{path}, frozen {name}", leaf, spec, placed.mesh)
+
+    lies: Any = {name: where(name, leaf) for name, leaf in frozen.items()}
+    return Base(placed.tree(plain), lies)
+
+
+def _of_field(
+    adapter: Any, field: str, ndim: int, kernel: PartitionSpec
+) -> PartitionSpec:
+    """The spec of an array; axes in front of those of its field are not cut."""
+    spec = _spec(adapter, adapter.fields[field].words, kernel)
+    return PartitionSpec(*[None] * (ndim - len(spec)), *spec)
 
 
 def _spec(adapter: Any, words: Sequence[str], kernel: PartitionSpec) -> PartitionSpec:
@@ -108,7 +155,9 @@ def state_shardings(state: Any, placed: rules.Placed, replicate: bool = False) -
     specs = adapter_specs(state.adapters, placed.specs, replicate)
     adapters = {
         path: jax.tree.map(
-            lambda leaf, spec, path=path: _checked(path, leaf, spec, mesh),
+            lambda leaf, spec, path=path: _checked(
+                f"{path}, adapter", leaf, spec, mesh
+            ),
             state.adapters[path],
             specs[path],
         )
@@ -127,7 +176,7 @@ def state_shardings(state: Any, placed: rules.Placed, replicate: bool = False) -
 
 def _checked(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh) -> NamedSharding:
     for dim, entry in enumerate(spec):
-        rules.require_divides(f"{path}, adapter", tuple(leaf.shape), dim, entry, mesh)
+        rules.require_divides(path, tuple(leaf.shape), dim, entry, mesh)
     return NamedSharding(mesh, spec)
 
 

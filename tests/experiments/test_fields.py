@@ -87,7 +87,7 @@ REFUSED = [
     (BYTES, "adapter.rank", 0, "rank=0; it must be an int >= 1"),
     (BYTES, "adapter.patterns", (), "give at least one pattern"),
     (BYTES, "adapter.patterns", ("(",), r"config\.adapter: '\(' is no"),
-    (BYTES, "adapter.adapter", "lroa", "'lroa'; choose one of lora, dora"),
+    (BYTES, "adapter.adapter", "lroa", "'lroa'; choose one of adalora, "),
     (BYTES, "adapter.init", "pisa", "init='pisa'; choose one of standard"),
     (BYTES, "adapter.options", (("gama", 1.0),), "has no option gama"),
     (BYTES, "optimizer.name", "adamx", "name='adamx' is not one of adamw"),

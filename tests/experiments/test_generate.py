@@ -75,7 +75,7 @@ def test_what_is_exported_writes_the_same(stories, adapters, tmp_path, form):
         assert same.encode(BEGIN) == tokenizer.encode(BEGIN)
         np.testing.assert_array_equal(run(again), expected)
     else:
-        read = loading.load_adapters(str(target), model, params)
+        read, _ = loading.load_adapters(str(target), model, params)
         np.testing.assert_allclose(
             run(lorax.merge(read, params)), expected, rtol=1e-4, atol=1e-4
         )
@@ -100,7 +100,7 @@ def test_adalora_is_exported_without_its_pruned_triplets(stories, tmp_path):
     for form in ("lorax", "peft"):
         to = str(tmp_path / form)
         export.export("stories260k", own, to, form, adalora_shrink=True)
-        small = loading.load_adapters(to, model, params)
+        small, _ = loading.load_adapters(to, model, params)
         assert {p: a.rank for p, a in small.items()} == {
             p: 1 if "q" in p else 2 for p in trained
         }
