@@ -85,7 +85,7 @@ def export(
     if adalora_shrink:
         adapters = optim.adalora_shrink(adapters)
     if form == "peft":
-        peft.save(target, adapters, config, base_name=source)
+        peft.save(target, adapters, config, params=params, base_name=source)
         return
     if form == "lorax":
         checkpoint.save_adapters(target, adapters, params)

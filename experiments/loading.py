@@ -48,8 +48,7 @@ def load_adapters(folder: str, model: Any, params: Any) -> tuple[Adapters, Any]:
         frozen arrays.
     """
     if (pathlib.Path(folder) / "adapter_config.json").exists():
-        adapters: Any = peft.load(folder, model.config, params)
-        return adapters, params
+        return peft.load_with_base(folder, model.config, params)
     frozen = checkpoint.load_frozen(folder)
     base = lorax.Base(params, frozen) if frozen else params
     return checkpoint.load_adapters(folder, params=base), base

@@ -44,6 +44,11 @@ def image(params, x):
 
 LORA = functools.partial(lorax.Target, "w", rank=2, alpha=3)
 LOHA = functools.partial(LORA, adapter="loha")
+VERA = functools.partial(LORA, adapter="vera", options={"d_initial": 0.5})
+LORA_XS = functools.partial(LORA, adapter="lora_xs")
+MISS = functools.partial(LORA, adapter="miss")
+DELORA = functools.partial(LORA, adapter="delora")
+RANDLORA = functools.partial(LORA, adapter="randlora")
 DORA = functools.partial(LORA, adapter="dora")
 ADALORA = functools.partial(LORA, adapter="adalora")
 OFT = functools.partial(LORA, adapter="oft", options={"block_size": 3})
@@ -64,7 +69,16 @@ ADAPTERS = [
     ("lora_conv", image, (3, 4, OUT), OUT, LORA()),
     ("loha_layer_subset", layers, (3, IN, IN), IN, LOHA(layers=(0, 2))),
     ("loha_three_axes", heads, (2, IN, 5), 5, LOHA()),
-    ("loha_conv", image, (3, 4, OUT), OUT, LOHA()),
+    ("vera_layer_subset", layers, (3, IN, IN), IN, VERA(layers=(0, 2))),
+    ("vera_three_axes", heads, (2, IN, 4), 4, VERA(rank=7)),
+    ("lora_xs_layer_subset", layers, (3, IN, IN), IN, LORA_XS(layers=(0, 2))),
+    ("lora_xs_conv", image, (3, 4, OUT), OUT, LORA_XS()),
+    ("miss_layer_subset", layers, (3, IN, IN), IN, MISS(layers=(0, 2))),
+    ("miss_several_inputs", joined, (2, 3, OUT), OUT, MISS(rank=4)),
+    ("delora_layer_subset", layers, (3, IN, IN), IN, DELORA(layers=(0, 2))),
+    ("delora_three_axes", heads, (2, IN, 4), 4, DELORA()),
+    ("randlora_layer_subset", layers, (3, IN, IN), IN, RANDLORA(layers=(0, 2))),
+    ("randlora_three_axes", heads, (2, IN, 4), 4, RANDLORA()),
     ("dora", matrix, (IN, OUT), OUT, DORA()),
     (
         "dora_whole_gradient",

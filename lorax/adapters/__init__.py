@@ -1,6 +1,7 @@
 """The parametrisations: frozen dataclasses whose array fields are all trainable."""
 
 from lorax.adapters.adalora import AdaLora, orthogonal_penalty
+from lorax.adapters.delora import DeLoRA
 from lorax.adapters.dora import Dora
 from lorax.adapters.full import Full
 from lorax.adapters.hra import Hra
@@ -8,6 +9,8 @@ from lorax.adapters.ia3 import Ia3
 from lorax.adapters.loha import LoHa
 from lorax.adapters.lokr import LoKr
 from lorax.adapters.lora import Lora
+from lorax.adapters.lora_xs import LoraXs
+from lorax.adapters.miss import MiSS
 from lorax.adapters.oft import Oft
 from lorax.adapters.parametrisation import (
     REGISTRY,
@@ -20,9 +23,16 @@ from lorax.adapters.parametrisation import (
     of_target,
     register,
 )
+from lorax.adapters.randlora import RandLora
 from lorax.adapters.sliced import SlicedLora
+from lorax.adapters.vera import VeRA
 
 __all__ = [
+    "VeRA",
+    "RandLora",
+    "MiSS",
+    "LoraXs",
+    "DeLoRA",
     "REGISTRY",
     "AdaLora",
     "Dora",

@@ -43,9 +43,11 @@ READS, WRITES, MIDDLE = (
 
 
 def has_factors(adapter: Any) -> bool:
-    """True where one trained field reads, and one writes, for every kernel."""
-    words = {adapter.fields[name].words for name in adapter.roles}
-    return {READS, WRITES} <= words
+    """True where the update is a product of trained fields: one reads, one writes."""
+    fields = [adapter.fields[name] for name in adapter.roles]
+    words = [field.words for field in fields]
+    paired = any(field.pair for field in fields) and {READS, WRITES} <= set(words)
+    return paired or sorted(words) == sorted([READS, MIDDLE, WRITES])
 
 
 def factor_names(adapter: Any) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from lorax.inits import (
     gaussian,
     lora_ga,
     lora_one,
+    lora_sb,
     milora,
     olora,
     orthogonal,
@@ -129,6 +130,13 @@ register("pissa", pissa.pissa, calls="from_triplets", options=pissa.OPTIONS)
 register("olora", olora.olora)
 register("lora_ga", lora_ga.lora_ga, options=lora_ga.OPTIONS, stats="gradient")
 register("lora_one", lora_one.lora_one, options=lora_one.OPTIONS, stats="gradient")
+register(
+    "lora_sb",
+    lora_sb.lora_sb,
+    calls="from_bases",
+    options=lora_sb.OPTIONS,
+    stats="gradient",
+)
 register("eva", eva.eva, options=eva.OPTIONS, stats="activation")
 register("corda", corda.corda, options=corda.OPTIONS, stats="covariance")
 register("milora", milora.milora, calls="from_triplets")

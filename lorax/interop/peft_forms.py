@@ -55,12 +55,14 @@ class Common(NamedTuple):
       shapes: their shapes for the modules of a file.
       load: makes of them the arrays of `Base.frozen`, by name.
       save: makes them of the frozen arrays by name, for modules that lie in a base.
+      repeated: True where PEFT's files hold them once more for every module.
     """
 
     names: tuple[str, ...]
     shapes: Callable[[Sequence[Place]], Shapes]
     load: Callable[[Arrays], dict[str, np.ndarray]]
     save: Callable[[Sequence[Module], Sequence[Place], Arrays], dict[str, np.ndarray]]
+    repeated: bool = False
 
 
 class Form(NamedTuple):

@@ -56,4 +56,106 @@ LOHA = Form(
     conv1d=False,
 )
 
-FORMS = (LOHA,)
+
+def _miss_shapes(place: Place) -> Shapes:
+    return {".miss_block": (place.given["r"], place.out)}
+
+
+def _miss_load(tensors: Arrays, place: Place) -> Loaded:
+    if place.given["r"] > place.in_:
+        raise ValueError(
+            f"r={place.given['r']}, and {place.name!r} reads {place.in_} features"
+        )
+    return {"block": tensors[".miss_block"]}, {}
+
+
+def _miss_save(module: Module, place: Place) -> dict[str, np.ndarray]:
+    del place
+    return {".miss_block": np.float32(module.scale) * module.fields["block"]}
+
+
+def _miss_config(module: Module) -> dict[str, Any]:
+    return {"r": module.rank, "init_weights": True}
+
+
+MISS = Form(
+    adapter="miss",
+    peft_type="MISS",
+    fields={"r": (RANK, 64), "init_weights": (untrusted.FLAG, True)},
+    tensors=(".miss_block",),
+    shapes=_miss_shapes,
+    load=_miss_load,
+    save=_miss_save,
+    config=_miss_config,
+    fixed={"bias": "none"},
+    free=frozenset({"mini_r"}),
+    dropout="miss_dropout",
+    conv1d=False,
+)
+"""Its variants are told by `init_weights`, "bat" and "mini", which are refused."""
+
+NORMS = ".delora_w_norm"
+
+
+def _delora_shapes(place: Place) -> Shapes:
+    rank = place.given["r"]
+    return {
+        ".delora_A": (rank, place.in_),
+        ".delora_B": (place.out, rank),
+        ".delora_lambda": (1,),
+        NORMS: (place.in_,),
+    }
+
+
+def _delora_load(tensors: Arrays, place: Place) -> Loaded:
+    if place.kernel is not None:
+        own = _norms(place)
+        if not np.allclose(tensors[NORMS], own, rtol=1e-3, atol=1e-6):
+            raise ValueError(
+                f"{place.name + NORMS!r} is not the norms of the base's kernel: the "
+                "adapter was made for another base"
+            )
+    a, b = tensors[".delora_A"].T, tensors[".delora_B"].T
+    return {"a": a, "b": b, "lam": tensors[".delora_lambda"][0]}, {}
+
+
+def _delora_save(module: Module, place: Place) -> dict[str, np.ndarray]:
+    if place.kernel is None:
+        raise ValueError(
+            f"{module.name!r}: PEFT keeps the norms of DeLoRA's frozen kernels; pass "
+            "params=, those of the base"
+        )
+    return {
+        ".delora_A": module.fields["a"].T,
+        ".delora_B": module.fields["b"].T,
+        ".delora_lambda": module.fields["lam"].reshape(1),
+        NORMS: _norms(place),
+    }
+
+
+def _norms(place: Place) -> np.ndarray:
+    assert place.kernel is not None
+    return np.sqrt((place.kernel() ** 2).sum(1))
+
+
+def _delora_config(module: Module) -> dict[str, Any]:
+    return {"r": module.rank}
+
+
+DELORA = Form(
+    adapter="delora",
+    peft_type="DELORA",
+    fields={"r": (RANK, 8)},
+    tensors=(".delora_A", ".delora_B", ".delora_lambda", NORMS),
+    shapes=_delora_shapes,
+    load=_delora_load,
+    save=_delora_save,
+    config=_delora_config,
+    patterns={"rank_pattern": "r"},
+    fixed={"bias": "none"},
+    free=frozenset({"delora_lambda", "lambda_pattern"}),  # where lam starts
+    dropout="module_dropout",
+    conv1d=False,
+)
+
+FORMS = (LOHA, MISS, DELORA)

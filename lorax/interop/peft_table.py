@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorax.interop import peft_low_rank, peft_maps
+from lorax.interop import peft_low_rank, peft_maps, peft_projected
 from lorax.interop.peft_forms import Form
 
 FORMS: dict[str, Form] = {
-    form.adapter: form for form in (*peft_low_rank.FORMS, *peft_maps.FORMS)
+    form.adapter: form
+    for forms in (peft_low_rank.FORMS, peft_maps.FORMS, peft_projected.FORMS)
+    for form in forms
 }
 """Form by our registered name."""
 

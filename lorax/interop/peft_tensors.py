@@ -97,15 +97,26 @@ def read(
 def _shared(
     tensors: Mapping[str, files.Tensor], settings: Settings | FormSettings
 ) -> tuple[Tensors, Tensors]:
-    """Takes out the tensors that all modules share; returns the rest, and them."""
+    """Takes out the tensors that all modules share; returns the rest, and them.
+
+    A file may hold them once, or once more for every module (RandLoRA's do).
+    """
+    names = settings.common.names if settings.common else ()
     rest: Tensors = {}
     found: Tensors = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix("base_model.").partition(".")[0]
-        if settings.common is not None and name in settings.common.names:
-            found[name] = tensor
-        else:
+        name = next((part for part in key.split(".") if part in names), None)
+        if name is None:
             rest[key] = tensor
+            continue
+        first = found.setdefault(name, tensor)
+        same = first.shape == tensor.shape
+        if first is not tensor and not (
+            same and np.array_equal(first.read(), tensor.read())
+        ):
+            raise ValueError(
+                f"{first.key!r} and {key!r} differ, and all modules share one {name}"
+            )
     return rest, found
 
 
@@ -306,7 +317,14 @@ def common_to_disk(
         )
     arrays = {name: np.asarray(jax.device_get(frozen[name])) for name in lent}
     found = form.common.save(modules, places, arrays)
-    return {f"base_model.{n}": np.ascontiguousarray(t) for n, t in found.items()}
+    fronts = ["base_model."]
+    if form.common.repeated:
+        fronts += [f"{PREFIX}{module.name}." for module in modules]
+    return {
+        f"{front}{name}": np.ascontiguousarray(tensor)
+        for name, tensor in found.items()
+        for front in fronts
+    }
 
 
 def _misshapen(tensor: files.Tensor, want: tuple[int, ...], who: str) -> str:

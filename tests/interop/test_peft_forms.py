@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import lorax
 from lorax import adapters as adapter_classes
@@ -106,6 +107,31 @@ CASES = {
         ),
     ),
     "hra head": (("gpt2", False), peft.HRAConfig(r=2, target_modules=["lm_head"])),
+    "vera": (LLAMA, peft.VeraConfig(r=5, target_modules=SOME)),
+    "vera fused": (GPT2, peft.VeraConfig(r=3, target_modules=FUSED)),
+    "miss": (LLAMA, peft.MissConfig(r=5, target_modules=SOME)),
+    "delora": (
+        LLAMA,
+        peft.DeloraConfig(
+            r=2,
+            delora_lambda=2,
+            target_modules=["q_proj", "down_proj"],
+            rank_pattern={"down_proj": 3},
+        ),
+    ),
+    "randlora": (
+        LLAMA,
+        peft.RandLoraConfig(r=3, randlora_alpha=1, target_modules=SOME),
+    ),
+    "randlora fused": (
+        GPT2,
+        peft.RandLoraConfig(
+            r=5,
+            randlora_alpha=1,
+            target_modules=FUSED,
+            modules_to_save=["ln_f"],
+        ),
+    ),
     "loha head": (("gpt2", False), peft.LoHaConfig(r=2, target_modules=["lm_head"])),
 }
 
@@ -127,7 +153,8 @@ def test_both_ways(name, tmp_path):
     model_config, params, run = cases.own(*base)
     adapters, params = ours.load_with_base(tmp_path / "theirs", model_config, params)
     form = peft_table.of_type(config.peft_type.value)
-    assert {type(a) for a in adapters.values()} == {form.cls}
+    found = {type(a) for a in adapters.values() if not a.replaces}
+    assert found == {form.cls}
     logits = lambda adapters, params: np.asarray(run(lorax.merge(adapters, params)))
     cases.assert_same(logits(adapters, params), expected, *base)
 
@@ -213,3 +240,71 @@ def test_a_form_is_registered_once():
     with pytest.raises(ValueError, match="one of the two has a form already"):
         peft_table.register(form._replace(adapter="other"))
     assert adapter_classes.get("loha") is form.cls
+
+
+def test_frozen_arrays_come_with_the_base(tmp_path):
+    target = lorax.Target("layers/(q|down)/kernel", rank=3, adapter="vera")
+    config, adapters, base = made(LLAMA, target)
+    with pytest.raises(ValueError, match="'vera/3/reads', .*; pass params=, the lorax"):
+        ours.save(tmp_path, adapters, config, params=base.params)
+    ours.save(tmp_path, adapters, config, params=base)
+    with pytest.raises(ValueError, match="do not train and belong to the second"):
+        ours.load(tmp_path, config, base.params)
+    _, again = ours.load_with_base(tmp_path, config, base)
+    np.testing.assert_array_equal(
+        again.frozen["vera/3/reads"], base.frozen["vera/3/reads"]
+    )
+    other = base._replace(frozen={k: 2 * v for k, v in base.frozen.items()})
+    with pytest.raises(ValueError, match="params have another frozen array 'vera/3/"):
+        ours.load_with_base(tmp_path, config, other)
+
+
+def test_copies_of_a_shared_tensor_agree(tmp_path):
+    """RandLoRA's files repeat both matrices in every module."""
+    base, config = CASES["randlora"]
+    folder = cases.saved(cases.adapted(*base, config), tmp_path)
+    path = folder / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    copies = [key for key in tensors if "randlora_A" in key]
+    assert len(copies) > 2
+    tensors[copies[-1]] = 2 * tensors[copies[-1]]
+    safetensors.numpy.save_file(tensors, path)
+    model_config, params, _ = cases.own(*base)
+    with pytest.raises(ValueError, match="differ, and all modules share one randlora_"):
+        ours.load_with_base(folder, model_config, params)
+
+
+def test_one_file_has_one_pair_of_projections(tmp_path):
+    rules = [
+        lorax.Target(f"layers/{name}/kernel", rank=rank, adapter="vera")
+        for name, rank in (("q", 3), ("k", 4))
+    ]
+    config, adapters, base = made(LLAMA, rules)
+    with pytest.raises(ValueError, match="one pair of random matrices, .* ranks 3, 4"):
+        ours.save(tmp_path, adapters, config, params=base)
+
+
+def test_norms_of_another_base_are_refused(tmp_path):
+    target = lorax.Target("layers/q/kernel", rank=2, adapter="delora")
+    config, adapters, params = made(LLAMA, target)
+    with pytest.raises(ValueError, match="norms of DeLoRA's frozen kernels; pass"):
+        ours.save(tmp_path, adapters, config)
+    ours.save(tmp_path, adapters, config, params=params)
+    assert ours.load(tmp_path, config, params)["layers/q/kernel"].rank == 2
+    other = jax.tree.map(lambda leaf: 2 * leaf, params)
+    with pytest.raises(ValueError, match="is not the norms of the base's kernel"):
+        ours.load(tmp_path, config, other)
+
+
+def test_variants_of_miss_are_refused():
+    for variant in ("bat", "mini"):
+        raw = {"peft_type": "MISS", "init_weights": variant}
+        with pytest.raises(ValueError, match=f"init_weights='{variant}'; it must be"):
+            peft_config.read(raw)
+
+
+def test_what_peft_has_no_type_for_is_refused(tmp_path):
+    target = lorax.Target("layers/q/kernel", rank=2, adapter="lora_xs")
+    config, adapters, params = made(LLAMA, target)
+    with pytest.raises(ValueError, match="PEFT's files have no form for LoraXs"):
+        ours.save(tmp_path, adapters, config, params=params)

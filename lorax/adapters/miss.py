@@ -1,0 +1,91 @@
+"""MiSS: one small matrix, repeated down the inputs of the kernel.
+
+    W = W0 + scale * expand(D),      expand(D)[i, :] = D[i mod r, :]
+
+so that the branch sums the input over its shards of r features and multiplies by D:
+
+    y = x W0 + (sum over shards of x) D
+
+Only D `[r, out]` trains, and the reading factor is a constant of zeros and ones. Of
+inputs that r does not divide the last shard is shorter, as in PEFT.
+
+References:
+  Kang, Yin, MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing
+  Structure, arXiv:2409.15371.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lorax.adapters import layout, making
+from lorax.adapters.parametrisation import Parametrisation, register
+from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
+
+
+@register("miss")
+@flax.struct.dataclass
+class MiSS(Parametrisation):
+    """Update `scale * expand(block)` of one kernel, or of a stack of kernels.
+
+    The method has no alpha: `Target.alpha` is not read, and `scale` is 1. PEFT's rank
+    is 64. Its variants "bat" and "mini" are not this class.
+
+    Attributes:
+      block: D, `[*batch, rank, *out]`.
+      axes: the leaf's in, out and batch axes.
+      scale: the factor on the update, 1.
+      dropout: rate on the input of the adapter branch, in [0, 1).
+      layers: the layers of the first batch axis that have a block; None for all.
+    """
+
+    block: jax.Array
+    axes: Axes = flax.struct.field(pytree_node=False)
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+    layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
+
+    fields = {"block": Field("block", "batch rank out", decays=True)}
+    additive = True
+    absorbs = "block"
+
+    @classmethod
+    def largest_rank(cls, in_: int, out: int) -> int:
+        """Returns how many inputs there are: one shard."""
+        del out
+        return in_
+
+    @classmethod
+    def make(
+        cls,
+        key: jax.Array,
+        kernel: KernelSpec,
+        target: TargetSpec,
+        shared: Mapping[str, jax.Array],
+    ) -> MiSS:
+        """Returns a block of zeros."""
+        del key, shared
+        _, out, batch = making.sizes(kernel, target)
+        block = jnp.zeros((*batch, target.rank, *out), target.dtype)
+        return cls(block, **making.statics(kernel, target) | {"scale": 1.0})
+
+    def factors(self, kernel: jax.Array) -> Factors:
+        """Returns (which shard feature an input is, scale * block)."""
+        in_, _, batch = self.axes.sizes(kernel.shape)
+        b = self.scale * self.block.astype(layout.wide(self.block))
+        a = jnp.broadcast_to(self._reads(in_), (*batch, *in_, self.rank))
+        return Factors(
+            a, layout.spread(b, self.layers, layout.depth(kernel, self.axes))
+        )
+
+    def _reads(self, in_: tuple[int, ...]) -> jax.Array:
+        """`[*in, rank]`, one where input i is feature i mod r of its shard."""
+        number = jnp.arange(math.prod(in_)) % self.rank
+        return jax.nn.one_hot(number, self.rank, dtype=self.block.dtype).reshape(
+            *in_, self.rank
+        )
