@@ -3,11 +3,12 @@
     adapters = peft.load("path/or/hub-id", model.config)
     peft.save("mine", adapters, model.config, base_name="meta-llama/Llama-3.2-1B")
 
-LoRA, rsLoRA, DoRA and AdaLoRA on linear maps and embeddings, and modules stored whole.
-What is written computes in PEFT what it computes here, and back. A tied embedding and
-head are one leaf here, so an adapter on it is written for both; PEFT's adapters of only
-one of them need a model with `tied=False`. (Never merge an adapter of tied weights in
-PEFT: `merge_and_unload` adds both halves to the one weight.)
+LoRA, rsLoRA, DoRA and AdaLoRA on linear maps and embeddings, the types of `peft_table`
+on the linear maps that PEFT adapts so, and modules stored whole. What is written
+computes in PEFT what it computes here, and back. A tied embedding and head are one leaf
+here, so an adapter on it is written for both; PEFT's adapters of only one of them need
+a model with `tied=False`. (Never merge an adapter of tied weights in PEFT:
+`merge_and_unload` adds both halves to the one weight.)
 
 References:
   Mangrulkar et al., PEFT: State-of-the-art Parameter-Efficient Fine-Tuning methods,
@@ -71,12 +72,13 @@ def load(
       revision: of the hub's repository.
 
     Returns:
-      `{path: Lora | Dora | AdaLora | Full}`, in float32.
+      `{path: adapter}`, in float32.
 
     Raises:
       FileNotFoundError: no such files.
       ValueError: a file that is not sound or not for this base, or a field of its
-        config that is not implemented; file and key are named.
+        config that is not implemented; file and key are named. One with frozen arrays
+        (VeRA's projections): see `load_with_base`.
     """
     adapters, frozen = _load(source, config, params, residual, revision)
     if frozen:
