@@ -11,6 +11,7 @@ import pytest
 
 import lorax
 from lorax import checkpoint, compose
+from lorax.adapters import parametrisation
 
 pytestmark = pytest.mark.once
 
@@ -163,10 +164,23 @@ def sharding(scope):
     assert int(scope["state"].step) == 1 and np.isfinite(scope["metrics"]["loss"])
 
 
+def own_method(scope):
+    """What adapt and merge make of the page's class, by its formula in numpy."""
+    adapters, base = scope["adapters"], scope["base"]
+    assert set(base.frozen) == {"along/6"} and adapters["up"].d.shape == (2,)
+    adapters = {p: a.replace(d=a.d + np.arange(1.0, 3.0)) for p, a in adapters.items()}
+    q = np.asarray(base.frozen["along/6"], np.float64)
+    want = (np.eye(6) + q @ np.diag([1.0, 2.0]) @ q.T) @ np.ones((6, 5))
+    np.testing.assert_allclose(lorax.merge(adapters, base)["up"], want, rtol=1e-5)
+    apply = lorax.adapt(lambda params, x: x @ params["up"], on_merge="error")
+    np.testing.assert_allclose(apply(adapters, base, np.eye(6)), want, rtol=1e-5)
+
+
 CHECKS = {
     check.__name__: check
     for check in (
         own_model,
+        own_method,
         targets,
         experts,
         data_inits,
@@ -180,6 +194,12 @@ CHECKS = {
         sharding,
     )
 }
+
+
+@pytest.fixture(autouse=True)
+def no_class_stays(monkeypatch):
+    """What a page registers is gone after it."""
+    monkeypatch.setattr(parametrisation, "REGISTRY", dict(parametrisation.REGISTRY))
 
 
 @pytest.mark.parametrize("name", [page.stem for page in PAGES])

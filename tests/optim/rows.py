@@ -15,6 +15,7 @@ import optax
 
 from lorax import optim
 from lorax.types import MicrobatchNorms
+from tests.plugin import methods
 
 
 class Row(NamedTuple):
@@ -138,6 +139,8 @@ ROWS = [
     _adalora_row("adalora_post"),
     _adalora_row("adalora_pre", importance="pre"),
     _adalora_row("adalora_free", orthogonal_weight=0.0),
+    # of a package of its own, tests/plugin
+    Row("signum", methods.signum, {"learning_rate": 0.02}, adalora=True, decays=False),
     Row(
         "noise_scale",
         _noise_scale,

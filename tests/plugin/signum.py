@@ -45,6 +45,6 @@ def signum(
     """Returns the optimiser."""
     return optax.chain(
         scale_by_signum(momentum),
-        optax.add_decayed_weights(weight_decay, mask=optim.decay_mask),
+        optim.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
