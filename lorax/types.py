@@ -115,6 +115,13 @@ class Factors(NamedTuple):
         """True where a map acts on whole inputs."""
         return self.inputs is not None or self.branch is not None
 
+    @property
+    def rigid(self) -> tuple[str, ...]:
+        """The kinds of axes on which a map acts, so that no view may cut them."""
+        if self.branch is not None:
+            return "in", "out"
+        return () if self.inputs is None else ("in",)
+
 
 class Base(NamedTuple):
     """Parameters, and the arrays of methods that do not train: the second argument.

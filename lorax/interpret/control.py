@@ -248,7 +248,8 @@ def _specs(value: Any, spec: Any) -> Any:
         maps: Any = term.factors[3:]
         if gain is not None:
             gain = PartitionSpec(*batch, *out)
-        if any(map(bool, [*in_, *out])) and term.factors.maps:
+        cut = {"in": any(in_), "out": any(out)}
+        if any(cut[kind] for kind in term.factors.rigid):
             raise Rigid
         maps = jax.tree.map(lambda _: PartitionSpec(*batch), maps)
         return dataclasses.replace(term, factors=Factors(a, b, gain, *maps))

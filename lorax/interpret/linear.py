@@ -188,6 +188,7 @@ def _places(term: Term, tied: bool) -> grouped.Places | None:
 Branch = Callable[[Term, Pair, Any], jax.Array]
 
 
+@maps.precisely
 def low_rank(walker: Walker, eqn: Any, use: Use, branch: Branch) -> list[Any] | None:
     """Returns the operation's result plus `branch` of every term, or None.
 
@@ -268,6 +269,7 @@ def _parts(
     return parts
 
 
+@maps.precisely
 def branches(walker: Walker, eqn: Any, use: Use, branch: Branch) -> jax.Array | None:
     """Returns the branches of all terms without the frozen product, or None."""
     out, terms = eqn.outvars[0].aval, use.view.terms

@@ -10,9 +10,10 @@ the transposed maps, D to the result and C to the activation.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from lorax.interpret.linear import Use
     from lorax.interpret.tracked import Term
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Name = tuple[str, int]
 Names = list[list[Name]]
 """For each dimension of an array what it is made of, the slowest first."""
@@ -31,10 +33,28 @@ Names = list[list[Name]]
 
 def follows(term: Term, groups: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
     """True where a reshape splits no axis on which a map acts."""
+    rigid = () if term.factors is None else term.factors.rigid
     return not any(
-        len(new) > 1 and any(term.kind(d) in ("in", "out") for d in old)
-        for old, new in groups
+        len(new) > 1 and any(term.kind(d) in rigid for d in old) for old, new in groups
     )
+
+
+def precisely(function: Function) -> Function:
+    """A function of a walker, an equation, .. whose maps compute as the equation does.
+
+    The functions of maps name no precision: they take the equation's, where it has one.
+    """
+
+    @functools.wraps(function)
+    def run(walker: Any, eqn: Any, *rest: Any) -> Any:
+        given = eqn.params.get("precision")
+        own = given[0] if isinstance(given, tuple) else given
+        if not isinstance(own, jax.lax.Precision):
+            return function(walker, eqn, *rest)
+        with jax.default_matmul_precision(own.name.lower()):
+            return function(walker, eqn, *rest)
+
+    return cast(Function, run)
 
 
 def acts(use: Use, term: Term) -> bool:

@@ -124,7 +124,7 @@ class Term:
         """Applies `change(factor, axis)` to the factors that own a dimension."""
         factors, kind = self.factors, self.kind(dim)
         if factors is not None and kind in ("batch", "in", "out"):
-            if factors.maps and kind != "batch":
+            if kind in factors.rigid:
                 raise Rigid
             a, b, gain, *held = factors
             axis, n = self.dims(kind).index(dim), len(self.dims("batch"))
@@ -134,7 +134,8 @@ class Term:
                 b = change(b, axis + (kind == "out") * (n + 1))
             if kind != "in" and gain is not None:
                 gain = change(gain, axis + (kind == "out") * n)
-            held = jax.tree.map(lambda f: change(f, axis), held)
+            if kind == "batch":
+                held = jax.tree.map(lambda f: change(f, axis), held)
             factors = Factors(a, b, gain, *held)
         new = dataclasses.replace(self, factors=factors, **meta)
         if factors is None or kind != "batch" or new.kind(dim) == "batch":

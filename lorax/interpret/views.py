@@ -290,13 +290,12 @@ def _cut(
         begin = max(low - term.start[dim], 0)
         end = min(high - term.start[dim], term.shape[dim])
         size = len(range(begin, end, stride))
-        if size == term.shape[dim]:
-            cut = lambda f, axis: f
-        else:
+        start = put(term.start, max(term.start[dim] - low, 0))
+        if size == term.shape[dim]:  # it is whole: no factor changes
+            kept.append(dataclasses.replace(term, start=start))
+        elif size:
             cut = functools.partial(_slice_in, begin=begin, end=end, stride=stride)
-        start = max(term.start[dim] - low, 0)
-        shape, start = put(term.shape, size), put(term.start, start)
-        if size:
+            shape = put(term.shape, size)
             kept.append(term.edit(dim, cut, start=start, shape=shape))
     return tuple(kept)
 
