@@ -132,8 +132,8 @@ FIELDS = [
     (dict(pattern="w", alpha=0), "alpha=0; give a number > 0"),
     (dict(pattern="w", alpha=float("nan")), "alpha=nan"),
     (
-        dict(pattern="w", adapter="lokr"),
-        "adapter='lokr'; choose one of adalora, dora, full, lora",
+        dict(pattern="w", adapter="prompt"),
+        "adapter='prompt'; choose one of adalora, delora, dora, full, ",
     ),
     (dict(pattern="w", scaling="none"), "choose one of standard, rank_stabilized"),
     (dict(pattern="w", dropout=1.0), r"dropout=1.0; give a rate in \[0, 1\)"),
