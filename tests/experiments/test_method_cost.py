@@ -11,6 +11,8 @@ BOUNDS = {  # at this width LoRA of rank 8 itself adds 9 % to the frozen product
     "IA3": 1.1,
     "IA3, feedforward": 1.1,
     "LoKr": 1.1,
+    "VeRA, rank 16": 1.1,
+    "LoRA-XS, rank 32": 1.2,  # 1.06 at the full width
 }
 
 

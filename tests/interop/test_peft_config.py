@@ -114,7 +114,7 @@ def test_unknown_fields_are_refused():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"peft_type": "IA3"}, "peft_type='IA3' is not implemented"),
+        ({"peft_type": "BOFT"}, "peft_type='BOFT' is not implemented"),
         ({"r": 0}, "r=0; it must be an int >= 1"),
         ({"r": True}, "r=True; it must be"),
         ({"r": 2**70}, "r=1180591620717411303424; it must be"),
