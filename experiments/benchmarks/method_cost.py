@@ -31,6 +31,8 @@ BASELINE = "LoRA"
 METHODS: dict[str, Mapping[str, Any]] = {
     BASELINE: {"adapter": "lora", "rank": 8},
     "DoRA": {"adapter": "dora", "rank": 7},
+    "VeRA": {"adapter": "vera", "rank": 8},
+    "LoRA-XS": {"adapter": "lora_xs", "rank": 8},
     "OFT": {"adapter": "oft"},
     "OFT, inverse": {"adapter": "oft", "options": {"cayley_terms": None}},
     "HRA": {"adapter": "hra", "rank": 16},
