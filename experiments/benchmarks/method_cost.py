@@ -40,7 +40,6 @@ METHODS: dict[str, Mapping[str, Any]] = {
     "IA3, feedforward": {"adapter": "ia3", "options": {"feedforward": True}},
     "LoKr": {"adapter": "lokr", "rank": 8},
     "LoKr, full w2": {"adapter": "lokr", "rank": 16},
-    "VeRA, rank 16": {"adapter": "vera", "rank": 16},
     "VeRA, rank 256": {"adapter": "vera", "rank": 256},
     "LoRA-XS, rank 32": {"adapter": "lora_xs", "rank": 32},
     "LoRA-XS, rank 128": {"adapter": "lora_xs", "rank": 128},

@@ -5,16 +5,15 @@ import pytest
 pytest.importorskip("absl")
 from experiments.benchmarks import method_cost
 
-WIDTH, TOKENS = 256, 512
-BOUNDS = {  # at this width LoRA of rank 8 itself adds 9 % to the frozen products
+WIDTH, TOKENS = 1024, 512
+BOUNDS = {  # nothing runs: the programs are compiled and their FLOPs counted
     "VeRA": 1.1,
     "LoRA-XS": 1.1,
     "OFT": 1.3,
     "IA3": 1.1,
     "IA3, feedforward": 1.1,
     "LoKr": 1.1,
-    "VeRA, rank 16": 1.1,
-    "LoRA-XS, rank 32": 1.2,  # 1.06 at the full width
+    "LoRA-XS, rank 32": 1.1,
 }
 
 
