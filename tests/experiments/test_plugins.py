@@ -133,7 +133,7 @@ def test_a_run_by_config_is_the_member_and_loads_with_its_frozen_arrays(swept):
     assert metrics.size(adapters) == results["lora"]["trainable"]
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_an_init_of_the_package_by_config(swept):
     folder, _ = swept
     config = configs.get_config()
