@@ -34,7 +34,7 @@ from experiments import (
 )
 from experiments import writer as writers
 from experiments.data import tokenization
-from experiments.fit import fit
+from experiments.fit import Around, Problem, fit, recipe_of
 from experiments.train import save_and_verify
 from lorax.interop import hf
 
@@ -68,30 +68,27 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         before = task.evaluate(base)
 
         # ----------------------------------------------------------- training
+        rate = config.optimizer.learning_rate[method]
         done = fit(
-            method,
             jax.random.fold_in(key, 1),
-            task.loss_fn,
-            base,
-            factory.make_targets(method, config.adapter),
-            optimizers.make_optimizer(
-                config.optimizer.learning_rate[method],
-                config.run.steps,
-                config.optimizer,
+            Problem(
+                task.loss_fn,
+                base,
+                factory.make_targets(method, config.adapter),
+                optimizers.make_optimizer(rate, config.run.steps, config.optimizer),
+                task.train,
+                task.evaluate,
             ),
-            task.train,
-            config.run.steps,
-            clip_norm=config.optimizer.clip_norm,
-            log_every=config.run.log_every,
-            bars=bars,
-            writer=writer,
-            eval_every=config.eval.every,
-            calibration_batches=config.adapter.calibration_batches,
-            evaluate=task.evaluate,
-            place=place,
-            placed=placed,
-            keep=keep,
-            guard=nonfinite.Guard(folder, config.run.skip_nonfinite),
+            recipe_of(config),
+            Around(
+                method,
+                bars,
+                writer,
+                place=place,
+                placed=placed,
+                keep=keep,
+                guard=nonfinite.Guard(folder, config.run.skip_nonfinite),
+            ),
         )
 
         # ------------------------------------------------------------- report

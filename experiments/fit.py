@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
+import ml_collections
 import rich.progress
 
 import lorax
@@ -47,52 +48,83 @@ class Fit(NamedTuple):
         return lorax.merge(self.adapters, self.params)
 
 
-def fit(
-    name: str,
-    key: jax.Array,
-    loss_fn: Callable[..., Any],
-    params: Any,
-    targets: Sequence[lorax.Target],
-    tx: Any,
-    batches: grain.MapDataset,
-    steps: int,
-    *,
-    clip_norm: float | None,
-    log_every: int,
-    bars: rich.progress.Progress,
-    writer: writers.Writer | None = None,
-    eval_every: int = 0,
-    calibration_batches: int = 1,
-    evaluate: Callable[[Any], dict[str, float]] | None = None,
-    place: distributed.Place = distributed.ALONE,
-    placed: sharding.Placed | None = None,
-    keep: keeping.Keep | None = None,
-    guard: nonfinite.Guard | None = None,
-) -> Fit:
-    """Fits adapters on `params` for a number of steps.
+class Problem(NamedTuple):
+    """What is fitted.
 
-    Args:
-      name: of the run, in the progress bar and the metrics.
-      key: a typed key.
+    Attributes:
       loss_fn: `(params, batch) -> (loss, metrics)`, written for plain parameters.
       params: the parameters to start from; left as they are.
       targets: what trains.
       tx: any optax transformation.
       batches: indexed by step.
+      evaluate: merged parameters -> values to write; None for none.
+    """
+
+    loss_fn: Callable[..., Any]
+    params: Any
+    targets: Sequence[lorax.Target]
+    tx: Any
+    batches: grain.MapDataset
+    evaluate: Callable[[Any], dict[str, float]] | None = None
+
+
+class Recipe(NamedTuple):
+    """How long, and how often what is done.
+
+    Attributes:
       steps: how many.
       clip_norm: bound on the gradients' global norm, None for none.
       log_every: steps between two reports.
-      bars: where the progress bar goes.
-      writer: where metrics go, None for nowhere.
       eval_every: steps between two evaluations, 0 for one at the end.
       calibration_batches: how many of the first batches an init that looks at
         data gets.
-      evaluate: merged parameters -> values to write.
+    """
+
+    steps: int
+    clip_norm: float | None
+    log_every: int
+    eval_every: int = 0
+    calibration_batches: int = 1
+
+
+class Around(NamedTuple):
+    """Where a fit runs, and what it tells.
+
+    Attributes:
+      name: of the run, in the progress bar and the metrics.
+      bars: where the progress bar goes.
+      writer: where metrics go, None for nowhere.
       place: where batches lie.
       placed: where the parameters lie; adapters and optimiser follow them.
       keep: how the run keeps itself, to go on after a stop; None: not at all.
       guard: stops the run after too many steps that are not finite.
     """
+
+    name: str
+    bars: rich.progress.Progress
+    writer: writers.Writer | None = None
+    place: distributed.Place = distributed.ALONE
+    placed: sharding.Placed | None = None
+    keep: keeping.Keep | None = None
+    guard: nonfinite.Guard | None = None
+
+
+def recipe_of(config: ml_collections.ConfigDict) -> Recipe:
+    """Returns the recipe of a run's config."""
+    return Recipe(
+        steps=config.run.steps,
+        clip_norm=config.optimizer.clip_norm,
+        log_every=config.run.log_every,
+        eval_every=config.eval.every,
+        calibration_batches=config.adapter.calibration_batches,
+    )
+
+
+def fit(key: jax.Array, problem: Problem, recipe: Recipe, around: Around) -> Fit:
+    """Fits adapters for a number of steps; `key` is a typed key."""
+    loss_fn, params, targets, tx, batches, evaluate = problem
+    steps, clip_norm, log_every, eval_every, calibration_batches = recipe
+    name, bars, writer, place, placed, keep, guard = around
     init_key, step_key = jax.random.split(key)
     example = place.put(batches[0])  # of all processes together
     kernels = lorax.discover(loss_fn, params, example)

@@ -23,7 +23,7 @@ from absl import logging
 
 from experiments import decoder, disk, factory, nonfinite, optimizers, writer
 from experiments.data import documents, windows
-from experiments.fit import fit
+from experiments.fit import Around, Problem, Recipe, fit
 
 # Bumped when the model's or the pretraining code's meaning changes.
 VERSION = 1
@@ -96,9 +96,7 @@ def _train(
     init_key, fit_key = jax.random.split(jax.random.key(config.run.seed))
     params = jax.jit(model.init)(init_key, example)["params"]
     hp = config.model.pretrain
-    result = fit(
-        "pretrain",
-        fit_key,
+    problem = Problem(
         factory.make_loss(model),
         params,
         factory.make_targets("full", config.adapter),
@@ -106,13 +104,10 @@ def _train(
         windows.training_batches(
             documents.source_train(), hp.batch_size, config.data.length, config.run.seed
         ),
-        hp.steps,
-        clip_norm=hp.clip_norm,
-        log_every=config.run.log_every,
-        bars=bars,
-        writer=metrics_writer,
-        guard=guard,
     )
+    recipe = Recipe(hp.steps, hp.clip_norm, config.run.log_every)
+    around = Around("pretrain", bars, metrics_writer, guard=guard)
+    result = fit(fit_key, problem, recipe, around)
     return result.merged()
 
 

@@ -25,7 +25,7 @@ from experiments import (
 )
 from experiments import writer as writers
 from experiments.data import documents, windows
-from experiments.fit import Fit, fit
+from experiments.fit import Around, Fit, Problem, fit, recipe_of
 from experiments.pretrain import load_or_train
 from experiments.sample import sample_text
 from lorax import checkpoint, tree
@@ -148,9 +148,7 @@ def adapt(
     if learning_rate is None:
         learning_rate = config.optimizer.learning_rate[method]
     seed = config.run.seed
-    return fit(
-        method,
-        jax.random.fold_in(jax.random.key(seed), 1),
+    problem = Problem(
         loss_fn,
         base,
         factory.make_targets(method, config.adapter),
@@ -158,16 +156,12 @@ def adapt(
         windows.training_batches(
             topics.train, config.data.batch_size, config.data.length, seed
         ),
-        config.run.steps,
-        clip_norm=config.optimizer.clip_norm,
-        log_every=config.run.log_every,
-        bars=bars,
-        writer=writer,
-        eval_every=config.eval.every,
-        calibration_batches=config.adapter.calibration_batches,
-        evaluate=evaluate,
-        guard=nonfinite.Guard(folder, nonfinite.LIMIT),
+        evaluate,
     )
+    guard = nonfinite.Guard(folder, nonfinite.LIMIT)
+    around = Around(method, bars, writer, guard=guard)
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    return fit(key, problem, recipe_of(config), around)
 
 
 def save_and_verify(path: pathlib.Path, adapters: Any, params: Any) -> None:

@@ -112,20 +112,14 @@ def test_a_rate_that_is_inf_stops_the_run_and_spoils_no_checkpoint(tmp_path):
 
     def run():
         with progress.bars(rich.console.Console(quiet=True)) as bars:
+            rows = grain.MapDataset.source([np.ones((4, 3), np.float32)] * 6)
+            targets = [lorax.Target("w", rank=1)]
+            keep = keeping.Keep(tmp_path / "checkpoints", config)
             fit.fit(
-                "lora",
                 jax.random.key(0),
-                loss_fn,
-                params,
-                [lorax.Target("w", rank=1)],
-                optax.adam(rate),
-                grain.MapDataset.source([np.ones((4, 3), np.float32)] * 6),
-                6,
-                clip_norm=None,
-                log_every=6,
-                bars=bars,
-                keep=keeping.Keep(tmp_path / "checkpoints", config),
-                guard=Guard(tmp_path, 1),
+                fit.Problem(loss_fn, params, targets, optax.adam(rate), rows),
+                fit.Recipe(6, clip_norm=None, log_every=6),
+                fit.Around("lora", bars, keep=keep, guard=Guard(tmp_path, 1)),
             )
 
     with pytest.raises(NonFiniteError, match=r"step 4 .*but the adapters.*of 2 in a"):
