@@ -51,6 +51,7 @@ class Init(NamedTuple):
 REGISTRY: dict[str, Init] = {}
 """Init by the name that `Target.init` gives."""
 STANDARD = "standard"
+"""Each class's own start."""
 STATS = (None, "gradient", "activation", "covariance")
 
 
