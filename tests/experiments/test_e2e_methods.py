@@ -9,7 +9,7 @@ from experiments.studies import comparison
 from experiments.studies import e2e_methods as study
 from tests.data_paths import needs_data
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.slow
 
 SMALL = {
     "run.steps": 2,

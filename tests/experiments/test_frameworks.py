@@ -18,7 +18,7 @@ from experiments.benchmarks import (
 )
 from experiments.benchmarks import gpt2_shaped as gpt2
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.slow
 
 SHAPE = gpt2.Shape(layers=2, width=32, heads=4, vocabulary=32, batch=2, time=8, rank=4)
 METHODS = ("lora", "dora", "adalora", "full")

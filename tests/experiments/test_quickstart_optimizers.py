@@ -8,7 +8,7 @@ import pytest
 from experiments import factory
 from experiments.studies import quickstart_optimizers as study
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", study.METHODS)

@@ -6,7 +6,7 @@ import pytest
 from experiments.benchmarks import gpt2_shaped as gpt2
 from experiments.benchmarks import scaling_cost
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.slow
 
 BASE = gpt2.Shape(layers=1, width=32, heads=4, vocabulary=32, batch=2, time=8, rank=2)
 SWEEPS = {"rank": (2, 4), "adapters": (2,)}

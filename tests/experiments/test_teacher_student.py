@@ -6,7 +6,7 @@ import pytest
 from experiments.studies import comparison, lora_pro_modes
 from experiments.studies import teacher_student as study
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.slow
 
 
 def test_a_sweep_learns_and_its_table_says_what_is_shown(tmp_path):
