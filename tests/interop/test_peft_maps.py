@@ -9,6 +9,8 @@ import pytest
 import lorax
 from lorax.interop import peft as ours
 from tests.interop import peft_cases as cases
+
+pytest.importorskip("peft", reason="needs the golden extra: torch, peft")
 from tests.interop.test_peft_forms import GPT2, LLAMA, made, peft
 
 Q = "layers/q/kernel"
