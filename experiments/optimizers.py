@@ -24,7 +24,7 @@ import ml_collections
 import optax
 import optax.contrib
 
-from lorax import optim
+from lorax import optim, registry
 
 STAGES = ("clip", "pair", "moments", "ratio", "decay", "learning_rate", "project")
 
@@ -137,7 +137,7 @@ FIELDS = ("b1", "b2", "weight_decay", "adam_learning_rate")
 
 SCHEDULE = ("learning_rate", "warmup_steps", "final_share", "clip_norm", "tuned")
 BUILD = ("name", "options", "chain", "wrap", "steps", "batch_size")
-"""Fields of the config that are no optimiser's own. Any other is an argument."""
+"""Fields of the config that every optimiser shares; any other is its argument."""
 
 
 def register(
@@ -169,14 +169,12 @@ def register(
     """
     if make is None:
         return functools.partial(register, name, sees_shapes=sees_shapes)
-    home = lambda f: (getattr(f, "__module__", ""), getattr(f, "__qualname__", repr(f)))
-    held = READY.get(name)
-    if name == "chain" or (held is not None and home(held) != home(make)):
-        owner = "chains of links" if held is None else ".".join(home(held))
+    if name == "chain":
         raise ValueError(
-            f"optimiser name {name!r} belongs to {owner}; register this one under "
-            "another"
+            "optimiser name 'chain' belongs to chains of links; register this one "
+            "under another"
         )
+    registry.require_free("optimiser", name, READY.get(name), make)
     READY[name] = make
     if sees_shapes:
         SEES_SHAPES.add(name)

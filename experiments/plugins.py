@@ -26,7 +26,7 @@ def import_all(names: Iterable[str], where: str) -> None:
       where: what holds them, for the error.
 
     Raises:
-      ValueError: there is no such module.
+      ValueError: the module cannot be found.
       RuntimeError: it failed as it was imported; why, is the error behind this one.
     """
     for name in names:
@@ -36,7 +36,7 @@ def import_all(names: Iterable[str], where: str) -> None:
             missing = getattr(error, "name", None) or ""
             if isinstance(error, ModuleNotFoundError) and name.startswith(missing):
                 raise ValueError(
-                    f"{where}: there is no module {missing!r}, of {name!r}; give the "
+                    f"{where}: no module {missing!r} was found for {name!r}; give the "
                     "dotted name of one that is installed, or that lies below the "
                     "folder from which the command runs or one in PYTHONPATH"
                 ) from error

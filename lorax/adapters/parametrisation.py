@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lorax import tree
+from lorax import registry, tree
 from lorax.adapters import layout
 from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
 
@@ -61,7 +61,7 @@ class Parametrisation:
       fields: the arrays, by name, in the order of the class.
       roles: of the trained ones, name -> role.
       options: hyperparameters that `Target.options` may give, with their defaults.
-      replaces: True: the array is the leaf itself, and there is no update beside it.
+      replaces: True: the array takes the place of the leaf and adds no update.
       additive: True: the update adds to the kernel and is proportional to `scale`, so
         that updates of several adapters can be summed and scaled.
       padded: True: zeros in the ranks of every field change no update.
@@ -232,19 +232,9 @@ def register(name: str, cls: Any = None) -> Any:
             f"{cls!r}: a registered adapter is a subclass of "
             "lorax.adapters.Parametrisation that declares its fields"
         )
-    held = REGISTRY.get(name)
-    if held is not None and _home(held) != _home(cls):
-        raise ValueError(
-            f"adapter name {name!r} belongs to {'.'.join(_home(held))}; register "
-            f"{cls.__name__} under another"
-        )
+    registry.require_free("adapter", name, REGISTRY.get(name), cls)
     REGISTRY[name] = cls
     return cls
-
-
-def _home(cls: type) -> tuple[str, str]:
-    """By which a module that is loaded again is known."""
-    return cls.__module__, cls.__qualname__
 
 
 def get(adapter: str | type) -> type[Parametrisation]:

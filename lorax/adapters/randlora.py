@@ -4,7 +4,7 @@
 
 with A `[r, min(in, out)]` and B_j `[max(in, out), r]` drawn once for all kernels (a
 kernel takes leading parts, as in PEFT), and the smaller side of the kernel on A's. The
-sum is as wide as the kernel, so that it is no thin product: for T tokens it would cost
+sum has the kernel's full rank, so the product is not thin: for T tokens it would cost
 5 T in out multiplications beside the kernel's own, and the merged kernel with its dense
 gradient T in out + 2 max min^2. Merging is the cheaper from T = min(in, out) / 2 on, so
 `factors` is None, and `on_merge` says so.

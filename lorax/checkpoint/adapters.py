@@ -1,8 +1,8 @@
 """Adapters on disk: arrays in orbax, everything else in `adapters.json`.
 
-`index` has the form of that file, which is written last and replaced in one move: a
-directory without it is no checkpoint, and overwriting one keeps the old arrays until
-the new ones are complete.
+`index` has the form of that file, which is written last and replaced in one move. A
+directory without it is not a checkpoint, and overwriting keeps the old arrays until the
+new ones are complete.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def resized(path: str, adapter: Any, rank: int) -> tuple[Any, jax.Array]:
     if not forms.has_factors(adapter):
         raise ValueError(
             f"{path}: resize cuts a product of one reading and one writing factor, and "
-            f"{type(adapter).__name__} is none; write it as Lora first "
+            f"{type(adapter).__name__} is not one; write it as Lora first "
             "(compose.to_lora), or merge it and read it back (compose.extract)"
         )
     checks.require_rank(path, adapter, rank)

@@ -78,7 +78,7 @@ def _extracted(target: Target, kernel: Kernel, tuned: Any) -> tuple[Any, jax.Arr
     if not hasattr(cls, "from_triplets"):
         raise ValueError(
             f"{kernel.path}: a difference of checkpoints is read as a product of "
-            f"factors, and adapter={target.adapter!r} is none; use adapter='lora'"
+            f"factors, and adapter={target.adapter!r} is not one; use adapter='lora'"
         )
     dtype = layout.wide(value, tuned)
     change = tuned.astype(dtype) - value.astype(dtype)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lorax import adapters
+from lorax import adapters, registry
 from lorax.inits import (
     corda,
     eva,
@@ -111,18 +111,9 @@ def register(
             f"{', '.join(map(repr, STATS))}"
         )
     held = REGISTRY.get(name)
-    if held is not None and _home(held.make) != _home(make):
-        raise ValueError(
-            f"init name {name!r} belongs to {'.'.join(_home(held.make))}; register "
-            "this one under another"
-        )
+    registry.require_free("init", name, held and held.make, make)
     REGISTRY[name] = Init(make, calls, dict(options or {}), stats, keeps_base)
     return make
-
-
-def _home(make: Any) -> tuple[str, str]:
-    """By which a module that is loaded again is known."""
-    return getattr(make, "__module__", ""), getattr(make, "__qualname__", repr(make))
 
 
 register(STANDARD, standard.standard, calls=None, keeps_base=True)

@@ -73,7 +73,7 @@ def factor_pairs(adapters: Any, name: str) -> Adapters:
         if thin and not _pairs.is_pair(adapter):
             raise ValueError(
                 f"{path}: {name} acts on pairs a and b whose product is the update, "
-                f"and the {', '.join(thin)} of {type(adapter).__name__} are no such "
+                f"and the {', '.join(thin)} of {type(adapter).__name__} are not such a "
                 "pair; use lora_plus or an optax optimiser for it, by itself or "
                 "through optax.partition, or adapt this leaf with adapter='lora'"
             )

@@ -314,7 +314,7 @@ def test_errors(row):
         tx.init(tree | odd)
     own = {"own": problems.Own(jnp.ones((2, 1)), jnp.ones((1, 2)))}
     if not row.adalora:  # it reads a and b, whose product it cannot know
-        with pytest.raises(ValueError, match="own: .* a, b of Own are no such pair"):
+        with pytest.raises(ValueError, match="own: .* a, b of Own are not such a pair"):
             tx.init(tree | own)
     by_role = lambda adapters: {p: a.replace(**a.roles) for p, a in adapters.items()}
     parts = dict.fromkeys(("a", "p", "lam"), optax.sgd(0.1))
