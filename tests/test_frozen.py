@@ -256,7 +256,7 @@ def test_extraction_and_calibration_read_the_parameters():
     tuned = jax.tree.map(lambda x: x + 0.1, base.params)
     one = compose.extract(base, tuned, [("up", 2)])
     same(one.adapters, compose.extract(base.params, tuned, [("up", 2)]).adapters)
-    with pytest.raises(ValueError, match="adapter='walsh' is none"):
+    with pytest.raises(ValueError, match="adapter='walsh' is not one"):
         compose.extract(base, tuned, TARGETS)
     target = lorax.Target("up", rank=2, init="lora_ga")
     stats = [
