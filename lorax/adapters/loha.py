@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax.adapters import layout, making
+from lorax.adapters.lora import Lora
 from lorax.adapters.parametrisation import Parametrisation, register
 from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
 
@@ -104,15 +105,23 @@ class LoHa(Parametrisation):
     def _form(self, kernel: jax.Array) -> Factors:
         return self._product(kernel)
 
+    def as_lora(self) -> Lora:
+        """Returns the Lora of rank r^2 around the Khatri-Rao products."""
+        a, b = self._khatri_rao()
+        return Lora(a, b, self.scale, self.axes, self.dropout, self.layers)
+
     def _product(self, kernel: jax.Array) -> Factors:
-        """The Khatri-Rao products, zero where no layer has factors."""
+        """The Khatri-Rao products over the stack, zero where no layer has factors."""
+        (a, b), depth = self._khatri_rao(), layout.depth(kernel, self.axes)
+        a, b = (layout.spread(f, self.layers, depth) for f in (a, self.scale * b))
+        return Factors(a, b)
+
+    def _khatri_rao(self) -> tuple[jax.Array, jax.Array]:
+        """`[*batch, *in, r^2]` and `[*batch, r^2, *out]`, at least float32."""
         dtype, rank = layout.wide(self.a1, self.b1), self.rank
         a1, b1, a2, b2 = (x.astype(dtype) for x in (self.a1, self.b1, self.a2, self.b2))
         a = a1[..., :, None] * a2[..., None, :]
         a = a.reshape(*a1.shape[:-1], rank * rank)
         n = b1.ndim - len(self.axes.out) - 1  # of the batch
         b = jnp.expand_dims(b1, n + 1) * jnp.expand_dims(b2, n)
-        b = self.scale * b.reshape(*b1.shape[:n], rank * rank, *b1.shape[n + 1 :])
-        depth = layout.depth(kernel, self.axes)
-        a, b = (layout.spread(f, self.layers, depth) for f in (a, b))
-        return Factors(a, b)
+        return a, b.reshape(*b1.shape[:n], rank * rank, *b1.shape[n + 1 :])

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax.adapters import layout, making
+from lorax.adapters.lora import Lora
 from lorax.adapters.parametrisation import Parametrisation, register
 from lorax.types import Axes, Factors, Field, KernelSpec, LinearMap, TargetSpec
 
@@ -58,6 +59,9 @@ class LoKr(Parametrisation):
       layers: the layers of the first batch axis that have factors; None for all.
       factor: by which the sizes were chosen, for PEFT's config; they are what counts.
       decompose_both: likewise, whether w1 could be a product.
+      in_sizes: of the leaf's in axes, of which m n is the product; None: not known, and
+        then there is no Lora form.
+      out_sizes: likewise of its out axes, of which p k is.
     """
 
     scale: float = flax.struct.field(pytree_node=False)
@@ -72,6 +76,12 @@ class LoKr(Parametrisation):
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
     factor: int = flax.struct.field(pytree_node=False, default=-1)
     decompose_both: bool = flax.struct.field(pytree_node=False, default=False)
+    in_sizes: tuple[int, ...] | None = flax.struct.field(
+        pytree_node=False, default=None
+    )
+    out_sizes: tuple[int, ...] | None = flax.struct.field(
+        pytree_node=False, default=None
+    )
 
     fields = {
         "w1": Field("w1", "batch in1 out1", decays=True, optional=True),
@@ -143,6 +153,7 @@ class LoKr(Parametrisation):
             arrays |= {"w2_a": uniform(n, rank), "w2_b": uniform(rank, k)}
         else:
             arrays["w2"] = uniform(n, k)
+        given |= {"in_sizes": in_, "out_sizes": out}
         return cls(**making.statics(kernel, target), **arrays, **given)
 
     @property
@@ -182,6 +193,38 @@ class LoKr(Parametrisation):
         return layout.without_product(
             kernel, self.axes, branch=LinearMap((first, second), kronecker)
         )
+
+    def as_lora(self) -> Lora | None:
+        """Returns the Lora of both ranks' product; None where sizes are not known.
+
+            (a1 b1) (x) (a2 b2) = (a1 (x) a2) (b1 (x) b2)
+
+        A full matrix counts as the thinner of its product with an identity.
+        """
+        if self.in_sizes is None or self.out_sizes is None:
+            return None
+        a1, b1 = _thin(self.w1, self.w1_a, self.w1_b)
+        a2, b2 = _thin(self.w2, self.w2_a, self.w2_b)
+        batch, rank = a1.shape[:-2], a1.shape[-1] * a2.shape[-1]
+        both = lambda x, y: x[..., :, None, :, None] * y[..., None, :, None, :]
+        a = both(a1, a2).reshape(*batch, *self.in_sizes, rank)
+        b = both(b1, b2).reshape(*batch, rank, *self.out_sizes)
+        return Lora(a, b, self.scale, self.axes, self.dropout, self.layers)
+
+
+def _thin(
+    full: jax.Array | None, a: jax.Array | None, b: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """A matrix as a product, at least float32."""
+    if full is None:
+        assert a is not None and b is not None
+        return a.astype(layout.wide(a)), b.astype(layout.wide(b))
+    full = full.astype(layout.wide(full))
+    n, m = full.shape[-2:]
+    eye = jnp.broadcast_to(
+        jnp.eye(min(n, m), dtype=full.dtype), (*full.shape[:-2], *[min(n, m)] * 2)
+    )
+    return (eye, full) if n <= m else (full, eye)
 
 
 def kronecker(

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax.adapters import layout, making
+from lorax.adapters.lora import Lora
 from lorax.adapters.parametrisation import Parametrisation, register
 from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
 
@@ -42,6 +43,8 @@ class MiSS(Parametrisation):
       scale: the factor on the update, 1.
       dropout: rate on the input of the adapter branch, in [0, 1).
       layers: the layers of the first batch axis that have a block; None for all.
+      in_sizes: of the leaf's in axes, which the block does not tell; None: not known,
+        and then there is no Lora form.
     """
 
     block: jax.Array
@@ -49,6 +52,9 @@ class MiSS(Parametrisation):
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
+    in_sizes: tuple[int, ...] | None = flax.struct.field(
+        pytree_node=False, default=None
+    )
 
     fields = {"block": Field("block", "batch rank out", decays=True)}
     additive = True
@@ -70,9 +76,10 @@ class MiSS(Parametrisation):
     ) -> MiSS:
         """Returns a block of zeros."""
         del key, shared
-        _, out, batch = making.sizes(kernel, target)
+        in_, out, batch = making.sizes(kernel, target)
         block = jnp.zeros((*batch, target.rank, *out), target.dtype)
-        return cls(block, **making.statics(kernel, target) | {"scale": 1.0})
+        own = {"scale": 1.0, "in_sizes": in_}
+        return cls(block, **making.statics(kernel, target) | own)
 
     def factors(self, kernel: jax.Array) -> Factors:
         """Returns (which shard feature an input is, scale * block)."""
@@ -82,6 +89,17 @@ class MiSS(Parametrisation):
         return Factors(
             a, layout.spread(b, self.layers, layout.depth(kernel, self.axes))
         )
+
+    def as_lora(self) -> Lora | None:
+        """Returns the Lora of the same rank; None where `in_sizes` are not known."""
+        if self.in_sizes is None:
+            return None
+        batch = self.block.shape[: self.block.ndim - 1 - len(self.axes.out)]
+        a = jnp.broadcast_to(
+            self._reads(self.in_sizes), (*batch, *self.in_sizes, self.rank)
+        )
+        static = self.scale, self.axes, self.dropout, self.layers
+        return Lora(a, self.block, *static)
 
     def _reads(self, in_: tuple[int, ...]) -> jax.Array:
         """`[*in, rank]`, one where input i is feature i mod r of its shard."""

@@ -142,7 +142,9 @@ def to_lora(adapters: Adapters, initial: Adapters | None = None) -> Adapters:
     rank.
 
     Args:
-      adapters: `{path: Adapter}`; an AdaLora becomes `p @ (lam * q)`, Full passes.
+      adapters: `{path: Adapter}`; an AdaLora becomes `p @ (lam * q)`, a LoHa of rank r a
+        Lora of rank r^2, a LoKr one of the product of its ranks (a full matrix counts
+        with its shorter side), a MiSS one of its rank; Full passes.
       initial: what `lorax.init` returned, before training, for inits that moved the
         base; None where the base was not moved. Adapters whose update was zero at the
         start (the standard init) keep their rank. (For an AdaLora as a Lora on the

@@ -21,7 +21,7 @@ import numpy as np
 from lorax.models import table
 from lorax.types import Axes
 
-LEAF = ("axes", "dropout", "layers", "moved_by")
+LEAF = ("axes", "dropout", "layers", "moved_by", "in_sizes", "out_sizes")
 """Static fields of a whole leaf's adapter; the others are a module's own."""
 
 
@@ -114,7 +114,13 @@ def joined(
         sizes = zip(words, each[0].fields[name].shape, strict=True)
         tail = [n for word, size in sizes for n in tails.get(word, (size,))]
         arrays[name] = _put([m.fields[name] for m in each], tail, stacked)
-    leaf = {"axes": axes, "dropout": dropout, "layers": None if every else layers}
+    leaf = {
+        "axes": axes,
+        "dropout": dropout,
+        "layers": None if every else layers,
+        "in_sizes": in_,
+        "out_sizes": out,
+    }
     known = {field.name for field in dataclasses.fields(cls)}
     leaf = {name: value for name, value in leaf.items() if name in known}
     return cls(**arrays, **leaf, **each[0].statics)

@@ -216,7 +216,8 @@ def _merged(
     fields = {f: getattr(adapter, f) for f in adapter.roles}
 
     def parts(fields: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-        a, b, gain, *_ = adapter.replace(**fields).factors(leaf)
+        plain: Any = as_lora(adapter.replace(**fields))
+        a, b, gain, *_ = plain.factors(leaf)
         n, rank = w.shape[0], a.shape[-1]
         gain = jnp.ones((n, w.shape[2])) if gain is None else gain.reshape(n, -1)
         return a.reshape(n, -1, rank), b.reshape(n, rank, -1), gain
