@@ -142,8 +142,8 @@ def to_lora(adapters: Adapters, initial: Adapters | None = None) -> Adapters:
     rank.
 
     Args:
-      adapters: `{path: Adapter}`; an AdaLora becomes `p @ (lam * q)`, a LoHa of rank r a
-        Lora of rank r^2, a LoKr one of the product of its ranks (a full matrix counts
+      adapters: `{path: Adapter}`; an AdaLora becomes `p @ (lam * q)`, a LoHa of rank r
+        a Lora of rank r^2, a LoKr one of the product of its ranks (a full matrix counts
         with its shorter side), a MiSS one of its rank; Full passes.
       initial: what `lorax.init` returned, before training, for inits that moved the
         base; None where the base was not moved. Adapters whose update was zero at the
