@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import lorax
 from lorax.adapters import Hra, LoKr, Parametrisation
 from lorax.types import Field
-from tests import programs, programs_kernels, programs_nnx  # noqa: F401 (their own)
+from tests import adapter_rows, programs, programs_kernels, programs_nnx  # noqa: F401 (their own)
 from tests.test_adapt import assert_close
 
 KEY = jax.random.key(0)
@@ -90,7 +90,6 @@ FUSED = lambda p, x: jnp.tanh(x @ jnp.concatenate([p["v"], p["w"]], axis=1)).sum
 VIEWS: dict[str, Any] = {
     "transposed": (lambda p, x: jnp.tanh((p["w"].T @ x.T).T @ p["w"].T).sum(), "", ""),
     "one of two joined": (FUSED, "dot_general", ""),
-    "times a number": (lambda p, x: jnp.tanh(x @ (2 * p["w"])).sum(), "", "mul"),
     "times a vector of outputs": (
         lambda p, x: jnp.tanh(x @ (p["w"] * jnp.arange(8.0))).sum(),
         "",
@@ -135,6 +134,44 @@ def test_views_that_leave_the_inputs_whole_follow(name, kind):
     if expected:
         with pytest.raises(ValueError, match=f"w: '{expected}' .* on_merge='warn'"):
             lorax.adapt(fn, on_merge="error")(adapters, W, X)
+
+
+def numbers(p, x):
+    """A kernel times numbers, known or of another leaf, negated and divided."""
+    return jnp.tanh(x @ (2.5 * (-p["w"] / 3) * jnp.sum(p["v"]))).sum()
+
+
+def numbers_of_layers(p, x):
+    """Every kernel of a stack times its own number, then a scan."""
+    own = p["w"] * jnp.arange(1.0, 4.0)[:, None, None]
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, -own)[0].sum()
+
+
+ROWS = {name: row for name, *row in adapter_rows.ADAPTERS}
+TIMES = {
+    "dora": ROWS["dora"],
+    "ia3": ("", (6, 5), 0, adapter_rows.IA3()),
+    "ia3_feedforward": ("", (6, 5), 0, adapter_rows.IA3(options={"feedforward": True})),
+    "oft": ROWS["oft_exact_and_constrained"],
+    "hra": ("", (6, 5), 0, adapter_rows.HRA()),
+    "lokr": ("", (6, 5), 0, adapter_rows.LOKR()),
+    "oft_stacked": ROWS["oft_layer_subset"],
+    "lokr_stacked": ROWS["lokr_thin_layer_subset"],
+    "walsh_stacked": ROWS["walsh_stacked"],
+}
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_a_kernel_times_a_number_follows_under_every_gain_and_map(name):
+    _, shape, _, target = TIMES[name]
+    fn = numbers_of_layers if len(shape) == 3 else numbers
+    params = {"w": programs.normal(0, *shape), "v": programs.normal(1, 6, 5)}
+    kernels = lorax.discover(fn, params, X)
+    adapters, params = lorax.init(KEY, params, target, kernels)
+    adapters = programs.perturbed(adapters)
+    got, want, merged = both(fn, adapters, params, X)
+    assert_close(got, want)
+    assert not merged
 
 
 def test_axes_in_another_order_and_stacks():

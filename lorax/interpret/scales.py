@@ -1,6 +1,9 @@
 """A kernel times a number or a vector: the factor that owns the axis is scaled.
 
 (W0 + a b) * v[out] = W0 * v + a (b * v)      v[in] likewise, through a
+
+A branch that is not a thin product is scaled by numbers alone, one for each kernel of a
+stack: c (W0 + C) = c W0 + c C.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax.interpret.tracked import Rigid, Term, Tracked
+from lorax import linalg
+from lorax.interpret.tracked import Term, Tracked
 from lorax.interpret.views import viewed
 from lorax.interpret.walker import Walker, rule
-from lorax.types import Factors
+from lorax.types import Factors, LinearMap
 
 Change = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -30,9 +34,9 @@ def negated(term: Term) -> Term:
     """Returns the term of -W."""
     if term.factors is None:
         return term
-    if term.factors.branch is not None:
-        raise Rigid
-    return dataclasses.replace(term, factors=term.factors._replace(b=-term.factors.b))
+    minus = _times(term, jnp.float32(-1))
+    negative = term.factors._replace(b=-term.factors.b, branch=minus)
+    return dataclasses.replace(term, factors=negative)
 
 
 @rule("mul", "div")
@@ -64,15 +68,16 @@ def _scaled(term: Term, vector: jax.Array, change: Change) -> Term | None:
     varied = [d for d, size in enumerate(vector.shape) if size > 1]
     if term.factors is None:
         return _noted(term, varied)
-    a, b, gain, *maps = term.factors
+    a, b, gain, inputs, branch = term.factors
     kinds = {term.kind(d) for d in varied}
     if None in kinds or {"in", "out"} <= kinds:
         return None
-    if term.factors.branch is not None or (term.factors.maps and "in" in kinds):
+    if kinds & {*term.factors.rigid}:
         return None
     for d in varied:
         low = term.start[d]
         vector = jax.lax.slice_in_dim(vector, low, low + term.shape[d], axis=d)
+    branch = _times(term, change(jnp.ones((), linalg.wide(vector)), vector))
     batch, reads = term.dims("batch"), "in" in kinds
     own = term.dims("in" if reads else "out")
     if vector.ndim:
@@ -84,7 +89,25 @@ def _scaled(term: Term, vector: jax.Array, change: Change) -> Term | None:
         a = change(a, vector.astype(a.dtype))
     else:
         b = change(b, vector.astype(b.dtype))
-    return dataclasses.replace(term, factors=Factors(a, b, gain, *maps))
+    return dataclasses.replace(term, factors=Factors(a, b, gain, inputs, branch))
+
+
+def _times(term: Term, vector: jax.Array) -> LinearMap | None:
+    """The term's branch times a number, or times one for each kernel of the stack."""
+    assert term.factors is not None
+    if term.factors.branch is None:
+        return None
+    stack = term.dims("batch")
+    own = [vector.shape[d] if vector.ndim else 1 for d in stack]
+    sizes = [term.shape[d] for d in stack]
+    number = jnp.broadcast_to(vector.reshape(own), sizes)
+    return LinearMap((number, term.factors.branch), _multiplied)
+
+
+def _multiplied(both: tuple[jax.Array, LinearMap], x: jax.Array) -> jax.Array:
+    """`c C(x)`."""
+    number, held = both
+    return number * held.apply(held.arrays, x)
 
 
 def _noted(term: Term, varied: Sequence[int]) -> Term | None:
