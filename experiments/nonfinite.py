@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from lorax.checkpoint import digests
+from lorax.checkpoint import storage
 
 LIMIT = 3
 """Steps in a row that may be skipped where a config does not say (the quickstart)."""
@@ -145,7 +145,7 @@ def save_batch(path: pathlib.Path, batch: Any) -> None:
     """
     arrays: dict[str, Any] = {}
     for key_path, leaf in jtu.tree_flatten_with_path(batch)[0]:
-        array = digests.on_host(leaf)
+        array = storage.on_host(leaf)
         if array.dtype.kind == "V":
             floating = jnp.issubdtype(array.dtype, jnp.floating)
             array = array.astype(np.float32 if floating else np.int32)

@@ -206,7 +206,7 @@ def adapters_source(folder: pathlib.Path, sealed: bool) -> Source:
         del told["digests"]
         for entry in told["adapters"].values():
             for kind in entry["arrays"].values():
-                del kind["digest"]
+                del kind["content"]
         file.write_text(json.dumps(told))
     load = functools.partial(checkpoint.load_adapters, params=params())
     legal = (lambda case: None) if sealed else _adapter_means

@@ -67,7 +67,7 @@ ROWS = {
     "amplification": lambda key: lorax.analysis.amplification(key, LORA, PARAMS),
     "intruders": lambda key: lorax.analysis.intruder_dimensions(key, LORA, PARAMS, k=2),
     "batch": lambda key: batch.learning_rate_for_batch(1e-3, 8, 64),
-    "digest": lambda key: digests.content(PARAMS),
+    "digest": lambda key: digests.describe(PARAMS),
     "residual": lambda key: residual.initial(PISSA[0], PARAMS, PISSA[1]),
 }
 

@@ -1,8 +1,8 @@
 """Checkpoints: adapters to share, and the whole state of a run to go on from."""
 
 from lorax.checkpoint.adapters import load_adapters, load_frozen, save_adapters
-from lorax.checkpoint.record import DamagedError
 from lorax.checkpoint.runs import CheckpointWarning, Restored, RunCheckpoints
+from lorax.checkpoint.storage import DamagedError
 
 __all__ = [
     "CheckpointWarning",

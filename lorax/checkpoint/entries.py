@@ -22,6 +22,7 @@ import numpy as np
 
 from lorax import adapters as adapter_classes
 from lorax import untrusted
+from lorax.checkpoint import digests
 from lorax.types import Adapters, Axes
 
 RECORDS = {cls.__name__: cls for cls in (Axes,)}
@@ -87,16 +88,6 @@ def lent_names(adapters: Adapters) -> dict[str, str]:
     }
 
 
-def kind(array: Any) -> dict[str, Any]:
-    """Returns shape and dtype as JSON data."""
-    return {"shape": list(array.shape), "dtype": jnp.dtype(array.dtype).name}
-
-
-def item_name(path: str) -> str:
-    """The path as a key in orbax, which joins nested keys by dots."""
-    return path.replace("%", "%25").replace(".", "%2E")
-
-
 def describe(path: str, adapter: Any) -> dict[str, Any]:
     """Returns everything about an adapter but its numbers, as JSON data.
 
@@ -114,7 +105,7 @@ def describe(path: str, adapter: Any) -> dict[str, Any]:
         field: _encode(f"{path}: {field}", getattr(adapter, field))
         for field in fields(adapter, static=True)
     }
-    shapes = {field: kind(value) for field, value in arrays(adapter).items()}
+    shapes = {field: digests.kind(value) for field, value in arrays(adapter).items()}
     home = type(adapter).__module__
     return {"class": name, "module": home, "static": static, "arrays": shapes}
 

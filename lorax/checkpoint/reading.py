@@ -7,20 +7,20 @@ all of them agree on what to do about it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lorax.checkpoint import entries, record, states
-from lorax.checkpoint.entries import item_name
+from lorax.checkpoint import digests, entries, record, states, storage
 from lorax.checkpoint.folders import RUN, STATE
-from lorax.checkpoint.record import DamagedError
+from lorax.checkpoint.storage import DamagedError
 from lorax.training import TrainState
+
+T = TypeVar("T")
 
 
 def read_payload(folder: epath.Path) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def _require_entry(path: str, entry: Any) -> None:
 def read_step(
     folder: epath.Path, template: TrainState, base: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the payload and the verified arrays of a step.
+    """Returns the payload and the verified arrays of a step, by name of the leaf.
 
     Args:
       folder: of the step.
@@ -70,8 +70,8 @@ def read_step(
         states.check(payload, template)
     except ValueError as error:
         raise ValueError(f"{folder / RUN / 'metadata'}: {error}") from error
-    arrays = _read_arrays(folder / STATE, list(payload["leaves"]))
-    states.verify(payload, arrays)
+    arrays = storage.read(folder / STATE, states.leaves_of(template))
+    digests.require_intact("", payload["leaves"], arrays)
     return payload, arrays
 
 
@@ -83,32 +83,8 @@ def _check_base(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             f"{differing[0]}: only the {where} has it; the checkpoint was made on "
             f"another base, from {then['source']}"
         )
-    for path, entry in new.items():
-        for field, value in entry.items():
-            if None not in (value, old[path][field]) and value != old[path][field]:
-                raise ValueError(
-                    f"{path}: the checkpoint was made on another base, from "
-                    f"{then['source']}: {field} {old[path][field]} there, {value} in "
-                    "params. Pass the params that lorax.init returned (an init may "
-                    "change them)"
-                )
-
-
-def _read_arrays(folder: epath.Path, names: Sequence[str]) -> dict[str, Any]:
-    """The arrays as numpy, whole, read by this process on its own."""
-    own = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(own, {own})
-    restore = ocp.RestoreArgs(restore_type=np.ndarray)
-    args = ocp.args.PyTreeRestore(
-        restore_args={item_name(name): restore for name in names}
-    )
-    try:
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-        reader = ocp.Checkpointer(handler, multiprocessing_options=alone)
-        with reader as checkpointer:
-            return checkpointer.restore(folder, args=args)
-    except Exception as error:  # whatever a damaged file makes orbax raise
-        raise DamagedError(f"{folder} cannot be read: {error}") from error
+    made = f"the checkpoint was made on another base, from {then['source']}"
+    digests.require_base(old, new, made)
 
 
 # Agreement between processes
@@ -123,7 +99,7 @@ def of_process_0(steps: list[int]) -> list[int]:
     return [int(step) for step in multihost_utils.broadcast_one_to_all(mine)]
 
 
-def agreed(read: Callable[[], Any]) -> Any:
+def agreed(read: Callable[[], T]) -> T:
     """Returns `read()`, or raises on all processes if it raises on one.
 
     DamagedError, on which all fall back, gives way to any other error.

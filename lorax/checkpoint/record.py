@@ -1,6 +1,6 @@
 """The JSON of a checkpoint: sealed by its own digest, so that damage shows.
 
-    {"format": 1, "digest": ..., "payload": {...}}
+    {"format": 2, "digest": ..., "payload": {...}}
 
 The digest covers the format and the payload. This envelope is for ever: a lorax that
 does not know the format can still tell a newer checkpoint from a damaged one. It is
@@ -20,13 +20,11 @@ import jax
 import numpy as np
 
 from lorax import untrusted
-from lorax.untrusted import Rule
+from lorax.checkpoint import digests
+from lorax.checkpoint.storage import DamagedError
 
-FORMAT = 1
+FORMAT = 2  # 1: other digests, which are read as well
 LIBRARIES = ("lorax-flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-KIND = {"shape": untrusted.SHAPE, "dtype": untrusted.TEXT}
-BASE = KIND | {"content": untrusted.digits(32) | None}
-LEAF = KIND | {"digest": untrusted.digits(32)}
 PAYLOAD = {
     "step": untrusted.whole(),
     "versions": untrusted.mapping(untrusted.TEXT),
@@ -37,11 +35,7 @@ PAYLOAD = {
     "adapters": untrusted.TABLE,
     "leaves": untrusted.mapping(untrusted.ANY, 1),
 }
-"""What the fields of a run's payload must be, and those of its base and leaves."""
-
-
-class DamagedError(ValueError):
-    """A checkpoint, or a part of one, is not what was written."""
+"""What the fields of a run's payload must be."""
 
 
 def seal(payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,21 +97,17 @@ def _why(payload: Mapping[str, Any]) -> str:
 
 def require_form(payload: Mapping[str, Any]) -> None:
     """Raises ValueError naming the first field of a run that is out of its range."""
-    _require(payload, PAYLOAD, "payload")
-    tables = [(payload["leaves"], LEAF, "payload.leaves")]
-    if payload["base"] is not None:
-        where = "payload.base"
-        untrusted.field(payload["base"], "source", untrusted.TEXT | None, where)
-        own = untrusted.field(payload["base"], "leaves", untrusted.TABLE, where)
-        tables.append((own, BASE, f"{where}.leaves"))
-    for table, rules, where in tables:
-        for name, entry in table.items():
-            _require(entry, rules, f"{where}.{name}")
-
-
-def _require(table: Mapping[str, Any], rules: Mapping[str, Rule], where: str) -> None:
-    for name, rule in rules.items():
-        untrusted.field(table, name, rule, where)
+    for name, rule in PAYLOAD.items():
+        untrusted.field(payload, name, rule, "payload")
+    for name, entry in payload["leaves"].items():
+        digests.require_form(entry, f"payload.leaves.{name}")
+    if payload["base"] is None:
+        return
+    where = "payload.base"
+    untrusted.field(payload["base"], "source", untrusted.TEXT | None, where)
+    base = untrusted.field(payload["base"], "leaves", untrusted.TABLE, where)
+    for path, entry in base.items():
+        digests.require_form(entry, f"{where}.leaves.{path}", abstract=True)
 
 
 def plain(where: str, value: Any) -> Any:

@@ -3,11 +3,11 @@
     folder/1200/state/   orbax: every leaf of the TrainState, {name: array}
     folder/1200/run/     JSON, sealed (`record`): step, data position, config, metrics,
                          the base by path and content, adapters with their static
-                         fields, and of every leaf shape, dtype and digest
+                         fields, and of every leaf shape, dtype and content
     folder/damaged-1100  set aside when a run went on from an older step
 
 Orbax writes a step beside its place and renames it when it is complete; it verifies no
-byte of an array when it reads. So every leaf is held against its digest before the
+byte of an array when it reads. So every leaf is held against its entry before the
 state is used, and a step that is not whole falls back to the one before.
 """
 
@@ -26,10 +26,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lorax.checkpoint import digests, folders, reading, record, states
-from lorax.checkpoint.adapters import folder_of
-from lorax.checkpoint.entries import item_name
-from lorax.checkpoint.record import DamagedError
+from lorax.checkpoint import digests, folders, reading, record, states, storage
+from lorax.checkpoint.storage import DamagedError
 from lorax.training import TrainState
 from lorax.types import PyTree
 
@@ -105,12 +103,12 @@ class RunCheckpoints:
         mode: Literal["min", "max"] = "min",
     ) -> None:
         """Looks at the folder and sums the base; writes nothing."""
-        self.folder = folder_of(folder)
+        self.folder = storage.folder_of(folder)
         folders.require_ours(self.folder)
         self._config = record.plain("config", config)
         self._base = None
         if params is not None:
-            self._base = {"source": source, "leaves": digests.content(params)}
+            self._base = {"source": source, "leaves": digests.describe_base(params)}
         self._policy = folders.KeepLastAndBest(keep, best, mode)
         self._manager: ocp.CheckpointManager | None = None
         self._not_finite: states.Masks | None = None  # of the state before
@@ -163,23 +161,18 @@ class RunCheckpoints:
             "base": self._base,
         }
         self.wait()
-        step = int(np.max(digests.on_host(state.step)))
+        step = int(np.max(storage.on_host(state.step)))
         if step in self._course:
             return False
         self._set_aside()
         self._require_latest(step)
-        arrays, host = {}, {}
-        for name, leaf in states.leaves_of(state).items():
-            host[name] = digests.on_host(leaf)
-            whole = getattr(leaf, "is_fully_addressable", True)
-            data_of = jax.random.key_data if digests.is_key(leaf) else lambda leaf: leaf
-            arrays[item_name(name)] = host[name] if whole else data_of(leaf)
-        self._require_finite(step, host)
-        payload |= {"step": step, **states.describe(state, host)}
+        leaves = states.leaves_of(state)
+        self._require_finite(step, leaves)
+        payload |= {"step": step, **states.describe(state)}
         self._policy.metrics[step] = payload["metrics"]
         args = ocp.args.Composite(
             **{
-                folders.STATE: ocp.args.PyTreeSave(arrays),
+                folders.STATE: ocp.args.PyTreeSave(storage.to_write(leaves)),
                 folders.RUN: ocp.args.JsonSave(record.seal(payload)),
             }
         )
@@ -227,11 +220,11 @@ class RunCheckpoints:
                 text = f"{problem}; going on from step {candidate} of {self.folder}"
                 warnings.warn(text, CheckpointWarning, stacklevel=2)
             self._damaged = set(problems)
-            named = {n: arrays[item_name(n)] for n in payload["leaves"]}
-            self._not_finite = states.not_finite(named)
             self._course = {candidate}
+            state = states.place(arrays, template)
+            self._not_finite = states.not_finite(states.leaves_of(state))
             fields = (payload[name] for name in ("step", "data", "config", "metrics"))
-            return Restored(states.place(arrays, template), *fields)
+            return Restored(state, *fields)
         if problems:
             found = "; ".join(problems.values())
             raise DamagedError(f"no step in {self.folder} is whole: {found}")
@@ -285,12 +278,11 @@ class RunCheckpoints:
             with contextlib.suppress(Exception):  # the same error once more
                 if manager is not None:
                     manager.close()
-            reason = str(error).split(" [tensorstore_spec")[0]
             before = [other for other in self.steps() if other != step]
             raise OSError(
-                f"step {step} could not be written to {self.folder}: {reason}. The "
-                f"steps before it, {before}, are as they were; make room there, or "
-                "permissions, and start again from them"
+                f"step {step} could not be written to {self.folder}: "
+                f"{storage.reason(error)}. The steps before it, {before}, are as they "
+                "were; make room there, or permissions, and start again from them"
             ) from error
 
     def _require_latest(self, step: int) -> None:
@@ -301,15 +293,15 @@ class RunCheckpoints:
                 "take another folder"
             )
 
-    def _require_finite(self, step: int, host: states.Host) -> None:
-        if problem := states.spoiled(host, self._not_finite):
+    def _require_finite(self, step: int, leaves: Mapping[str, Any]) -> None:
+        if problem := states.spoiled(leaves, self._not_finite):
             raise ValueError(
                 f"step {step}: {problem}, so it was not saved; the steps in "
                 f"{self.folder}, {self.steps()}, are as they were. Leave such updates "
                 "out, as lorax.training.make_train_step does, and go on from the last "
                 "of these"
             )
-        self._not_finite = states.not_finite(host)
+        self._not_finite = states.not_finite(leaves)
 
     def _set_aside(self) -> None:
         """Moves damaged steps out of the way of those that are saved again."""

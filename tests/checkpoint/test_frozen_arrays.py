@@ -1,8 +1,10 @@
 """A method's frozen arrays are saved with its adapters, and known again."""
 
+import hashlib
 import json
 
 import jax
+import numpy as np
 import optax
 import pytest
 
@@ -61,7 +63,7 @@ def test_frozen_arrays_are_held_to_their_digests(tmp_path):
     place = tmp_path / "adapters.json"
     text = place.read_text()
     index = json.loads(text)
-    index["frozen"][NORMS]["digest"] = "0" * 32
+    index["frozen"][NORMS]["content"] = "0" * 32
     place.write_text(json.dumps(index))
     with pytest.raises(ValueError, match=f"damaged: frozen.{NORMS} is not what was"):
         checkpoint.load_frozen(tmp_path)
@@ -79,6 +81,30 @@ def test_frozen_arrays_are_held_to_their_digests(tmp_path):
     place.write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"static.lent=.*pairs \(field, name of its"):
         checkpoint.load_adapters(tmp_path)
+
+
+def test_frozen_arrays_of_format_1_load(tmp_path):
+    """Their digest is BLAKE2b over dtype, shape and bytes, here by hand."""
+    adapters, base = trained()
+    checkpoint.save_adapters(tmp_path, adapters, base)
+    place = tmp_path / "adapters.json"
+    index = json.loads(place.read_text())
+    del index["digests"]
+    for name, array in base.frozen.items():
+        data = f"float32 {list(array.shape)} ".encode() + np.asarray(array).tobytes()
+        del index["frozen"][name]["content"]
+        told = hashlib.blake2b(data, digest_size=16).hexdigest()
+        index["frozen"][name]["digest"] = told
+    place.write_text(json.dumps(index))
+    same(checkpoint.load_frozen(tmp_path), base.frozen)
+    checkpoint.load_adapters(tmp_path, params=base)
+    _, other = started(jax.random.key(7))
+    with pytest.raises(ValueError, match=f"another frozen array '{SIGNS}'"):
+        checkpoint.load_adapters(tmp_path, params=other)
+    index["frozen"][NORMS]["digest"] = "0" * 32
+    place.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"{NORMS} is damaged: its digest is another"):
+        checkpoint.load_frozen(tmp_path)
 
 
 def test_adapters_without_frozen_arrays_save_none(tmp_path):

@@ -1,8 +1,8 @@
-"""A checkpoint of format 1, committed once: every later lorax and JAX restores it.
+"""Checkpoints, committed once: every later lorax and JAX restores them.
 
 Written by this file, `python -m tests.checkpoint.test_golden_run FOLDER`, under lorax
-0.1.0, jax 0.10.2, orbax-checkpoint 0.12.8. A new format gets a folder beside it; this
-one is never written again.
+0.1.0, jax 0.10.2, orbax-checkpoint 0.12.8. A new format gets a folder beside them; none
+is ever written again.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from lorax.checkpoint import RunCheckpoints
 from tests.checkpoint.states import base, fresh, same
 
-FOLDER = pathlib.Path(__file__).parent / "golden_format_1"
+HERE = pathlib.Path(__file__).parent
 DATA = {"position": 1234, "packer": [[7, 8], []]}
 CONFIG = {"run": {"seed": 3}, "rate": 0.1, "note": "a µ", "none": None}
 
@@ -47,8 +48,9 @@ def check(folder):
     assert restored.metrics == {"loss": 0.5}
 
 
-def test_the_committed_checkpoint_is_restored(tmp_path):
-    shutil.copytree(FOLDER, tmp_path / "run")  # nothing can write to the original
+@pytest.mark.parametrize("folder", ["golden_format_1", "golden_format_2"])
+def test_the_committed_checkpoint_is_restored(tmp_path, folder):
+    shutil.copytree(HERE / folder, tmp_path / "run")  # the original is left alone
     check(tmp_path / "run")
 
 

@@ -68,7 +68,7 @@ def test_the_files_by_hand(tmp_path):
     with RunCheckpoints(tmp_path, base(), source="some/base") as run:
         run.save(filled(1, 7), metrics={"loss": 1.5, "bad": float("nan")})
     saved = json.loads((tmp_path / "7" / "run" / "metadata").read_text())
-    assert saved["format"] == 1
+    assert saved["format"] == 2
     payload = saved["payload"]
     assert payload["step"] == 7 and payload["metrics"] == {"loss": 1.5, "bad": None}
     assert payload["base"]["source"] == "some/base"
@@ -80,7 +80,7 @@ def test_the_files_by_hand(tmp_path):
     assert kinds["opt_state/0/mu/dense/kernel/b"] == ([2, 4], "float32")
     assert kinds["model_state/mean"] == ([3], "bfloat16")
     assert kinds["key"] == ([], "key<fry>") and kinds["step"] == ([], "int32")
-    assert all(len(entry["digest"]) == 32 for entry in payload["leaves"].values())
+    assert all(len(entry["content"]) == 32 for entry in payload["leaves"].values())
 
 
 def test_the_last_and_the_best_stay(tmp_path):
@@ -290,9 +290,9 @@ def test_a_newer_format_asks_for_an_upgrade(tmp_path, monkeypatch):
     with RunCheckpoints(tmp_path) as run:
         run.save(filled(1, 6))
         run.wait()
-        monkeypatch.setattr(record, "FORMAT", 2)
+        monkeypatch.setattr(record, "FORMAT", 3)
         run.save(filled(1, 7))
         run.wait()
         monkeypatch.undo()
-        with pytest.raises(ValueError, match=r"7.* has format 2, .*upgrade lorax"):
+        with pytest.raises(ValueError, match=r"7.* has format 3, .*upgrade lorax"):
             run.restore(fresh())

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 
-from lorax.checkpoint import RunCheckpoints
+from lorax.checkpoint import RunCheckpoints, load_adapters
 from tests.checkpoint.states import base, filled, fresh, same
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -42,5 +42,7 @@ def test_two_processes_agree(tmp_path):
     stopped, *steps = map(int, one[3].removeprefix("stopped ").split())
     assert steps == [3, stopped] and 8 <= stopped < 399
     # and one process reads what two have written
-    with RunCheckpoints(tmp_path, base()) as run:
+    with RunCheckpoints(tmp_path / "run", base()) as run:
         assert same(run.restore(fresh()).state, filled(stopped, stopped))
+    adapters = load_adapters(tmp_path / "adapters", params=base())
+    assert same(adapters, filled(1, 1).adapters)
