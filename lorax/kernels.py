@@ -119,7 +119,8 @@ class _Recorder:
         place = (*walker.scope, id(eqn), path, use.op, use.axes)
         self.uses.setdefault(path, {})[place] = use
 
-    def linear(self, walker: Any, eqn: Any, use: interpret.Use, branch: Any) -> Any:
+    def linear(self, walker: Any, use: interpret.Use) -> Any:
+        eqn = use.eqn
         axes = [use.axes(term) for term in use.view.terms]
         if any(found is None for found in axes):
             return None
@@ -131,7 +132,7 @@ class _Recorder:
                 self._note(walker, eqn, path, note)
             place = (*walker.scope, id(eqn))
             self.equations.setdefault(place, set()).update(paths)
-        return [interpret.frozen(walker, eqn, use)]
+        return [interpret.frozen(walker, use)]
 
     def merge(self, walker: Any, eqn: Any, view: interpret.Tracked) -> jax.Array:
         for term in view.terms:
@@ -147,7 +148,7 @@ class _Recorder:
     def custom(self, walker: Any, eqn: Any, paths: tuple[str, ...]) -> bool:
         return True
 
-    def branches(self, walker: Any, eqn: Any, use: Any, branch: Any) -> None:
+    def branches(self, walker: Any, use: Any) -> None:
         return None  # without factors there are none
 
     def settle(self, term: interpret.Term) -> bool:

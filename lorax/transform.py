@@ -227,11 +227,11 @@ class _Emitter:
             self.seen.add(place)
             warnings.warn(message, MergeWarning, stacklevel=3)
 
-    def linear(self, walker: Any, eqn: Any, use: Any, branch: Any) -> Any:
-        return interpret.low_rank(walker, eqn, use, branch)
+    def linear(self, walker: Any, use: Any) -> Any:
+        return interpret.low_rank(walker, use)
 
-    def branches(self, walker: Any, eqn: Any, use: Any, branch: Any) -> Any:
-        return interpret.branches(walker, eqn, use, branch)
+    def branches(self, walker: Any, use: Any) -> Any:
+        return interpret.thin_only(walker, use)
 
     def merge(self, walker: Any, eqn: Any, view: interpret.Tracked) -> jax.Array:
         name, where = eqn.primitive.name, walker.line(eqn)

@@ -50,10 +50,11 @@ def test_adapt_is_fast_exactly_where_discover_says_so(name, monkeypatch):
     fast = set()
     emit = transform._Emitter.linear
 
-    def spy(self, walker, eqn, use, branch):
-        results = emit(self, walker, eqn, use, branch)
+    def spy(self, walker, use):
+        results = emit(self, walker, use)
         if results is not None:
-            fast.update((path, use.op, walker.line(eqn)) for path in use.view.paths)
+            where = walker.line(use.eqn)
+            fast.update((path, use.op, where) for path in use.view.paths)
         return results
 
     monkeypatch.setattr(transform._Emitter, "linear", spy)

@@ -116,21 +116,20 @@ class _Observer:
     def __init__(self, every: bool) -> None:
         self.every = every
 
-    def linear(self, walker: Any, eqn: Any, use: Any, branch: Any) -> list[Any]:
-        del branch
-        return [self.beside(walker, eqn, use, interpret.frozen(walker, eqn, use))]
+    def linear(self, walker: Any, use: interpret.Use) -> list[jax.Array]:
+        return [self.beside(walker, use, interpret.frozen(walker, use))]
 
-    def branches(self, walker: Any, eqn: Any, use: Any, branch: Any) -> jax.Array:
-        del branch  # a derivative rule of the program's own has the result: add nothing
-        out = eqn.outvars[0].aval
-        nothing = jnp.zeros_like(interpret.frozen(walker, eqn, use), out.dtype)
-        return self.beside(walker, eqn, use, nothing)
+    def branches(self, walker: Any, use: interpret.Use) -> jax.Array:
+        # a derivative rule of the program's own has the result: add nothing
+        nothing = jnp.zeros_like(interpret.frozen(walker, use), use.out.dtype)
+        return self.beside(walker, use, nothing)
 
-    def beside(self, walker: Any, eqn: Any, use: Any, y: jax.Array) -> jax.Array:
+    def beside(self, walker: Any, use: interpret.Use, y: jax.Array) -> jax.Array:
         """Returns y, behind which the use is seen."""
         for term in use.view.terms:
-            if _reads(walker, eqn, use, term):
-                reader = READERS[use.op](eqn, use, term)
+            if _reads(walker, use, term):
+                reader = READERS[use.op](use, term)
+                assert term.factors is not None
                 x, *rest = reader.operands
                 y = _seen((reader, self.every), y, term.factors.a, x, *rest)
         return y
@@ -152,8 +151,9 @@ def _unseen(walker: Any, eqn: Any, path: str, why: str) -> str:
     )
 
 
-def _reads(walker: Any, eqn: Any, use: Any, term: interpret.Term) -> bool:
+def _reads(walker: Any, use: interpret.Use, term: interpret.Term) -> bool:
     """True for a use that reads the kernel's inputs, False for a transposed one."""
+    eqn = use.eqn
     found, made = use.axes(term), term.axes
     tied = None if found is None or made is None else interpret.fits(found, made)
     if made is None or tied is None or not use.low_rank:
@@ -164,7 +164,7 @@ def _reads(walker: Any, eqn: Any, use: Any, term: interpret.Term) -> bool:
     if use.op == "gather":
         why = "looks rows up by number, and reads no activation"
         raise ValueError(_unseen(walker, eqn, term.path, why))
-    read = [d for d in term.dims("in") if d in use.read]
+    read = [d for d in term.dims("in") if d in use.dims.read]
     size: int = math.prod(term.shape[d] for d in read)
     if size < math.prod(term.leaf[axis] for axis in made.in_):
         why = "reads a part of the kernel's inputs (a slice, a shard, one by one)"

@@ -44,15 +44,20 @@ Name = int | tuple[str, int]
 """A dimension: of the view by its number, of the activation alone, the columns."""
 
 
+def _input(use: interpret.Use) -> jax.Array:
+    """The activation of a use that reads one."""
+    assert use.input is not None
+    return use.input
+
+
 class _Dot(Reader):
     """A `dot_general`: names of dimensions, contracted as the factor `a` would be."""
 
-    def __init__(self, eqn: Any, use: Any, term: interpret.Term) -> None:
-        del eqn
-        x, self.use, self.term = use.operands[use.activation], use, term
+    def __init__(self, use: interpret.Use, term: interpret.Term) -> None:
+        x, self.use, self.term = _input(use), use, term
         stack, read = term.dims("batch"), term.dims("in")
-        x_read = [use.applied[d] for d in use.read]
-        x = emit.window(x, term, x_read, use.read)
+        x_read = [use.applied[d] for d in use.dims.read]
+        x = emit.window(x, term, x_read, use.dims.read)
         met = {place: d for d, place in use.applied.items()}
         idle = [i for i, d in met.items() if d not in (*stack, *read)]
         self.of_x = [met.get(i, ("x", i)) for i in range(x.ndim) if i not in idle]
@@ -103,10 +108,10 @@ def _einsum(x: Any, y: Any, names: Sequence[Name]) -> jax.Array:
 class _Ragged(Reader):
     """A `ragged_dot`: each group's rows with its own q."""
 
-    def __init__(self, eqn: Any, use: Any, term: interpret.Term) -> None:
-        del eqn, term
-        x, _, groups = use.operands
-        self.operands = x, groups
+    def __init__(self, use: interpret.Use, term: interpret.Term) -> None:
+        del term
+        assert use.groups is not None
+        self.operands = _input(use), use.groups
 
     def thin(self, q: jax.Array, *operands: jax.Array) -> jax.Array:
         x, groups = operands
@@ -119,12 +124,12 @@ class _Ragged(Reader):
 class _Conv(Reader):
     """A convolution: a row is one position of the window, in each group of channels."""
 
-    def __init__(self, eqn: Any, use: Any, term: interpret.Term) -> None:
+    def __init__(self, use: interpret.Use, term: interpret.Term) -> None:
         del term
-        self.params, (self.to,) = eqn.params, use.write
+        self.params, (self.to,) = use.eqn.params, use.dims.write
         self.features = use.written[self.to]
-        self.groups = eqn.params["feature_group_count"]
-        self.operands = (use.operands[use.activation],)
+        self.groups = self.params["feature_group_count"]
+        self.operands = (_input(use),)
 
     def thin(self, q: jax.Array, *operands: jax.Array) -> jax.Array:
         (x,), columns = operands, q.shape[-1]

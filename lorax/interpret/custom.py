@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from lorax.interpret import linear
-from lorax.interpret.linear import Use
-from lorax.interpret.tracked import Pending, Rigid, Tracked, followed
+from lorax.interpret.rescale import Pending
+from lorax.interpret.tracked import Rigid, Tracked, followed
+from lorax.interpret.use import Use
 from lorax.interpret.walker import RULES, Visitor, Walker, rule
 
 BODIES = "jit pjit closed_call core_call custom_jvp_call custom_vjp_call".split()
@@ -59,20 +60,20 @@ class _BranchOnly:
         self.visitor = visitor
         self.reports: list[Callable[[], Any]] = []
 
-    def linear(self, walker: Walker, eqn: Any, use: Use, branch: Any) -> list[Any]:
+    def linear(self, walker: Walker, use: Use) -> list[Any]:
         if all(term.factors is None for term in use.view.terms):
             if not use.low_rank or None in map(use.axes, use.view.terms):
                 raise NotLinear
             report = self.visitor.linear
-            self.reports.append(lambda: report(walker, eqn, use, branch))
-            return [linear.frozen(walker, eqn, use)]
-        found = self.branches(walker, eqn, use, branch)
+            self.reports.append(lambda: report(walker, use))
+            return [linear.frozen(walker, use)]
+        found = self.branches(walker, use)
         if found is None:
             raise NotLinear
         return [found]
 
-    def branches(self, walker: Walker, eqn: Any, use: Use, branch: Any) -> Any | None:
-        return self.visitor.branches(walker, eqn, use, branch)
+    def branches(self, walker: Walker, use: Use) -> Any | None:
+        return self.visitor.branches(walker, use)
 
     def merge(self, walker: Walker, eqn: Any, view: Tracked) -> jax.Array:
         raise NotLinear

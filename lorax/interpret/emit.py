@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,22 @@ import jax.numpy as jnp
 from lorax import _explicit, tree
 from lorax.interpret.tracked import Term
 
-Dims = tuple[Sequence[int], Sequence[int]]
+Both = tuple[Sequence[int], Sequence[int]]
+"""Dimensions of the two operands that meet each other."""
+
+
+class Result(NamedTuple):
+    """How a product is taken.
+
+    Attributes:
+      precision: of the operation on the kernel.
+      dtype: of the result.
+      lies: how the result is sharded, see `lorax._explicit`.
+    """
+
+    precision: jax.lax.PrecisionLike
+    dtype: jnp.dtype
+    lies: _explicit.Entries
 
 
 def operand_dtype(kernel: jnp.dtype) -> jnp.dtype:
@@ -49,11 +65,9 @@ def dot(
     first: jax.Array,
     second: jax.Array,
     *,
-    read: Dims,
-    batch: Dims,
-    precision: jax.lax.PrecisionLike,
-    dtype: jnp.dtype,
-    lies: _explicit.Entries,
+    read: Both,
+    batch: Both,
+    result: Result,
 ) -> jax.Array:
     """Returns `(x @ first) @ second`.
 
@@ -70,13 +84,12 @@ def dot(
       second: `[*batch, rank, *write]`.
       read: contracted dimensions of x and of `first`.
       batch: batch dimensions of x and of `first`.
-      precision: of the operation on the kernel.
-      dtype: of the operation's result.
-      lies: how the result is sharded, see `lorax._explicit`; x @ first likewise.
+      result: how it is taken; x @ first likewise.
 
     Returns:
       `[*batch, *free dimensions of x, *write]`.
     """
+    precision, _, lies = result
     if x.dtype.itemsize == 1:  # 8 bits: the factors come in bfloat16
         x = x.astype(first.dtype)
     if not batch[0] and _cpu_alone(x):
@@ -102,7 +115,7 @@ def dot(
             wanted=(*lies[:kept], None),
         )
     # h keeps the batch dimensions in the equation's order, `second` in view order
-    return mix(h, second, h.ndim - 1, tuple(batch[1]), precision, dtype, lies)
+    return mix(h, second, h.ndim - 1, tuple(batch[1]), result)
 
 
 def mix(
@@ -110,9 +123,7 @@ def mix(
     second: jax.Array,
     feature: int,
     batch: tuple[int, ...],
-    precision: jax.lax.PrecisionLike,
-    dtype: jnp.dtype,
-    lies: _explicit.Entries,
+    result: Result,
 ) -> jax.Array:
     """Returns `h @ second`.
 
@@ -121,9 +132,7 @@ def mix(
       second: `[*batch, rank, *write]`.
       feature: where h has the rank.
       batch: for each leading dimension of h, the batch dimension of `second`.
-      precision: of the product.
-      dtype: of the result.
-      lies: how the result is sharded.
+      result: how it is taken.
 
     Returns:
       `[*batch, ..., *write]`.
@@ -135,18 +144,39 @@ def mix(
             _flat(jnp.moveaxis(h, feature, -1), math.prod(sizes), rank),
             _flat(second, rank, math.prod(second.shape[1:])),
             (((1,), (0,)), ((), ())),
-            precision,
-            preferred_element_type=dtype,
+            result.precision,
+            preferred_element_type=result.dtype,
         )
-        return _explicit.reshape(y, (*sizes, *second.shape[1:]), lies)
+        return _explicit.reshape(y, (*sizes, *second.shape[1:]), result.lies)
     return _explicit.dot(
         h,
         second,
         (((feature,), (n,)), (tuple(range(n)), batch)),
-        precision,
-        dtype=dtype,
-        wanted=lies,
+        result.precision,
+        dtype=result.dtype,
+        wanted=result.lies,
     )
+
+
+def mix_groups(
+    h: jax.Array, second: jax.Array, feature: int, groups: int, result: Result
+) -> jax.Array:
+    """`mix` of a grouped convolution: each group mixes its own channels."""
+    h = jnp.moveaxis(h, feature, -1).astype(second.dtype)
+    rank, width = second.shape[0], second.shape[1] // groups
+    free, shape = [*result.lies[:-1]], h.shape[:-1]
+    h = _explicit.reshape(h, (*shape, groups, rank), (*free, None, None))
+    second = _explicit.reshape(second, (rank, groups, width), (None, None, None))
+    z = _explicit.dot(
+        h,
+        second,
+        (((h.ndim - 1,), (0,)), ((h.ndim - 2,), (1,))),
+        result.precision,
+        dtype=result.dtype,
+        wanted=[None, *free, None],
+    )
+    z = jnp.moveaxis(z, 0, -2)  # [*free, groups, width]
+    return _explicit.reshape(z, (*shape, groups * width), result.lies)
 
 
 def alone(x: jax.Array) -> bool:

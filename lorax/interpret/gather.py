@@ -14,87 +14,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from lorax import _explicit
-from lorax.interpret import emit
-from lorax.interpret.linear import Pair, Use
-from lorax.interpret.tracked import Lookup, Term, Tracked, place
+from lorax.interpret.taken import Taken
+from lorax.interpret.tracked import Lookup, Term, Tracked
+from lorax.interpret.use import Dims, Use
 from lorax.interpret.walker import Walker, rule
 
 
-class Taken(NamedTuple):
-    """A gather of whole slices along one axis.
-
-    Attributes:
-      axis: of the operand, which the indices number.
-      ids: `[*shape, 1]`, the indices along it.
-      window: for each dimension of the operand that the result has, where.
-      rows: the dimensions of the result that number the indices.
-      params: of the equation, for gathers of the factors.
-    """
-
-    axis: int
-    ids: jax.Array
-    window: dict[int, int]
-    rows: tuple[int, ...]
-    params: dict[str, Any]
-
-    def of(self, factor: jax.Array, axis: int) -> jax.Array:
-        """Returns `[*rows, *other axes]` of a factor that has the axis at `axis`."""
-        rows = self.ids.ndim - 1
-        numbers = jax.lax.GatherDimensionNumbers(
-            offset_dims=tuple(range(rows, rows + factor.ndim - 1)),
-            collapsed_slice_dims=(axis,),
-            start_index_map=(axis,),
-        )
-        sizes = [1 if d == axis else size for d, size in enumerate(factor.shape)]
-        return jax.lax.gather(
-            factor,
-            self.ids,
-            numbers,
-            slice_sizes=sizes,
-            indices_are_sorted=self.params["indices_are_sorted"],
-            unique_indices=self.params["unique_indices"],
-            mode=self.params["mode"],
-            fill_value=0,
-        )
-
-
-def _taken(eqn: Any, indices: jax.Array) -> Taken | None:
-    """Reads a gather, or a dynamic_slice under vmap, as `w[:, ids]`; None otherwise."""
-    params = eqn.params
-    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    shape = eqn.invars[0].aval.shape
-    mapped = tuple(numbers.start_index_map)
-    partial = [d for d, size in enumerate(shape) if sizes[d] != size]
-    axes = partial or [d for d in mapped if sizes[d] == 1]
-    if len(axes) != 1 or sizes[axes[0]] != 1 or axes[0] not in mapped:
-        return None
-    collapsed = set(numbers.collapsed_slice_dims)
-    if numbers.operand_batching_dims or not collapsed <= {*axes}:
-        return None
-    fills = params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
-    if len(mapped) > 1 and fills:  # of another axis an index beyond zero would fill
-        return None
-    at = mapped.index(axes[0])
-    kept = [d for d in range(len(shape)) if d not in collapsed]
-    window = dict(zip(kept, numbers.offset_dims, strict=True))
-    out = range(len(eqn.outvars[0].aval.shape))
-    rows = tuple(d for d in out if d not in numbers.offset_dims)
-    return Taken(axes[0], indices[..., at : at + 1], window, rows, params)
-
-
 @rule("gather")
-def gather(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
+def gather(walker: Walker, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     """Slices at traced indices: kernels of a stack, or rows of an embedding."""
     view, indices = values
     if not isinstance(view, Tracked):
         return None
-    taken = _taken(eqn, indices)
+    taken = Taken.read(eqn, indices)
     shape = view.value.shape
     if taken is None or not all(t.whole(taken.axis, shape) for t in view.terms):
         return None
@@ -106,7 +42,7 @@ def gather(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
         return [_kernels(walker, eqn, view, indices, taken)]
     use = _lookup(eqn, values, taken)
     if kinds:
-        return walker.visitor.linear(walker, eqn, use, _branch(eqn, taken, use))
+        return walker.visitor.linear(walker, use)
     lookups, here = [], (*walker.scope, id(eqn))
     for term in view.terms:
         axes = use.axes(term)
@@ -164,44 +100,17 @@ def _with_factors(term: Term, new: Term, taken: Taken) -> Term:
     return dataclasses.replace(new, factors=jax.tree.map(take, term.factors))
 
 
-def _lookup(eqn: Any, values: list[Any], taken: Taken) -> Use:
+def _lookup(eqn: Any, values: list[Any], how: Taken) -> Use:
     """An embedding lookup as a linear use of the table."""
-    written = {d: p for d, p in taken.window.items() if d != taken.axis}
+    written = {d: p for d, p in how.window.items() if d != how.axis}
     return Use(
-        "gather",
-        values[0],
-        values,
-        (taken.axis,),
-        tuple(written),
-        (),
-        0,
+        op="gather",
+        eqn=eqn,
+        view=values[0],
+        operands=values,
+        dims=Dims(read=(how.axis,), write=tuple(written)),
+        flops=0,
         activation=None,  # an index: nothing to drop
         written=written,
+        taken=how,
     )
-
-
-def _branch(eqn: Any, taken: Taken, use: Use) -> Any:
-    """Rows of `a` are looked up, then multiplied by `b`."""
-    out = eqn.outvars[0].aval
-    skipped = taken.window.get(taken.axis)  # of length one, where it is not collapsed
-
-    def branch(term: Term, pair: Pair, x: Any) -> jax.Array:
-        del x
-        rows = taken.of(pair.first, 0)  # [*ids, rank] of [vocabulary, rank]
-        ids = rows.ndim - 1
-        places, shape = list(use.written.values()), use.view.value.shape
-        of = _explicit.lies(out)
-        lies = [of[d] for d in taken.rows]
-        lies += [
-            of[p] if term.whole(d, shape) else None for d, p in use.written.items()
-        ]
-        z = emit.mix(rows, pair.second, ids, (), None, out.dtype, lies)
-        if skipped is not None:
-            z, places = z[..., None], [*places, skipped]
-        z = jnp.moveaxis(z, range(ids, z.ndim), places)
-        start = [0] * z.ndim
-        for dim, place_ in use.written.items():
-            start[place_] = term.start[dim]
-        return place(z, start, out.shape)
-
-    return branch

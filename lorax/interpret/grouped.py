@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lorax import _explicit
+from lorax.interpret.emit import Result
 
 Name = int | str | tuple[str, int]
 """A dimension: of the view by its number, of the activation alone, or the rank."""
@@ -54,9 +55,7 @@ def dot(
     *,
     batch: Sequence[int],
     write: Sequence[int],
-    precision: jax.lax.PrecisionLike,
-    dtype: jax.typing.DTypeLike,
-    lies: _explicit.Entries,
+    result: Result,
 ) -> jax.Array:
     """Returns `(x @ first) @ second`, batched and summed as the module says.
 
@@ -67,9 +66,7 @@ def dot(
       places: which dimensions of the view the factors have.
       batch: dimensions of the view that the use batches.
       write: those that it writes, in view order.
-      precision: of the operation on the kernel.
-      dtype: of the operation's result.
-      lies: how the result is sharded, see `lorax._explicit`.
+      result: how the product is taken.
 
     Returns:
       `[*batch, *free dimensions of x, *write]`; a dimension that neither factor has is
@@ -77,6 +74,7 @@ def dot(
     """
     if x.array.dtype.itemsize == 1:  # 8 bits: the factors come in bfloat16
         x = Named(x.array.astype(first.dtype), x.names)
+    precision = result.precision
     inner = Named(first, (*places.first, RANK))
     outer = Named(second, (*places.both, RANK, *places.second))
     unread = {name for name in x.names if isinstance(name, int)} - {*batch}
@@ -85,10 +83,10 @@ def dot(
     x = Named(jax.lax.squeeze(x.array, idle), names)  # axes of length one
     free = [name for name in x.names if isinstance(name, tuple)]
     where = dict(zip(x.names, _explicit.entries(x.array), strict=True))
-    where |= dict(zip((*batch, *free, *write), lies, strict=True))
+    where |= dict(zip((*batch, *free, *write), result.lies, strict=True))
     h = _product(x, inner, {*batch, *places.both}, precision, second.dtype, where)
     h = Named(h.array.astype(second.dtype), h.names)
-    y = _product(h, outer, {*batch, *write}, precision, dtype, where)
+    y = _product(h, outer, {*batch, *write}, precision, result.dtype, where)
     own = [d for d in write if d in y.names]
     y = Named(
         y.array.transpose([y.names.index(n) for n in [*batch, *free, *own]]),

@@ -13,19 +13,21 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from lorax import _explicit, linalg
+from lorax.interpret.equations import Typed
 from lorax.types import LinearMap
 
 if TYPE_CHECKING:
-    from lorax.interpret.linear import Use
     from lorax.interpret.tracked import Term
+    from lorax.interpret.use import Use
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+W = TypeVar("W")
+R = TypeVar("R")
 Name = tuple[str, int]
 Names = list[list[Name]]
 """For each dimension of an array what it is made of, the slowest first."""
@@ -39,22 +41,22 @@ def follows(term: Term, groups: Sequence[tuple[Sequence[int], Sequence[int]]]) -
     )
 
 
-def precisely(function: Function) -> Function:
-    """A function of a walker, an equation, .. whose maps compute as the equation does.
+def precisely(function: Callable[[W, Use], R]) -> Callable[[W, Use], R]:
+    """A function of a walker and a use, whose maps compute as the equation does.
 
     The functions of maps name no precision: they take the equation's, where it has one.
     """
 
     @functools.wraps(function)
-    def run(walker: Any, eqn: Any, *rest: Any) -> Any:
-        given = eqn.params.get("precision")
+    def run(walker: W, use: Use) -> R:
+        given = use.eqn.params.get("precision")
         own = given[0] if isinstance(given, tuple) else given
         if not isinstance(own, jax.lax.Precision):
-            return function(walker, eqn, *rest)
+            return function(walker, use)
         with jax.default_matmul_precision(own.name.lower()):
-            return function(walker, eqn, *rest)
+            return function(walker, use)
 
-    return cast(Function, run)
+    return run
 
 
 def acts(use: Use, term: Term) -> bool:
@@ -84,7 +86,7 @@ def turned_back(use: Use, term: Term, y: jax.Array) -> jax.Array:
     return (y.astype(change.dtype) + change).astype(y.dtype)
 
 
-def branch(use: Use, term: Term, x: jax.Array, tied: bool, base: Any) -> jax.Array:
+def branch(use: Use, term: Term, x: jax.Array, tied: bool, base: Typed) -> jax.Array:
     """Returns `C(x)`, or its transpose, as the term's block of the result.
 
     Args:
@@ -100,7 +102,7 @@ def branch(use: Use, term: Term, x: jax.Array, tied: bool, base: Any) -> jax.Arr
         own, read, write = _transposed(own, _size(term, "in")), "out", "in"
     given = _names(term, use.applied, x.ndim, read)
     wanted = _names(term, use.written, base.ndim, write)
-    whole = all(term.whole(d, use.view.value.shape) for d in use.write)
+    whole = all(term.whole(d, use.view.value.shape) for d in use.dims.write)
     like = base if whole else None
     return _applied(own, term, x, (given, read), (wanted, write), like)
 
@@ -217,7 +219,7 @@ def _applied(
     x: jax.Array,
     given: tuple[Names, str],
     wanted: tuple[Names, str],
-    like: jax.Array | None,
+    like: Typed | None,
 ) -> jax.Array:
     """Returns a map of an array's rows, in at least float32.
 

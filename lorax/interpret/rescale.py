@@ -12,6 +12,7 @@ are not made of blocks, and keep u.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,31 +40,45 @@ class Again(NamedTuple):
     dim: int
 
 
-def total(
-    base: jax.Array,
-    branch: jax.Array,
-    gain: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    again: Again | None = None,
-) -> jax.Array:
-    """Returns `(base + branch) * gain + bias` in the dtype of `base`.
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """The parts of an adapted result that waits for the addition which alone reads it.
 
-    Args:
+    Adding the bias to the frozen part first, `(x @ W + bias) + branch`, lets XLA fuse
+    the last sum into what follows; in the other order it keeps both sums for the
+    backward pass. With a gain the parts go to `total`, together with the bias.
+
+    Attributes:
       base: the frozen product.
       branch: the low-rank part, in at least float32.
       gain: broadcasts against them; None for one.
-      bias: likewise; None for zero.
       again: for the gain's gradient; None: the sum is kept for it.
     """
+
+    base: jax.Array
+    branch: jax.Array
+    gain: jax.Array | None = None
+    again: Again | None = None
+
+
+def total(parts: Pending, bias: jax.Array | None = None) -> jax.Array:
+    """Returns `(base + branch) * gain + bias` in the dtype of `base`.
+
+    Args:
+      parts: of the sum.
+      bias: broadcasts against them; None for zero.
+    """
+    base, branch, gain = parts.base, parts.branch, parts.gain
     if gain is None:
         both = base.astype(branch.dtype) + branch
         return (both if bias is None else both + bias).astype(base.dtype)
     zero = jnp.zeros((), branch.dtype)
     bias = zero if bias is None else bias.astype(branch.dtype)
     gain = _explicit.like(gain.astype(branch.dtype), base)
-    if again is None:
+    if parts.again is None:
         return _keeping(base, branch, gain, bias)
-    return _reading((again.run, again.dim), base, branch, gain, bias, again.operands)
+    how = parts.again.run, parts.again.dim
+    return _reading(how, base, branch, gain, bias, parts.again.operands)
 
 
 def _value(

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 
 from lorax import _explicit, linalg
 from lorax.interpret import maps
-from lorax.interpret.rescale import Again
 from lorax.types import Axes, Factors
 
 Labels = tuple[tuple[int, ...], ...]
@@ -238,21 +237,6 @@ def followed(view: Tracked) -> Tracked:
     if not _explicit.is_explicit(*jax.tree.leaves(view)):
         return view
     return Tracked(view.value, tuple(map(settled, view.terms)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Pending:
-    """The parts of an adapted result whose only reader is an addition.
-
-    Adding the bias to the frozen part first, `(x @ W + bias) + branch`, lets XLA fuse
-    the last sum into what follows; in the other order it keeps both sums for the
-    backward pass. With a gain the parts go to `rescale.total`, together with the bias.
-    """
-
-    base: jax.Array
-    branch: jax.Array
-    gain: jax.Array | None = None
-    again: Again | None = None
 
 
 def watch(path: str, leaf: jax.Array) -> Tracked:

@@ -23,6 +23,8 @@ from lorax.interpret.walker import Walker, rule
 from lorax.types import Factors
 
 Edit = Callable[[Term], Term | None]
+Group = tuple[list[int], list[int]]
+"""Dimensions before and after a reshape that hold the same numbers."""
 
 
 def viewed(
@@ -179,9 +181,7 @@ def _repeated(
     return dataclasses.replace(new, factors=jax.tree.map(repeat, term.factors))
 
 
-def _groups(
-    old: tuple[int, ...], new: tuple[int, ...]
-) -> list[tuple[list[int], list[int]]]:
+def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[Group]:
     """Splits a reshape into the smallest groups of dimensions of equal product."""
     olds = [d for d, size in enumerate(old) if size != 1]
     news = [d for d, size in enumerate(new) if size != 1]
@@ -200,7 +200,7 @@ def _groups(
 
 def _regroup(
     term: Term,
-    groups: list[tuple[list[int], list[int]]],
+    groups: list[Group],
     old: tuple[int, ...],
     shape: tuple[int, ...],
     lies: Sequence[Any],
@@ -209,6 +209,20 @@ def _regroup(
 
     `lies` says how each dimension of the result is sharded.
     """
+    new = _relabelled(term, groups, old, shape)
+    if new is None or term.factors is None:
+        return new
+    if any(new.kind(d) is None for d in range(len(shape))):
+        return None
+    if term.factors.maps and not maps.follows(term, groups):
+        return None
+    return dataclasses.replace(new, factors=_resized(term, new, lies, shape))
+
+
+def _relabelled(
+    term: Term, groups: list[Group], old: tuple[int, ...], shape: tuple[int, ...]
+) -> Term | None:
+    """The term's place in a view after a reshape; None where a group is mixed."""
     labels: list[tuple[int, ...]] = [()] * len(shape)
     start, block = [0] * len(shape), list(shape)
     for left, right in groups:
@@ -226,19 +240,21 @@ def _regroup(
         return None
     gone = {axis for label in term.labels for axis in label}
     gone -= {axis for label in labels for axis in label}
-    new = dataclasses.replace(
+    return dataclasses.replace(
         term,
         labels=tuple(labels),
         start=tuple(start),
         shape=tuple(block),
         indexed=term.indexed | term.sized(tuple(gone)),
     )
-    if term.factors is None:
-        return new
-    if any(new.kind(d) is None for d in range(len(shape))):
-        return None
-    if term.factors.maps and not maps.follows(term, groups):
-        return None
+
+
+def _resized(
+    term: Term, new: Term, lies: Sequence[Any], shape: tuple[int, ...]
+) -> Factors:
+    """The factors of a term with the sizes of the view that it has become."""
+    assert term.factors is not None
+    block = new.shape
     batch, in_, out = (
         [(block[d], lies[d] if block[d] == shape[d] else None) for d in new.dims(kind)]
         for kind in ("batch", "in", "out")
@@ -246,7 +262,7 @@ def _regroup(
     a, b, gain, *held = term.factors
     rank = [(a.shape[-1], None)]
     sized = lambda factor, dims: _explicit.reshape(factor, *zip(*dims, strict=True))
-    factors = Factors(
+    return Factors(
         sized(a, [*batch, *in_, *rank]),
         sized(b, [*batch, *rank, *out]),
         None if gain is None else sized(gain, [*batch, *out]),
@@ -254,7 +270,6 @@ def _regroup(
             lambda f: sized(f, [*batch, *_own(f, len(term.dims("batch")))]), held
         ),
     )
-    return dataclasses.replace(new, factors=factors)
 
 
 def _own(factor: jax.Array, n: int) -> list[tuple[int, Any]]:

@@ -17,7 +17,9 @@ from jax.extend import core
 from jax.extend import source_info_util as source
 
 from lorax import _explicit
-from lorax.interpret.tracked import Pending, Rigid, Tracked, followed
+from lorax.interpret.rescale import Pending
+from lorax.interpret.tracked import Rigid, Tracked, followed
+from lorax.interpret.use import Use
 
 Rule = Callable[["Walker", Any, list[Any]], Sequence[Any] | None]
 RULES: dict[str, Rule] = {}
@@ -36,7 +38,7 @@ def rule(*primitives: str) -> Callable[[Rule], Rule]:
 class Visitor(Protocol):
     """What the walker reports to, and asks for the value of a linear operation."""
 
-    def linear(self, walker: Walker, eqn: Any, use: Any, branch: Any) -> Any | None:
+    def linear(self, walker: Walker, use: Use) -> Sequence[Any] | None:
         """Returns the results of a linear use of a kernel, or None to merge it."""
 
     def merge(self, walker: Walker, eqn: Any, view: Tracked) -> jax.Array:
@@ -45,7 +47,7 @@ class Visitor(Protocol):
     def custom(self, walker: Walker, eqn: Any, paths: tuple[str, ...]) -> bool:
         """True to follow kernels into a function with a derivative rule of its own."""
 
-    def branches(self, walker: Walker, eqn: Any, use: Any, branch: Any) -> Any | None:
+    def branches(self, walker: Walker, use: Use) -> Any | None:
         """Returns what is added to a linear use in there, or None to merge it."""
 
 

@@ -1,0 +1,73 @@
+"""A gather of whole slices along one axis, of a kernel and of its factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+from lorax.interpret.equations import aval
+
+
+class Taken(NamedTuple):
+    """A gather of whole slices along one axis.
+
+    Attributes:
+      axis: of the operand, which the indices number.
+      ids: `[*shape, 1]`, the indices along it.
+      window: for each dimension of the operand that the result has, where.
+      rows: the dimensions of the result that number the indices.
+      params: of the equation, for gathers of the factors.
+    """
+
+    axis: int
+    ids: jax.Array
+    window: dict[int, int]
+    rows: tuple[int, ...]
+    params: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, eqn: core.JaxprEqn, indices: jax.Array) -> Taken | None:
+        """Reads a gather, or a dynamic_slice under vmap, as `w[:, ids]`; or None."""
+        params = eqn.params
+        numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+        shape = aval(eqn.invars[0]).shape
+        mapped = tuple(numbers.start_index_map)
+        partial = [d for d, size in enumerate(shape) if sizes[d] != size]
+        axes = partial or [d for d in mapped if sizes[d] == 1]
+        if len(axes) != 1 or sizes[axes[0]] != 1 or axes[0] not in mapped:
+            return None
+        collapsed = set(numbers.collapsed_slice_dims)
+        if numbers.operand_batching_dims or not collapsed <= {*axes}:
+            return None
+        fills = params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
+        if len(mapped) > 1 and fills:  # of another axis an index beyond zero would fill
+            return None
+        at = mapped.index(axes[0])
+        kept = [d for d in range(len(shape)) if d not in collapsed]
+        window = dict(zip(kept, numbers.offset_dims, strict=True))
+        out = range(len(aval(eqn.outvars[0]).shape))
+        rows = tuple(d for d in out if d not in numbers.offset_dims)
+        return cls(axes[0], indices[..., at : at + 1], window, rows, params)
+
+    def of(self, factor: jax.Array, axis: int) -> jax.Array:
+        """Returns `[*rows, *other axes]` of a factor that has the axis at `axis`."""
+        rows = self.ids.ndim - 1
+        numbers = jax.lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(rows, rows + factor.ndim - 1)),
+            collapsed_slice_dims=(axis,),
+            start_index_map=(axis,),
+        )
+        sizes = [1 if d == axis else size for d, size in enumerate(factor.shape)]
+        return jax.lax.gather(
+            factor,
+            self.ids,
+            numbers,
+            slice_sizes=sizes,
+            indices_are_sorted=self.params["indices_are_sorted"],
+            unique_indices=self.params["unique_indices"],
+            mode=self.params["mode"],
+            fill_value=0,
+        )
