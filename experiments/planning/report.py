@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from experiments.planning import flops, hlo, program
+from experiments.planning import hlo, program
 from experiments.planning import topology as topologies
+from lorax import analysis
 
 LABEL = "XLA estimate, not measured"
 RESERVE = 0.1
@@ -136,8 +137,8 @@ def make_plan(
         "topology": topology,
         "mesh": dict(built.placed.mesh.shape),
         "settings": settings(config, built.placed.mesh.shape, form),
-        "flops": flops.count(traced.jaxpr) / topology.chips,
-        "model_flops": flops.count(plain.jaxpr) / topology.chips,
+        "flops": analysis.operations(traced.jaxpr) / topology.chips,
+        "model_flops": analysis.operations(plain.jaxpr) / topology.chips,
         "tokens": built.tokens,
     }
     try:

@@ -12,6 +12,7 @@ from lorax.analysis._intrinsic import (
 )
 from lorax.analysis._intruders import Intruders, intruder_dimensions
 from lorax.analysis._maps import LayerMap, layer_map
+from lorax.analysis._operations import operations
 from lorax.analysis._spectrum import (
     effective_rank,
     energy,
@@ -36,6 +37,7 @@ __all__ = [
     "intruder_dimensions",
     "layer_map",
     "metrics",
+    "operations",
     "random_similarity",
     "random_subspace",
     "singular_values",

@@ -6,6 +6,13 @@ counted on a laptop. A train step of a kernel with F operations a forward pass t
     trained whole   3 F         forward, gradient of the input, gradient of the kernel
     frozen          2 F         no gradient of the kernel
     low-rank        2 F + 3 f   f = F rank (in + out) / (in out), the thin products
+    maps            2 F + m     m of what acts on whole inputs or is a branch of its own
+    merged          3 F + m     m of the update in the kernel's size
+
+where m counts the products of a parametrisation's own program and of its gradient: a
+map of the inputs (OFT, HRA), a structured branch (LoKr), and how its arrays become
+factors or norms (LoRA-XS, DoRA). Of what is elementwise only gains count, with `GAIN`
+operations for every output.
 """
 
 from __future__ import annotations
@@ -19,8 +26,13 @@ import jax.numpy as jnp
 
 from lorax import tree
 from lorax.adapters import bound
+from lorax.analysis._operations import operations
 from lorax.kernels import Kernel
 from lorax.types import Adapters, PyTree
+
+GAIN = 14
+"""Of a gain, for every output: one to apply it, one for the gradient behind it, twelve
+to read its own gradient off the result."""
 
 
 class Cost(NamedTuple):
@@ -130,8 +142,40 @@ def _flops(kernel: Kernel, adapter: Any) -> int:
     leaf = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
     factors = jax.eval_shape(lambda a, leaf: a.factors(leaf), adapter, leaf)
     if factors is None:
-        return 3 * kernel.flops
-    in_, out, _ = adapter.axes.sizes(kernel.shape)
-    n, m = math.prod(in_), math.prod(out)
+        return 3 * kernel.flops + _with_gradient(_merged, adapter, leaf)
+    n, m, stack = (math.prod(size) for size in adapter.axes.sizes(kernel.shape))
     rank = factors.a.shape[-1]
-    return 2 * kernel.flops + 3 * round(kernel.flops * rank * (n + m) / (n * m))
+    thin = 3 * round(kernel.flops * rank * (n + m) / (n * m))
+    rows = round(kernel.flops / (2 * n * m * stack))
+    x = jax.ShapeDtypeStruct((stack, rows, n), jnp.float32)
+    gain = 0 if factors.gain is None else GAIN * stack * rows * m
+    own = _with_gradient(_beside, adapter, leaf, x)
+    return 2 * kernel.flops + thin + gain + own
+
+
+def _merged(adapter: Any, leaf: jax.Array) -> jax.Array:
+    return adapter.merge(leaf)
+
+
+def _beside(adapter: Any, leaf: jax.Array, x: jax.Array) -> Any:
+    """How the arrays become factors, and what the maps make of an input."""
+    form = adapter.factors(leaf)
+    made: list[Any] = [form.a, form.b, form.gain]
+    depth = len(adapter.axes.batch)
+    for held in (form.inputs, form.branch):
+        if held is not None:
+            own = jax.tree.map(lambda f: f.reshape(len(x), *f.shape[depth:]), held)
+            made.append(jax.vmap(lambda held, x: held.apply(held.arrays, x))(own, x))
+    return made
+
+
+def _with_gradient(function: Any, adapter: Any, leaf: Any, *rest: Any) -> int:
+    """Operations of a function and of its gradient by what trains and by the input."""
+
+    def both(adapter: Any, leaf: jax.Array, *rest: jax.Array) -> Any:
+        trained = {name: getattr(adapter, name) for name in adapter.roles}
+        own = lambda trained, *rest: function(adapter.replace(**trained), leaf, *rest)
+        out, back = jax.vjp(own, trained, *rest)
+        return out, back(jax.tree.map(jnp.ones_like, out))
+
+    return operations(jax.make_jaxpr(both)(adapter, leaf, *rest))

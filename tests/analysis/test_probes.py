@@ -249,6 +249,46 @@ def test_costs_of_other_adapters():
         analysis.cost({"v": adapters["w"]}, params)
 
 
+@pytest.mark.parametrize("name", sorted({*lorax.adapters.REGISTRY} - {"sliced_lora"}))
+@pytest.mark.filterwarnings("ignore:.*has no form:lorax.MergeWarning")
+def test_operations_are_those_that_xla_counts(name):
+    """Of one product and its gradients; XLA also counts the sixteenth of a product
+    that a gain computes again only where its gradient cannot be read off."""
+    kernel = jax.ShapeDtypeStruct((256, 384), jnp.float32)
+    x, c = (jax.ShapeDtypeStruct((256, n), jnp.float32) for n in kernel.shape)
+    target = lorax.Target("w", rank=8, adapter=name)
+    fn = lambda p, x: x @ p["w"]
+    make = lambda params: lorax.init(jax.random.key(0), params, target)
+    kernels = lorax.discover(fn, {"w": kernel}, x)
+    own, base = jax.eval_shape(make, {"w": kernel})
+
+    def loss(own, x, base, c):
+        return jnp.sum(c * lorax.adapt(fn)(own, base, x))
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(own, x, base, c).compile()
+    again = kernels["w"].flops / 16 if "magnitude" in own["w"].roles.values() else 0
+    want = step.cost_analysis()["flops"] - again
+    found = analysis.cost(own, base, kernels).adapters.flops
+    assert found == pytest.approx(want, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["oft", "lokr", "ia3"])
+def test_a_stack_costs_what_its_kernels_do(name):
+    target = lorax.Target("w", rank=2, adapter=name)
+    x = jax.ShapeDtypeStruct((5, 8), jnp.float32)
+
+    def flops(shape, fn):
+        params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+        kernels = lorax.discover(fn, params, x)
+        make = lambda params: lorax.init(jax.random.key(0), params, target, kernels)[0]
+        made = jax.eval_shape(make, params)
+        return analysis.cost(made, params, kernels).adapters.flops
+
+    one = flops((8, 8), lambda p, x: x @ p["w"])
+    layers = lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0]
+    assert flops((3, 8, 8), layers) == 3 * one
+
+
 THIN = {
     "singular_values": lambda key, one, two, w: analysis.singular_values(one),
     "metrics": lambda key, one, two, w: analysis.metrics(one),

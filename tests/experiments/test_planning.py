@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from configs import llama3_8b_lora, llama3_70b_lora
-from experiments.planning import flops, hlo, program, report, sweep
+from experiments.planning import hlo, program, report, sweep
 from experiments.planning import topology as topologies
+from lorax import analysis
 
 pytestmark = pytest.mark.once
 
@@ -78,11 +79,11 @@ def test_operations_by_hand():
 
     args = jnp.ones((6, 4, 4)), jnp.ones((7, 4))
     forward = 6 * 2 * 7 * 4 * 4 + 2 * 7 * 5 * 3 * 4
-    assert flops.count(jax.jit(loss).trace(*args).jaxpr) == forward
+    assert analysis.operations(jax.jit(loss).trace(*args).jaxpr) == forward
     # backwards: every product again, and two more for its two arguments; of the
     # convolution, whose kernel is a constant, one
     traced = jax.jit(jax.grad(loss)).trace(*args)
-    assert flops.count(traced.jaxpr) >= 4 * 6 * 2 * 7 * 4 * 4
+    assert analysis.operations(traced.jaxpr) >= 4 * 6 * 2 * 7 * 4 * 4
 
 
 def test_operations_as_xla_counts_them():
@@ -94,7 +95,7 @@ def test_operations_as_xla_counts_them():
     args = jnp.ones((3, 64, 64)), jnp.ones((32, 64))
     traced = jax.jit(jax.grad(loss)).trace(*args)
     xla = traced.lower().compile().cost_analysis()["flops"]
-    assert flops.count(traced.jaxpr) == pytest.approx(xla, rel=0.05)
+    assert analysis.operations(traced.jaxpr) == pytest.approx(xla, rel=0.05)
 
 
 HLO = """HloModule jit_step
@@ -227,7 +228,7 @@ def test_merged_kernels_are_another_program():
     config = tiny()
     devices = topologies.devices(topologies.parse("cpu:8"))
     traces = {form: program.build(config, devices, form) for form in program.FORMS}
-    count = {f: flops.count(b.trace().jaxpr) for f, b in traces.items()}
+    count = {f: analysis.operations(b.trace().jaxpr) for f, b in traces.items()}
     assert count["merge"] > 1.1 * count["adapt"]  # dense gradients of the kernels
     with pytest.raises(ValueError, match="choose one of adapt, merge"):
         program.build(config, devices, "fold")

@@ -4,11 +4,13 @@ XLA's own count (`cost_analysis`) takes the body of a loop once, and a stack of 
 is a loop.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Any
 
 
-def count(jaxpr: Any) -> int:
+def operations(jaxpr: Any) -> int:
     """Returns the operations of all matrix products and convolutions.
 
     A multiplication and an addition are two. A `while` loop whose trips are not known
@@ -20,7 +22,7 @@ def count(jaxpr: Any) -> int:
     Example:
       >>> import jax, jax.numpy as jnp
       >>> f = lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, None, length=3)[0]
-      >>> count(jax.jit(f).trace(jnp.ones((4, 4))).jaxpr)
+      >>> operations(jax.jit(f).trace(jnp.ones((4, 4))).jaxpr)
       384
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
@@ -42,7 +44,7 @@ def _equation(eqn: Any) -> int:
             * (math.prod(kernel) // kernel[out])
         )
     inside = [
-        count(item)
+        operations(item)
         for value in eqn.params.values()
         for item in (value if isinstance(value, tuple | list) else [value])
         if hasattr(item, "eqns") or hasattr(item, "jaxpr")
