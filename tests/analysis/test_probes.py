@@ -275,7 +275,7 @@ def test_operations_are_those_that_xla_counts(name):
 @pytest.mark.parametrize("name", ["oft", "lokr", "ia3"])
 def test_a_stack_costs_what_its_kernels_do(name):
     target = lorax.Target("w", rank=2, adapter=name)
-    x = jax.ShapeDtypeStruct((5, 8), jnp.float32)
+    x = jax.ShapeDtypeStruct((5, 64), jnp.float32)
 
     def flops(shape, fn):
         params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
@@ -284,9 +284,9 @@ def test_a_stack_costs_what_its_kernels_do(name):
         made = jax.eval_shape(make, params)
         return analysis.cost(made, params, kernels).adapters.flops
 
-    one = flops((8, 8), lambda p, x: x @ p["w"])
+    one = flops((64, 64), lambda p, x: x @ p["w"])
     layers = lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0]
-    assert flops((3, 8, 8), layers) == 3 * one
+    assert flops((3, 64, 64), layers) == 3 * one
 
 
 THIN = {
