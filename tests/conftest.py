@@ -2,6 +2,6 @@
 
 import os
 
-FLAG = "--xla_force_host_platform_device_count=8"
-if FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
+from tests import children
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {children.flags(8)}"

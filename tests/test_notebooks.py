@@ -1,15 +1,14 @@
 """Every notebook runs as it is committed: a fresh copy, a fresh kernel, its asserts."""
 
-import os
-import pathlib
 import re
 
 import pytest
 
+from tests import children
+
 nbformat = pytest.importorskip("nbformat", reason="needs the extra 'notebooks'")
 
-ROOT = pathlib.Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((children.ROOT / "notebooks").glob("*.ipynb"))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -43,8 +42,7 @@ def test_it_runs_and_shows_what_it_says(path):
     pytest.importorskip("ipykernel", reason="needs the extra 'notebooks'")
     notebook = nbformat.read(path, as_version=4)
     # The checkout's lorax; one device, unless the notebook itself asks for more.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("XLA_FLAGS", None)
+    environment = children.environment()
     client = nbclient.NotebookClient(
         notebook,
         timeout=300,  # a cell, on a machine with more to do

@@ -5,8 +5,6 @@ what users see.
 """
 
 import json
-import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -18,24 +16,18 @@ import pytest
 import lorax
 from experiments.planning import hlo
 from lorax import sharding
+from tests import children
 from tests import sharding_cases as cases
 
-ROOT = pathlib.Path(__file__).parent.parent
 ALL = ",".join(cases.METHODS)
 
 
 def in_float64(methods, meshes):
     """The comparisons that `tests.sharding_cases` prints."""
-    flag = "--xla_force_host_platform_device_count=8"
-    env = os.environ | {
-        "JAX_ENABLE_X64": "1",
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flag,
-        "PYTHONPATH": str(ROOT),
-    }
+    env = children.environment(devices=8, JAX_ENABLE_X64="1")
     command = [sys.executable, "-m", "tests.sharding_cases", methods, meshes]
     done = subprocess.run(
-        command, env=env, cwd=ROOT, capture_output=True, text=True, check=False
+        command, env=env, cwd=children.ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
 import socket
 import subprocess
 import sys
 
 from lorax.checkpoint import RunCheckpoints, load_adapters
+from tests import children
 from tests.checkpoint.states import base, filled, fresh, same
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 SAID = ("whole ", "one ", "both ", "stopped ")
 
 
@@ -20,18 +18,20 @@ def test_two_processes_agree(tmp_path):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     module = [sys.executable, "-m", "tests.checkpoint.two_processes", port]
-    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    env = children.environment()
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    children = [
-        subprocess.Popen([*module, str(i), str(tmp_path)], cwd=ROOT, env=env, **pipe)
+    pair = [
+        subprocess.Popen(
+            [*module, str(i), str(tmp_path)], cwd=children.ROOT, env=env, **pipe
+        )
         for i in range(2)
     ]
     try:
-        outputs = [child.communicate(timeout=240) for child in children]
+        outputs = [child.communicate(timeout=240) for child in pair]
     finally:
-        for child in children:
+        for child in pair:
             child.kill()
-    for child, (_, errors) in zip(children, outputs):
+    for child, (_, errors) in zip(pair, outputs):
         assert child.returncode == 0, errors[-4000:]
     # gloo writes between them, two of its threads at once into each other's lines
     ours = lambda out: [x for x in out.split("\n") if x.startswith(SAID)]

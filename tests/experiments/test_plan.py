@@ -2,26 +2,26 @@
 
 import importlib.util
 import os
-import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests import children
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="no libtpu (extra 'tpu')"
 )
 
 
 def command(*flags, config="llama3_8b_lora.py:runlocal"):
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    env.pop("XLA_FLAGS", None)
+    path = os.pathsep.join([str(children.ROOT), *sys.path])
+    env = children.environment(PYTHONPATH=path)
     asked = [f"--config=configs/{config}", *flags]
     return subprocess.run(
         [sys.executable, "-m", "experiments.plan", *asked],
-        cwd=ROOT,
+        cwd=children.ROOT,
         env=env,
         capture_output=True,
         text=True,

@@ -1,8 +1,6 @@
 """A package of somebody else's joins by its name in a config, and by nothing else."""
 
 import json
-import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -15,27 +13,26 @@ from experiments import checking, metrics, optimizers, plugins, train
 from experiments.sweeping import runs
 from lorax import adapters as adapter_classes
 from lorax import checkpoint
+from tests import children
 from tests.plugin import config as configs
 from tests.plugin import methods
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def launch(*args):
     command = [sys.executable, "-m", "experiments.sweep", *args]
-    env = os.environ | {"XLA_FLAGS": ""}
+    env = children.environment()
     return subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        command, cwd=children.ROOT, env=env, capture_output=True, text=True, check=False
     )
 
 
 def test_nothing_of_ours_knows_the_package_and_it_knows_nothing_private():
     words = re.compile(r"walsh|signum|tests.plugin|['\"]cosines", re.I)
     for folder in ("lorax", "experiments", "configs"):
-        for path in (ROOT / folder).rglob("*.py"):
+        for path in (children.ROOT / folder).rglob("*.py"):
             assert not words.search(path.read_text()), path
     private = re.compile(r"(from|import) lorax\S*(\._| import _)")
-    for path in (ROOT / "tests" / "plugin").glob("*.py"):
+    for path in (children.ROOT / "tests" / "plugin").glob("*.py"):
         assert not private.search(path.read_text()), path
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
 import random
 import signal
 import subprocess
@@ -14,10 +12,10 @@ import pytest
 
 from experiments import preemption
 from experiments.preemption import EXIT_DEADLINE, EXIT_PREEMPTED, Preemption
+from tests import children
 
 pytestmark = pytest.mark.once
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 STEPS = 40
 
 
@@ -25,9 +23,12 @@ def run(folder, stop_at=None, again=False, deadline=(), by=signal.SIGTERM):
     """Starts the run, sends a signal after a step; returns exit code and lines."""
     command = [sys.executable, "-m", "tests.experiments.preempted"]
     command += [str(folder), str(STEPS), *deadline]
-    flags = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     child = subprocess.Popen(
-        command, cwd=ROOT, env=flags, stdout=subprocess.PIPE, text=True
+        command,
+        cwd=children.ROOT,
+        env=children.environment(),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     lines = []
     timer = threading.Timer(300, child.kill)

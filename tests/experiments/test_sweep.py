@@ -16,10 +16,8 @@ import pytest
 from configs import gpt2_e2e_lora
 from experiments import train
 from experiments.sweeping import combinations, jobs, runs
+from tests import children
 from tests.experiments.sweep_cases import RATE, config_of, runs_of
-
-ROOT = pathlib.Path(__file__).parents[2]
-
 
 # The table
 
@@ -234,8 +232,8 @@ def test_a_signal_stops_the_children(tmp_path, number, kind):
 def launch(*given):
     return subprocess.run(
         [sys.executable, "-m", "experiments.sweep", *given],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        cwd=children.ROOT,
+        env=children.environment(),
         capture_output=True,
         text=True,
         timeout=240,
