@@ -6,7 +6,8 @@
 with l = 1 at the start. In the paper l multiplies the activations: keys, values, and
 the hidden layer of the feed-forward block, which is what its second kernel reads. A
 gain here is one of the kernel. Where the module has a bias, PEFT multiplies the bias by
-a gain on outputs as well; the paper's T5 has none.
+the same gain on outputs; the paper's T5 has none. Such files are not loaded: the bias
+is a leaf of its own, and a second gain on it would train apart from the kernel's.
 
 References:
   Liu et al., Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than

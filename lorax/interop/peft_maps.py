@@ -152,12 +152,18 @@ def _ia3_save(module: Module, place: Place) -> dict[str, np.ndarray]:
 
 
 def _require_no_bias(place: Place) -> None:
-    """PEFT multiplies what a module returns, its bias included."""
+    """PEFT multiplies what a module returns, its bias included.
+
+    A gain on the kernel and one on the bias, a leaf of its own, would be the same at
+    first, but two numbers to an optimiser where PEFT has one.
+    """
     if place.bias:
         raise ValueError(
-            f"{place.name!r} has a bias, which PEFT's IA3 multiplies by a gain on "
-            "outputs as well, and a gain here is the kernel's alone; give it a gain "
-            "on inputs (feedforward)"
+            f"{place.name!r} has a bias, which PEFT's IA3 multiplies by the same gain "
+            "on outputs; here a gain is the kernel's alone, and one on the bias beside "
+            "it would train apart. Give the module a gain on inputs "
+            "(feedforward_modules), or merge it in PEFT (merge_and_unload) and load "
+            "the merged model"
         )
 
 

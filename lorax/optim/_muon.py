@@ -20,7 +20,7 @@ free. Which factors are orthogonalised, and how:
     both       polar(u_a), polar(u_b)
     whitened   polar(u_a M^-1/2) M^-1/2,  N^-1/2 polar(N^-1/2 u_b),  without a width
                scale; N = a^T a, M = b b^T. The kernel's step does not depend on how
-               the product is split
+               the product is split. Not the paper's step size: see split
     split      whitened / (2 s), LoRA-Muon's: the learning rate bounds the spectral
                norm of the kernel's step, and decay is of the product (`split_decay`)
     product    the polar factor P of LoRA-Pro's projection of the kernel's gradient
@@ -93,7 +93,8 @@ def scale_by_muon_factors(
     exactly zero, and rounding in its place must not become a whole step.
 
     Args:
-      factors: which, see the module.
+      factors: which, see the module. The published LoRA-Muon is "split"; "whitened" is
+        its direction with 2 s times its step, as the studies here have run it.
       beta: decay rate of the momentum; 0.95 as published.
       nesterov: as published, without the bias correction of `optax.contrib.muon`; see
         the module.
@@ -168,7 +169,8 @@ def muon(
     Args:
       learning_rate: of the orthogonalised factors; 0.02 is Muon's own default. With
         "split" it is the spectral norm of the kernel's step, at most.
-      factors: see the module.
+      factors: see the module; the published LoRA-Muon is "split". "whitened" takes 2 s
+        times its step at one learning rate: with alpha = 2 rank, four times.
       beta: see `scale_by_muon_factors`.
       nesterov: see `scale_by_muon_factors`.
       damping: see `scale_by_muon_factors`.
