@@ -10,11 +10,12 @@ from lorax import analysis, compose, optim, scaling
 from lorax.adapters import AdaLora, Dora, Full, Lora
 from lorax.calibration import calibrate
 from lorax.description import describe
+from lorax.interpret import CustomRuleWarning, MergeWarning
 from lorax.kernels import Kernel, KernelUse, discover
 from lorax.merging import merge_report
 from lorax.notices import TargetWarning
 from lorax.targets import Target
-from lorax.transform import CustomRuleWarning, MergeWarning, adapt, init, merge
+from lorax.transform import adapt, init, merge
 from lorax.types import Adapter, Adapters, Axes, Base
 
 __version__ = "0.1.0"

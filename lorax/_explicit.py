@@ -16,8 +16,10 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from lorax import tree
 
+Entry = str | tuple[str, ...] | None
+"""The mesh axes that cut a dimension: a name, several, or none."""
 Entries = Sequence[Any]
-"""For each dimension the mesh axes that cut it: a name, a tuple of names, or None."""
+"""For each dimension the mesh axes that cut it."""
 
 
 def entries(x: Any) -> list[Any]:
@@ -199,9 +201,10 @@ def automatic(function: Callable[..., Any], args: Any, results: Any) -> Any:
             leaves[i] = value
         return function(*jax.tree.unflatten(structure, leaves))
 
-    place = lambda x: NamedSharding(
-        mesh, PartitionSpec() if x is None else PartitionSpec(*entries(x))
-    )
+    def place(x: jax.Array | None) -> NamedSharding:
+        lies = [] if x is None else entries(x)
+        return NamedSharding(mesh, PartitionSpec(*lies))
+
     where = jax.tree.map(place, results, is_leaf=lambda x: x is None)
 
     def run(*values: jax.Array) -> Any:

@@ -179,11 +179,12 @@ def _listed(batches: Any) -> list[Any]:
 
 def _form(batch: Any) -> str:
     """Structure, numbers of axes and dtypes, as text."""
-    leaf = lambda x: (
-        f"{jnp.result_type(x)}[{', '.join(':' * jnp.ndim(x))}]"
-        if hasattr(x, "dtype") or isinstance(x, int | float)
-        else type(x).__name__
-    )
+
+    def leaf(x: Any) -> str:
+        if hasattr(x, "dtype") or isinstance(x, int | float):
+            return f"{jnp.result_type(x)}[{', '.join(':' * jnp.ndim(x))}]"
+        return type(x).__name__
+
     return str(jax.tree.map(leaf, batch))
 
 

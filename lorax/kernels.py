@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lorax import _explicit, interpret, tree
-from lorax.interpret import trace
+from lorax.interpret import KernelUse
 from lorax.types import Axes, PyTree
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelUse:
-    """One place where a program uses a leaf.
-
-    Attributes:
-      op: "dot", "conv", "grouped_conv", "depthwise_conv" (one input channel in each
-        group), "gather", "ragged_dot", or the primitive that met the leaf.
-      axes: how the leaf is read and written there; None unless the use is linear.
-      fast: True where `adapt` emits the low-rank branch instead of merging.
-      flops: of all runs of this place in one call, on the frozen leaf.
-      source: `file:line (function)`.
-      matrix: True where two axes or more of the leaf, longer than one, meet the
-        operation: not so for one layer of a stack of biases.
-    """
-
-    op: str
-    axes: Axes | None
-    fast: bool
-    flops: int
-    source: str
-    matrix: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,61 +84,6 @@ def _served(use: KernelUse, axes: Axes | None) -> bool:
     return use.op == "dot" and interpret.fits(use.axes, axes) is not None
 
 
-class _Recorder:
-    """The visitor that writes down what happens to every leaf."""
-
-    def __init__(self) -> None:
-        self.uses: dict[str, dict[Any, KernelUse]] = {}
-        self.equations: dict[tuple[int, ...], set[str]] = {}
-
-    def _note(self, walker: Any, eqn: Any, path: str, use: KernelUse) -> None:
-        # a loop body may be traced more than once: count each place once
-        place = (*walker.scope, id(eqn), path, use.op, use.axes)
-        self.uses.setdefault(path, {})[place] = use
-
-    def linear(self, walker: Any, use: interpret.Use) -> Any:
-        eqn = use.eqn
-        axes = [use.axes(term) for term in use.view.terms]
-        if any(found is None for found in axes):
-            return None
-        for term, found in zip(use.view.terms, axes, strict=True):
-            paths = (term.path, *term.peers)
-            flops = use.flops * walker.trips // len(paths)
-            note = KernelUse(use.op, found, use.low_rank, flops, walker.line(eqn))
-            for path in paths:
-                self._note(walker, eqn, path, note)
-            place = (*walker.scope, id(eqn))
-            self.equations.setdefault(place, set()).update(paths)
-        return [interpret.frozen(walker, use)]
-
-    def merge(self, walker: Any, eqn: Any, view: interpret.Tracked) -> jax.Array:
-        for term in view.terms:
-            sized = term.sized({axis for label in term.labels for axis in label})
-            met = KernelUse(
-                eqn.primitive.name, None, False, 0, walker.line(eqn), len(sized) > 1
-            )
-            if not self.settle(term):
-                for path in (term.path, *term.peers):
-                    self._note(walker, eqn, path, met)
-        return view.value
-
-    def custom(self, walker: Any, eqn: Any, paths: tuple[str, ...]) -> bool:
-        return True
-
-    def branches(self, walker: Any, use: Any) -> None:
-        return None  # without factors there are none
-
-    def settle(self, term: interpret.Term) -> bool:
-        """Writes down a lookup that has turned out to be one; False if it is none."""
-        if (found := term.lookup) is None:
-            return False
-        use = KernelUse("gather", found.axes, True, 0, found.source)
-        place = (*found.place, term.path, use.op, use.axes)
-        self.uses.setdefault(term.path, {})[place] = use
-        self.equations.setdefault(found.place, set()).add(term.path)
-        return True
-
-
 def discover(
     fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
 ) -> dict[str, Kernel]:
@@ -187,44 +109,41 @@ def discover(
       'other'
     """
     params, _ = tree.split(params)
-    trace.require_pure(params)
+    tree.require_pure(params)
     leaves = tree.flatten(params)
     watched = {
-        path: trace.as_array(leaf)
+        path: interpret.as_array(leaf)
         for path, leaf in leaves.items()
         if tree.is_floating(leaf)
     }
     others = tree.replace(params, dict.fromkeys(watched, 0.0))
-    rest, join = trace.split_abstract((others, args, kwargs))
+    rest, join = interpret.split_abstract((others, args, kwargs))
 
     def call(watched: dict[str, Any], values: list[Any]) -> Any:
         params, args, kwargs = join(values)
         return fn(tree.replace(params, watched), *args, **kwargs)
 
     abstract = jax.tree.map(_explicit.abstract, watched)
-    jaxpr, _ = trace.trace(lambda both: call(*both), (abstract, rest))
-    recorder = _Recorder()
+    jaxpr, _ = interpret.trace(lambda both: call(*both), (abstract, rest))
+    recorder = interpret.Recorder()
 
-    def walk(both: Any) -> list[Any]:
+    def walk(both: Any) -> list[jax.Array]:
         watched, rest = both
         views = [interpret.watch(path, leaf) for path, leaf in sorted(watched.items())]
         outs = interpret.Walker(recorder).run(jaxpr, [*views, *rest])
-        given = [out for out in outs if isinstance(out, interpret.Tracked)]
-        for term in (term for out in given for term in out.terms):
-            recorder.settle(term)
-        return [
-            out.value if isinstance(out, interpret.Tracked) else out for out in outs
-        ]
+        return recorder.returned(outs)
 
     jax.eval_shape(walk, (abstract, rest))
-    inner = _not_last(jaxpr, recorder.equations)
+    inner = interpret.not_last(jaxpr, recorder.equations)
     return {
         path: _describe(path, leaves[path], recorder.uses.get(path, {}), inner)
         for path in watched
     }
 
 
-def _describe(path: str, leaf: Any, uses: dict[Any, KernelUse], inner: set) -> Kernel:
+def _describe(
+    path: str, leaf: Any, uses: Mapping[Any, KernelUse], inner: set[str]
+) -> Kernel:
     """Sums up the uses of one leaf."""
     linear = next((use for use in uses.values() if use.axes is not None), None)
     axes = linear.axes if linear else None
@@ -242,65 +161,3 @@ def _describe(path: str, leaf: Any, uses: dict[Any, KernelUse], inner: set) -> K
         uses=places,
         head=linear is not None and path not in inner,
     )
-
-
-def _not_last(jaxpr: Any, equations: dict[tuple[int, ...], set[str]]) -> set[str]:
-    """Returns the kernels whose result some later kernel reads; the rest are heads.
-
-    Every value carries its origin: the kernels it comes from since the last kernel.
-    """
-    inner: set[str] = set()
-    none: frozenset[str] = frozenset()
-
-    def flow(jaxpr: Any, given: list[frozenset[str]], scope: tuple) -> list:
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-        if len(given) != len(jaxpr.invars):  # an unknown calling convention
-            given = [none.union(*given)] * len(jaxpr.invars)
-        origin = dict(zip(jaxpr.invars, given, strict=True))
-        read = lambda atom: none if hasattr(atom, "val") else origin.get(atom, none)
-        for eqn in jaxpr.eqns:
-            sources = [read(v) for v in eqn.invars]
-            carried = none.union(*sources)
-            outs = [carried] * len(eqn.outvars)
-            place = (*scope, id(eqn))
-            if paths := equations.get(place):
-                inner.update(carried)
-                outs = [frozenset(paths)] * len(eqn.outvars)
-            elif bodies := _bodies(eqn):
-                outs = enter(eqn, bodies, sources, place)
-            origin.update(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
-
-    def enter(eqn: Any, bodies: list[Any], sources: list[Any], place: tuple) -> list:
-        name, consts, carried = eqn.primitive.name, 0, 0
-        if name == "cond":
-            sources = sources[1:]
-        elif name == "scan":
-            consts, carried, _ = interpret.unchanged.scan_layout(eqn)
-        elif name == "while":
-            bodies = [eqn.params["body_jaxpr"]]
-            sources = sources[eqn.params["cond_nconsts"] :]
-            consts, carried = eqn.params["body_nconsts"], len(eqn.outvars)
-        if carried:  # what one iteration hands to the next
-            again = flow(bodies[0], sources, place)[:carried]
-            for i, more in enumerate(again):
-                sources[consts + i] |= more
-        results = [flow(body, sources, place) for body in bodies]
-        if any(len(result) != len(eqn.outvars) for result in results):
-            # a kernel that writes to references returns nothing: all it read counts
-            whole = none.union(*sources, *(o for r in results for o in r))
-            return [whole] * len(eqn.outvars)
-        return [none.union(*column) for column in zip(*results, strict=True)]
-
-    flow(jaxpr, [none] * len(jaxpr.jaxpr.invars), ())
-    return inner
-
-
-def _bodies(eqn: Any) -> list[Any]:
-    """The jaxprs among an equation's parameters."""
-    found = []
-    for value in eqn.params.values():
-        for item in value if isinstance(value, tuple | list) else [value]:
-            if hasattr(item, "eqns") or hasattr(item, "jaxpr"):
-                found.append(item)
-    return found

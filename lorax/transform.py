@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 
 from lorax import adapters as adapter_classes
 from lorax import inits, interpret, notices, tree
-from lorax.interpret import trace
 from lorax.kernels import Kernel
 from lorax.selection import as_targets, select
 from lorax.targets import Rule
-from lorax.types import Adapters, Base, PyTree
-
-
-class MergeWarning(UserWarning):
-    """`adapt` had to form an adapted kernel instead of its low-rank branch."""
-
-
-class CustomRuleWarning(UserWarning):
-    """A derivative rule of the program's own meets an adapted kernel."""
+from lorax.types import Adapters, Axes, Base, PyTree
 
 
 def init(
@@ -69,7 +59,7 @@ def init(
       ((4, 2), (2, 3))
     """
     plain, frozen = tree.split(params)
-    trace.require_pure(plain)
+    tree.require_pure(plain)
     targets = as_targets(targets)  # an iterator is read once
     chosen = select(plain, targets, kernels)
     notices.notice_batch_axes(chosen, kernels)
@@ -178,7 +168,7 @@ def check(adapters: Adapters, params: PyTree) -> tuple[Adapters, dict[str, Any]]
       The adapters with their frozen arrays in place, and the leaves by path.
     """
     params, frozen = tree.split(params)
-    trace.require_pure(params)
+    tree.require_pure(params)
     values = adapters.values() if isinstance(adapters, Mapping) else [adapters]
     for value in values:
         if not isinstance(adapters, Mapping) or not hasattr(value, "factors"):
@@ -194,78 +184,6 @@ def check(adapters: Adapters, params: PyTree) -> tuple[Adapters, dict[str, Any]]
         adapter.check(path, leaves[path])
     bound = adapter_classes.bound
     return {path: bound(a, frozen, path) for path, a in adapters.items()}, leaves
-
-
-class _Emitter:
-    """The visitor that adds the low-rank branch and merges where there is none."""
-
-    def __init__(self, on_merge: str, custom_rules: str | None) -> None:
-        self.on_merge, self.custom_rules = on_merge, custom_rules
-        self.seen: set[tuple[str, str, str]] = set()
-
-    def whole(self, path: str, adapter: Any, key: jax.Array | None) -> None:
-        """Says that a kernel is merged before the program begins."""
-        if adapter.replaces:
-            return  # its array is the leaf: there is nothing that merging adds
-        name = type(adapter).__name__
-        self._tell(
-            (path, name, ""),
-            f"{path}: {name} has no form for a linear operation, so the kernel is "
-            "merged: correct, but it costs a dense weight gradient",
-        )
-        if key is not None and getattr(adapter, "dropout", None):
-            raise ValueError(
-                f"{path}: dropout acts on the input of the adapter branch, and {name} "
-                "has none; set dropout=0 for this target"
-            )
-
-    def _tell(self, place: tuple[str, str, str], message: str) -> None:
-        """Warns once per place, or raises."""
-        if self.on_merge == "error":
-            raise ValueError(message + "; pass on_merge='warn' to allow it")
-        if place not in self.seen:
-            self.seen.add(place)
-            warnings.warn(message, MergeWarning, stacklevel=3)
-
-    def linear(self, walker: Any, use: Any) -> Any:
-        return interpret.low_rank(walker, use)
-
-    def branches(self, walker: Any, use: Any) -> Any:
-        return interpret.thin_only(walker, use)
-
-    def merge(self, walker: Any, eqn: Any, view: interpret.Tracked) -> jax.Array:
-        name, where = eqn.primitive.name, walker.line(eqn)
-        for path in view.paths:
-            self._tell(
-                (path, name, where),
-                f"{path}: {name!r} at {where} is no linear use that fits the adapter, "
-                "so the kernel is merged there: correct, but it costs a dense weight "
-                "gradient",
-            )
-        if walker.key is not None and any(term.rate for term in view.terms):
-            raise ValueError(
-                f"{', '.join(view.paths)}: dropout acts on the input of the adapter "
-                f"branch, and {name!r} at {where} needs the merged kernel; set "
-                "dropout=0 for this target or leave it out"
-            )
-        return interpret.dense(view)
-
-    def custom(self, walker: Any, eqn: Any, paths: tuple[str, ...]) -> bool:
-        name, where = eqn.primitive.name, walker.line(eqn)
-        place = (", ".join(paths), name, where)
-        if self.custom_rules is None and place not in self.seen:
-            self.seen.add(place)
-            warnings.warn(
-                f"{place[0]}: {name!r} at {where} has a derivative rule of its own; it "
-                "holds for the frozen kernel, and the adapter's branch beside it is "
-                "differentiated as the function is written. Should the rule be more "
-                "than its derivative (a scaled or clipped gradient), pass "
-                "custom_rules='merge' to lorax.adapt; custom_rules='branch' says that "
-                "it is not",
-                CustomRuleWarning,
-                stacklevel=2,
-            )
-        return self.custom_rules != "merge"
 
 
 def adapt(
@@ -314,7 +232,7 @@ def adapt(
         raise ValueError(
             f"custom_rules={custom_rules!r}; choose 'branch', 'merge' or None"
         )
-    emitter = _Emitter(on_merge, custom_rules)
+    emitter = interpret.Emitter(on_merge, custom_rules)
 
     @functools.wraps(fn)
     def adapted(
@@ -326,18 +244,8 @@ def adapt(
     ) -> Any:
         whole, leaves = check(adapters, params)
         params, _ = tree.split(params)
-        views, replaced = [], {}
-        thin: dict[str, jax.Array] = {}
-        for path, adapter in sorted(whole.items()):
-            leaf = jnp.asarray(leaves[path])
-            factors = adapter.factors(leaf)
-            if factors is None:
-                emitter.whole(path, adapter, lora_key)
-                replaced[path] = adapter.merge(leaf)
-            else:
-                thin[path] = leaf
-                views.append(interpret.watch(path, leaf).adapted(adapter, factors))
-        frozen = tree.replace(params, replaced)
+        views, merged = _views(whole, leaves, emitter, lora_key)
+        frozen = tree.replace(params, merged)
         flat, structure = jax.tree.flatten((args, kwargs))
 
         def call(leaves: dict[str, jax.Array]) -> Any:
@@ -345,13 +253,37 @@ def adapt(
             args, kwargs = jax.tree.unflatten(structure, flat)
             return fn(tree.replace(frozen, leaves), *args, **kwargs)
 
-        jaxpr, rebuild = trace.trace(call, thin)
+        thin = {path: view.value for path, view in views.items()}
+        jaxpr, rebuild = interpret.trace(call, thin)
         walker = interpret.Walker(emitter, key=lora_key)
-        outputs = walker.run(jaxpr, views)
-        return rebuild([interpret.dense(out) for out in outputs])
+        outputs = walker.run(jaxpr, [*views.values()])
+        return rebuild(emitter.returned(outputs))
 
     adapted.__signature__ = _signature(fn)  # type: ignore[attr-defined]
     return adapted
+
+
+def _views(
+    adapters: Adapters,
+    leaves: Mapping[str, Any],
+    emitter: interpret.Emitter,
+    key: jax.Array | None,
+) -> tuple[dict[str, interpret.Tracked], dict[str, jax.Array]]:
+    """The adapted leaves as views, and those without a form, merged before the walk."""
+    views: dict[str, interpret.Tracked] = {}
+    merged: dict[str, jax.Array] = {}
+    for path, adapter in sorted(adapters.items()):
+        leaf = jnp.asarray(leaves[path])
+        factors = adapter.factors(leaf)
+        if factors is None:
+            emitter.whole(path, adapter, key)
+            merged[path] = adapter.merge(leaf)
+        else:
+            axes: Axes = cast(Any, adapter).axes  # which classes with factors have
+            rate = getattr(adapter, "dropout", 0.0)
+            view = interpret.watch(path, leaf)
+            views[path] = view.adapted(factors, axes, rate)
+    return views, merged
 
 
 def _signature(fn: Callable[..., Any]) -> inspect.Signature:

@@ -167,3 +167,15 @@ def combine(*parts: Adapters) -> Adapters:
 def map_adapters(function: Callable[[str, Any], Any], adapters: Adapters) -> dict:
     """Returns `{path: function(path, adapter)}`."""
     return {path: function(path, adapter) for path, adapter in adapters.items()}
+
+
+def require_pure(params: PyTree) -> None:
+    """Raises TypeError for an `nnx.Module`: parameters must be a tree of arrays."""
+    from flax import nnx
+
+    if isinstance(params, nnx.Module):
+        raise TypeError(
+            f"params is a {type(params).__name__}, an nnx module, and lorax needs a "
+            "pure function of a tree: graphdef, state = nnx.split(model), then pass "
+            "state as params and call nnx.merge(graphdef, state) inside the function"
+        )

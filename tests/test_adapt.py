@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import lorax
-from lorax import transform
+from lorax import interpret
 from tests import programs, programs_nnx  # noqa: F401 (it registers its own)
 
 
@@ -48,7 +48,7 @@ def test_adapt_is_merge_then_apply_and_merges_nothing(name):
 def test_adapt_is_fast_exactly_where_discover_says_so(name, monkeypatch):
     program, kernels, adapters, params = setup(name)
     fast = set()
-    emit = transform._Emitter.linear
+    emit = interpret.Emitter.linear
 
     def spy(self, walker, use):
         results = emit(self, walker, use)
@@ -57,7 +57,7 @@ def test_adapt_is_fast_exactly_where_discover_says_so(name, monkeypatch):
             fast.update((path, use.op, where) for path in use.view.paths)
         return results
 
-    monkeypatch.setattr(transform._Emitter, "linear", spy)
+    monkeypatch.setattr(interpret.Emitter, "linear", spy)
     jax.eval_shape(lorax.adapt(program.fn), adapters, params, *program.args)
     said = {
         (path, use.op, use.source)

@@ -93,6 +93,22 @@ def test_imports_point_down(path):
         assert down, f"{own} imports {name}"
 
 
+# lorax/interpret/README.md: rooms and modules of the walker, bottom first
+ROOMS = """
+program terms uses walker low_rank emitter recorder origins rules
+""".split()
+
+
+@ids([path for path in LIBRARY if name_of(path).startswith("lorax.interpret.")])
+def test_rooms_of_the_walker_point_down(path):
+    own = name_of(path).split(".")[2]
+    for name in imports(ast.walk(parsed(path))):
+        other = resolved(name).split(".")
+        if other[:2] == ["lorax", "interpret"] and other[2:3] not in ([], [own]):
+            down = ROOMS.index(other[2]) < ROOMS.index(own)
+            assert down, f"{own} imports {name}"
+
+
 @ids(LIBRARY)
 def test_the_library_is_light(path):
     for name in imports(ast.walk(parsed(path))):

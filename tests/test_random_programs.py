@@ -98,7 +98,7 @@ def test_views_carry_their_factors(dims, instructions, joins):
 
         jaxpr = jax.make_jaxpr(lambda w: edited(jnp, w))(leaf)
         kernel = interpret.watch("w", jnp.asarray(leaf))
-        kernel = kernel.adapted(adapter, adapter.factors(leaf))
+        kernel = kernel.adapted(adapter.factors(leaf), adapter.axes)
         record = Record()
         (got,) = interpret.Walker(record).run(jaxpr, [kernel])
         assert record.merges == 0

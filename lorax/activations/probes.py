@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
 
 from lorax import _explicit, interpret, tree
 from lorax.activations.readers import READERS
 from lorax.adapters import Lora, making
-from lorax.interpret import trace
 from lorax.kernels import Kernel
 from lorax.targets import Target
 from lorax.types import PyTree
@@ -100,12 +100,12 @@ def observed(
             silent = jnp.zeros((*stack, probes[path].shape[-1], *out))
             axes = kernel.linear_axes()
             pair = Lora(probes[path], silent, 1.0, axes, 0.0, target.layers)
-            view = interpret.watch(path, leaf).adapted(pair, pair.factors(leaf))
-            views.append(view)
+            view = interpret.watch(path, leaf)
+            views.append(view.adapted(pair.factors(leaf), axes))
         call = lambda thin: fn(tree.replace(params, thin), batch)
-        jaxpr, rebuild = trace.trace(call, thin)
+        jaxpr, rebuild = interpret.trace(call, thin)
         outs = interpret.Walker(_Observer(every)).run(jaxpr, views)
-        return rebuild([getattr(out, "value", out) for out in outs])
+        return rebuild([interpret.frozen(out) for out in outs])
 
     return watched
 
@@ -116,15 +116,18 @@ class _Observer:
     def __init__(self, every: bool) -> None:
         self.every = every
 
-    def linear(self, walker: Any, use: interpret.Use) -> list[jax.Array]:
-        return [self.beside(walker, use, interpret.frozen(walker, use))]
+    def linear(self, walker: interpret.Walker, use: interpret.Use) -> list[jax.Array]:
+        (y,) = walker.frozen(use.eqn, use.operands)
+        return [self.beside(walker, use, y)]
 
-    def branches(self, walker: Any, use: interpret.Use) -> jax.Array:
+    def branches(self, walker: interpret.Walker, use: interpret.Use) -> jax.Array:
         # a derivative rule of the program's own has the result: add nothing
-        nothing = jnp.zeros_like(interpret.frozen(walker, use), use.out.dtype)
-        return self.beside(walker, use, nothing)
+        (y,) = walker.frozen(use.eqn, use.operands)
+        return self.beside(walker, use, jnp.zeros_like(y, use.out.dtype))
 
-    def beside(self, walker: Any, use: interpret.Use, y: jax.Array) -> jax.Array:
+    def beside(
+        self, walker: interpret.Walker, use: interpret.Use, y: jax.Array
+    ) -> jax.Array:
         """Returns y, behind which the use is seen."""
         for term in use.view.terms:
             if _reads(walker, use, term):
@@ -134,24 +137,28 @@ class _Observer:
                 y = _seen((reader, self.every), y, term.factors.a, x, *rest)
         return y
 
-    def merge(self, walker: Any, eqn: Any, view: interpret.Tracked) -> jax.Array:
+    def merge(
+        self, walker: interpret.Walker, eqn: JaxprEqn, view: interpret.Tracked
+    ) -> jax.Array:
         if eqn.primitive.name in UNREAD:
             why = "hides what the kernel reads"
             raise ValueError(_unseen(walker, eqn, view.paths[0], why))
         return view.value
 
-    def custom(self, walker: Any, eqn: Any, paths: tuple[str, ...]) -> bool:
+    def custom(
+        self, walker: interpret.Walker, eqn: JaxprEqn, paths: tuple[str, ...]
+    ) -> bool:
         return True
 
 
-def _unseen(walker: Any, eqn: Any, path: str, why: str) -> str:
+def _unseen(walker: interpret.Walker, eqn: JaxprEqn, path: str, why: str) -> str:
     return (
         f"{path}: {eqn.primitive.name!r} at {walker.line(eqn)} {why}, so there are no "
         "statistics of its activations; give the leaf a target with another init"
     )
 
 
-def _reads(walker: Any, use: interpret.Use, term: interpret.Term) -> bool:
+def _reads(walker: interpret.Walker, use: interpret.Use, term: interpret.Term) -> bool:
     """True for a use that reads the kernel's inputs, False for a transposed one."""
     eqn = use.eqn
     found, made = use.axes(term), term.axes

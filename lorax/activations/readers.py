@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from lorax import _explicit, interpret, linalg
-from lorax.interpret import emit
 
 
 class Reader(Protocol):
@@ -57,7 +56,7 @@ class _Dot(Reader):
         x, self.use, self.term = _input(use), use, term
         stack, read = term.dims("batch"), term.dims("in")
         x_read = [use.applied[d] for d in use.dims.read]
-        x = emit.window(x, term, x_read, use.dims.read)
+        x = interpret.window(x, term, x_read, use.dims.read)
         met = {place: d for d, place in use.applied.items()}
         idle = [i for i, d in met.items() if d not in (*stack, *read)]
         self.of_x = [met.get(i, ("x", i)) for i in range(x.ndim) if i not in idle]

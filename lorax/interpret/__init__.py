@@ -1,32 +1,40 @@
 """The one jaxpr walker: rules for linear operations, views and control flow.
 
-Importing the package fills the walker's table of rules.
+Importing the package fills the walker's table of rules; README.md draws the way of one
+dot through it.
 """
 
-from lorax.interpret import control, custom, gather, rules, views
-from lorax.interpret.linear import frozen, low_rank, thin_only
-from lorax.interpret.pairs import fits
-from lorax.interpret.tracked import Term, Tracked, dense, watch
-from lorax.interpret.use import Dims, Use
-from lorax.interpret.walker import RULES, Visitor, Walker
+from lorax.interpret import rules
+from lorax.interpret.emitter import CustomRuleWarning, Emitter, MergeWarning
+from lorax.interpret.origins import not_last
+from lorax.interpret.program import as_array, split_abstract, trace
+from lorax.interpret.recorder import KernelUse, Recorder
+from lorax.interpret.terms.dense import dense
+from lorax.interpret.terms.tracked import Term, Tracked, watch
+from lorax.interpret.uses.pairs import fits
+from lorax.interpret.uses.thin import window
+from lorax.interpret.uses.use import Use
+from lorax.interpret.walker import Visitor, Walker, frozen
 
 __all__ = [
-    "RULES",
-    "Dims",
+    "CustomRuleWarning",
+    "Emitter",
+    "KernelUse",
+    "MergeWarning",
+    "Recorder",
     "Term",
     "Tracked",
     "Use",
     "Visitor",
     "Walker",
-    "control",
-    "custom",
+    "as_array",
     "dense",
     "fits",
     "frozen",
-    "gather",
-    "low_rank",
+    "not_last",
     "rules",
-    "thin_only",
-    "views",
+    "split_abstract",
+    "trace",
     "watch",
+    "window",
 ]

@@ -1,27 +1,39 @@
 """The one jaxpr walker: runs a program in which some values are views of kernels.
 
 Equations that meet no such value are run as they are. The others go to the rule of
-their primitive (`rules`: linear operations, `views`, `control`: higher-order ones); a
-rule returns None where it does not apply, and then the kernel is merged at that place,
-which is always correct. A `Visitor` decides what a linear operation and a merge mean:
-`discover` writes them down, `adapt` emits the low-rank branch.
+their primitive (`rules`: linear operations, views, higher-order ones); a rule returns
+None where it does not apply, and then the kernel is merged at that place, which is
+always correct. A `Visitor` decides what a linear operation and a merge mean: `discover`
+writes them down, `adapt` emits the low-rank branch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
 
 import jax
 from jax.extend import core
 from jax.extend import source_info_util as source
 
 from lorax import _explicit
-from lorax.interpret.rescale import Pending
-from lorax.interpret.tracked import Rigid, Tracked, followed
-from lorax.interpret.use import Use
+from lorax.interpret.terms.tracked import Rigid, Scope, Tracked, followed
+from lorax.interpret.uses.equations import Body, aval, opened
+from lorax.interpret.uses.rescale import Pending
+from lorax.interpret.uses.use import Use
 
-Rule = Callable[["Walker", Any, list[Any]], Sequence[Any] | None]
+
+class Part(NamedTuple):
+    """What the adapters add to a value; the value itself is another walk's."""
+
+    branch: jax.Array
+
+
+Value = jax.Array | Tracked | Pending | Part
+"""What a variable stands for during a walk."""
+Values = Sequence[Value]
+Rule = Callable[["Walker", core.JaxprEqn, Values], Values | None]
 RULES: dict[str, Rule] = {}
 
 
@@ -38,16 +50,18 @@ def rule(*primitives: str) -> Callable[[Rule], Rule]:
 class Visitor(Protocol):
     """What the walker reports to, and asks for the value of a linear operation."""
 
-    def linear(self, walker: Walker, use: Use) -> Sequence[Any] | None:
+    def linear(self, walker: Walker, use: Use) -> Values | None:
         """Returns the results of a linear use of a kernel, or None to merge it."""
 
-    def merge(self, walker: Walker, eqn: Any, view: Tracked) -> jax.Array:
+    def merge(self, walker: Walker, eqn: core.JaxprEqn, view: Tracked) -> jax.Array:
         """Returns the dense value of a view that meets no rule."""
 
-    def custom(self, walker: Walker, eqn: Any, paths: tuple[str, ...]) -> bool:
+    def custom(
+        self, walker: Walker, eqn: core.JaxprEqn, paths: tuple[str, ...]
+    ) -> bool:
         """True to follow kernels into a function with a derivative rule of its own."""
 
-    def branches(self, walker: Walker, use: Use) -> Any | None:
+    def branches(self, walker: Walker, use: Use) -> jax.Array | None:
         """Returns what is added to a linear use in there, or None to merge it."""
 
 
@@ -58,7 +72,7 @@ class Walker:
         self,
         visitor: Visitor,
         key: jax.Array | None = None,
-        scope: tuple[int, ...] = (),
+        scope: Scope = (),
         trips: int = 1,
         caller: str = "",
     ) -> None:
@@ -67,24 +81,25 @@ class Walker:
         Args:
           visitor: decides what linear operations and merges mean.
           key: dropout key of this scope; None switches dropout off.
-          scope: the equations that enclose this one, by identity.
+          scope: the equations that enclose this one.
           trips: how often the body runs, for counting FLOPs.
           caller: the line that leads here, for equations without one of their own.
         """
         self.visitor, self.key = visitor, key
         self.scope, self.trips, self.caller = scope, trips, caller
-        self.scalars: dict[int, Any] = {}
-        self.spread: dict[int, Any] = {}  # biases, before they are broadcast
+        self.scalars: dict[core.Var, jax.Array] = {}
+        self.spread: dict[core.Var, jax.Array] = {}
+        self.readers: dict[core.Var, list[str]] = {}
         self.uses = 0
-        self.jaxpr: Any = None
-        self.readers: dict[int, list[str]] = {}
 
-    def inner(self, eqn: Any, key: jax.Array | None, trips: int = 1) -> Walker:
+    def inner(
+        self, eqn: core.JaxprEqn, key: jax.Array | None, trips: int = 1
+    ) -> Walker:
         """Returns the walker of a body of `eqn`, which runs `trips` times."""
-        scope = (*self.scope, id(eqn))
+        scope = (*self.scope, eqn)
         return Walker(self.visitor, key, scope, self.trips * trips, self.line(eqn))
 
-    def line(self, eqn: Any) -> str:
+    def line(self, eqn: core.JaxprEqn) -> str:
         """Returns `file:line (function)` of an equation, or of what called it."""
         return source.summarize(eqn.source_info) or self.caller
 
@@ -93,25 +108,27 @@ class Walker:
         self.uses += 1
         return None if self.key is None else jax.random.fold_in(self.key, self.uses)
 
-    def run(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+    def run(self, jaxpr: Body, args: Values) -> list[Value]:
         """Evaluates a jaxpr, open or closed, on arrays and `Tracked` views."""
-        consts = getattr(jaxpr, "consts", ())
-        self.jaxpr = jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        consts = jaxpr.consts if isinstance(jaxpr, core.ClosedJaxpr) else ()
+        self.jaxpr = jaxpr = opened(jaxpr)
         for eqn in jaxpr.eqns:
-            for v in eqn.invars:
-                self.readers.setdefault(id(v), []).append(eqn.primitive.name)
-        for v in jaxpr.outvars:
-            self.readers.setdefault(id(v), []).append("return")
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+            self._note_readers(eqn.invars, eqn.primitive.name)
+        self._note_readers(jaxpr.outvars, "return")
+        env: dict[core.Var, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
-        read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
+        read = lambda atom: atom.val if isinstance(atom, core.Literal) else env[atom]
         for eqn in jaxpr.eqns:
-            values = [read(v) for v in eqn.invars]
-            results = self.step(eqn, values)
+            results = self.step(eqn, [read(atom) for atom in eqn.invars])
             env.update(zip(eqn.outvars, results, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return [read(atom) for atom in jaxpr.outvars]
 
-    def step(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
+    def _note_readers(self, atoms: Sequence[jax.core.Atom], name: str) -> None:
+        for atom in atoms:
+            if not isinstance(atom, core.Literal):
+                self.readers.setdefault(atom, []).append(name)
+
+    def step(self, eqn: core.JaxprEqn, values: Values) -> Values:
         """Evaluates one equation."""
         name = eqn.primitive.name
         if not any(isinstance(value, Tracked | Pending) for value in values):
@@ -123,30 +140,47 @@ class Walker:
             except Rigid:
                 results = None
             if results is None:
-                values = [self.merged(value, eqn) for value in values]
                 return self.plain(eqn, values)
             return [followed(r) if isinstance(r, Tracked) else r for r in results]
 
-    def plain(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
-        """Runs an equation on arrays; what is broadcast is remembered as it was."""
+    def plain(self, eqn: core.JaxprEqn, values: Values) -> list[jax.Array]:
+        """Runs an equation on arrays, kernels merged.
+
+        What it broadcasts is remembered as it was: a bias, a number.
+        """
+        arrays = [self.merged(value, eqn) for value in values]
         if eqn.primitive.name == "broadcast_in_dim":
-            if eqn.invars[0].aval.shape == ():
-                self.scalars[id(eqn.outvars[0])] = values[0]
-            if eqn.invars[0].aval.size < eqn.outvars[0].aval.size:
-                self.spread[id(eqn.outvars[0])] = _unbroadcast(eqn, values[0])
-        return self.bind(eqn, values)
+            given, made = aval(eqn.invars[0]), aval(eqn.outvars[0])
+            if given.shape == ():
+                self.scalars[eqn.outvars[0]] = arrays[0]
+            if given.size < made.size:
+                self.spread[eqn.outvars[0]] = _unbroadcast(eqn, arrays[0])
+        return self.bind(eqn, arrays)
 
-    def feeds_only_an_add(self, eqn: Any) -> bool:
+    def scalar(self, atom: jax.core.Atom) -> jax.Array | None:
+        """Returns the number that an operand was before it was broadcast, if it was."""
+        return None if isinstance(atom, core.Literal) else self.scalars.get(atom)
+
+    def unbroadcast(self, atom: jax.core.Atom) -> jax.Array | None:
+        """Returns what an operand was before it was broadcast, of its rank, or None."""
+        return None if isinstance(atom, core.Literal) else self.spread.get(atom)
+
+    def feeds_only_an_add(self, eqn: core.JaxprEqn) -> bool:
         """True when the result of an equation has one reader, and that is an add."""
-        return self.readers.get(id(eqn.outvars[0])) == ["add"]
+        return self.readers.get(eqn.outvars[0]) == ["add"]
 
-    def merged(self, value: Any, eqn: Any) -> Any:
-        """Returns the dense value of a view; anything else passes."""
-        if not isinstance(value, Tracked):
-            return value
-        return self.visitor.merge(self, eqn, value)
+    def merged(self, value: Value, eqn: core.JaxprEqn) -> jax.Array:
+        """Returns the dense value of a view; an array passes."""
+        if isinstance(value, Tracked):
+            return self.visitor.merge(self, eqn, value)
+        assert not isinstance(value, Pending | Part), value
+        return value
 
-    def bind(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    def frozen(self, eqn: core.JaxprEqn, values: Values) -> list[jax.Array]:
+        """Runs one equation on the frozen arrays of the views among its operands."""
+        return self.bind(eqn, [frozen(value) for value in values])
+
+    def bind(self, eqn: core.JaxprEqn, values: Sequence[jax.Array]) -> list[jax.Array]:
         """Runs one equation on arrays as it is, custom rules and effects included."""
         pairs = zip(eqn.invars, values, strict=True)
         given = {v: value for v, value in pairs if not isinstance(v, core.Literal)}
@@ -164,7 +198,19 @@ class Walker:
         return core.jaxpr_as_fun(core.ClosedJaxpr(single, []))(*given.values())
 
 
-def _unbroadcast(eqn: Any, value: jax.Array) -> jax.Array:
+def frozen(value: Value) -> jax.Array:
+    """Returns the frozen array of a view; an array passes."""
+    assert not isinstance(value, Pending | Part), value
+    return value.value if isinstance(value, Tracked) else value
+
+
+def known(value: Value) -> Tracked:
+    """Returns a value that is a view, as it has to be."""
+    assert isinstance(value, Tracked), value
+    return value
+
+
+def _unbroadcast(eqn: core.JaxprEqn, value: jax.Array) -> jax.Array:
     """The operand of a broadcast, with ones for the dimensions that it adds."""
     shape = [1] * len(eqn.params["shape"])
     for dim, size in zip(eqn.params["broadcast_dimensions"], value.shape, strict=True):
@@ -172,7 +218,7 @@ def _unbroadcast(eqn: Any, value: jax.Array) -> jax.Array:
     return value.reshape(shape)
 
 
-def located(eqn: Any) -> Any:
+def located(eqn: core.JaxprEqn) -> AbstractContextManager[None]:
     """A context in which emitted operations carry the equation's name and line."""
     info = eqn.source_info
     stack = source.current_name_stack() + info.name_stack

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from lorax import linalg
-from lorax.interpret import emit, grouped, maps
-from lorax.interpret.tracked import Term
-from lorax.interpret.use import Use
+from lorax.interpret.terms.tracked import Term
+from lorax.interpret.uses import grouped, mapped, thin
+from lorax.interpret.uses.use import Use
 from lorax.types import Axes
 
 
@@ -72,7 +72,7 @@ def _oriented(use: Use, term: Term, result: jnp.dtype) -> Pair | None:
     sized = lambda axes: Axes(*(tuple(sorted(term.sized(group))) for group in axes))
     here, made = sized(axes), sized(term.axes)
     tied = fits(here, made)
-    if tied is None or not maps.acts(use, term):
+    if tied is None or not mapped.acts(use, term):
         return None
     a, b = term.factors[:2]
     n, rank = len(term.dims("batch")), a.shape[-1]
@@ -89,7 +89,7 @@ def _oriented(use: Use, term: Term, result: jnp.dtype) -> Pair | None:
         batch, write = list(places.both), list(places.second)
         read = [d for d in places.first if d not in batch]
     size = lambda dims: [term.shape[d] for d in dims]
-    dtype = emit.operand_dtype(use.view.value.dtype)
+    dtype = thin.operand_dtype(use.view.value.dtype)
     first = first.astype(dtype).reshape(*size(batch), *size(read), rank)
     second = second.astype(linalg.promoted(dtype, result))
     second = second.reshape(*size(batch), rank, *size(write))

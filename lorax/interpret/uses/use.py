@@ -9,9 +9,10 @@ from typing import NamedTuple
 import jax
 from jax.extend import core
 
-from lorax.interpret.equations import aval
-from lorax.interpret.taken import Taken
-from lorax.interpret.tracked import Term, Tracked, place
+from lorax.interpret.terms.dense import place
+from lorax.interpret.terms.tracked import Term, Tracked
+from lorax.interpret.uses.equations import aval
+from lorax.interpret.uses.taken import Taken
 from lorax.types import Axes
 
 
@@ -76,6 +77,13 @@ class Use:
         x = self.operands[self.activation]
         assert not isinstance(x, Tracked)
         return x
+
+    def given(self, x: jax.Array | None) -> Sequence[jax.Array | Tracked]:
+        """Returns the operands, with another activation where the use reads one."""
+        operands = [*self.operands]
+        if self.activation is not None and x is not None:
+            operands[self.activation] = x
+        return operands
 
     def axes(self, term: Term) -> Axes | None:
         """Returns how this use reads and writes the term's leaf, None if it is mixed.

@@ -14,54 +14,52 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
+from jax.extend.core import JaxprEqn
 
-from lorax.interpret.taken import Taken
-from lorax.interpret.tracked import Lookup, Term, Tracked
-from lorax.interpret.use import Dims, Use
-from lorax.interpret.walker import Walker, rule
+from lorax.interpret.terms.tracked import Lookup, Term, Tracked
+from lorax.interpret.uses.taken import Taken
+from lorax.interpret.uses.use import Dims, Use
+from lorax.interpret.walker import Values, Walker, rule
 
 
 @rule("gather")
-def gather(walker: Walker, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+def gather(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """Slices at traced indices: kernels of a stack, or rows of an embedding."""
-    view, indices = values
+    view = values[0]
     if not isinstance(view, Tracked):
         return None
-    taken = Taken.read(eqn, indices)
+    taken = Taken.read(eqn, walker.merged(values[1], eqn))
     shape = view.value.shape
     if taken is None or not all(t.whole(taken.axis, shape) for t in view.terms):
         return None
     if view.looked_up:  # of what was chosen before: still rows, or kernels
         known = [term.lookup for term in view.terms]
-        return [_kernels(walker, eqn, view, indices, taken, known)]
+        return [_kernels(walker, view, taken, known)]
     kinds = {t.kind(taken.axis) for t in view.terms if t.factors is not None}
     if kinds == {"batch"} or all(t.added(taken.axis) for t in view.terms):
-        return [_kernels(walker, eqn, view, indices, taken)]
-    use = _lookup(eqn, values, taken)
+        return [_kernels(walker, view, taken)]
+    use = _lookup(view, taken)
     if kinds:
         return walker.visitor.linear(walker, use)
-    lookups, here = [], (*walker.scope, id(eqn))
+    lookups, here = [], (*walker.scope, eqn)
     for term in view.terms:
         axes = use.axes(term)
         if axes is None:
             return None
         lookups.append(Lookup(axes, here, walker.line(eqn)))
-    return [_kernels(walker, eqn, view, indices, taken, lookups)]
+    return [_kernels(walker, view, taken, lookups)]
 
 
 def _kernels(
     walker: Walker,
-    eqn: Any,
     view: Tracked,
-    indices: jax.Array,
     taken: Taken,
     lookups: Sequence[Lookup | None] = (),
 ) -> Tracked:
     """The chosen kernels as a view: the indices number a stack of their own."""
-    value = walker.bind(eqn, [view.value, indices])[0]
+    (value,) = walker.frozen(taken.eqn, [view, taken.indices])
     labels: list[tuple[int, ...]] = [()] * value.ndim
     terms = []
     for term, lookup in itertools.zip_longest(view.terms, lookups):
@@ -100,14 +98,14 @@ def _with_factors(term: Term, new: Term, taken: Taken) -> Term:
     return dataclasses.replace(new, factors=jax.tree.map(take, term.factors))
 
 
-def _lookup(eqn: Any, values: list[Any], how: Taken) -> Use:
+def _lookup(view: Tracked, how: Taken) -> Use:
     """An embedding lookup as a linear use of the table."""
     written = {d: p for d, p in how.window.items() if d != how.axis}
     return Use(
         op="gather",
-        eqn=eqn,
-        view=values[0],
-        operands=values,
+        eqn=how.eqn,
+        view=view,
+        operands=[view, how.indices],
         dims=Dims(read=(how.axis,), write=tuple(written)),
         flops=0,
         activation=None,  # an index: nothing to drop

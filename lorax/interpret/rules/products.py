@@ -1,42 +1,41 @@
 """The linear operations: where a kernel meets an activation (lookups: `gather`).
 
 Each rule reads from the equation which dimensions of the kernel are contracted, kept
-and batched, and asks the visitor. What `adapt` then emits is in `linear`.
+and batched, and asks the visitor. What `adapt` then emits is in `low_rank`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import jax
+from jax.extend.core import JaxprEqn
 
 from lorax import _explicit, linalg
-from lorax.interpret import joins, rescale
-from lorax.interpret.equations import aval
-from lorax.interpret.linear import gained_by
-from lorax.interpret.rescale import Pending
-from lorax.interpret.tracked import Tracked
-from lorax.interpret.use import Dims, Use
-from lorax.interpret.walker import Walker, rule
+from lorax.interpret.rules import joins
+from lorax.interpret.terms.tracked import Tracked
+from lorax.interpret.uses import rescale
+from lorax.interpret.uses.equations import aval
+from lorax.interpret.uses.rescale import Pending
+from lorax.interpret.uses.use import Dims, Use
+from lorax.interpret.walker import Value, Values, Walker, frozen, known, rule
 
 
 @rule("add")
-def add(walker: Walker, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+def add(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """The addition that a result waits for (a bias, a residual), or one of kernels."""
     waiting = [value for value in values if isinstance(value, Pending)]
     if not waiting:
         return joins.total(walker, eqn, values)
     if any(value.gain is not None for value in waiting):
         return [_add_rescaled(walker, eqn, values)]
-    bases = [v.base if isinstance(v, Pending) else v for v in values]
-    bases = [walker.merged(base, eqn) for base in bases]
+    base = lambda v: v.base if isinstance(v, Pending) else walker.merged(v, eqn)
+    bases = [base(value) for value in values]
     branches = [value.branch for value in waiting]
     return [walker.bind(eqn, bases)[0] + sum(branches[1:], start=branches[0])]
 
 
-def _add_rescaled(walker: Walker, eqn: Any, values: list[Any]) -> jax.Array:
+def _add_rescaled(walker: Walker, eqn: JaxprEqn, values: Values) -> jax.Array:
     """The addition to a result with a gain: a bias joins it before its gradient does.
 
     The gain's gradient is read off the sum, so that nothing else need be kept; from a
@@ -45,7 +44,8 @@ def _add_rescaled(walker: Walker, eqn: Any, values: list[Any]) -> jax.Array:
     for value, other, atom in zip(values, values[::-1], eqn.invars[::-1], strict=True):
         if not isinstance(value, Pending) or isinstance(other, Pending | Tracked):
             continue
-        bias = walker.spread.get(id(atom), other)
+        spread = walker.unbroadcast(atom)
+        bias = walker.merged(other, eqn) if spread is None else spread
         if bias.size < value.base.size:
             return rescale.total(value, bias)
     values = [rescale.total(v) if isinstance(v, Pending) else v for v in values]
@@ -53,40 +53,44 @@ def _add_rescaled(walker: Walker, eqn: Any, values: list[Any]) -> jax.Array:
 
 
 @rule("dot_general")
-def dot_general(walker: Walker, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+def dot_general(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """A contraction of the kernel, on either side, with an activation."""
     if all(isinstance(value, Tracked) for value in values):
         # what a lookup gives is no kernel where it meets one
-        values = [walker.merged(v, eqn) if v.looked_up else v for v in values]
+        values = [walker.merged(v, eqn) if _looked_up(v) else v for v in values]
         if not any(isinstance(value, Tracked) for value in values):
             return None
     if isinstance(values[1], Tracked):
         values = [walker.merged(values[0], eqn), values[1]]
     use = _dot(eqn, values)
-    if stacked := [i for i, d in enumerate(use.dims.read) if gained_by(use.view, d)]:
+    if stacked := [i for i, d in enumerate(use.dims.read) if use.view.gained_by(d)]:
         return _summed_last(walker, eqn, values, stacked)
     return walker.visitor.linear(walker, use)
 
 
-def _dot(eqn: Any, values: list[Any]) -> Use:
+def _looked_up(value: Value) -> bool:
+    return isinstance(value, Tracked) and value.looked_up
+
+
+def _dot(eqn: JaxprEqn, values: Values) -> Use:
     """A `dot_general` of an activation and a kernel, on either side, as a use."""
     left = isinstance(values[0], Tracked)
-    view, x = values if left else values[::-1]
+    view = known(values[0 if left else 1])
     order = 1 if left else -1  # of the operands, the kernel first
     contracted, batched = eqn.params["dimension_numbers"]
     (read, x_read), (batch, x_batch) = contracted[::order], batched[::order]
     shape = view.value.shape
     write = tuple(d for d in range(len(shape)) if d not in (*read, *batch))
-    free = 0 if left else x.ndim - len(read) - len(batch)
+    out = aval(eqn.outvars[0]).shape
+    free = 0 if left else len(out) - len(batch) - len(write)
     result = [*batch, *[None] * free, *write]
-    size = math.prod(aval(eqn.outvars[0]).shape) * math.prod(shape[d] for d in read)
     return Use(
         op="dot",
         eqn=eqn,
         view=view,
-        operands=values,
-        dims=Dims(tuple(read), write, tuple(batch)),
-        flops=2 * size,
+        operands=[view if v is view else frozen(v) for v in values],
+        dims=Dims(read=tuple(read), write=write, batch=tuple(batch)),
+        flops=2 * math.prod(out) * math.prod(shape[d] for d in read),
         activation=int(left),
         written={d: i for i, d in enumerate(result) if d is not None},
         applied=dict(zip((*batch, *read), (*x_batch, *x_read), strict=True)),
@@ -94,8 +98,8 @@ def _dot(eqn: Any, values: list[Any]) -> Use:
 
 
 def _summed_last(
-    walker: Walker, eqn: Any, values: list[Any], stacked: list[int]
-) -> list[Any]:
+    walker: Walker, eqn: JaxprEqn, values: Values, stacked: list[int]
+) -> Values:
     """A sum over experts whose outputs have gains of their own: batched, then summed.
 
     Args:
@@ -109,23 +113,23 @@ def _summed_last(
     own = [[dims[i] for i in stacked] for dims in read]
     left, right = ([d for d in r if d not in o] for r, o in zip(read, own, strict=True))
     numbers = (left, right), ([*batch[0], *own[0]], [*batch[1], *own[1]])
-    kept, out = len(batch[0]), eqn.outvars[0].aval.dtype
+    kept, out = len(batch[0]), aval(eqn.outvars[0]).dtype
     wide = linalg.wide(out)  # one rounding, after the sum
 
-    lies = _explicit.lies(eqn.outvars[0].aval)
+    lies = _explicit.lies(aval(eqn.outvars[0]))
     wanted = [*lies[:kept], *[None] * len(stacked), *lies[kept:]]
 
     def batched(x: jax.Array, w: jax.Array) -> jax.Array:
         y = _explicit.dot(x, w, numbers, params["precision"], dtype=wide, wanted=wanted)
         return y.sum(range(kept, kept + len(stacked))).astype(out)
 
-    avals = [_explicit.abstract(getattr(v, "value", v)) for v in values]
+    avals = [_explicit.abstract(frozen(v)) for v in values]
     inner = walker.inner(eqn, walker.fork_key())
     return inner.run(jax.make_jaxpr(batched)(*avals), values)
 
 
 @rule("conv_general_dilated")
-def conv(walker: Walker, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+def conv(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """A convolution with a kernel; a grouped one needs it whole."""
     x, view = values
     if not isinstance(view, Tracked):
@@ -140,7 +144,7 @@ def conv(walker: Walker, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     op = "conv" if groups == 1 else "grouped_conv"
     if groups > 1 and shape[read[0]] == 1:
         op = "depthwise_conv"
-    size = math.prod(aval(eqn.outvars[0]).shape) * math.prod(shape[d] for d in read)
+    size = aval(eqn.outvars[0]).size * math.prod(shape[d] for d in read)
     use = Use(
         op=op,
         eqn=eqn,
@@ -156,9 +160,9 @@ def conv(walker: Walker, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
 
 
 @rule("ragged_dot_general")
-def ragged_dot(walker: Walker, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+def ragged_dot(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """A grouped product (mixture of experts) with a whole stack of kernels."""
-    x, view, groups = values
+    x, view, groups = values[0], values[1], frozen(values[2])
     if not isinstance(view, Tracked) or not _is_ragged_dot(eqn, view):
         return None
     numbers, shape = eqn.params["ragged_dot_dimension_numbers"], view.value.shape
@@ -182,7 +186,7 @@ def ragged_dot(walker: Walker, eqn: Any, values: list[Any]) -> Sequence[Any] | N
     return walker.visitor.linear(walker, use)
 
 
-def _is_ragged_dot(eqn: Any, view: Tracked) -> bool:
+def _is_ragged_dot(eqn: JaxprEqn, view: Tracked) -> bool:
     """True for `jax.lax.ragged_dot`: rows in groups, one axis contracted."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (x_read, read), batch = numbers.dot_dimension_numbers

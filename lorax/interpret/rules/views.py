@@ -8,18 +8,18 @@ rank in the same factors (in and out axes flattened together, say).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
 
 from lorax import _explicit
-from lorax.interpret import maps
-from lorax.interpret.tracked import Term, Tracked
-from lorax.interpret.walker import Walker, rule
+from lorax.interpret.terms import maps
+from lorax.interpret.terms.tracked import Term, Tracked
+from lorax.interpret.uses.equations import aval
+from lorax.interpret.walker import Values, Walker, known, rule
 from lorax.types import Factors
 
 Edit = Callable[[Term], Term | None]
@@ -28,8 +28,8 @@ Group = tuple[list[int], list[int]]
 
 
 def viewed(
-    walker: Walker, eqn: Any, values: Sequence[Any], edit: Edit, operand: int = 0
-) -> list[Tracked] | None:
+    walker: Walker, eqn: JaxprEqn, values: Values, edit: Edit, operand: int = 0
+) -> Values | None:
     """Runs a one-result equation and edits every term of the tracked operand."""
     tracked = values[operand]
     if not isinstance(tracked, Tracked):
@@ -38,18 +38,18 @@ def viewed(
     terms = tuple(term for term in edited if term is not None)
     if len(terms) < len(edited):
         return None
-    values = [v.value if v is tracked else walker.merged(v, eqn) for v in values]
-    return [Tracked(walker.bind(eqn, values)[0], terms)]
+    others = [walker.merged(v, eqn) if v is not tracked else v for v in values]
+    return [Tracked(walker.frozen(eqn, others)[0], terms)]
 
 
 @rule("copy", "copy_p", "name", "sharding_constraint", "layout_constraint", "reshard")
-def same(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+def same(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """Operations that change neither the values nor the shape; factors follow them."""
     return viewed(walker, eqn, values, lambda term: term)
 
 
 @rule("convert_element_type")
-def convert(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+def convert(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """A cast to another floating dtype; factors are cast where they are used."""
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         return None
@@ -57,10 +57,9 @@ def convert(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None
 
 
 @rule("optimization_barrier", "device_put")
-def barrier(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
+def barrier(walker: Walker, eqn: JaxprEqn, values: Values) -> Values:
     """Operations over several operands, some of them kernels."""
-    plain = [v.value if isinstance(v, Tracked) else v for v in values]
-    results = walker.bind(eqn, plain)
+    results = walker.frozen(eqn, values)
     return [
         Tracked(result, value.terms) if isinstance(value, Tracked) else result
         for value, result in zip(values, results, strict=True)
@@ -68,7 +67,7 @@ def barrier(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
 
 
 @rule("stop_gradient", "pvary", "pcast")
-def per_factor(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+def per_factor(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """Operations of any shape that act on the factors as on the kernel."""
 
     def edit(term: Term) -> Term:
@@ -81,7 +80,7 @@ def per_factor(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | N
 
 
 @rule("transpose")
-def transpose(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+def transpose(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """A permutation of the view's dimensions; factors keep view order."""
     permutation = eqn.params["permutation"]
     pick = lambda t: tuple(t[d] for d in permutation)
@@ -95,9 +94,10 @@ def transpose(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | No
         )
         if term.factors is None:
             return new
-        order = lambda kind: [
-            term.dims(kind).index(permutation[d]) for d in new.dims(kind)
-        ]
+
+        def order(kind: str) -> list[int]:
+            return [term.dims(kind).index(permutation[d]) for d in new.dims(kind)]
+
         batch, in_, out = order("batch"), order("in"), order("out")
         n = len(batch)
         a = term.factors.a.transpose(*batch, *(n + i for i in in_), n + len(in_))
@@ -112,9 +112,9 @@ def transpose(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | No
 
 
 @rule("rev")
-def reverse(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+def reverse(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """A flip of some dimensions; the factors that own them are flipped."""
-    shape = values[0].value.shape
+    shape = known(values[0]).value.shape
 
     def edit(term: Term) -> Term:
         for dim in eqn.params["dimensions"]:
@@ -127,10 +127,10 @@ def reverse(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None
 
 
 @rule("reshape", "broadcast_in_dim", "squeeze")
-def reshape(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+def reshape(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """A change of shape in which no dimension mixes kinds, or a repetition."""
     tracked = values[0]
-    shape = tuple(eqn.outvars[0].aval.shape)
+    shape = tuple(aval(eqn.outvars[0]).shape)
     if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
         return None
     size = math.prod(shape)
@@ -148,8 +148,8 @@ def reshape(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None
         groups = [([d], [j]) for d, j in enumerate(places)]
     else:
         groups = _groups(old, shape)
-    lies = _explicit.lies(eqn.outvars[0].aval)
-    edit = lambda term: _regroup(term, groups, old, shape, lies)
+    lies = _explicit.lies(aval(eqn.outvars[0]))
+    edit = lambda term: regrouped(term, groups, old, shape, lies)
     return viewed(walker, eqn, values, edit)
 
 
@@ -198,12 +198,12 @@ def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[Group]:
     return groups
 
 
-def _regroup(
+def regrouped(
     term: Term,
     groups: list[Group],
     old: tuple[int, ...],
     shape: tuple[int, ...],
-    lies: Sequence[Any],
+    lies: _explicit.Entries,
 ) -> Term | None:
     """Relabels a term after a reshape and gives its factors the new sizes.
 
@@ -250,7 +250,7 @@ def _relabelled(
 
 
 def _resized(
-    term: Term, new: Term, lies: Sequence[Any], shape: tuple[int, ...]
+    term: Term, new: Term, lies: _explicit.Entries, shape: tuple[int, ...]
 ) -> Factors:
     """The factors of a term with the sizes of the view that it has become."""
     assert term.factors is not None
@@ -262,139 +262,11 @@ def _resized(
     a, b, gain, *held = term.factors
     rank = [(a.shape[-1], None)]
     sized = lambda factor, dims: _explicit.reshape(factor, *zip(*dims, strict=True))
+    n = len(term.dims("batch"))
+    own = lambda f: [(size, None) for size in f.shape[n:]]  # of a map; whole on a mesh
     return Factors(
         sized(a, [*batch, *in_, *rank]),
         sized(b, [*batch, *rank, *out]),
         None if gain is None else sized(gain, [*batch, *out]),
-        *jax.tree.map(
-            lambda f: sized(f, [*batch, *_own(f, len(term.dims("batch")))]), held
-        ),
+        *jax.tree.map(lambda f: sized(f, [*batch, *own(f)]), held),
     )
-
-
-def _own(factor: jax.Array, n: int) -> list[tuple[int, Any]]:
-    """The sizes of a map's own axes, behind n of the stack; whole on a mesh."""
-    return [(size, None) for size in factor.shape[n:]]
-
-
-@rule("slice")
-def slice_(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
-    """A static slice along any axes; a block outside it loses its term."""
-    tracked, params = values[0], eqn.params
-    shape = tracked.value.shape
-    strides = params["strides"] or (1,) * len(shape)
-    for dim, stride in enumerate(strides):
-        if stride != 1 and not all(term.whole(dim, shape) for term in tracked.terms):
-            return None
-    bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    terms = tracked.terms
-    for dim, bound in enumerate(bounds):
-        terms = _cut(terms, dim, bound)
-    result = walker.bind(eqn, [tracked.value])[0]
-    return [Tracked(result, terms) if terms else result]
-
-
-def _cut(
-    terms: Sequence[Term], dim: int, bound: tuple[int, int, int]
-) -> tuple[Term, ...]:
-    """Cuts one dimension of the view to `range(*bound)`; what is left of each term."""
-    low, high, stride = bound
-    put = lambda t, x: t[:dim] + (x,) + t[dim + 1 :]
-    kept = []
-    for term in terms:
-        begin = max(low - term.start[dim], 0)
-        end = min(high - term.start[dim], term.shape[dim])
-        size = len(range(begin, end, stride))
-        start = put(term.start, max(term.start[dim] - low, 0))
-        if size == term.shape[dim]:  # it is whole: no factor changes
-            kept.append(dataclasses.replace(term, start=start))
-        elif size:
-            cut = functools.partial(_slice_in, begin=begin, end=end, stride=stride)
-            shape = put(term.shape, size)
-            kept.append(term.edit(dim, cut, start=start, shape=shape))
-    return tuple(kept)
-
-
-def _slice_in(
-    factor: jax.Array, axis: int, begin: int, end: int, stride: int
-) -> jax.Array:
-    return jax.lax.slice_in_dim(factor, begin, end, stride, axis)
-
-
-def _dynamic_slice_in(
-    factor: jax.Array, axis: int, begin: jax.Array, size: int
-) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(factor, begin, size, axis)
-
-
-@rule("split", "unstack")
-def split(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
-    """Several slices along one axis at once; `unstack` also drops the axis."""
-    tracked, axis = values[0], eqn.params["axis"]
-    shape = tuple(tracked.value.shape)
-    results = walker.bind(eqn, [tracked.value])
-    kept = [d for d in range(len(shape)) if d != axis]
-    groups = [([d], [j]) for j, d in enumerate(kept)]
-    outs, offset = [], 0
-    for result in results:
-        stacked = result.ndim < len(shape)
-        size = 1 if stacked else result.shape[axis]
-        bound = (offset, offset := offset + size, 1)
-        terms = _cut(tracked.terms, axis, bound)
-        if stacked:
-            old = (*shape[:axis], 1, *shape[axis + 1 :])
-            lies = _explicit.entries(result)
-            regrouped = (
-                _regroup(term, groups, old, result.shape, lies) for term in terms
-            )
-            terms = tuple(term for term in regrouped if term is not None)
-        outs.append(Tracked(result, terms) if terms else result)
-    return outs
-
-
-@rule("dynamic_slice")
-def dynamic_slice(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
-    """A slice at traced indices: the layer of a stack, a chunk of an axis."""
-    tracked, *indices = values
-    if not isinstance(tracked, Tracked):
-        return None
-    sizes, shape = eqn.params["slice_sizes"], tracked.value.shape
-
-    def edit(term: Term) -> Term | None:
-        for dim, size in enumerate(sizes):
-            if size == shape[dim]:
-                continue
-            if not term.whole(dim, shape):
-                return None
-            # the primitive clamps, and its index is not to be read as from the end
-            begin = jnp.clip(indices[dim], 0, shape[dim] - size)
-            term = term.edit(
-                dim,
-                functools.partial(_dynamic_slice_in, begin=begin, size=size),
-                shape=term.shape[:dim] + (size,) + term.shape[dim + 1 :],
-            )
-        return term
-
-    return viewed(walker, eqn, values, edit)
-
-
-@rule("all_gather")
-def all_gather(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
-    """A kernel gathered from its shards: the factor that owns the axis is gathered."""
-    if not eqn.params["tiled"]:
-        return None
-    dim, shape = eqn.params["all_gather_dimension"], values[0].value.shape
-    full = eqn.outvars[0].aval.shape[dim]
-
-    def gather(factor: jax.Array, axis: int) -> jax.Array:
-        moved = eqn.replace(params=eqn.params | {"all_gather_dimension": axis})
-        return walker.bind(moved, [factor])[0]
-
-    def edit(term: Term) -> Term | None:
-        if not term.whole(dim, shape):
-            return None
-        return term.edit(
-            dim, gather, shape=term.shape[:dim] + (full,) + term.shape[dim + 1 :]
-        )
-
-    return viewed(walker, eqn, values, edit)

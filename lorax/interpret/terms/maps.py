@@ -1,4 +1,4 @@
-"""Maps of whole inputs at a linear operation: what is not a thin product.
+"""Maps of whole inputs, what is not a thin product, on rows of a kernel's own axes.
 
     y = (x + x D) @ W0 + C(x)
 
@@ -10,24 +10,16 @@ the transposed maps, D to the result and C to the activation.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from lorax import _explicit, linalg
-from lorax.interpret.equations import Typed
-from lorax.types import LinearMap
+from lorax.interpret.terms.tracked import Term
+from lorax.types import LinearMap, PyTree
 
-if TYPE_CHECKING:
-    from lorax.interpret.tracked import Term
-    from lorax.interpret.use import Use
-
-W = TypeVar("W")
-R = TypeVar("R")
 Name = tuple[str, int]
 Names = list[list[Name]]
 """For each dimension of an array what it is made of, the slowest first."""
@@ -39,72 +31,6 @@ def follows(term: Term, groups: Sequence[tuple[Sequence[int], Sequence[int]]]) -
     return not any(
         len(new) > 1 and any(term.kind(d) in rigid for d in old) for old, new in groups
     )
-
-
-def precisely(function: Callable[[W, Use], R]) -> Callable[[W, Use], R]:
-    """A function of a walker and a use, whose maps compute as the equation does.
-
-    The functions of maps name no precision: they take the equation's, where it has one.
-    """
-
-    @functools.wraps(function)
-    def run(walker: W, use: Use) -> R:
-        given = use.eqn.params.get("precision")
-        own = given[0] if isinstance(given, tuple) else given
-        if not isinstance(own, jax.lax.Precision):
-            return function(walker, use)
-        with jax.default_matmul_precision(own.name.lower()):
-            return function(walker, use)
-
-    return run
-
-
-def acts(use: Use, term: Term) -> bool:
-    """True where the maps of a term, if it has any, can act in this use."""
-    if term.factors is None or not term.factors.maps:
-        return True
-    shape = use.view.value.shape
-    whole = all(term.whole(d, shape) for d in range(len(shape)))
-    alone = whole and len(use.view.terms) == 1
-    return use.op == "dot" and (alone or term.factors.inputs is None)
-
-
-def turned(use: Use, term: Term, x: jax.Array) -> jax.Array:
-    """Returns `x + x D`, D the term's map of inputs, rounded once."""
-    assert term.factors is not None and term.factors.inputs is not None
-    names = _names(term, use.applied, x.ndim, "in")
-    change = _applied(term.factors.inputs, term, x, (names, "in"), (names, "in"), x)
-    return (x.astype(change.dtype) + change).astype(x.dtype)
-
-
-def turned_back(use: Use, term: Term, y: jax.Array) -> jax.Array:
-    """Returns `y + y D^T`, y the result of a transposed use."""
-    assert term.factors is not None and term.factors.inputs is not None
-    names = _names(term, use.written, y.ndim, "in")
-    own = _transposed(term.factors.inputs, _size(term, "in"))
-    change = _applied(own, term, y, (names, "in"), (names, "in"), y)
-    return (y.astype(change.dtype) + change).astype(y.dtype)
-
-
-def branch(use: Use, term: Term, x: jax.Array, tied: bool, base: Typed) -> jax.Array:
-    """Returns `C(x)`, or its transpose, as the term's block of the result.
-
-    Args:
-      use: a dot.
-      term: with a branch.
-      x: the activation, the part that the term reads.
-      tied: True where the use is transposed.
-      base: the frozen product, whose dimensions the result has, and as which it lies.
-    """
-    assert term.factors is not None and term.factors.branch is not None
-    own, read, write = term.factors.branch, "in", "out"
-    if tied:
-        own, read, write = _transposed(own, _size(term, "in")), "out", "in"
-    given = _names(term, use.applied, x.ndim, read)
-    wanted = _names(term, use.written, base.ndim, write)
-    whole = all(term.whole(d, use.view.value.shape) for d in use.dims.write)
-    like = base if whole else None
-    return _applied(own, term, x, (given, read), (wanted, write), like)
 
 
 def dense(term: Term, value: jax.Array) -> list[jax.Array]:
@@ -122,10 +48,12 @@ def dense(term: Term, value: jax.Array) -> list[jax.Array]:
     with jax.default_matmul_precision("highest"):
         if term.factors.inputs is not None:
             # the columns of the kernel are rows to the transposed map: D w
-            names = _names(term, places, block.ndim, "in")
-            back = _transposed(term.factors.inputs, _size(term, "in"))
-            ends = (names, "in"), (names, "in")
-            found.append(_applied(back, term, block, *ends, block))
+            names = named(term, places, block.ndim, "in")
+            back = transposed(term.factors.inputs, size(term, "in"))
+            ends = names, "in"
+            found.append(
+                applied(back, term, block, given=ends, wanted=ends, like=block)
+            )
         if term.factors.branch is not None:
             found.append(_written(term, block, places))
     if block.shape == value.shape:
@@ -140,7 +68,7 @@ def dense(term: Term, value: jax.Array) -> list[jax.Array]:
 def _written(term: Term, block: jax.Array, places: Mapping[int, int]) -> jax.Array:
     """C of the identity, in the layout of the view's block."""
     assert term.factors is not None and term.factors.branch is not None
-    n = _size(term, "in")
+    n = size(term, "in")
     stack = [term.shape[d] for d in term.dims("batch")]
     rows = jnp.broadcast_to(jnp.eye(n, dtype=block.dtype), (*stack, n, n))
     # the rows are the inputs: its dimensions of kind "in" are free ones there
@@ -152,21 +80,23 @@ def _written(term: Term, block: jax.Array, places: Mapping[int, int]) -> jax.Arr
         for group in _both(term, places, block.ndim)
         for kind, axis in group
     ]
-    ends = (given, "in"), (wanted, "out")
-    return _applied(term.factors.branch, term, rows, *ends, None).reshape(block.shape)
+    own = term.factors.branch
+    read, write = (given, "in"), (wanted, "out")
+    made = applied(own, term, rows, given=read, wanted=write, like=None)
+    return made.reshape(block.shape)
 
 
 def _both(term: Term, places: Mapping[int, int], ndim: int) -> Names:
     """The names of a view's dimensions, in and out axes alike."""
-    reads = _names(term, places, ndim, "in")
-    writes = _names(term, places, ndim, "out")
+    reads = named(term, places, ndim, "in")
+    writes = named(term, places, ndim, "out")
     return [
         r if term.kind(d) == "in" else w
         for d, (r, w) in enumerate(zip(reads, writes, strict=True))
     ]
 
 
-def _names(term: Term, places: Mapping[int, int], ndim: int, kind: str) -> Names:
+def named(term: Term, places: Mapping[int, int], ndim: int, kind: str) -> Names:
     """Names the dimensions of an array.
 
     Args:
@@ -199,27 +129,29 @@ def _leaf_axes(term: Term, kind: str) -> list[int]:
     return [axis for axis in axes if term.leaf[axis] > 1]
 
 
-def _size(term: Term, kind: str) -> int:
+def size(term: Term, kind: str) -> int:
+    """How long the leaf's axes of one kind are, flattened."""
     return math.prod(term.leaf[axis] for axis in _leaf_axes(term, kind))
 
 
-def _transposed(held: LinearMap, n: int) -> LinearMap:
+def transposed(held: LinearMap, n: int) -> LinearMap:
     """The map of rows `y -> y M^T`, of a map `[.., n] -> [.., m]`."""
 
-    def apply(arrays: Any, y: jax.Array) -> jax.Array:
+    def apply(arrays: PyTree, y: jax.Array) -> jax.Array:
         like = jax.ShapeDtypeStruct((y.shape[0], n), y.dtype)
         return jax.linear_transpose(lambda x: held.apply(arrays, x), like)(y)[0]
 
     return LinearMap(held.arrays, apply)
 
 
-def _applied(
+def applied(
     held: LinearMap,
     term: Term,
     x: jax.Array,
+    *,
     given: tuple[Names, str],
     wanted: tuple[Names, str],
-    like: Typed | None,
+    like: jax.Array | jax.core.ShapedArray | None,
 ) -> jax.Array:
     """Returns a map of an array's rows, in at least float32.
 
@@ -237,7 +169,7 @@ def _applied(
     def run(held: LinearMap, x: jax.Array) -> jax.Array:
         sizes = _sizes(term, names, x.shape)
         rows, rest = _rows(x.astype(wide), names, sizes, _leaf_axes(term, read))
-        apply: Callable[[Any, jax.Array], jax.Array] = held.apply
+        apply: Callable[[PyTree, jax.Array], jax.Array] = held.apply
         for _ in term.dims("batch"):
             apply = jax.vmap(apply)
         arrays = jax.tree.map(lambda f: f.astype(wide), held.arrays)

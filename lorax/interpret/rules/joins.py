@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
 
-from lorax.interpret.scales import negated
-from lorax.interpret.tracked import Term, Tracked
-from lorax.interpret.views import viewed
-from lorax.interpret.walker import Walker, rule
+from lorax.interpret.rules.scales import negated
+from lorax.interpret.rules.views import viewed
+from lorax.interpret.terms.tracked import Term, Tracked
+from lorax.interpret.uses.equations import aval
+from lorax.interpret.walker import Value, Values, Walker, rule
 from lorax.types import Factors
 
 
 @rule("concatenate")
-def concatenate(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+def concatenate(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """Kernels joined along an in or out axis (fused qkv), or along a new one."""
     dim = eqn.params["dimension"]
     views = [value for value in values if isinstance(value, Tracked)]
     terms = [term for view in views for term in view.terms]
     if any(not term.labels[dim] for term in terms):
-        if all(v.aval.shape[dim] == 1 for v in eqn.invars):
+        if all(aval(v).shape[dim] == 1 for v in eqn.invars):
             return _stacked(walker, eqn, values, dim)
         return None
     offset, joined = 0, []
@@ -32,9 +33,8 @@ def concatenate(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | 
             if term.factors is not None and term.kind(dim) not in ("in", "out"):
                 return None
             joined.append(_moved(term, dim, offset))
-        offset += atom.aval.shape[dim]
-    plain = [v.value if isinstance(v, Tracked) else v for v in values]
-    return [Tracked(walker.bind(eqn, plain)[0], tuple(joined))]
+        offset += aval(atom).shape[dim]
+    return [Tracked(walker.frozen(eqn, values)[0], tuple(joined))]
 
 
 def _moved(term: Term, dim: int, offset: int) -> Term:
@@ -44,7 +44,7 @@ def _moved(term: Term, dim: int, offset: int) -> Term:
 
 
 @rule("pad")
-def pad(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+def pad(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """A kernel within a border: its block lies further in."""
     config = eqn.params["padding_config"]
     if any(min(low, high, inside) < 0 or inside for low, high, inside in config):
@@ -61,12 +61,12 @@ def pad(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
 
 
 @rule("stack")
-def stack(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked]:
+def stack(walker: Walker, eqn: JaxprEqn, values: Values) -> Values:
     """Kernels stacked along a new axis: layers before a scan, q and k and v."""
     axis = eqn.params["axis"]
     put = lambda t, x: (*t[:axis], x, *t[axis:])
 
-    def expanded(value: Any) -> Any:
+    def expanded(value: Value) -> Value:
         if not isinstance(value, Tracked):
             return value
         terms = (
@@ -83,14 +83,13 @@ def stack(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked]:
     return _stacked(walker, eqn, [*map(expanded, values)], axis)
 
 
-def _stacked(walker: Walker, eqn: Any, values: list[Any], axis: int) -> list[Tracked]:
+def _stacked(walker: Walker, eqn: JaxprEqn, values: Values, axis: int) -> Values:
     """Stacks views that have a dimension of length one there.
 
     Kernels alike become one stack with one pair of factors, which a scan or an index
     takes apart; others keep a term each, in its own place along the axis.
     """
-    plain = [v.value if isinstance(v, Tracked) else v for v in values]
-    result = walker.bind(eqn, plain)[0]
+    result = walker.frozen(eqn, values)[0]
     fused = _fused(values, axis, result.shape)
     if fused is not None:
         return [Tracked(result, (fused,))]
@@ -103,7 +102,7 @@ def _stacked(walker: Walker, eqn: Any, values: list[Any], axis: int) -> list[Tra
     return [Tracked(result, tuple(terms))]
 
 
-def _fused(values: Sequence[Any], axis: int, shape: Sequence[int]) -> Term | None:
+def _fused(values: Values, axis: int, shape: Sequence[int]) -> Term | None:
     """One term for a stack of kernels alike; None where they differ."""
     groups = [value.terms if isinstance(value, Tracked) else () for value in values]
     terms = [term for group in groups for term in group]
@@ -170,19 +169,19 @@ def _filled(
 
 
 @rule("sub")
-def subtract(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+def subtract(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """A kernel less another."""
     return total(walker, eqn, values)
 
 
-def total(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+def total(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """The sum or difference of two kernels: the terms of both.
 
     Under `adapt` one of them may be any array of the same shape: discover has seen that
     the other is a kernel. A gain would multiply both: such kernels are merged.
     """
-    whole = eqn.outvars[0].aval.shape
-    if any(v.aval.shape != whole for v in eqn.invars):
+    whole = aval(eqn.outvars[0]).shape
+    if any(aval(v).shape != whole for v in eqn.invars):
         return None
     views = [value for value in values if isinstance(value, Tracked)]
     terms = [term for view in views for term in view.terms]
@@ -191,11 +190,10 @@ def total(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
         return None
     if any(t.factors is not None and not additive(t.factors) for t in terms):
         return None
-    if any(id(atom) in walker.scalars for atom in eqn.invars):
+    if any(walker.scalar(atom) is not None for atom in eqn.invars):
         return None
     if eqn.primitive.name == "sub" and isinstance(values[1], Tracked):
         second = Tracked(values[1].value, tuple(map(negated, values[1].terms)))
         values = [values[0], second]
     parts = [v.terms if isinstance(v, Tracked) else () for v in values]
-    plain = [v.value if isinstance(v, Tracked) else v for v in values]
-    return [Tracked(walker.bind(eqn, plain)[0], (*parts[0], *parts[1]))]
+    return [Tracked(walker.frozen(eqn, values)[0], (*parts[0], *parts[1]))]

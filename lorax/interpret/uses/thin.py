@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import _explicit, tree
-from lorax.interpret.tracked import Term
+from lorax.interpret.terms.tracked import Term
 
 Both = tuple[Sequence[int], Sequence[int]]
 """Dimensions of the two operands that meet each other."""
@@ -115,14 +115,16 @@ def dot(
             wanted=(*lies[:kept], None),
         )
     # h keeps the batch dimensions in the equation's order, `second` in view order
-    return mix(h, second, h.ndim - 1, tuple(batch[1]), result)
+    feature = h.ndim - 1
+    return mix(h, second, feature=feature, batch=tuple(batch[1]), result=result)
 
 
 def mix(
     h: jax.Array,
     second: jax.Array,
+    *,
     feature: int,
-    batch: tuple[int, ...],
+    batch: tuple[int, ...] = (),
     result: Result,
 ) -> jax.Array:
     """Returns `h @ second`.
@@ -159,7 +161,7 @@ def mix(
 
 
 def mix_groups(
-    h: jax.Array, second: jax.Array, feature: int, groups: int, result: Result
+    h: jax.Array, second: jax.Array, *, feature: int, groups: int, result: Result
 ) -> jax.Array:
     """`mix` of a grouped convolution: each group mixes its own channels."""
     h = jnp.moveaxis(h, feature, -1).astype(second.dtype)

@@ -15,28 +15,36 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lorax import _explicit
+from lorax.types import PyTree
 
 BLOCKS = 16  # at most so many are computed again, each only where it has to be
 SHARE = 64.0  # |y|^2 over |y - bias|^2, above which too many digits of u are gone
+
+Run = Callable[[PyTree, jax.Array, int], jax.Array]
+"""`(operands, begin, size) -> block` of a result."""
+How = tuple[Run, int]
+"""Such a function, and the dimension of the result along which the blocks lie."""
+Parts = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""Base, branch, gain and bias."""
 
 
 class Again(NamedTuple):
     """How `base + branch` is computed again, a block of outputs at a time.
 
     Attributes:
-      run: `(operands, begin, size) -> block`.
+      run: computes one.
       operands: arrays and views that the forward pass has.
       dim: dimension of the result along which the blocks lie.
     """
 
-    run: Callable[[Any, jax.Array, int], jax.Array]
-    operands: Any
+    run: Run
+    operands: PyTree
     dim: int
 
 
@@ -97,7 +105,7 @@ def _keeping(
 
 
 @_keeping.defjvp
-def _keeping_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _keeping_jvp(primals: Parts, tangents: Parts) -> tuple[jax.Array, jax.Array]:
     base, branch, gain, _ = primals
     d_base, d_branch, d_gain, d_bias = tangents
     wide = branch.dtype
@@ -108,12 +116,12 @@ def _keeping_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _reading(
-    how: Any,
+    how: How,
     base: jax.Array,
     branch: jax.Array,
     gain: jax.Array,
     bias: jax.Array,
-    operands: Any,
+    operands: PyTree,
 ) -> jax.Array:
     """The value; u is read off it or computed again, and nothing is kept."""
     del how, operands
@@ -121,12 +129,14 @@ def _reading(
 
 
 @_reading.defjvp
-def _reading_jvp(how: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _reading_jvp(
+    how: How, primals: PyTree, tangents: PyTree
+) -> tuple[jax.Array, jax.Array]:
     base, branch, gain, bias, operands = primals
     d_base, d_branch, d_gain, d_bias, _ = tangents
     y = _reading(how, *primals)
 
-    def along(d_gain: jax.Array, *known: Any) -> jax.Array:
+    def along(d_gain: jax.Array, *known: PyTree) -> jax.Array:
         return _sum(Again(how[0], known[-1], how[1]), *known[:-1]) * d_gain
 
     # replayed in the backward pass: what it computes is not kept
@@ -143,11 +153,11 @@ def _sum(again: Again, y: jax.Array, gain: jax.Array, bias: jax.Array) -> jax.Ar
     read = part / jnp.where(gain == 0, 1, gain)
     size = y.shape[again.dim]
     width = max(d for d in range(1, max(size // BLOCKS, 1) + 1) if size % d == 0)
-    cut = lambda v, begin: (
-        jax.lax.dynamic_slice_in_dim(v, begin, width, again.dim)
-        if v.shape[again.dim] == size
-        else v
-    )
+
+    def cut(v: jax.Array, begin: jax.Array) -> jax.Array:
+        if v.shape[again.dim] != size:
+            return v
+        return jax.lax.dynamic_slice_in_dim(v, begin, width, again.dim)
 
     def block(begin: jax.Array) -> jax.Array:
         return jax.lax.cond(

@@ -14,12 +14,12 @@ that factor's product alone. The cost is that of the pairs, `rank` columns per e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from lorax import _explicit
-from lorax.interpret.emit import Result
+from lorax.interpret.uses.thin import Result
 
 Name = int | str | tuple[str, int]
 """A dimension: of the view by its number, of the activation alone, or the rank."""
@@ -102,7 +102,7 @@ def _product(
     kept: set[Name],
     precision: jax.lax.PrecisionLike,
     dtype: jax.typing.DTypeLike,
-    lies: Mapping[Name, Any],
+    lies: Mapping[Name, _explicit.Entry],
 ) -> Named:
     """Contracts shared names, except those to be kept, which are batched."""
     shared = [name for name in x.names if name in w.names]

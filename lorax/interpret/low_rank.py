@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from lorax import _explicit, linalg
-from lorax.interpret import branches, emit, maps, rescale
-from lorax.interpret.pairs import Pair, oriented
-from lorax.interpret.rescale import Pending
-from lorax.interpret.tracked import Term, Tracked, block_of, dense, gains, ungained
-from lorax.interpret.use import Use
+from lorax.interpret.terms.dense import block_of, dense, gains, ungained
+from lorax.interpret.terms.tracked import Term, Tracked
+from lorax.interpret.uses import branches, mapped, rescale, thin
+from lorax.interpret.uses.pairs import Pair, oriented
+from lorax.interpret.uses.rescale import Pending
+from lorax.interpret.uses.use import Use
 from lorax.interpret.walker import Walker
 
 
@@ -39,13 +40,12 @@ class Inputs(NamedTuple):
     dropped: bool
 
 
-@maps.precisely
 def low_rank(walker: Walker, use: Use) -> list[jax.Array | Pending] | None:
     """Returns the operation's result plus the branch of every term, or None.
 
     The sum is left `Pending` where an addition follows.
     """
-    terms, gained = use.view.terms, any(map(_gained, use.view.terms))
+    terms, gained = use.view.terms, any(term.gained for term in use.view.terms)
     dtype = use.out.dtype
     if gained and dtype == jnp.float16:
         dtype = jnp.dtype(jnp.float32)  # a gradient times a small gain would vanish
@@ -62,19 +62,19 @@ def low_rank(walker: Walker, use: Use) -> list[jax.Array | Pending] | None:
             inputs, gain = tie(inputs, gain), None
         elif inputs.dropped:
             inputs, rest = spared(walker, use, inputs)
-    if rest is not None and any(map(_turns, terms)):
+    if rest is not None and any(term.turns for term in terms):
         return None
     base = product(walker, use, inputs.frozen, pairs[0].tied)
     added = []
     for term, pair, x in zip(terms, pairs, inputs.thin, strict=True):
-        found = branches.parts(use, term, pair, x, base)
+        found = branches.parts(use, term, pair, x=x, base=base)
         added += [_explicit.like(part, base) for part in found]
     if not added and gain is None:
         return [base]
     wide = linalg.wide(use.out.dtype)
     extra = sum(added[1:], start=added[0]) if added else jnp.zeros((), wide)
     again = None if gain is None else _again(use, inputs.frozen)
-    return [total(walker, use, Pending(base, extra, gain, again), rest)]
+    return [summed(walker, use, Pending(base, extra, gain, again), rest)]
 
 
 def dropout(walker: Walker, use: Use) -> Inputs:
@@ -82,8 +82,8 @@ def dropout(walker: Walker, use: Use) -> Inputs:
     x, terms = use.input, use.view.terms
     if x is None:
         return Inputs(None, [None] * len(terms), dropped=False)
-    thin = [emit.dropped(x, term, walker.fork_key()) for term in terms]
-    return Inputs(x, thin, walker.key is not None and any(t.rate for t in terms))
+    each = [thin.dropped(x, term, walker.fork_key()) for term in terms]
+    return Inputs(x, each, walker.key is not None and any(t.rate for t in terms))
 
 
 def gain_of(use: Use, pairs: Sequence[Pair]) -> jax.Array | None:
@@ -92,7 +92,8 @@ def gain_of(use: Use, pairs: Sequence[Pair]) -> jax.Array | None:
     None where they do not factor out: a kernel that holds only some of a term's inputs,
     uses of both orientations at once.
     """
-    shape, gained = use.view.value.shape, [*filter(_gained, use.view.terms)]
+    shape = use.view.value.shape
+    gained = [term for term in use.view.terms if term.gained]
     whole = all(t.whole(d, shape) for t in gained for d in t.dims("in"))
     tied = pairs[0].tied
     places = use.applied if tied else use.written
@@ -119,16 +120,16 @@ def gain_of(use: Use, pairs: Sequence[Pair]) -> jax.Array | None:
 
 def tie(inputs: Inputs, gain: jax.Array) -> Inputs:
     """Returns the inputs of a transposed use: `(W * gain)^T` reads `x * gain`."""
-    x, thin, dropped = inputs
+    x, each, dropped = inputs
     assert x is not None
     gain = _explicit.like(gain, x)
     wide = linalg.wide(x, gain)
     times = lambda x, gain: x.astype(wide) * gain.astype(wide)
     base = times(x, gain)
     if dropped:
-        base = x.astype(wide) + times(thin[0], gain - 1)
-    thin = [times(own, gain).astype(x.dtype) for own in thin]
-    return Inputs(base.astype(x.dtype), thin, dropped)
+        base = x.astype(wide) + times(each[0], gain - 1)
+    each = [times(own, gain).astype(x.dtype) for own in each]
+    return Inputs(base.astype(x.dtype), each, dropped)
 
 
 def spared(walker: Walker, use: Use, inputs: Inputs) -> tuple[Inputs, jax.Array]:
@@ -138,21 +139,26 @@ def spared(walker: Walker, use: Use, inputs: Inputs) -> tuple[Inputs, jax.Array]
     """
     x, (kept,) = inputs.frozen, inputs.thin
     assert x is not None and kept is not None
-    rest = frozen(walker, use, x - kept).astype(linalg.wide(use.out.dtype))
+    rest = _frozen(walker, use, x - kept).astype(linalg.wide(use.out.dtype))
     return Inputs(kept, inputs.thin, inputs.dropped), rest
 
 
 def product(walker: Walker, use: Use, x: jax.Array | None, tied: bool) -> jax.Array:
     """Returns the frozen product, of inputs that a map turns, where a term has one."""
-    turn = next(filter(_turns, use.view.terms), None)
+    turn = next((term for term in use.view.terms if term.turns), None)
     if turn is None or x is None:
-        return frozen(walker, use, x)
+        return _frozen(walker, use, x)
     if tied:
-        return maps.turned_back(use, turn, frozen(walker, use, x))
-    return frozen(walker, use, maps.turned(use, turn, x))
+        return mapped.turned_back(use, turn, _frozen(walker, use, x))
+    return _frozen(walker, use, mapped.turned(use, turn, x))
 
 
-def total(
+def _frozen(walker: Walker, use: Use, x: jax.Array | None) -> jax.Array:
+    """Returns the operation on the frozen kernel alone, of x where it reads one."""
+    return walker.frozen(use.eqn, use.given(x))[0]
+
+
+def summed(
     walker: Walker, use: Use, parts: Pending, rest: jax.Array | None
 ) -> jax.Array | Pending:
     """Returns the sum of a result's parts, or the parts where an addition follows.
@@ -175,26 +181,17 @@ def total(
     return rescale.total(parts, rest)
 
 
-@maps.precisely
 def thin_only(walker: Walker, use: Use) -> jax.Array | None:
     """Returns the branches of all terms without the frozen product, or None."""
     terms, pairs = use.view.terms, oriented(use, use.out.dtype)
-    if pairs is None or any(map(_gained, terms)) or any(map(_turns, terms)):
+    if pairs is None or any(term.gained or term.turns for term in terms):
         return None
     found: list[jax.Array] = []
     inputs = dropout(walker, use)
     for term, pair, x in zip(terms, pairs, inputs.thin, strict=True):
-        for part in branches.parts(use, term, pair, x, use.out):
+        for part in branches.parts(use, term, pair, x=x, base=use.out):
             found.append(_explicit.like(part, found[0]) if found else part)
     return sum(found[1:], start=found[0])
-
-
-def frozen(walker: Walker, use: Use, x: jax.Array | None = None) -> jax.Array:
-    """Returns the operation on the frozen kernel alone, of `x` if that is given."""
-    values = [v.value if isinstance(v, Tracked) else v for v in use.operands]
-    if x is not None and use.activation is not None:
-        values[use.activation] = x
-    return walker.bind(use.eqn, values)[0]
 
 
 def _again(use: Use, x: jax.Array | None) -> rescale.Again | None:
@@ -206,10 +203,10 @@ def _again(use: Use, x: jax.Array | None) -> rescale.Again | None:
     whole = lambda d: all(term.whole(d, view.value.shape) for term in view.terms)
     dims = [d for d in use.dims.write if d in use.written and whole(d)]
     plain = use.op in ("dot", "conv")
-    mapped = any(term.factors and term.factors.maps for term in view.terms)
-    if x is None or not plain or not dims or mapped:
+    maps = any(term.factors and term.factors.maps for term in view.terms)
+    if x is None or not plain or not dims or maps:
         return None
-    if _explicit.is_explicit(view.value, x) or not emit.alone(view.value):
+    if _explicit.is_explicit(view.value, x) or not thin.alone(view.value):
         return None
     dim = max(dims, key=lambda d: view.value.shape[d])
     rest = [x if i == use.activation else None for i, _ in enumerate(use.operands)]
@@ -225,19 +222,3 @@ def _again(use: Use, x: jax.Array | None) -> rescale.Again | None:
         return eqn.primitive.bind(*values, **eqn.params)  # of another shape than eqn's
 
     return rescale.Again(run, (ungained(view), *rest), use.written[dim])
-
-
-def _gained(term: Term) -> bool:
-    return term.factors is not None and term.factors.gain is not None
-
-
-def _turns(term: Term) -> bool:
-    return term.factors is not None and term.factors.inputs is not None
-
-
-def gained_by(view: Tracked, dim: int) -> bool:
-    """True where a dimension numbers kernels with gains of their own."""
-    return any(
-        _gained(term) and term.shape[dim] > 1 and term.kind(dim) == "batch"
-        for term in view.terms
-    )

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.extend import core
 
-from lorax.interpret.equations import aval
+from lorax.interpret.uses.equations import aval
 
 
 class Taken(NamedTuple):
     """A gather of whole slices along one axis.
 
     Attributes:
+      eqn: the equation.
+      indices: its second operand.
       axis: of the operand, which the indices number.
       ids: `[*shape, 1]`, the indices along it.
       window: for each dimension of the operand that the result has, where.
       rows: the dimensions of the result that number the indices.
-      params: of the equation, for gathers of the factors.
     """
 
+    eqn: core.JaxprEqn
+    indices: jax.Array
     axis: int
     ids: jax.Array
     window: dict[int, int]
     rows: tuple[int, ...]
-    params: Mapping[str, Any]
 
     @classmethod
     def read(cls, eqn: core.JaxprEqn, indices: jax.Array) -> Taken | None:
@@ -50,11 +51,12 @@ class Taken(NamedTuple):
         window = dict(zip(kept, numbers.offset_dims, strict=True))
         out = range(len(aval(eqn.outvars[0]).shape))
         rows = tuple(d for d in out if d not in numbers.offset_dims)
-        return cls(axes[0], indices[..., at : at + 1], window, rows, params)
+        ids = indices[..., at : at + 1]
+        return cls(eqn, indices, axes[0], ids, window, rows)
 
     def of(self, factor: jax.Array, axis: int) -> jax.Array:
         """Returns `[*rows, *other axes]` of a factor that has the axis at `axis`."""
-        rows = self.ids.ndim - 1
+        rows, params = self.ids.ndim - 1, self.eqn.params
         numbers = jax.lax.GatherDimensionNumbers(
             offset_dims=tuple(range(rows, rows + factor.ndim - 1)),
             collapsed_slice_dims=(axis,),
@@ -66,8 +68,8 @@ class Taken(NamedTuple):
             self.ids,
             numbers,
             slice_sizes=sizes,
-            indices_are_sorted=self.params["indices_are_sorted"],
-            unique_indices=self.params["unique_indices"],
-            mode=self.params["mode"],
+            indices_are_sorted=params["indices_are_sorted"],
+            unique_indices=params["unique_indices"],
+            mode=params["mode"],
             fill_value=0,
         )

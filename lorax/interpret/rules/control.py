@@ -7,24 +7,27 @@ like any argument; its factors are sliced, carried and sharded with it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lorax.interpret import unchanged
-from lorax.interpret.tracked import Rigid, Term, Tracked
-from lorax.interpret.walker import Walker, rule
+from lorax.interpret.rules import unchanged
+from lorax.interpret.terms.tracked import Rigid, Term, Tracked
+from lorax.interpret.uses.equations import called, scan_layout
+from lorax.interpret.walker import Value, Values, Walker, frozen, rule
 from lorax.types import Factors
 
 
 @rule("jit", "pjit")
-def jit(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
+def jit(walker: Walker, eqn: JaxprEqn, values: Values) -> Values:
     """A jitted function: kept under its name, with its sharding constraints."""
     params = eqn.params
 
-    def body(key: Any, *args: Any) -> list[Any]:
+    def body(key: jax.Array | None, *args: Value) -> list[Value]:
         given = zip(args, params["in_shardings"], strict=True)
         values = [_constrain(*pair) for pair in given]
         outs = walker.inner(eqn, key).run(params["jaxpr"], values)
@@ -34,28 +37,27 @@ def jit(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
     return jax.jit(body, inline=params["inline"] is True)(walker.fork_key(), *values)
 
 
-def _constrain(value: Any, sharding: Any) -> Any:
+def _constrain(value: Value, sharding: jax.sharding.Sharding | None) -> Value:
     if not isinstance(sharding, NamedSharding):
         return value
-    constrain = lambda x: jax.lax.with_sharding_constraint(x, sharding)
+    constrained = jax.lax.with_sharding_constraint(frozen(value), sharding)
     if isinstance(value, Tracked):
-        return Tracked(constrain(value.value), value.terms)
-    return constrain(value)
+        return Tracked(constrained, value.terms)
+    return constrained
 
 
 @rule("closed_call", "core_call")
-def call(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
+def call(walker: Walker, eqn: JaxprEqn, values: Values) -> Values:
     """A call that only names a body."""
-    jaxpr = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-    return walker.inner(eqn, walker.fork_key()).run(jaxpr, values)
+    return walker.inner(eqn, walker.fork_key()).run(called(eqn), values)
 
 
 @rule("remat2", "checkpoint")
-def remat(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
+def remat(walker: Walker, eqn: JaxprEqn, values: Values) -> Values:
     """`jax.checkpoint`, with its policy; the replay draws the same dropout masks."""
     params = eqn.params
 
-    def body(key: Any, *args: Any) -> list[Any]:
+    def body(key: jax.Array | None, *args: Value) -> list[Value]:
         return walker.inner(eqn, key).run(params["jaxpr"], args)
 
     body = jax.checkpoint(
@@ -65,13 +67,13 @@ def remat(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
 
 
 @rule("cond")
-def cond(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
+def cond(walker: Walker, eqn: JaxprEqn, values: Values) -> Values:
     """`lax.cond` and `lax.switch`; a branch that alters a kernel merges it."""
     index, *operands = values
     rest = _Rest(walker, eqn, values)
 
-    def branch(jaxpr: Any) -> Any:
-        def body(key: Any, *args: Any) -> list[Any]:
+    def branch(jaxpr: ClosedJaxpr) -> Callable[..., list[jax.Array]]:
+        def body(key: jax.Array | None, *args: Value) -> list[jax.Array]:
             return rest.of(walker.inner(eqn, key).run(jaxpr, args))
 
         return body
@@ -81,8 +83,12 @@ def cond(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
     return rest.whole(outs)
 
 
+_State = tuple[jax.Array, list[jax.Array]]
+"""The number of a step, for its dropout key, and what a loop carries."""
+
+
 @rule("while")
-def while_(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
+def while_(walker: Walker, eqn: JaxprEqn, values: Values) -> Values:
     """`lax.while_loop`; a kernel carried round unchanged is a constant of the loop."""
     params = eqn.params
     test, body = params["cond_jaxpr"], params["body_jaxpr"]
@@ -91,12 +97,12 @@ def while_(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
     rest = _Rest(walker, eqn, values)
     key = walker.fork_key()
 
-    def run_test(state: Any) -> jax.Array:
+    def run_test(state: _State) -> Value:
         step, moving = state
         inner = walker.inner(eqn, _fold(key, step))
         return inner.run(test, [*test_consts, *rest.whole(moving)])[0]
 
-    def run_body(state: Any) -> Any:
+    def run_body(state: _State) -> _State:
         step, moving = state
         inner = walker.inner(eqn, _fold(key, step))
         outs = rest.of(inner.run(body, [*body_consts, *rest.whole(moving)]))
@@ -107,23 +113,24 @@ def while_(walker: Walker, eqn: Any, values: list[Any]) -> list[Any]:
 
 
 @rule("scan")
-def scan(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
+def scan(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """`lax.scan` over layers: a stacked kernel is sliced with its factors."""
     params, body = eqn.params, eqn.params["jaxpr"]
-    n, carried, _ = unchanged.scan_layout(eqn)
+    n, carried, _ = scan_layout(eqn)
     consts, carry, xs = values[:n], values[n : n + carried], values[n + carried :]
     xs = [x if _stacked(x) else walker.merged(x, eqn) for x in xs]
     rest = _Rest(walker, eqn, [*consts, *carry, *xs])
     still = [place is not None for place in rest.places[:carried]]
     key = walker.fork_key()
 
-    def full(moving: list[Any]) -> list[Any]:
+    def full(moving: list[jax.Array]) -> list[Value]:
         moving = list(moving)
         return [c if s else moving.pop(0) for c, s in zip(carry, still, strict=True)]
 
-    def run(moving: list[Any], slices: Any) -> Any:
-        step, slices = slices
-        slices = [_layer(s) for s in slices]
+    def run(
+        moving: list[jax.Array], given: tuple[jax.Array | None, list[Value]]
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        step, slices = given[0], [_layer(s) for s in given[1]]
         inner = walker.inner(eqn, _fold(key, step), trips=params["length"])
         outs = rest.of(inner.run(body, [*consts, *full(moving), *slices]))
         return outs[: still.count(False)], outs[still.count(False) :]
@@ -146,29 +153,29 @@ def scan(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
 class _Rest:
     """The results of an equation without the kernels it hands on as they are."""
 
-    def __init__(self, walker: Walker, eqn: Any, values: list[Any]) -> None:
+    def __init__(self, walker: Walker, eqn: JaxprEqn, values: Values) -> None:
         self.walker, self.eqn, self.values = walker, eqn, values
         self.places = [
             place if place is not None and isinstance(values[place], Tracked) else None
             for place in unchanged.handed_on(eqn)
         ]
 
-    def of(self, outs: list[Any]) -> list[Any]:
+    def of(self, outs: Values) -> list[jax.Array]:
         """Returns what a body has to return: the other results, merged."""
         given = zip(outs, self.places, strict=True)
         return [self.walker.merged(o, self.eqn) for o, place in given if place is None]
 
-    def whole(self, outs: list[Any]) -> list[Any]:
+    def whole(self, outs: Values) -> list[Value]:
         """Returns all results: the kernels are the views outside."""
-        outs = list(outs)
-        return [outs.pop(0) if p is None else self.values[p] for p in self.places]
+        given = iter(outs)
+        return [next(given) if p is None else self.values[p] for p in self.places]
 
 
-def _fold(key: jax.Array | None, step: jax.Array) -> jax.Array | None:
-    return None if key is None else jax.random.fold_in(key, step)
+def _fold(key: jax.Array | None, step: jax.Array | None) -> jax.Array | None:
+    return None if key is None or step is None else jax.random.fold_in(key, step)
 
 
-def _stacked(value: Any) -> bool:
+def _stacked(value: Value) -> bool:
     """True unless this is a kernel whose leading axis is not a stack of kernels."""
     if not isinstance(value, Tracked):
         return True
@@ -181,7 +188,7 @@ def _stacked(value: Any) -> bool:
     )
 
 
-def _layer(value: Any) -> Any:
+def _layer(value: Value) -> Value:
     """Removes the scanned axis from the description of a sliced view."""
     if not isinstance(value, Tracked):
         return value
@@ -189,7 +196,7 @@ def _layer(value: Any) -> Any:
 
 
 @rule("shard_map")
-def shard_map(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
+def shard_map(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """`jax.shard_map`: factors are split as the kernel's axes are, rank unsharded."""
     params = eqn.params
     if any(
@@ -207,7 +214,7 @@ def shard_map(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
 
     rest = _Rest(walker, eqn, values)
 
-    def body(key: Any, *args: Any) -> list[Any]:
+    def body(key: jax.Array | None, *args: Value) -> list[jax.Array]:
         inner = walker.inner(eqn, key, trips=shards)
         return rest.of(inner.run(params["jaxpr"], [_local(arg) for arg in args]))
 
@@ -230,7 +237,7 @@ def shard_map(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
     return rest.whole(outs)
 
 
-def _specs(value: Any, spec: Any) -> Any:
+def _specs(value: Value, spec: PartitionSpec) -> PartitionSpec | Tracked:
     """Returns the specs of a view's frozen array and of its factors."""
     if not isinstance(value, Tracked):
         return spec
@@ -242,22 +249,23 @@ def _specs(value: Any, spec: Any) -> Any:
         batch, in_, out = (
             [dims[d] for d in term.dims(kind)] for kind in ("batch", "in", "out")
         )
-        a: Any = PartitionSpec(*batch, *in_, None)
-        b: Any = PartitionSpec(*batch, None, *out)
-        gain: Any = term.factors.gain
-        maps: Any = term.factors[3:]
-        if gain is not None:
-            gain = PartitionSpec(*batch, *out)
         cut = {"in": any(in_), "out": any(out)}
         if any(cut[kind] for kind in term.factors.rigid):
             raise Rigid
-        maps = jax.tree.map(lambda _: PartitionSpec(*batch), maps)
-        return dataclasses.replace(term, factors=Factors(a, b, gain, *maps))
+        # one spec for every array: a view is a tree, and this is its tree of specs
+        specs = [
+            PartitionSpec(*batch, *in_, None),
+            PartitionSpec(*batch, None, *out),
+            None if term.factors.gain is None else PartitionSpec(*batch, *out),
+            *jax.tree.map(lambda _: PartitionSpec(*batch), term.factors[3:]),
+        ]
+        return dataclasses.replace(term, factors=Factors(*specs))
 
-    return Tracked(spec, tuple(term_specs(term) for term in value.terms))
+    whole: Any = spec
+    return Tracked(whole, tuple(term_specs(term) for term in value.terms))
 
 
-def _local(value: Any) -> Any:
+def _local(value: Value) -> Value:
     """Gives a view inside a shard the shapes of the shard."""
     if not isinstance(value, Tracked):
         return value

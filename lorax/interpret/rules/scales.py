@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
 
 from lorax import linalg
-from lorax.interpret.tracked import Term, Tracked
-from lorax.interpret.views import viewed
-from lorax.interpret.walker import Walker, rule
+from lorax.interpret.rules.views import viewed
+from lorax.interpret.terms.tracked import Term, Tracked
+from lorax.interpret.uses.equations import aval
+from lorax.interpret.walker import Value, Values, Walker, rule
 from lorax.types import Factors, LinearMap
 
 Change = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @rule("neg")
-def negate(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+def negate(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """-W."""
     return viewed(walker, eqn, values, negated)
 
@@ -40,9 +41,9 @@ def negated(term: Term) -> Term:
 
 
 @rule("mul", "div")
-def scale(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
+def scale(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """A kernel times, or divided by, a scalar or a vector along some of its axes."""
-    whole = eqn.outvars[0].aval.shape
+    whole = aval(eqn.outvars[0]).shape
     kernels = [
         i
         for i, value in enumerate(values)
@@ -51,12 +52,13 @@ def scale(walker: Walker, eqn: Any, values: list[Any]) -> list[Tracked] | None:
     if len(kernels) != 1 or (eqn.primitive.name == "div" and kernels == [1]):
         return None
     (operand,) = kernels
-    atom = id(eqn.invars[1 - operand])
+    atom = eqn.invars[1 - operand]
     # a scalar or a vector that is itself a leaf is no kernel
     other = walker.merged(values[1 - operand], eqn)
-    given = [other, other]
+    given: list[Value] = [other, other]
     given[operand] = values[operand]
-    vector = jnp.asarray(walker.scalars.get(atom, walker.spread.get(atom, other)))
+    known = (walker.scalar(atom), walker.unbroadcast(atom), other)
+    vector = jnp.asarray(next(array for array in known if array is not None))
     change = jnp.multiply if eqn.primitive.name == "mul" else jnp.divide
     return viewed(
         walker, eqn, given, lambda term: _scaled(term, vector, change), operand

@@ -16,13 +16,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
-from lorax import _explicit, linalg
-from lorax.interpret import maps
+from lorax import _explicit
 from lorax.types import Axes, Factors
 
 Labels = tuple[tuple[int, ...], ...]
@@ -32,17 +32,21 @@ class Rigid(Exception):
     """A view that cuts or flips an axis on which a map acts as a whole."""
 
 
+Scope = tuple[core.JaxprEqn, ...]
+"""The equations that enclose a place in a program, the outermost first."""
+
+
 class Lookup(NamedTuple):
     """A gather that is an embedding lookup unless its result is contracted further.
 
     Attributes:
       axes: of the leaf, if it is a lookup.
-      place: of the gather: the equations around it and its own, by identity.
+      place: of the gather: the equations around it and its own.
       source: `file:line (function)`.
     """
 
     axes: Axes
-    place: tuple[int, ...]
+    place: Scope
     source: str
 
 
@@ -118,9 +122,21 @@ class Term:
         return self.start[dim] == 0 and self.shape[dim] == shape[dim]
 
     def edit(
-        self, dim: int, change: Callable[[jax.Array, int], jax.Array], **meta: Any
+        self,
+        dim: int,
+        change: Callable[[jax.Array, int], jax.Array],
+        *,
+        start: tuple[int, ...] | None = None,
+        shape: tuple[int, ...] | None = None,
     ) -> Term:
-        """Applies `change(factor, axis)` to the factors that own a dimension."""
+        """Applies `change(factor, axis)` to the factors that own a dimension.
+
+        Args:
+          dim: of the view.
+          change: what is done to it.
+          start: of the new term; None: as before.
+          shape: likewise.
+        """
         factors, kind = self.factors, self.kind(dim)
         if factors is not None and kind in ("batch", "in", "out"):
             if kind in factors.rigid:
@@ -136,12 +152,24 @@ class Term:
             if kind == "batch":
                 held = jax.tree.map(lambda f: change(f, axis), held)
             factors = Factors(a, b, gain, *held)
-        new = dataclasses.replace(self, factors=factors, **meta)
+        start = self.start if start is None else start
+        shape = self.shape if shape is None else shape
+        new = dataclasses.replace(self, factors=factors, start=start, shape=shape)
         if factors is None or kind != "batch" or new.kind(dim) == "batch":
             return new
         # of a stack by its own right one kernel is left, and no axis numbers it
         squeezed = jax.tree.map(lambda f: jnp.squeeze(f, axis), factors)
         return dataclasses.replace(new, factors=squeezed)
+
+    @property
+    def gained(self) -> bool:
+        """True for a term that rescales the kernel's outputs."""
+        return self.factors is not None and self.factors.gain is not None
+
+    @property
+    def turns(self) -> bool:
+        """True for a term whose map turns the kernel's inputs."""
+        return self.factors is not None and self.factors.inputs is not None
 
     def drop(self, dim: int) -> Term:
         """Takes an indexed dimension out of the view; the factors have lost theirs."""
@@ -175,10 +203,17 @@ class Tracked:
         """True for the result of a gather that may be an embedding lookup."""
         return any(term.lookup is not None for term in self.terms)
 
-    def adapted(self, adapter: Any, factors: Factors) -> Tracked:
-        """Gives a watched leaf the factors of its adapter."""
+    def gained_by(self, dim: int) -> bool:
+        """True where a dimension numbers kernels with gains of their own."""
+        return any(
+            term.gained and term.shape[dim] > 1 and term.kind(dim) == "batch"
+            for term in self.terms
+        )
+
+    def adapted(self, factors: Factors, axes: Axes, rate: float = 0.0) -> Tracked:
+        """Gives a watched leaf an adapter's factors, laid out by its axes."""
         (term,) = self.terms
-        in_, out, batch = adapter.axes
+        in_, out, batch = axes
         a, b, gain, *held = factors
         if gain is not None:  # ordered as b is, whose rank stands at len(batch)
             gain = jnp.expand_dims(gain, len(batch))
@@ -189,8 +224,8 @@ class Tracked:
         held = jax.tree.map(own, held)  # their own axes are the adapter's, flattened
         term = dataclasses.replace(
             term,
-            axes=adapter.axes,
-            rate=getattr(adapter, "dropout", 0.0),
+            axes=axes,
+            rate=rate,
             factors=Factors(a, b, gain, *held),
         )
         return followed(Tracked(self.value, (term,)))
@@ -244,86 +279,3 @@ def watch(path: str, leaf: jax.Array) -> Tracked:
     shape = tuple(leaf.shape)
     labels = tuple((axis,) for axis in range(len(shape)))
     return Tracked(leaf, (Term(path, shape, labels, (0,) * len(shape), shape),))
-
-
-def dense(tracked: Any) -> jax.Array:
-    """Returns the merged view: float32 accumulation, one rounding; arrays pass."""
-    if not isinstance(tracked, Tracked):
-        return tracked
-    dtype = linalg.wide(tracked.value.dtype)
-    total, shape = tracked.value.astype(dtype), tracked.value.shape
-    for term in tracked.terms:
-        if term.factors is None:
-            return tracked.value
-        for part in maps.dense(term, tracked.value):
-            total = total + _explicit.like(part, total)
-        a, b = term.factors[:2]
-        if not a.shape[-1]:
-            continue
-        batch, in_, out = (term.dims(kind) for kind in ("batch", "in", "out"))
-        order, n = batch + in_ + out, len(batch)
-        product = _explicit.dot(
-            a.astype(dtype),
-            b.astype(dtype),
-            (((a.ndim - 1,), (n,)), (tuple(range(n)),) * 2),
-            jax.lax.Precision.HIGHEST,
-        ).transpose([order.index(d) for d in sorted(order)])
-        units = [d for d in range(len(shape)) if d not in order]
-        product = place(jnp.expand_dims(product, units), term.start, shape)
-        total = total + _explicit.like(product, total)
-    for term in tracked.terms:
-        if (gain := gains(term, range(len(shape)), shape)) is not None:
-            total = total * gain.astype(dtype)
-    return total.astype(tracked.value.dtype)
-
-
-def ungained(tracked: Tracked) -> Tracked:
-    """Returns a view without the gains of its terms."""
-    plain = []
-    for term in tracked.terms:
-        if term.factors is not None:
-            term = dataclasses.replace(term, factors=term.factors._replace(gain=None))
-        plain.append(term)
-    return Tracked(tracked.value, tuple(plain))
-
-
-def block_of(tracked: Tracked, dim: int, begin: jax.Array, size: int) -> Tracked:
-    """Returns a block of a view along a dimension that every term fills."""
-    cut = lambda v, axis: jax.lax.dynamic_slice_in_dim(v, begin, size, axis)
-    put = lambda shape: (*shape[:dim], size, *shape[dim + 1 :])
-    terms = (term.edit(dim, cut, shape=put(term.shape)) for term in tracked.terms)
-    return Tracked(cut(tracked.value, dim), tuple(terms))
-
-
-def gains(term: Term, dims: Iterable[int], shape: Sequence[int]) -> jax.Array | None:
-    """Returns a term's gain along some dimensions of its view, ones outside its block.
-
-    Args:
-      term: None is returned where it has no gain.
-      dims: dimensions of the view, its batch and out dimensions among them, in the
-        order that the result shall have them.
-      shape: of the view.
-    """
-    if term.factors is None or term.factors.gain is None:
-        return None
-    dims, own = list(dims), term.dims("batch") + term.dims("out")
-    gain = term.factors.gain.transpose([own.index(d) for d in dims if d in own])
-    gain = gain.reshape([term.shape[d] if d in own else 1 for d in dims])
-    needed = [d in own or not term.whole(d, shape) for d in dims]
-    full = [shape[d] if need else 1 for d, need in zip(dims, needed, strict=True)]
-    block = [term.shape[d] if need else 1 for d, need in zip(dims, needed, strict=True)]
-    start = [term.start[d] if need else 0 for d, need in zip(dims, needed, strict=True)]
-    return place(jnp.broadcast_to(gain, block), start, full, fill=1.0)
-
-
-def place(
-    block: jax.Array, start: Sequence[int], shape: Sequence[int], fill: float = 0.0
-) -> jax.Array:
-    """Returns `block` at offset `start` in a constant of the given shape."""
-    if block.shape == tuple(shape):
-        return block
-    padding = [
-        (lo, full - lo - size, 0)
-        for lo, size, full in zip(start, block.shape, shape, strict=True)
-    ]
-    return jax.lax.pad(block, jnp.full((), fill, block.dtype), padding)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
+from jax.typing import ArrayLike
+
+from lorax.types import PyTree
+
+Abstract = jax.ShapeDtypeStruct
 
 
 def trace(
-    function: Callable[[Any], Any], leaves: Any
-) -> tuple[Any, Callable[[list[Any]], Any]]:
+    function: Callable[[PyTree], PyTree], leaves: PyTree
+) -> tuple[ClosedJaxpr, Callable[[list[jax.Array]], PyTree]]:
     """Traces `function(leaves)`, whatever it returns.
 
     Args:
@@ -23,9 +28,9 @@ def trace(
       arrays in the result; and `rebuild(arrays)`, which puts arrays back among the
       outputs that are not arrays.
     """
-    static: list[Any] = []  # of the outputs: treedef, non-arrays, which are arrays
+    static: list[PyTree] = []  # of the outputs: treedef, non-arrays, which are arrays
 
-    def arrays(leaves: Any) -> list[jax.Array]:
+    def arrays(leaves: PyTree) -> list[jax.Array]:
         flat, treedef = jax.tree.flatten(function(leaves))
         static[:] = [treedef, [None if isinstance(x, jax.Array) else x for x in flat]]
         static.append([isinstance(x, jax.Array) for x in flat])
@@ -33,7 +38,7 @@ def trace(
 
     jaxpr = jax.make_jaxpr(arrays)(leaves)
 
-    def rebuild(outputs: list[Any]) -> Any:
+    def rebuild(outputs: list[jax.Array]) -> PyTree:
         treedef, others, is_array = static
         outputs = list(outputs)
         merged = zip(is_array, others, strict=True)
@@ -44,16 +49,18 @@ def trace(
     return jaxpr, rebuild
 
 
-def split_abstract(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+def split_abstract(
+    tree: PyTree,
+) -> tuple[list[Abstract], Callable[[list[jax.Array]], PyTree]]:
     """Splits the `ShapeDtypeStruct`s off a tree: they must be traced, not closed over.
 
     Returns:
       The abstract leaves, and `join(values)` that rebuilds the tree around values.
     """
     flat, structure = jax.tree.flatten(tree)
-    abstract = [isinstance(x, jax.ShapeDtypeStruct) for x in flat]
+    abstract = [isinstance(x, Abstract) for x in flat]
 
-    def join(values: list[Any]) -> Any:
+    def join(values: list[jax.Array]) -> PyTree:
         values = list(values)
         merged = zip(abstract, flat, strict=True)
         return jax.tree.unflatten(
@@ -63,18 +70,6 @@ def split_abstract(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     return [x for a, x in zip(abstract, flat, strict=True) if a], join
 
 
-def as_array(leaf: Any) -> Any:
+def as_array(leaf: ArrayLike | Abstract) -> jax.Array | Abstract:
     """Returns a leaf as something that can be traced."""
-    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
-
-
-def require_pure(params: Any) -> None:
-    """Raises TypeError for an `nnx.Module`: parameters must be a tree of arrays."""
-    from flax import nnx
-
-    if isinstance(params, nnx.Module):
-        raise TypeError(
-            f"params is a {type(params).__name__}, an nnx module, and lorax needs a "
-            "pure function of a tree: graphdef, state = nnx.split(model), then pass "
-            "state as params and call nnx.merge(graphdef, state) inside the function"
-        )
+    return leaf if isinstance(leaf, Abstract) else jnp.asarray(leaf)

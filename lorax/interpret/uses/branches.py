@@ -15,17 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from lorax import _explicit, linalg
-from lorax.interpret import emit, grouped, maps
-from lorax.interpret.equations import Typed
-from lorax.interpret.pairs import Pair
-from lorax.interpret.tracked import Term
-from lorax.interpret.use import Use
+from lorax.interpret.terms.tracked import Term
+from lorax.interpret.uses import grouped, mapped, thin
+from lorax.interpret.uses.equations import Typed
+from lorax.interpret.uses.pairs import Pair
+from lorax.interpret.uses.use import Use
 
 WINDOW = "window_strides padding lhs_dilation rhs_dilation dimension_numbers".split()
 
 
 def parts(
-    use: Use, term: Term, pair: Pair, x: jax.Array | None, base: Typed
+    use: Use, term: Term, pair: Pair, *, x: jax.Array | None, base: Typed
 ) -> list[jax.Array]:
     """Returns the addends of one term, in at least float32.
 
@@ -39,13 +39,16 @@ def parts(
     assert term.factors is not None
     wide, found = linalg.wide(use.out.dtype), []
     if pair.first.shape[-1]:
-        thin = gather(use, term, pair) if x is None else _OF[use.op](use, term, pair, x)
-        found.append(use.placed(term, thin).astype(wide))
+        if x is None:
+            part = gather(use, term, pair)
+        else:
+            part = _OF[use.op](use, term, pair, x)
+        found.append(use.placed(term, part).astype(wide))
     if term.factors.branch is not None:
         assert x is not None
         dims = [d for d in use.dims.read if d in use.applied]
-        x = emit.window(x, term, [use.applied[d] for d in dims], dims)
-        own = maps.branch(use, term, x, pair.tied, base)
+        x = thin.window(x, term, [use.applied[d] for d in dims], dims)
+        own = mapped.branch(use, term, x, pair.tied, base)
         found.append(use.placed(term, own.astype(wide)))
     return found
 
@@ -54,7 +57,7 @@ def dot(use: Use, term: Term, pair: Pair, x: jax.Array) -> jax.Array:
     """`[*batch, *free dimensions of x, *write]`, or what the equation makes of it."""
     read, write, batch = use.dims
     n, kept, left = len(batch), len(write), use.activation == 1
-    x = emit.window(x, term, [use.applied[d] for d in read], read)
+    x = thin.window(x, term, [use.applied[d] for d in read], read)
     lies = _explicit.lies(use.out)
     if left:  # [*batch, *write, *free dimensions of x]
         lies = [*lies[:n], *lies[n + kept :], *lies[n : n + kept]]
@@ -65,11 +68,11 @@ def dot(use: Use, term: Term, pair: Pair, x: jax.Array) -> jax.Array:
     return z
 
 
-def _dot(use: Use, pair: Pair, x: jax.Array, result: emit.Result) -> jax.Array:
+def _dot(use: Use, pair: Pair, x: jax.Array, result: thin.Result) -> jax.Array:
     """The product with factors that have the use's own axes."""
     read, _, batch = use.dims
     places = lambda dims: tuple(use.applied[d] for d in dims)
-    return emit.dot(
+    return thin.dot(
         x,
         pair.first,
         pair.second,
@@ -79,7 +82,7 @@ def _dot(use: Use, pair: Pair, x: jax.Array, result: emit.Result) -> jax.Array:
     )
 
 
-def _grouped_dot(use: Use, pair: Pair, x: jax.Array, result: emit.Result) -> jax.Array:
+def _grouped_dot(use: Use, pair: Pair, x: jax.Array, result: thin.Result) -> jax.Array:
     """The product with factors of which an axis has another part in the use."""
     assert pair.places is not None
     met = {place: d for d, place in use.applied.items()}
@@ -109,7 +112,7 @@ def conv(use: Use, term: Term, pair: Pair, x: jax.Array) -> jax.Array:
     (to,), params = use.dims.write, use.eqn.params
     groups, features = params["feature_group_count"], use.written[to]
     lies = _explicit.lies(use.out)
-    thin = [None if d == features else entry for d, entry in enumerate(lies)]
+    narrow = [None if d == features else entry for d, entry in enumerate(lies)]
     result = _result(use, term, pair, [*lies, lies.pop(features)])
     first = jnp.moveaxis(pair.first, -1, to)
     if groups > 1:
@@ -120,12 +123,13 @@ def conv(use: Use, term: Term, pair: Pair, x: jax.Array) -> jax.Array:
         **{name: params[name] for name in WINDOW},
         precision=params["precision"],
         feature_group_count=groups,
-        out_sharding=_explicit.named(thin, x, first),
+        out_sharding=_explicit.named(narrow, x, first),
     )
-    if groups > 1:
-        z = emit.mix_groups(h, pair.second, features, groups, result)
+    if groups == 1:
+        z = thin.mix(h, pair.second, feature=features, result=result)
     else:
-        z = emit.mix(h, pair.second, features, (), result)
+        second = pair.second
+        z = thin.mix_groups(h, second, feature=features, groups=groups, result=result)
     return jnp.moveaxis(z, -1, features)
 
 
@@ -155,19 +159,19 @@ def gather(use: Use, term: Term, pair: Pair) -> jax.Array:
     ids = rows.ndim - 1
     places = [use.written[d] for d in use.dims.write]
     lies = [of[d] for d in taken.rows] + [of[place] for place in places]
-    result = emit.Result(None, use.out.dtype, _of_block(use, term, lies))
-    z = emit.mix(rows, pair.second, ids, (), result)
+    result = thin.Result(None, use.out.dtype, _of_block(use, term, lies))
+    z = thin.mix(rows, pair.second, feature=ids, result=result)
     skipped = taken.window.get(taken.axis)  # of length one, where it is not collapsed
     if skipped is not None:
         z, places = z[..., None], [*places, skipped]
     return jnp.moveaxis(z, range(ids, z.ndim), places)
 
 
-def _result(use: Use, term: Term, pair: Pair, lies: _explicit.Entries) -> emit.Result:
+def _result(use: Use, term: Term, pair: Pair, lies: _explicit.Entries) -> thin.Result:
     """How a branch is taken: in the result's dtype, or wider where its factor is."""
     dtype = linalg.promoted(use.out.dtype, pair.second.dtype)
     precision = use.eqn.params["precision"]
-    return emit.Result(precision, dtype, _of_block(use, term, lies))
+    return thin.Result(precision, dtype, _of_block(use, term, lies))
 
 
 def _of_block(use: Use, term: Term, lies: _explicit.Entries) -> _explicit.Entries:

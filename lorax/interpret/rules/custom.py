@@ -12,17 +12,17 @@ kernel's own gradient), or that is not linear in it, is merged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
 
-from lorax.interpret import linear
-from lorax.interpret.rescale import Pending
-from lorax.interpret.tracked import Rigid, Tracked, followed
-from lorax.interpret.use import Use
-from lorax.interpret.walker import RULES, Visitor, Walker, rule
+from lorax.interpret.terms.tracked import Rigid, Tracked, followed
+from lorax.interpret.uses.equations import aval, called
+from lorax.interpret.uses.rescale import Pending
+from lorax.interpret.uses.use import Use
+from lorax.interpret.walker import RULES, Part, Values, Visitor, Walker, frozen, rule
 
 BODIES = "jit pjit closed_call core_call custom_jvp_call custom_vjp_call".split()
 VIEWS = (
@@ -39,12 +39,6 @@ ALONE = (
 """What it may do to the result: operations of one operand, linear in it."""
 
 
-class Part(NamedTuple):
-    """What the adapters add to a value; the value itself is the frozen function's."""
-
-    branch: jax.Array
-
-
 class NotLinear(Exception):
     """The body does more with a kernel than a linear operation."""
 
@@ -58,73 +52,68 @@ class _BranchOnly:
 
     def __init__(self, visitor: Visitor) -> None:
         self.visitor = visitor
-        self.reports: list[Callable[[], Any]] = []
+        self.reports: list[Callable[[], Values | None]] = []
 
-    def linear(self, walker: Walker, use: Use) -> list[Any]:
+    def linear(self, walker: Walker, use: Use) -> Values:
         if all(term.factors is None for term in use.view.terms):
             if not use.low_rank or None in map(use.axes, use.view.terms):
                 raise NotLinear
             report = self.visitor.linear
             self.reports.append(lambda: report(walker, use))
-            return [linear.frozen(walker, use)]
+            return walker.frozen(use.eqn, use.operands)
         found = self.branches(walker, use)
         if found is None:
             raise NotLinear
         return [found]
 
-    def branches(self, walker: Walker, use: Use) -> Any | None:
+    def branches(self, walker: Walker, use: Use) -> jax.Array | None:
         return self.visitor.branches(walker, use)
 
-    def merge(self, walker: Walker, eqn: Any, view: Tracked) -> jax.Array:
+    def merge(self, walker: Walker, eqn: JaxprEqn, view: Tracked) -> jax.Array:
         raise NotLinear
 
-    def custom(self, walker: Walker, eqn: Any, paths: tuple[str, ...]) -> bool:
+    def custom(self, walker: Walker, eqn: JaxprEqn, paths: tuple[str, ...]) -> bool:
         return True  # the outer rule has been asked for
 
 
 class _BranchWalker(Walker):
     """Evaluates a body for what the adapters add to its results."""
 
-    def step(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
+    def step(self, eqn: JaxprEqn, values: Values) -> Values:
         name = eqn.primitive.name
         parts = [value for value in values if isinstance(value, Part)]
         views = [value for value in values if isinstance(value, Tracked)]
         if not parts and not views:
             return self.plain(eqn, values)
         if name in BODIES:
-            return self.body(eqn).run(_jaxpr(eqn), values)
+            return _body(self, eqn, self.visitor).run(called(eqn), values)
         if parts and views:
             raise NotLinear
         if parts:
             return [Part(_added(self, eqn, values))]
         try:
-            results = None
-            if name in VIEWS + OPERATIONS:
-                results = RULES[name](self, eqn, values)
+            known = name in VIEWS + OPERATIONS
+            results = RULES[name](self, eqn, values) if known else None
         except Rigid:
             results = None
         if results is None:
             raise NotLinear
         if name in OPERATIONS:
-            return [Part(results[0])]
+            return [Part(self.merged(results[0], eqn))]
         return [followed(r) if isinstance(r, Tracked) else r for r in results]
 
-    def body(self, eqn: Any) -> _BranchWalker:
-        """Returns the walker of a body inside this one."""
-        scope = (*self.scope, id(eqn))
-        key = self.fork_key()
-        return _BranchWalker(self.visitor, key, scope, self.trips, self.line(eqn))
+
+def _body(walker: Walker, eqn: JaxprEqn, visitor: Visitor) -> _BranchWalker:
+    """Returns the walker of a body for the branch alone."""
+    scope, key = (*walker.scope, eqn), walker.fork_key()
+    return _BranchWalker(visitor, key, scope, walker.trips, walker.line(eqn))
 
 
-def _jaxpr(eqn: Any) -> Any:
-    return eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-
-
-def _added(walker: Walker, eqn: Any, values: list[Any]) -> jax.Array:
+def _added(walker: Walker, eqn: JaxprEqn, values: Values) -> jax.Array:
     """The part of a result that a part of one operand, or of two, leads to."""
-    name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+    name, shape = eqn.primitive.name, aval(eqn.outvars[0]).shape
     is_part = [isinstance(value, Part) for value in values]
-    arrays = [value.branch if isinstance(value, Part) else value for value in values]
+    arrays = [v.branch if isinstance(v, Part) else frozen(v) for v in values]
     if name in ("add", "add_any", "sub"):
         signs = (1, -1 if name == "sub" else 1)
         own = [s * a for s, a, p in zip(signs, arrays, is_part, strict=True) if p]
@@ -142,13 +131,13 @@ def _added(walker: Walker, eqn: Any, values: list[Any]) -> jax.Array:
     if name in ALONE:
         return walker.bind(eqn, arrays)[0]
     if name in ("dot_general", "conv_general_dilated"):
-        cast = [x.astype(v.aval.dtype) for x, v in zip(arrays, eqn.invars, strict=True)]
-        return walker.bind(eqn, cast)[0]
+        both = zip(arrays, eqn.invars, strict=True)
+        return walker.bind(eqn, [x.astype(aval(v).dtype) for x, v in both])[0]
     raise NotLinear
 
 
 @rule("custom_jvp_call", "custom_vjp_call")
-def custom(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
+def custom(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """The function on the frozen kernels, and the branches of a body linear in them.
 
     What a lookup gave may be kernels of a stack; where the body does not use it as
@@ -165,15 +154,13 @@ def custom(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
     return found
 
 
-def _beside(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
+def _beside(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """The function's results with the branches added; None where it is not linear."""
     if any(isinstance(value, Pending) for value in values):
         return None
     visitor = _BranchOnly(walker.visitor)
-    scope, key = (*walker.scope, id(eqn)), walker.fork_key()
-    body = _BranchWalker(visitor, key, scope, walker.trips, walker.line(eqn))
     try:
-        parts = body.run(_jaxpr(eqn), values)
+        parts = _body(walker, eqn, visitor).run(called(eqn), values)
     except NotLinear:
         return None
     views = [value for value in values if isinstance(value, Tracked)]
@@ -184,7 +171,7 @@ def _beside(walker: Walker, eqn: Any, values: list[Any]) -> list[Any] | None:
         return None
     for report in visitor.reports:
         report()
-    outs = walker.bind(eqn, [v.value if isinstance(v, Tracked) else v for v in values])
+    outs = walker.frozen(eqn, values)
     return [
         (out + part.branch).astype(out.dtype) if isinstance(part, Part) else out
         for out, part in zip(outs, parts, strict=True)

@@ -1,0 +1,109 @@
+"""The visitor of `adapt`: it emits low-rank branches, and says where it merges."""
+
+from __future__ import annotations
+
+import warnings
+
+import jax
+from jax.extend import core
+
+from lorax.interpret import low_rank
+from lorax.interpret.terms.dense import dense
+from lorax.interpret.terms.tracked import Tracked
+from lorax.interpret.uses import mapped
+from lorax.interpret.uses.use import Use
+from lorax.interpret.walker import Values, Walker, frozen
+from lorax.types import Adapter
+
+
+class MergeWarning(UserWarning):
+    """`adapt` had to form an adapted kernel instead of its low-rank branch."""
+
+
+class CustomRuleWarning(UserWarning):
+    """A derivative rule of the program's own meets an adapted kernel."""
+
+
+class Emitter:
+    """The visitor that adds the low-rank branch and merges where there is none."""
+
+    def __init__(self, on_merge: str, custom_rules: str | None) -> None:
+        """Takes the two options of `adapt`, and has warned of nothing yet."""
+        self.on_merge, self.custom_rules = on_merge, custom_rules
+        self.seen: set[tuple[str, str, str]] = set()
+
+    def whole(self, path: str, adapter: Adapter, key: jax.Array | None) -> None:
+        """Says that a kernel is merged before the program begins."""
+        if adapter.replaces:
+            return  # its array is the leaf: there is nothing that merging adds
+        name = type(adapter).__name__
+        self._tell(
+            (path, name, ""),
+            f"{path}: {name} has no form for a linear operation, so the kernel is "
+            "merged: correct, but it costs a dense weight gradient",
+        )
+        if key is not None and getattr(adapter, "dropout", None):
+            raise ValueError(
+                f"{path}: dropout acts on the input of the adapter branch, and {name} "
+                "has none; set dropout=0 for this target"
+            )
+
+    def _tell(self, place: tuple[str, str, str], message: str) -> None:
+        """Warns once per place, or raises."""
+        if self.on_merge == "error":
+            raise ValueError(message + "; pass on_merge='warn' to allow it")
+        if place not in self.seen:
+            self.seen.add(place)
+            warnings.warn(message, MergeWarning, stacklevel=3)
+
+    def linear(self, walker: Walker, use: Use) -> Values | None:
+        """Returns the frozen product with the branch of every term added."""
+        with mapped.precisely(use.eqn):
+            return low_rank.low_rank(walker, use)
+
+    def branches(self, walker: Walker, use: Use) -> jax.Array | None:
+        """Returns the branches alone."""
+        with mapped.precisely(use.eqn):
+            return low_rank.thin_only(walker, use)
+
+    def merge(self, walker: Walker, eqn: core.JaxprEqn, view: Tracked) -> jax.Array:
+        """Says that a kernel is merged here, and merges it."""
+        name, where = eqn.primitive.name, walker.line(eqn)
+        for path in view.paths:
+            self._tell(
+                (path, name, where),
+                f"{path}: {name!r} at {where} is no linear use that fits the adapter, "
+                "so the kernel is merged there: correct, but it costs a dense weight "
+                "gradient",
+            )
+        if walker.key is not None and any(term.rate for term in view.terms):
+            raise ValueError(
+                f"{', '.join(view.paths)}: dropout acts on the input of the adapter "
+                f"branch, and {name!r} at {where} needs the merged kernel; set "
+                "dropout=0 for this target or leave it out"
+            )
+        return dense(view)
+
+    def custom(
+        self, walker: Walker, eqn: core.JaxprEqn, paths: tuple[str, ...]
+    ) -> bool:
+        """Says that a rule meets kernels; True where their branches go beside it."""
+        name, where = eqn.primitive.name, walker.line(eqn)
+        place = (", ".join(paths), name, where)
+        if self.custom_rules is None and place not in self.seen:
+            self.seen.add(place)
+            warnings.warn(
+                f"{place[0]}: {name!r} at {where} has a derivative rule of its own; it "
+                "holds for the frozen kernel, and the adapter's branch beside it is "
+                "differentiated as the function is written. Should the rule be more "
+                "than its derivative (a scaled or clipped gradient), pass "
+                "custom_rules='merge' to lorax.adapt; custom_rules='branch' says that "
+                "it is not",
+                CustomRuleWarning,
+                stacklevel=2,
+            )
+        return self.custom_rules != "merge"
+
+    def returned(self, outs: Values) -> list[jax.Array]:
+        """Returns the arrays of a program's results, kernels among them merged."""
+        return [dense(v) if isinstance(v, Tracked) else frozen(v) for v in outs]

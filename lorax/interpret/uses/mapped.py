@@ -1,0 +1,82 @@
+"""The maps of whole inputs, which are not thin products, at a linear operation.
+
+    y = (x + x D) @ W0 + C(x)
+
+A transposed use applies the transposed maps, D to the result and C to the activation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import jax
+from jax.extend import core
+
+from lorax.interpret.terms import maps
+from lorax.interpret.terms.tracked import Term
+from lorax.interpret.uses.equations import Typed
+from lorax.interpret.uses.use import Use
+
+
+def precisely(eqn: core.JaxprEqn) -> AbstractContextManager[None]:
+    """A context in which maps compute as the equation does.
+
+    The functions of maps name no precision: they take the equation's, where it has one.
+    """
+    given = eqn.params.get("precision")
+    own = given[0] if isinstance(given, tuple) else given
+    if not isinstance(own, jax.lax.Precision):
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(own.name.lower())
+
+
+def acts(use: Use, term: Term) -> bool:
+    """True where the maps of a term, if it has any, can act in this use."""
+    if term.factors is None or not term.factors.maps:
+        return True
+    shape = use.view.value.shape
+    whole = all(term.whole(d, shape) for d in range(len(shape)))
+    alone = whole and len(use.view.terms) == 1
+    return use.op == "dot" and (alone or term.factors.inputs is None)
+
+
+def turned(use: Use, term: Term, x: jax.Array) -> jax.Array:
+    """Returns `x + x D`, D the term's map of inputs, rounded once."""
+    assert term.factors is not None and term.factors.inputs is not None
+    names = maps.named(term, use.applied, x.ndim, "in")
+    ends = names, "in"
+    own = term.factors.inputs
+    change = maps.applied(own, term, x, given=ends, wanted=ends, like=x)
+    return (x.astype(change.dtype) + change).astype(x.dtype)
+
+
+def turned_back(use: Use, term: Term, y: jax.Array) -> jax.Array:
+    """Returns `y + y D^T`, y the result of a transposed use."""
+    assert term.factors is not None and term.factors.inputs is not None
+    names = maps.named(term, use.written, y.ndim, "in")
+    own = maps.transposed(term.factors.inputs, maps.size(term, "in"))
+    ends = names, "in"
+    change = maps.applied(own, term, y, given=ends, wanted=ends, like=y)
+    return (y.astype(change.dtype) + change).astype(y.dtype)
+
+
+def branch(use: Use, term: Term, x: jax.Array, tied: bool, base: Typed) -> jax.Array:
+    """Returns `C(x)`, or its transpose, as the term's block of the result.
+
+    Args:
+      use: a dot.
+      term: with a branch.
+      x: the activation, the part that the term reads.
+      tied: True where the use is transposed.
+      base: the frozen product, whose dimensions the result has, and as which it lies.
+    """
+    assert term.factors is not None and term.factors.branch is not None
+    own, read, write = term.factors.branch, "in", "out"
+    if tied:
+        own, read, write = maps.transposed(own, maps.size(term, "in")), "out", "in"
+    given = maps.named(term, use.applied, x.ndim, read), read
+    wanted = maps.named(term, use.written, base.ndim, write), write
+    whole = all(term.whole(d, use.view.value.shape) for d in use.dims.write)
+    like = base if whole else None
+    return maps.applied(own, term, x, given=given, wanted=wanted, like=like)
