@@ -33,7 +33,7 @@ import numpy as np
 import optax
 
 from lorax import stacking, training, transform
-from lorax.compose import forms
+from lorax.adapters import ranks
 from lorax.losses import LossFn, Metrics
 from lorax.training import TrainState
 from lorax.types import Adapters, MicrobatchNorms, PairStatics, PyTree
@@ -238,7 +238,7 @@ def member(population: Population, index: int) -> Adapters:
     adapters: Adapters = jax.tree.map(lambda leaf: leaf[index], stacked)
     for path, statics in population.pairs.items():
         bits = np.asarray(population.scale_bits[path][index])
-        own = forms.cut(adapters[path], int(statics.rank[index]))
+        own = ranks.cut(adapters[path], int(statics.rank[index]))
         adapters[path] = own.replace(scale=float(bits.view(np.float64)[0]))
     return adapters
 

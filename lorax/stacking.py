@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax.adapters import layout
-from lorax.compose import forms
+from lorax.adapters import layout, ranks
 from lorax.types import Adapters, PairStatics
 
 
@@ -42,15 +41,15 @@ def stack(members: Sequence[Adapters]) -> tuple[Adapters, dict[str, PairStatics]
         for k, adapter in enumerate(own):
             _require_alike(path, k, adapter, own[0])
         if hasattr(own[0], "scale"):
-            ranks = [getattr(a, "rank", 1) for a in own]  # 1: it has none
+            widths = [getattr(a, "rank", 1) for a in own]  # 1: it has none
             scales = [a.scale for a in own]
-            if len({*ranks}) > 1 or len({*scales}) > 1:
+            if len({*widths}) > 1 or len({*scales}) > 1:
                 dtype = layout.wide(*jax.tree.leaves(own[0]))
                 pairs[path] = PairStatics(
-                    jnp.array(scales, dtype), jnp.array(ranks, jnp.int32)
+                    jnp.array(scales, dtype), jnp.array(widths, jnp.int32)
                 )
-                if len({*ranks}) > 1:
-                    own = [forms.padded(a, max(ranks)) for a in own]
+                if len({*widths}) > 1:
+                    own = [ranks.padded(a, max(widths)) for a in own]
                 own = [a.replace(scale=scales[0]) for a in own]  # one treedef
         stacked[path] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
     return stacked, pairs

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from lorax.accumulation import accumulated, widen
-from lorax.adapters import layout
+from lorax.adapters import ranks
 from lorax.losses import Metrics, cast
 from lorax.types import Adapters, MicrobatchNorms, PairStatics, PyTree
 
@@ -223,15 +223,7 @@ def guard(work: Work) -> Work:
 
 def unpadded(updates: Adapters, pairs: Pairs) -> Adapters:
     """Returns updates that leave the ranks beyond every member's true rank alone."""
-    kept: Any = {}
-    for path, own in (pairs or {}).items():
-        adapter: Any = updates[path]
-        fields = {
-            name: layout.real_ranks(adapter, name, own.rank)
-            for name in adapter.roles
-            if "rank" in adapter.fields[name].words
-        }
-        kept[path] = adapter.replace(**fields)
+    kept = {p: ranks.masked(updates[p], own.rank) for p, own in (pairs or {}).items()}
     return {**updates, **kept}
 
 

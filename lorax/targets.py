@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from lorax import adapters
+from lorax import _checks, adapters
 
 ALL_LINEAR = "all-linear"
 SCALINGS = {
@@ -97,14 +96,14 @@ class Target:
                 f"{self.pattern!r}: init={self.init!r}; give a registered name, or a "
                 "function (key, kernel, target, stats) -> (adapter, kernel)"
             )
-        _one_of("scaling", self.scaling, tuple(SCALINGS))
-        if not _whole(self.rank) or self.rank < 1:
+        _checks.one_of("scaling", self.scaling, tuple(SCALINGS))
+        if not _checks.is_whole(self.rank) or self.rank < 1:
             raise ValueError(
                 f"{self.pattern!r}: rank={self.rank}; give a whole number >= 1"
             )
-        if not _real(self.alpha) or not 0 < self.alpha < math.inf:
+        if not _checks.is_real(self.alpha) or not 0 < self.alpha < math.inf:
             raise ValueError(f"{self.pattern!r}: alpha={self.alpha}; give a number > 0")
-        if not _real(self.dropout) or not 0 <= self.dropout < 1:
+        if not _checks.is_real(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(
                 f"{self.pattern!r}: dropout={self.dropout}; give a rate in [0, 1)"
             )
@@ -137,7 +136,8 @@ class Target:
 
     def _rising(self, field: str) -> tuple[int, ...]:
         numbers = tuple(getattr(self, field))
-        rising = all(map(_whole, numbers)) and sorted(set(numbers)) == list(numbers)
+        whole = all(map(_checks.is_whole, numbers))
+        rising = whole and sorted(set(numbers)) == list(numbers)
         if not numbers or not rising or numbers[0] < 0:
             raise ValueError(
                 f"{self.pattern!r}: {field}={numbers}; give increasing numbers from 0, "
@@ -150,7 +150,7 @@ class Target:
         numbers = tuple(given) if isinstance(given, tuple | list) else None
         if (
             numbers is None
-            or not all(map(_whole, numbers))
+            or not all(map(_checks.is_whole, numbers))
             or len(set(numbers)) < len(numbers)
         ):
             raise ValueError(
@@ -176,19 +176,6 @@ class Target:
         if self.exclude is None:
             return ()
         return (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _one_of(field: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{field}={value!r}; choose one of {', '.join(choices)}")
 
 
 Rule = Target | tuple | str

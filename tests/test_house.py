@@ -23,7 +23,7 @@ EVERYTHING = sorted(
 
 # design.md, section 4, bottom first: a module imports only what stands before it
 LAYERS = """
-types untrusted registry tree _explicit _lapack linalg
+types untrusted registry tree _checks _explicit _lapack linalg
 adapters scaling
 interpret
 kernels targets selection notices inits optim analysis sharding models

@@ -21,6 +21,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lorax import _checks
 from lorax.adapters import layout, making
 from lorax.adapters.lora import Lora
 from lorax.adapters.parametrisation import Parametrisation, register
@@ -150,8 +151,7 @@ def orthogonal_penalty(
       >>> float(orthogonal_penalty({"w": a}))  # |4 I - I|^2 = 2 * 9
       18.0
     """
-    if form not in ("squared", "norm"):
-        raise ValueError(f"form={form!r}; choose 'squared' or 'norm'")
+    _checks.one_of("form", form, ("squared", "norm"))
     found = [a for a in adapters.values() if isinstance(a, AdaLora)]
     parts = [part.reshape(-1) for a in found for part in _squared_distances(a)]
     squared = jnp.concatenate([jnp.zeros(0), *parts])  # [matrices]

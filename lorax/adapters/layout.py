@@ -45,14 +45,6 @@ def axis_of(adapter: Any, name: str, word: str) -> int:
     return getattr(adapter, name).ndim - 1 - behind  # a population's axes lead
 
 
-def real_ranks(adapter: Any, name: str, rank: Any) -> jax.Array:
-    """Returns a field with zeros beyond its first `rank` ranks, a number or traced."""
-    array, axis = getattr(adapter, name), axis_of(adapter, name, "rank")
-    numbers = jnp.arange(array.shape[axis])
-    own = jnp.expand_dims(numbers, [d for d in range(array.ndim) if d != axis]) < rank
-    return jnp.where(own, array, jnp.zeros((), array.dtype))
-
-
 def _lengths(axes: Axes) -> dict[str, int]:
     """How many axes a word of `Field.dims` stands for."""
     out = len(axes.out)
@@ -173,6 +165,13 @@ def in_leaf_order(array: jax.Array, axes: Axes) -> jax.Array:
     return array.transpose([order.index(axis) for axis in range(len(order))])
 
 
+def matrices(leaf: jax.Array, axes: Axes) -> jax.Array:
+    """Returns a kernel as `[*batch, in, out]` in at least float32, axes flattened."""
+    in_, out, batch = axes.sizes(leaf.shape)
+    ordered = leaf.astype(wide(leaf)).transpose(axes.order)
+    return ordered.reshape(*batch, math.prod(in_), math.prod(out))
+
+
 def without_product(
     kernel: jax.Array,
     axes: Axes,
@@ -226,12 +225,12 @@ def mapped(factors: Factors, axes: Axes, kernel: jax.Array) -> list[jax.Array]:
         return held.apply(held.arrays, jnp.eye(n, dtype=dtype))
 
     def part(held: LinearMap, one: Any, kernel: jax.Array) -> jax.Array:
-        matrix = kernel.astype(dtype).transpose(axes.order).reshape(*batch, n, m)
         for _ in batch:
             one = jax.vmap(one)
         exact = jax.tree.map(lambda x: x.astype(dtype), held)
         with jax.default_matmul_precision("highest"):
-            return in_leaf_order(one(exact, matrix).reshape(*batch, *in_, *out), axes)
+            found = one(exact, matrices(kernel, axes))
+        return in_leaf_order(found.reshape(*batch, *in_, *out), axes)
 
     return [
         _explicit.automatic(part, (held, one, kernel), kernel)

@@ -19,7 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lorax.adapters import layout, making
+from lorax.adapters import layout, making, pairs
 from lorax.adapters.parametrisation import Parametrisation, register
 from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
 
@@ -72,14 +72,8 @@ class FromFactors(Parametrisation):
         s: jax.Array,
         vt: jax.Array,
     ) -> Any:
-        """Returns the adapter with `a b = u diag(s) vt`, balanced between the two.
-
-        A direction of size zero keeps its unit column in a, beside a zero row in b:
-        with both zero no gradient would ever reach it.
-        """
-        root = jnp.sqrt(jnp.where(s > 0, s, 1.0))
-        a, b = u * root[..., None, :], (s / root)[..., :, None] * vt
-        return cls.from_factors(kernel, target, a, b)
+        """Returns the adapter with `a b = u diag(s) vt`, see `pairs.balanced`."""
+        return cls.from_factors(kernel, target, *pairs.balanced(u, s, vt))
 
 
 @register("lora")

@@ -6,7 +6,6 @@ the target, and so do the static fields.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,13 +44,14 @@ def chosen_layers(kernel: KernelSpec, target: TargetSpec) -> jax.Array:
 
 
 def matrices(kernel: KernelSpec, target: TargetSpec) -> jax.Array:
-    """Returns the chosen layers as `[*batch, in, out]` in float32, axes flattened."""
-    value = chosen_layers(kernel, target)
-    in_, out, batch = sizes(kernel, target)
-    value = value.astype(layout.wide(value)).transpose(kernel.linear_axes().order)
-    shape = (*batch, math.prod(in_), math.prod(out))
-    lies = [*_explicit.entries(value)[: len(batch)], None, None]
-    return _explicit.reshape(value, shape, lies)
+    """Returns the chosen layers as `[*batch, in, out]`, see `layout.matrices`.
+
+    From an Explicit mesh every matrix comes whole.
+    """
+    value, axes = chosen_layers(kernel, target), kernel.linear_axes()
+    lies = _explicit.entries(value)
+    whole = [lies[axis] if axis in axes.batch else None for axis in range(value.ndim)]
+    return layout.matrices(_explicit.moved(value, whole, value), axes)
 
 
 def unflatten(

@@ -14,13 +14,13 @@ References:
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lorax import _checks
 from lorax.adapters import layout, making
 from lorax.adapters.parametrisation import Parametrisation, register
 from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
@@ -72,8 +72,7 @@ class VeRA(Parametrisation):
     def check_target(cls, target: TargetSpec) -> None:
         """Raises ValueError for a `d_initial` that is zero or no number."""
         given = making.options(target, cls.options)["d_initial"]
-        real = isinstance(given, numbers.Real) and not isinstance(given, bool)
-        if not real or not math.isfinite(given) or not given:
+        if not _checks.is_finite(given) or not given:
             raise ValueError(
                 f"{target.pattern!r}: d_initial={given!r}; give a number that is not 0 "
                 "(0.1 in the paper): with d and b both zero nothing would train"

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from lorax import linalg, tree
-from lorax.analysis import _matrices
+from lorax.adapters import layout
+from lorax.analysis import _thin
 from lorax.types import Adapters, PyTree
 
 
@@ -70,8 +71,8 @@ def amplification(
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank}; look at one direction or more, or None for all")
-    whole, leaves = _matrices.on_leaves(adapters, params)
-    chosen = _matrices.thin(whole, "amplification")
+    whole, leaves = _thin.on_leaves(adapters, params)
+    chosen = _thin.chosen(whole, "amplification")
     return {
         path: _measured(tree.fold_path(key, path), adapter, leaves[path], rank)
         for path, adapter in chosen.items()
@@ -79,10 +80,10 @@ def amplification(
 
 
 def _measured(key: jax.Array, adapter: Any, leaf: Any, rank: int | None) -> Any:
-    kernel = _matrices.leaf_matrices(leaf, adapter.axes)
+    kernel = layout.matrices(leaf, adapter.axes)
     if getattr(adapter, "layers", None) is not None:
         kernel = kernel[jnp.asarray(adapter.layers)]
-    u, s, vt = linalg.low_rank_svd(*_matrices.matrices(adapter))
+    u, s, vt = linalg.low_rank_svd(*_thin.product(adapter))
     k = s.shape[-1] if rank is None else min(rank, s.shape[-1])
     u, s, vt = u[..., :k], s[..., :k], vt[..., :k, :]
     keys = jax.random.split(key, 3)

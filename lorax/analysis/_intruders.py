@@ -17,8 +17,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax import linalg, tree
-from lorax.analysis import _matrices
+from lorax import _checks, linalg, tree
+from lorax.adapters import layout
+from lorax.analysis import _thin
 from lorax.types import Adapters, Factors, PyTree
 
 
@@ -73,14 +74,13 @@ def intruder_dimensions(
     for name, value in (("k", k), ("against", against)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}; give 1 or more directions")
-    if side not in ("in", "out"):
-        raise ValueError(f"side={side!r}; choose 'in' or 'out'")
-    whole, leaves = _matrices.on_leaves(adapters, params)
-    chosen = _matrices.thin(whole, "intruder_dimensions")
+    _checks.one_of("side", side, ("in", "out"))
+    whole, leaves = _thin.on_leaves(adapters, params)
+    chosen = _thin.chosen(whole, "intruder_dimensions")
 
     def measured(path: str, adapter: Any) -> Intruders:
         leaf = leaves[path]
-        kernel = _matrices.leaf_matrices(leaf, adapter.axes)
+        kernel = layout.matrices(leaf, adapter.axes)
         factors = _flat(adapter.factors(leaf), kernel)
         own = tree.fold_path(key, path)
         cosines = _mapped(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import linalg
-from lorax.analysis import _matrices
+from lorax.analysis import _thin
 from lorax.types import Adapters
 
 
@@ -47,10 +47,9 @@ def singular_values(adapters: Adapters) -> dict[str, jax.Array]:
       >>> singular_values({"w": lora})["w"].round(3).tolist()
       [5.0]
     """
-    chosen = _matrices.thin(adapters, "singular_values")
+    chosen = _thin.chosen(adapters, "singular_values")
     return {
-        path: linalg.low_rank_svd(*_matrices.matrices(a))[1]
-        for path, a in chosen.items()
+        path: linalg.low_rank_svd(*_thin.product(a))[1] for path, a in chosen.items()
     }
 
 

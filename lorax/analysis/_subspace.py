@@ -18,8 +18,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lorax import linalg, tree
-from lorax.analysis import _matrices
+from lorax import _checks, linalg, tree
+from lorax.analysis import _thin
 from lorax.types import Adapters
 
 Of = Literal["a", "b", "in", "out"]
@@ -56,10 +56,9 @@ def subspace_similarity(
       >>> phi.round(3).tolist()[1][1]  # one of two directions is shared
       0.5
     """
-    if of not in OF:
-        raise ValueError(f"of={of!r}; choose one of {', '.join(OF)}")
-    first = _matrices.thin(first, "subspace_similarity")
-    second = _matrices.thin(second, "subspace_similarity")
+    _checks.one_of("of", of, OF)
+    first = _thin.chosen(first, "subspace_similarity")
+    second = _thin.chosen(second, "subspace_similarity")
     both = [path for path in first if path in second]
     if not both:
         raise ValueError(
@@ -95,7 +94,7 @@ def _phi(path: str, one: Any, other: Any, of: str) -> jax.Array:
 
 def _directions(adapter: Any, of: str) -> jax.Array:
     """`[*stack, size, rank]`, orthonormal, the leading first."""
-    a, b = _matrices.matrices(adapter)
+    a, b = _thin.product(adapter)
     if of in ("a", "b"):
         factor = a if of == "a" else b.mT
         return linalg.svd(factor, min(factor.shape[-2:]))[0]

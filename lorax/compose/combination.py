@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import linalg, tree
-from lorax.adapters import Full, Lora, as_lora, layout
-from lorax.compose import checks, conversion, deltas, forms
+from lorax import _checks, linalg, tree
+from lorax.adapters import Full, Lora, as_lora, layout, pairs
+from lorax.compose import agreement, conversion, deltas, forms
 from lorax.compose.forms import Combined
 from lorax.types import Adapters, PyTree
 
@@ -95,14 +95,14 @@ def combine(
       al., TIES-Merging, arXiv:2306.01708. Yu et al., Language Models are Super Mario,
       arXiv:2311.03099.
     """
-    given = checks.require_sets(sets)
+    given = agreement.require_sets(sets)
     for adapters in given:
-        checks.require_products(adapters, "combine")
-        checks.refuse_moved(adapters, "combine")
-    checks.require_weights(weights, len(given))
+        agreement.require_products(adapters, "combine")
+        agreement.refuse_moved(adapters, "combine")
+    agreement.require_weights(weights, len(given))
     recipe = _Recipe(method, rank, density, key, election)
     _require_options(recipe)
-    checks.require_overlap(given)
+    agreement.require_overlap(given)
     leaves = None if params is None else tree.flatten(params)
     made: Adapters = {}
     error: dict[str, jax.Array] = {}
@@ -115,12 +115,10 @@ def combine(
             error[path] = jnp.zeros(())
             continue
         if kinds == {True, False}:
-            checks.require_same(path, [(f"set {i}", p) for i, p in parts.items()])
+            agreement.require_same(path, [(f"set {i}", p) for i, p in parts.items()])
         loras = _aligned(path, parts)
         if method in deltas.DENSE:
-            keys = _keys(
-                recipe, path, list(parts), forms.matrices(loras[0])[0].shape[0]
-            )
+            keys = _keys(recipe, path, list(parts), pairs.stacked(loras[0])[0].shape[0])
             found = _thinned(path, loras, weights_here, recipe, keys)
         else:
             found = _linear(path, loras, weights_here, recipe)
@@ -130,24 +128,20 @@ def combine(
 
 def _require_options(recipe: _Recipe) -> None:
     method, rank, density, key, election = recipe
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}; choose one of {', '.join(METHODS)}")
+    _checks.one_of("method", method, METHODS)
     if method == "linear" and rank is not None:
         raise ValueError(
             f"rank={rank}: a linear combination is exact, and its rank the sum of the "
             "ranks; use method='svd' to compress it"
         )
-    if election not in deltas.ELECTIONS:
-        raise ValueError(
-            f"election={election!r}; choose one of {', '.join(deltas.ELECTIONS)}"
-        )
+    _checks.one_of("election", election, deltas.ELECTIONS)
     if election != "weighted" and method not in deltas.SIGNED:
         raise ValueError(
             f"election={election!r}: method={method!r} elects no signs; leave it out, "
             f"or choose one of {', '.join(deltas.SIGNED)}"
         )
     dense = method in deltas.DENSE
-    if dense and (not forms.is_real(density) or not 0 < density <= 1):
+    if dense and (not _checks.is_real(density) or not 0 < density <= 1):
         raise ValueError(
             f"density={density}; method={method!r} needs the share of entries to keep, "
             "a number in (0, 1], such as 0.2"
@@ -185,7 +179,7 @@ def _aligned(path: str, parts: Mapping[int, Any]) -> list[Lora]:
         place = list(range(depth)) if union is None else list(union)
         plain = {k: _on_layers(x, union, place) for k, x in plain.items()}
     loras = [(f"set {i}", plain[id(part)]) for i, part in parts.items()]
-    checks.require_same(path, loras)
+    agreement.require_same(path, loras)
     return [lora for _, lora in loras]
 
 
@@ -227,7 +221,7 @@ def _linear(
         return whole, jnp.zeros(())
     rank = recipe.rank
     if rank is None:
-        rank = min(whole.rank, *forms.features(whole))
+        rank = min(whole.rank, *pairs.features(whole))
     return conversion.resized(path, whole, rank)
 
 
@@ -249,14 +243,14 @@ def _thinned(
     """TIES or DARE on the dense updates, cut to a rank."""
     first, rank = loras[0], recipe.rank
     if rank is None:
-        rank = min(sum(lora.rank for lora in loras), *forms.features(first))
-    checks.require_rank(path, first, rank)
-    pairs = []
+        rank = min(sum(lora.rank for lora in loras), *pairs.features(first))
+    agreement.require_rank(path, first, rank)
+    factors = []
     for lora in loras:
-        a, b = forms.matrices(lora)
-        pairs.append((a, lora.scale * b))
+        a, b = pairs.stacked(lora)
+        factors.append((a, lora.scale * b))
     u, s, vt, cut, square = deltas.compressed(
-        pairs,
+        factors,
         weights,
         keys,
         method=recipe.method,
@@ -269,7 +263,7 @@ def _thinned(
     wide = wide.replace(
         a=first.a.astype(u.dtype), b=first.b.astype(u.dtype), scale=shared
     )
-    made = forms.with_matrices(wide, *forms.split(u, s, vt, shared))
+    made = pairs.with_matrices(wide, *pairs.balanced(u, s, vt, shared))
     return made, forms.relative(jnp.sqrt(cut.sum()), jnp.sqrt(square.sum()))
 
 

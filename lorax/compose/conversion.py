@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import linalg, tree
-from lorax.adapters import as_lora
-from lorax.compose import checks, forms
+from lorax import _checks, linalg, tree
+from lorax.adapters import as_lora, pairs, ranks
+from lorax.compose import agreement, forms
 from lorax.compose.forms import Combined
 from lorax.types import Adapters
 
@@ -38,13 +37,13 @@ def scale(adapters: Adapters, factor: float) -> Adapters:
       >>> scale({"w": lora}, 0.5)["w"].scale
       1.0
     """
-    if not forms.is_real(factor) or not math.isfinite(factor):
+    if not _checks.is_finite(factor):
         raise ValueError(
             f"factor={factor!r}; give a finite Python number (the scale is static: a "
             "traced factor goes through compose.combine([adapters], [factor]))"
         )
-    checks.require_products(adapters, "scale")
-    checks.refuse_moved(adapters, "scale")
+    agreement.require_products(adapters, "scale")
+    agreement.refuse_moved(adapters, "scale")
     if full := [path for path, a in adapters.items() if a.replaces]:
         raise ValueError(
             f"{full} are Full: they hold values, not changes, and a change needs the "
@@ -111,19 +110,19 @@ def resized(path: str, adapter: Any, rank: int) -> tuple[Any, jax.Array]:
     """Returns one adapter of another rank, and the relative error of its update."""
     if adapter.replaces:
         return adapter, jnp.zeros(())
-    if not forms.has_factors(adapter):
+    if not pairs.has_factors(adapter):
         raise ValueError(
             f"{path}: resize cuts a product of one reading and one writing factor, and "
             f"{type(adapter).__name__} is not one; write it as Lora first "
             "(compose.to_lora), or merge it and read it back (compose.extract)"
         )
-    checks.require_rank(path, adapter, rank)
+    agreement.require_rank(path, adapter, rank)
     if rank >= adapter.rank:
-        return forms.padded(adapter, rank), jnp.zeros(())
-    a, b = forms.matrices(as_lora(adapter))
+        return ranks.padded(adapter, rank), jnp.zeros(())
+    a, b = pairs.stacked(as_lora(adapter))
     u, s, vt = _svd(a, b)
-    after = forms.with_triplets(adapter, u[..., :rank], s[..., :rank], vt[:, :rank])
-    a_, b_ = forms.matrices(as_lora(after))
+    after = pairs.with_triplets(adapter, u[..., :rank], s[..., :rank], vt[:, :rank])
+    a_, b_ = pairs.stacked(as_lora(after))
     left = jnp.concatenate([a, a_], -1), jnp.concatenate([b, -b_], -2)
     _, lost, _ = _svd(*left)
     return after, forms.relative(jnp.linalg.norm(lost), jnp.linalg.norm(s))
@@ -160,17 +159,17 @@ def to_lora(adapters: Adapters, initial: Adapters | None = None) -> Adapters:
     References:
       Meng et al., PiSSA, arXiv:2404.02948. Wang et al., LoRA-GA, arXiv:2407.05000.
     """
-    checks.require_products(adapters, "to_lora")
+    agreement.require_products(adapters, "to_lora")
     plain = tree.map_adapters(lambda _, a: as_lora(a), adapters)
     if initial is None:
-        checks.refuse_moved(plain, "to_lora without initial=")
+        agreement.refuse_moved(plain, "to_lora without initial=")
         return plain
     if lacking := sorted(adapters.keys() - initial.keys()):
         raise ValueError(
             f"initial has no adapter for {lacking}; pass the whole dict that "
             "lorax.init returned for these adapters"
         )
-    checks.require_products(
+    agreement.require_products(
         {path: initial[path] for path in plain}, "to_lora(initial=)"
     )
     return {path: _on_base(path, a, initial[path]) for path, a in plain.items()}
@@ -182,8 +181,8 @@ def _on_base(path: str, adapter: Any, initial: Any) -> Any:
         return adapter
     start = as_lora(initial)
     both = [("the adapter", adapter), ("initial", start)]
-    checks.require_same(path, both)
-    checks.require_one_base(path, both)
+    agreement.require_same(path, both)
+    agreement.require_one_base(path, both)
     still = lambda f: tree.is_concrete(f) and not np.asarray(f).any()
     if still(start.a) or still(start.b):
         return adapter

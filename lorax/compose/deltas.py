@@ -22,6 +22,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from lorax import linalg
 from lorax.compose import forms
 
 Election = Literal["weighted", "unweighted"]
@@ -119,7 +120,7 @@ def compressed(
 
     def one(given: Any) -> tuple[jax.Array, ...]:
         pairs, keys = given
-        dense = [jnp.matmul(a, b, precision=forms.EXACT) for a, b in pairs]
+        dense = [jnp.matmul(a, b, precision=linalg.EXACT) for a, b in pairs]
         whole = merged(dense, weights, method, density, keys, election)
         return forms.truncated(whole, rank)
 

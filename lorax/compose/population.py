@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import tree
-from lorax.compose import checks, forms
+from lorax import _checks, tree
+from lorax.adapters import ranks
+from lorax.compose import agreement, forms
 from lorax.types import Adapters
 
 
@@ -53,9 +54,8 @@ def stack(
       >>> stacked["w"].a.shape, [s["w"].rank for s in unstack(stacked)]
       ((2, 4, 2), [1, 2])
     """
-    if missing not in ("error", "zero"):
-        raise ValueError(f"missing={missing!r}; choose 'error' or 'zero'")
-    given = checks.require_sets(sets)
+    _checks.one_of("missing", missing, ("error", "zero"))
+    given = agreement.require_sets(sets)
     paths = sorted(set().union(*given))
     if missing == "error":
         _require_paths(paths, given)
@@ -82,8 +82,8 @@ def _require_paths(paths: list[str], sets: list[Adapters]) -> None:
 
 def _require_stackable(path: str, members: list[tuple[int, Any]]) -> None:
     named = [(f"set {i}", adapter) for i, adapter in members]
-    checks.require_same(path, named)
-    checks.require_one_base(path, named)
+    agreement.require_same(path, named)
+    agreement.require_one_base(path, named)
     i, first = members[0]
     for j, other in members[1:]:
         one, two = forms.statics(first), forms.statics(other)
@@ -106,8 +106,8 @@ def _zero(path: str, like: Any, absent: list[int]) -> Any:
     if getattr(like, "moved_by", None):
         raise ValueError(
             f"{path}: sets {absent} lack it, and the others fit "
-            f"{checks.base_of(like)}, where zero factors do not give the kernel back; "
-            "write them for the base as given first, compose.to_lora(adapters, "
+            f"{agreement.base_of(like)}, where zero factors do not give the kernel "
+            "back; write them for the base as given first, compose.to_lora(adapters, "
             "initial), initial what lorax.init returned"
         )
     return jax.tree.map(jnp.zeros_like, like)
@@ -121,7 +121,7 @@ def _stacked(members: list[Any]) -> Any:
         members = [forms.rescaled(member, scale) for member in members]
     if first.padded:
         rank = max(member.rank for member in members)
-        members = [forms.padded(member, rank) for member in members]
+        members = [ranks.padded(member, rank) for member in members]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
@@ -147,12 +147,13 @@ def unstack(stacked: Adapters) -> list[Adapters]:
                 "have no values here; call it outside of jit, or index the stack "
                 "yourself: jax.tree.map(lambda v: v[k], stacked)"
             )
-    ranks = tree.map_adapters(lambda _, adapter: _ranks(adapter), stacked)
-    member = lambda k: jax.tree.map(lambda leaf: leaf[k], stacked)
-    return [
-        {path: forms.cut(a, int(ranks[path][k])) for path, a in member(k).items()}
-        for k in range(size)
-    ]
+    used = tree.map_adapters(lambda _, adapter: _ranks(adapter), stacked)
+
+    def member(k: int) -> Adapters:
+        own = jax.tree.map(lambda leaf: leaf[k], stacked)
+        return {path: ranks.cut(a, int(used[path][k])) for path, a in own.items()}
+
+    return [member(k) for k in range(size)]
 
 
 def count(stacked: Adapters) -> int:
@@ -180,7 +181,7 @@ def _ranks(stacked: Any) -> np.ndarray:
         return np.zeros(len(jax.tree.leaves(stacked)[0]), int)
     member = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], stacked))
     used: Any = False
-    for name, axis in forms.rank_axes(member).items():
+    for name, axis in ranks.axes_of(member).items():
         field = np.asarray(getattr(stacked, name)) != 0
         rest = tuple(d for d in range(1, field.ndim) if d != axis + 1)
         used = used | field.any(rest)  # [K, rank]
@@ -225,8 +226,8 @@ def switch(adapters: Adapters, like: Adapters) -> Adapters:
 
 def _switched(path: str, adapter: Any, like: Any) -> Any:
     both = [("the adapter", adapter), ("like", like)]
-    checks.require_same(path, both)
-    checks.require_one_base(path, both)
+    agreement.require_same(path, both)
+    agreement.require_one_base(path, both)
     if like.padded:
         if adapter.rank > like.rank:
             raise ValueError(
@@ -234,7 +235,7 @@ def _switched(path: str, adapter: Any, like: Any) -> Any:
                 f"compress it with compose.resize(adapters, {like.rank}), or compile "
                 "for adapters of the largest rank"
             )
-        adapter = forms.padded(adapter, like.rank)
+        adapter = ranks.padded(adapter, like.rank)
     if hasattr(like, "scale"):
         if like.scale == 0 != adapter.scale:
             raise ValueError(

@@ -36,7 +36,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax import linalg
+from lorax import _checks, linalg
 from lorax.adapters import making
 from lorax.inits import build
 from lorax.kernels import Kernel
@@ -94,9 +94,6 @@ def corda(
 
 
 def _check(kernel: Kernel, options: dict) -> None:
-    if options["mode"] not in MODES:
-        raise ValueError(
-            f"{kernel.path}: mode={options['mode']!r}; choose one of {', '.join(MODES)}"
-        )
+    _checks.one_of("mode", options["mode"], MODES, where=kernel.path)
     if not options["damp"] > 0:
         raise ValueError(f"{kernel.path}: damp={options['damp']}; give a number > 0")

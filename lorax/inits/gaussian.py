@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax import _checks
 from lorax.adapters import making
 from lorax.inits import build
 from lorax.kernels import Kernel
@@ -46,8 +47,7 @@ def gaussian(
     zero = making.options(target, OPTIONS)["zero"]
     if zero is None:
         zero = "a" if kernel.op == "gather" else "b"
-    if zero not in ("a", "b"):
-        raise ValueError(f"{kernel.path}: zero={zero!r}; choose 'a' or 'b'")
+    _checks.one_of("zero", zero, ("a", "b"), where=kernel.path)
     in_, out, batch = making.sizes(kernel, target)
     a = jnp.zeros((*batch, *in_, target.rank), target.dtype)
     b = jnp.zeros((*batch, target.rank, *out), target.dtype)

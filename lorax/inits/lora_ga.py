@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax import _checks
 from lorax.adapters import making
 from lorax.inits import build
 from lorax.kernels import Kernel
@@ -63,11 +64,7 @@ def lora_ga(
         "gd": 1 / target.scale,
         "unit": 1.0,
     }
-    if options["scale"] not in scales:
-        raise ValueError(
-            f"{kernel.path}: scale={options['scale']!r}; choose one of "
-            f"{', '.join(scales)}"
-        )
+    _checks.one_of("scale", options["scale"], tuple(scales), where=kernel.path)
     c = scales[options["scale"]]
     u, vt = build.flat_triplets(kernel, target, stats)
     a, b = c * u[..., :rank], c * vt[..., rank : 2 * rank, :]

@@ -16,14 +16,12 @@ References:
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lorax import adapters
+from lorax import _checks, adapters
 from lorax.adapters import making
 from lorax.inits import build
 from lorax.kernels import Kernel
@@ -50,8 +48,7 @@ def lora_sb(
     """
     del key
     g, rank = making.options(target, OPTIONS)["step"], target.rank
-    real = isinstance(g, numbers.Real) and not isinstance(g, bool)
-    if not real or not math.isfinite(g) or g < 0:
+    if not _checks.is_finite(g) or g < 0:
         raise ValueError(
             f"{kernel.path}: step={g!r}; give a number >= 0, such as 1/128"
         )

@@ -9,14 +9,13 @@ Whoever has both bases has `a0 b0`, which is all that a conversion needs:
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lorax import linalg, tree
-from lorax.compose import forms
+from lorax.adapters import layout, pairs
 from lorax.types import Adapters, PyTree
 
 NOISE = 0.05  # of the difference: what rounding of the two bases may leave of it
@@ -59,9 +58,7 @@ def _initial(path: str, adapter: Any, before: Any, after: Any) -> Any:
     if adapter.layers is not None:
         chosen = jnp.asarray(adapter.layers)
         moved = jnp.take(moved, chosen, adapter.axes.batch[0])
-    in_, out, batch = adapter.axes.sizes(moved.shape)
-    moved = moved.transpose(adapter.axes.order)
-    matrix = moved.reshape(*batch, math.prod(in_), math.prod(out))
+    matrix = layout.matrices(moved, adapter.axes)
     u, s, vt = linalg.svd(matrix, adapter.rank)
     whole, kept = jnp.sum(matrix**2), jnp.sum(s**2)
     if whole - kept > NOISE**2 * whole:
@@ -70,5 +67,5 @@ def _initial(path: str, adapter: Any, before: Any, after: Any) -> Any:
             f"{adapter.rank}: {float(jnp.sqrt(whole - kept) / jnp.sqrt(whole)):.2g} of "
             "the difference is left; are they the original and its residual?"
         )
-    flat = lambda f: f.reshape(-1, *f.shape[len(batch) :])
-    return forms.with_triplets(adapter, *map(flat, (u, s / adapter.scale, vt)))
+    flat = lambda f: f.reshape(-1, *f.shape[matrix.ndim - 2 :])
+    return pairs.with_triplets(adapter, *map(flat, (u, s / adapter.scale, vt)))

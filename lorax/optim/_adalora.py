@@ -28,16 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lorax import _checks
 from lorax.adapters import AdaLora, layout
-from lorax.optim import _checks, _orthogonal, _states
+from lorax.optim import _orthogonal, _states, _trees
 from lorax.optim._adalora_schedule import BudgetSchedule, require_int
-from lorax.optim._pairs import (
-    has_triplets,
-    is_present,
-    require_adapters,
-    require_params,
-    require_whole,
-)
 from lorax.types import Adapters
 
 
@@ -148,8 +142,8 @@ def adalora(
     decoupled = orthogonal_form == "decoupled"
 
     def init_fn(params: Adapters) -> AdaLoraState:
-        adapters = require_adapters(params, "adalora")
-        require_whole(adapters, "adalora")
+        adapters = _trees.require_adapters(params, "adalora")
+        _trees.require_whole(adapters, "adalora")
         total = _total(adapters, init_budget, target_budget)
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros_like(leaf, layout.wide(leaf)), _chosen(adapters)
@@ -166,7 +160,7 @@ def adalora(
     def update_fn(
         updates: Adapters, state: AdaLoraState, params: Any = None, **extra: Any
     ) -> tuple[Adapters, AdaLoraState]:
-        adapters = require_params(params)
+        adapters = _trees.require_params(params)
         total = _total(adapters, init_budget, target_budget)
         before = _chosen(adapters)
         grads = updates if decoupled else orthogonal(updates, before)
@@ -240,7 +234,7 @@ def _require_room(init_budget: int, target_budget: int) -> None:
 
 def _chosen(adapters: Mapping[str, Any]) -> dict[str, AdaLora]:
     """The AdaLora entries, by path: the order in which ties are broken."""
-    own = lambda a: has_triplets(a) and is_present(a)
+    own = lambda a: _trees.has_triplets(a) and _trees.is_present(a)
     return {p: a for p, a in sorted(adapters.items()) if own(a)}
 
 

@@ -17,12 +17,13 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-import numbers
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from lorax import _checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +101,7 @@ class BudgetSchedule:
 
 def require_int(name: str, value: Any, lowest: int) -> None:
     """Raises ValueError unless the value is a Python int of at least `lowest`."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < lowest:
+    if not _checks.is_whole(value) or value < lowest:
         raise ValueError(
             f"{name}={value!r}; give a Python int of at least {lowest} (it shapes the "
             "program: under optax.inject_hyperparams name it in static_args)"

@@ -20,9 +20,8 @@ import numpy as np
 import optax
 
 from lorax.adapters import AdaLora
-from lorax.optim import _states
+from lorax.optim import _states, _trees
 from lorax.optim._adalora import AdaLoraState
-from lorax.optim._pairs import has_triplets, is_present
 from lorax.types import Adapters
 
 
@@ -117,7 +116,7 @@ def _masks(adapters: Adapters, opt_state: optax.OptState | None) -> dict[str, An
     found = {
         p: np.asarray(a.lam) != 0
         for p, a in own.items()
-        if has_triplets(a) and is_present(a)
+        if _trees.has_triplets(a) and _trees.is_present(a)
     }
     if not found:
         kinds = sorted({type(a).__name__ for a in adapters.values()})

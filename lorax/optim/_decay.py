@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import tree
-from lorax.optim import _checks, _pairs, _states
+from lorax import _checks, tree
+from lorax.optim import _states, _trees
 from lorax.types import Adapters, PyTree
 
 
@@ -35,8 +35,8 @@ def role_mask(adapters: Adapters, roles: tuple[str, ...] | None) -> Adapters:
       adapters: `{path: Adapter}`.
       roles: values of `adapter.roles`; None: whatever the fields declare.
     """
-    given = _pairs.require_adapters(adapters, "decay_mask")
-    return _pairs.map_present(lambda _, a: _marked(a, roles), given)
+    given = _trees.require_adapters(adapters, "decay_mask")
+    return _trees.map_present(lambda _, a: _marked(a, roles), given)
 
 
 def decay_mask(adapters: Adapters) -> Adapters:
@@ -62,7 +62,7 @@ def decay_mask(adapters: Adapters) -> Adapters:
 
 
 def add_decayed_weights(
-    weight_decay: _checks.ScalarOrSchedule = 0.0,
+    weight_decay: _checks.NumberOrSchedule = 0.0,
     full: bool = False,
     roles: tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -96,7 +96,7 @@ def add_decayed_weights(
     decay = optax.add_decayed_weights(weight_decay)
 
     def init_fn(params: Adapters) -> optax.OptState:
-        return decay.init(_pairs.require_adapters(params, "add_decayed_weights"))
+        return decay.init(_trees.require_adapters(params, "add_decayed_weights"))
 
     def update_fn(
         updates: Adapters,
@@ -107,10 +107,10 @@ def add_decayed_weights(
         **extra: Any,
     ) -> tuple[Adapters, optax.OptState]:
         del extra
-        given = _pairs.require_params(params)
+        given = _trees.require_params(params)
         leaves = _base_leaves(base, given) if full else {}
         away = lambda path, a: _away(a, roles, leaves.get(path))
-        return decay.update(updates, state, _pairs.map_present(away, given))
+        return decay.update(updates, state, _trees.map_present(away, given))
 
     return _states.transformation(init_fn, update_fn)
 
@@ -137,7 +137,7 @@ def _away(adapter: Any, roles: tuple[str, ...] | None, leaf: jax.Array | None) -
 
 def _base_leaves(base: PyTree, adapters: Adapters) -> dict[str, jax.Array]:
     """The leaves of the base under Full adapters."""
-    full = lambda a: _pairs.is_present(a) and a.replaces
+    full = lambda a: _trees.is_present(a) and a.replaces
     paths = [path for path, a in adapters.items() if full(a)]
     if base is None:
         raise ValueError(

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import tree
-from lorax.optim import _checks, _decay, _gram, _pairs, _pairwise, _standard
+from lorax import _checks, tree
+from lorax.optim import _decay, _gram, _pairs, _pairwise, _standard
 
 TRAINED = ("b", "magnitude", "value")
 """Roles of the leaves that move."""
@@ -36,7 +36,7 @@ class ScaleByLoraFaState(NamedTuple):
 
 
 def scale_by_lora_fa(
-    damping: _checks.Scalar = 1e-6, relative: bool = True
+    damping: _checks.Number = 1e-6, relative: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Freezes every `a` and preconditions every `b` by it.
 
@@ -77,13 +77,13 @@ def scale_by_lora_fa(
 
 
 def lora_fa(
-    learning_rate: _checks.ScalarOrSchedule,
-    damping: _checks.Scalar = 1e-6,
+    learning_rate: _checks.NumberOrSchedule,
+    damping: _checks.Number = 1e-6,
     relative: bool = True,
-    b1: _checks.Scalar = 0.9,
-    b2: _checks.Scalar = 0.999,
-    eps: _checks.Scalar = 1e-8,
-    weight_decay: _checks.ScalarOrSchedule = 0.0,
+    b1: _checks.Number = 0.9,
+    b2: _checks.Number = 0.999,
+    eps: _checks.Number = 1e-8,
+    weight_decay: _checks.NumberOrSchedule = 0.0,
     full_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW on the second factors alone; magnitude and value follow AdamW as usual.
@@ -107,7 +107,7 @@ def lora_fa(
     Example:
       >>> tx = lora_fa(2e-4, weight_decay=0.01)
     """
-    _checks.moments(b1, b2, eps, weight_decay)
+    _standard.check_adam(b1, b2, eps, weight_decay)
     trained = functools.partial(_decay.role_mask, roles=TRAINED)
     return optax.chain(
         scale_by_lora_fa(damping, relative),

@@ -28,9 +28,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import scaling, tree
+from lorax import _checks, scaling, tree
 from lorax.adapters import layout
-from lorax.optim import _checks, _decay, _pairs, _standard, _states
+from lorax.optim import _decay, _standard, _states, _trees
 from lorax.types import Adapters, PairStatics
 
 SECOND = ("b", "q")  # roles of the second factor
@@ -81,11 +81,11 @@ def scale_by_lora_plus(ratio: Ratio = 16.0) -> optax.GradientTransformationExtra
     ratio = _check_ratio(ratio)
 
     def init_fn(params: Adapters) -> optax.OptState:
-        given = _pairs.require_adapters(params, "scale_by_lora_plus")
+        given = _trees.require_adapters(params, "scale_by_lora_plus")
         if isinstance(ratio, tuple):
             _check_rules(ratio, [path for path, a in given.items() if _seconds(a)])
         if _reads_shapes(ratio):
-            _pairs.require_whole(given, "scale_by_lora_plus('auto')")
+            _trees.require_whole(given, "scale_by_lora_plus('auto')")
         if callable(ratio):
             return ScaleByLoraPlusState(step=jnp.zeros((), jnp.int32))
         return optax.EmptyState()
@@ -107,18 +107,18 @@ def scale_by_lora_plus(ratio: Ratio = 16.0) -> optax.GradientTransformationExtra
         def scaled(path: str, adapter: Any) -> Any:
             return _scaled(adapter, _ratio_at(now, path, adapter, pairs))
 
-        return _pairs.map_present(scaled, updates), state
+        return _trees.map_present(scaled, updates), state
 
     return _states.transformation(init_fn, update_fn)
 
 
 def lora_plus(
-    learning_rate: _checks.ScalarOrSchedule,
+    learning_rate: _checks.NumberOrSchedule,
     ratio: Ratio = 16.0,
-    b1: _checks.Scalar = 0.9,
-    b2: _checks.Scalar = 0.999,
-    eps: _checks.Scalar = 1e-8,
-    weight_decay: _checks.ScalarOrSchedule = 0.0,
+    b1: _checks.Number = 0.9,
+    b2: _checks.Number = 0.999,
+    eps: _checks.Number = 1e-8,
+    weight_decay: _checks.NumberOrSchedule = 0.0,
     full_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW in which every second factor learns `ratio` times faster.
@@ -148,7 +148,7 @@ def lora_plus(
     Example:
       >>> tx = lora_plus(2e-4, ratio=[("attn/.*", 16.0), (".*", "auto")])
     """
-    _checks.moments(b1, b2, eps, weight_decay)
+    _standard.check_adam(b1, b2, eps, weight_decay)
     return optax.chain(
         _standard.standard(optax.scale_by_adam(b1, b2, eps)),
         scale_by_lora_plus(ratio),
@@ -182,7 +182,7 @@ def width_ratio(adapter: Any, rank: Any = None) -> jax.Array | float:
 
 def _seconds(adapter: Any) -> list[str]:
     """The fields that hold a second factor; none of an adapter that is left out."""
-    if not _pairs.is_present(adapter):
+    if not _trees.is_present(adapter):
         return []
     return [field for field, role in adapter.roles.items() if role in SECOND]
 

@@ -28,13 +28,14 @@ from typing import Literal, NamedTuple
 import jax
 import optax
 
+from lorax import _checks
 from lorax.optim import (
-    _checks,
     _decay,
     _lora_pro_moments,
     _pairs,
     _pairwise,
     _projection,
+    _standard,
 )
 
 Choice = Literal["sylvester", "symmetry", "zero"]
@@ -52,7 +53,7 @@ class ScaleByLoraProState(NamedTuple):
 
 
 def scale_by_lora_pro(
-    x: Choice = "sylvester", damping: _checks.Scalar = 0.1, relative: bool = True
+    x: Choice = "sylvester", damping: _checks.Number = 0.1, relative: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradients of every pair by LoRA-Pro's.
 
@@ -100,15 +101,15 @@ def scale_by_lora_pro(
 
 
 def lora_pro(
-    learning_rate: _checks.ScalarOrSchedule,
+    learning_rate: _checks.NumberOrSchedule,
     mode: Mode = "rowcol",
     x: Choice = "sylvester",
-    damping: _checks.Scalar | None = None,
+    damping: _checks.Number | None = None,
     relative: bool = True,
-    b1: _checks.Scalar | None = None,
-    b2: _checks.Scalar = 0.999,
-    eps: _checks.Scalar = 1e-8,
-    weight_decay: _checks.ScalarOrSchedule = 0.0,
+    b1: _checks.Number | None = None,
+    b2: _checks.Number = 0.999,
+    eps: _checks.Number = 1e-8,
+    weight_decay: _checks.NumberOrSchedule = 0.0,
     full_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-Pro with plain steps, or with one of three forms of Adam.
@@ -160,7 +161,7 @@ def lora_pro(
     _checks.one_of("mode", mode, MODES)
     if damping is None:
         damping = 0.1 if mode == "factor" else 0.01
-    _checks.moments(0.9 if b1 is None else b1, b2, eps, weight_decay)
+    _standard.check_adam(0.9 if b1 is None else b1, b2, eps, weight_decay)
     return optax.chain(
         scale_by_lora_pro(x, damping, relative),
         _lora_pro_moments.moments(mode, x, damping, relative, b1, b2, eps),

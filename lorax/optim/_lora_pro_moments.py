@@ -28,16 +28,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import linalg, tree
+from lorax import _checks, tree
 from lorax.adapters import layout
 from lorax.optim import (
-    _checks,
     _gram,
     _pairs,
     _pairwise,
     _projection,
     _standard,
     _states,
+    _trees,
 )
 from lorax.types import Adapters, PairStatics
 
@@ -71,10 +71,10 @@ class ScaleByFullState(NamedTuple):
 
 
 def scale_by_lora_pro_rowcol(
-    b2: _checks.Scalar = 0.999,
-    eps: _checks.Scalar = 1e-8,
+    b2: _checks.Number = 0.999,
+    eps: _checks.Number = 1e-8,
     x: str = "sylvester",
-    damping: _checks.Scalar = 0.01,
+    damping: _checks.Number = 0.01,
     relative: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Divides the projected gradient by factored root mean squares, n + m numbers.
@@ -98,16 +98,17 @@ def scale_by_lora_pro_rowcol(
       >>> first = optim.scale_by_lora_pro(damping=0.01)
       >>> tx = optax.chain(first, scale_by_lora_pro_rowcol(), optax.scale(-2e-5))
     """
-    _checks.moments(0.0, b2, eps, 0.0)
+    _standard.check_adam(0.0, b2, eps, 0.0)
     _checks.at_least("damping", damping)
 
     def init_fn(params: Adapters) -> ScaleByRowColState:
-        given = _checks.factor_pairs(params, "scale_by_lora_pro_rowcol")
-        pairs = {path: a for path, a in given.items() if _pairs.is_pair(a)}
+        given = _trees.require_pairs(params, "scale_by_lora_pro_rowcol")
+        pairs = _trees.only_pairs(given)
         # Sums of zeros of the factors' own, so that they are sharded alike.
-        rows = tree.map_adapters(lambda _, p: _zeros(p.a).sum(-1), pairs)
+        rows = tree.map_adapters(lambda _, p: _pairs.zeros_like(p.a).sum(-1), pairs)
         columns = tree.map_adapters(
-            lambda _, p: _zeros(p.b).sum(layout.stack_axes(p.a, p.axes)), pairs
+            lambda _, p: _pairs.zeros_like(p.b).sum(layout.stack_axes(p.a, p.axes)),
+            pairs,
         )
         return ScaleByRowColState(jnp.zeros((), jnp.int32), rows, columns)
 
@@ -154,11 +155,11 @@ def scale_by_lora_pro_rowcol(
 
 
 def scale_by_lora_pro_full(
-    b1: _checks.Scalar = 0.9,
-    b2: _checks.Scalar = 0.999,
-    eps: _checks.Scalar = 1e-8,
+    b1: _checks.Number = 0.9,
+    b2: _checks.Number = 0.999,
+    eps: _checks.Number = 1e-8,
     x: str = "sylvester",
-    damping: _checks.Scalar = 0.01,
+    damping: _checks.Number = 0.01,
     relative: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam on the projected gradient itself, as in the paper: state of 2 n m numbers.
@@ -183,15 +184,18 @@ def scale_by_lora_pro_full(
       >>> first = optim.scale_by_lora_pro(damping=0.01)
       >>> tx = optax.chain(first, scale_by_lora_pro_full(), optax.scale(-2e-5))
     """
-    _checks.moments(b1, b2, eps, 0.0)
+    _standard.check_adam(b1, b2, eps, 0.0)
     _checks.at_least("damping", damping)
     adam = _standard.standard(optax.scale_by_adam(b1, b2, eps))
 
     def init_fn(params: Adapters) -> ScaleByFullState:
-        given = _checks.factor_pairs(params, "scale_by_lora_pro_full")
-        pairs = {path: a for path, a in given.items() if _pairs.is_pair(a)}
+        given = _trees.require_pairs(params, "scale_by_lora_pro_full")
+        pairs = _trees.only_pairs(given)
         factors = {path: _pairs.pair_of(adapter)[:2] for path, adapter in pairs.items()}
-        zeros = {path: _gram.dot(*map(_zeros, both)) for path, both in factors.items()}
+        zeros = {
+            path: _gram.dot(*map(_pairs.zeros_like, both))
+            for path, both in factors.items()
+        }
         return ScaleByFullState(*adam.init(zeros))
 
     def update_fn(
@@ -226,11 +230,11 @@ def scale_by_lora_pro_full(
 def moments(
     mode: str,
     x: str,
-    damping: _checks.Scalar,
+    damping: _checks.Number,
     relative: bool,
-    b1: _checks.Scalar | None,
-    b2: _checks.Scalar,
-    eps: _checks.Scalar,
+    b1: _checks.Number | None,
+    b2: _checks.Number,
+    eps: _checks.Number,
 ) -> optax.GradientTransformation:
     """Returns the link that each mode of `lora_pro` puts after the projection."""
     adam = _standard.standard(optax.scale_by_adam(0.9 if b1 is None else b1, b2, eps))
@@ -238,7 +242,7 @@ def moments(
         return adam
     if mode == "sgd":
         return optax.identity()
-    rest = optax.masked(adam, functools.partial(_pairs.factor_mask, others=True))
+    rest = optax.masked(adam, functools.partial(_trees.factor_mask, others=True))
     if mode == "full":
         first = 0.9 if b1 is None else b1
         return optax.chain(
@@ -247,12 +251,8 @@ def moments(
     links = [scale_by_lora_pro_rowcol(b2, eps, x, damping, relative), rest]
     if b1 is not None:
         momentum = _standard.standard(optax.ema(b1))
-        links.append(optax.masked(momentum, _pairs.factor_mask))
+        links.append(optax.masked(momentum, _trees.factor_mask))
     return optax.chain(*links)
-
-
-def _zeros(factor: jax.Array) -> jax.Array:
-    return jnp.zeros_like(factor, linalg.wide(factor.dtype))
 
 
 def _thin(h: _pairs.Pair, given: _pairs.Pair) -> tuple[jax.Array, jax.Array]:

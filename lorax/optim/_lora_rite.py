@@ -37,9 +37,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import _lapack
+from lorax import _checks, _lapack
+from lorax.adapters.pairs import Both
 from lorax.optim import (
-    _checks,
     _decay,
     _gram,
     _pairs,
@@ -47,6 +47,7 @@ from lorax.optim import (
     _polar,
     _standard,
     _states,
+    _trees,
 )
 from lorax.types import Adapters, PairStatics
 
@@ -63,10 +64,10 @@ class ScaleByLoraRiteState(NamedTuple):
     """
 
     step: jax.Array
-    basis: dict[str, _pairs.Both]
-    momentum: dict[str, _pairs.Both]
-    second: dict[str, _pairs.Both]
-    escaped: dict[str, _pairs.Both]
+    basis: dict[str, Both]
+    momentum: dict[str, Both]
+    second: dict[str, Both]
+    escaped: dict[str, Both]
 
     @property
     def reads_gradients(self) -> str:
@@ -83,9 +84,9 @@ class _Moments(NamedTuple):
 
 
 def scale_by_lora_rite(
-    b1: _checks.Scalar = 0.9,
-    b2: _checks.Scalar = 0.999,
-    eps: _checks.Scalar = 1e-6,
+    b1: _checks.Number = 0.9,
+    b2: _checks.Number = 0.999,
+    eps: _checks.Number = 1e-6,
     escape: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradients of every pair by LoRA-RITE's directions; others pass.
@@ -116,14 +117,14 @@ def scale_by_lora_rite(
       Array([[0.354, 0.   ],
              [0.   , 0.354]], dtype=float32)
     """
-    _checks.moments(b1, b2, eps, 0.0)
+    _standard.check_adam(b1, b2, eps, 0.0)
 
     def init_fn(params: Adapters) -> ScaleByLoraRiteState:
-        given = _checks.factor_pairs(params, "scale_by_lora_rite")
-        pairs = {path: a for path, a in given.items() if _pairs.is_pair(a)}
+        given = _trees.require_pairs(params, "scale_by_lora_rite")
+        pairs = _trees.only_pairs(given)
         zeros = {path: _pairs.zeros(adapter) for path, adapter in pairs.items()}
         grams = {path: _gram.grams(_pairs.pair_of(a)) for path, a in pairs.items()}
-        second = {path: _pairs.Both(*both) for path, both in grams.items()}
+        second = {path: Both(*both) for path, both in grams.items()}
         second = jax.tree.map(jnp.zeros_like, second)
         escaped = jax.tree.map(lambda v: v[:, 0, 0], second)
         step = jnp.zeros((), jnp.int32)
@@ -153,12 +154,12 @@ def scale_by_lora_rite(
 
 
 def lora_rite(
-    learning_rate: _checks.ScalarOrSchedule,
-    b1: _checks.Scalar = 0.9,
-    b2: _checks.Scalar = 0.999,
-    eps: _checks.Scalar = 1e-6,
+    learning_rate: _checks.NumberOrSchedule,
+    b1: _checks.Number = 0.9,
+    b2: _checks.Number = 0.999,
+    eps: _checks.Number = 1e-6,
     escape: bool = True,
-    weight_decay: _checks.ScalarOrSchedule = 0.0,
+    weight_decay: _checks.NumberOrSchedule = 0.0,
     full_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-RITE for the factors, Adam for every other leaf (magnitude, value).
@@ -182,8 +183,8 @@ def lora_rite(
     Example:
       >>> tx = lora_rite(1e-3)
     """
-    _checks.moments(b1, b2, eps, weight_decay)
-    rest = functools.partial(_pairs.factor_mask, others=True)
+    _standard.check_adam(b1, b2, eps, weight_decay)
+    rest = functools.partial(_trees.factor_mask, others=True)
     return optax.chain(
         scale_by_lora_rite(b1, b2, eps, escape),
         optax.masked(_standard.standard(optax.scale_by_adam(b1, b2, eps)), rest),
@@ -212,8 +213,8 @@ def _turned(
     of_b = _advanced(g_b, _gram.dot(u_a.mT, bases.a), of_b, rates, escape)
     a = _gram.dot(of_a.momentum, inverse_b)
     b = _gram.dot(of_b.momentum, inverse_a).mT
-    each = map(_pairs.Both, of_a, (of_b.momentum.mT, *of_b[1:]))
-    return a, b, (_pairs.Both(u_a, u_b.mT), *each)
+    each = map(Both, of_a, (of_b.momentum.mT, *of_b[1:]))
+    return a, b, (Both(u_a, u_b.mT), *each)
 
 
 def _advanced(

@@ -51,9 +51,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import linalg
+from lorax import _checks, linalg
 from lorax.optim import (
-    _checks,
     _decay,
     _gram,
     _pairs,
@@ -63,6 +62,7 @@ from lorax.optim import (
     _split_decay,
     _standard,
     _states,
+    _trees,
 )
 from lorax.types import Adapters, PairStatics
 
@@ -82,9 +82,9 @@ class ScaleByMuonFactorsState(NamedTuple):
 
 def scale_by_muon_factors(
     factors: Factors = "b",
-    beta: _checks.Scalar = 0.95,
+    beta: _checks.Number = 0.95,
     nesterov: bool = True,
-    damping: _checks.Scalar = 0.1,
+    damping: _checks.Number = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradients of factors by orthogonalised momentum; others pass.
 
@@ -113,7 +113,7 @@ def scale_by_muon_factors(
     _checks.at_least("damping", damping)
 
     def init_fn(params: Adapters) -> ScaleByMuonFactorsState:
-        given = _checks.factor_pairs(params, "scale_by_muon_factors")
+        given = _trees.require_pairs(params, "scale_by_muon_factors")
         return ScaleByMuonFactorsState(
             jax.tree.map(lambda x: jnp.zeros_like(x, linalg.wide(x.dtype)), given)
         )
@@ -127,7 +127,7 @@ def scale_by_muon_factors(
         **extra: Any,
     ) -> tuple[Adapters, ScaleByMuonFactorsState]:
         del extra
-        handled = _pairs.factor_mask(updates, _roles(factors))
+        handled = _trees.factor_mask(updates, _roles(factors))
 
         def mean(m: jax.Array, g: jax.Array, on: bool) -> jax.Array:
             return beta * m + (1 - beta) * g.astype(m.dtype) if on else m
@@ -150,16 +150,16 @@ def scale_by_muon_factors(
 
 
 def muon(
-    learning_rate: _checks.ScalarOrSchedule,
+    learning_rate: _checks.NumberOrSchedule,
     factors: Factors = "b",
-    beta: _checks.Scalar = 0.95,
+    beta: _checks.Number = 0.95,
     nesterov: bool = True,
-    damping: _checks.Scalar = 0.1,
-    adam_learning_rate: _checks.ScalarOrSchedule | None = None,
-    b1: _checks.Scalar = 0.9,
-    b2: _checks.Scalar = 0.999,
-    eps: _checks.Scalar = 1e-8,
-    weight_decay: _checks.ScalarOrSchedule = 0.0,
+    damping: _checks.Number = 0.1,
+    adam_learning_rate: _checks.NumberOrSchedule | None = None,
+    b1: _checks.Number = 0.9,
+    b2: _checks.Number = 0.999,
+    eps: _checks.Number = 1e-8,
+    weight_decay: _checks.NumberOrSchedule = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the factors, Adam for every other leaf (magnitude, value, with "b" a).
 
@@ -189,11 +189,11 @@ def muon(
     Example:
       >>> tx = muon(0.02, factors="b", adam_learning_rate=1e-3, weight_decay=0.01)
     """
-    _checks.moments(b1, b2, eps, weight_decay)
+    _standard.check_adam(b1, b2, eps, weight_decay)
     other = learning_rate if adam_learning_rate is None else adam_learning_rate
     roles = _roles(factors)
-    turned = functools.partial(_pairs.factor_mask, roles=roles)
-    rest = functools.partial(_pairs.factor_mask, roles=roles, others=True)
+    turned = functools.partial(_trees.factor_mask, roles=roles)
+    rest = functools.partial(_trees.factor_mask, roles=roles, others=True)
     links = [
         scale_by_muon_factors(factors, beta, nesterov, damping),
         optax.masked(_standard.standard(optax.scale_by_adam(b1, b2, eps)), rest),

@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax.optim import _checks, _states
+from lorax import _checks
+from lorax.optim import _states
 from lorax.types import MicrobatchNorms
 
 

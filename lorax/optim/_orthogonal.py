@@ -30,8 +30,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax import _checks
 from lorax.adapters import AdaLora, layout
-from lorax.optim import _checks, _gram
+from lorax.optim import _gram
 from lorax.types import Adapters
 
 WEIGHTS = {"decoupled": 0.3, "squared": 0.001, "norm": 0.1}

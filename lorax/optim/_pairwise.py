@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import optax
 
 from lorax import _explicit
-from lorax.optim import _checks, _pairs, _states
+from lorax.adapters.pairs import Both, stacked, with_matrices
+from lorax.optim import _pairs, _states, _trees
 from lorax.types import Adapters, PairStatics
 
 Function = Callable[[_pairs.Pair, _pairs.Pair], tuple[jax.Array, jax.Array]]
@@ -70,8 +71,8 @@ def stateless(
     """
 
     def init_fn(params: Adapters) -> State:
-        for path, adapter in _checks.factor_pairs(params, name).items():
-            if check is not None and _pairs.is_pair(adapter):
+        for path, adapter in _trees.require_pairs(params, name).items():
+            if check is not None and _trees.is_pair(adapter):
                 check(path, adapter)
         return state
 
@@ -135,11 +136,11 @@ def map_kept(
     Returns:
       The updates, and what the function kept, by path.
     """
-    given = _pairs.require_params(adapters)
+    given = _trees.require_params(adapters)
     changed, after = dict(updates), {}
     groups: dict[Any, list[_Member]] = {}
     for path, update in updates.items():
-        if _pairs.is_pair(update):
+        if _trees.is_pair(update):
             own = None if pairs is None else pairs.get(path)
             both = _pairs.pair_of(update, own), _pairs.pair_of(given[path], own)
             member = _Member(path, *both, kept.get(path))
@@ -150,7 +151,7 @@ def map_kept(
         start = 0
         for one in members:
             part = _cut(start, one.depth, len(members) == 1)
-            changed[one.path] = _pairs.with_pair(updates[one.path], part(a), part(b))
+            changed[one.path] = with_matrices(updates[one.path], part(a), part(b))
             after[one.path] = jax.tree.map(part, new)
             start += one.depth
     return changed, after
@@ -160,9 +161,9 @@ def map_both(
     function: KeepingFunction,
     updates: Adapters,
     adapters: Adapters | None,
-    parts: Sequence[Mapping[str, _pairs.Both]],
+    parts: Sequence[Mapping[str, Both]],
     pairs: Mapping[str, PairStatics] | None = None,
-) -> tuple[Adapters, list[dict[str, _pairs.Both]]]:
+) -> tuple[Adapters, list[dict[str, Both]]]:
     """`map_kept` for states that keep something of both factors, part by part.
 
     Args:
@@ -173,9 +174,9 @@ def map_both(
       pairs: see `map_pairs`.
     """
 
-    def flat(both: _pairs.Both, adapter: Any) -> _pairs.Both:
+    def flat(both: Both, adapter: Any) -> Both:
         alike = both.a.shape == adapter.a.shape
-        return _pairs.stacked(both, adapter) if alike else both
+        return stacked(adapter, both) if alike else both
 
     kept = {p: tuple(flat(part[p], updates[p]) for part in parts) for p in parts[0]}
     updates, new = map_kept(function, updates, adapters, kept, pairs)

@@ -32,7 +32,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax.optim import _checks, _decay, _gram, _pairs, _pairwise, _standard
+from lorax import _checks
+from lorax.optim import _decay, _gram, _pairs, _pairwise, _standard
 
 dot = _gram.dot
 
@@ -47,7 +48,7 @@ class ScaleByRefLoraState(NamedTuple):
 
 
 def scale_by_reflora(
-    damping: _checks.Scalar = 0.01, relative: bool = True
+    damping: _checks.Number = 0.01, relative: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradients of every pair by those of the balanced factors.
 
@@ -85,13 +86,13 @@ def scale_by_reflora(
 
 
 def reflora(
-    learning_rate: _checks.ScalarOrSchedule,
-    damping: _checks.Scalar = 0.01,
+    learning_rate: _checks.NumberOrSchedule,
+    damping: _checks.Number = 0.01,
     relative: bool = True,
-    b1: _checks.Scalar = 0.9,
-    b2: _checks.Scalar = 0.999,
-    eps: _checks.Scalar = 1e-8,
-    weight_decay: _checks.ScalarOrSchedule = 0.0,
+    b1: _checks.Number = 0.9,
+    b2: _checks.Number = 0.999,
+    eps: _checks.Number = 1e-8,
+    weight_decay: _checks.NumberOrSchedule = 0.0,
     full_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW on the gradients of the balanced factors.
@@ -115,7 +116,7 @@ def reflora(
     Example:
       >>> tx = reflora(2e-4)
     """
-    _checks.moments(b1, b2, eps, weight_decay)
+    _standard.check_adam(b1, b2, eps, weight_decay)
     return optax.chain(
         scale_by_reflora(damping, relative),
         _standard.standard(optax.scale_by_adam(b1, b2, eps)),
@@ -125,7 +126,7 @@ def reflora(
 
 
 def balance(
-    pair: _pairs.Pair, damping: _checks.Scalar, relative: bool = True
+    pair: _pairs.Pair, damping: _checks.Number, relative: bool = True
 ) -> tuple[jax.Array, jax.Array]:
     """Returns S and its inverse, `[n, rank, rank]`; pseudo-inverses where undamped."""
     d = _gram.damping_of(pair, damping, relative)

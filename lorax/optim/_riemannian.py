@@ -22,7 +22,8 @@ from typing import NamedTuple
 import jax
 import optax
 
-from lorax.optim import _checks, _decay, _gram, _pairs, _pairwise, _standard
+from lorax import _checks
+from lorax.optim import _decay, _gram, _pairs, _pairwise, _standard
 
 
 class ScaleByGramState(NamedTuple):
@@ -35,7 +36,7 @@ class ScaleByGramState(NamedTuple):
 
 
 def scale_by_gram(
-    damping: _checks.Scalar = 0.1, relative: bool = True
+    damping: _checks.Number = 0.1, relative: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies each factor's gradient by the other's inverse Gram matrix.
 
@@ -76,13 +77,13 @@ def scale_by_gram(
 
 
 def riemannian(
-    learning_rate: _checks.ScalarOrSchedule,
-    damping: _checks.Scalar = 0.1,
+    learning_rate: _checks.NumberOrSchedule,
+    damping: _checks.Number = 0.1,
     relative: bool = True,
-    b1: _checks.Scalar = 0.9,
-    b2: _checks.Scalar = 0.999,
-    eps: _checks.Scalar = 1e-8,
-    weight_decay: _checks.ScalarOrSchedule = 0.0,
+    b1: _checks.Number = 0.9,
+    b2: _checks.Number = 0.999,
+    eps: _checks.Number = 1e-8,
+    weight_decay: _checks.NumberOrSchedule = 0.0,
     full_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Scaled AdamW: AdamW on preconditioned gradients.
@@ -109,7 +110,7 @@ def riemannian(
     Example:
       >>> tx = riemannian(2e-4)
     """
-    _checks.moments(b1, b2, eps, weight_decay)
+    _standard.check_adam(b1, b2, eps, weight_decay)
     return optax.chain(
         scale_by_gram(damping, relative),
         _standard.standard(optax.scale_by_adam(b1, b2, eps)),

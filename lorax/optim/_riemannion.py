@@ -35,9 +35,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import _lapack, linalg
+from lorax import _checks, _lapack, linalg
+from lorax.adapters.pairs import Both
 from lorax.optim import (
-    _checks,
     _decay,
     _gram,
     _pairs,
@@ -45,6 +45,7 @@ from lorax.optim import (
     _polar,
     _standard,
     _states,
+    _trees,
 )
 from lorax.types import Adapters, PairStatics
 
@@ -59,8 +60,8 @@ class ScaleByRiemannionState(NamedTuple):
       momentum: `{path: (a, b)}`, A and B^T, likewise.
     """
 
-    basis: dict[str, _pairs.Both]
-    momentum: dict[str, _pairs.Both]
+    basis: dict[str, Both]
+    momentum: dict[str, Both]
 
     @property
     def reads_gradients(self) -> str:
@@ -80,7 +81,7 @@ class _Point(NamedTuple):
 
 
 def scale_by_riemannion(
-    beta: _checks.Scalar = 0.9,
+    beta: _checks.Number = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradients of every pair by the direction Z; others pass.
 
@@ -110,8 +111,9 @@ def scale_by_riemannion(
     _checks.average("beta", beta)
 
     def init_fn(params: Adapters) -> ScaleByRiemannionState:
-        given = _checks.factor_pairs(params, "scale_by_riemannion")
-        zeros = {p: _pairs.zeros(a) for p, a in given.items() if _pairs.is_pair(a)}
+        given = _trees.require_pairs(params, "scale_by_riemannion")
+        own = _trees.only_pairs(given)
+        zeros = {path: _pairs.zeros(adapter) for path, adapter in own.items()}
         return ScaleByRiemannionState(zeros, zeros)
 
     def update_fn(
@@ -179,13 +181,13 @@ def retract() -> optax.GradientTransformationExtraArgs:
 
 
 def riemannion(
-    learning_rate: _checks.ScalarOrSchedule,
-    beta: _checks.Scalar = 0.9,
-    adam_learning_rate: _checks.ScalarOrSchedule | None = None,
-    b1: _checks.Scalar = 0.9,
-    b2: _checks.Scalar = 0.999,
-    eps: _checks.Scalar = 1e-8,
-    weight_decay: _checks.ScalarOrSchedule = 0.0,
+    learning_rate: _checks.NumberOrSchedule,
+    beta: _checks.Number = 0.9,
+    adam_learning_rate: _checks.NumberOrSchedule | None = None,
+    b1: _checks.Number = 0.9,
+    b2: _checks.Number = 0.999,
+    eps: _checks.Number = 1e-8,
+    weight_decay: _checks.NumberOrSchedule = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Riemannion for the factors, Adam for every other leaf (magnitude, value).
 
@@ -208,20 +210,20 @@ def riemannion(
     Example:
       >>> tx = riemannion(0.02, adam_learning_rate=1e-3)
     """
-    _checks.moments(b1, b2, eps, weight_decay)
+    _standard.check_adam(b1, b2, eps, weight_decay)
     other = learning_rate if adam_learning_rate is None else adam_learning_rate
-    rest = functools.partial(_pairs.factor_mask, others=True)
+    rest = functools.partial(_trees.factor_mask, others=True)
     return optax.chain(
         scale_by_riemannion(beta),
         optax.masked(_standard.standard(optax.scale_by_adam(b1, b2, eps)), rest),
         _decay.add_decayed_weights(_half(weight_decay)),
-        optax.masked(optax.scale_by_learning_rate(learning_rate), _pairs.factor_mask),
+        optax.masked(optax.scale_by_learning_rate(learning_rate), _trees.factor_mask),
         optax.masked(optax.scale_by_learning_rate(other), rest),
         retract(),
     )
 
 
-def _half(weight_decay: _checks.ScalarOrSchedule) -> _checks.ScalarOrSchedule:
+def _half(weight_decay: _checks.NumberOrSchedule) -> _checks.NumberOrSchedule:
     """Each factor's share: to first order their product decays by the whole."""
     if callable(weight_decay):
         return lambda count: 0.5 * weight_decay(count)
@@ -230,7 +232,7 @@ def _half(weight_decay: _checks.ScalarOrSchedule) -> _checks.ScalarOrSchedule:
 
 def _direction(
     update: _pairs.Pair, given: _pairs.Pair, kept: Any, beta: Any
-) -> tuple[jax.Array, jax.Array, tuple[_pairs.Both, _pairs.Both]]:
+) -> tuple[jax.Array, jax.Array, tuple[Both, Both]]:
     """Z as steps of the factors, and the point and momentum to keep."""
     u_a, inverse_a = _polar.parts(given.a)
     u_b, inverse_b = _polar.parts(given.b.mT)
@@ -245,7 +247,7 @@ def _direction(
     left, right = _thin(point, a, b)
     u, vt = _polar.product(left, right.mT)
     z_a, z_b = _projected(u, vt.mT, point)
-    kept = _pairs.Both(u_a, u_b.mT), _pairs.Both(a, b.mT)
+    kept = Both(u_a, u_b.mT), Both(a, b.mT)
     new_a, new_b = dot(z_a, inverse_b), dot(inverse_a, z_b.mT)
     return new_a / given.scale, new_b / given.scale, kept
 

@@ -38,9 +38,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import _lapack, linalg
+from lorax import _checks, _lapack, linalg
 from lorax.kernels import Kernel
-from lorax.optim import _checks, _gram, _pairs, _pairwise, _states, _whole
+from lorax.optim import _gram, _pairs, _pairwise, _states, _trees, _whole
 from lorax.types import Adapters, PairStatics, PyTree
 
 dot = _gram.dot
@@ -59,7 +59,7 @@ class DecayedSpectralNormState(NamedTuple):
 
 
 def add_decayed_spectral_norm(
-    weight_decay: _checks.ScalarOrSchedule,
+    weight_decay: _checks.NumberOrSchedule,
     target: Target = "delta",
     schatten: float | None = None,
     kernels: Mapping[str, Kernel] | None = None,
@@ -133,9 +133,9 @@ def add_decayed_spectral_norm(
             )
         name = f"add_decayed_spectral_norm(target={target!r})"
         if target == "merged":
-            _pairs.require_whole(_pairs.require_adapters(params, name), name)
+            _trees.require_whole(_trees.require_adapters(params, name), name)
             return DecayedSpectralNormState(_whole.start_merged(params))
-        _checks.factor_pairs(params, name)
+        _trees.require_pairs(params, name)
         return DecayedSpectralNormState({})
 
     def update_fn(
@@ -148,7 +148,7 @@ def add_decayed_spectral_norm(
         **extra: Any,
     ) -> tuple[PyTree, DecayedSpectralNormState]:
         del extra
-        given = _pairs.require_params(params)
+        given = _trees.require_params(params)
         if target == "merged":
             decay, v = _whole.merged_decay(given, base, pairs, state.v)
             return _added(updates, decay, weight_decay), DecayedSpectralNormState(v)

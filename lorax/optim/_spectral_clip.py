@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import linalg
+from lorax import _checks, linalg
 from lorax.kernels import Kernel
-from lorax.optim import _checks, _gram, _pairs, _pairwise, _states, _whole
+from lorax.optim import _gram, _pairs, _pairwise, _states, _trees, _whole
 from lorax.types import PairStatics, PyTree
 
 
@@ -38,7 +38,7 @@ class ClipSpectralNormState(NamedTuple):
 
 
 def clip_spectral_norm(
-    tau: _checks.Scalar,
+    tau: _checks.Number,
     target: Literal["delta", "param"] = "delta",
     kernels: Mapping[str, Kernel] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -76,7 +76,7 @@ def clip_spectral_norm(
     def init_fn(params: PyTree) -> ClipSpectralNormState:
         if target == "param":
             return ClipSpectralNormState(_whole.start(_whole.leaves(params, kernels)))
-        _checks.factor_pairs(params, "clip_spectral_norm")
+        _trees.require_pairs(params, "clip_spectral_norm")
         return ClipSpectralNormState({})
 
     def update_fn(
@@ -88,7 +88,7 @@ def clip_spectral_norm(
         **extra: Any,
     ) -> tuple[PyTree, ClipSpectralNormState]:
         del extra
-        given = _pairs.require_params(params)
+        given = _trees.require_params(params)
         if target == "param":
             after = optax.apply_updates(given, updates)
             matrices = _whole.leaves(after, kernels)

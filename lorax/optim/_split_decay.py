@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax.optim import _checks, _pairs, _states
+from lorax import _checks
+from lorax.optim import _states, _trees
 from lorax.types import Adapters
 
 
@@ -40,7 +41,7 @@ class SplitDecayState(NamedTuple):
 
 
 def split_decay(
-    weight_decay: _checks.ScalarOrSchedule, learning_rate: _checks.ScalarOrSchedule
+    weight_decay: _checks.NumberOrSchedule, learning_rate: _checks.NumberOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
     """Decays the product of every pair by `lr * weight_decay`; other leaves pass.
 
@@ -68,7 +69,7 @@ def split_decay(
     """
     _checks.at_least("weight_decay", weight_decay, schedule=True)
     _checks.at_least("learning_rate", learning_rate, schedule=True)
-    decay, rate = _checks.value(weight_decay), _checks.value(learning_rate)
+    decay, rate = _checks.known(weight_decay), _checks.known(learning_rate)
     if decay is not None and rate is not None and not decay * rate < 1:
         raise ValueError(
             f"weight_decay={decay:g} at learning_rate={rate:g} decays the product of a "
@@ -76,7 +77,7 @@ def split_decay(
         )
 
     def init_fn(params: Adapters) -> SplitDecayState:
-        _checks.factor_pairs(params, "split_decay")
+        _trees.require_pairs(params, "split_decay")
         return SplitDecayState(jnp.zeros((), jnp.int32))
 
     def update_fn(
@@ -86,7 +87,7 @@ def split_decay(
         **extra: Any,
     ) -> tuple[Adapters, SplitDecayState]:
         del extra
-        given = _pairs.require_params(params)
+        given = _trees.require_params(params)
         both = (weight_decay, learning_rate)
         decay, rate = (x(state.step) if callable(x) else x for x in both)
         lost = jnp.asarray(decay * rate, jnp.float32)
@@ -96,7 +97,7 @@ def split_decay(
         def decayed(u: jax.Array, w: jax.Array, on: bool) -> jax.Array:
             return (u / sigma - less * w).astype(u.dtype) if on else u
 
-        new = jax.tree.map(decayed, updates, given, _pairs.factor_mask(updates))
+        new = jax.tree.map(decayed, updates, given, _trees.factor_mask(updates))
         return new, SplitDecayState(optax.safe_increment(state.step))
 
     return _states.transformation(init_fn, update_fn)

@@ -1,4 +1,4 @@
-"""optax's own arithmetic under JAX's strict promotion."""
+"""Adam as every ready optimiser here has it: optax's, its numbers checked first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import optax
+
+from lorax import _checks
 
 
 def standard(
@@ -25,3 +27,16 @@ def standard(
             return tx.update(updates, state, params)
 
     return optax.GradientTransformation(tx.init, update_fn)
+
+
+def check_adam(
+    b1: _checks.Number,
+    b2: _checks.Number,
+    eps: _checks.Number,
+    weight_decay: _checks.NumberOrSchedule,
+) -> None:
+    """Raises ValueError for hyperparameters of Adam that are out of range."""
+    _checks.average("b1", b1)
+    _checks.average("b2", b2)
+    _checks.positive("eps", eps)
+    _checks.at_least("weight_decay", weight_decay, schedule=True)

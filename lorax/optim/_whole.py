@@ -19,7 +19,7 @@ from lorax import tree
 from lorax.adapters import as_lora, bound, layout
 from lorax.kernels import Kernel
 from lorax.linalg import EXACT
-from lorax.optim import _pairs
+from lorax.optim import _trees
 from lorax.types import Adapters, Axes, PairStatics, PyTree
 
 WARM = 20  # power iterations at init, where the leaf is at hand
@@ -147,10 +147,10 @@ def start_merged(adapters: Adapters) -> dict[str, jax.Array]:
     own = {
         path: adapter
         for path, adapter in adapters.items()
-        if _pairs.is_present(adapter) and not adapter.replaces
+        if _trees.is_present(adapter) and not adapter.replaces
     }
     for path, adapter in own.items():
-        if not _pairs.is_pair(adapter) and adapter.as_lora() is None:
+        if not _trees.is_pair(adapter) and adapter.as_lora() is None:
             raise ValueError(
                 f"{path}: target='merged' multiplies by the kernel factor by factor, "
                 f"and {type(adapter).__name__} is not a product of factors; decay "

@@ -5,13 +5,13 @@ what was tuned, at a known batch size or rank, with everything else held fixed. 
 sizes and noise scales are in the same unit, examples or tokens.
 """
 
+from lorax._checks import Number
 from lorax.scaling.batch import (
     BATCH_RULES,
     BatchRule,
     batch_for_learning_rate,
     learning_rate_for_batch,
 )
-from lorax.scaling.checks import Number
 from lorax.scaling.epsilon import (
     adam_epsilon_for_batch,
     adam_epsilon_learning_rate,

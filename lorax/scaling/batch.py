@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from lorax.scaling import checks
-from lorax.scaling.checks import Number
+from lorax import _checks
+from lorax._checks import Number
 
 BatchRule = Literal["sqrt", "linear", "sgd", "surge", "mean_field"]
 BATCH_RULES = ("sqrt", "linear", "sgd", "surge", "mean_field")
@@ -168,7 +168,7 @@ def _supremum(rule: str, noise_scale: float, beta_n: float) -> float:
 
 
 def _check(rule: str, noise_scale: Number | None, **numbers: Number) -> None:
-    checks.one_of("rule", rule, BATCH_RULES)
+    _checks.one_of("rule", rule, BATCH_RULES)
     if rule in ("sgd", "surge", "mean_field"):
         if noise_scale is None:
             raise ValueError(
@@ -176,4 +176,4 @@ def _check(rule: str, noise_scale: Number | None, **numbers: Number) -> None:
                 "measures one while training"
             )
         numbers["noise_scale"] = noise_scale
-    checks.require_positive(**numbers)
+    _checks.all_positive(**numbers)

@@ -37,9 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import erf
 
-from lorax import linalg
-from lorax.scaling import checks
-from lorax.scaling.checks import Number
+from lorax import _checks, linalg
+from lorax._checks import Number
 
 # The trapezoidal rule in log v for int_0^inf e^-v f(v) dv: 40 nodes give both moments
 # to 5e-7 over t / g from 1e-3 to 1e2 and eps / g from 1e-6 to 1e2.
@@ -68,8 +67,8 @@ def adam_epsilon_for_batch(eps: Number, batch: Number, new_batch: Number) -> Num
       >>> adam_epsilon_for_batch(1e-8, 16, 64)
       5e-09
     """
-    checks.require_positive(batch=batch, new_batch=new_batch)
-    checks.require_at_least_0(eps=eps)
+    _checks.all_positive(batch=batch, new_batch=new_batch)
+    _checks.at_least("eps", eps, infinite=True)
     return eps / (new_batch / batch) ** 0.5
 
 
@@ -190,8 +189,8 @@ def _noisy(
     gradient: Any, sigma: Any, batch: Number, eps: Number
 ) -> tuple[jax.Array, jax.Array]:
     """The mean and the deviation of a batch's gradient, in one shape."""
-    checks.require_positive(batch=batch)
-    checks.require_at_least_0(eps=eps)
+    _checks.all_positive(batch=batch)
+    _checks.at_least("eps", eps, infinite=True)
     g, t = jnp.broadcast_arrays(_wide(gradient), _wide(sigma))
     return g, t / jnp.sqrt(_wide(batch))
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from lorax.scaling import checks
-from lorax.scaling.checks import Number
+from lorax import _checks
+from lorax._checks import Number
 
 Scaling = Literal["standard", "rank_stabilized"]
 
@@ -42,7 +42,7 @@ def lora_plus_ratio(in_: int, out: int, rank: int) -> float:
       >>> lora_plus_ratio(64, 4096, 16)
       1.0
     """
-    checks.require_positive(in_=in_, out=out, rank=rank)
+    _checks.all_positive(in_=in_, out=out, rank=rank)
     low, high = LORA_PLUS_RANGE
     return min(max(in_ / math.sqrt(out * rank), low), high)
 
@@ -92,7 +92,7 @@ def learning_rate_for_rank(
     """
     exponents = {"standard": -1.0, "rank_stabilized": -0.5}  # of r in s
     powers = {"adam": 1, "sgd": 2}  # of s in the first step
-    checks.one_of("scaling", scaling, tuple(exponents))
-    checks.one_of("optimizer", optimizer, tuple(powers))
-    checks.require_positive(lr=lr, rank=rank, new_rank=new_rank)
+    _checks.one_of("scaling", scaling, tuple(exponents))
+    _checks.one_of("optimizer", optimizer, tuple(powers))
+    _checks.all_positive(lr=lr, rank=rank, new_rank=new_rank)
     return lr * (rank / new_rank) ** (1 + powers[optimizer] * exponents[scaling])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorax.compose import forms
+from lorax import _checks
+from lorax.adapters import pairs, ranks
 from lorax.types import Adapters
 
 
@@ -52,16 +52,16 @@ def _sizes(adapter: Any) -> str:
     """The axes and sizes of the kernel that an adapter fits, as text."""
     if adapter.replaces:
         return f"shape {tuple(adapter.value.shape)}"
-    if not forms.has_factors(adapter):
-        ranks = forms.rank_axes(adapter) if adapter.padded else {}
+    if not pairs.has_factors(adapter):
+        own = ranks.axes_of(adapter) if adapter.padded else {}
         shapes = {
-            name: [n for i, n in enumerate(field.shape) if i != ranks.get(name)]
+            name: [n for i, n in enumerate(field.shape) if i != own.get(name)]
             for name, field in (
                 (name, getattr(adapter, name)) for name in adapter.roles
             )
         }
         return f"shapes but for the rank {shapes}, {adapter.axes}"
-    first, last = (getattr(adapter, name) for name in forms.factor_names(adapter))
+    first, last = pairs.factors_of(adapter)
     n = len(adapter.axes.batch)
     stack = f"stack {first.shape[:n]}, layers {adapter.layers}, " if n else ""
     return f"in {first.shape[n:-1]}, out {last.shape[n + 1 :]}, {stack}{adapter.axes}"
@@ -121,8 +121,8 @@ def refuse_moved(adapters: Adapters, what: str) -> None:
 
 def require_rank(path: str, adapter: Any, rank: int) -> None:
     """Raises ValueError unless `rank` is a whole number from 1 to min(in, out)."""
-    in_, out = forms.features(adapter)
-    if not forms.is_whole(rank) or not 1 <= rank <= min(in_, out):
+    in_, out = pairs.features(adapter)
+    if not _checks.is_whole(rank) or not 1 <= rank <= min(in_, out):
         raise ValueError(
             f"{path}: rank={rank} of a kernel that reads {in_} and writes {out}; give "
             f"a whole number from 1 to {min(in_, out)}, or treat this path apart "
@@ -149,5 +149,5 @@ def require_weights(weights: Any, size: int) -> None:
             f"{len(weights)} weights for {size} sets; give one number per set"
         )
     for i, weight in enumerate(weights):
-        if forms.is_real(weight) and not math.isfinite(weight):
+        if _checks.is_real(weight) and not _checks.is_finite(weight):
             raise ValueError(f"weights[{i}] is {weight}; give finite numbers")

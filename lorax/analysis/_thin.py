@@ -1,0 +1,57 @@
+"""Which adapters have a low-rank update, with what they need of the base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax import tree
+from lorax.adapters import as_lora, bound, pairs
+from lorax.types import Adapters, PyTree
+
+
+def chosen(adapters: Adapters, what: str) -> Adapters:
+    """Returns those adapters that have factors.
+
+    Raises:
+      ValueError: there are none.
+    """
+    found = {
+        path: adapter
+        for path, adapter in adapters.items()
+        if pairs.is_pair(adapter) or adapter.as_lora() is not None
+    }
+    if not found:
+        names = sorted({type(adapter).__name__ for adapter in adapters.values()})
+        raise ValueError(
+            f"{what} reads low-rank factors, and was given "
+            f"{', '.join(names) or 'an empty tree'}; pass the dict that lorax.init "
+            "returns for at least one lora, dora or adalora target"
+        )
+    return found
+
+
+def on_leaves(
+    adapters: Adapters, params: PyTree
+) -> tuple[Adapters, dict[str, jax.Array]]:
+    """Returns the adapters with their frozen arrays, and the leaf of each.
+
+    Raises:
+      KeyError: a path that params lacks.
+      ValueError: an adapter that does not fit its leaf.
+    """
+    leaves, (_, frozen) = tree.flatten(params), tree.split(params)
+    tree.require(adapters, leaves, "parameter tree")
+    for path, adapter in adapters.items():
+        adapter.check(path, leaves[path])
+    whole = {path: bound(a, frozen, path) for path, a in adapters.items()}
+    return whole, {path: jnp.asarray(leaves[path]) for path in adapters}
+
+
+def product(adapter: Any) -> pairs.Both:
+    """Returns the factors of an update, `pairs.matrices` with the scale in b."""
+    plain = as_lora(adapter)
+    a, b = pairs.matrices(plain)
+    return pairs.Both(a, plain.scale * b)

@@ -1,0 +1,149 @@
+"""Adapter trees as optax hands them over: parts may be left out, and what is asked.
+
+`optax.masked` and `optax.partition` leave whole adapters out, or single fields of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorax import tree
+from lorax.adapters import pairs
+from lorax.types import Adapters
+
+
+def is_present(adapter: Any) -> bool:
+    """False for an adapter that `optax.masked` or `optax.partition` left out."""
+    return bool(jax.tree.leaves(adapter))
+
+
+def is_pair(adapter: Any) -> bool:
+    """True for the adapters that pair transforms act on."""
+    return pairs.is_pair(adapter) and is_present(adapter)
+
+
+def only_pairs(adapters: Adapters) -> Adapters:
+    """Returns the adapters that pair transforms act on."""
+    return {path: adapter for path, adapter in adapters.items() if is_pair(adapter)}
+
+
+def has_triplets(adapter: Any) -> bool:
+    """True for the adapters whose update is `p diag(lam) q`."""
+    return {"p", "lam", "q"} <= set(getattr(adapter, "roles", {}).values())
+
+
+def map_present(function: Callable[[str, Any], Any], adapters: Adapters) -> Adapters:
+    """Returns `{path: function(path, adapter)}`, what is left out as it is."""
+
+    def own(path: str, adapter: Any) -> Any:
+        return function(path, adapter) if is_present(adapter) else adapter
+
+    return tree.map_adapters(own, adapters)
+
+
+def factor_mask(
+    adapters: Adapters, roles: tuple[str, ...] = ("a", "b"), others: bool = False
+) -> Adapters:
+    """Returns True for the pairs' leaves of these roles, or for all others."""
+
+    def marked(_: str, adapter: Any) -> Any:
+        pair, fields = is_pair(adapter), adapter.roles.items()
+        return adapter.replace(
+            **{f: (pair and role in roles) != others for f, role in fields}
+        )
+
+    return map_present(marked, adapters)
+
+
+def require_params(adapters: Adapters | None) -> Adapters:
+    """Raises ValueError where an update was called without the parameters."""
+    if adapters is None:
+        raise ValueError(
+            "this transformation reads the adapters: call "
+            "tx.update(grads, state, adapters)"
+        )
+    return adapters
+
+
+def require_adapters(adapters: Any, name: str) -> Adapters:
+    """Raises unless this is an adapter tree of real arrays that `name` can act on.
+
+    Whole adapters may be left out, as `optax.masked` and `optax.partition` do.
+    """
+    whole = isinstance(adapters, Mapping) and all(
+        hasattr(adapter, "roles") or not is_present(adapter)
+        for adapter in adapters.values()
+    )
+    if not whole or not adapters:
+        raise ValueError(
+            f"{name} acts on the adapters that lorax.init returns, {{path: Adapter}}; "
+            f"it was given {_told(adapters)}"
+        )
+    for path, adapter in adapters.items():
+        if not is_present(adapter):
+            continue
+        if not hasattr(adapter, "fields"):
+            raise ValueError(
+                f"{path}: {name} reads what an adapter declares of its fields, and "
+                f"{type(adapter).__name__} declares none: make it a subclass of "
+                "lorax.adapters.Parametrisation"
+            )
+        for leaf in jax.tree.leaves(adapter):
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                raise ValueError(
+                    f"{path}: {name} needs real factors, and these are {leaf.dtype}"
+                )
+    return dict(adapters)
+
+
+def require_whole(adapters: Adapters, name: str) -> None:
+    """Raises ValueError for an adapter of which a wrapper of optax left a part out."""
+    for path, adapter in adapters.items():
+        fields = [] if not is_present(adapter) else sorted(adapter.roles)
+        out = [f for f in fields if isinstance(getattr(adapter, f), optax.MaskedNode)]
+        if out:
+            raise ValueError(
+                f"{path}: {name} reads the factors of an adapter together, and "
+                f"optax.masked or optax.partition keeps {', '.join(out)} from it; "
+                "label whole adapters, {path: label}, and put what parts them behind: "
+                f"optax.chain({name}(...), optax.partition(...))"
+            )
+
+
+def require_pairs(adapters: Any, name: str) -> Adapters:
+    """Returns the adapters; ValueError for what a transform of (a, b) cannot act on."""
+    given = require_adapters(adapters, name)
+    require_whole(given, name)
+    for path, adapter in given.items():
+        if not is_present(adapter):
+            continue
+        thin = [n for n in adapter.roles if "rank" in adapter.fields[n].words]
+        if thin and not is_pair(adapter):
+            raise ValueError(
+                f"{path}: {name} acts on pairs a and b whose product is the update, "
+                f"and the {', '.join(thin)} of {type(adapter).__name__} are not such a "
+                "pair; use lora_plus or an optax optimiser for it, by itself or "
+                "through optax.partition, or adapt this leaf with adapter='lora'"
+            )
+    return given
+
+
+def _told(given: Any) -> str:
+    """What was given in place of adapters, and what to write."""
+    if getattr(given, "shape", None) == ():
+        return (
+            "a number: optax.inject_hyperparams calls every function among the "
+            "arguments as a schedule, a mask too; write optax.inject_hyperparams("
+            "make_tx, static_args=('mask',))(..., mask=decay_mask)"
+        )
+    return (
+        f"{jax.tree.structure(given)}; write adapters, params = lorax.init(key, "
+        "params, targets), then tx.init(adapters). (nnx.Optimizer(model, tx) hands "
+        "over the model's own parameters: use lorax.training.create_state(key, "
+        "adapters, tx) in its place.)"
+    )
