@@ -281,7 +281,7 @@ def test_states_of_other_shapes(mesh):
     (kept,) = _states.states(rite, optim.ScaleByLoraRiteState)
     for both in (kept.basis["w"], kept.momentum["w"]):
         assert both == (A, B)
-    assert {*kept.second["w"], *kept.escaped["w"], kept.step} == {P()}
+    assert {*kept.second["w"], *kept.escaped["w"], kept.count} == {P()}
 
 
 def test_what_fits_several_places_is_whole(mesh):

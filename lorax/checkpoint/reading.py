@@ -64,13 +64,19 @@ def read_step(
       ValueError: it is whole, and of another base or template.
     """
     payload = read_payload(folder)
+    stored = payload["leaves"]
+    places = states.places(stored, template)
+    payload["leaves"] = {name: stored[place] for name, place in places.items()}
     try:
         if base is not None and payload["base"] is not None:
             _check_base(payload["base"], base)
         states.check(payload, template)
     except ValueError as error:
         raise ValueError(f"{folder / RUN / 'metadata'}: {error}") from error
-    arrays = storage.read(folder / STATE, states.leaves_of(template))
+    leaves = states.leaves_of(template)
+    there = {place: leaves[name] for name, place in places.items()}
+    found = storage.read(folder / STATE, there)
+    arrays = {name: found[place] for name, place in places.items()}
     digests.require_intact("", payload["leaves"], arrays)
     return payload, arrays
 

@@ -1,6 +1,7 @@
 """A training state as flat arrays with a description, and back.
 
 describe(state)   JSON data: adapters with their static fields; the leaves' entries
+places(...)       where a checkpoint has the leaves, should they have other names there
 check(...)        a description against a template: what differs is named
 spoiled(...)      arrays against those saved before: NaN and infinities are named
 place(...)        arrays as a state, on the template's shardings
@@ -8,7 +9,7 @@ place(...)        arrays as a state, on the template's shardings
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +23,10 @@ from lorax.types import PyTree
 
 Masks = dict[str, np.ndarray]
 """Of leaves that are not finite: true where. The others have no entry."""
+
+RENAMED = {"count": "step"}
+"""Fields of optimiser states, and what older checkpoints call them: the updates so far
+of `lora_plus`, `lora_pro`, `lora_rite` and `split_decay`."""
 
 
 def leaves_of(state: PyTree) -> dict[str, Any]:
@@ -74,6 +79,27 @@ def check(then: Mapping[str, Any], template: TrainState) -> None:
                 f"{name}: the checkpoint has {field}={old} and the template "
                 f"{field}={new}"
             )
+
+
+def places(stored: Iterable[str], template: TrainState) -> dict[str, str]:
+    """Returns `{name: the name in the checkpoint}` of every stored leaf.
+
+    A field of an optimiser's state that was called otherwise when the checkpoint was
+    written has its name of today in front (`RENAMED`).
+
+    Example:
+      >>> state = {"opt_state": {"count": 0, "mu": 0}}
+      >>> places(["opt_state/step", "opt_state/mu"], state)
+      {'opt_state/mu': 'opt_state/mu', 'opt_state/count': 'opt_state/step'}
+    """
+    there, wanted = list(stored), leaves_of(template)
+    found = {name: name for name in there}
+    for name in wanted:
+        owner, _, field = name.rpartition("/")
+        before = f"{owner}/{RENAMED.get(field, field)}"
+        if name not in found and before in found and before not in wanted:
+            found[name] = found.pop(before)
+    return found
 
 
 def not_finite(leaves: Mapping[str, Any]) -> Masks:

@@ -107,11 +107,10 @@ def lora_fa(
     Example:
       >>> tx = lora_fa(2e-4, weight_decay=0.01)
     """
-    _standard.check_adam(b1, b2, eps, weight_decay)
     trained = functools.partial(_decay.role_mask, roles=TRAINED)
     return optax.chain(
         scale_by_lora_fa(damping, relative),
-        optax.masked(_standard.standard(optax.scale_by_adam(b1, b2, eps)), trained),
+        optax.masked(_standard.adam(b1, b2, eps), trained),
         _decay.add_decayed_weights(weight_decay, full_decay, roles=("b",)),
         optax.scale_by_learning_rate(learning_rate),
     )

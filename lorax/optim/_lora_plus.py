@@ -43,10 +43,10 @@ class ScaleByLoraPlusState(NamedTuple):
     """State where the ratio is a schedule.
 
     Attributes:
-      step: updates so far, int32.
+      count: updates so far, int32.
     """
 
-    step: jax.Array
+    count: jax.Array  # type: ignore[assignment]
 
 
 def scale_by_lora_plus(ratio: Ratio = 16.0) -> optax.GradientTransformationExtraArgs:
@@ -87,7 +87,7 @@ def scale_by_lora_plus(ratio: Ratio = 16.0) -> optax.GradientTransformationExtra
         if _reads_shapes(ratio):
             _trees.require_whole(given, "scale_by_lora_plus('auto')")
         if callable(ratio):
-            return ScaleByLoraPlusState(step=jnp.zeros((), jnp.int32))
+            return ScaleByLoraPlusState(count=jnp.zeros((), jnp.int32))
         return optax.EmptyState()
 
     def update_fn(
@@ -101,8 +101,8 @@ def scale_by_lora_plus(ratio: Ratio = 16.0) -> optax.GradientTransformationExtra
         del params, extra
         now = ratio
         if callable(ratio):
-            now = ratio(state.step)
-            state = ScaleByLoraPlusState(optax.safe_increment(state.step))
+            now = ratio(state.count)
+            state = ScaleByLoraPlusState(optax.safe_increment(state.count))
 
         def scaled(path: str, adapter: Any) -> Any:
             return _scaled(adapter, _ratio_at(now, path, adapter, pairs))
@@ -148,9 +148,8 @@ def lora_plus(
     Example:
       >>> tx = lora_plus(2e-4, ratio=[("attn/.*", 16.0), (".*", "auto")])
     """
-    _standard.check_adam(b1, b2, eps, weight_decay)
     return optax.chain(
-        _standard.standard(optax.scale_by_adam(b1, b2, eps)),
+        _standard.adam(b1, b2, eps),
         scale_by_lora_plus(ratio),
         _decay.add_decayed_weights(weight_decay, full_decay),
         optax.scale_by_learning_rate(learning_rate),

@@ -29,14 +29,7 @@ import jax
 import optax
 
 from lorax import _checks
-from lorax.optim import (
-    _decay,
-    _lora_pro_moments,
-    _pairs,
-    _pairwise,
-    _projection,
-    _standard,
-)
+from lorax.optim import _decay, _lora_pro_moments, _pairs, _pairwise, _projection
 
 Choice = Literal["sylvester", "symmetry", "zero"]
 Mode = Literal["rowcol", "factor", "sgd", "full"]
@@ -89,13 +82,16 @@ def scale_by_lora_pro(
       Array([[0.25, 0.25],
              [0.25, 0.25]], dtype=float32)
     """
-    _checks.one_of("x", x, _projection.CHOICES)
-    _checks.at_least("damping", damping)
+    return _solved(_projection.Solution(x, damping, relative).checked())
 
+
+def _solved(
+    solution: _projection.Solution,
+) -> optax.GradientTransformationExtraArgs:
     def adjusted(
         update: _pairs.Pair, given: _pairs.Pair
     ) -> tuple[jax.Array, jax.Array]:
-        return _projection.project(update, given, x, damping, relative)
+        return _projection.project(update, given, solution)
 
     return _pairwise.stateless("scale_by_lora_pro", adjusted, ScaleByLoraProState())
 
@@ -161,10 +157,10 @@ def lora_pro(
     _checks.one_of("mode", mode, MODES)
     if damping is None:
         damping = 0.1 if mode == "factor" else 0.01
-    _standard.check_adam(0.9 if b1 is None else b1, b2, eps, weight_decay)
+    solution = _projection.Solution(x, damping, relative).checked()
     return optax.chain(
-        scale_by_lora_pro(x, damping, relative),
-        _lora_pro_moments.moments(mode, x, damping, relative, b1, b2, eps),
+        _solved(solution),
+        _lora_pro_moments.moments(mode, solution, b1, b2, eps),
         _decay.add_decayed_weights(weight_decay, full_decay),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import _checks, tree
+from lorax import _checks
 from lorax.adapters import layout
 from lorax.optim import (
     _gram,
@@ -41,17 +41,20 @@ from lorax.optim import (
 )
 from lorax.types import Adapters, PairStatics
 
+Means = tuple[jax.Array, jax.Array]
+"""Of squares, along rows and along columns."""
+
 
 class ScaleByRowColState(NamedTuple):
     """Running means of the projected gradient's squares.
 
     Attributes:
-      step: updates so far, int32.
+      count: updates so far, int32.
       rows: `{path: [*batch, *in]}`, means along the outputs.
       columns: `{path: [*batch, *out]}`, means along the inputs.
     """
 
-    step: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     rows: dict[str, jax.Array]
     columns: dict[str, jax.Array]
 
@@ -60,12 +63,12 @@ class ScaleByFullState(NamedTuple):
     """Adam's moments of the projected gradient.
 
     Attributes:
-      step: updates so far, int32.
+      count: updates so far, int32.
       mu: `{path: [n, in, out]}`, the first moment; n layers or experts.
       nu: `{path: [n, in, out]}`, the second.
     """
 
-    step: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     mu: dict[str, jax.Array]
     nu: dict[str, jax.Array]
 
@@ -98,18 +101,22 @@ def scale_by_lora_pro_rowcol(
       >>> first = optim.scale_by_lora_pro(damping=0.01)
       >>> tx = optax.chain(first, scale_by_lora_pro_rowcol(), optax.scale(-2e-5))
     """
-    _standard.check_adam(0.0, b2, eps, 0.0)
-    _checks.at_least("damping", damping)
+    return _rowcol(b2, eps, _projection.Solution(x, damping, relative).checked())
+
+
+def _rowcol(
+    b2: _checks.Number, eps: _checks.Number, solution: _projection.Solution
+) -> optax.GradientTransformationExtraArgs:
+    _checks.average("b2", b2)
+    _checks.positive("eps", eps)
 
     def init_fn(params: Adapters) -> ScaleByRowColState:
         given = _trees.require_pairs(params, "scale_by_lora_pro_rowcol")
-        pairs = _trees.only_pairs(given)
-        # Sums of zeros of the factors' own, so that they are sharded alike.
-        rows = tree.map_adapters(lambda _, p: _pairs.zeros_like(p.a).sum(-1), pairs)
-        columns = tree.map_adapters(
-            lambda _, p: _pairs.zeros_like(p.b).sum(layout.stack_axes(p.a, p.axes)),
-            pairs,
-        )
+        rows, columns = {}, {}
+        for path, pair in _trees.only_pairs(given).items():
+            # Sums of zeros of the factors' own, so that they are sharded alike.
+            zeros, behind = _pairs.zeros(pair), layout.stack_axes(pair.a, pair.axes)
+            rows[path], columns[path] = zeros.a.sum(-1), zeros.b.sum(behind)
         return ScaleByRowColState(jnp.zeros((), jnp.int32), rows, columns)
 
     def update_fn(
@@ -121,35 +128,31 @@ def scale_by_lora_pro_rowcol(
         **extra: Any,
     ) -> tuple[Adapters, ScaleByRowColState]:
         del extra
-        step = optax.safe_increment(state.step)
+        count = optax.safe_increment(state.count)
 
-        def scaled(h: _pairs.Pair, given: _pairs.Pair, means: Any) -> Any:
+        def scaled(h: _pairs.Pair, given: _pairs.Pair, means: Means) -> Any:
             left, right = _thin(h, given)
-            means = jax.tree.map(
-                lambda old, new: b2 * old + (1 - b2) * new.astype(old.dtype),
-                means,
-                _squares(left, right),
-            )
+            means = _averaged(means, _squares(left, right), b2)
             p, q = (
-                mean / (1 - b2 ** step.astype(mean.dtype)) + eps**2 for mean in means
+                mean / (1 - b2 ** count.astype(mean.dtype)) + eps**2 for mean in means
             )
             left *= jnp.sqrt(p.mean(-1, keepdims=True) / p)[..., None]
             right *= (1 / jnp.sqrt(q))[..., None, :]
             a = _gram.dot(left, _gram.dot(right, given.b.mT))
             b = _gram.dot(_gram.dot(given.a.mT, left), right)
-            return *_again(a, b, given, x, damping, relative), means
+            return *_again(a, b, given, solution), means
 
         before = {path: (state.rows[path], state.columns[path]) for path in state.rows}
         depth = {path: _pairs.pair_of(updates[path]).a.shape[0] for path in before}
         flat = {
-            path: tuple(x.reshape(depth[path], -1) for x in means)
+            path: tuple(mean.reshape(depth[path], -1) for mean in means)
             for path, means in before.items()
         }
         updates, after = _pairwise.map_kept(scaled, updates, params, flat, pairs)
         after = jax.tree.map(lambda new, old: new.reshape(old.shape), after, before)
         rows = {path: row for path, (row, _) in after.items()}
         columns = {path: column for path, (_, column) in after.items()}
-        return updates, ScaleByRowColState(step, rows, columns)
+        return updates, ScaleByRowColState(count, rows, columns)
 
     return _states.transformation(init_fn, update_fn)
 
@@ -184,18 +187,23 @@ def scale_by_lora_pro_full(
       >>> first = optim.scale_by_lora_pro(damping=0.01)
       >>> tx = optax.chain(first, scale_by_lora_pro_full(), optax.scale(-2e-5))
     """
-    _standard.check_adam(b1, b2, eps, 0.0)
-    _checks.at_least("damping", damping)
-    adam = _standard.standard(optax.scale_by_adam(b1, b2, eps))
+    return _full(b1, b2, eps, _projection.Solution(x, damping, relative).checked())
+
+
+def _full(
+    b1: _checks.Number,
+    b2: _checks.Number,
+    eps: _checks.Number,
+    solution: _projection.Solution,
+) -> optax.GradientTransformationExtraArgs:
+    adam = _standard.adam(b1, b2, eps)
 
     def init_fn(params: Adapters) -> ScaleByFullState:
         given = _trees.require_pairs(params, "scale_by_lora_pro_full")
-        pairs = _trees.only_pairs(given)
-        factors = {path: _pairs.pair_of(adapter)[:2] for path, adapter in pairs.items()}
-        zeros = {
-            path: _gram.dot(*map(_pairs.zeros_like, both))
-            for path, both in factors.items()
-        }
+        zeros = {}
+        for path, adapter in _trees.only_pairs(given).items():
+            a, b, *_ = _pairs.pair_of(adapter)
+            zeros[path] = _gram.dot(_pairs.zeros_like(a), _pairs.zeros_like(b))
         return ScaleByFullState(*adam.init(zeros))
 
     def update_fn(
@@ -214,7 +222,7 @@ def scale_by_lora_pro_full(
         def step(h: _pairs.Pair, given: _pairs.Pair, u: jax.Array) -> Any:
             a = _gram.dot(u, given.b.mT)
             b = _gram.dot(given.a.mT, u)
-            return *_again(a, b, given, x, damping, relative), None
+            return *_again(a, b, given, solution), None
 
         every = functools.partial(
             _pairwise.map_kept, adapters=params, pairs=pairs, stacked=False
@@ -229,26 +237,22 @@ def scale_by_lora_pro_full(
 
 def moments(
     mode: str,
-    x: str,
-    damping: _checks.Number,
-    relative: bool,
+    solution: _projection.Solution,
     b1: _checks.Number | None,
     b2: _checks.Number,
     eps: _checks.Number,
 ) -> optax.GradientTransformation:
     """Returns the link that each mode of `lora_pro` puts after the projection."""
-    adam = _standard.standard(optax.scale_by_adam(0.9 if b1 is None else b1, b2, eps))
+    first = 0.9 if b1 is None else b1
+    adam = _standard.adam(first, b2, eps)
     if mode == "factor":
         return adam
     if mode == "sgd":
         return optax.identity()
     rest = optax.masked(adam, functools.partial(_trees.factor_mask, others=True))
     if mode == "full":
-        first = 0.9 if b1 is None else b1
-        return optax.chain(
-            scale_by_lora_pro_full(first, b2, eps, x, damping, relative), rest
-        )
-    links = [scale_by_lora_pro_rowcol(b2, eps, x, damping, relative), rest]
+        return optax.chain(_full(first, b2, eps, solution), rest)
+    links = [_rowcol(b2, eps, solution), rest]
     if b1 is not None:
         momentum = _standard.standard(optax.ema(b1))
         links.append(optax.masked(momentum, _trees.factor_mask))
@@ -269,14 +273,18 @@ def _squares(left: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.maximum(rows, 0), jnp.maximum(columns, 0)
 
 
+def _averaged(old: Means, new: Means, b2: _checks.Number) -> Means:
+    """The running means, of which the newest has the weight 1 - b2."""
+    rows, columns = (
+        b2 * was + (1 - b2) * now.astype(was.dtype)
+        for was, now in zip(old, new, strict=True)
+    )
+    return rows, columns
+
+
 def _again(
-    a: jax.Array,
-    b: jax.Array,
-    given: _pairs.Pair,
-    x: str,
-    damping: Any,
-    relative: bool,
+    a: jax.Array, b: jax.Array, given: _pairs.Pair, solution: _projection.Solution
 ) -> tuple[jax.Array, jax.Array]:
     """The step whose product is the projection of u, from `u B^T` and `A^T u`."""
     u = _pairs.Pair(given.scale * a, given.scale * b, given.scale, given.rank)
-    return _projection.project(u, given, x, damping, relative)
+    return _projection.project(u, given, solution)

@@ -56,14 +56,14 @@ class ScaleByLoraRiteState(NamedTuple):
     """Bases of the last step, and moments in them.
 
     Attributes:
-      step: updates so far, int32.
+      count: updates so far, int32.
       basis: `{path: (a, b)}`, U_a and U_b^T, in the factors' shapes.
       momentum: `{path: (a, b)}`, M of a and of b, in the factors' shapes.
       second: `{path: (a, b)}`, V of both, `[n, rank, rank]`.
       escaped: `{path: (a, b)}`, rho of both, `[n]`.
     """
 
-    step: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     basis: dict[str, Both]
     momentum: dict[str, Both]
     second: dict[str, Both]
@@ -117,7 +117,7 @@ def scale_by_lora_rite(
       Array([[0.354, 0.   ],
              [0.   , 0.354]], dtype=float32)
     """
-    _standard.check_adam(b1, b2, eps, 0.0)
+    _standard.check_moments(b1, b2, eps)
 
     def init_fn(params: Adapters) -> ScaleByLoraRiteState:
         given = _trees.require_pairs(params, "scale_by_lora_rite")
@@ -127,8 +127,8 @@ def scale_by_lora_rite(
         second = {path: Both(*both) for path, both in grams.items()}
         second = jax.tree.map(jnp.zeros_like, second)
         escaped = jax.tree.map(lambda v: v[:, 0, 0], second)
-        step = jnp.zeros((), jnp.int32)
-        return ScaleByLoraRiteState(step, zeros, zeros, second, escaped)
+        count = jnp.zeros((), jnp.int32)
+        return ScaleByLoraRiteState(count, zeros, zeros, second, escaped)
 
     def update_fn(
         updates: Adapters,
@@ -139,16 +139,16 @@ def scale_by_lora_rite(
         **extra: Any,
     ) -> tuple[Adapters, ScaleByLoraRiteState]:
         del extra
-        step = optax.safe_increment(state.step)
+        count = optax.safe_increment(state.count)
 
         def turned(update: _pairs.Pair, given: _pairs.Pair, kept: Any) -> Any:
-            rates = [_decay_now(b, step, given.a.dtype) for b in (b1, b2)]
+            rates = [_decay_now(b, count, given.a.dtype) for b in (b1, b2)]
             a, b, kept = _turned(update, given, kept, (*rates, eps), escape)
             return *_gram.true_rank_only(a, b, given.rank), kept
 
         kept = state[1:]
         updates, parts = _pairwise.map_both(turned, updates, params, kept, pairs)
-        return updates, ScaleByLoraRiteState(step, *parts)
+        return updates, ScaleByLoraRiteState(count, *parts)
 
     return _states.transformation(init_fn, update_fn)
 
@@ -183,19 +183,18 @@ def lora_rite(
     Example:
       >>> tx = lora_rite(1e-3)
     """
-    _standard.check_adam(b1, b2, eps, weight_decay)
     rest = functools.partial(_trees.factor_mask, others=True)
     return optax.chain(
         scale_by_lora_rite(b1, b2, eps, escape),
-        optax.masked(_standard.standard(optax.scale_by_adam(b1, b2, eps)), rest),
+        optax.masked(_standard.adam(b1, b2, eps), rest),
         _decay.add_decayed_weights(weight_decay, full_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def _decay_now(beta: Any, step: jax.Array, dtype: Any) -> jax.Array:
-    """The rate at which a mean of `step` values, free of its start, keeps the old."""
-    t = step.astype(dtype)
+def _decay_now(beta: Any, count: jax.Array, dtype: Any) -> jax.Array:
+    """The rate at which a mean of `count` values, free of its start, keeps the old."""
+    t = count.astype(dtype)
     return beta * (1 - beta ** (t - 1)) / (1 - beta**t)
 
 

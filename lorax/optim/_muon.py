@@ -189,14 +189,13 @@ def muon(
     Example:
       >>> tx = muon(0.02, factors="b", adam_learning_rate=1e-3, weight_decay=0.01)
     """
-    _standard.check_adam(b1, b2, eps, weight_decay)
     other = learning_rate if adam_learning_rate is None else adam_learning_rate
     roles = _roles(factors)
     turned = functools.partial(_trees.factor_mask, roles=roles)
     rest = functools.partial(_trees.factor_mask, roles=roles, others=True)
     links = [
         scale_by_muon_factors(factors, beta, nesterov, damping),
-        optax.masked(_standard.standard(optax.scale_by_adam(b1, b2, eps)), rest),
+        optax.masked(_standard.adam(b1, b2, eps), rest),
         _decay.add_decayed_weights(weight_decay),
         optax.masked(optax.scale_by_learning_rate(learning_rate), turned),
         optax.masked(optax.scale_by_learning_rate(other), rest),
@@ -231,7 +230,9 @@ def _turned(
         budget = 1.0 if factors == "whitened" else 0.5 / own.scale
         return budget * new_a, budget * new_b
     ha, hb = _projection.project(
-        _pairs.Pair(a, b, own.scale, own.rank), own, "zero", damping
+        _pairs.Pair(a, b, own.scale, own.rank),
+        own,
+        _projection.Solution("zero", damping),
     )
     s = own.scale
     rows = jnp.concatenate([ha, own.a], axis=2)  # [n, in, 2 rank]
@@ -241,7 +242,9 @@ def _turned(
     ga = s * _gram.dot(u, _gram.dot(vt, own.b.mT))
     gb = s * _gram.dot(_gram.dot(own.a.mT, u), vt)
     ha, hb = _projection.project(
-        _pairs.Pair(ga, gb, own.scale, own.rank), own, "sylvester", damping
+        _pairs.Pair(ga, gb, own.scale, own.rank),
+        own,
+        _projection.Solution("sylvester", damping),
     )
     return whole * ha, whole * hb
 

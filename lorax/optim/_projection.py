@@ -21,21 +21,39 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 
+from lorax import _checks
 from lorax.optim import _gram, _pairs
 
 CHOICES = ("sylvester", "symmetry", "zero")
 
 
+class Solution(NamedTuple):
+    """Which of the equivalent factor updates is taken.
+
+    Attributes:
+      x: "sylvester": hA, hB as close as possible to gA, gB (the paper's); "symmetry":
+        hA B and A hB as close as possible to one another; "zero".
+      damping: of N and M, see `_gram.damping_of`.
+      relative: False: absolute damping.
+    """
+
+    x: str
+    damping: _checks.Number
+    relative: bool = True
+
+    def checked(self) -> Solution:
+        """Returns itself; ValueError for an unknown `x` or a negative damping."""
+        _checks.one_of("x", self.x, CHOICES)
+        _checks.at_least("damping", self.damping)
+        return self
+
+
 def project(
-    update: _pairs.Pair,
-    given: _pairs.Pair,
-    x: str,
-    damping: Any,
-    relative: bool = True,
+    update: _pairs.Pair, given: _pairs.Pair, solution: Solution
 ) -> tuple[jax.Array, jax.Array]:
     """Returns `hA: [n, in, rank]` and `hB: [n, rank, out]`.
 
@@ -45,13 +63,10 @@ def project(
     Args:
       update: gA and gB.
       given: A and B, with the scale and the true rank.
-      x: "sylvester": hA, hB as close as possible to gA, gB (the paper's);
-        "symmetry": hA B and A hB as close as possible to one another; "zero".
-      damping: of N and M, see `_gram.damping_of`.
-      relative: False: absolute damping.
+      solution: which hA and hB, and how N and M are damped.
     """
-    dot, inverse = _gram.dot, _gram.reciprocal
-    n, m = _gram.spectra(given, damping, relative)
+    dot, inverse, x = _gram.dot, _gram.reciprocal, solution.x
+    n, m = _gram.spectra(given, solution.damping, solution.relative)
     u, v = n.vectors, m.vectors
     rows, columns = inverse(n.values)[..., None], inverse(m.values)[..., None, :]
     basis, cobasis = dot(given.a, u), dot(v.mT, given.b)  # AU, V^T B

@@ -110,10 +110,9 @@ def riemannian(
     Example:
       >>> tx = riemannian(2e-4)
     """
-    _standard.check_adam(b1, b2, eps, weight_decay)
     return optax.chain(
         scale_by_gram(damping, relative),
-        _standard.standard(optax.scale_by_adam(b1, b2, eps)),
+        _standard.adam(b1, b2, eps),
         _decay.add_decayed_weights(weight_decay, full_decay),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -210,12 +210,12 @@ def riemannion(
     Example:
       >>> tx = riemannion(0.02, adam_learning_rate=1e-3)
     """
-    _standard.check_adam(b1, b2, eps, weight_decay)
+    _checks.at_least("weight_decay", weight_decay, schedule=True)
     other = learning_rate if adam_learning_rate is None else adam_learning_rate
     rest = functools.partial(_trees.factor_mask, others=True)
     return optax.chain(
         scale_by_riemannion(beta),
-        optax.masked(_standard.standard(optax.scale_by_adam(b1, b2, eps)), rest),
+        optax.masked(_standard.adam(b1, b2, eps), rest),
         _decay.add_decayed_weights(_half(weight_decay)),
         optax.masked(optax.scale_by_learning_rate(learning_rate), _trees.factor_mask),
         optax.masked(optax.scale_by_learning_rate(other), rest),

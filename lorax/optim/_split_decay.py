@@ -34,10 +34,10 @@ class SplitDecayState(NamedTuple):
     """What the schedules need.
 
     Attributes:
-      step: updates so far, int32.
+      count: updates so far, int32.
     """
 
-    step: jax.Array
+    count: jax.Array  # type: ignore[assignment]
 
 
 def split_decay(
@@ -89,7 +89,7 @@ def split_decay(
         del extra
         given = _trees.require_params(params)
         both = (weight_decay, learning_rate)
-        decay, rate = (x(state.step) if callable(x) else x for x in both)
+        decay, rate = (x(state.count) if callable(x) else x for x in both)
         lost = jnp.asarray(decay * rate, jnp.float32)
         sigma = jnp.sqrt(1 - lost)
         less = lost / (1 + sigma)  # 1 - sigma, without cancellation
@@ -98,6 +98,6 @@ def split_decay(
             return (u / sigma - less * w).astype(u.dtype) if on else u
 
         new = jax.tree.map(decayed, updates, given, _trees.factor_mask(updates))
-        return new, SplitDecayState(optax.safe_increment(state.step))
+        return new, SplitDecayState(optax.safe_increment(state.count))
 
     return _states.transformation(init_fn, update_fn)

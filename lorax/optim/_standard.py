@@ -29,14 +29,16 @@ def standard(
     return optax.GradientTransformation(tx.init, update_fn)
 
 
-def check_adam(
-    b1: _checks.Number,
-    b2: _checks.Number,
-    eps: _checks.Number,
-    weight_decay: _checks.NumberOrSchedule,
-) -> None:
+def adam(
+    b1: _checks.Number, b2: _checks.Number, eps: _checks.Number
+) -> optax.GradientTransformation:
+    """Returns `optax.scale_by_adam`, its hyperparameters checked."""
+    check_moments(b1, b2, eps)
+    return standard(optax.scale_by_adam(b1, b2, eps))
+
+
+def check_moments(b1: _checks.Number, b2: _checks.Number, eps: _checks.Number) -> None:
     """Raises ValueError for hyperparameters of Adam that are out of range."""
     _checks.average("b1", b1)
     _checks.average("b2", b2)
     _checks.positive("eps", eps)
-    _checks.at_least("weight_decay", weight_decay, schedule=True)
