@@ -28,7 +28,7 @@ adapters scaling
 interpret
 kernels targets selection notices inits optim analysis sharding models
 transform description activations calibration compose merging
-losses accumulation steps training stacking population checkpoint interop
+losses accumulation steps training population checkpoint interop
 """.split()
 FORBIDDEN = (
     "absl argparse clu datasets experiments grain matplotlib ml_collections rich "

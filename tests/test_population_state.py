@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from lorax import population as pop
 from lorax.adapters import Lora
+from lorax.checkpoint import RunCheckpoints
 from lorax.types import Axes
 from tests.test_population import (
     DENSE,
@@ -146,6 +149,72 @@ def test_donated_steps_spare_what_the_caller_holds():
     assert before.state.adapters["head"].a.is_deleted()
     held = jax.tree.leaves((keys, rates, members, params))
     assert not any(leaf.is_deleted() for leaf in held)
+
+
+# The roster
+
+
+def uneven():
+    """Members of two ranks, one with a scale that float32 does not hold."""
+    return [member_of(0, 1, 1.0), member_of(1, 3, 8.0)]
+
+
+def created(members):
+    return pop.create_population(keys_of(2), members, optax.adam(0.1), problem()[0])
+
+
+def test_the_roster_is_static_and_exact():
+    population = created(uneven())
+    assert population.roster.of(1)["head"] == (8 / 3, 3)
+    assert pop.member(population, 1)["head"].scale == 8 / 3
+    assert pop.member(population, 0)["head"].rank == 1
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(population.pairs)}
+    assert dtypes == {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_a_program_serves_every_population_of_one_roster():
+    params, _, batch = problem()
+    traces, step = [], pop.make_population_step(LOSS, optax.adam(0.1))
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def counted(population):
+        traces.append(1)
+        return step(population, params, batch)
+
+    again = [member_of(5, 1, 1.0), member_of(6, 3, 8.0)]
+    for members in (uneven(), again):
+        population, _ = counted(created(members))
+        population, _ = counted(population)
+        assert population.roster.of(1)["head"].scale == 8 / 3
+    assert len(traces) == 1
+
+
+def test_the_state_of_a_population_is_saved_like_a_runs(tmp_path):
+    fresh = created(uneven())
+    moved = jax.tree.map(lambda x: np.asarray(x) + 1, fresh.state.adapters)
+    trained = dataclasses.replace(fresh, state=fresh.state.replace(adapters=moved))
+    with RunCheckpoints(tmp_path / "run", problem()[0]) as run:
+        run.save(trained.state)
+        restored = run.restore(fresh.state)
+    read = dataclasses.replace(fresh, state=restored.state)
+    assert pop.member(read, 1)["head"].scale == 8 / 3
+    for k in range(2):
+        assert_same(pop.member(read, k), pop.member(trained, k), 0.0)
+
+
+def test_a_population_is_read_from_dicts_of_today_and_of_before():
+    population = created(uneven())
+    today = flax.serialization.to_state_dict(population)
+    bits = {  # scales 1 and 8 / 3 in float64, the lower half of the bits first
+        "head": np.array([[0, 0x3FF00000], [0x55555555, 0x40055555]], np.uint32),
+        "layers": np.array([[0, 0x3FF00000], [0x55555555, 0x40055555]], np.uint32),
+    }
+    before = {name: today[name] for name in ("state", "pairs")}
+    for saved in (today, {**before, "scale_bits": bits}):
+        other = created([member_of(7, 1, 5.0), member_of(8, 3, 5.0)])
+        read = flax.serialization.from_state_dict(other, saved)
+        assert read.roster == population.roster
+        assert_same(pop.member(read, 1), pop.member(population, 1), 0.0)
 
 
 # Bad input

@@ -9,8 +9,8 @@ from lorax.compose.combination import combine
 from lorax.compose.conversion import negate, resize, scale, to_lora
 from lorax.compose.extraction import extract
 from lorax.compose.forms import Combined
-from lorax.compose.population import stack, switch, unstack
 from lorax.compose.routing import route
+from lorax.compose.stacks import stack, switch, unstack
 
 __all__ = [
     "Combined",

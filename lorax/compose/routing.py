@@ -12,7 +12,7 @@ import numpy as np
 
 from lorax import transform, tree
 from lorax.adapters import bound
-from lorax.compose import population
+from lorax.compose import stacks
 from lorax.types import Adapters, Axes, Factors, Field, PyTree
 
 
@@ -76,7 +76,7 @@ def route(
       ...     jnp.ones((2, 1)), jnp.full((1, 1), c), 1.0, lorax.Axes((0,), (1,))
       ... )}
       >>> routed = route(lambda params, x: x @ params["w"])
-      >>> stacked, params = population.stack([make(0.0), make(5.0)]), jnp.zeros((2, 1))
+      >>> stacked, params = stacks.stack([make(0.0), make(5.0)]), jnp.zeros((2, 1))
       >>> routed(stacked, jnp.array([1, 0]), {"w": params}, jnp.ones((2, 2))).tolist()
       [[10.0], [0.0]]
     """
@@ -90,7 +90,7 @@ def route(
         lora_key: jax.Array | None = None,
         **kwargs: Any,
     ) -> Any:
-        size = population.count(stacked)
+        size = stacks.count(stacked)
         index = _checked(index, size)
         made = _made(stacked, params)
         chosen = jax.tree.map(

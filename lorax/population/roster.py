@@ -1,0 +1,154 @@
+"""Members as one tree, ranks padded by zeros, and who had which scale and rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax.adapters import layout, ranks
+from lorax.types import Adapters, PairStatics
+
+
+class Roster(NamedTuple):
+    """Scale and rank of every member, where they differ: numbers of the host.
+
+    Attributes:
+      paths: of the adapters.
+      statics: for each of them a `PairStatics` a member.
+    """
+
+    paths: tuple[str, ...]
+    statics: tuple[tuple[PairStatics, ...], ...]
+
+    def of(self, index: int) -> dict[str, PairStatics]:
+        """Returns one member's own, by path."""
+        both = zip(self.paths, self.statics, strict=True)
+        return {path: members[index] for path, members in both}
+
+    def saved(self) -> dict[str, dict[str, np.ndarray]]:
+        """Returns it as arrays, `{path: {"scale": float64 [K], "rank": int64 [K]}}`."""
+        return {
+            path: {
+                "scale": np.array([own.scale for own in members], np.float64),
+                "rank": np.array([own.rank for own in members], np.int64),
+            }
+            for path, members in zip(self.paths, self.statics, strict=True)
+        }
+
+
+def read(saved: Mapping[str, Any]) -> Roster:
+    """Returns the roster in a population that was saved.
+
+    Args:
+      saved: nested dicts of arrays. Where it has no "roster" an older lorax wrote it,
+        with the bits of the scales in "scale_bits", `{path: uint32 [K, 2]}`.
+    """
+    if "roster" in saved:
+        columns = {p: (own["scale"], own["rank"]) for p, own in saved["roster"].items()}
+    else:
+        columns = {
+            path: (
+                np.ascontiguousarray(bits).view(np.float64)[:, 0],
+                saved["pairs"][path]["rank"],
+            )
+            for path, bits in saved["scale_bits"].items()
+        }
+    return _roster({p: _statics(*map(np.asarray, own)) for p, own in columns.items()})
+
+
+def _statics(scales: Iterable[Any], widths: Iterable[Any]) -> tuple[PairStatics, ...]:
+    both = zip(scales, widths, strict=True)
+    return tuple(PairStatics(float(scale), int(rank)) for scale, rank in both)
+
+
+def _roster(statics: Mapping[str, tuple[PairStatics, ...]]) -> Roster:
+    return Roster(tuple(statics), tuple(statics.values()))
+
+
+def enrol(
+    members: Sequence[Adapters],
+) -> tuple[Adapters, dict[str, PairStatics], Roster]:
+    """Returns adapters of leaves `[K, ...]`, and the statics in which they differ.
+
+    Args:
+      members: K adapter trees of one parameter tree, at least one.
+
+    Returns:
+      The stacked adapters, narrower factors padded with zeros to the widest, every
+      static field that of the first member; for the paths where scales or ranks
+      differ, `PairStatics` of arrays `[K]`; and the same as a roster.
+
+    Raises:
+      ValueError: members that differ in more; the message names path and field.
+    """
+    _require_paths(members)
+    stacked: Adapters = {}
+    pairs: dict[str, PairStatics] = {}
+    statics: dict[str, tuple[PairStatics, ...]] = {}
+    for path in members[0]:
+        own: list[Any] = [adapters[path] for adapters in members]
+        for k, adapter in enumerate(own):
+            _require_alike(path, k, adapter, own[0])
+        if differing := _differing(own):
+            scales, widths = zip(*differing, strict=True)
+            dtype = layout.wide(*jax.tree.leaves(own[0]))
+            statics[path] = differing
+            pairs[path] = PairStatics(
+                jnp.array(scales, dtype), jnp.array(widths, jnp.int32)
+            )
+            if len({*widths}) > 1:
+                own = [ranks.padded(a, max(widths)) for a in own]
+            own = [a.replace(scale=scales[0]) for a in own]  # one treedef
+        stacked[path] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
+    return stacked, pairs, _roster(statics)
+
+
+def _require_paths(members: Sequence[Adapters]) -> None:
+    for k, adapters in enumerate(members):
+        if paths := sorted(members[0].keys() ^ adapters.keys()):
+            has, lacks = (k, 0) if paths[0] in adapters else (0, k)
+            raise ValueError(
+                f"{paths[0]}: member {has} has an adapter there and member {lacks} has "
+                "none; members must adapt the same leaves"
+            )
+
+
+def _differing(members: Sequence[Any]) -> tuple[PairStatics, ...]:
+    """Scale and rank of each, () where they are the same or the class has none."""
+    if not hasattr(members[0], "scale"):
+        return ()
+    widths = [getattr(adapter, "rank", 1) for adapter in members]  # 1: it has none
+    found = _statics([adapter.scale for adapter in members], widths)
+    return found if len({*found}) > 1 else ()
+
+
+def _require_alike(path: str, k: int, adapter: Any, first: Any) -> None:
+    """Raises ValueError naming the first field in which two members cannot be stacked.
+
+    Shapes are those of one leaf, which `transform.check` has compared, up to the rank.
+    """
+    fields = [field.name for field in dataclasses.fields(first)]
+    pairs: dict[str, tuple[Any, Any]] = {"class": (type(adapter), type(first))}
+    if type(adapter) is type(first):
+        for name in fields:
+            new, old = getattr(adapter, name), getattr(first, name)
+            if name in first.roles:
+                pairs[f"{name}.dtype"] = new.dtype, old.dtype
+            elif name != "scale":
+                pairs[name] = new, old
+        if not first.padded or first.counts_ranks:  # the padding would be seen
+            for name in first.roles:
+                new, old = getattr(adapter, name), getattr(first, name)
+                pairs[f"{name}.shape"] = new.shape, old.shape
+    for name, (new, old) in pairs.items():
+        if new != old:
+            raise ValueError(
+                f"{path}: member {k} has {name}={new!r} and member 0 has {old!r}; "
+                "members of a population differ in key, rank (not of AdaLora), scale "
+                "and hyperparameters alone: train this one in another population"
+            )
