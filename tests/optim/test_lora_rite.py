@@ -144,7 +144,7 @@ def test_where_it_stands_in_a_chain():
 def test_errors():
     with pytest.raises(ValueError, match="b2=1"):
         optim.lora_rite(0.1, b2=1.0)
-    with pytest.raises(ValueError, match="eps=0.0; give a number > 0"):
+    with pytest.raises(ValueError, match="eps=0; give a number > 0"):
         optim.scale_by_lora_rite(eps=0)
     with pytest.raises(ValueError, match="w: .*acts on pairs a and b"):
         optim.lora_rite(0.1).init({"w": problems.adalora()})
