@@ -65,7 +65,7 @@ def read_step(
     """
     payload = read_payload(folder)
     stored = payload["leaves"]
-    places = states.places(stored, template)
+    places = states.stored_under(stored, template)
     payload["leaves"] = {name: stored[place] for name, place in places.items()}
     try:
         if base is not None and payload["base"] is not None:

@@ -1,7 +1,7 @@
 """A training state as flat arrays with a description, and back.
 
 describe(state)   JSON data: adapters with their static fields; the leaves' entries
-places(...)       where a checkpoint has the leaves, should they have other names there
+stored_under(...) where a checkpoint has the leaves, should they have other names there
 check(...)        a description against a template: what differs is named
 spoiled(...)      arrays against those saved before: NaN and infinities are named
 place(...)        arrays as a state, on the template's shardings
@@ -81,7 +81,7 @@ def check(then: Mapping[str, Any], template: TrainState) -> None:
             )
 
 
-def places(stored: Iterable[str], template: TrainState) -> dict[str, str]:
+def stored_under(stored: Iterable[str], template: TrainState) -> dict[str, str]:
     """Returns `{name: the name in the checkpoint}` of every stored leaf.
 
     A field of an optimiser's state that was called otherwise when the checkpoint was
@@ -89,7 +89,7 @@ def places(stored: Iterable[str], template: TrainState) -> dict[str, str]:
 
     Example:
       >>> state = {"opt_state": {"count": 0, "mu": 0}}
-      >>> places(["opt_state/step", "opt_state/mu"], state)
+      >>> stored_under(["opt_state/step", "opt_state/mu"], state)
       {'opt_state/mu': 'opt_state/mu', 'opt_state/count': 'opt_state/step'}
     """
     there, wanted = list(stored), leaves_of(template)

@@ -27,7 +27,7 @@ def is_pair(adapter: Any) -> bool:
     return pairs.is_pair(adapter) and is_present(adapter)
 
 
-def only_pairs(adapters: Adapters) -> Adapters:
+def only_pairs(adapters: Adapters) -> dict[str, Any]:
     """Returns the adapters that pair transforms act on."""
     return {path: adapter for path, adapter in adapters.items() if is_pair(adapter)}
 

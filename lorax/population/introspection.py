@@ -41,8 +41,8 @@ def with_hyperparams(
             )
     new = []
     for path, leaf in leaves:
-        given = arrays.get(_injected(path))
-        new.append(leaf if given is None else given.astype(leaf.dtype))
+        name = _injected(path)
+        new.append(arrays[name].astype(leaf.dtype) if name in arrays else leaf)
     return jax.tree.unflatten(structure, new)
 
 
