@@ -2,7 +2,7 @@
 
 A config is values only, in flat sections `run, distributed, model, adapter, optimizer,
 population, data, sharding, eval`; code that turns values into objects lives in
-`experiments/factory.py`.
+`experiments/trainer/objects.py`.
 """
 
 import ml_collections
@@ -37,7 +37,7 @@ def sections() -> ml_collections.ConfigDict:
 
 
 def checkpoint_run() -> ml_collections.ConfigDict:
-    """Returns a config of `experiments.finetune` with what most runs have in common.
+    """Returns what most runs of `experiments.recipes.finetune` have in common.
 
     A config sets its own name, source, patterns, learning rate, sizes and task.
     """

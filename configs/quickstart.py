@@ -66,7 +66,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.adapter.dropout = 0.0
     config.adapter.train_whole = (".*norm.*/scale",)  # 0.1 % of the leaves
 
-    config.optimizer.name = "adamw"  # any of experiments.optimizers.READY, or "chain"
+    config.optimizer.name = (
+        "adamw"  # of experiments.trainer.optimizers.READY, or "chain"
+    )
     config.optimizer.options = ()  # of that optimiser, such as (("ratio", 16.0),)
     config.optimizer.chain = ()  # links (name, arguments), for "chain"
     config.optimizer.wrap = ()  # around it, such as (("accumulate", 4),)

@@ -1,1 +1,1 @@
-"""Runnable experiments on lorax: imports `lorax`, is never imported by it."""
+"""Experiments on lorax: the files here are commands, the rooms what they call."""

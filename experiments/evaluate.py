@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import command, disk, finetune
+from experiments.machine import disk
+from experiments.reading import command
+from experiments.recipes import finetune
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
 _ADAPTER = flags.DEFINE_string("evaluated", None, "Folder of adapters; none: the base.")

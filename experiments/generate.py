@@ -13,7 +13,8 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from experiments import command, loading, plugins, writing
+from experiments.generation import continuations, loading
+from experiments.reading import command, plugins
 from lorax.models import sampling
 
 _MODEL = flags.DEFINE_string("model", None, "Directory of a checkpoint, or a hub id.")
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
         with command.refusing():
             plugins.import_all(_PLUGINS.value or [], "--plugins")
         state = loading.load_adapters(_ADAPTER.value, model, params)
-    write = writing.make_writer(
+    write = continuations.make_writer(
         model,
         tokenizer,
         prompts,

@@ -8,107 +8,23 @@ Every process gets so many devices of the CPU. Output is prefixed by the process
 one ends badly the others are ended too, and its exit code is returned.
 """
 
-import os
-import re
-import socket
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Sequence
 
 from absl import app, flags
 
-from experiments import distributed
+from experiments.machine import launching
 
 _PROCESSES = flags.DEFINE_integer("processes", 2, "How many.", lower_bound=1)
 _DEVICES = flags.DEFINE_integer("devices-per-process", 4, "CPU devices of each.")
 _GRACE = flags.DEFINE_float("grace", 10.0, "Seconds between SIGTERM and SIGKILL.")
 
 
-def environment(process: int, processes: int, devices: int, port: int) -> dict:
-    """Returns the environment variables of one process."""
-    rest = re.sub(
-        r"--xla_force_host_platform_device_count=\d+",
-        "",
-        os.environ.get("XLA_FLAGS", ""),
-    )
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{rest} --xla_force_host_platform_device_count={devices}".strip(),
-        distributed.COORDINATOR: f"localhost:{port}",
-        distributed.COUNT: str(processes),
-        distributed.NUMBER: str(process),
-    }
-
-
-def free_port() -> int:
-    """Returns a port that nothing listens on."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def launch(
-    command: Sequence[str], processes: int, devices: int, grace: float = 10.0
-) -> int:
-    """Runs the command in every process and returns the first bad exit code, or 0.
-
-    Args:
-      command: program and arguments.
-      processes: how many.
-      devices: of the CPU, of each process.
-      grace: seconds that the others have between SIGTERM and SIGKILL.
-    """
-    port = free_port()
-    running = [
-        subprocess.Popen(
-            command,
-            env=environment(i, processes, devices, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(processes)
-    ]
-    readers = [
-        threading.Thread(target=_echo, args=(i, process), daemon=True)
-        for i, process in enumerate(running)
-    ]
-    for reader in readers:
-        reader.start()
-    try:
-        while True:
-            codes = [process.poll() for process in running]
-            bad = [code for code in codes if code]
-            if bad or None not in codes:
-                return bad[0] if bad else 0
-            time.sleep(0.1)
-    finally:
-        for process in running:
-            if process.poll() is None:
-                process.terminate()
-        for process in running:
-            try:
-                process.wait(grace)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        for reader, process in zip(readers, running, strict=True):
-            reader.join()
-            process.stdout and process.stdout.close()
-
-
-def _echo(number: int, process: subprocess.Popen) -> None:
-    for line in process.stdout or ():
-        print(f"[{number}] {line}", end="", flush=True)
-
-
 def main(argv: Sequence[str]) -> None:
     """Launches what follows `--`."""
     if len(argv) < 2:
         raise app.UsageError("no command: give it behind --")
-    sys.exit(launch(argv[1:], _PROCESSES.value, _DEVICES.value, _GRACE.value))
+    sys.exit(launching.launch(argv[1:], _PROCESSES.value, _DEVICES.value, _GRACE.value))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import command
+from experiments.reading import command
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Path of a config file, such as configs/quickstart.py."
@@ -26,21 +26,22 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # libraries announce what they lack at INFO
     # jax and flax load only once the flags are right
-    from experiments import distributed, fields
+    from experiments.machine import distributed
+    from experiments.reading import fields
 
     config = _CONFIG.value
     with command.refusing():
         fields.require(config)
     if "heartbeat" in config.get("distributed", ()):
         distributed.initialize(config.distributed)  # before anything asks for devices
-    from experiments import finetune, population
+    from experiments.recipes import finetune, members
     from lorax.checkpoint import folders
 
     command.checked(config)
     workdir = _WORKDIR.value or str(pathlib.Path("runs") / config.run.name)
     with command.refusing():
         folders.require_directory(pathlib.Path(workdir))
-    run = finetune.run if "source" in config.model else population.run
+    run = finetune.run if "source" in config.model else members.run
     run(config, workdir)
 
 

@@ -7,16 +7,14 @@ tries other meshes, remat policies and batches. Needs libtpu (`pip install -e
 '.[tpu]'`), but no TPU; `--topology=cpu:8` needs neither.
 """
 
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import command
 from experiments.planning import topology as topologies
+from experiments.reading import command
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Path of a config file, such as configs/llama3_70b_lora.py."
@@ -28,7 +26,6 @@ _SWEEP = flags.DEFINE_bool("sweep", False, "Try other meshes, remat and batches.
 _FORM = flags.DEFINE_enum(
     "form", "adapt", ["adapt", "merge"], "merge: a step that materialises adapters."
 )
-_CHILD = "LORAX_PLAN_CHILD"  # set in the process that has the forced devices
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,31 +37,20 @@ def main(argv: Sequence[str]) -> None:
         topology = topologies.parse(_TOPOLOGY.value or config.sharding.topology)
     except ValueError as error:
         raise app.UsageError(str(error)) from None
-    if topology.chip is None and not os.environ.get(_CHILD):
-        sys.exit(_with_devices(topology.chips))
+    if topologies.needs_child(topology):
+        again = [sys.executable, "-m", "experiments.plan", *sys.argv[1:]]
+        sys.exit(topologies.run_with_devices(again, topology.chips))
     topologies.prepare()  # before jax is loaded
-    from experiments.planning import report, sweep
+    from experiments.planning import alternatives, estimates
 
     command.checked(config)
     try:
         if _SWEEP.value:
-            print(sweep.render(sweep.run(config, topology, print)))
+            print(alternatives.render(alternatives.run(config, topology, print)))
         else:
-            print(report.render(report.make_plan(config, topology, _FORM.value)))
+            print(estimates.render(estimates.make_plan(config, topology, _FORM.value)))
     except (ValueError, ModuleNotFoundError) as error:
         raise app.UsageError(str(error)) from error
-
-
-def _with_devices(count: int) -> int:
-    """Runs this command in a child with so many CPU devices; returns its exit code."""
-    flag = f"--xla_force_host_platform_device_count={count}"
-    env = os.environ | {
-        _CHILD: "1",
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip(),
-    }
-    command = [sys.executable, "-m", "experiments.plan", *sys.argv[1:]]
-    return subprocess.run(command, env=env, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
         --grid="adapter.rank=2,8; optimizer.learning_rate.lora=5e-3,1e-2" --jobs=2
 
 `--dry_run` lists the runs and how they are grouped into processes. What is finished
-stands in `runs.jsonl` (see `experiments/sweeping/runs.py`); the same command goes on
+stands in `runs.jsonl` (see `experiments/search/runs.py`); the same command goes on
 from there, and tries again what failed. `--config.field=value` sets a field of all.
 
 Runs that differ in nothing but LoRA's learning rate, rank and alpha train as one
@@ -14,7 +14,6 @@ changes. The table is sorted by a reported figure; to choose hyperparameters by
 documents apart from those reported, use `experiments.tune`.
 """
 
-import contextlib
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -22,8 +21,8 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import command, disk
-from experiments.sweeping import combinations, grid, jobs, runs
+from experiments.reading import command
+from experiments.search import combinations, grid, jobs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
 _WORKDIR = flags.DEFINE_string(
@@ -42,13 +41,6 @@ _BEST = flags.DEFINE_enum("best", "auto", ["auto", "min", "max"], "Which is firs
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs, and run none.")
 
 
-def command_line(job: combinations.Job, folder: pathlib.Path) -> list[str]:
-    """The command line of a job."""
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
-    main = [sys.executable, "-m", "experiments.main", f"--config={file}"]
-    return [*main, *job.flags, f"--workdir={folder}"]
-
-
 def main(argv: Sequence[str]) -> None:
     """Sweeps as the flags say."""
     if len(argv) > 1:
@@ -56,38 +48,21 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     folder = pathlib.Path(_WORKDIR.value or f"runs/{config.run.name}-sweep")
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    try:
+    asked = jobs.Asked(
+        config=config_flags.get_config_filename(flags.FLAGS["config"]),
+        overrides=overrides,
+        at_once=_JOBS.value,
+        populations=_POPULATIONS.value,
+        members=_MEMBERS.value,
+        metric=_METRIC.value,
+        best=_BEST.value,
+        dry_run=_DRY_RUN.value,
+    )
+    with command.refusing():
         values = grid.parse_grid(_GRID.value or "", config, overrides)
         every = combinations.make_runs(config, values)
         combinations.check(every)
-        alone = contextlib.nullcontext() if _DRY_RUN.value else runs.only_one(folder)
-        with alone:
-            sys.exit(sweep(folder, every, overrides))
-    except ValueError as e:
-        sys.exit(f"experiments.sweep: {e}")
-
-
-def sweep(
-    folder: pathlib.Path, every: Sequence[combinations.Run], overrides: dict
-) -> int:
-    """Does what is not done yet, prints the table and returns the exit code."""
-    table = runs.RunTable(folder)
-    left = [run for run in every if not table.finished(run, _METRIC.value)]
-    todo = combinations.make_jobs(
-        left,
-        overrides,
-        populations=_POPULATIONS.value,
-        metric=_METRIC.value,
-        most=_MEMBERS.value,
-    )
-    print(combinations.describe(every, todo, _JOBS.value), flush=True)
-    if _DRY_RUN.value:
-        return 0
-    failed = jobs.fill(table, todo, _JOBS.value, command_line)
-    text = runs.report(table, every, _METRIC.value, _BEST.value)
-    disk.replace(folder / "table.md", text + "\n")
-    print(f"\n{text}\n\nWritten to {folder}: runs.jsonl table.md")
-    return 1 if failed else 0
+        sys.exit(jobs.sweep(folder, every, asked))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorax
-from experiments.benchmarks import measure
+from experiments.benchmarks.cases import measure
 from tests import programs
 from tests.test_inits import best, exact, first_step
 from tests.test_linalg import captured, spectrum

@@ -27,8 +27,11 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from experiments.benchmarks import gpt2_shaped as gpt2
-from experiments.benchmarks import measure, programs, torch_peft
+from experiments import paired
+from experiments.benchmarks.cases import gpt2_shaped as gpt2
+from experiments.benchmarks.cases import measure, programs
+from experiments.benchmarks.rivals import torch_peft
+from experiments.machine import tables, timing
 
 _LAYERS = flags.DEFINE_integer("layers", 6, "Layers of the model.", lower_bound=2)
 _WIDTH = flags.DEFINE_integer("width", 512, "Width of the model, a multiple of 8.")
@@ -96,7 +99,7 @@ def builds(shape: gpt2.Shape, rounds: int) -> dict[str, dict[str, list[float]]]:
         builders = {
             name: measure.builder(made[name]) for name in ("lorax", "hand-written")
         }
-        table[variant] = measure.interleave(builders, rounds, time.process_time)
+        table[variant] = timing.interleave(builders, rounds, time.process_time)
     return table
 
 
@@ -117,7 +120,7 @@ def steps(shape: gpt2.Shape, rounds: int, threads: int) -> dict[str, list[float]
         theirs = {path: (a.numpy(), b.numpy()) for path, (a, b) in grads.items()}
         found = {"lorax": read(*runners["lorax"]()), "PEFT + PyTorch": (loss, theirs)}
         measure.agree_alike(found, read(*programs.in_float64(made["lorax"])))
-    return measure.interleave(runners, rounds)
+    return timing.interleave(runners, rounds)
 
 
 def count_table(table: Mapping[str, Any], layers: int) -> str:
@@ -141,7 +144,7 @@ def count_table(table: Mapping[str, Any], layers: int) -> str:
                 f"{own['temp_bytes'] / hand['temp_bytes']:.3f}",
             ]
         )
-    return measure.markdown(header, rows)
+    return tables.markdown(header, rows)
 
 
 def build_table(table: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
@@ -151,7 +154,7 @@ def build_table(table: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     for variant, by in table.items():
         own, hand = min(by["lorax"]), min(by["hand-written"])
         rows.append([variant, f"{own:.2f}", f"{hand:.2f}", f"{own / hand:.2f}"])
-    return measure.markdown(header, rows)
+    return tables.markdown(header, rows)
 
 
 def step_table(table: Mapping[str, Sequence[float]]) -> str:
@@ -168,10 +171,10 @@ def step_table(table: Mapping[str, Sequence[float]]) -> str:
                 f"{statistics.median(ms):.0f}",
                 f"{min(ms):.0f}-{max(ms):.0f}",
                 f"{min(seconds) / min(bare):.2f}",
-                f"{measure.paired_ratio(seconds, bare):.2f}",
+                f"{paired.ratio(seconds, bare):.2f}",
             ]
         )
-    return measure.markdown(header, rows)
+    return tables.markdown(header, rows)
 
 
 def pin(threads: int) -> None:
@@ -187,9 +190,9 @@ def main(argv: Sequence[str]) -> None:
     pin(_THREADS.value)
     jax.config.update("jax_enable_compilation_cache", False)
     shape = gpt2.Shape(layers=_LAYERS.value, width=_WIDTH.value, batch=_BATCH.value)
-    facts = measure.about(("jax", "torch", "peft"))
+    facts = tables.about(("jax", "torch", "peft"))
     result: dict[str, Any] = {"about": facts}
-    print(measure.caption(facts) + "\n", flush=True)
+    print(tables.caption(facts) + "\n", flush=True)
     result["counts"] = counts(shape)
     print(count_table(result["counts"], shape.layers), flush=True)
     result["builds"] = builds(shape, _BUILDS.value)

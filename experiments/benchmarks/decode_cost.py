@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments import loading
-from experiments.benchmarks import measure
+from experiments import paired
 from experiments.data import examples
+from experiments.generation import loading
+from experiments.machine import tables, timing
 from lorax.models import decoding
 
 _SOURCE = flags.DEFINE_string("source", "stories260k", "The checkpoint.")
@@ -84,7 +85,7 @@ def compare(source: str, count: int, batch: int, rounds: int) -> dict[str, list[
             min_new_tokens=count,
             do_sample=False,
         )
-    return measure.interleave(ways, rounds)
+    return timing.interleave(ways, rounds)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -97,14 +98,14 @@ def main(argv: Sequence[str]) -> None:
             f"{min(times):.3f}",
             f"{_NEW.value * _BATCH.value / min(times):.0f}",
             f"{min(times) / min(seconds['cached']):.1f}",
-            f"{measure.paired_ratio(times, seconds['cached']):.1f}",
+            f"{paired.ratio(times, seconds['cached']):.1f}",
         ]
         for name, times in seconds.items()
     ]
     header = ["way", "best s", "tokens/s", "best / cached", "median of paired ratios"]
-    print(measure.caption(measure.about(("jax", "torch", "transformers"))) + "\n")
+    print(tables.caption(tables.about(("jax", "torch", "transformers"))) + "\n")
     print(f"{_NEW.value} new tokens, {_BATCH.value} sequences\n")
-    print(measure.markdown(header, rows))
+    print(tables.markdown(header, rows))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,11 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments.benchmarks import adapt_cost, measure, programs
-from experiments.benchmarks import gpt2_shaped as gpt2
+from experiments import paired
+from experiments.benchmarks import adapt_cost
+from experiments.benchmarks.cases import gpt2_shaped as gpt2
+from experiments.benchmarks.cases import measure, programs
+from experiments.machine import tables, timing
 
 
 def compare(shape: gpt2.Shape, rounds: int, **switches: Any) -> dict[str, Any]:
@@ -29,13 +32,13 @@ def compare(shape: gpt2.Shape, rounds: int, **switches: Any) -> dict[str, Any]:
     steps = {name: measure.compile_step(case) for name, case in cases.items()}
     cost = {name: measure.cost(step) for name, step in steps.items()}
     runners = {name: measure.runner(steps[name], cases[name]) for name in cases}
-    seconds = measure.interleave(runners, rounds)
+    seconds = timing.interleave(runners, rounds)
     return {
         "flops": cost["dora"].flops / cost["lora"].flops,
         "temp": cost["dora"].temp / cost["lora"].temp,
         "lora_ms": 1e3 * min(seconds["lora"]),
         "dora_ms": 1e3 * min(seconds["dora"]),
-        "paired": measure.paired_ratio(seconds["dora"], seconds["lora"]),
+        "paired": paired.ratio(seconds["dora"], seconds["lora"]),
     }
 
 
@@ -43,7 +46,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     """The figures as markdown."""
     header = ["variant", "FLOPs / LoRA", "temp memory / LoRA", "best ms, LoRA"]
     header += ["best ms, DoRA", "median of paired ratios"]
-    return measure.markdown(
+    return tables.markdown(
         header,
         [
             [
@@ -68,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         name: compare(shape, given.rounds, **on)
         for name, on in adapt_cost.VARIANTS.items()
     }
-    print(f"{measure.caption(measure.about(('jax',)))}\n\n{table(rows)}")
+    print(f"{tables.caption(tables.about(('jax',)))}\n\n{table(rows)}")
     if given.out:
         pathlib.Path(given.out).write_text(json.dumps(rows, indent=2))
 

@@ -57,17 +57,18 @@ from typing import Any, NamedTuple
 import jax
 from absl import app, flags
 
-from experiments.benchmarks import (
-    adapt_cost,
+from experiments import paired
+from experiments.benchmarks import adapt_cost
+from experiments.benchmarks.cases import gpt2_shaped as gpt2
+from experiments.benchmarks.cases import programs
+from experiments.benchmarks.rivals import (
     agreement,
     jax_rivals,
-    measure,
     profiles,
-    programs,
     torch_peft,
     trainers,
 )
-from experiments.benchmarks import gpt2_shaped as gpt2
+from experiments.machine import tables, timing
 
 # Beside those of adapt_cost: --layers, --width, --batch, --rounds, --threads, --out.
 _METHODS = flags.DEFINE_list(
@@ -155,7 +156,7 @@ def compare(
     made = contest(method, shape, setting)
     errors = agreement.require(made.trainers, made.alike, made.reference, setting.dtype)
     steps = {name: trainer.step for name, trainer in made.trainers.items()}
-    seconds = measure.interleave(steps, rounds)
+    seconds = timing.interleave(steps, rounds)
     return {
         "deviation": max(errors.gradients.values()),  # from float64
         "errors": errors.gradients,
@@ -175,7 +176,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         for name, seconds in result["seconds"].items():
             ms = [1e3 * s for s in seconds]
             built = result["build_seconds"][name]
-            ratios = measure.paired_ratios(lorax, seconds)
+            ratios = paired.ratios(lorax, seconds)
             row = [f"{method}, {name}", f"{built:.1f}" if built else "-"]
             row += [f"{min(ms):.0f}", f"{statistics.median(ms):.0f}"]
             row += [f"{min(ms):.0f}-{max(ms):.0f}"]
@@ -187,7 +188,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         for name, reason in result["not_run"].items():
             row = [f"{method}, {name}: not run, {reason}"]
             rows.append(row + ["-"] * (len(header) - 1))
-    return measure.markdown(header, rows)
+    return tables.markdown(header, rows)
 
 
 def chosen_device(wanted: str) -> str:
@@ -220,9 +221,9 @@ def main(argv: Sequence[str]) -> None:
     if torch_peft.available():
         torch_peft.pin(flag.threads)
     shape = gpt2.Shape(layers=flag.layers, width=flag.width, batch=flag.batch)
-    facts = measure.about(PACKAGES)
+    facts = tables.about(PACKAGES)
     result: dict[str, Any] = {"about": facts, "shape": dataclasses.asdict(shape)}
-    print(measure.caption(facts) + "\n", flush=True)
+    print(tables.caption(facts) + "\n", flush=True)
     results = {}
     for method in _METHODS.value:
         results[method] = compare(method, shape, setting, flag.rounds)

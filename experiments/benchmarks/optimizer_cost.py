@@ -30,8 +30,10 @@ import optax
 from absl import app, flags
 
 import lorax
-from experiments.benchmarks import gpt2_shaped as gpt2
-from experiments.benchmarks import measure, programs
+from experiments import paired
+from experiments.benchmarks.cases import gpt2_shaped as gpt2
+from experiments.benchmarks.cases import measure, programs
+from experiments.machine import tables, timing
 from lorax import optim
 
 _ROUNDS = flags.DEFINE_integer("updates", 11, "Interleaved rounds of timed updates.")
@@ -116,7 +118,7 @@ def compare(shape: gpt2.Shape, rounds: int) -> dict[str, dict[str, Any]]:
     made["adamw on AdaLora"] = compiled(OPTIMIZERS["adamw"](), svd)
     made["adalora"] = compiled(_adalora(budget), svd)
     run = lambda step, args: lambda: jax.block_until_ready(step(*args))
-    seconds = measure.interleave(
+    seconds = timing.interleave(
         {name: run(*both) for name, both in made.items()}, rounds
     )
     rows = {}
@@ -128,7 +130,7 @@ def compare(shape: gpt2.Shape, rounds: int) -> dict[str, dict[str, Any]]:
             "state_ratio": nbytes(args[1]) / nbytes(made[beside][1][1]),
             "ms": 1e3 * min(seconds[name]),
             "best": min(seconds[name]) / min(seconds[beside]),
-            "paired": measure.paired_ratio(seconds[name], seconds[beside]),
+            "paired": paired.ratio(seconds[name], seconds[beside]),
         }
     return rows
 
@@ -137,7 +139,7 @@ def train_step_ms(shape: gpt2.Shape, rounds: int) -> float:
     """The forward and backward pass of the adapted model."""
     case = programs.adapted(shape)
     step = measure.runner(measure.compile_step(case), case)
-    return 1e3 * statistics.median(measure.interleave({"step": step}, rounds)["step"])
+    return 1e3 * statistics.median(timing.interleave({"step": step}, rounds)["step"])
 
 
 def small_pairs(count: int, equal: bool, rank: int = 8) -> lorax.Adapters:
@@ -163,7 +165,7 @@ def compare_programs(
             rows[name][f"{kind}_build_s"] = time.perf_counter() - start
             rows[name][f"{kind}_lines"] = len(step.as_text().splitlines())
             runs[f"{kind} {name}"] = functools.partial(_run, step, args)
-    for key, seconds in measure.interleave(runs, rounds).items():
+    for key, seconds in timing.interleave(runs, rounds).items():
         kind, name = key.split(" ", 1)
         rows[name][f"{kind}_ms"] = 1e3 * min(seconds)
     return rows
@@ -189,7 +191,7 @@ def programs_table(rows: dict[str, dict[str, Any]]) -> str:
             f"{row[f'{kind}_ms']:.2f}",
         ]
 
-    return measure.markdown(
+    return tables.markdown(
         header,
         [
             [name, *cells(row, "equal"), *cells(row, "unequal")]
@@ -203,7 +205,7 @@ def table(rows: dict[str, dict[str, Any]], step_ms: float) -> str:
     header = ["update", "GFLOPs", "state MB", "state / AdamW", "best ms"]
     header += ["best / AdamW", "median of paired ratios", "share of a train step"]
     whole = step_ms + rows["adamw"]["ms"]
-    return measure.markdown(
+    return tables.markdown(
         header,
         [
             [
@@ -226,13 +228,13 @@ def main(argv: Sequence[str]) -> None:
     del argv
     if _SMALL.value:
         rows = compare_programs(_SMALL.value, _ROUNDS.value)
-        facts = measure.about(("jax", "optax"))
-        print(f"{measure.caption(facts)}\n\n{programs_table(rows)}")
+        facts = tables.about(("jax", "optax"))
+        print(f"{tables.caption(facts)}\n\n{programs_table(rows)}")
         return
     step_ms = train_step_ms(SHAPE, 3)
     rows = compare(SHAPE, _ROUNDS.value)
-    facts = measure.about(("jax", "optax"))
-    print(f"{measure.caption(facts)}\n\n{table(rows, step_ms)}")
+    facts = tables.about(("jax", "optax"))
+    print(f"{tables.caption(facts)}\n\n{table(rows, step_ms)}")
     print(f"\nforward and backward: {step_ms:.0f} ms")
     if _OUT.value:
         pathlib.Path(_OUT.value).write_text(json.dumps(rows, indent=2))

@@ -13,7 +13,9 @@ from typing import Any
 
 from absl import app
 
-from experiments.benchmarks import frameworks, measure, profiles, scaling_cost
+from experiments.benchmarks import frameworks, scaling_cost
+from experiments.benchmarks.rivals import profiles
+from experiments.machine import tables
 
 FOLDER = pathlib.Path(__file__).parents[2] / "docs" / "results" / "benchmarks"
 
@@ -54,7 +56,7 @@ def write(folder: pathlib.Path = FOLDER) -> pathlib.Path:
         path = folder / f"{name}.json"
         if path.exists():
             result = json.loads(path.read_text())
-            caption = measure.caption(result["about"])
+            caption = tables.caption(result["about"])
             parts.append(f"## {title}\n\n{caption}\n\n{text(result)}\n")
     page = folder / "README.md"
     page.write_text("\n".join(parts))

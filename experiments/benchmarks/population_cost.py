@@ -32,8 +32,11 @@ import jax
 import optax
 from absl import app, flags
 
-from experiments.benchmarks import adapt_cost, measure, programs
-from experiments.benchmarks import gpt2_shaped as gpt2
+from experiments import paired
+from experiments.benchmarks import adapt_cost
+from experiments.benchmarks.cases import gpt2_shaped as gpt2
+from experiments.benchmarks.cases import measure, programs
+from experiments.machine import tables, timing
 from lorax import population, training
 
 # Beside those of adapt_cost: --layers, --width, --rounds, --threads, --out.
@@ -148,8 +151,8 @@ def measured(shape: gpt2.Shape, size: int, rounds: int, at_once: int) -> dict[st
         "temp_bytes_alone": max(cost.temp for cost in own),
         "compile_s": seconds,
         "compile_s_alone": each,
-        "seconds": measure.interleave(steps, rounds),
-        "cpu_seconds": measure.interleave(steps, rounds, time.process_time),
+        "seconds": timing.interleave(steps, rounds),
+        "cpu_seconds": timing.interleave(steps, rounds, time.process_time),
     }
 
 
@@ -179,8 +182,8 @@ def table(rows: Sequence[dict[str, Any]], size: int) -> str:
                 f"{row['flops_per_adapter'] / row['flops_alone']:.4f}",
                 f"{1e3 * min(own) / size:.1f}",
                 f"{min(own) / min(turn):.3f}",
-                f"{measure.paired_ratio(own, turn):.3f}",
-                f"{measure.paired_ratio(*row['cpu_seconds'].values()):.3f}",
+                f"{paired.ratio(own, turn):.3f}",
+                f"{paired.ratio(*row['cpu_seconds'].values()):.3f}",
                 f"{row['temp_bytes'] / 1e6:.0f}",
                 f"{row['temp_bytes'] / row['temp_bytes_alone']:.2f}",
                 f"1 for {len(row['compile_s_alone'])}",
@@ -188,7 +191,7 @@ def table(rows: Sequence[dict[str, Any]], size: int) -> str:
                 f"{row['compile_s'] / sum(row['compile_s_alone']):.2f}",
             ]
         )
-    return measure.markdown(header, lines)
+    return tables.markdown(header, lines)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -201,8 +204,8 @@ def main(argv: Sequence[str]) -> None:
     for batch, at_once in itertools.product(_SEQUENCES.value, (size, 1)):
         shape = gpt2.Shape(layers=flag.layers, width=flag.width, batch=batch)
         rows.append(measured(shape, size, flag.rounds, at_once))
-    facts = measure.about(("jax", "optax"))
-    print(f"{measure.caption(facts)}\n\n{table(rows, size)}")
+    facts = tables.about(("jax", "optax"))
+    print(f"{tables.caption(facts)}\n\n{table(rows, size)}")
     if flag.out:
         pathlib.Path(flag.out).write_text(json.dumps(rows, indent=2))
 

@@ -30,9 +30,11 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from experiments.benchmarks import adapt_cost, measure, programs, trainers
-from experiments.benchmarks import gpt2_shaped as gpt2
-from experiments.studies import comparison
+from experiments.benchmarks import adapt_cost
+from experiments.benchmarks.cases import gpt2_shaped as gpt2
+from experiments.benchmarks.cases import measure, programs
+from experiments.benchmarks.rivals import trainers
+from experiments.machine import tables
 from lorax import compose
 
 # Beside those of adapt_cost: --builds, --threads, --out.
@@ -171,7 +173,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             own = row["adapted"][key]
             line += [f"{own / unit:.2f}", f"{own / row['without'][key]:.3f}"]
         lines.append([*line, f"{row['adapted']['programs']:.0f}"])
-    return measure.markdown([*header, "programs"], lines)
+    return tables.markdown([*header, "programs"], lines)
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
@@ -189,7 +191,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
         own = [row for row in rows if row["sweep"] == sweep]
         x = [row["value"] for row in own]
         for (key, label), colour, marker in zip(
-            MEASURES.items(), comparison.COLOURS, "osD^", strict=False
+            MEASURES.items(), tables.COLOURS, "osD^", strict=False
         ):
             ratio = [row["adapted"][key] / row["without"][key] for row in own]
             axis.plot(x, ratio, color=colour, marker=marker, markersize=4, label=label)
@@ -216,9 +218,9 @@ def main(argv: Sequence[str]) -> None:
     flag = flags.FLAGS
     adapt_cost.pin(flag.threads)
     jax.config.update("jax_enable_compilation_cache", False)
-    facts = measure.about(("jax", "flax", "optax"))
+    facts = tables.about(("jax", "flax", "optax"))
     rows = compare(SWEEPS, BASE, flag.builds)
-    print(f"{measure.caption(facts)}\n\n{table(rows)}")
+    print(f"{tables.caption(facts)}\n\n{table(rows)}")
     if flag.out:
         result = {"about": facts, "base": dataclasses.asdict(BASE), "rows": rows}
         pathlib.Path(flag.out).write_text(json.dumps(result, indent=1) + "\n")

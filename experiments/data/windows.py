@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from experiments.data import documents
+from experiments.data.sources import documents
 
 VOCABULARY = 256  # every byte is a token
 SEPARATOR = b"\0"  # opens every document; occurs in none of them

@@ -1,7 +1,8 @@
 """The real train step of a config, traced with shapes alone and their shardings.
 
-What trains is made as `experiments.fit` makes it: the task's loss, `lorax.init`, the
-config's optimiser, `lorax.training.make_train_step`. No array is ever made.
+What trains is made as `experiments.trainer.fit` makes it: the task's loss,
+`lorax.init`, the config's optimiser, `lorax.training.make_train_step`. No array is ever
+made.
 """
 
 import dataclasses
@@ -15,8 +16,9 @@ import optax
 from absl import logging
 
 import lorax
-from experiments import distributed, factory, optimizers
+from experiments.machine import placement
 from experiments.tasks import respond
+from experiments.trainer import objects, optimizers
 from lorax import inits, sharding, training
 from lorax.interop import hf
 
@@ -73,7 +75,7 @@ def build(
     mesh = make_mesh(config.sharding, devices)
     model = make_model(config.model)
     shapes = hf.abstract(model)
-    placed = distributed.place_params(mesh, config.sharding, model, shapes)
+    placed = placement.place_params(mesh, config.sharding, model, shapes)
     batch = make_batch(config.data, mesh)
     loss_fn = respond.make_loss(model, config.run.label_smoothing)
     state, params, tx = make_state(config, loss_fn, shapes, batch)
@@ -144,7 +146,7 @@ def make_state(
         dataclasses.replace(t, init="standard", options=())
         if inits.of_target(t).stats
         else t
-        for t in factory.make_targets(method, config.adapter)
+        for t in objects.make_targets(method, config.adapter)
     ]
     logging.info("%s", lorax.describe(shapes, targets, kernels))
     tx = optimizers.make_optimizer(

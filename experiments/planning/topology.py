@@ -8,7 +8,12 @@ import importlib.util
 import math
 import os
 import re
+import subprocess
+from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+CHILD = "LORAX_PLAN_CHILD"
+"""Set in the process that has the forced devices."""
 
 
 class Chip(NamedTuple):
@@ -159,3 +164,19 @@ def devices(topology: Topology) -> list[Any]:
             f"unknown topology {topology.name!r}; libtpu says: {error}"
         ) from None
     return list(made.devices)
+
+
+def needs_child(topology: Topology) -> bool:
+    """Whether only a process of its own can have the topology's devices."""
+    return topology.chip is None and not os.environ.get(CHILD)
+
+
+def run_with_devices(command: Sequence[str], count: int) -> int:
+    """Runs a command in a child with so many CPU devices; returns its exit code."""
+    flag = f"--xla_force_host_platform_device_count={count}"
+    env = os.environ | {
+        CHILD: "1",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip(),
+    }
+    return subprocess.run(command, env=env, check=False).returncode

@@ -23,9 +23,9 @@ import ml_collections
 from absl import app, flags
 
 from configs import gpt2_e2e_lora
-from experiments import finetune
 from experiments.data import batches, tokenization
-from experiments.studies import comparison, trial
+from experiments.recipes import finetune
+from experiments.studies.method import comparison, trial
 from experiments.tasks import respond
 
 _ONLY = flags.DEFINE_list("study_methods", [], "Run these alone; none: all.")

@@ -15,7 +15,8 @@ import optax
 from absl import app
 
 import lorax
-from experiments.studies import comparison, teacher_student
+from experiments.studies import teacher_student
+from experiments.studies.method import comparison
 from experiments.studies.teacher_student import Method, Problem
 from lorax import optim
 

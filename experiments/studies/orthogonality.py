@@ -34,9 +34,9 @@ import optax
 from absl import app, flags
 
 import lorax
-from experiments import disk
-from experiments.benchmarks import measure
-from experiments.studies import comparison
+from experiments import paired
+from experiments.machine import disk, tables
+from experiments.studies.method import comparison
 from lorax import _lapack, optim
 from lorax.adapters import adalora
 
@@ -304,13 +304,13 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
                 arm,
                 f"{own['rate']:.3g}",
                 f"{final.mean():.4f}",
-                "-" if arm == "LoRA" else comparison.difference(final - lora),
+                "-" if arm == "LoRA" else paired.difference(final - lora),
                 f"{min(own['grid'].values()):.4f}",
                 "-" if arm == "LoRA" else f"{p:.2f}, {q:.2f}",
                 f"{np.mean(own['flat']):.3f}, {np.min(own['flat']):.3f}",
             ]
         )
-    return measure.markdown(
+    return tables.markdown(
         [*header, "distance of p, q", "s_4 / s_1: mean, least"], rows
     )
 

@@ -22,17 +22,13 @@ import rich.console
 from absl import app, flags
 
 from configs import quickstart
-from experiments import (
-    bracketing,
-    disk,
-    factory,
-    metrics,
-    pretrain,
-    progress,
-    writer,
-)
-from experiments.data import documents, windows
-from experiments.studies import comparison, trial
+from experiments.data import windows
+from experiments.data.sources import documents
+from experiments.machine import disk
+from experiments.recipes import pretrain
+from experiments.search import bracketing
+from experiments.studies.method import comparison, trial
+from experiments.trainer import metric_log, metrics, objects, progress
 
 _STEPS = flags.DEFINE_integer("study_steps", 90, "Steps of training.", lower_bound=2)
 _EVERY = flags.DEFINE_integer("study_every", 10, "Steps between two evaluations.")
@@ -108,9 +104,9 @@ def main(argv: Sequence[str]) -> None:
     folder = comparison.folder("quickstart_optimizers")
     steps, every, toy = _STEPS.value, _EVERY.value, _LOCAL.value
     console = rich.console.Console()
-    model = factory.make_model(configured(METHODS["LoRA"], toy, steps).model)
-    loss_fn, results = factory.make_loss(model), {}
-    with writer.Writer(folder) as lines, progress.bars(console) as bars:
+    model = objects.make_model(configured(METHODS["LoRA"], toy, steps).model)
+    loss_fn, results = objects.make_loss(model), {}
+    with metric_log.Writer(folder) as lines, progress.bars(console) as bars:
         config = configured(METHODS["LoRA"], toy, steps)
         base = pretrain.load_or_train(config, model, bars, lines)
     for name, method in METHODS.items():

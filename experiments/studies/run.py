@@ -21,8 +21,8 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments import disk, report
-from experiments.studies import comparison, plots, shared, text
+from experiments.machine import disk
+from experiments.studies.method import comparison, findings, panels, shared, text
 
 _STUDY = flags.DEFINE_string("study", None, "A study, or all; with :smoke, toy sizes.")
 _MINUTES = flags.DEFINE_float("minutes", None, "Begin no run after as many.")
@@ -34,18 +34,20 @@ def main(argv: Sequence[str]) -> None:
     name, _, form = (_STUDY.value or "").partition(":")
     if form not in ("", "smoke"):
         raise app.UsageError(f"--study={_STUDY.value}: the form is NAME or NAME:smoke")
-    if name != "all" and name not in report.STUDIES:
-        raise app.UsageError(f"--study={name}: choose {', '.join(report.STUDIES)}, all")
+    if name != "all" and name not in findings.STUDIES:
+        raise app.UsageError(
+            f"--study={name}: choose {', '.join(findings.STUDIES)}, all"
+        )
     toy = form == "smoke"
     top = comparison.folder("smoke" if toy else "studies")
     setting = None
-    for study in report.STUDIES if name == "all" else (name,):
-        module = importlib.import_module(f"experiments.studies.{study}")
+    for study in findings.STUDIES if name == "all" else (name,):
+        module = importlib.import_module(f"experiments.studies.questions.{study}")
         folder = top / study
         folder.mkdir(exist_ok=True)
         setting = setting or shared.Setting(pathlib.Path("runs/studies"), toy)
         found = go_on(module, setting, folder, _MINUTES.value)
-        print(f"\n{report.section(module, found)}\n", flush=True)
+        print(f"\n{findings.section(module, found)}\n", flush=True)
 
 
 def go_on(
@@ -79,7 +81,7 @@ def go_on(
     found = text.results(study, runs, setting.toy, times)
     disk.replace(folder / "results.json", json.dumps(found, indent=1) + "\n")
     if study.baseline in found["arms"]:
-        plots.figure(found, folder / "figure.png", *module.PANELS)
+        panels.figure(found, folder / "figure.png", *module.PANELS)
     return found
 
 

@@ -35,8 +35,8 @@ import optax
 from absl import app, flags
 
 import lorax
-from experiments import disk
-from experiments.studies import comparison
+from experiments.machine import disk
+from experiments.studies.method import comparison
 from lorax import _lapack, optim
 from lorax import adapters as adapter_classes
 

@@ -10,11 +10,12 @@ import ml_collections
 import numpy as np
 import optax
 
-from experiments import distributed
-from experiments.data import batches, classification, tokenization
-from experiments.scoring import labels as scoring
+from experiments.data import batches, tokenization
+from experiments.data.sources import classification
+from experiments.machine import placement
 from experiments.tasks import base, labelled_data
 from experiments.tasks.base import Scores, Task
+from experiments.tasks.scoring import labels as scoring
 from lorax import sharding
 
 
@@ -22,7 +23,7 @@ def make_classify(
     config: ml_collections.ConfigDict,
     model: Any,
     tokenizer: tokenization.Tokenizer,
-    place: distributed.Place = distributed.ALONE,
+    place: placement.Place = placement.ALONE,
 ) -> Task:
     """Returns the task of `config.data`.
 

@@ -3,7 +3,7 @@
 import ml_collections
 import numpy as np
 
-from experiments.data import classification, glue
+from experiments.data.sources import classification, glue
 
 
 def load(data: ml_collections.ConfigDict, split: str) -> classification.Data:

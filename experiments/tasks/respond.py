@@ -16,19 +16,13 @@ import ml_collections
 import optax
 from absl import logging
 
-from experiments import disk, distributed, writing
-from experiments.data import (
-    batches,
-    e2e,
-    examples,
-    instruction,
-    packing,
-    paths,
-    tokenization,
-)
-from experiments.scoring import bits, generation
+from experiments.data import batches, examples, packing, tokenization
+from experiments.data.sources import e2e, instruction, paths
+from experiments.generation import continuations
+from experiments.machine import disk, distributed, placement
 from experiments.tasks import base
 from experiments.tasks.base import Scores, Task
+from experiments.tasks.scoring import bits, overlap
 from lorax.models import sampling
 
 
@@ -36,7 +30,7 @@ def make_respond(
     config: ml_collections.ConfigDict,
     model: Any,
     tokenizer: tokenization.Tokenizer,
-    place: distributed.Place = distributed.ALONE,
+    place: placement.Place = placement.ALONE,
 ) -> Task:
     """Returns the task of `config.data`, for a model that reads tokens one way."""
     data, lengths = config.data, config.data.lengths
@@ -130,7 +124,7 @@ def weighted_loss(
 
 
 def make_bits_per_byte(
-    loss_fn: Any, place: distributed.Place = distributed.ALONE
+    loss_fn: Any, place: placement.Place = placement.ALONE
 ) -> Callable[[Any, Sequence[Any]], float]:
     """Returns `evaluate(params, batches)`: all nats over all bytes."""
     jitted = jax.jit(lambda params, batch: loss_fn(params, batch)[1])
@@ -153,7 +147,7 @@ def write_test(
     """Answers the test prompts and scores the answers."""
     form = config.data.form
     groups = e2e.groups(e2e.load("test", form).pairs)[: config.eval.test]
-    write = writing.make_writer(
+    write = continuations.make_writer(
         model,
         tokenizer,
         [group.prompt for group in groups],
@@ -172,5 +166,5 @@ def write_test(
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         disk.replace(folder / "test.jsonl", lines)
     references = [group.references for group in groups]
-    scores = generation.generation_scores(texts, references, e2e.TOKENIZE[form])
+    scores = overlap.generation_scores(texts, references, e2e.TOKENIZE[form])
     return {"test_prompts": len(groups), **scores}

@@ -12,9 +12,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments import distributed
-from experiments.data import batches, classification, tokenization
+from experiments.data import batches, tokenization
 from experiments.data.examples import Example
+from experiments.data.sources import classification
+from experiments.machine import placement
 from experiments.tasks import base, labelled_data
 from experiments.tasks.base import Scores, Task
 from experiments.tasks.respond import weighted_loss
@@ -25,7 +26,7 @@ def make_text_to_text(
     config: ml_collections.ConfigDict,
     model: Any,
     tokenizer: tokenization.Tokenizer,
-    place: distributed.Place = distributed.ALONE,
+    place: placement.Place = placement.ALONE,
 ) -> Task:
     """Returns the task of `config.data`.
 

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import preemption
+from experiments.machine import preemption
 from lorax import checkpoint
 from lorax.checkpoint import DamagedError, RunCheckpoints, reading, storage
 from tests.checkpoint.states import base, bits, filled, fresh

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import preemption
+from experiments.machine import preemption
 from lorax import training
 from lorax.adapters import Full, Lora
 from lorax.checkpoint import RunCheckpoints

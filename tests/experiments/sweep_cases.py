@@ -1,7 +1,7 @@
 """What the tests of sweeps share: a toy config and its runs."""
 
 from configs import quickstart
-from experiments.sweeping import combinations, grid
+from experiments.search import combinations, grid
 
 RATE = "optimizer.learning_rate.lora"
 

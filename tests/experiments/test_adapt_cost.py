@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import adapt_cost, dora_cost, gpt2_shaped, measure
+from experiments.benchmarks import adapt_cost, dora_cost
+from experiments.benchmarks.cases import gpt2_shaped, measure
+from experiments.machine import timing
 
 pytestmark = pytest.mark.once
 
@@ -36,7 +38,7 @@ def test_a_step_is_timed_to_its_end():
     busy = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda _, y: jnp.sin(y @ x), x))
     x = jnp.ones((200, 200))
     began = time.perf_counter()
-    (seconds,) = measure.interleave({"busy": lambda: busy(x)}, rounds=1)["busy"]
+    (seconds,) = timing.interleave({"busy": lambda: busy(x)}, rounds=1)["busy"]
     whole = time.perf_counter() - began  # with compilation, and the warming round
     began = time.perf_counter()
     jax.block_until_ready(busy(x))

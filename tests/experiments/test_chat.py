@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.data import chat, tokenization
+from experiments.data import tokenization
+from experiments.data.chat import templates
 from tests.experiments import chat_templates, toy_tokenizers
 
 pytest.importorskip("tokenizers", reason="needs the interop extra: tokenizers, jinja2")
@@ -40,7 +41,9 @@ def tokenizer(folder):
 
 
 def template(name, tokenizer):
-    return chat.ChatTemplate(chat_templates.ALL[name], name, tokenizer.special_tokens)
+    return templates.ChatTemplate(
+        chat_templates.ALL[name], name, tokenizer.special_tokens
+    )
 
 
 each_template = pytest.mark.parametrize("name", sorted(chat_templates.ALL))
@@ -63,10 +66,10 @@ def test_tokens_equal_those_of_transformers(tokenizer, theirs, name, messages):
         return_dict=False,
     )
     ours = template(name, tokenizer)
-    example = chat.encode_chat(tokenizer, ours, messages)
+    example = templates.encode_chat(tokenizer, ours, messages)
     assert example["tokens"].tolist() == expected(messages, False)
     prompt = messages[:-1]
-    assert chat.prompt_ids(tokenizer, ours, prompt) == expected(prompt, True)
+    assert templates.prompt_ids(tokenizer, ours, prompt) == expected(prompt, True)
 
 
 def test_generation_blocks_mark_what_they_mark_in_transformers(tokenizer, theirs):
@@ -77,7 +80,7 @@ def test_generation_blocks_mark_what_they_mark_in_transformers(tokenizer, theirs
             return_dict=True,
             return_assistant_tokens_mask=True,
         )["assistant_masks"]
-        example = chat.encode_chat(
+        example = templates.encode_chat(
             tokenizer, template("generation", tokenizer), messages
         )
         assert example["loss_mask"].tolist() == expected
@@ -86,7 +89,7 @@ def test_generation_blocks_mark_what_they_mark_in_transformers(tokenizer, theirs
 @each_template
 @each_chat
 def test_what_is_trained_on_decoded(tokenizer, name, messages):
-    example = chat.encode_chat(tokenizer, template(name, tokenizer), messages)
+    example = templates.encode_chat(tokenizer, template(name, tokenizer), messages)
     # the tokens as they are, special ones too
     text = lambda keep: tokenizer._tokenizer.decode(
         example["tokens"][example["loss_mask"] == keep].tolist(),
@@ -104,7 +107,7 @@ def test_what_is_trained_on_decoded(tokenizer, name, messages):
 
 @each_template
 def test_bos_is_never_doubled(tokenizer, name):
-    example = chat.encode_chat(tokenizer, template(name, tokenizer), ONE_TURN)
+    example = templates.encode_chat(tokenizer, template(name, tokenizer), ONE_TURN)
     assert (example["tokens"] == tokenizer.bos_id).sum() == (
         1 if "bos_token" in chat_templates.ALL[name] else 0
     )
@@ -158,13 +161,13 @@ def trained(tokenizer, example):
 )
 def test_the_mark_that_ends_a_turn_is_trained_on(roles, source, messages, expected):
     """And generation stops at it: the turn's own, or that of the next role."""
-    ours = chat.ChatTemplate(
+    ours = templates.ChatTemplate(
         getattr(chat_templates, source), source, roles.special_tokens
     )
     assert chat_templates.SHORT != chat_templates.GENERATION
-    runs, texts = trained(roles, chat.encode_chat(roles, ours, messages))
+    runs, texts = trained(roles, templates.encode_chat(roles, ours, messages))
     assert texts == expected
-    ends = chat.turn_ends(roles, ours)
+    ends = templates.turn_ends(roles, ours)
     assert all(run[-1] in ends.ids for run in runs) and not ends.texts
     # Not a token of what is trained on but the last ends it.
     assert not any(set(run[:-1]) & set(ends.ids) for run in runs)
@@ -172,7 +175,7 @@ def test_the_mark_that_ends_a_turn_is_trained_on(roles, source, messages, expect
 
 @each_template
 def test_generation_stops_where_training_ends(tokenizer, name):
-    ends = chat.turn_ends(tokenizer, template(name, tokenizer))
+    ends = templates.turn_ends(tokenizer, template(name, tokenizer))
     token = tokenizer._tokenizer.token_to_id(chat_templates.END[name])
     assert (ends.ids, ends.texts, ends.closing) == ((token,), (), "")
 
@@ -183,16 +186,16 @@ def test_a_turn_that_nothing_ends_is_refused(tokenizer, source):
     text = chat_templates.ROLES
     if source == "QUOTES":
         text = text.replace("+ message.content +", "+ '\"' + message.content + '\"' +")
-    endless = chat.ChatTemplate(text, "m/endless.jinja", tokenizer.special_tokens)
+    endless = templates.ChatTemplate(text, "m/endless.jinja", tokenizer.special_tokens)
     told = (
         r"m/endless.jinja: nothing ends a turn.*Write \{\{ eos_token \}\}, here '</s>'"
     )
-    with pytest.raises(chat.ChatTemplateError, match=told):
-        chat.encode_chats(tokenizer, endless, [ONE_TURN], 64, "a.jsonl")
+    with pytest.raises(templates.ChatTemplateError, match=told):
+        templates.encode_chats(tokenizer, endless, [ONE_TURN], 64, "a.jsonl")
     # As the message says:
     fixed = text.replace(" + '\\n' -}}", " + eos_token + '\\n' -}}")
-    ours = chat.ChatTemplate(fixed, "fixed", tokenizer.special_tokens)
-    (run,), _ = trained(tokenizer, chat.encode_chat(tokenizer, ours, ONE_TURN))
+    ours = templates.ChatTemplate(fixed, "fixed", tokenizer.special_tokens)
+    (run,), _ = trained(tokenizer, templates.encode_chat(tokenizer, ours, ONE_TURN))
     assert run[-1] == tokenizer.eos_id
 
 
@@ -201,31 +204,31 @@ def test_a_turn_that_ends_like_no_other_is_named(tokenizer):
     source = chat_templates.GENERATION.replace(
         "content + '<|im_end|>'", "content + ('<|im_end|>' if loop.last else '.')"
     )
-    odd = chat.ChatTemplate(source, "odd.jinja", tokenizer.special_tokens)
+    odd = templates.ChatTemplate(source, "odd.jinja", tokenizer.special_tokens)
     with pytest.raises(
-        chat.ChatTemplateError, match=r"odd.jinja: nothing ends turn 1 "
+        templates.ChatTemplateError, match=r"odd.jinja: nothing ends turn 1 "
     ):
-        chat.encode_chat(tokenizer, odd, CHATS["two turns"])
+        templates.encode_chat(tokenizer, odd, CHATS["two turns"])
 
 
 def test_bytes_give_the_same_spans():
     tokenizer = tokenization.ByteTokenizer()
-    example = chat.encode_chat(
+    example = templates.encode_chat(
         tokenizer, template("chatml", tokenizer), CHATS["system"]
     )
     trained = example["tokens"][example["loss_mask"] == 1].tolist()
     assert tokenizer.decode(trained) == "It is four.<|im_end|>"
-    ends = chat.turn_ends(tokenizer, template("chatml", tokenizer))
+    ends = templates.turn_ends(tokenizer, template("chatml", tokenizer))
     assert (ends.ids, ends.texts) == ((), ("<|im_end|>",))
 
 
 def test_long_chats_are_cut_and_dropped(tokenizer):
     ours = template("headers", tokenizer)
-    whole = chat.encode_chat(tokenizer, ours, ONE_TURN)
+    whole = templates.encode_chat(tokenizer, ours, ONE_TURN)
     begin = int(np.argmax(whole["loss_mask"]))
     long = [{"role": "user", "content": "old house " * 50}, ONE_TURN[1]]
     with pytest.warns(UserWarning, match="a.jsonl: dropped 1 of 2 .*; 1 more lost"):
-        encoded = chat.encode_chats(
+        encoded = templates.encode_chats(
             tokenizer, ours, [ONE_TURN, long], begin + 1, "a.jsonl"
         )
     (example,) = encoded.examples
@@ -239,13 +242,15 @@ def test_a_template_that_looks_ahead_must_mark_what_is_generated(tokenizer):
     )
     messages = [dict(m) for m in CHATS["two turns"]]
     messages[1]["content"] = "<think>hm</think>It is four."
-    ahead = chat.ChatTemplate(source, "ahead.jinja", tokenizer.special_tokens)
+    ahead = templates.ChatTemplate(source, "ahead.jinja", tokenizer.special_tokens)
     with pytest.raises(
-        chat.ChatTemplateError,
+        templates.ChatTemplateError,
         match=r"ahead.jinja: .*message 1 changes.*% generation %",
     ):
-        chat.encode_chat(tokenizer, ahead, messages)
-    marked = chat.encode_chat(tokenizer, template("generation", tokenizer), messages)
+        templates.encode_chat(tokenizer, ahead, messages)
+    marked = templates.encode_chat(
+        tokenizer, template("generation", tokenizer), messages
+    )
     trained = marked["tokens"][marked["loss_mask"] == 1].tolist()
     assert tokenizer.decode(trained) == "It is four.Six <b> & 'so'."
 
@@ -253,17 +258,17 @@ def test_a_template_that_looks_ahead_must_mark_what_is_generated(tokenizer):
 def test_messages_are_not_changed_and_none_is_left_out(tokenizer):
     messages = [{"role": "user", "content": "a", "tool_calls": None}]
     source = "{{ 'tool_calls' in messages[0] }}"
-    assert chat.ChatTemplate(source, "x", {}).render(messages).text == "False"
+    assert templates.ChatTemplate(source, "x", {}).render(messages).text == "False"
     assert messages[0]["tool_calls"] is None
 
 
 def test_where_a_directory_keeps_its_template(tmp_path, tokenizer):
     config = tmp_path / "tokenizer_config.json"
     with pytest.raises(
-        chat.ChatTemplateError, match="neither chat_template.jinja, nor"
+        templates.ChatTemplateError, match="neither chat_template.jinja, nor"
     ):
-        chat.load(tmp_path, tokenizer)
-    render = lambda: chat.load(tmp_path, tokenizer).render(ONE_TURN).text
+        templates.load(tmp_path, tokenizer)
+    render = lambda: templates.load(tmp_path, tokenizer).render(ONE_TURN).text
     config.write_text(json.dumps({"chat_template": "one{{ eos_token }}"}))
     assert render() == "one</s>"
     named = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
@@ -277,19 +282,23 @@ def test_where_a_directory_keeps_its_template(tmp_path, tokenizer):
     ):
         config.write_text(odd)
         with pytest.raises(ValueError, match=f"tokenizer_config.json: .*{message}"):
-            chat.load(tmp_path, tokenizer)
+            templates.load(tmp_path, tokenizer)
     (tmp_path / "chat_template.jinja").write_text("file")
     assert render() == "file"
 
 
 def test_errors_name_the_template(tokenizer):
     with pytest.raises(
-        chat.ChatTemplateError, match=r"m/x.jinja:2: not a chat template"
+        templates.ChatTemplateError, match=r"m/x.jinja:2: not a chat template"
     ):
-        chat.ChatTemplate("\n{% for %}", "m/x.jinja", {})
-    with pytest.raises(chat.ChatTemplateError, match="inst: .*roles must alternate"):
+        templates.ChatTemplate("\n{% for %}", "m/x.jinja", {})
+    with pytest.raises(
+        templates.ChatTemplateError, match="inst: .*roles must alternate"
+    ):
         template("inst", tokenizer).render(ONE_TURN[::-1])
-    with pytest.raises(chat.ChatTemplateError, match=r"x: .*UndefinedError.*'content'"):
-        chat.ChatTemplate("{{ messages[0].content + 'a' }}", "x", {}).render(
+    with pytest.raises(
+        templates.ChatTemplateError, match=r"x: .*UndefinedError.*'content'"
+    ):
+        templates.ChatTemplate("{{ messages[0].content + 'a' }}", "x", {}).render(
             [{"role": "user"}]
         )

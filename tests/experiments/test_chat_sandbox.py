@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from experiments.data import chat
+from experiments.data.chat import templates
 
 pytest.importorskip("jinja2", reason="needs the interop extra: tokenizers, jinja2")
 
@@ -12,7 +12,9 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 
 
 def render(source, seconds=0.3, characters=200_000):
-    return chat.ChatTemplate(source, "m/chat_template.jinja", {}, seconds, characters)
+    return templates.ChatTemplate(
+        source, "m/chat_template.jinja", {}, seconds, characters
+    )
 
 
 LONG = "{% set s = 'x' * 1000000 %}"
@@ -61,18 +63,21 @@ LOOPS = {
 def test_it_is_stopped(source):
     began = time.monotonic()
     with pytest.raises(
-        chat.ChatTemplateError, match="m/chat_template.jinja: the template was stopped"
+        templates.ChatTemplateError,
+        match="m/chat_template.jinja: the template was stopped",
     ):
         render(source).render(MESSAGES)
     assert time.monotonic() - began < 5  # a busy machine; 0.3 s is the limit
 
 
 def test_the_reasons():
-    with pytest.raises(chat.ChatTemplateError, match="more than 0.3 s: does it loop"):
+    with pytest.raises(
+        templates.ChatTemplateError, match="more than 0.3 s: does it loop"
+    ):
         render(LOOPS["empty"]).render(MESSAGES)
-    with pytest.raises(chat.ChatTemplateError, match="more than 999 characters"):
+    with pytest.raises(templates.ChatTemplateError, match="more than 999 characters"):
         render(LOOPS["printed"], characters=999).render(MESSAGES)
-    with pytest.raises(chat.ChatTemplateError, match="a number given to 'ljust'"):
+    with pytest.raises(templates.ChatTemplateError, match="a number given to 'ljust'"):
         render(LOOPS["ljust"]).render(MESSAGES)
 
 
@@ -89,12 +94,12 @@ ESCAPES = [
 
 @pytest.mark.parametrize("source", ESCAPES)
 def test_python_is_out_of_reach(source):
-    with pytest.raises(chat.ChatTemplateError, match="does not render this chat"):
+    with pytest.raises(templates.ChatTemplateError, match="does not render this chat"):
         render(source).render(MESSAGES)
 
 
 def test_a_namespace_has_no_private_attributes():
-    with pytest.raises(chat.ChatTemplateError, match=r"no attribute '__class__'"):
+    with pytest.raises(templates.ChatTemplateError, match=r"no attribute '__class__'"):
         render("{% set ns = namespace() %}{% set ns.__class__ = 1 %}")
 
 
@@ -122,7 +127,7 @@ def test_what_templates_do_still_works(source, text):
 
 def test_a_long_document_passes():
     long = [{"role": "user", "content": "word " * 100_000}]
-    template = chat.ChatTemplate(
+    template = templates.ChatTemplate(
         "{{ messages[0].content.replace('w', 'v') | trim ~ '.' }}", "x", {}
     )
     assert template.render(long).text == ("vord " * 100_000).strip() + "."

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from experiments.data import classification, glue, paths, tokenization
-from experiments.data.classification import NUMBERS, Columns
-from experiments.scoring.labels import SCORES
+from experiments.data import tokenization
+from experiments.data.sources import classification, glue, paths
+from experiments.data.sources.classification import NUMBERS, Columns
+from experiments.tasks.scoring.labels import SCORES
 from tests.experiments import toy_tokenizers
 
 BYTES = tokenization.ByteTokenizer()

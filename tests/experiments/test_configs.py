@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from configs import common
-from experiments import factory
+from experiments.trainer import objects
 
 FILES = sorted(
     p.stem
@@ -23,9 +23,9 @@ def test_config_builds_and_is_locked(name, arg):
     with pytest.raises(AttributeError, match="rnak"):
         config.adapter.rnak = 4
     if "source" not in config.model:  # a checkpoint's own config says the rest
-        factory.make_model(config.model)
+        objects.make_model(config.model)
     for method in config.run.methods:
-        assert factory.make_targets(method, config.adapter)
+        assert objects.make_targets(method, config.adapter)
         assert config.optimizer.learning_rate[method] > 0
 
 
@@ -44,4 +44,4 @@ def test_argument_language():
 
 def test_unknown_method_is_named():
     with pytest.raises(ValueError, match="'prefix' is not one of lora, full"):
-        factory.make_targets("prefix", common.sections().adapter)
+        objects.make_targets("prefix", common.sections().adapter)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import decoder, factory, metrics
-from experiments.sample import sample_text
+from experiments.generation import decoder
+from experiments.generation.sample import sample_text
+from experiments.trainer import metrics, objects
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_bits_per_byte_of_uniform_guesses_is_eight(model_and_params):
         "weights": np.ones((2, 8), np.float32),
     }
     padding = dict(batch, weights=np.eye(2, 8, dtype=np.float32))
-    evaluate = metrics.make_bits_per_byte(factory.make_loss(model))
+    evaluate = metrics.make_bits_per_byte(objects.make_loss(model))
     np.testing.assert_allclose(evaluate(flat, [batch, padding]), 8.0, rtol=1e-6)
 
 

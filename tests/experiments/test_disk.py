@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from experiments import disk
-from experiments import writer as writers
-from experiments.studies import comparison
+from experiments.machine import disk
+from experiments.studies.method import comparison
+from experiments.trainer import metric_log
 
 ROOT = pathlib.Path(__file__).parents[2]
 SECONDS = 60  # that a process may take to end, from its failing write on
@@ -32,7 +32,7 @@ def size_limit():
 
 
 def test_a_full_disk_stops_the_lines(tmp_path, size_limit):
-    writer = writers.Writer(tmp_path)
+    writer = metric_log.Writer(tmp_path)
     writer.write("lora", 1, {"loss": 2.0})
     size_limit((tmp_path / "metrics.jsonl").stat().st_size + 20)
     told = r"metrics.jsonl could not be written: File too large. Make room there"
@@ -46,7 +46,7 @@ def test_a_full_disk_stops_the_board(tmp_path, size_limit):
     """Within a few calls: the file has a buffer. The old writer waited for ever."""
     pytest.importorskip("tensorboardX")
     (tmp_path / "metrics.jsonl").symlink_to(os.devnull)  # which is never full
-    writer = writers.Writer(tmp_path)
+    writer = metric_log.Writer(tmp_path)
     size_limit(4_000)
     values = {f"value_{i}": 1.0 for i in range(90)}
     began = time.monotonic()
@@ -60,9 +60,9 @@ def test_a_full_disk_stops_the_board(tmp_path, size_limit):
 def test_what_the_board_has_tensorboard_reads(tmp_path):
     """Scalars by tag and step, as protocol buffers behind checked lengths."""
     x = pytest.importorskip("tensorboardX")
-    with writers.Writer(tmp_path) as writer:
+    with metric_log.Writer(tmp_path) as writer:
         writer.write("lora", 1, {"loss": 2.5, "skipped": 0})
-    with writers.Writer(tmp_path, fresh=False) as writer:
+    with metric_log.Writer(tmp_path, fresh=False) as writer:
         writer.rewind(1)
         writer.write("lora", 2, {"loss": 1.5})
 
@@ -90,16 +90,16 @@ TORN = b'{"run": "lora", "step": 3, "lo'
 
 @pytest.mark.parametrize("torn", [TORN, b"\x00" * 40, b'{"step": 3, "n": "\xc3'])
 def test_a_torn_line_is_dropped_and_told(tmp_path, torn, caplog):
-    with writers.Writer(tmp_path) as writer:
+    with metric_log.Writer(tmp_path) as writer:
         for step in (1, 2):
             writer.write("lora", step, {"loss": 1.0})
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(torn)
-    with caplog.at_level("WARNING"), writers.Writer(tmp_path, fresh=False) as writer:
+    with caplog.at_level("WARNING"), metric_log.Writer(tmp_path, fresh=False) as writer:
         writer.rewind(2)
         writer.write("lora", 3, {"loss": 0.5})
     assert "metrics.jsonl:3: dropped b" in caplog.text
-    assert [line["step"] for line in writers.read(tmp_path)] == [1, 2, 3]
+    assert [line["step"] for line in metric_log.read(tmp_path)] == [1, 2, 3]
     text = (tmp_path / "metrics.jsonl").read_text()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2, 3]
 
@@ -128,14 +128,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, size_limit):
 
 
 def test_rewinding_on_a_full_disk_loses_nothing(tmp_path, size_limit):
-    with writers.Writer(tmp_path) as writer:
+    with metric_log.Writer(tmp_path) as writer:
         for step in range(9):
             writer.write("lora", step, {"loss": 1.0})
-    writer = writers.Writer(tmp_path, fresh=False)
+    writer = metric_log.Writer(tmp_path, fresh=False)
     size_limit(100)
     with pytest.raises(OSError, match="metrics.jsonl could not be written"):
         writer.rewind(5)
-    assert [line["step"] for line in writers.read(tmp_path)] == list(range(9))
+    assert [line["step"] for line in metric_log.read(tmp_path)] == list(range(9))
 
 
 CHILD = """

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from experiments import distributed, launch_local, writer
+from experiments.machine import distributed, launching, placement
+from experiments.trainer import metric_log
 from lorax import checkpoint
 from lorax.interop import hf
 from lorax.models import llama
@@ -48,14 +49,14 @@ def command(workdir, sizes):
 
 
 def losses(folder):
-    return [line["loss"] for line in writer.read(folder) if "loss" in line]
+    return [line["loss"] for line in metric_log.read(folder) if "loss" in line]
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name, (processes, devices, sizes) in MESHES.items():
-        code = launch_local.launch(command(folder / name, sizes), processes, devices)
+        code = launching.launch(command(folder / name, sizes), processes, devices)
         assert code == 0, name
     return folder
 
@@ -132,12 +133,12 @@ def test_config_goes_before_the_environment(monkeypatch):
 
 
 def test_a_batch_that_the_mesh_does_not_divide():
-    place = distributed.make_place({"data": 4, "tensor": -1})
+    place = placement.make_place({"data": 4, "tensor": -1})
     assert place.part(8) == slice(0, 8)
     with pytest.raises(ValueError, match="6 rows cannot be split over .* = 4"):
         place.part(6)
     with pytest.raises(ValueError, match="3 devices do not make up the 8"):
-        distributed.make_place({"data": 3})
+        placement.make_place({"data": 3})
 
 
 def test_several_processes_need_a_mesh(monkeypatch):
@@ -145,7 +146,7 @@ def test_several_processes_need_a_mesh(monkeypatch):
     with pytest.raises(
         ValueError, match="2 processes, but config.sharding asks for one"
     ):
-        distributed.make_place({"data": 1, "fsdp": 1, "tensor": 1})
+        placement.make_place({"data": 1, "fsdp": 1, "tensor": 1})
 
 
 def test_when_one_process_ends_badly_the_others_are_ended(capfd):
@@ -154,7 +155,7 @@ def test_when_one_process_ends_badly_the_others_are_ended(capfd):
         "print('here', flush=True); sys.exit(3) if i else time.sleep(60)"
     )
     began = time.monotonic()
-    assert launch_local.launch([sys.executable, "-c", script], 2, 1) == 3
+    assert launching.launch([sys.executable, "-c", script], 2, 1) == 3
     assert time.monotonic() - began < 30
     assert sorted(capfd.readouterr().out.splitlines()) == ["[0] here", "[1] here"]
 
@@ -163,11 +164,11 @@ def test_rules_of_the_config_go_before_the_axes_of_the_family():
     model = llama.Model(llama.Config(16, 8, 8, 2, 2, 2, 4, 8))
     shapes = hf.abstract(model)
     rules = ((".*/up/kernel", (None, "fsdp", None)), ("embed/.*", ()))
-    place = distributed.make_place({"fsdp": -1, "rules": rules})
+    place = placement.make_place({"fsdp": -1, "rules": rules})
     specs = place.params(model, shapes).specs
     assert specs["layers/up/kernel"] == PartitionSpec(None, "fsdp", None)
     assert specs["embed/embedding"] == PartitionSpec(None, None)
     assert specs["layers/down/kernel"] == PartitionSpec(None, "tensor", "fsdp")
-    wrong = distributed.make_place({"fsdp": -1, "rules": (("embd/.*", ()),)})
+    wrong = placement.make_place({"fsdp": -1, "rules": (("embd/.*", ()),)})
     with pytest.raises(ValueError, match="matches no leaf"):
         wrong.params(model, shapes)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.data import documents
-from experiments.data.documents import RUN, Document
+from experiments.data.sources import documents
+from experiments.data.sources.documents import RUN, Document
 
 QUOTE = " ".join(f"word{i}" for i in range(RUN))
 

@@ -4,8 +4,8 @@ import zipfile
 
 import pytest
 
-from experiments.data import e2e, paths
 from experiments.data.examples import Pair
+from experiments.data.sources import e2e, paths
 
 
 def test_lora_format_by_hand(tmp_path):

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from experiments.studies import comparison
 from experiments.studies import e2e_methods as study
+from experiments.studies.method import comparison
 from tests.data_paths import needs_data
 
 pytestmark = pytest.mark.slow

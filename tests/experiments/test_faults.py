@@ -14,7 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import launch_local, preemption, writer
+from experiments.machine import launching, preemption
+from experiments.trainer import metric_log
 from lorax import checkpoint
 from tests.data_paths import needs_data
 
@@ -41,7 +42,7 @@ pytestmark = [needs_data, pytest.mark.slow]
 
 def start(folder):
     """The two processes."""
-    port = launch_local.free_port()
+    port = launching.free_port()
     command = [
         *(sys.executable, "-m", "experiments.main", f"--workdir={folder}"),
         "--config=configs/gpt2_e2e_lora.py:runlocal",
@@ -50,7 +51,7 @@ def start(folder):
     made = []
     for i in range(2):
         with open(folder.parent / f"{folder.name}-{i}.log", "a") as log:
-            environment = launch_local.environment(i, 2, 4, port)
+            environment = launching.environment(i, 2, 4, port)
             made.append(
                 subprocess.Popen(
                     command, env=environment, stdout=log, stderr=subprocess.STDOUT
@@ -104,7 +105,7 @@ def test_the_survivor_leaves_and_a_restart_ends_the_same(whole, tmp_path, victim
     ]
     assert max(saved) >= step - 6
     jax.tree.map(np.testing.assert_array_equal, finish(folder), whole)
-    steps = [x["step"] for x in writer.read(folder) if "loss" in x]
+    steps = [x["step"] for x in metric_log.read(folder) if "loss" in x]
     assert steps == [*range(1, FIELDS["run.steps"] + 1)]
 
 

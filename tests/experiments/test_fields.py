@@ -6,11 +6,11 @@ import math
 import pytest
 
 from configs import quickstart
-from experiments import checking, fields
-from experiments.sweeping import combinations, grid
+from experiments.reading import checking, fields
+from experiments.search import combinations, grid
 from tests.experiments.test_configs import FILES
 
-CHECKPOINT = "gpt2_e2e_lora"  # a run of experiments.finetune
+CHECKPOINT = "gpt2_e2e_lora"  # a run of experiments.recipes.finetune
 BYTES = "quickstart"
 
 
@@ -32,7 +32,7 @@ def test_every_field_has_a_rule_and_follows_it(name, arg):
     for field, value in fields.leaves(config):
         if not field.startswith(("model.random.", "model.published.")):
             rule = fields.rule_of(field)
-            assert rule is not None, f"{field} has no rule in experiments/fields.py"
+            assert rule is not None, f"{field} has no rule in reading/fields.py"
             assert rule.fits(value), (field, value, rule.says)
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments import finetune
+from experiments.recipes import finetune
 from experiments.tasks import labelled_data
 from lorax import checkpoint
 from tests.data_paths import needs_data

@@ -6,17 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmarks import (
+from experiments.benchmarks import frameworks, page
+from experiments.benchmarks.cases import gpt2_shaped as gpt2
+from experiments.benchmarks.rivals import (
     agreement,
-    frameworks,
     jax_rivals,
-    measure,
-    page,
     profiles,
     torch_peft,
     trainers,
 )
-from experiments.benchmarks import gpt2_shaped as gpt2
+from experiments.machine import tables, timing
 
 pytestmark = pytest.mark.slow
 
@@ -136,17 +135,17 @@ def test_the_profile_has_a_row_for_every_framework():
 
 
 def test_what_a_table_is_of_can_be_read():
-    facts = measure.about(["jax", "surely-not-installed"])
+    facts = tables.about(["jax", "surely-not-installed"])
     assert set(facts["versions"]) == {"python", "jax"}
-    assert facts["date"] in measure.caption(facts)
-    wall, cpu, kernel, faults = measure.usage()
+    assert facts["date"] in tables.caption(facts)
+    wall, cpu, kernel, faults = timing.usage()
     assert 0 <= kernel <= cpu and wall > 0 and faults >= 0
 
 
 def test_the_page_has_every_file_that_is_there(results, tmp_path):
-    facts = measure.about(["jax"])
+    facts = tables.about(["jax"])
     told = {"about": facts, "steps": results}
     (tmp_path / "frameworks.json").write_text(json.dumps(told))
     written = page.write(tmp_path).read_text()
-    assert frameworks.table(results) in written and measure.caption(facts) in written
+    assert frameworks.table(results) in written and tables.caption(facts) in written
     assert "malloc" not in written.split("## ", 1)[1]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lorax
-from experiments import export, loading, writing
+from experiments.generation import continuations, exporting, loading
 from lorax import checkpoint
 from lorax.models import sampling
 from tests.data_paths import DATA, needs_data
@@ -35,14 +35,14 @@ def test_the_documented_sample_word_for_word(stories):
     model, params, tokenizer = stories
     text = (DATA / "stories260k" / "stories260K.md").read_text().replace("\r", "")
     sample = text.split("-t 0.0\n")[1].split("\n```")[0]
-    write = writing.make_writer(model, tokenizer, [BEGIN], 256, batch=1)
+    write = continuations.make_writer(model, tokenizer, [BEGIN], 256, batch=1)
     assert (BEGIN + write((params,))[0]).startswith(sample)
 
 
 def test_stop_texts_sampling_and_beams(stories):
     model, params, tokenizer = stories
     prompts = [BEGIN, "The little dog"]
-    make = lambda **kwargs: writing.make_writer(
+    make = lambda **kwargs: continuations.make_writer(
         model, tokenizer, prompts, 40, batch=2, **kwargs
     )
     whole = make()((params,))
@@ -66,7 +66,7 @@ def test_what_is_exported_writes_the_same(stories, adapters, tmp_path, form):
     model, params, tokenizer = stories
     checkpoint.save_adapters(tmp_path / "own", adapters, params)
     target = tmp_path / form
-    export.export("stories260k", str(tmp_path / "own"), str(target), form)
+    exporting.export("stories260k", str(tmp_path / "own"), str(target), form)
     tokens = np.arange(3, 43).reshape(2, 20)
     run = jax.jit(lambda p: model.apply({"params": p}, tokens))
     expected = run(lorax.merge(adapters, params))
@@ -81,7 +81,7 @@ def test_what_is_exported_writes_the_same(stories, adapters, tmp_path, form):
         )
     assert np.abs(run(params) - expected).max() > 0.1
     with pytest.raises(ValueError, match="the base's own folder"):
-        export.export("stories260k", "x", str(DATA / "stories260k"), form)
+        exporting.export("stories260k", "x", str(DATA / "stories260k"), form)
 
 
 def test_adalora_is_exported_without_its_pruned_triplets(stories, tmp_path):
@@ -99,7 +99,7 @@ def test_adalora_is_exported_without_its_pruned_triplets(stories, tmp_path):
     checkpoint.save_adapters(own, trained, params)
     for form in ("lorax", "peft"):
         to = str(tmp_path / form)
-        export.export("stories260k", own, to, form, adalora_shrink=True)
+        exporting.export("stories260k", own, to, form, adalora_shrink=True)
         small, _ = loading.load_adapters(to, model, params)
         assert {p: a.rank for p, a in small.items()} == {
             p: 1 if "q" in p else 2 for p in trained
@@ -112,10 +112,10 @@ def test_adalora_is_exported_without_its_pruned_triplets(stories, tmp_path):
             want,
         )
     whole = str(tmp_path / "whole")
-    export.export("stories260k", own, whole, "lorax")
+    exporting.export("stories260k", own, whole, "lorax")
     assert all(a.rank == 3 for a in checkpoint.load_adapters(whole).values())
     with pytest.raises(ValueError, match="a merged kernel has no triplets"):
-        export.export("stories260k", own, whole, "merged", adalora_shrink=True)
+        exporting.export("stories260k", own, whole, "merged", adalora_shrink=True)
 
 
 def test_what_pissa_learnt_is_exported_for_the_original_base(stories, tmp_path):
@@ -127,7 +127,7 @@ def test_what_pissa_learnt_is_exported_for_the_original_base(stories, tmp_path):
     trained = jax.tree.map(lambda x: 1.1 * x + 0.02, start)
     checkpoint.save_adapters(tmp_path / "adapter", trained, moved)
     checkpoint.save_adapters(tmp_path / "initial", start, moved)
-    export.export(
+    exporting.export(
         "stories260k", str(tmp_path / "adapter"), str(tmp_path / "out"), "merged"
     )
     tokens = np.arange(3, 43).reshape(2, 20)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from experiments.data import classification, extras, records
+from experiments.data import extras
+from experiments.data.sources import classification, records
 
 
 def test_names_are_checked():

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.data import examples, instruction, paths, plain_text, tokenization
+from experiments.data import examples, tokenization
+from experiments.data.sources import instruction, paths, plain_text
 
 BYTES = tokenization.ByteTokenizer()
 

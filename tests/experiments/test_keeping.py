@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import finetune, nonfinite, preemption, writer
+from experiments.machine import preemption
+from experiments.recipes import finetune
+from experiments.trainer import metric_log, nonfinite
 from lorax import checkpoint
 from tests.data_paths import needs_data
 from tests.experiments.test_finetune import config_of
@@ -53,7 +55,9 @@ def test_a_stopped_run_goes_on_bit_by_bit(whole, tmp_path, monkeypatch):
         assert results[name] == expected[name]
     ours, theirs = (checkpoint.load_adapters(f / "adapter") for f in (tmp_path, folder))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    steps = lambda f: [(x["step"], x["loss"]) for x in writer.read(f) if "loss" in x]
+    steps = lambda f: [
+        (x["step"], x["loss"]) for x in metric_log.read(f) if "loss" in x
+    ]
     assert steps(tmp_path) == steps(folder)
     assert [step for step, _ in steps(folder)] == [1, 2, 3, 4, 5]
 

@@ -14,8 +14,8 @@ import pytest
 import rich.console
 
 import lorax
-from experiments import fit, keeping, progress
-from experiments.nonfinite import Guard, NonFiniteError, save_batch
+from experiments.trainer import fit, keeping, progress
+from experiments.trainer.nonfinite import Guard, NonFiniteError, save_batch
 from lorax import checkpoint, training
 from lorax.adapters import Full
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from experiments.benchmarks import gpt2_shaped, optimizer_cost
+from experiments.benchmarks import optimizer_cost
+from experiments.benchmarks.cases import gpt2_shaped
 
 pytestmark = pytest.mark.once
 

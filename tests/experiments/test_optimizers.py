@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import lorax
-from experiments import optimizers
+from experiments.trainer import optimizers
 from lorax import optim
 from tests import programs
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import lorax
-from experiments.studies import comparison
 from experiments.studies import orthogonality as study
+from experiments.studies.method import comparison
 
 pytestmark = pytest.mark.once
 

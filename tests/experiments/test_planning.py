@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import llama3_8b_lora, llama3_70b_lora
-from experiments.planning import hlo, program, report, sweep
+from experiments.planning import alternatives, estimates, hlo, program
 from experiments.planning import topology as topologies
 from lorax import analysis
 
@@ -176,7 +176,7 @@ def tiny(**changes):
 @pytest.fixture(scope="module")
 def plan():
     config = tiny(sharding__tensor=2, run__steps=50)
-    return report.make_plan(config, topologies.parse("cpu:8"))
+    return estimates.make_plan(config, topologies.parse("cpu:8"))
 
 
 def by_hand(fields, rank, fsdp, tensor, itemsize=2):
@@ -218,8 +218,8 @@ def test_full_size_by_hand(make):
     config.sharding.tensor = 2
     built = program.build(config, topologies.devices(topologies.parse("cpu:8")))
     weights, adapters = by_hand(config.model.published.to_dict(), 16, 4, 2)
-    assert report.shard_bytes(built.params) == weights
-    assert report.shard_bytes(built.state.adapters) == adapters
+    assert estimates.shard_bytes(built.params) == weights
+    assert estimates.shard_bytes(built.state.adapters) == adapters
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(built.params)]
     assert sum(sizes) in (8_030_261_248, 70_553_706_496)  # as Meta counts them
 
@@ -251,14 +251,16 @@ def test_bad_input_is_refused_before_anything_compiles(changes, said, monkeypatc
     if fields:
         whole = {**tiny().model.published.to_dict(), **fields}
         changes = {**changes, "model__published": whole}
-    monkeypatch.setattr(report, "_compile", lambda lowered: pytest.fail("it compiled"))
+    monkeypatch.setattr(
+        estimates, "_compile", lambda lowered: pytest.fail("it compiled")
+    )
     config = tiny(**{k: v for k, v in changes.items() if k != "model__published"})
     if fields is not None:
         config.unlock().model.published = type(config.model)(
             changes["model__published"]
         )
     with pytest.raises(ValueError, match=said):
-        report.make_plan(config, topologies.parse("cpu:8"))
+        estimates.make_plan(config, topologies.parse("cpu:8"))
 
 
 def test_inits_that_look_at_data_are_planned_by_their_shapes():
@@ -268,9 +270,9 @@ def test_inits_that_look_at_data_are_planned_by_their_shapes():
 
 
 def made(total, cycles, settings, refused="", opaque=0):
-    memory = report.Memory(0, 0, 0, 0, 0, 0, total, 15.75 * 2**30)
+    memory = estimates.Memory(0, 0, 0, 0, 0, 0, total, 15.75 * 2**30)
     topology = topologies.parse("v5e:4x4")
-    return report.Plan(
+    return estimates.Plan(
         topology=topology,
         mesh={},
         settings=settings,
@@ -287,7 +289,7 @@ def made(total, cycles, settings, refused="", opaque=0):
 
 
 def test_a_report_says_what_is_estimated_and_what_does_not_fit():
-    text = report.render(made(10 * 2**30, 3 * 10**9, "lora"))
+    text = estimates.render(made(10 * 2**30, 3 * 10**9, "lora"))
     assert "fits" in text and "36.5%" in text and "16 chips" in text
     estimated = [line for line in text.splitlines() if "cycles" in line]
     estimated += [line for line in text.splitlines() if "MFU" in line or " s," in line]
@@ -295,35 +297,35 @@ def test_a_report_says_what_is_estimated_and_what_does_not_fit():
     assert all("XLA estimate, not measured" in line for line in estimated)
     # 1e12 operations in 3e9 cycles of a chip that does 4 x 128 x 128 x 2 in one
     assert f"{1e12 / (3e9 * 131072):.1%}" in text
-    assert "transfers and 3 kernels left out" in report.render(made(1, 1, "", "", 3))
+    assert "transfers and 3 kernels left out" in estimates.render(made(1, 1, "", "", 3))
     assert made(15 * 2**30, 1, "").verdict == "fits, with less than 10% room"
     assert made(16 * 2**30, 1, "").verdict == "does not fit"
     refused = made(0, None, "", "exceeds available HBM")
     assert refused.verdict == "does not fit"
-    assert "exceeds available HBM" in report.render(refused)
+    assert "exceeds available HBM" in estimates.render(refused)
 
 
 def test_a_sweep_ranks_by_memory_and_compiles_the_first(monkeypatch):
-    monkeypatch.setattr(sweep, "BATCHES", (1,))
+    monkeypatch.setattr(alternatives, "BATCHES", (1,))
     topology = topologies.parse("cpu:8")
     config = tiny(data__batch_size=8)
-    found = sweep.candidates(config, topology)
+    found = alternatives.candidates(config, topology)
     estimates = [one.estimate for one in found]
     assert estimates == sorted(estimates) and len(found) > 2
     seen = {(c.config.sharding.tensor, c.config.model.remat) for c in found}
     assert {(1, "full"), (8, "full"), (2, "dots")} <= seen
     asked = []
     plans = iter([made(2**30 * n, 10**9 * n, f"number {n}") for n in range(1, 13)])
-    monkeypatch.setattr(sweep.report, "make_plan", lambda *_: next(plans))
-    monkeypatch.setattr(sweep, "LIMIT", 3)
-    table = sweep.render(sweep.run(config, topology, asked.append))
+    monkeypatch.setattr(alternatives.estimates, "make_plan", lambda *_: next(plans))
+    monkeypatch.setattr(alternatives, "LIMIT", 3)
+    table = alternatives.render(alternatives.run(config, topology, asked.append))
     assert len(asked) == 3
     rows = table.splitlines()
     assert [row.split()[-1] for row in rows[1:4]] == ["1", "2", "3"]
     assert "XLA estimate, not measured" in rows[-1]
     odd = tiny(data__batch_size=3, sharding__data=8)
     with pytest.raises(ValueError, match="no mesh divides the batch of 3"):
-        sweep.run(odd, topology)
+        alternatives.run(odd, topology)
 
 
 def test_v5p_needs_no_tensor_devices():

@@ -9,8 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import checking, metrics, optimizers, plugins, train
-from experiments.sweeping import runs
+from experiments.reading import checking, plugins
+from experiments.recipes import byte_model
+from experiments.search import runs
+from experiments.trainer import metrics, optimizers
 from lorax import adapters as adapter_classes
 from lorax import checkpoint
 from tests import children
@@ -78,7 +80,10 @@ def test_a_module_that_does_not_import_is_named(tmp_path, monkeypatch):
 
 def test_a_name_of_an_optimiser_is_one_functions():
     other = lambda learning_rate: optax.sgd(learning_rate)
-    for name, told in (("adamw", "experiments.optimizers._adamw"), ("chain", "chains")):
+    for name, told in (
+        ("adamw", "experiments.trainer.optimizers._adamw"),
+        ("chain", "chains"),
+    ):
         with pytest.raises(ValueError, match=f"{name!r} belongs to {told}.*under"):
             optimizers.register(name, other)
     assert optimizers.register("signum")(methods.signum) is methods.signum
@@ -116,7 +121,7 @@ def test_a_run_by_config_is_the_member_and_loads_with_its_frozen_arrays(swept):
     folder, _ = swept
     config = configs.get_config()
     config.run.cache_dir, config.eval.source_bytes = str(folder / "cache"), 256
-    results = train.train(config, str(folder / "alone"))
+    results = byte_model.train(config, str(folder / "alone"))
     member = runs.RunTable(folder / "sweep").lines[1]["results"]  # alpha 16 is its own
     np.testing.assert_allclose(
         results["lora"]["test_bpb"], member["lora"]["test_bpb"], rtol=1e-5
@@ -136,11 +141,11 @@ def test_an_init_of_the_package_by_config(swept):
     config = configs.get_config()
     config.run.cache_dir, config.eval.source_bytes = str(folder / "cache"), 256
     config.adapter.adapter, config.adapter.init = "lora", "cosines"
-    results = train.train(config, str(folder / "cosines"))
+    results = byte_model.train(config, str(folder / "cosines"))
     assert np.isfinite(results["lora"]["test_bpb"])
     other = config.copy_and_resolve_references()
     other.adapter.init = "standard"
-    standard = train.train(other, str(folder / "standard"))
+    standard = byte_model.train(other, str(folder / "standard"))
     assert results["lora"]["test_bpb"] != standard["lora"]["test_bpb"]
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from experiments import population, train
-from experiments import writer as writers
+from experiments.recipes import byte_model, members
+from experiments.trainer import metric_log
 from lorax import checkpoint
 
 pytestmark = pytest.mark.once
@@ -33,9 +33,9 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("population")
     config = config_of(**GIVEN)
     config.run.cache_dir = str(folder / "cache")
-    results = population.train(config, str(folder / "both"))
+    results = members.train(config, str(folder / "both"))
     config.run.methods, config.adapter.rank = ("lora",), 4
-    alone = train.train(config, str(folder / "alone"))
+    alone = byte_model.train(config, str(folder / "alone"))
     return folder, results, alone
 
 
@@ -65,34 +65,34 @@ def test_everything_is_written_a_row_a_member(run):
     for name, values in GIVEN.items():
         assert tuple(row[name] for row in results["members"]) == values
     assert results["members"][0]["test_bpb"] != results["members"][1]["test_bpb"]
-    lines = writers.read(folder / "both")
+    lines = metric_log.read(folder / "both")
     losses = [r["loss"] for r in lines if r["run"] == "member_0" and "loss" in r]
     assert len(losses) == 2  # 4 steps, reported every 2
     first = checkpoint.load_adapters(folder / "both" / "members" / "0")
     assert first["head/kernel"].rank == 2 and first["head/kernel"].scale == 2.0
-    table = population.table(results)
+    table = members.table(results)
     assert table.row_count == 2 and "Base: " in table.caption
     headers = lambda table: [column.header for column in table.columns]
     assert "steps\nskipped" not in headers(table)
     results["members"][0] |= {"skipped": 4}
-    table = population.table(results)
+    table = members.table(results)
     assert headers(table)[-1] == "steps\nskipped"
     assert list(table.columns[-1].cells) == ["4", "0"]
 
 
 def test_a_population_is_trained_where_there_is_one(monkeypatch):
     for name in ("train", "train_methods"):
-        monkeypatch.setattr(population, name, lambda *args, name=name: (name, *args))
+        monkeypatch.setattr(members, name, lambda *args, name=name: (name, *args))
     for config, name in [
         (config_of(), "train_methods"),
         (config_of(rank=(1,)), "train"),
     ]:
-        assert population.run(config, "runs/x") == (name, config, "runs/x")
+        assert members.run(config, "runs/x") == (name, config, "runs/x")
 
 
 def test_empty_fields_take_the_configs_own_values():
-    assert population.members(config_of()) == []
-    made = population.members(config_of(rank=(1, 2, 3)))
+    assert members.members(config_of()) == []
+    made = members.members(config_of(rank=(1, 2, 3)))
     assert [m.rank for m in made] == [1, 2, 3]
     assert {(m.seed, m.learning_rate, m.alpha) for m in made} == {(0, 1e-2, 16.0)}
 
@@ -115,7 +115,7 @@ def test_empty_fields_take_the_configs_own_values():
 )
 def test_bad_values_say_what_to_do(given, told):
     with pytest.raises(ValueError, match=told):
-        population.members(config_of(**given))
+        members.members(config_of(**given))
 
 
 def test_an_unknown_field_is_named():
@@ -125,14 +125,12 @@ def test_an_unknown_field_is_named():
     with pytest.raises(
         ValueError, match="population.width: members differ in seed, le"
     ):
-        population.members(config)
+        members.members(config)
 
 
 def test_an_init_that_moves_the_base_is_refused(monkeypatch):
     config = config_of(rank=(1, 2))
     moved = lambda key, base, targets, kernels: ({}, {**base})
-    monkeypatch.setattr(population.lorax, "init", moved)
+    monkeypatch.setattr(members.lorax, "init", moved)
     with pytest.raises(ValueError, match="members share one base: use init='standard'"):
-        population.start(
-            config, jax.random.key(0), population.members(config)[0], {}, {}
-        )
+        members.start(config, jax.random.key(0), members.members(config)[0], {}, {})

@@ -2,7 +2,8 @@
 
 import pytest
 
-from experiments.benchmarks import gpt2_shaped, population_cost
+from experiments.benchmarks import population_cost
+from experiments.benchmarks.cases import gpt2_shaped
 
 pytestmark = pytest.mark.slow
 

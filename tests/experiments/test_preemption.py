@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
-from experiments import preemption
-from experiments.preemption import EXIT_DEADLINE, EXIT_PREEMPTED, Preemption
+from experiments.machine import preemption
+from experiments.machine.preemption import EXIT_DEADLINE, EXIT_PREEMPTED, Preemption
 from tests import children
 
 pytestmark = pytest.mark.once

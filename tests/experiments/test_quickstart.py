@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from experiments import pretrain, train
-from experiments import writer as writers
+from experiments.recipes import byte_model, pretrain
+from experiments.trainer import metric_log
 from lorax import checkpoint
 
 
@@ -19,7 +19,9 @@ def run(tmp_path_factory):
     config = quickstart.get_config("runlocal")
     config.run.cache_dir = str(folder / "cache")
     config.lock()
-    results = [train.train(config, str(folder / name)) for name in ("cold", "cached")]
+    results = [
+        byte_model.train(config, str(folder / name)) for name in ("cold", "cached")
+    ]
     return folder, config, results
 
 
@@ -28,7 +30,7 @@ def test_every_artefact_is_there(run):
     assert (folder / "cold" / "curves.png").stat().st_size > 10_000
     assert json.loads((folder / "cold" / "results.json").read_text()) == results
     assert list((folder / "cold" / "tensorboard").glob("lora/events*"))
-    runs = {row["run"] for row in writers.read(folder / "cold")}
+    runs = {row["run"] for row in metric_log.read(folder / "cold")}
     assert {"pretrain", "lora", "full", "final_base", "final_lora"} <= runs
 
 
@@ -52,7 +54,7 @@ def test_results_are_those_of_the_models(run):
 
 def test_the_cached_base_gives_the_same_results(run):
     folder, _, (cold, cached) = run
-    assert "pretrain" not in {row["run"] for row in writers.read(folder / "cached")}
+    assert "pretrain" not in {row["run"] for row in metric_log.read(folder / "cached")}
     for name in cold:
         np.testing.assert_allclose(
             cold[name]["test_bpb"], cached[name]["test_bpb"], rtol=1e-5
@@ -90,7 +92,7 @@ def test_a_broken_cache_is_trained_anew(run, tmp_path, caplog):
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.run.cache_dir, config.run.methods = str(tmp_path), ("lora",)
-    results = train.train(config, str(tmp_path / "run"))
+    results = byte_model.train(config, str(tmp_path / "run"))
     assert "recovered" not in results["lora"]
     assert broken.read_bytes() == path.read_bytes()
     np.testing.assert_allclose(results["base"]["test_bpb"], cold["base"]["test_bpb"])
@@ -109,7 +111,7 @@ def test_other_adapters_and_inits_by_config_alone(
     config.run.cache_dir, config.run.methods = str(folder / "cache"), ("lora",)
     config.adapter.adapter, config.adapter.init = adapter, init
     config.adapter.options, config.adapter.calibration_batches = options, 1
-    results = train.train(config, str(tmp_path))
+    results = byte_model.train(config, str(tmp_path))
     assert 0 < results["lora"]["test_bpb"] < 9
     made = checkpoint.load_adapters(tmp_path / "adapter")["head/kernel"]
     assert type(made).__name__.lower() == adapter

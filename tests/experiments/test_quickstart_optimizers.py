@@ -5,8 +5,8 @@ import json
 import jax
 import pytest
 
-from experiments import factory
 from experiments.studies import quickstart_optimizers as study
+from experiments.trainer import objects
 
 pytestmark = pytest.mark.slow
 
@@ -21,8 +21,8 @@ def test_every_method_is_one_of_the_config(name):
 def test_a_method_is_swept_reported_and_read_back(tmp_path):
     method = study.METHODS["LoRA-GA + LoRA-Pro, factor"]
     config = study.configured(method, toy=True, steps=2)
-    model = factory.make_model(config.model)
-    loss_fn = factory.make_loss(model)
+    model = objects.make_model(config.model)
+    loss_fn = objects.make_loss(model)
     tokens = jax.numpy.zeros((1, 8), int)
     base = model.init(jax.random.key(0), tokens)["params"]
     found = study.study(method, loss_fn, base, config, seeds=2, every=1)

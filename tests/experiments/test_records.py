@@ -5,7 +5,8 @@ import zipfile
 
 import pytest
 
-from experiments.data import extras, paths, records
+from experiments.data import extras
+from experiments.data.sources import paths, records
 
 
 def values(found):

@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-from experiments.benchmarks import gpt2_shaped as gpt2
 from experiments.benchmarks import scaling_cost
+from experiments.benchmarks.cases import gpt2_shaped as gpt2
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments.scoring import labels
+from experiments.tasks.scoring import labels
 
 TRUE = [1, 1, 1, 0, 0, 0, 0, 0]
 GUESS = [1, 1, 0, 1, 0, 0, 0, 0]  # TP 2, FN 1, FP 1, TN 4

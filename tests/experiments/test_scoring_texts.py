@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from experiments.scoring import words
-from experiments.scoring.bits import bits_per_byte
-from experiments.scoring.bleu import bleu
-from experiments.scoring.generation import generation_scores
-from experiments.scoring.nist import nist
-from experiments.scoring.rouge import rouge_l
+from experiments.tasks.scoring import words
+from experiments.tasks.scoring.bits import bits_per_byte
+from experiments.tasks.scoring.bleu import bleu
+from experiments.tasks.scoring.nist import nist
+from experiments.tasks.scoring.overlap import generation_scores
+from experiments.tasks.scoring.rouge import rouge_l
 
 pytest.importorskip("sacrebleu", reason="needs the experiments extra: sacrebleu")
 

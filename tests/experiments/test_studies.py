@@ -10,16 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import report
-from experiments.studies import (
-    batch_sizes,
-    comparison,
-    plots,
-    shared,
-    text,
-    trial,
-    widths,
-)
+from experiments import paired
+from experiments.studies.method import comparison, findings, panels, shared, text, trial
+from experiments.studies.questions import batch_sizes, widths
 from lorax import training
 from lorax.adapters import Full
 
@@ -40,9 +33,9 @@ def settings(study):
     return {a: text.digest(study, f, True) for a, f in study.arms.items()}
 
 
-@pytest.mark.parametrize("name", report.STUDIES)
+@pytest.mark.parametrize("name", findings.STUDIES)
 def test_every_arm_is_a_config_with_rates_of_one_budget(name):
-    study = importlib.import_module(f"experiments.studies.{name}").STUDY
+    study = importlib.import_module(f"experiments.studies.questions.{name}").STUDY
     assert study.name == name and study.baseline in study.arms
     assert set(study.grids) <= set(study.arms)
     for arm, fields in study.arms.items():
@@ -81,10 +74,10 @@ def test_a_study_runs_goes_on_and_is_reported(setting, tmp_path):
     text.run(TINY, setting, late)  # nothing is left to run
     assert late.lines.keys() == runs.lines.keys()
 
-    plots.figure(found, tmp_path / "figure.png", plots.rates, plots.curves)
+    panels.figure(found, tmp_path / "figure.png", panels.rates, panels.curves)
     assert (tmp_path / "figure.png").stat().st_size > 5_000
-    module = importlib.import_module("experiments.studies.ranks")
-    written = report.section(module, found)
+    module = importlib.import_module("experiments.studies.questions.ranks")
+    written = findings.section(module, found)
     assert "| LoRA |" in written and "A question?" in written
 
 
@@ -112,7 +105,7 @@ def test_the_table_by_hand():
         "slow": arm([[2.0, 1.0], [2.0, 1.2]], ms=20.0),  # half way when LoRA is done
         "same": arm([[3.0, 2.5], [3.0, 2.1]], ms=5.0),
     }
-    rows = report.table(results(arms)).splitlines()
+    rows = findings.table(results(arms)).splitlines()
     assert "| LoRA | 0.01 | 2.1000 +- 0.1000 | - | - | 1.00 |" in rows
     slow = next(row for row in rows if "slow" in row)
     assert "-1.0000 +- 0.0000 |" in slow and slow.endswith("| 2.00 |")
@@ -207,8 +200,8 @@ def test_pairs_are_told_at_equal_steps_and_at_equal_wall_time():
         "r = 8": arm([[3.0, 2.0], [3.0, 2.2]]),
         "r = 8, rs": arm([[2.0, 1.0], [2.0, 1.2]], ms=20.0),
     }
-    written = report.section(importlib.import_module("experiments.studies.ranks"),
-                             results(arms))  # fmt: skip
+    module = importlib.import_module("experiments.studies.questions.ranks")
+    written = findings.section(module, results(arms))
     assert (
         "- r = 8, rs minus r = 8: -1.0000 +- 0.0000 at equal steps, "
         "-0.1000 +- 1.2706: no difference shown at equal wall time"
@@ -216,7 +209,7 @@ def test_pairs_are_told_at_equal_steps_and_at_equal_wall_time():
 
 
 def test_a_run_that_diverged_is_not_called_alike():
-    told = comparison.difference(np.array([0.1, np.nan]))
+    told = paired.difference(np.array([0.1, np.nan]))
     assert told == "not finite"
 
 
@@ -226,10 +219,10 @@ def test_the_page_refuses_toy_results_and_names_what_was_not_run(tmp_path):
     arms = {"LoRA": arm([[3.0, 2.0], [3.0, 2.2]])}
     told = results(arms, missing=["r = 8: choose 0 0.01"])
     (folder / "results.json").write_text(json.dumps(told))
-    page = report.write(tmp_path).read_text()
+    page = findings.write(tmp_path).read_text()
     assert "Not run: r = 8: choose 0 0.01" in page and "2.1000" in page
     assert "studies/ranks/figure.png" in page
     assert "Not run at all: batch_sizes, budgets, decay" in page
     (folder / "results.json").write_text(json.dumps({**told, "smoke": True}))
     with pytest.raises(ValueError, match="of toy sizes"):
-        report.write(tmp_path)
+        findings.write(tmp_path)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from configs import gpt2_e2e_lora
-from experiments import train
-from experiments.sweeping import combinations, jobs, runs
+from experiments.recipes import byte_model
+from experiments.search import combinations, jobs, runs
 from tests import children
 from tests.experiments.sweep_cases import RATE, config_of, runs_of
 
@@ -275,7 +275,7 @@ def test_a_sweep_and_a_member_is_its_run(tmp_path):
         alone = copy.deepcopy(config)
         alone.adapter.rank = line["fields"]["adapter.rank"]
         assert combinations.digest(alone) == line["hash"]
-    results = train.train(alone, str(tmp_path / "alone"))
+    results = byte_model.train(alone, str(tmp_path / "alone"))
     for name in ("base", "lora"):
         np.testing.assert_allclose(
             lines[1]["results"][name]["test_bpb"], results[name]["test_bpb"], rtol=1e-5

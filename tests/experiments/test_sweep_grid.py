@@ -10,8 +10,8 @@ from ml_collections import config_flags
 
 import lorax
 from configs import gpt2_e2e_lora
-from experiments import population
-from experiments.sweeping import combinations, grid
+from experiments.recipes import members
+from experiments.search import combinations, grid
 from lorax import inits
 from tests.experiments.sweep_cases import RATE, config_of, runs_of
 
@@ -130,8 +130,8 @@ def test_the_flags_of_a_job_make_its_config_again(parsed):
     together = [j for j in combinations.make_jobs(made, given) if len(j.runs) > 1]
     assert len(together) == 2
     for job in together:
-        members = population.members(parsed(job, "quickstart"))
-        assert [m.learning_rate for m in members] == [5e-3, 1e-7]
+        found = members.members(parsed(job, "quickstart"))
+        assert [m.learning_rate for m in found] == [5e-3, 1e-7]
         assert [run.config.optimizer.learning_rate.lora for run in job.runs] == [
             5e-3,
             1e-7,

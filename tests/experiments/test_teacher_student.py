@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from experiments.studies import comparison, lora_pro_modes
+from experiments.studies import lora_pro_modes
 from experiments.studies import teacher_student as study
+from experiments.studies.method import comparison
 
 pytestmark = pytest.mark.slow
 

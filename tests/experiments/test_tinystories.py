@@ -5,8 +5,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import loading
-from experiments.data import batches, paths, plain_text
+from experiments.data import batches
+from experiments.data.sources import paths, plain_text
+from experiments.generation import loading
 from tests.data_paths import needs_data
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments.data import paths, tokenization
+from experiments.data import tokenization
+from experiments.data.sources import paths
 from tests.experiments import toy_tokenizers
 
 pytest.importorskip("tokenizers", reason="needs the interop extra: tokenizers")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.data import windows
-from experiments.data.documents import Document
+from experiments.data.sources.documents import Document
 
 DOCS = (Document("a", b"abcde"), Document("b", b"fgh"))  # stream: 0 abcde 0 fgh
 

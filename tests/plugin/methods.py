@@ -3,7 +3,7 @@
 config.run.plugins = ("tests.plugin.methods",)
 """
 
-from experiments import optimizers
+from experiments.trainer import optimizers
 from tests.plugin.cosines import cosines
 from tests.plugin.signum import signum
 from tests.plugin.walsh import Walsh

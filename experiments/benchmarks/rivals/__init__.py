@@ -1,0 +1,1 @@
+"""Other frameworks at the same task, and whether all compute the same."""

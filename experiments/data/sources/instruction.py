@@ -1,0 +1,156 @@
+"""Instructions as JSON lines: prompt and response, or chats.
+
+Forms of rows, by the columns they have:
+
+- "messages": `{"messages": [{"role": .., "content": ..}, ..]}`, a chat;
+- "prompt", "response";
+- "instruction", "output" and perhaps "input": Alpaca's;
+- "question", "answer": GSM8K's.
+
+All can be read as chats, for a model with a chat template; all but the first as pairs,
+for one without.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from experiments.data.examples import Pair
+from experiments.data.sources import records
+
+Chat = list[dict[str, Any]]
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Chats(NamedTuple):
+    """Chats in the order of the file."""
+
+    chats: tuple[Chat, ...]
+    malformed: tuple[str, ...]
+
+
+class Pairs(NamedTuple):
+    """Prompts and responses in the order of the file."""
+
+    pairs: tuple[Pair, ...]
+    malformed: tuple[str, ...]
+
+
+def read_pairs(
+    path: str | os.PathLike[str], template: str = "{prompt}\n", form: str | None = None
+) -> Pairs:
+    """Reads prompts and responses.
+
+    Args:
+      path: see `records.read`; JSON lines, or any table.
+      template: what the model sees of a prompt; it must hold `{prompt}`.
+      form: the form of all rows; None to go by the columns of each.
+
+    Raises:
+      ValueError: if no row is good, or the template has no `{prompt}`. A row that fits
+        no form, or whose response is empty, is malformed.
+    """
+    if template.count("{prompt}") != 1:
+        raise ValueError(
+            f"template={template!r}: expected it to hold '{{prompt}}' once"
+        )
+
+    def use(row: records.Row) -> records.Row:
+        prompt, response = _pair(row.values, form)
+        prompt = template.replace("{prompt}", prompt)
+        return records.Row(row.where, {"prompt": prompt, "response": response})
+
+    found = records.read(path, use=use)
+    pairs = (
+        Pair(r.values["prompt"], r.values["response"], r.where) for r in found.rows
+    )
+    return Pairs(tuple(pairs), found.malformed)
+
+
+def read_chats(
+    path: str | os.PathLike[str], system: str | None = None, form: str | None = None
+) -> Chats:
+    """Reads chats; a pair becomes a chat of two messages.
+
+    Args:
+      path: see `records.read`.
+      system: a system message for chats that open with none.
+      form: see `read_pairs`.
+
+    Raises:
+      ValueError: if no row is good. A chat without an assistant's message, or with one
+        that is no text, is malformed.
+    """
+
+    def use(row: records.Row) -> records.Row:
+        if form == "messages" or (form is None and "messages" in row.values):
+            messages = _messages(row.values.get("messages"))
+        else:
+            prompt, response = _pair(row.values, form)
+            messages = [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": response},
+            ]
+        if system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        return records.Row(row.where, {"messages": messages})
+
+    found = records.read(path, use=use)
+    return Chats(tuple(r.values["messages"] for r in found.rows), found.malformed)
+
+
+def _alpaca(values: dict[str, Any]) -> tuple[Any, Any]:
+    """Instruction and, where there is one, its input below."""
+    parts = (values["instruction"], values.get("input"))
+    if not all(isinstance(part, str | None) for part in parts):
+        raise records.MalformedRow("'instruction' or 'input' is no text")
+    return "\n\n".join(part for part in parts if part), values["output"]
+
+
+# Name -> the columns that tell the form, and (prompt, response) of a row.
+PAIRS: dict[
+    str, tuple[tuple[str, str], Callable[[dict[str, Any]], tuple[Any, Any]]]
+] = {
+    "prompt": (("prompt", "response"), lambda v: (v["prompt"], v["response"])),
+    "alpaca": (("instruction", "output"), _alpaca),
+    "question": (("question", "answer"), lambda v: (v["question"], v["answer"])),
+}
+
+
+def _pair(values: dict[str, Any], form: str | None) -> tuple[str, str]:
+    """Prompt and response of a row."""
+    if form is not None and form not in PAIRS:
+        raise ValueError(f"form={form!r}: choose from {sorted(PAIRS)}.")
+    for name, (columns, take) in PAIRS.items():
+        if form in (None, name) and all(column in values for column in columns):
+            prompt, response = take(values)
+            if not isinstance(prompt, str) or not isinstance(response, str):
+                raise records.MalformedRow(
+                    f"{columns} are {type(prompt).__name__} and "
+                    f"{type(response).__name__}, expected two texts"
+                )
+            if not response.strip():
+                raise records.MalformedRow(f"{columns[1]!r} is empty")
+            return prompt, response
+    known = [columns for columns, _ in PAIRS.values()]
+    raise records.MalformedRow(f"columns {sorted(values)} are of no form in {known}")
+
+
+def _messages(found: Any) -> Chat:
+    """Checks a chat."""
+    if not isinstance(found, list) or not found:
+        raise records.MalformedRow("'messages' is no list of messages")
+    for i, message in enumerate(found):
+        at = f"messages[{i}]"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise records.MalformedRow(
+                f"{at}: expected an object with a role of {ROLES}"
+            )
+        content = message.get("content")
+        written = message["role"] == "assistant"
+        if not isinstance(content, str) or (written and not content.strip()):
+            raise records.MalformedRow(f"{at}: 'content' is {content!r}, expected text")
+    if not any(message["role"] == "assistant" for message in found):
+        raise records.MalformedRow("no message of the assistant: nothing to train on")
+    return found

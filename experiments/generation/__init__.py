@@ -1,0 +1,1 @@
+"""Models that write: loading them, continuing texts, and what goes out of a run."""

@@ -1,0 +1,98 @@
+"""Writes continuations of texts with a causal model, greedily, sampled or by beams."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lorax
+from experiments.data import examples, tokenization
+from lorax.models import beam, decoding, sampling
+
+BUCKET = 32  # tokens; prompts are padded to a multiple
+
+
+def stop_at(
+    tokenizer: tokenization.Tokenizer, texts: Sequence[str]
+) -> Callable[[list[int]], int | None] | None:
+    """Returns how many tokens to keep, once one of the texts has come; None without.
+
+    What is kept never holds a stop text, though it may lack what a token carried
+    before one.
+    """
+    if not texts:
+        return None
+
+    def cut(tokens: list[int]) -> int | None:
+        if not any(text in tokenizer.decode(tokens) for text in texts):
+            return None
+        for count in range(1, len(tokens) + 1):
+            if any(text in tokenizer.decode(tokens[:count]) for text in texts):
+                return count - 1
+        return len(tokens)
+
+    return cut
+
+
+def make_writer(
+    model: Any,
+    tokenizer: tokenization.Tokenizer,
+    prompts: Sequence[str],
+    max_tokens: int,
+    *,
+    batch: int,
+    rule: sampling.Rule = sampling.GREEDY,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    end_ids: Sequence[int] = (),
+    adapted: bool = False,
+) -> Callable[..., list[str]]:
+    """Returns `write(state, key=None) -> the continuations`, compiled for the prompts.
+
+    Args:
+      model: a causal one.
+      tokenizer: its own.
+      prompts: texts.
+      max_tokens: most new tokens of each.
+      batch: prompts at a time.
+      rule: how a token is chosen, without beams; of it, `no_repeat` also with beams.
+      beams: more than 1 search.
+      length_penalty: of a search.
+      stop: texts that end a continuation; not with beams.
+      end_ids: tokens that do beside the tokenizer's EOS, such as a chat's, see
+        `experiments.data.chat.templates.turn_ends`.
+      adapted: `state` is `(adapters, params)`; else `(params,)`.
+
+    Raises:
+      ValueError: a prompt without tokens, stop texts or a temperature with beams.
+    """
+    ids = [examples.prompt_ids(tokenizer, prompt) for prompt in prompts]
+    slots = -(-max(map(len, ids)) // BUCKET) * BUCKET + max_tokens
+    engine = decoding.causal(model, slots)
+    if adapted:
+        engine = engine.map(lorax.adapt)
+    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    eos = tuple(dict.fromkeys((*own, *end_ids)))
+    pad = tokenization.padding_id(tokenizer)
+    if beams > 1:
+        if stop or rule.temperature:
+            raise ValueError("beams=... searches: neither stop nor temperature apply")
+        search = beam.make_search(
+            engine,
+            batch=batch,
+            beams=beams,
+            eos=eos,
+            pad=pad,
+            bucket=BUCKET,
+            length_penalty=length_penalty,
+            no_repeat=rule.no_repeat,
+        )
+        return lambda state, key=None: list(
+            map(tokenizer.decode, search(state, ids, max_tokens))
+        )
+    generate = decoding.make_generate(
+        engine, batch=batch, eos=eos, pad=pad, bucket=BUCKET, rule=rule
+    )
+    ends = stop_at(tokenizer, stop)
+    return lambda state, key=None: list(
+        map(tokenizer.decode, generate(state, ids, max_tokens, key, ends))
+    )

@@ -1,0 +1,65 @@
+"""An adapted model for other programs: merged into a checkpoint, or as an adapter."""
+
+import pathlib
+import shutil
+
+import lorax
+from experiments.generation import loading
+from lorax import checkpoint, compose, optim
+from lorax.interop import hf, peft
+
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "*.jinja", "generation_config*")
+
+
+def export(
+    source: str,
+    adapter: str,
+    to: str,
+    form: str,
+    *,
+    initial: str | None = None,
+    adalora_shrink: bool = False,
+) -> None:
+    """Writes a merged checkpoint, or an adapter.
+
+    Args:
+      source: the base's checkpoint.
+      adapter: folder of adapters.
+      to: folder to write; it must not be the base's.
+      form: "merged", "peft" or "lorax".
+      initial: folder of the adapters at the start; None for `initial/` beside `adapter`
+        if there is one.
+      adalora_shrink: without AdaLoRA's pruned triplets.
+
+    Raises:
+      ValueError: `to` is the base's own folder, the adapters belong to another base, or
+        there is nothing to shrink.
+    """
+    if adalora_shrink and form == "merged":
+        raise ValueError(
+            "--adalora_shrink with --form=merged: a merged kernel has no triplets to "
+            "leave out; leave the flag out, or write --form=peft or lorax"
+        )
+    directory, target = loading.find(source), pathlib.Path(to)
+    if target.resolve() == directory.resolve():
+        raise ValueError(f"--to={to} is the base's own folder: give another")
+    model, params = hf.load(directory)
+    config = model.config
+    beside = pathlib.Path(initial or pathlib.Path(adapter).parent / "initial")
+    start = checkpoint.load_adapters(beside) if initial or beside.is_dir() else None
+    if start is None:
+        adapters, params = loading.load_adapters(adapter, model, params)
+    else:  # of the moved base, which is not at hand: to_lora checks what can be checked
+        adapters = compose.to_lora(checkpoint.load_adapters(adapter), start)
+    if adalora_shrink:
+        adapters = optim.adalora_shrink(adapters)
+    if form == "peft":
+        peft.save(target, adapters, config, params=params, base_name=source)
+        return
+    if form == "lorax":
+        checkpoint.save_adapters(target, adapters, params)
+        return
+    hf.save(target, config, lorax.merge(adapters, params))
+    for pattern in TOKENIZER:
+        for file in directory.glob(pattern):
+            shutil.copyfile(file, target / file.name)

@@ -1,0 +1,55 @@
+"""Checkpoints and adapters by the names people give: folders, data sets, the hub."""
+
+import pathlib
+from typing import Any
+
+import lorax
+from experiments.data import tokenization
+from experiments.data.sources import paths
+from lorax import checkpoint
+from lorax.interop import hf, peft
+from lorax.types import Adapters
+
+
+def load_model(source: str, **kwargs: Any) -> tuple[Any, Any, tokenization.Tokenizer]:
+    """Returns the model, its parameters and its tokenizer.
+
+    Args:
+      source: a checkpoint below the folder of data sets, a directory, or a hub id.
+      **kwargs: of `lorax.interop.hf.load`.
+
+    Raises:
+      ValueError: also if the tokenizer has ids that the model lacks.
+    """
+    directory = find(source)
+    model, params = hf.load(directory, **kwargs)
+    tokenizer = tokenization.load(directory)
+    vocabulary = model.config.vocabulary
+    tokenization.require_vocabulary(tokenizer, vocabulary, "config.json")
+    return model, params, tokenizer
+
+
+def find(source: str) -> pathlib.Path:
+    """Returns the directory of a checkpoint, see `load_model`."""
+    return hf.locate(source, folders=(paths.root(),))
+
+
+def check(source: str) -> None:
+    """Raises FileNotFoundError for a mistyped local name; a hub id passes unasked."""
+    hf.find_local(source, (paths.root(),))
+
+
+def load_adapters(folder: str, model: Any, params: Any) -> tuple[Adapters, Any]:
+    """Returns the adapters in a folder, lorax's own or PEFT's, and their base.
+
+    Args:
+      folder: of the adapters.
+      model: whose they are.
+      params: the plain parameters; returned as a `lorax.Base` where the adapters have
+        frozen arrays.
+    """
+    if (pathlib.Path(folder) / "adapter_config.json").exists():
+        return peft.load_with_base(folder, model.config, params)
+    frozen = checkpoint.load_frozen(folder)
+    base = lorax.Base(params, frozen) if frozen else params
+    return checkpoint.load_adapters(folder, params=base), base

@@ -1,0 +1,1 @@
+"""What a run stands on: its disk, processes, devices, signals and clock."""

@@ -1,0 +1,70 @@
+"""Several processes as one program.
+
+    distributed.initialize(config.distributed)  # before anything asks for devices
+
+Every process runs the same program on the same global arrays (JAX's multi-controller
+model), so that losses, metrics and what is decoded are the same everywhere; only the
+first process writes.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+COORDINATOR, COUNT, NUMBER = (
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+)
+"""The environment of one process among several on CPU or GPU machines."""
+
+
+def wanted(config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether several processes are to run together.
+
+    Args:
+      config: `config.distributed`; its `coordinator`, if set, says yes.
+      environ: `JAX_COORDINATOR_ADDRESS`, a SLURM step of several tasks (not the shell
+        of a job, which has their number too) or a TPU pod's list of hosts say so too.
+    """
+    hosts = environ.get("TPU_WORKER_HOSTNAMES", "")
+    tasks = environ.get("SLURM_NTASKS", 1) if "SLURM_STEP_NODELIST" in environ else 1
+    return (
+        bool(config["coordinator"])
+        or COORDINATOR in environ
+        or int(tasks) > 1
+        or "," in hosts
+    )
+
+
+def initialize(
+    config: Mapping[str, Any], environ: Mapping[str, str] = os.environ
+) -> None:
+    """Joins the processes, if there are several; to be called before JAX has devices.
+
+    When a process dies, the others are aborted (SIGABRT, from C++) once its heartbeat
+    has been missing for `config["heartbeat"]` seconds: no Python code runs then.
+
+    Args:
+      config: `config.distributed`: `coordinator` "host:port", `processes`, `process`,
+        `heartbeat` in seconds. What is not set comes from the environment.
+      environ: see `wanted`.
+    """
+    if not wanted(config, environ):
+        return
+    number = lambda value, name: (
+        value if value is not None else int(environ[name]) if name in environ else None
+    )
+    jax.distributed.initialize(
+        config["coordinator"] or environ.get(COORDINATOR),
+        number(config["processes"], COUNT),
+        number(config["process"], NUMBER),
+        heartbeat_timeout_seconds=config["heartbeat"],
+    )
+
+
+def is_primary() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0

@@ -1,0 +1,67 @@
+"""Tables and figures: markdown, colours, and what they are of."""
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
+    *("#E69F00", "#56B4E9", "#F0E442", "#000000"),
+)
+"""Okabe and Ito's, told apart with any colour vision."""
+
+
+def about(packages: Sequence[str]) -> dict[str, Any]:
+    """Returns what a table is of: date, command, device, versions, malloc's settings.
+
+    Args:
+      packages: names of distributions; those that are not installed are left out.
+    """
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    called = f"python -m {spec.name}" if spec else "python"
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": " ".join([called, *sys.argv[1:]]),
+        "device": _device(),
+        "versions": versions,
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
+    }
+
+
+def caption(facts: Mapping[str, Any]) -> str:
+    """Returns `about` in one sentence."""
+    versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
+    malloc = facts["GLIBC_TUNABLES"]
+    command = f"{f'GLIBC_TUNABLES={malloc} ' if malloc else ''}{facts['command']}"
+    return f"{facts['date']}, {facts['device']}; {versions}; `{command}`"
+
+
+def _device() -> str:
+    """The accelerator, or the processor and how many of its cores may be used."""
+    if jax.default_backend() != "cpu":
+        return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    own = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    name, info = platform.machine(), pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        found = [line for line in info.read_text().splitlines() if "model name" in line]
+        name = found[0].partition(":")[2].strip() if found else name
+    return f"{len(own(0))} cores of {name}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table; the first column left, the others right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

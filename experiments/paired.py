@@ -1,0 +1,45 @@
+"""Paired comparisons: differences seed by seed, ratios round by round."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+
+STUDENT_T = {
+    **{2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571},
+    **{8: 2.365, 10: 2.262, 12: 2.201},
+}
+"""The two-sided 95 % quantile for n paired differences, by n."""
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Returns the standard error of the mean of `values: [seeds]`."""
+    return float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def difference(off: np.ndarray, digits: int = 4) -> str:
+    """Returns a paired difference with its 95 % interval, and whether it covers 0.
+
+    A run that diverged has no difference, which is another thing than none shown.
+
+    Args:
+      off: `[seeds]`, one value minus the other, seed by seed.
+      digits: behind the point.
+    """
+    n = len(off)
+    if not np.isfinite(off).all():
+        return "not finite"
+    half = STUDENT_T.get(n, 1.96) * standard_error(off)
+    told = f"{off.mean():+.{digits}f} +- {half:.{digits}f}"
+    return told + ("" if abs(off.mean()) > half else ": no difference shown")
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """The median over rounds of one step's time over another's in the same round."""
+    return statistics.median(ratios(numerator, denominator))
+
+
+def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
+    """One step's time over another's, round by round."""
+    return [a / b for a, b in zip(numerator, denominator, strict=True)]

@@ -1,0 +1,113 @@
+"""A config as a whole, checked where it is read: nothing is loaded or trained before.
+
+`fields` holds what each value may be. Here stand the names that other tables know
+(optimisers, inits, tasks, to which plugins may add) and what two fields must agree on;
+an optimiser, its chain and the targets are built once, for what they say about their
+own arguments.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+from experiments import tasks
+from experiments.data.sources import e2e, glue
+from experiments.generation import loading
+from experiments.reading import fields, plugins
+from experiments.trainer import objects, optimizers
+from lorax import inits
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError, naming the field, for a config that no run could finish."""
+    fields.require(config)
+    plugins.load(config)
+    for method in config.run.methods:
+        _targets(config, method)
+        _optimizer(config.optimizer, "optimizer", config.run.steps, method)
+    if "source" in config.model:
+        _checkpoint_run(config)
+    else:
+        _byte_model(config.model)
+        hp = config.model.pretrain
+        _optimizer(hp, "model.pretrain", hp.steps)
+
+
+def _targets(config: ml_collections.ConfigDict, method: str) -> None:
+    """Makes the targets of a method, which check themselves."""
+    if method == "lora" and not config.adapter.patterns:
+        raise ValueError(
+            "config.adapter.patterns=(): give at least one pattern, such as "
+            "('all-linear',)"
+        )
+    try:
+        for target in objects.make_targets(method, config.adapter):
+            inits.check(target)
+    except ValueError as error:
+        raise ValueError(f"config.adapter: {error}") from None
+
+
+def _optimizer(
+    config: ml_collections.ConfigDict, name: str, steps: int, method: str = ""
+) -> None:
+    """Makes an optimiser, for what it says about its arguments."""
+    rate = config.learning_rate[method] if method else config.learning_rate
+    try:
+        optimizers.make_optimizer(rate, steps, config)
+    except TypeError as error:  # an argument that the method does not have
+        raise ValueError(f"config.{name}: {error}") from None
+    except ValueError as error:
+        told = str(error)
+        raise ValueError(
+            f"config.{told}" if told.startswith(name) else f"config.{name}: {told}"
+        ) from None
+
+
+def _byte_model(config: ml_collections.ConfigDict) -> None:
+    """Heads divide the width, into sizes that rotary embeddings can halve."""
+    if config.width % (2 * config.heads):
+        raise ValueError(
+            f"config.model.width={config.width} and config.model.heads={config.heads}: "
+            "the width has to be a multiple of twice the heads, for each head's size "
+            "is even"
+        )
+    if config.vocabulary < 256:
+        raise ValueError(
+            f"config.model.vocabulary={config.vocabulary}: the model reads bytes; give "
+            "a whole number >= 256"
+        )
+
+
+def _checkpoint_run(config: ml_collections.ConfigDict) -> None:
+    """What `experiments.recipes.finetune` needs beside its fields."""
+    if len(config.run.methods) != 1:
+        raise ValueError(
+            f"config.run.methods={config.run.methods!r}: a run from a checkpoint "
+            "trains by one method; give ('lora',) or ('full',)"
+        )
+    if not config.model.source and not config.model.random:
+        raise ValueError(
+            "config.model.source='': give a directory or a hub id, or a config.json in "
+            "config.model.random"
+        )
+    if not config.model.random:
+        try:
+            loading.check(config.model.source)
+        except FileNotFoundError as error:
+            raise ValueError(f"config.model.source: {error}") from None
+    data = config.data
+    if data.task not in tasks.TASKS:
+        raise ValueError(
+            f"config.data.task={data.task!r}: give one of {', '.join(tasks.TASKS)}"
+        )
+    if data.task == "e2e" and data.form not in e2e.TOKENIZE:
+        raise ValueError(
+            f"config.data.form={data.form!r}: give one of {', '.join(e2e.TOKENIZE)}"
+        )
+    if data.task == "classification" and data.name in glue.TASKS and not data.root:
+        raise ValueError("config.data.root='': give the folder of the GLUE tasks")
+    if data.packed and data.task in ("classification", "text_to_text"):
+        raise ValueError(
+            f"config.data.packed=True: examples of {data.task!r} are not packed; set "
+            "it to False"
+        )

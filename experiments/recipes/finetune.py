@@ -1,0 +1,180 @@
+"""Adapts a Hugging Face checkpoint to a task, and reports what the task is judged by.
+
+    python -m experiments.main --config=configs/gpt2_e2e_lora.py:runlocal
+
+In the workdir: `metrics.jsonl`, `adapter/` (`lorax.checkpoint.load_adapters`),
+`results.json`, and what the task writes; beside `adapter/`, if the init moved a part of
+the base, `initial/`, with which `experiments.export` brings it back to the original.
+"""
+
+import contextlib
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import rich.console
+
+import lorax
+from experiments import tasks
+from experiments.data import tokenization
+from experiments.generation import loading
+from experiments.machine import disk, distributed, placement
+from experiments.reading import plugins
+from experiments.recipes.byte_model import save_and_verify
+from experiments.trainer import (
+    keeping,
+    metric_log,
+    metrics,
+    nonfinite,
+    objects,
+    optimizers,
+    progress,
+)
+from experiments.trainer.fit import Around, Problem, fit, recipe_of
+from lorax.interop import hf
+
+RANDOM = "random base: path check, no result"
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+    """Runs the whole experiment and returns the values of `results.json`.
+
+    Args:
+      config: as `configs/gpt2_e2e_lora.py` returns it.
+      workdir: folder for everything that the run writes.
+    """
+    # ----------------------------------------------------------- model, task
+    plugins.load(config)
+    folder, primary = pathlib.Path(workdir), distributed.is_primary()
+    console = rich.console.Console(soft_wrap=False, quiet=not primary)
+    key = jax.random.key(config.run.seed)
+    place = placement.make_place(config.sharding)
+    model, base, tokenizer = load_base(config.model, jax.random.fold_in(key, 0), place)
+    placed = place.params(model, base)
+    if placed:
+        console.print(str(placed), highlight=False)
+    task = tasks.TASKS[config.data.task](config, model, tokenizer, place)
+    (method,) = config.run.methods
+
+    keep = keeping.make_keep(config, folder)
+    fresh = keep is None
+    opened = metric_log.Writer(folder, fresh) if primary else contextlib.nullcontext()
+    with place.scope(), opened as writer, progress.bars(console) as bars:
+        before = task.evaluate(base)
+
+        # ----------------------------------------------------------- training
+        rate = config.optimizer.learning_rate[method]
+        done = fit(
+            jax.random.fold_in(key, 1),
+            Problem(
+                task.loss_fn,
+                base,
+                objects.make_targets(method, config.adapter),
+                optimizers.make_optimizer(rate, config.run.steps, config.optimizer),
+                task.train,
+                task.evaluate,
+            ),
+            recipe_of(config),
+            Around(
+                method,
+                bars,
+                writer,
+                place=place,
+                placed=placed,
+                keep=keep,
+                guard=nonfinite.Guard(folder, config.run.skip_nonfinite),
+            ),
+        )
+
+        # ------------------------------------------------------------- report
+        results: dict[str, Any] = {
+            "steps": config.run.steps,
+            "trainable": done.trainable,
+            "trainable_share": done.trainable / metrics.size(base),
+            **({} if math.isnan(done.step_ms) else {"step_ms": done.step_ms}),
+            **{f"base_{name}": value for name, value in before.items()},
+            **done.evaluation,
+            **task.report(done.merged(), folder),
+        }
+        numbers = {k: v for k, v in results.items() if isinstance(v, int | float)}
+        if writer:
+            writer.write("final", config.run.steps, numbers)
+
+    # ----------------------------------------------------------------- finish
+    if config.model.random:
+        results["note"] = RANDOM
+    save_and_verify(folder / "adapter", done.adapters, done.params)
+    if done.initial is not None:
+        save_and_verify(folder / "initial", done.initial, done.params)
+    if primary:
+        disk.replace(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    for name, value in results.items():
+        console.print(f"{name:>20}  {value}", highlight=False)
+    console.print(f"Written to {folder}: adapter/ metrics.jsonl results.json")
+    return results
+
+
+def score(
+    config: ml_collections.ConfigDict, adapter: str | None, folder: pathlib.Path
+) -> dict[str, Any]:
+    """Returns the task's scores.
+
+    Args:
+      config: of a run of `experiments.recipes.finetune`.
+      adapter: folder of adapters, ours or PEFT's; None scores the base.
+      folder: where the task puts what it writes.
+    """
+    plugins.load(config)
+    key = jax.random.fold_in(jax.random.key(config.run.seed), 0)
+    model, params, tokenizer = load_base(config.model, key)
+    task = tasks.TASKS[config.data.task](config, model, tokenizer)
+    if adapter:
+        params = lorax.merge(*loading.load_adapters(adapter, model, params))
+    return task.report(params, folder)
+
+
+def load_base(
+    config: ml_collections.ConfigDict,
+    key: jax.Array,
+    place: placement.Place = placement.ALONE,
+) -> tuple[Any, Any, tokenization.Tokenizer]:
+    """Returns the model, its parameters and its tokenizer.
+
+    Args:
+      config: `config.model`. `source` is a checkpoint below the folder of data sets, a
+        directory, or a hub id; where `random` is not empty, its fields are the
+        config.json of a model that is drawn, which reads bytes.
+      key: draws that model, or a head that the checkpoint lacks.
+      place: where the parameters go.
+    """
+    switches = {"labels": config.labels, "head": "classification"}
+    switches = switches if config.labels else {}
+    switches |= {"remat": config.remat}
+    if config.attention != "plain":  # which not all families have
+        switches |= {"attention": config.attention}
+    if config.random:
+        fields = config.random.to_dict()
+        family = hf.family_of(fields, "config.model.random")
+        model = family.Model(family.Config.from_hf(fields, **switches))
+        tokens = (jnp.zeros((1, 1), jnp.int32),) * getattr(family, "INPUTS", 1)
+        draw = lambda key: model.init(key, *tokens)["params"]
+        placed = place.params(model, shapes := jax.eval_shape(draw, key))
+        where = placed.tree(shapes) if placed else None
+        params = jax.jit(draw, out_shardings=where)(key)
+        return model, params, tokenization.ByteTokenizer()
+
+    def shardings(model: Any, shapes: Any) -> Any:
+        placed = place.params(model, shapes)
+        return placed.tree(shapes) if placed else None
+
+    return loading.load_model(
+        config.source,
+        key=key,
+        dtype=config.dtype or None,
+        shardings=shardings,
+        **switches,
+    )

@@ -1,0 +1,264 @@
+"""Trains many LoRA adapters at once on one base: what `config.population` zips.
+
+    python -m experiments.main --config=configs/quickstart.py \
+        --config.population.learning_rate="(5e-3, 1e-2, 2e-2)"
+
+One compiled step trains all members on the same batches, in the order of `run.seed`; a
+member's own seed draws its adapters. In the workdir: `metrics.jsonl`, `results.json`
+and `members/<k>/`, which `lorax.checkpoint.load_adapters` reads back.
+"""
+
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import optax
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+
+import lorax
+from experiments.data import windows
+from experiments.data.sources import documents
+from experiments.machine import disk
+from experiments.reading import plugins
+from experiments.recipes.byte_model import save_and_verify
+from experiments.recipes.byte_model import train as train_methods
+from experiments.recipes.pretrain import load_or_train
+from experiments.trainer import metric_log, metrics, objects, optimizers, progress
+from lorax import population, training, tree
+
+
+class Member(NamedTuple):
+    """What is a member's own."""
+
+    seed: int
+    learning_rate: float
+    rank: int
+    alpha: float
+
+
+def members(config: ml_collections.ConfigDict) -> list[Member]:
+    """Reads `config.population`; [] where all of it is empty.
+
+    Raises:
+      ValueError: an unknown field, tuples of unequal length, or a value of a wrong
+        kind.
+    """
+    given = {name: value for name, value in config.population.items() if value != ()}
+    if unknown := sorted(set(given) - set(Member._fields)):
+        raise ValueError(
+            f"config.population.{unknown[0]}: members differ in "
+            f"{', '.join(Member._fields)}; remove it, or run it as experiments apart"
+        )
+    for name, values in given.items():
+        kind = int if name in ("seed", "rank") else (int, float)
+        fits = lambda v, name=name, kind=kind: (
+            isinstance(v, kind) and (v > 0 or name == "seed")
+        )
+        if not (isinstance(values, tuple) and all(map(fits, values))):
+            wanted = "whole numbers" if kind is int else "positive numbers"
+            raise ValueError(
+                f"config.population.{name}={values!r}; give a tuple of {wanted}, one a "
+                "member, such as (1, 2), or () for the config's own"
+            )
+    sizes = {name: len(values) for name, values in given.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"config.population has {sizes} values; the tuples are zipped, so give "
+            "each the same length, or () for the config's own value in every member"
+        )
+    own = Member(
+        config.run.seed,
+        config.optimizer.learning_rate.lora,
+        config.adapter.rank,
+        config.adapter.alpha,
+    )
+    rows = zip(*given.values(), strict=True)
+    return [own._replace(**dict(zip(given, row, strict=True))) for row in rows]
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+    """Trains a population where the config has one, else every method of the config."""
+    if members(config):
+        return train(config, workdir)
+    return train_methods(config, workdir)
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+    """Trains every member and reports, a row a member.
+
+    Args:
+      config: as `configs/quickstart.py` returns it, with a population.
+      workdir: folder for everything that the run writes.
+
+    Returns:
+      "base": `{"test_bpb"}`; "members": for each its own values, `test_bpb` (held-out
+      bits per byte), `trainable` and `skipped`; "step_ms" of all members together.
+    """
+    # ------------------------------------------------------------------ setup
+    plugins.load(config)
+    chosen = members(config)
+    folder = pathlib.Path(workdir)
+    console = rich.console.Console(soft_wrap=False)
+
+    # ------------------------------------------------------------ data, model
+    topics = documents.topics()
+    size = (config.eval.batch_size, config.data.length)
+    test = windows.evaluation_batches(topics.test, *size)
+    model = objects.make_model(config.model)
+    loss_fn = objects.make_loss(model)
+    bits_per_byte = metrics.make_bits_per_byte(loss_fn)
+
+    with metric_log.Writer(folder) as writer, progress.bars(console) as bars:
+        base = load_or_train(config, model, bars, writer)
+
+        # ----------------------------------------------------------- training
+        batches = windows.training_batches(
+            topics.train, config.data.batch_size, config.data.length, config.run.seed
+        )
+        trained, shared, step_ms = fit(
+            config, chosen, loss_fn, base, batches, bars, writer
+        )
+
+        # ------------------------------------------------------------- report
+        rows: list[dict[str, Any]] = []
+        for k, adapters in enumerate(population.unstack(trained)):
+            save_and_verify(folder / "members" / str(k), adapters, shared)
+            rows.append(
+                {
+                    **chosen[k]._asdict(),
+                    "test_bpb": bits_per_byte(lorax.merge(adapters, shared), test),
+                    "trainable": metrics.size(adapters),
+                    "skipped": int(trained.state.skipped[k]),
+                }
+            )
+            writer.write(f"member_{k}", config.run.steps, rows[-1])
+
+    # ----------------------------------------------------------------- finish
+    results = {
+        "base": {"test_bpb": bits_per_byte(base, test)},
+        "members": rows,
+        "step_ms": step_ms,
+    }
+    disk.replace(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    console.print(table(results))
+    console.print(f"Written to {folder}: members/ metrics.jsonl results.json")
+    return results
+
+
+def fit(
+    config: ml_collections.ConfigDict,
+    chosen: Sequence[Member],
+    loss_fn: Any,
+    base: Any,
+    batches: Any,
+    bars: rich.progress.Progress,
+    writer: metric_log.Writer,
+) -> tuple[population.Population, Any, float]:
+    """Trains all members in one program.
+
+    Returns:
+      The trained population, the base that its members share, and the median
+      milliseconds of a step of all members.
+    """
+
+    def make_tx(learning_rate: float) -> optax.GradientTransformation:
+        return optimizers.make_optimizer(
+            learning_rate, config.run.steps, config.optimizer
+        )
+
+    # Keys as `byte_model.adapt` draws them, so that a member is that run.
+    keys = [jax.random.fold_in(jax.random.key(m.seed), 1) for m in chosen]
+    init_keys, step_keys = zip(*map(jax.random.split, keys), strict=True)
+    kernels = lorax.discover(loss_fn, base, batches[0])
+    targets = objects.make_targets("lora", config.adapter)
+    progress.tell_targets(bars.console, lorax.describe(base, targets, kernels))
+    starts = []
+    for of in zip(init_keys, chosen, strict=True):
+        adapters, base = start(config, *of, base, kernels)
+        starts.append(adapters)
+    tx = optax.inject_hyperparams(make_tx)(learning_rate=1.0)
+    rates = {"learning_rate": [m.learning_rate for m in chosen]}
+    state = population.create_population(step_keys, starts, tx, base, hyperparams=rates)
+    step: Any = population.make_population_step(
+        training.simple_loss(loss_fn), tx, clip_norm=config.optimizer.clip_norm
+    )
+    step = jax.jit(step, donate_argnums=0).lower(state, base, batches[0]).compile()
+    meter = progress.Meter(bars, f"{len(chosen)} x lora", config.run.steps)
+    tokens = len(chosen) * batches[0]["targets"].size
+    times: list[float] = []
+
+    began, reported = time.perf_counter(), 0
+    for i in range(1, config.run.steps + 1):
+        state, values = step(state, base, batches[i - 1])
+        if i % config.run.log_every == 0 or i == config.run.steps:
+            loss = jax.device_get(values["loss"])  # [K]; waits for the step
+            times.append((time.perf_counter() - began) / (i - reported))
+            meter.update(i, float(loss.mean()) * metrics.BITS, tokens / times[-1])
+            for k, own in enumerate(loss):
+                writer.write(f"member_{k}", i, {"loss": float(own)})
+            began, reported = time.perf_counter(), i
+    return state, base, statistics.median(times) * 1e3
+
+
+def start(
+    config: ml_collections.ConfigDict,
+    key: jax.Array,
+    member: Member,
+    base: Any,
+    kernels: Any,
+) -> tuple[lorax.Adapters, Any]:
+    """Returns a member's adapters at init, and the base with what it is lent.
+
+    Members share the frozen arrays of a method: those that the first one drew.
+
+    Raises:
+      ValueError: the init moves a part of the base.
+    """
+    adapter = config.adapter.copy_and_resolve_references()
+    adapter.rank, adapter.alpha = member.rank, float(member.alpha)
+    targets = objects.make_targets("lora", adapter)
+    adapters, params = lorax.init(key, base, targets, kernels)
+    if tree.split(params)[0] is not tree.split(base)[0]:
+        raise ValueError(
+            f"config.adapter.init={adapter.init!r} moves a part of the base into the "
+            "adapters, and members share one base: use init='standard', or run the "
+            "members one by one"
+        )
+    return adapters, params
+
+
+def table(results: dict[str, Any]) -> rich.table.Table:
+    """The closing table, a row a member; the best is bold."""
+    header = (
+        "member",
+        "held-out\nbits/byte",
+        "learning\nrate",
+        "rank",
+        "alpha",
+        "seed",
+    )
+    rows = results["members"]
+    out = rich.table.Table(
+        box=rich.box.SIMPLE_HEAD,
+        caption=f"Base: {results['base']['test_bpb']:.3f}. One step of all "
+        f"{len(rows)} members: {results['step_ms']:.0f} ms.",
+    )
+    out.caption_justify = "left"
+    skipped = any(row["skipped"] for row in rows)
+    for name in (*header, "steps\nskipped") if skipped else header:
+        out.add_column(name, justify="right", no_wrap=True)
+    best = min(rows, key=lambda row: row["test_bpb"])
+    for k, row in enumerate(rows):
+        form = "{test_bpb:.3f}|{learning_rate:g}|{rank}|{alpha:g}|{seed}"
+        form += "|{skipped}" if skipped else ""
+        cells = form.format_map(row).split("|")
+        out.add_row(str(k), *cells, style="bold" if row is best else "")
+    return out

@@ -1,0 +1,224 @@
+"""What a sweep runs: a grid over fields of a config, and which runs go as one.
+
+    values = grid.parse_grid("adapter.rank=2,8; adapter.init=pissa", config)
+    runs = make_runs(config, values)
+    jobs = make_jobs(runs, overrides={})
+
+A job is one process of `experiments.main`: a run of its own, or a population. Runs
+become one population where they differ in nothing but LoRA's learning rate, rank and
+alpha, and their init leaves the base as it is: members share base and batches. Runs of
+different `run.seed` do not, for it seeds the base and the order of the batches too.
+
+Alpha is as given: a grid over `adapter.rank` alone keeps `adapter.alpha`, so the scale
+alpha / rank changes with it.
+"""
+
+import copy
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from experiments.reading import checking
+from experiments.search import grid
+from experiments.trainer import optimizers
+from lorax import adapters, inits
+
+POOLED = {
+    "optimizer.learning_rate.lora": "learning_rate",
+    "adapter.rank": "rank",
+    "adapter.alpha": "alpha",
+}
+"""Fields in which members of a population may differ, and what it calls them."""
+COMMON = ("base.test_bpb", "lora.test_bpb", "lora.trainable")
+"""What a population and a run of its own both report."""
+
+
+class Run(NamedTuple):
+    """One point of the grid.
+
+    Attributes:
+      fields: its values, by the grid's fields.
+      config: the whole of it.
+      hash: of that.
+    """
+
+    fields: dict[str, Any]
+    config: ml_collections.ConfigDict
+    hash: str
+
+
+class Job(NamedTuple):
+    """One process: a run, or a population of several.
+
+    Attributes:
+      name: of its folder.
+      runs: one, or the members in their order.
+      flags: the overrides of the config that make it.
+      why: the run is no member of a population; "" where it could be.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+    flags: tuple[str, ...]
+    why: str = ""
+
+
+def make_runs(
+    config: ml_collections.ConfigDict, values: Mapping[str, Sequence[Any]]
+) -> list[Run]:
+    """Returns every combination of `parse_grid`'s values, the last field fastest."""
+    if any(value != () for value in config.get("population", {}).values()):
+        raise ValueError(
+            "config.population is set: a sweep makes its populations itself; give the "
+            f"values to --grid, as {', '.join(POOLED)}"
+        )
+    runs = []
+    for point in itertools.product(*values.values()):
+        fields, own = dict(zip(values, point, strict=True)), copy.deepcopy(config)
+        for name, value in fields.items():
+            holder, _, last = name.rpartition(".")
+            grid.at(own, holder)[last] = value
+        runs.append(Run(fields, own, digest(own)))
+    return runs
+
+
+def check(runs: Sequence[Run]) -> None:
+    """Raises ValueError, naming the run, for the first that could not finish."""
+    for run in runs:
+        try:
+            checking.check(run.config)
+        except ValueError as error:
+            values = ", ".join(f"{k}={flag_text(v)}" for k, v in run.fields.items())
+            raise ValueError(f"the run {values}: {error}") from None
+
+
+def digest(config: ml_collections.ConfigDict) -> str:
+    """A hash of every value of a config, references resolved."""
+    text = json.dumps(config.to_dict(), sort_keys=True, default=repr)
+    return _short(text)
+
+
+def make_jobs(
+    runs: Sequence[Run],
+    overrides: Mapping[str, Any],
+    *,
+    populations: bool = True,
+    metric: str = "",
+    most: int = 16,
+) -> list[Job]:
+    """Groups the runs into as few processes as may be.
+
+    Args:
+      runs: those still to do.
+      overrides: fields that the command line sets besides, with their values.
+      populations: False: every run goes alone.
+      metric: what is asked of the results; a population reports COMMON alone.
+      most: members of one population; each takes the activations of a run.
+    """
+    groups: dict[Any, list[Run]] = {}
+    whys: dict[Any, str] = {}
+    for run in runs:
+        why = "--populations=false"
+        if populations:
+            why = apart(run.config)
+            if not why and metric and metric not in COMMON:
+                why = f"a population has no {metric}"
+        key = run.hash if why else _pool(run.config)
+        groups.setdefault(key, []).append(run)
+        whys[key] = why
+    jobs = []
+    for key, group in groups.items():
+        for start in range(0, len(group), most):
+            members = tuple(group[start : start + most])
+            flags = [*overrides.items(), *_flags_of(members)]
+            text = tuple(f"--config.{name}={flag_text(value)}" for name, value in flags)
+            name = members[0].hash
+            if len(members) > 1:
+                name = f"population-{_short(''.join(run.hash for run in members))}"
+            jobs.append(Job(name, members, text, whys[key]))
+    return jobs
+
+
+def apart(config: ml_collections.ConfigDict) -> str:
+    """Why a run cannot be a member of a population; "" if it can."""
+    if "source" in config.model:
+        return "runs from a checkpoint have no populations"
+    if config.run.methods[:1] != ("lora",):
+        return f"run.methods={config.run.methods} starts with another than lora"
+    init = inits.REGISTRY[config.adapter.init]
+    if not init.keeps_base or init.stats:
+        return f"adapter.init={config.adapter.init} does not leave the base as it is"
+    for name in POOLED:
+        holder, _, last = name.rpartition(".")
+        if not grid.at(config, holder)[last] > 0:
+            return f"{name} is not positive"
+    return ""
+
+
+def flag_text(value: Any) -> str:
+    """The text from which a flag of the config reads the value."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else repr(value)
+
+
+def describe(runs: Sequence[Run], jobs: Sequence[Job], at_once: int) -> str:
+    """Lists the jobs, each with its runs, and says what to know of them."""
+    left = sum(len(job.runs) for job in jobs)
+    lines = [
+        f"{len(runs)} runs: {len(runs) - left} finished before, {left} to do in "
+        f"{len(jobs)} processes, {at_once} at once"
+    ]
+    for job in jobs:
+        alone = f"alone ({job.why})" if job.why else "alone"
+        size = len(job.runs)
+        lines.append(f"{job.name}: {alone if size == 1 else f'population of {size}'}")
+        for run in job.runs:
+            values = run.fields.items()
+            lines.append("    " + ", ".join(f"{k}={flag_text(v)}" for k, v in values))
+    fields = runs[0].fields
+    if "adapter.rank" in fields and "adapter.alpha" not in fields:
+        lines.append("alpha is as given: the scale alpha / rank changes with the rank")
+    pooled = [job for job in jobs if len(job.runs) > 1]
+    beside = {m for job in pooled for m in job.runs[0].config.run.methods} - {"lora"}
+    if beside:
+        lines.append(
+            f"populations train lora alone, not {', '.join(sorted(beside))}; "
+            "--populations=false, or a --metric of it, trains all of run.methods"
+        )
+    return "\n".join(lines)
+
+
+def _pool(config: ml_collections.ConfigDict) -> str:
+    """Equal for the runs that one population can hold: a hash of all else."""
+    rest = copy.deepcopy(config)
+    # AdaLoRA's allocation and Muon's factor of the width would see padded ranks.
+    cls = adapters.get(config.adapter.adapter)
+    padded = cls.padded and not cls.counts_ranks
+    ranks = padded and config.optimizer.name not in optimizers.SEES_SHAPES
+    for name in POOLED:
+        if name != "adapter.rank" or ranks:
+            holder, _, last = name.rpartition(".")
+            del (held := grid.at(rest, holder).unlock())[last]
+            held.lock()
+    return "pool " + digest(rest)
+
+
+def _flags_of(members: Sequence[Run]) -> list[tuple[str, Any]]:
+    """The grid's fields as overrides; what members differ in, as tuples."""
+    flags = []
+    for name, value in members[0].fields.items():
+        values = tuple(member.fields[name] for member in members)
+        if len(members) > 1 and name in POOLED:
+            flags.append((f"population.{POOLED[name]}", values))
+        else:
+            flags.append((name, value))
+    return flags
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""How a question is answered: trials, paired results, figures, the page."""

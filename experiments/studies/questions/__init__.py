@@ -1,0 +1,1 @@
+"""The questions, one file each: its arms, its panels, its notes."""
