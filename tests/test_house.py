@@ -30,6 +30,12 @@ kernels targets selection notices inits optim analysis sharding models
 transform description activations calibration compose merging
 losses accumulation steps training population checkpoint interop
 """.split()
+# bottom first; the commands stand on all of them
+FLOORS = """
+paired machine data generation tasks trainer reading recipes planning search
+benchmarks studies
+""".split()
+CATALOGUE = ROOT / "experiments" / "studies" / "questions"  # a file a question
 FORBIDDEN = (
     "absl argparse clu datasets experiments grain matplotlib ml_collections rich "
     "tensorboardX tensorflow tokenizers torch tqdm transformers wandb"
@@ -107,6 +113,28 @@ def test_rooms_of_the_walker_point_down(path):
         if other[:2] == ["lorax", "interpret"] and other[2:3] not in ([], [own]):
             down = ROOMS.index(other[2]) < ROOMS.index(own)
             assert down, f"{own} imports {name}"
+
+
+@ids([path for path in PROGRAMS if path.parent != ROOT / "experiments"])
+def test_floors_of_experiments(path):
+    own = name_of(path).split(".")[1]
+    assert own in FLOORS, f"{own} has no floor: add it to FLOORS"
+    for name in imports(ast.walk(parsed(path))):
+        other = resolved(name).split(".")
+        if other[0] != "experiments" or other[1:2] in ([], [own]):
+            continue
+        assert other[1] in FLOORS, f"{own} imports the command {name}"
+        assert FLOORS.index(other[1]) < FLOORS.index(own), f"{own} imports {name}"
+
+
+def test_rooms_of_experiments_are_small_and_names_unique():
+    modules = [path for path in PROGRAMS if path.name != "__init__.py"]
+    for folder in {path.parent for path in modules} - {CATALOGUE}:
+        files = [path.name for path in modules if path.parent == folder]
+        assert len(files) <= 10, f"{folder.relative_to(ROOT)}: {len(files)} files"
+    names = [name_of(path).split(".")[-1] for path in PROGRAMS]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    assert not twice, f"two things of one name: {twice}"
 
 
 @ids(LIBRARY)
