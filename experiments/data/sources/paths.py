@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+ROOT = pathlib.Path(__file__).parents[3]
 VARIABLE = "LORAX_DATA"
 
 
