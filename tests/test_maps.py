@@ -17,7 +17,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorax
-from lorax.adapters import Hra, LoKr, Parametrisation
+from lorax import analysis
+from lorax.adapters import Hra, Ia3, LoKr, Parametrisation
 from lorax.types import Field
 from tests import adapter_rows, programs, programs_kernels, programs_nnx  # noqa: F401 (their own)
 from tests.test_adapt import assert_close
@@ -84,12 +85,29 @@ def lokr(in_, out, seed=0, axes=AXES):
     return LoKr(0.5, axes, w1=w1, w2=w2)
 
 
+SIDES = [("gain", 4), ("input_gain", 6)]
 W = {"w": programs.normal(1, 6, 8), "v": programs.normal(2, 6, 4)}
+
+
+def joined(p):
+    return jnp.concatenate([p["v"], p["w"], p["v"]], axis=1)
+
+
 FUSED = lambda p, x: jnp.tanh(x @ jnp.concatenate([p["v"], p["w"]], axis=1)).sum()
 # name: (program, what is merged for D, for C)
 VIEWS: dict[str, Any] = {
     "transposed": (lambda p, x: jnp.tanh((p["w"].T @ x.T).T @ p["w"].T).sum(), "", ""),
-    "one of two joined": (FUSED, "dot_general", ""),
+    "one of two joined": (FUSED, "", ""),
+    "the left operand, joined": (
+        lambda p, x: jnp.tanh(jnp.concatenate([p["w"], p["v"]], 1).T @ x.T).sum(),
+        "",
+        "",
+    ),
+    "joined in the middle, read back": (
+        lambda p, x: jnp.tanh(jnp.tanh(x @ joined(p)) @ joined(p).T).sum(),
+        "dot_general",
+        "",
+    ),
     "times a vector of outputs": (
         lambda p, x: jnp.tanh(x @ (p["w"] * jnp.arange(8.0))).sum(),
         "",
@@ -134,6 +152,22 @@ def test_views_that_leave_the_inputs_whole_follow(name, kind):
     if expected:
         with pytest.raises(ValueError, match=f"w: '{expected}' .* on_merge='warn'"):
             lorax.adapt(fn, on_merge="error")(adapters, W, X)
+
+
+def test_parts_of_a_fused_kernel_read_inputs_of_their_own():
+    """At what separate kernels cost; gains beside maps, a frozen part between."""
+    gains = {n: 1 + 0.3 * programs.normal(i, s) for i, (n, s) in enumerate(SIDES)}
+    adapters = {"w": hra(6), "v": Ia3(AXES, **gains)}
+    parts = lambda p: (p["v"], jnp.ones((6, 3)), p["w"])
+    fused = lambda p, x: jnp.tanh(x @ jnp.concatenate(parts(p), 1) + 0.5).sum()
+    apart = lambda p, x: sum(jnp.tanh(x @ w + 0.5).sum() for w in parts(p))
+    got, want, merged = both(fused, adapters, W, X)
+    assert_close(got, want)
+    assert not merged
+    count = lambda fn: analysis.operations(
+        jax.make_jaxpr(jax.grad(lorax.adapt(fn, on_merge="error")))(adapters, W, X)
+    )
+    assert count(fused) == count(apart)
 
 
 def numbers(p, x):

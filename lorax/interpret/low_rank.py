@@ -148,6 +148,8 @@ def product(walker: Walker, use: Use, x: jax.Array | None, tied: bool) -> jax.Ar
     turn = next((term for term in use.view.terms if term.turns), None)
     if turn is None or x is None:
         return _frozen(walker, use, x)
+    if (dim := mapped.outputs_in_parts(use)) is not None:
+        return by_parts(use, x, dim)
     if tied:
         return mapped.turned_back(use, turn, _frozen(walker, use, x))
     return _frozen(walker, use, mapped.turned(use, turn, x))
@@ -156,6 +158,33 @@ def product(walker: Walker, use: Use, x: jax.Array | None, tied: bool) -> jax.Ar
 def _frozen(walker: Walker, use: Use, x: jax.Array | None) -> jax.Array:
     """Returns the operation on the frozen kernel alone, of x where it reads one."""
     return walker.frozen(use.eqn, use.given(x))[0]
+
+
+def by_parts(use: Use, x: jax.Array, dim: int) -> jax.Array:
+    """Returns the frozen product, each term's block of outputs of its own inputs.
+
+    Args:
+      use: of a kernel in parts.
+      x: the inputs.
+      dim: of the view, along which it is split.
+    """
+    turning = (term for term in use.view.terms if term.turns)
+    found, at = [], 0
+    for term in sorted(turning, key=lambda term: term.start[dim]):
+        begin, end = term.start[dim], term.start[dim] + term.shape[dim]
+        own = mapped.turned(use, term, x)
+        found += [(x, at, begin), (own, begin, end)]
+        at = end
+    found.append((x, at, use.view.value.shape[dim]))
+    parts = [_of_outputs(use, dim, *part) for part in found if part[1] < part[2]]
+    return jnp.concatenate(parts, use.written[dim])
+
+
+def _of_outputs(use: Use, dim: int, x: jax.Array, begin: int, end: int) -> jax.Array:
+    """The frozen product of some outputs."""
+    w = jax.lax.slice_in_dim(use.view.value, begin, end, axis=dim)
+    values = [w if isinstance(v, Tracked) else x for v in use.operands]
+    return use.eqn.primitive.bind(*values, **use.eqn.params)
 
 
 def summed(

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 import jax
 from jax.extend import core
 
+from lorax import _explicit
 from lorax.interpret.terms import maps
 from lorax.interpret.terms.tracked import Term
 from lorax.interpret.uses.equations import Typed
@@ -31,14 +32,33 @@ def precisely(eqn: core.JaxprEqn) -> AbstractContextManager[None]:
     return jax.default_matmul_precision(own.name.lower())
 
 
-def acts(use: Use, term: Term) -> bool:
+def acts(use: Use, term: Term, tied: bool) -> bool:
     """True where the maps of a term, if it has any, can act in this use."""
     if term.factors is None or not term.factors.maps:
         return True
+    if use.op != "dot" or not term.turns:
+        return use.op == "dot"
+    if not _parted(use, term):
+        return len(use.view.terms) == 1
+    return not tied and outputs_in_parts(use) is not None
+
+
+def outputs_in_parts(use: Use) -> int | None:
+    """Returns the dimension of outputs of which terms with a map of inputs are blocks.
+
+    The product is split along it, as the parts of a fused kernel then read inputs of
+    their own. None where there are no such blocks, or the product is not to be split.
+    """
+    dims = {d for term in use.view.terms if term.turns for d in _parted(use, term)}
+    if len(dims) != 1 or _explicit.is_explicit(use.view.value, use.input):
+        return None
+    return next((d for d in dims if d in use.dims.write), None)
+
+
+def _parted(use: Use, term: Term) -> list[int]:
+    """The dimensions of a view of which a term is only a block."""
     shape = use.view.value.shape
-    whole = all(term.whole(d, shape) for d in range(len(shape)))
-    alone = whole and len(use.view.terms) == 1
-    return use.op == "dot" and (alone or term.factors.inputs is None)
+    return [d for d in range(len(shape)) if not term.whole(d, shape)]
 
 
 def turned(use: Use, term: Term, x: jax.Array) -> jax.Array:

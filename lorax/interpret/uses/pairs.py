@@ -72,7 +72,7 @@ def _oriented(use: Use, term: Term, result: jnp.dtype) -> Pair | None:
     sized = lambda axes: Axes(*(tuple(sorted(term.sized(group))) for group in axes))
     here, made = sized(axes), sized(term.axes)
     tied = fits(here, made)
-    if tied is None or not mapped.acts(use, term):
+    if tied is None or not mapped.acts(use, term, tied):
         return None
     a, b = term.factors[:2]
     n, rank = len(term.dims("batch")), a.shape[-1]
