@@ -72,6 +72,7 @@ class Walker:
         self,
         visitor: Visitor,
         key: jax.Array | None = None,
+        *,
         scope: Scope = (),
         trips: int = 1,
         caller: str = "",
@@ -97,7 +98,8 @@ class Walker:
     ) -> Walker:
         """Returns the walker of a body of `eqn`, which runs `trips` times."""
         scope = (*self.scope, eqn)
-        return Walker(self.visitor, key, scope, self.trips * trips, self.line(eqn))
+        trips, caller = self.trips * trips, self.line(eqn)
+        return Walker(self.visitor, key, scope=scope, trips=trips, caller=caller)
 
     def line(self, eqn: core.JaxprEqn) -> str:
         """Returns `file:line (function)` of an equation, or of what called it."""

@@ -105,8 +105,9 @@ class _BranchWalker(Walker):
 
 def _body(walker: Walker, eqn: JaxprEqn, visitor: Visitor) -> _BranchWalker:
     """Returns the walker of a body for the branch alone."""
-    scope, key = (*walker.scope, eqn), walker.fork_key()
-    return _BranchWalker(visitor, key, scope, walker.trips, walker.line(eqn))
+    scope, caller = (*walker.scope, eqn), walker.line(eqn)
+    key, trips = walker.fork_key(), walker.trips
+    return _BranchWalker(visitor, key, scope=scope, trips=trips, caller=caller)
 
 
 def _added(walker: Walker, eqn: JaxprEqn, values: Values) -> jax.Array:

@@ -88,7 +88,10 @@ def split(walker: Walker, eqn: JaxprEqn, values: Values) -> Values:
         if stacked:
             old = (*shape[:axis], 1, *shape[axis + 1 :])
             lies = _explicit.entries(result)
-            kept = (regrouped(term, groups, old, result.shape, lies) for term in terms)
+            kept = (
+                regrouped(term, groups, old=old, shape=result.shape, lies=lies)
+                for term in terms
+            )
             terms = tuple(term for term in kept if term is not None)
         outs.append(Tracked(result, terms) if terms else result)
     return outs

@@ -8,6 +8,7 @@ rank in the same factors (in and out axes flattened together, say).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -149,7 +150,7 @@ def reshape(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     else:
         groups = _groups(old, shape)
     lies = _explicit.lies(aval(eqn.outvars[0]))
-    edit = lambda term: regrouped(term, groups, old, shape, lies)
+    edit = functools.partial(regrouped, groups=groups, old=old, shape=shape, lies=lies)
     return viewed(walker, eqn, values, edit)
 
 
@@ -201,6 +202,7 @@ def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[Group]:
 def regrouped(
     term: Term,
     groups: list[Group],
+    *,
     old: tuple[int, ...],
     shape: tuple[int, ...],
     lies: _explicit.Entries,

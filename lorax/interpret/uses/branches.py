@@ -48,7 +48,7 @@ def parts(
         assert x is not None
         dims = [d for d in use.dims.read if d in use.applied]
         x = thin.window(x, term, [use.applied[d] for d in dims], dims)
-        own = mapped.branch(use, term, x, pair.tied, base)
+        own = mapped.branch(use, term, x, tied=pair.tied, base=base)
         found.append(use.placed(term, own.astype(wide)))
     return found
 

@@ -13,10 +13,12 @@ that factor's product alone. The cost is that of the pairs, `rank` columns per e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lorax import _explicit
 from lorax.interpret.uses.thin import Result
@@ -74,7 +76,6 @@ def dot(
     """
     if x.array.dtype.itemsize == 1:  # 8 bits: the factors come in bfloat16
         x = Named(x.array.astype(first.dtype), x.names)
-    precision = result.precision
     inner = Named(first, (*places.first, RANK))
     outer = Named(second, (*places.both, RANK, *places.second))
     unread = {name for name in x.names if isinstance(name, int)} - {*batch}
@@ -84,9 +85,10 @@ def dot(
     free = [name for name in x.names if isinstance(name, tuple)]
     where = dict(zip(x.names, _explicit.entries(x.array), strict=True))
     where |= dict(zip((*batch, *free, *write), result.lies, strict=True))
-    h = _product(x, inner, {*batch, *places.both}, precision, second.dtype, where)
+    product = functools.partial(_product, precision=result.precision, lies=where)
+    h = product(x, inner, kept={*batch, *places.both}, dtype=second.dtype)
     h = Named(h.array.astype(second.dtype), h.names)
-    y = _product(h, outer, {*batch, *write}, precision, result.dtype, where)
+    y = product(h, outer, kept={*batch, *write}, dtype=result.dtype)
     own = [d for d in write if d in y.names]
     y = Named(
         y.array.transpose([y.names.index(n) for n in [*batch, *free, *own]]),
@@ -99,9 +101,10 @@ def dot(
 def _product(
     x: Named,
     w: Named,
+    *,
     kept: set[Name],
     precision: jax.lax.PrecisionLike,
-    dtype: jax.typing.DTypeLike,
+    dtype: jnp.dtype,
     lies: Mapping[Name, _explicit.Entry],
 ) -> Named:
     """Contracts shared names, except those to be kept, which are batched."""

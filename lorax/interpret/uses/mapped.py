@@ -81,7 +81,7 @@ def turned_back(use: Use, term: Term, y: jax.Array) -> jax.Array:
     return (y.astype(change.dtype) + change).astype(y.dtype)
 
 
-def branch(use: Use, term: Term, x: jax.Array, tied: bool, base: Typed) -> jax.Array:
+def branch(use: Use, term: Term, x: jax.Array, *, tied: bool, base: Typed) -> jax.Array:
     """Returns `C(x)`, or its transpose, as the term's block of the result.
 
     Args:
