@@ -13,6 +13,11 @@ from jax.extend.core import JaxprEqn
 
 from lorax.interpret.uses.equations import Bodies, Body, bodies, opened
 
+FOLLOWED = (
+    "jit pjit remat2 checkpoint closed_call core_call cond while scan shard_map"
+).split()
+"""Primitives whose bodies may hand operands on."""
+
 
 def sources(body: Body) -> list[int | None]:
     """Returns, for each result of a jaxpr, the operand it is, or None."""
@@ -33,11 +38,6 @@ def sources(body: Body) -> list[int | None]:
         return None if isinstance(v, core.Literal) else places.get(v)
 
     return [follow(v) for v in jaxpr.outvars]
-
-
-FOLLOWED = (
-    "jit pjit remat2 checkpoint closed_call core_call cond while scan shard_map"
-).split()
 
 
 def handed_on(eqn: JaxprEqn) -> list[int | None]:
