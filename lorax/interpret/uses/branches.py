@@ -113,7 +113,8 @@ def conv(use: Use, term: Term, pair: Pair, x: jax.Array) -> jax.Array:
     groups, features = params["feature_group_count"], use.written[to]
     lies = _explicit.lies(use.out)
     narrow = [None if d == features else entry for d, entry in enumerate(lies)]
-    result = _result(use, term, pair, [*lies, lies.pop(features)])
+    written = lies.pop(features)
+    result = _result(use, term, pair, [*lies, written])
     first = jnp.moveaxis(pair.first, -1, to)
     if groups > 1:
         first = jnp.concatenate([first] * groups, axis=to)
