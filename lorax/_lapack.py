@@ -43,7 +43,9 @@ def one_by_one(decompose: Decompose) -> Decompose:
         return jax.tree.map(lambda x: x.reshape(*leading, *x.shape[1:]), found)
 
     def by_platform(function: Callable[..., Any], *stacks: jax.Array) -> Any:
-        loop = lambda *given: each(function, *given)
+        def loop(*given: jax.Array) -> Any:
+            return each(function, *given)
+
         return jax.lax.platform_dependent(*stacks, cpu=loop, default=function)
 
     @jax.custom_batching.custom_vmap
@@ -63,7 +65,9 @@ def one_by_one(decompose: Decompose) -> Decompose:
 
     @result.defjvp
     def _jvp(primals: Any, tangents: Any) -> Any:
-        forward = lambda x, t: jax.jvp(decompose, (x,), (t,))
+        def forward(x: jax.Array, t: jax.Array) -> Any:
+            return jax.jvp(decompose, (x,), (t,))
+
         return by_platform(forward, *primals, *tangents)
 
     return result

@@ -47,9 +47,10 @@ def accumulated(micro: Callable[..., Gradients], count: int) -> Callable[..., An
             own = jax.random.fold_in(key, index)
             values, model_state, grads = micro(now, params, rows, own, pairs)
             weight = values.get("weight", 1.0)
-            add = lambda total, g: total + _weighted(g, weight)
             squared = optax.tree.norm(grads, squared=True)
-            return (jax.tree.map(add, total, grads), model_state), (values, squared)
+            weighted = jax.tree.map(lambda g: _weighted(g, weight), grads)
+            total = jax.tree.map(jnp.add, total, weighted)
+            return (total, model_state), (values, squared)
 
         zeros = jax.tree.map(jnp.zeros_like, widen(state.adapters))
         rows = _split(batch, count)
@@ -58,8 +59,8 @@ def accumulated(micro: Callable[..., Gradients], count: int) -> Callable[..., An
             body, (zeros, state.model_state), inputs
         )
         weights = values.get("weight", jnp.ones(count))
-        mean = lambda v: jax.vmap(_weighted)(v, weights).sum(0) / weights.sum()
-        means = jax.tree.map(mean, values)
+        weighted = jax.tree.map(lambda v: jax.vmap(_weighted)(v, weights), values)
+        means = jax.tree.map(lambda v: v.sum(0) / weights.sum(), weighted)
         if "weight" in values:
             means["weight"] = weights.sum()
         grads = jax.tree.map(lambda g: g / weights.sum(), carry[0])
@@ -78,8 +79,7 @@ def accumulated(micro: Callable[..., Gradients], count: int) -> Callable[..., An
 
 def widen(tree: PyTree) -> PyTree:
     """Returns the leaves in the dtype their sums are kept in, at least float32."""
-    wide = lambda x: linalg.wide(x)
-    return jax.tree.map(lambda x: jnp.asarray(x, wide(x)), tree)
+    return jax.tree.map(lambda x: jnp.asarray(x, linalg.wide(x)), tree)
 
 
 def _weighted(value: jax.Array, weight: jax.Array | float) -> jax.Array:
@@ -97,7 +97,10 @@ def _split(batch: PyTree, count: int) -> PyTree:
                 f"batch{name} has shape {shape}; accumulate={count} needs all leaves "
                 "to have one batch axis, first, of one size that divides by it"
             )
-    rows = lambda x: jnp.reshape(x, (-1, count, *jnp.shape(x)[1:])).swapaxes(0, 1)
+
+    def rows(x: jax.Array) -> jax.Array:
+        return jnp.reshape(x, (-1, count, *jnp.shape(x)[1:])).swapaxes(0, 1)
+
     return jax.tree.map(rows, batch)
 
 

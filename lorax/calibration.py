@@ -117,7 +117,10 @@ def calibrate(
     stats: dict[str, Stats] = {}
     if own := chosen.get("gradient"):
         total = _summed(transform.adapt(loss_fn), params, data)
-        mean = lambda adapters: jax.tree.map(lambda g: g / len(data), total(adapters))
+
+        def mean(adapters: Any) -> Any:
+            return jax.tree.map(lambda g: g / len(data), total(adapters))
+
         dense = method == "dense"
         stats |= _dense(mean, own) if dense else _sketch(key, mean, own, passes, width)
     every = tokens == "all"
@@ -240,8 +243,7 @@ def _sketch(
         flat = a if field == "a" else b
         return {p: getattr(g, field).reshape(flat[p].shape) for p, g in found.items()}
 
-    zeros = lambda factors: jax.tree.map(jnp.zeros_like, factors)
-    none = zeros(a), zeros(b)
+    none = jax.tree.map(jnp.zeros_like, (a, b))
     for _ in range(passes // 2):
         a = jax.tree.map(linalg.orthonormal, gradient(none[0], b, "a"))
         b = small = gradient(a, none[1], "b")

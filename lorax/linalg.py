@@ -93,7 +93,9 @@ def randomized_svd(
     *batch, n, m = matrix.shape
     width = min(rank + (rank if oversample is None else oversample), n, m)
     omega = jax.random.normal(key, (*batch, m, width), matrix.dtype)
-    times = lambda x, y: jnp.matmul(x, y, precision=EXACT)
+
+    def times(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.matmul(x, y, precision=EXACT)
 
     def forward(x: jax.Array) -> jax.Array:  # [..., out, width] -> [..., in, width]
         if factors is None:

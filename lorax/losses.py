@@ -84,13 +84,18 @@ def _check_metrics(loss: jax.Array, metrics: Any) -> None:
 
 def _same_kind(new: PyTree, old: PyTree) -> PyTree:
     """Returns `new` in the dtypes of `old`; ValueError if it is another tree."""
-    kind = lambda t: (jax.tree.structure(t), [jnp.shape(x) for x in jax.tree.leaves(t)])
-    if kind(new) != kind(old):
+    given, returned = _kind(old), _kind(new)
+    if returned != given:
         raise ValueError(
-            f"loss_fn was given a model_state {kind(old)} and returned {kind(new)}; it "
+            f"loss_fn was given a model_state {given} and returned {returned}; it "
             "must return the same tree (create_state takes the first one)"
         )
     return jax.tree.map(cast, new, old)
+
+
+def _kind(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
+    """Structure and shapes."""
+    return jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]
 
 
 def cast(new: Any, old: Any) -> jax.Array:

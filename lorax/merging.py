@@ -103,9 +103,11 @@ def _measured(adapter: Any, leaf: Any, dtype: Any) -> MergeError:
     exact = exact + delta
     error = np.asarray(rounded, np.float64) - exact
     size = float(np.linalg.norm(error))
-    over = lambda whole: size and (size / whole if whole else np.inf)
+
+    def relative_to(whole: np.ndarray) -> float:
+        norm = float(np.linalg.norm(whole))
+        return size and (size / norm if norm else np.inf)
+
     return MergeError(
-        float(np.abs(error).max(initial=0.0)),
-        float(over(float(np.linalg.norm(exact)))),
-        float(over(float(np.linalg.norm(delta)))),
+        float(np.abs(error).max(initial=0.0)), relative_to(exact), relative_to(delta)
     )

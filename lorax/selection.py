@@ -164,9 +164,10 @@ def own_low_rank(params: PyTree) -> frozenset[str]:
 
     Known by their type, `nnx.LoRAParam`, or by the names `lora_a` and `lora_b`.
     """
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
     plain, _ = tree.split(params)
-    leaves = jax.tree_util.tree_flatten_with_path(plain, is_leaf=is_variable)[0]
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+        plain, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
     named = {tree.path_name(keys): leaf for keys, leaf in leaves}
     return frozenset(
         path

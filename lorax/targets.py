@@ -84,12 +84,7 @@ class Target:
     def __post_init__(self) -> None:
         """Checks every field."""
         for pattern in [self.pattern, *self.excluded]:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ValueError(
-                    f"{pattern!r} is no regular expression: {error}"
-                ) from None
+            _require_pattern(pattern)
         cls = adapters.get(self.adapter)
         if not isinstance(self.init, str) and not callable(self.init):
             raise ValueError(
@@ -97,6 +92,17 @@ class Target:
                 "function (key, kernel, target, stats) -> (adapter, kernel)"
             )
         _checks.one_of("scaling", self.scaling, tuple(SCALINGS))
+        self._require_numbers()
+        for field in ("layers", "slices"):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, self._rising(field))
+        self._require_of_class(cls)
+        if self.batch_axes is not None:
+            object.__setattr__(self, "batch_axes", self._checked_axes())
+        object.__setattr__(self, "options", self._sorted_options())
+
+    def _require_numbers(self) -> None:
+        """Holds rank, alpha, dropout and dtype to their ranges."""
         if not _checks.is_whole(self.rank) or self.rank < 1:
             raise ValueError(
                 f"{self.pattern!r}: rank={self.rank}; give a whole number >= 1"
@@ -111,9 +117,9 @@ class Target:
             raise ValueError(
                 f"{self.pattern!r}: dtype={self.dtype}; give a floating dtype"
             )
-        for field in ("layers", "slices"):
-            if getattr(self, field) is not None:
-                object.__setattr__(self, field, self._rising(field))
+
+    def _require_of_class(self, cls: type[adapters.Parametrisation]) -> None:
+        """Holds what only some classes have to the class."""
         if self.slices is not None and (not cls.sliced or self.init != "standard"):
             raise ValueError(
                 f"{self.pattern!r}: slices={self.slices} go with adapter='lora' and "
@@ -124,15 +130,14 @@ class Target:
                 f"{self.pattern!r}: dropout={self.dropout}, and adapter="
                 f"{self.adapter!r} has no branch whose input could drop; leave it out"
             )
-        if self.batch_axes is not None:
-            object.__setattr__(self, "batch_axes", self._checked_axes())
+
+    def _sorted_options(self) -> tuple[tuple[str, Any], ...]:
         try:
-            options = tuple(sorted(dict(self.options).items()))
+            return tuple(sorted(dict(self.options).items()))
         except (TypeError, ValueError):
             raise ValueError(
                 f"{self.pattern!r}: options={self.options!r}; give pairs (name, value)"
             ) from None
-        object.__setattr__(self, "options", options)
 
     def _rising(self, field: str) -> tuple[int, ...]:
         numbers = tuple(getattr(self, field))
@@ -176,6 +181,13 @@ class Target:
         if self.exclude is None:
             return ()
         return (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude)
+
+
+def _require_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
 
 
 Rule = Target | tuple | str

@@ -17,10 +17,9 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -42,6 +41,7 @@ from lorax.interop import (
     peft_tensors,
     peft_written,
 )
+from lorax.interop.factors import Module
 from lorax.interop.peft_selection import PREFIX
 from lorax.types import Adapters, Base, PyTree
 
@@ -152,7 +152,10 @@ def _load(
     if not settings.moved:
         return found, frozen
     by = f"PEFT's {settings.moved}(rank={settings.rank})"
-    mark: Any = lambda _, a: a if a.replaces else dataclasses.replace(a, moved_by=by)
+
+    def mark(path: str, adapter: Any) -> Any:
+        return adapter if adapter.replaces else adapter.replace(moved_by=by)
+
     return tree.map_adapters(mark, found), frozen
 
 
@@ -196,8 +199,6 @@ def save(
         init moved the base, without `initial` or `residual`.
     """
     base = peft_base.Base(config)
-    plain, frozen = tree.split(params)
-    leaves = {} if params is None else tree.flatten(plain)
     tree.require(adapters, base.shapes, "model")
     for path, adapter in adapters.items():
         adapter.check(path, base.shapes[path])
@@ -212,7 +213,35 @@ def save(
     modules, saved = peft_leaves.split(adapters, base)
     if kind == "adalora":
         modules = factors.one_scale(modules)
-    tensors = {f"{PREFIX}{key}": t for key, t in saved.items()}
+    tensors = {f"{PREFIX}{key}": tensor for key, tensor in saved.items()}
+    tensors |= _to_disk(modules, kind, base, params)
+    if odd := [key for key, tensor in tensors.items() if not files.is_finite(tensor)]:
+        raise ValueError(f"{odd[0]!r} would hold NaN or infinity")
+    written = peft_written.fields(
+        kind,
+        modules,
+        saved=list(saved),
+        base=base,
+        rates=_rates(adapters),
+        rank_stabilized=rank_stabilized,
+        given=dict(fields or {}),
+    )
+    written["base_model_name_or_path"] = base_name
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / CONFIG).unlink(missing_ok=True)  # never beside another's tensors
+    safetensors.numpy.save_file(tensors, directory / TENSORS, {"format": "pt"})
+    text = json.dumps(written, indent=2, sort_keys=True, allow_nan=False)
+    (directory / CONFIG).write_text(text + "\n")
+
+
+def _to_disk(
+    modules: Sequence[Module], kind: str, base: peft_base.Base, params: PyTree
+) -> dict[str, np.ndarray]:
+    """Returns `{key: tensor}` of the modules, and of what they share."""
+    plain, frozen = tree.split(params)
+    leaves = {} if params is None else tree.flatten(plain)
+    tensors: dict[str, np.ndarray] = {}
     places = [peft_tensors.place_of(m.name, {}, base, leaves) for m in modules]
     for module, place in zip(modules, places, strict=True):
         if form := peft_table.FORMS.get(kind):
@@ -223,24 +252,16 @@ def save(
                 "compose.to_lora writes it as plain LoRA"
             )
         tensors |= peft_tensors.to_disk(module, kind, place)
-    tensors |= peft_tensors.common_to_disk(modules, places, kind, frozen)
-    if odd := [key for key, tensor in tensors.items() if not files.is_finite(tensor)]:
-        raise ValueError(f"{odd[0]!r} would hold NaN or infinity")
-    rates = {
+    return tensors | peft_tensors.common_to_disk(modules, places, kind, frozen)
+
+
+def _rates(adapters: Adapters) -> set[float]:
+    """The dropout rates of adapters; PEFT has none on embeddings."""
+    return {
         getattr(adapter, "dropout", 0.0)
         for path, adapter in adapters.items()
         if not adapter.replaces and not path.endswith("/embedding")
     }
-    written = peft_written.fields(
-        kind, modules, list(saved), base, rates, rank_stabilized, dict(fields or {})
-    )
-    written["base_model_name_or_path"] = base_name
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG).unlink(missing_ok=True)  # never beside another's tensors
-    safetensors.numpy.save_file(tensors, directory / TENSORS, {"format": "pt"})
-    text = json.dumps(written, indent=2, sort_keys=True, allow_nan=False)
-    (directory / CONFIG).write_text(text + "\n")
 
 
 def _settings(
@@ -275,22 +296,21 @@ def _nothing(directory: pathlib.Path) -> str:
 
 def _on_original(adapters: Adapters, initial: Adapters) -> Adapters:
     """`compose.to_lora`, and DoRA by the same sum: its norm is of all the kernel."""
-    rescaled = lambda a: "magnitude" in a.roles
-    plain = lambda a: (
-        Lora(a.a, a.b, a.scale, a.axes, a.dropout, a.layers, a.moved_by)
-        if rescaled(a)
-        else a
-    )
-    found = compose.to_lora(
+
+    def plain(a: Any) -> Any:
+        if "magnitude" not in a.roles:
+            return a
+        return Lora(a.a, a.b, a.scale, a.axes, a.dropout, a.layers, a.moved_by)
+
+    found: dict[str, Any] = compose.to_lora(
         {path: plain(a) for path, a in adapters.items()},
         {path: plain(a) for path, a in initial.items()},
     )
-    for path, adapter in adapters.items():
-        if rescaled(adapter):
-            lora: Any = found[path]
-            own: Any = adapter
-            found[path] = dataclasses.replace(
-                own, a=lora.a, b=lora.b, scale=lora.scale, moved_by=lora.moved_by
+    for path, own in dict[str, Any](adapters).items():
+        if "magnitude" in own.roles:
+            lora = found[path]
+            found[path] = own.replace(
+                a=lora.a, b=lora.b, scale=lora.scale, moved_by=lora.moved_by
             )
     return found
 

@@ -33,7 +33,10 @@ class Base:
     def __init__(self, config: Any) -> None:
         """Reads the family's table."""
         family = hf.family_of(config.to_hf(), "config")
-        locate = lambda c: table.locate(family.entries(c), c.stacks, c.scan)
+
+        def locate(config: Any) -> dict[str, table.Location]:
+            return table.locate(family.entries(config), config.stacks, config.scan)
+
         self.where = locate(config)
         shapes = hf.abstract(family.Model(config))
         self.shapes = flax.traverse_util.flatten_dict(shapes, sep="/")

@@ -263,10 +263,10 @@ def _of_form(fields: Fields, form: Form) -> FormSettings:
     patterned = {
         of: fields.table(name, form.fields[of][0]) for name, of in form.patterns.items()
     }
-    take = lambda name: fields.take(name, *form.fields[name])
+    values = {name: fields.take(name, *form.fields[name]) for name in form.fields}
     return FormSettings(
         form=form,
-        values={name: take(name) for name in form.fields},
+        values=values,
         patterned=patterned,
         **fields.selection(form.dropout),
     )

@@ -280,11 +280,10 @@ def to_disk(module: Module, kind: str, place: Place) -> dict[str, np.ndarray]:
     if kind in peft_table.FORMS:
         found = peft_table.FORMS[kind].save(module, place)
     else:
-        own = suffixes(kind, place.embedding)
-        on_disk = lambda x, f: x[:, None] if f == "lam" else x.T
-        found = {
-            end: on_disk(module.fields[field], field) for field, end in own.items()
-        }
+        found = {}
+        for field, end in suffixes(kind, place.embedding).items():
+            array = module.fields[field]
+            found[end] = array[:, None] if field == "lam" else array.T
     name = f"{PREFIX}{module.name}"
     return {f"{name}{end}": np.ascontiguousarray(t) for end, t in found.items()}
 

@@ -20,6 +20,7 @@ FREE = peft_config.HARMLESS | {"lora_dropout"}
 def fields(
     kind: str,
     modules: Sequence[Module],
+    *,
     saved: Sequence[str],
     base: Base,
     rates: Collection[float],

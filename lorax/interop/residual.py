@@ -53,8 +53,7 @@ def initial(adapters: Adapters, original: PyTree, residual: PyTree) -> Adapters:
 
 def _initial(path: str, adapter: Any, before: Any, after: Any) -> Any:
     adapter.check(path, before)
-    wide = lambda leaf: jnp.asarray(leaf).astype(jnp.float32)
-    moved = wide(before) - wide(after)
+    moved = jnp.asarray(before, jnp.float32) - jnp.asarray(after, jnp.float32)
     if adapter.layers is not None:
         chosen = jnp.asarray(adapter.layers)
         moved = jnp.take(moved, chosen, adapter.axes.batch[0])
@@ -67,5 +66,6 @@ def _initial(path: str, adapter: Any, before: Any, after: Any) -> Any:
             f"{adapter.rank}: {float(jnp.sqrt(whole - kept) / jnp.sqrt(whole)):.2g} of "
             "the difference is left; are they the original and its residual?"
         )
-    flat = lambda f: f.reshape(-1, *f.shape[matrix.ndim - 2 :])
-    return pairs.with_triplets(adapter, *map(flat, (u, s / adapter.scale, vt)))
+    factors = u, s / adapter.scale, vt
+    flat = (factor.reshape(-1, *factor.shape[matrix.ndim - 2 :]) for factor in factors)
+    return pairs.with_triplets(adapter, *flat)

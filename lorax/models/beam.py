@@ -86,8 +86,8 @@ def make_search(
     if beams < 1 or not eos:
         raise ValueError(f"beams={beams}, eos={list(eos)}; give at least one of each")
     rule = sampling.Rule(no_repeat=no_repeat)
-    begin = jax.jit(_begin(engine, beams))
-    run = jax.jit(_run(engine, beams, tuple(eos), length_penalty, rule))
+    plan = _Plan(engine, beams, tuple(eos), length_penalty, rule)
+    begin, run = jax.jit(_begin(plan)), jax.jit(_run(plan))
 
     def search(
         state: State, prompts: Sequence[Sequence[int]], max_tokens: int
@@ -101,8 +101,8 @@ def make_search(
             now, known = begin(state, tokens, real, np.arange(batch) < len(group))
             start = int(now.index)
             now = run(state, now, known, jnp.int32(max_tokens))
-            first_of = lambda found: sharding.fetch(found)[:, 0]
-            best, size = first_of(now.finished), first_of(now.lengths)
+            best = sharding.fetch(now.finished)[:, 0]
+            size = sharding.fetch(now.lengths)[:, 0]
             for row in range(len(group)):
                 answer = best[row, start : start + size[row]].tolist()
                 results.append(answer[:-1] if answer[-1] in eos else answer)
@@ -111,8 +111,38 @@ def make_search(
     return search
 
 
-def _begin(engine: Engine, beams: int) -> Callable[..., Any]:
-    def begin(state: State, tokens: jax.Array, real: jax.Array, asked: Any) -> Any:
+class _Plan(NamedTuple):
+    """What a search is made of; see `make_search`."""
+
+    engine: Engine
+    beams: int
+    eos: tuple[int, ...]
+    penalty: float
+    rule: sampling.Rule
+
+
+class _Guesses(NamedTuple):
+    """The continuations that are looked at, the best first.
+
+    Attributes:
+      sequences: int `[batch, guesses, slots]`.
+      scores: `[batch, guesses]`, log-probabilities.
+      beam: int `[batch, guesses]`, the running guess that each continues.
+      ends: bool `[batch, guesses]`.
+    """
+
+    sequences: jax.Array
+    scores: jax.Array
+    beam: jax.Array
+    ends: jax.Array
+
+
+def _begin(plan: _Plan) -> Callable[..., tuple[Search, jax.Array]]:
+    engine, beams = plan.engine, plan.beams
+
+    def begin(
+        state: State, tokens: jax.Array, real: jax.Array, asked: jax.Array
+    ) -> tuple[Search, jax.Array]:
         logits, cache = engine.prefill(*state, tokens, real)
         history, known = decoding.started(engine, tokens, real)
         batch, index = len(tokens), tokens.shape[1] if engine.start is None else 1
@@ -137,54 +167,31 @@ def _begin(engine: Engine, beams: int) -> Callable[..., Any]:
     return begin
 
 
-def _run(
-    engine: Engine,
-    beams: int,
-    eos: tuple[int, ...],
-    penalty: float,
-    rule: sampling.Rule,
-) -> Callable[..., Search]:
+def _run(plan: _Plan) -> Callable[..., Search]:
     """The whole search in one program."""
-    keep = max(2, 1 + len(eos)) * beams
 
     def add(state: State, now: Search, known: jax.Array, most: jax.Array) -> Search:
-        batch, _, slots = now.running.shape
-        words = now.logits.shape[-1]
-        logp = jax.nn.log_softmax(now.logits, axis=-1)
-        flat = now.running.reshape(-1, slots)
-        logp = jnp.where(rule.banned(flat, known, now.index, words), -jnp.inf, logp)
-        logp = logp.reshape(batch, beams, words) + now.scores[..., None]
-        scores, at = jax.lax.top_k(logp.reshape(batch, -1), keep)
-        beam, token = at // words, (at % words).astype(jnp.int32)
-        sequences = _rows(now.running, beam)
-        sequences = jax.lax.dynamic_update_slice(
-            sequences, token[..., None], (0, 0, now.index)
-        )
         count = now.count + 1
-        ends = jnp.isin(token, jnp.array(eos, jnp.int32)) | (count >= most)
-
-        going, chosen = jax.lax.top_k(jnp.where(ends, scores + LOW, scores), beams)
-        running, source = _rows(sequences, chosen), _rows(beam, chosen)
-        over = ends & (jnp.arange(keep) < beams) & now.improvable[:, None]
-        done = jnp.where(over, scores / count**penalty, LOW)
-        best, order = jax.lax.top_k(jnp.concatenate([now.best, done], 1), beams)
-        both = lambda old, new: _rows(jnp.concatenate([old, new], 1), order)
-        found = both(now.found, over)
-        size = jnp.broadcast_to(count, (batch, keep))
+        guesses = _guesses(plan, now, known, most)
+        scores = jnp.where(guesses.ends, guesses.scores + LOW, guesses.scores)
+        going, chosen = jax.lax.top_k(scores, plan.beams)
+        running = _rows(guesses.sequences, chosen)
+        finished, lengths, best, found = _finished(plan, now, guesses)
 
         worst = jnp.where(found, best.min(axis=1, keepdims=True), LOW)
-        hope = going[:, :1] / count**penalty
+        hope = going[:, :1] / count**plan.penalty
         improvable = now.improvable & jnp.any(hope > worst, axis=1)
-        rows = (jnp.arange(batch)[:, None] * beams + source).reshape(-1)
+        source = _rows(guesses.beam, chosen)
+        rows = (jnp.arange(len(source))[:, None] * plan.beams + source).reshape(-1)
         last = jnp.take(running, now.index, axis=2).reshape(-1, 1)
-        logits, cache = engine.step(*state, last, now.cache.rows(rows))
+        logits, cache = plan.engine.step(*state, last, now.cache.rows(rows))
         return Search(
             cache,
             logits,
             running,
             going,
-            both(now.finished, sequences),
-            both(now.lengths, size),
+            finished,
+            lengths,
             best,
             found,
             improvable,
@@ -200,10 +207,51 @@ def _run(
             after = jax.lax.dynamic_update_slice(known, new, (0, now.index))
             return add(state, now, known, most), after
 
-        more = lambda c: (c[0].count < most) & jnp.any(c[0].improvable)
+        def more(carry: tuple[Search, jax.Array]) -> jax.Array:
+            return (carry[0].count < most) & jnp.any(carry[0].improvable)
+
         return jax.lax.while_loop(more, body, (now, known))[0]
 
     return run
+
+
+def _guesses(plan: _Plan, now: Search, known: jax.Array, most: jax.Array) -> _Guesses:
+    """Every running guess and one more token: the best of them all."""
+    batch, beams, slots = now.running.shape
+    words = now.logits.shape[-1]
+    logp = jax.nn.log_softmax(now.logits, axis=-1)
+    flat = now.running.reshape(-1, slots)
+    banned = plan.rule.banned(flat, known, now.index, words)
+    logp = jnp.where(banned, -jnp.inf, logp)
+    logp = logp.reshape(batch, beams, words) + now.scores[..., None]
+    keep = max(2, 1 + len(plan.eos)) * beams
+    scores, at = jax.lax.top_k(logp.reshape(batch, -1), keep)
+    beam, token = at // words, (at % words).astype(jnp.int32)
+    sequences = jax.lax.dynamic_update_slice(
+        _rows(now.running, beam), token[..., None], (0, 0, now.index)
+    )
+    ends = jnp.isin(token, jnp.array(plan.eos, jnp.int32)) | (now.count + 1 >= most)
+    return _Guesses(sequences, scores, beam, ends)
+
+
+def _finished(plan: _Plan, now: Search, guesses: _Guesses) -> tuple[jax.Array, ...]:
+    """`finished`, `lengths`, `best` and `found` of the search one token on."""
+    count = now.count + 1
+    first = jnp.arange(guesses.ends.shape[1]) < plan.beams
+    over = guesses.ends & first & now.improvable[:, None]
+    done = jnp.where(over, guesses.scores / count**plan.penalty, LOW)
+    best, order = jax.lax.top_k(jnp.concatenate([now.best, done], 1), plan.beams)
+
+    def both(old: jax.Array, new: jax.Array) -> jax.Array:
+        return _rows(jnp.concatenate([old, new], 1), order)
+
+    size = jnp.broadcast_to(count, over.shape)
+    return (
+        both(now.finished, guesses.sequences),
+        both(now.lengths, size),
+        best,
+        both(now.found, over),
+    )
 
 
 def _rows(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -5,16 +5,10 @@ from lorax.models import roberta
 Config = roberta.Config
 Model = roberta.Model
 entries = roberta.entries
+HEADS = roberta.HEADS
 
-ALIASES = (
-    (r"(embeddings|encoder|pooler)\.", r"bert.\1."),
-    (r"(.*)\.gamma$", r"\1.weight"),
-    (r"(.*)\.beta$", r"\1.bias"),
-)
+ALIASES = ((r"(embeddings|encoder|pooler)\.", r"bert.\1."), *roberta.OLDER_NORMS)
 """Older names on disk, as `(regex of a prefix, replacement)`."""
-
-HEADS = ("classifier_.*",)
-"""Paths of what a checkpoint may lack and `interop.hf.load` then draws."""
 
 IGNORED = (
     r".*\.position_ids",

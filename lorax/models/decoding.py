@@ -274,12 +274,12 @@ def _proceed(
         token = jnp.where(now.done, pad, token).astype(jnp.int32)
         done = now.done | jnp.isin(token, jnp.array(eos, jnp.int32))
         logits, cache = engine.step(*state, token[:, None], now.cache)
-        put = lambda row, x: jax.lax.dynamic_update_slice(row, x, (0, now.index))
+        here = (0, now.index)
         return Progress(
             cache,
             logits,
-            put(now.history, token[:, None]),
-            put(now.real, ~now.done[:, None]),
+            jax.lax.dynamic_update_slice(now.history, token[:, None], here),
+            jax.lax.dynamic_update_slice(now.real, ~now.done[:, None], here),
             now.index + 1,
             now.keys,
             now.count + 1,
@@ -287,7 +287,9 @@ def _proceed(
         )
 
     def proceed(state: State, now: Progress, until: jax.Array) -> Progress:
-        more = lambda now: (now.count < until) & ~jnp.all(now.done)
+        def more(now: Progress) -> jax.Array:
+            return (now.count < until) & ~jnp.all(now.done)
+
         return jax.lax.while_loop(more, lambda now: add(state, now), now)
 
     return proceed

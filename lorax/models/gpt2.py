@@ -189,34 +189,23 @@ class Model(nn.Module):
           Logits `[batch, time, vocabulary]`, float32; with a cache also the new one.
         """
         config = self.config
-        if positions is None:
-            positions = layers.positions_of(tokens, real, cache)
-        slot = None if cache is None else cache.index
-        cache = layers.announced(cache, tokens, real)
-        mask, _ = layers.causal_mask(tokens.shape[1], real, segments, cache)
+        read = layers.reading(
+            tokens, positions=positions, real=real, segments=segments, cache=cache
+        )
         embed = layers.embedding(config.vocabulary, "embed", config)
-        x = embed(tokens)
-        x = x + layers.embedding(config.positions, "embed_positions", config)(positions)
-        x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
-        own = {
-            "cache": None if cache is None else (cache.k, cache.v),
-            "number": jnp.arange(1, config.layers + 1),
-        }
+        places = layers.embedding(config.positions, "embed_positions", config)
+        x = embed(tokens) + places(read.positions)
         x, kept = layers.run_layers(
             Block,
-            (config, deterministic),
-            config.layers,
-            x,
-            own,
-            {"mask": mask, "slot": slot},
-            scan=config.scan,
-            remat=config.remat,
+            config,
+            nn.Dropout(config.dropout, deterministic=deterministic)(x),
+            {"cache": read.kept, "number": jnp.arange(1, config.layers + 1)},
+            {"mask": read.mask, "slot": read.slot},
+            length=config.layers,
+            options=(deterministic,),
         )
         x = layers.layer_norm("norm_out", config)(x[:, -1:] if last_only else x)
-        logits = layers.head(x, embed, config)
-        if cache is None:
-            return logits
-        return logits, dataclasses.replace(cache, k=kept[0], v=kept[1])
+        return read.result(layers.head(x, embed, config), kept)
 
     def cache(self, batch: int, length: int) -> layers.Cache:
         """Returns a cache of `length` slots, empty."""

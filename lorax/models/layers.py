@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import flax.linen as nn
 import flax.struct
@@ -18,7 +18,49 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lorax.types import PyTree
+
 Remat = Literal["none", "full", "dots"]
+
+
+class Sizes(Protocol):
+    """What the parts below read of a family's Config."""
+
+    @property
+    def width(self) -> int:
+        """Of the residual stream."""
+
+    @property
+    def eps(self) -> float:
+        """Of the norms."""
+
+    @property
+    def scan(self) -> bool:
+        """Layers are stacked on axis 0."""
+
+    @property
+    def remat(self) -> Remat:
+        """See `run_layers`."""
+
+    @property
+    def dtype(self) -> Any:
+        """Of the computation."""
+
+    @property
+    def param_dtype(self) -> Any:
+        """Of the parameters."""
+
+
+class DecoderSizes(Sizes, Protocol):
+    """And of a decoder's."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+
+    @property
+    def tied(self) -> bool:
+        """The head is the embedding."""
 
 
 @flax.struct.dataclass
@@ -145,6 +187,52 @@ def positions_of(
     return before + jnp.maximum(count, 0)
 
 
+class Reading(NamedTuple):
+    """What a decoder knows of tokens before its first layer.
+
+    Attributes:
+      positions: int `[batch, time]`.
+      mask: of `causal_mask`.
+      back: of `causal_mask`.
+      cache: that knows of the tokens; None without one.
+      slot: of the first of them in the cache; None without one.
+    """
+
+    positions: jax.Array
+    mask: jax.Array
+    back: jax.Array
+    cache: Cache | None
+    slot: jax.Array | None
+
+    @property
+    def kept(self) -> tuple[jax.Array, jax.Array] | None:
+        """Keys and values of the cache, of all layers."""
+        return None if self.cache is None else (self.cache.k, self.cache.v)
+
+    def result(self, logits: jax.Array, kept: Any) -> Any:
+        """Returns the logits, with a cache also the new one, which holds `kept`."""
+        if self.cache is None:
+            return logits
+        return logits, dataclasses.replace(self.cache, k=kept[0], v=kept[1])
+
+
+def reading(
+    tokens: jax.Array,
+    *,
+    positions: jax.Array | None,
+    real: jax.Array | None,
+    segments: jax.Array | None,
+    cache: Cache | None,
+) -> Reading:
+    """Returns what is known of tokens; the arguments are those of the models."""
+    if positions is None:
+        positions = positions_of(tokens, real, cache)
+    slot = None if cache is None else cache.index
+    cache = announced(cache, tokens, real)
+    mask, back = causal_mask(tokens.shape[1], real, segments, cache)
+    return Reading(positions, mask, back, cache, slot)
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -185,9 +273,11 @@ def remember(
     """
     if kept is None:
         return k, v, None
-    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-        old, new.astype(old.dtype), index, axis=1
-    )
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        new = new.astype(old.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
+
     k, v = put(kept[0], k), put(kept[1], v)
     return k, v, (k, v)
 
@@ -210,52 +300,50 @@ def along_batch(x: jax.Array) -> jax.Array:
 
 def run_layers(
     block: type[nn.Module],
-    args: Sequence[Any],
-    length: int,
-    x: Any,
-    own: Any,
-    shared: Any,
+    config: Sizes,
+    x: jax.Array,
+    own: PyTree,
+    shared: PyTree,
     *,
-    scan: bool,
-    remat: Remat,
-    name: str = "layers",
-) -> tuple[Any, Any]:
+    length: int,
+    options: Sequence[Any] = (),
+) -> tuple[jax.Array, PyTree]:
     """Runs a stack of blocks `(x, own, shared) -> (x, out)`, inside a compact method.
 
+    With `config.scan` it is one traced layer under `nn.scan`, whose leaves are stacked
+    on axis 0 below `layers`; else `length` of them, `layers_0` and on. What is kept for
+    the backward pass, by `config.remat`: "none": all; "full": only what flows between
+    layers; "dots": also the results of matrix products without batch axes.
+
     Args:
-      block: the module's class.
-      args: its arguments.
-      length: number of layers.
-      x: what flows through them.
+      block: the module's class, called with the config and the options.
+      config: of the family.
+      x: what flows through the layers.
       own: a tree of arrays with a leading axis of layers, a slice for each.
       shared: a tree that every layer gets whole.
-      scan: one traced layer under `nn.scan`, whose leaves are stacked on axis 0 below
-        `name`; else `length` of them, `name_0` and on.
-      remat: "full": keep only what flows between layers; "dots": also the results of
-        matrix products without batch axes.
-      name: of the stack.
+      length: number of layers.
+      options: further arguments of the block.
 
     Returns:
       The last x, and the outs with a leading axis of layers.
     """
-    x = jax.tree.map(along_batch, x)
-    if remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        block = nn.remat(
-            block, prevent_cse=not scan, policy=policy if remat == "dots" else None
-        )
-    if scan:
+    x = along_batch(x)
+    if config.remat != "none":
+        dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = dots if config.remat == "dots" else None
+        block = nn.remat(block, prevent_cse=not config.scan, policy=policy)
+    if config.scan:
         return nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=length,
-        )(*args, name=name)(x, own, shared)
+        )(config, *options, name="layers")(x, own, shared)
     outs = []
     for layer in range(length):
         part = jax.tree.map(lambda leaf, layer=layer: leaf[layer], own)
-        x, out = block(*args, name=f"{name}_{layer}")(x, part, shared)
+        x, out = block(config, *options, name=f"layers_{layer}")(x, part, shared)
         outs.append(out)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
@@ -263,7 +351,7 @@ def run_layers(
 def projection(
     features: int | tuple[int, ...],
     name: str,
-    config: Any,
+    config: Sizes,
     *,
     use_bias: bool = False,
     axis: int | tuple[int, ...] = -1,
@@ -280,7 +368,7 @@ def projection(
     )
 
 
-def embedding(rows: int, name: str, config: Any) -> nn.Embed:
+def embedding(rows: int, name: str, config: Sizes) -> nn.Embed:
     """An embedding `[rows, width]`, drawn from N(0, 0.02^2)."""
     return nn.Embed(
         rows,
@@ -292,7 +380,7 @@ def embedding(rows: int, name: str, config: Any) -> nn.Embed:
     )
 
 
-def layer_norm(name: str, config: Any) -> nn.LayerNorm:
+def layer_norm(name: str, config: Sizes) -> nn.LayerNorm:
     """A layer norm, its variance computed in two passes: E[x^2] - E[x]^2 cancels."""
     return nn.LayerNorm(
         epsilon=config.eps,
@@ -303,7 +391,7 @@ def layer_norm(name: str, config: Any) -> nn.LayerNorm:
     )
 
 
-def rms_norm(name: str, config: Any) -> nn.RMSNorm:
+def rms_norm(name: str, config: Sizes) -> nn.RMSNorm:
     """An RMS norm with a scale."""
     return nn.RMSNorm(
         epsilon=config.eps,
@@ -313,7 +401,7 @@ def rms_norm(name: str, config: Any) -> nn.RMSNorm:
     )
 
 
-def head(x: jax.Array, embed: nn.Embed, config: Any) -> jax.Array:
+def head(x: jax.Array, embed: nn.Embed, config: DecoderSizes) -> jax.Array:
     """Logits in float32, through the embedding where `config.tied`."""
     if config.tied:
         logits = embed.attend(x)

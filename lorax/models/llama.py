@@ -253,14 +253,14 @@ class Block(nn.Module):
             q, k = self._norm("norm_q")(q), self._norm("norm_k")(k)
         q, k = rope.rotate(q, shared["angles"]), rope.rotate(k, shared["angles"])
         k, v, kept = layers.remember(k, v, own["cache"], shared["slot"])
-        mask = shared["mask"]
         # one token, as init reads, has no scores to save; a cache is for decoding
         if config.attention == "flash" and kept is None and x.shape[1] > 1:
             mixed = flash.attend(q, k, v, shared["segments"])
-            return self._linear(config.width, "o", config.o_bias, (-2, -1))(mixed), kept
-        if config.windows:
-            mask = mask & ((shared["back"] < own["window"]) | (own["window"] == 0))
-        mixed = layers.attend(q, k, v, mask)
+        else:
+            mask = shared["mask"]
+            if config.windows:
+                mask = mask & ((shared["back"] < own["window"]) | (own["window"] == 0))
+            mixed = layers.attend(q, k, v, mask)
         return self._linear(config.width, "o", config.o_bias, (-2, -1))(mixed), kept
 
     def _linear(
@@ -305,38 +305,26 @@ class Model(nn.Module):
         """
         del deterministic
         config = self.config
-        if positions is None:
-            positions = layers.positions_of(tokens, real, cache)
-        slot = None if cache is None else cache.index
-        cache = layers.announced(cache, tokens, real)
-        mask, back = layers.causal_mask(tokens.shape[1], real, segments, cache)
+        read = layers.reading(
+            tokens, positions=positions, real=real, segments=segments, cache=cache
+        )
         embed = layers.embedding(config.vocabulary, "embed", config)
         own = {
-            "cache": None if cache is None else (cache.k, cache.v),
+            "cache": read.kept,
             "window": jnp.array(config.windows) if config.windows else None,
         }
         shared = {
-            "angles": config.rope.angles(positions, config.head_dim),
-            "mask": mask,
+            "angles": config.rope.angles(read.positions, config.head_dim),
+            "mask": read.mask,
             "segments": flash.segments_of(real, segments),
-            "back": back,
-            "slot": slot,
+            "back": read.back,
+            "slot": read.slot,
         }
         x, kept = layers.run_layers(
-            Block,
-            (config,),
-            config.layers,
-            embed(tokens),
-            own,
-            shared,
-            scan=config.scan,
-            remat=config.remat,
+            Block, config, embed(tokens), own, shared, length=config.layers
         )
         x = layers.rms_norm("norm_out", config)(x[:, -1:] if last_only else x)
-        logits = layers.head(x, embed, config)
-        if cache is None:
-            return logits
-        return logits, dataclasses.replace(cache, k=kept[0], v=kept[1])
+        return read.result(layers.head(x, embed, config), kept)
 
     def cache(self, batch: int, length: int) -> layers.Cache:
         """Returns a cache of `length` slots, empty."""

@@ -248,13 +248,12 @@ class Model(nn.Module):
         x = x + layers.embedding(config.types, "embed_types", config)(types)
         x, _ = layers.run_layers(
             Block,
-            (config, deterministic),
-            config.layers,
+            config,
             drop(layers.layer_norm("norm_embed", config)(x)),
             None,
             {"mask": layers.padding_mask(tokens, real)},
-            scan=config.scan,
-            remat=config.remat,
+            length=config.layers,
+            options=(deterministic,),
         )
         if config.head == "mlm":
             return self._predictions(x, embed)
@@ -298,11 +297,8 @@ class Model(nn.Module):
         return layers.projection(features, name, self.config, use_bias=True)
 
 
-ALIASES = (
-    (r"(embeddings|encoder|pooler)\.", r"roberta.\1."),
-    (r"(.*)\.gamma$", r"\1.weight"),
-    (r"(.*)\.beta$", r"\1.bias"),
-)
+OLDER_NORMS = ((r"(.*)\.gamma$", r"\1.weight"), (r"(.*)\.beta$", r"\1.bias"))
+ALIASES = ((r"(embeddings|encoder|pooler)\.", r"roberta.\1."), *OLDER_NORMS)
 """Older names on disk, as `(regex of a prefix, replacement)`."""
 
 HEADS = ("classifier_.*",)

@@ -160,13 +160,12 @@ class Stack(nn.Module):
         )(bucket_of(back, config, causal=self.cross))  # [time, keys, heads]
         x, kept = layers.run_layers(
             Block,
-            (config, self.cross, deterministic),
-            config.decoder_layers if self.cross else config.layers,
+            config,
             drop(x),
             own,
             {"bias": jnp.moveaxis(bias, -1, 0)[None], **shared},
-            scan=config.scan,
-            remat=config.remat,
+            length=config.decoder_layers if self.cross else config.layers,
+            options=(self.cross, deterministic),
         )
         return drop(layers.rms_norm("norm_out", config)(x)), kept
 

@@ -163,7 +163,10 @@ def state_shardings(state: Any, placed: rules.Placed, replicate: bool = False) -
         )
         for path in state.adapters
     }
-    whole = lambda part: jax.tree.map(lambda _: meshes.replicated(mesh), part)
+
+    def whole(part: PyTree) -> PyTree:
+        return jax.tree.map(lambda _: meshes.replicated(mesh), part)
+
     return state.replace(
         adapters=adapters,
         opt_state=_following(state.opt_state, state.adapters, adapters, mesh),
