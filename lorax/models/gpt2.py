@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax.models import hf_config, layers, table
+from lorax.models import context, hf_config, layers, table
 from lorax.models.layers import Remat
 
 
@@ -170,7 +170,7 @@ class Model(nn.Module):
         positions: jax.Array | None = None,
         real: jax.Array | None = None,
         segments: jax.Array | None = None,
-        cache: layers.Cache | None = None,
+        cache: context.Cache | None = None,
         deterministic: bool = True,
         last_only: bool = False,
     ) -> Any:
@@ -189,29 +189,29 @@ class Model(nn.Module):
           Logits `[batch, time, vocabulary]`, float32; with a cache also the new one.
         """
         config = self.config
-        read = layers.reading(
+        seen = context.of(
             tokens, positions=positions, real=real, segments=segments, cache=cache
         )
         embed = layers.embedding(config.vocabulary, "embed", config)
         places = layers.embedding(config.positions, "embed_positions", config)
-        x = embed(tokens) + places(read.positions)
+        x = embed(tokens) + places(seen.positions)
         x, kept = layers.run_layers(
             Block,
             config,
             nn.Dropout(config.dropout, deterministic=deterministic)(x),
-            {"cache": read.kept, "number": jnp.arange(1, config.layers + 1)},
-            {"mask": read.mask, "slot": read.slot},
+            {"cache": seen.kept, "number": jnp.arange(1, config.layers + 1)},
+            {"mask": seen.mask, "slot": seen.slot},
             length=config.layers,
             options=(deterministic,),
         )
         x = layers.layer_norm("norm_out", config)(x[:, -1:] if last_only else x)
-        return read.result(layers.head(x, embed, config), kept)
+        return seen.result(layers.head(x, embed, config), kept)
 
-    def cache(self, batch: int, length: int) -> layers.Cache:
+    def cache(self, batch: int, length: int) -> context.Cache:
         """Returns a cache of `length` slots, empty."""
         config = self.config
         size = config.width // config.heads
-        return layers.empty_cache(
+        return context.empty_cache(
             config.layers, batch, length, config.heads, size, config.dtype
         )
 

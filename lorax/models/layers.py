@@ -1,19 +1,12 @@
-"""What the families share: attention with a cache, the stack of layers, positions.
-
-Shapes: `[batch, time, ...]`; a cache has `length` slots, filled from slot 0 on, the
-same ones for every sequence of the batch. Shorter prompts are padded on the left and
-their padding is marked as not real.
-"""
+"""What the families share: attention, the stack of layers, and their parts."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -61,176 +54,6 @@ class DecoderSizes(Sizes, Protocol):
     @property
     def tied(self) -> bool:
         """The head is the embedding."""
-
-
-@flax.struct.dataclass
-class Cache:
-    """Keys and values of the tokens read so far.
-
-    Attributes:
-      k: `[layers, batch, length, kv_heads, head_dim]`.
-      v: likewise.
-      real: bool `[batch, length]`; False: empty or padding.
-      index: int32 []; the next free slot.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    real: jax.Array
-    index: jax.Array
-
-    @property
-    def length(self) -> int:
-        """Number of slots."""
-        return self.real.shape[1]
-
-    def rows(self, index: jax.Array) -> Cache:
-        """Returns the cache of these sequences, as a beam search reorders them."""
-        return dataclasses.replace(
-            self, k=self.k[:, index], v=self.v[:, index], real=self.real[index]
-        )
-
-
-def empty_cache(
-    layers: int, batch: int, length: int, kv_heads: int, head_dim: int, dtype: Any
-) -> Cache:
-    """Returns a cache without tokens."""
-    shape = layers, batch, length, kv_heads, head_dim
-    return Cache(
-        jnp.zeros(shape, dtype),
-        jnp.zeros(shape, dtype),
-        jnp.zeros((batch, length), bool),
-        jnp.zeros((), jnp.int32),
-    )
-
-
-def announced(
-    cache: Cache | None, tokens: jax.Array, real: jax.Array | None
-) -> Cache | None:
-    """The cache (if there is one) that knows of more tokens, not yet written.
-
-    Args:
-      cache: before them.
-      tokens: int `[batch, time]`.
-      real: bool `[batch, time]`; None: all are real.
-    """
-    if cache is None:
-        return None
-    real = jnp.ones(tokens.shape, bool) if real is None else real
-    at = (jnp.zeros((), jnp.int32), cache.index)
-    return dataclasses.replace(
-        cache,
-        real=jax.lax.dynamic_update_slice(cache.real, real, at),
-        index=cache.index + real.shape[1],
-    )
-
-
-def causal_mask(
-    time: int, real: jax.Array | None, segments: jax.Array | None, cache: Cache | None
-) -> tuple[jax.Array, jax.Array]:
-    """Which key each query sees, and how far back it lies.
-
-    Args:
-      time: number of queries.
-      real: bool `[batch, time]`, False for padding; None: all are real.
-      segments: int `[batch, time]`, of packed documents, which do not see each other.
-      cache: after `announced`; its slots are the keys.
-
-    Returns:
-      bool `[1 or batch, 1, time, keys]` and int `[time, keys]`.
-    """
-    keys = time if cache is None else cache.length
-    start = 0 if cache is None else cache.index - time
-    back = start + jnp.arange(time)[:, None] - jnp.arange(keys)[None]
-    mask = (back >= 0)[None, None]
-    known = real if cache is None else cache.real
-    if known is not None:
-        mask = mask & known[:, None, None, :]
-    if segments is not None:
-        if cache is not None:
-            raise ValueError("segments (packed documents) and a cache exclude another")
-        mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
-    return mask, back
-
-
-def padding_mask(tokens: jax.Array, real: jax.Array | None) -> jax.Array:
-    """Which key every query sees: all that are real, bool `[1 or batch, 1, 1, time]`.
-
-    Args:
-      tokens: int `[batch, time]`.
-      real: bool `[batch, time]`; None: all are real.
-    """
-    if real is None:
-        return jnp.ones((1, 1, 1, tokens.shape[1]), bool)
-    return real[:, None, None, :]
-
-
-def positions_of(
-    tokens: jax.Array, real: jax.Array | None, cache: Cache | None
-) -> jax.Array:
-    """Returns each token's number among the real ones before it, int `[batch, time]`.
-
-    Padding has position 0; nothing sees it.
-
-    Args:
-      tokens: int `[batch, time]`.
-      real: bool `[batch, time]`; None: all are real.
-      cache: before `announced`; None: nothing was read before.
-    """
-    batch, time = tokens.shape
-    before = jnp.zeros((batch, 1), jnp.int32)
-    if cache is not None:
-        before = jnp.sum(cache.real, axis=1, keepdims=True, dtype=jnp.int32)
-    if real is None:
-        return before + jnp.arange(time, dtype=jnp.int32)
-    count = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
-    return before + jnp.maximum(count, 0)
-
-
-class Reading(NamedTuple):
-    """What a decoder knows of tokens before its first layer.
-
-    Attributes:
-      positions: int `[batch, time]`.
-      mask: of `causal_mask`.
-      back: of `causal_mask`.
-      cache: that knows of the tokens; None without one.
-      slot: of the first of them in the cache; None without one.
-    """
-
-    positions: jax.Array
-    mask: jax.Array
-    back: jax.Array
-    cache: Cache | None
-    slot: jax.Array | None
-
-    @property
-    def kept(self) -> tuple[jax.Array, jax.Array] | None:
-        """Keys and values of the cache, of all layers."""
-        return None if self.cache is None else (self.cache.k, self.cache.v)
-
-    def result(self, logits: jax.Array, kept: Any) -> Any:
-        """Returns the logits, with a cache also the new one, which holds `kept`."""
-        if self.cache is None:
-            return logits
-        return logits, dataclasses.replace(self.cache, k=kept[0], v=kept[1])
-
-
-def reading(
-    tokens: jax.Array,
-    *,
-    positions: jax.Array | None,
-    real: jax.Array | None,
-    segments: jax.Array | None,
-    cache: Cache | None,
-) -> Reading:
-    """Returns what is known of tokens; the arguments are those of the models."""
-    if positions is None:
-        positions = positions_of(tokens, real, cache)
-    slot = None if cache is None else cache.index
-    cache = announced(cache, tokens, real)
-    mask, back = causal_mask(tokens.shape[1], real, segments, cache)
-    return Reading(positions, mask, back, cache, slot)
 
 
 def attend(

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import untrusted
-from lorax.models import flash, hf_config, layers, rope, table
+from lorax.models import context, flash, hf_config, layers, rope, table
 from lorax.models.layers import Remat
 
 ARCHITECTURES = {
@@ -285,7 +285,7 @@ class Model(nn.Module):
         positions: jax.Array | None = None,
         real: jax.Array | None = None,
         segments: jax.Array | None = None,
-        cache: layers.Cache | None = None,
+        cache: context.Cache | None = None,
         deterministic: bool = True,
         last_only: bool = False,
     ) -> Any:
@@ -305,31 +305,31 @@ class Model(nn.Module):
         """
         del deterministic
         config = self.config
-        read = layers.reading(
+        seen = context.of(
             tokens, positions=positions, real=real, segments=segments, cache=cache
         )
         embed = layers.embedding(config.vocabulary, "embed", config)
         own = {
-            "cache": read.kept,
+            "cache": seen.kept,
             "window": jnp.array(config.windows) if config.windows else None,
         }
         shared = {
-            "angles": config.rope.angles(read.positions, config.head_dim),
-            "mask": read.mask,
+            "angles": config.rope.angles(seen.positions, config.head_dim),
+            "mask": seen.mask,
             "segments": flash.segments_of(real, segments),
-            "back": read.back,
-            "slot": read.slot,
+            "back": seen.back,
+            "slot": seen.slot,
         }
         x, kept = layers.run_layers(
             Block, config, embed(tokens), own, shared, length=config.layers
         )
         x = layers.rms_norm("norm_out", config)(x[:, -1:] if last_only else x)
-        return read.result(layers.head(x, embed, config), kept)
+        return seen.result(layers.head(x, embed, config), kept)
 
-    def cache(self, batch: int, length: int) -> layers.Cache:
+    def cache(self, batch: int, length: int) -> context.Cache:
         """Returns a cache of `length` slots, empty."""
         c = self.config
-        return layers.empty_cache(
+        return context.empty_cache(
             c.layers, batch, length, c.kv_heads, c.head_dim, c.dtype
         )
 

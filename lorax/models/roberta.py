@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import untrusted
-from lorax.models import hf_config, layers, table
+from lorax.models import context, hf_config, layers, table
 
 Remat = layers.Remat
 Family = Literal["roberta", "bert"]
@@ -251,7 +251,7 @@ class Model(nn.Module):
             config,
             drop(layers.layer_norm("norm_embed", config)(x)),
             None,
-            {"mask": layers.padding_mask(tokens, real)},
+            {"mask": context.padding_mask(tokens, real)},
             length=config.layers,
             options=(deterministic,),
         )
@@ -276,7 +276,7 @@ class Model(nn.Module):
             if time > room:
                 raise ValueError(f"{time} tokens, but there are {room} positions")
             counted = real if config.family == "roberta" else None
-            positions = layers.positions_of(tokens, counted, None)
+            positions = context.positions_of(tokens, counted, None)
         embed = layers.embedding(config.positions, "embed_positions", config)
         return embed(positions + config.offset)
 

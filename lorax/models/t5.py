@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax.models import hf_config, layers, t5_config
+from lorax.models import context, hf_config, layers, t5_config
 
 Config = t5_config.Config
 entries = t5_config.entries
@@ -40,7 +40,7 @@ class Cache:
       real: bool `[batch, inputs]`, False for padding.
     """
 
-    own: layers.Cache
+    own: context.Cache
     k: jax.Array
     v: jax.Array
     real: jax.Array
@@ -231,7 +231,7 @@ class Model(nn.Module):
         """Returns what the decoder reads, `[batch, inputs, width]`."""
         step = jnp.arange(inputs.shape[1])
         back = step[:, None] - step[None]
-        shared = {"mask": layers.padding_mask(inputs, real), "slot": None}
+        shared = {"mask": context.padding_mask(inputs, real), "slot": None}
         own = {"cache": None}
         return self.encoder(self.embed(inputs), back, own, shared, deterministic)[0]
 
@@ -247,10 +247,10 @@ class Model(nn.Module):
     ) -> Any:
         """Reads targets; see `__call__` for arguments and results."""
         before = None if cache is None else cache.own
-        after = layers.announced(before, targets_in, target_real)
-        mask, back = layers.causal_mask(targets_in.shape[1], target_real, None, after)
+        after = context.announced(before, targets_in, target_real)
+        mask, back = context.causal_mask(targets_in.shape[1], target_real, None, after)
         if encoded is not None:
-            pair, cross_mask = None, layers.padding_mask(encoded, real)
+            pair, cross_mask = None, context.padding_mask(encoded, real)
         elif cache is not None:
             pair, cross_mask = (cache.k, cache.v), cache.real[:, None, None, :]
         else:
@@ -285,6 +285,6 @@ class Model(nn.Module):
         config = self.config
         size = config.heads, config.head_dim
         deep = config.decoder_layers
-        own = layers.empty_cache(deep, batch, length, *size, config.dtype)
+        own = context.empty_cache(deep, batch, length, *size, config.dtype)
         zeros = jnp.zeros((deep, batch, inputs, *size), config.dtype)
         return Cache(own, zeros, zeros, jnp.zeros((batch, inputs), bool))

@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import lorax
 from lorax import sharding
-from lorax.models import flash, layers, llama
+from lorax.models import context, flash, layers, llama
 
 B, T, HEADS, KV, DIM = 2, 256, 4, 2, 128
 
@@ -28,7 +28,7 @@ def test_flash_is_plain_attention():
     q, k, v = inputs()
     real = jnp.arange(T) < jnp.array([T, 200])[:, None]
     segments = jnp.arange(T)[None] // 100 * jnp.ones((B, 1), jnp.int32)
-    mask, _ = layers.causal_mask(T, real, segments, None)
+    mask, _ = context.causal_mask(T, real, segments, None)
 
     def loss(attend, q, k, v):
         return (jnp.where(real[..., None, None], attend(q, k, v), 0) ** 2).sum()

@@ -12,7 +12,7 @@ import pytest
 
 import lorax
 from lorax import tree
-from lorax.models import FAMILIES, layers, roberta, table
+from lorax.models import FAMILIES, context, roberta, table
 from tests.models import encoders_golden as tools
 
 MODULES = {name: FAMILIES[name] for name in ("roberta", "bert")}
@@ -118,12 +118,12 @@ def test_every_switch_moves_the_logits(family, switch):
         variables = fewer_heads(variables)
     elif switch == "positions of real tokens":  # what the other family does
         counted = real if family == "bert" else None
-        options["positions"] = layers.positions_of(tokens, counted, None)
+        options["positions"] = context.positions_of(tokens, counted, None)
     elif switch == "types":
         options["types"] = jnp.zeros_like(types)
     elif switch == "real":  # RoBERTa's positions as before
         counted = real if family == "roberta" else None
-        options["positions"] = layers.positions_of(tokens, counted, None)
+        options["positions"] = context.positions_of(tokens, counted, None)
         options["real"] = jnp.ones_like(real)
     other = dataclasses.replace(config, **MUTATIONS[switch])
     got = tools.run(roberta, other, variables, tokens, **options)
