@@ -9,7 +9,8 @@ from hypothesis import given, settings
 
 import lorax
 from tests import programs
-from tests.test_random_programs import SETTINGS, adapter_of
+from tests.random_adapters import adapter_of
+from tests.test_random_programs import SETTINGS
 
 
 @st.composite

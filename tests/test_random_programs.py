@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 import lorax
 from lorax import interpret
 from tests import programs
+from tests.random_adapters import FORMS, PLAIN, adapter_of, made
 from tests.random_views import EDITS, JOINS, view
 from tests.random_views import split as view_split
 
@@ -57,19 +58,6 @@ class Record:
     def merge(self, walker, eqn, view):
         self.merges += 1
         return interpret.dense(view)
-
-
-def adapter_of(dims, rank, seed):
-    of = lambda kind: tuple(d for d, (k, _) in enumerate(dims) if k == kind)
-    axes = lorax.Axes(of("in"), of("out"), of("batch"))
-    in_, out, batch = axes.sizes(tuple(size for _, size in dims))
-    draw = np.random.RandomState(seed).randn
-    return lorax.Lora(
-        jnp.asarray(draw(*batch, *in_, rank)),
-        jnp.asarray(draw(*batch, rank, *out)),
-        0.5,
-        axes,
-    )
 
 
 def update(adapter, shape):
@@ -252,7 +240,7 @@ def program(leaves, instructions, curved=None, dot=jax.lax.dot_general):
     return fn
 
 
-def compared(leaves, instructions, curved=None, on_merge="error"):
+def compared(leaves, instructions, curved=None, on_merge="error", kinds=PLAIN):
     """Runs a program both ways; returns what discover said of its kernels."""
     with jax.enable_x64(True):
         fn = program(leaves, instructions, curved)
@@ -261,7 +249,8 @@ def compared(leaves, instructions, curved=None, on_merge="error"):
         params = {f"w{i}": jnp.asarray(draw(*s)) for i, s in enumerate(shapes)}
         x = jnp.asarray(draw(T, WIDTH))
         kernels = lorax.discover(fn, params, x)
-        adapters = {f"w{i}": adapter_of(d, 1 + i, i) for i, d in enumerate(leaves)}
+        own = enumerate(zip(leaves, kinds, strict=False))
+        adapters = {f"w{i}": made(kind, d, 1 + i, i) for i, (d, kind) in own}
         adapted = lorax.adapt(fn, on_merge=on_merge, custom_rules="branch")
         sides = adapted, programs.definition(fn)
         both = lambda *args: [jax.value_and_grad(side)(*args) for side in sides]
@@ -286,11 +275,12 @@ def parts_an_axis(instructions):
     )
 
 
-def check_linear(leaves, instructions):
-    if parts_an_axis(instructions):
+def check_linear(leaves, instructions, kinds):
+    """Thin products follow everywhere; gains and maps merge where they cannot."""
+    if parts_an_axis(instructions) or kinds[: len(leaves)] != PLAIN[: len(leaves)]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", lorax.MergeWarning)
-            compared(leaves, instructions, on_merge="warn")
+            compared(leaves, instructions, on_merge="warn", kinds=kinds)
         return
     kernels = compared(leaves, instructions)
     used = {f"w{which % len(leaves)}" for which, *_ in instructions}
@@ -349,8 +339,11 @@ def check_half(leaves, instructions):
 
 some_leaves = st.lists(leaves(), min_size=1, max_size=2)
 some_uses = st.lists(uses, min_size=1, max_size=2)
+some_kinds = st.lists(
+    st.sampled_from(["lora", *FORMS]), min_size=len(PLAIN), max_size=len(PLAIN)
+)
 test_linear_programs_merge_nothing = settings(max_examples=25, **SETTINGS)(
-    given(some_leaves, some_uses)(check_linear)
+    given(some_leaves, some_uses, some_kinds)(check_linear)
 )
 test_other_uses_merge_and_are_right = settings(max_examples=10, **SETTINGS)(
     given(some_leaves, some_uses, small)(check_curved)
@@ -370,9 +363,9 @@ def test_many_more_in_half_precision(leaves, instructions):
 
 @pytest.mark.slow
 @settings(max_examples=1000, **SETTINGS)
-@given(some_leaves, some_uses, st.none() | small)
-def test_many_more_programs(leaves, instructions, curved):
+@given(some_leaves, some_uses, some_kinds, st.none() | small)
+def test_many_more_programs(leaves, instructions, kinds, curved):
     if curved is None:
-        check_linear(leaves, instructions)
+        check_linear(leaves, instructions, kinds)
     else:
         check_curved(leaves, instructions, curved)

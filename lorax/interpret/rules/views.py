@@ -263,7 +263,9 @@ def _resized(
     )
     a, b, gain, *held = term.factors
     rank = [(a.shape[-1], None)]
-    sized = lambda factor, dims: _explicit.reshape(factor, *zip(*dims, strict=True))
+    sized = lambda factor, dims: _explicit.reshape(
+        factor, [size for size, _ in dims], [entry for _, entry in dims]
+    )
     n = len(term.dims("batch"))
     own = lambda f: [(size, None) for size in f.shape[n:]]  # of a map; whole on a mesh
     return Factors(
