@@ -75,6 +75,7 @@ def checkpoint_run() -> ml_collections.ConfigDict:
     config.adapter.init = "standard"
     config.adapter.options = ()
     config.adapter.calibration_batches = 8
+    config.adapter.redistribute = 1.0  # init "eva": x its rank that a kernel may get
     config.adapter.dropout = 0.0
     config.adapter.train_whole = ()
 

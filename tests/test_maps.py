@@ -172,7 +172,18 @@ def test_parts_of_a_fused_kernel_read_inputs_of_their_own():
 
 def numbers(p, x):
     """A kernel times numbers, known or of another leaf, negated and divided."""
-    return jnp.tanh(x @ (2.5 * (-p["w"] / 3) * jnp.sum(p["v"]))).sum()
+    w = (2.5 * (-p["w"] / 3) * jnp.sum(p["v"]))[None]
+    return jnp.tanh(x @ w[0]).sum()
+
+
+def test_gains_without_factors_are_stacked():
+    fn = lambda p, x: jnp.tanh(
+        jnp.einsum("bi,kio->kbo", x, jnp.stack([p["w"], p["w"] / 2]))
+    ).sum()
+    adapters = {"w": Ia3(AXES, gain=1 + 0.3 * programs.normal(3, 8))}
+    got, want, merged = both(fn, adapters, W, X)
+    assert_close(got, want)
+    assert not merged
 
 
 def numbers_of_layers(p, x):

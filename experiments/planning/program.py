@@ -142,7 +142,8 @@ def make_state(
     (method,) = config.run.methods
     kernels = lorax.discover(loss_fn, shapes, batch)
     targets = [
-        # inits that look at data start from factors of the same shapes
+        # inits that look at data start from factors of the same shapes; where the
+        # run moves ranks between kernels (adapter.redistribute), of the same sum
         dataclasses.replace(t, init="standard", options=())
         if inits.of_target(t).stats
         else t

@@ -40,6 +40,12 @@ def _targets(config: ml_collections.ConfigDict, method: str) -> None:
             "config.adapter.patterns=(): give at least one pattern, such as "
             "('all-linear',)"
         )
+    rho, init = config.adapter.get("redistribute", 1.0), config.adapter.init
+    if rho > 1 and init != "eva":
+        raise ValueError(
+            f"config.adapter.redistribute={rho}: ranks go where the components of "
+            f"init='eva' explain most, and the init is {init!r}; give 1.0, or 'eva'"
+        )
     try:
         for target in objects.make_targets(method, config.adapter):
             inits.check(target)

@@ -71,6 +71,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"adapter\.patterns", PATTERNS),
     (r"adapter\.train_whole", PATTERNS),
     (r"adapter\.(rank|calibration_batches)", whole(1)),
+    (r"adapter\.redistribute", number(1, 2)),
     (r"adapter\.alpha", POSITIVE),
     (r"adapter\.dropout", BELOW_ONE),
     (r"adapter\.options", pairs("(('gamma', 64.0),)")),

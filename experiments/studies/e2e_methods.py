@@ -199,6 +199,8 @@ def main(argv: Sequence[str]) -> None:
 def _digest(config: ml_collections.ConfigDict) -> str:
     """Of the fields that a run depends on: others may come to the config and go."""
     sections = [config[name].to_dict() for name in ("adapter", "optimizer")]
+    if sections[0].get("redistribute") == 1:  # as before there was the field
+        del sections[0]["redistribute"]
     run = [config.run[name] for name in ("methods", "steps", "label_smoothing")]
     data = [config.data[n] for n in ("form", "train_rows", "lengths", "batch_size")]
     told = json.dumps([config.model.source, sections, run, data])

@@ -18,6 +18,7 @@ from experiments.machine import placement
 from experiments.trainer import keeping, metric_log, metrics, nonfinite, progress
 from lorax import adapters as adapter_classes
 from lorax import inits, sharding, training, tree
+from lorax.inits import eva
 
 
 class Fit(NamedTuple):
@@ -78,6 +79,8 @@ class Recipe(NamedTuple):
       eval_every: steps between two evaluations, 0 for one at the end.
       calibration_batches: how many of the first batches an init that looks at
         data gets.
+      redistribute: with the init "eva", how many times its rank a kernel may get where
+        its components explain most; 1: every kernel keeps its own.
     """
 
     steps: int
@@ -85,6 +88,7 @@ class Recipe(NamedTuple):
     log_every: int
     eval_every: int = 0
     calibration_batches: int = 1
+    redistribute: float = 1.0
 
 
 class Around(NamedTuple):
@@ -117,13 +121,14 @@ def recipe_of(config: ml_collections.ConfigDict) -> Recipe:
         log_every=config.run.log_every,
         eval_every=config.eval.every,
         calibration_batches=config.adapter.calibration_batches,
+        redistribute=config.adapter.get("redistribute", 1.0),
     )
 
 
 def fit(key: jax.Array, problem: Problem, recipe: Recipe, around: Around) -> Fit:
     """Fits adapters for a number of steps; `key` is a typed key."""
     loss_fn, params, targets, tx, batches, evaluate = problem
-    steps, clip_norm, log_every, eval_every, calibration_batches = recipe
+    steps, clip_norm, log_every, eval_every, calibration_batches, rho = recipe
     name, bars, writer, place, placed, keep, guard = around
     init_key, step_key = jax.random.split(key)
     example = place.put(batches[0])  # of all processes together
@@ -132,6 +137,8 @@ def fit(key: jax.Array, problem: Problem, recipe: Recipe, around: Around) -> Fit
     if any(inits.of_target(t).stats for t in targets):
         first = [place.put(batches[i]) for i in range(calibration_batches)]
         stats = lorax.calibrate(init_key, loss_fn, params, targets, first, kernels)
+        if rho > 1:
+            targets = eva.redistribute(params, targets, stats, kernels, rho)
     if not all(adapter_classes.get(target.adapter).replaces for target in targets):
         found = lorax.describe(params, targets, kernels)
         progress.tell_targets(bars.console, found)

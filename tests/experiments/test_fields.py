@@ -119,6 +119,8 @@ REFUSED = [
     (CHECKPOINT, "model.attention", "fast", "must be one of 'plain', 'flash'"),
     (CHECKPOINT, "model.source", "", "give a directory or a hub id"),
     (CHECKPOINT, "model.source", "./nowhere/x", "there is no directory ./nowhere/x"),
+    (CHECKPOINT, "adapter.redistribute", 2.5, "adapter.redistribute=2.5; it must be"),
+    (CHECKPOINT, "adapter.redistribute", 2.0, "the init is 'standard'; give 1.0, or"),
     (CHECKPOINT, "sharding.data", 0, "or -1 for what the other axes leave"),
     (CHECKPOINT, "sharding.rules", ((1, 2),), "it must be pairs"),
     ("roberta_glue_lora", "data.packed", True, "'classification' are not packed"),

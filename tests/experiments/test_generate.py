@@ -1,5 +1,8 @@
 """The command lines of generation and export, on the real checkpoint."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,9 @@ import lorax
 from experiments.generation import continuations, exporting, loading
 from lorax import checkpoint
 from lorax.models import sampling
+from tests import children
 from tests.data_paths import DATA, needs_data
+from tests.plugin import methods
 
 pytestmark = [needs_data, pytest.mark.once]
 BEGIN = "Once upon a time"
@@ -136,3 +141,45 @@ def test_what_pissa_learnt_is_exported_for_the_original_base(stories, tmp_path):
     again = run(loading.load_model(str(tmp_path / "out"))[1])
     np.testing.assert_allclose(again, expected, rtol=1e-3, atol=1e-3)
     assert np.abs(run(params) - expected).max() > 0.1
+
+
+def command(module, *args):
+    """A command in a process of its own, in which nothing has been registered."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *args],
+        cwd=children.ROOT,
+        env=children.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_adapters_of_a_package_by_plugins(stories, tmp_path):
+    """Both commands import what registers the class; the text is the merged model's."""
+    model, params, tokenizer = stories
+    target = lorax.Target(".*/(q|down)/kernel", 8, 16, adapter=methods.Walsh)
+    loss = lambda p, t: model.apply({"params": p}, t).sum()
+    kernels = lorax.discover(loss, params, jnp.zeros((1, 4), int))
+    made, base = lorax.init(jax.random.key(0), params, target, kernels)
+    draw = lambda x: jax.random.normal(jax.random.key(x.size), x.shape)
+    made = jax.tree.map(draw, made)
+    checkpoint.save_adapters(tmp_path / "own", made, base)
+    own, merged = str(tmp_path / "own"), str(tmp_path / "merged")
+    plugin = "--plugins=tests.plugin.methods"
+
+    args = ("--base=stories260k", f"--trained={own}", f"--to={merged}")
+    code, told = command("export", *args, plugin)
+    assert code == 0, told
+    want = lorax.merge(made, base)
+    _, again, _ = loading.load_model(merged)
+    jax.tree.map(np.testing.assert_array_equal, again, want)
+
+    args = (f"--adapter={own}", f"--prompt={BEGIN}", "--max_tokens=24", plugin)
+    code, told = command("generate", "--model=stories260k", *args)
+    assert code == 0, told
+    write = continuations.make_writer(model, tokenizer, [BEGIN], 24, batch=1)
+    assert BEGIN + write((want,))[0] in told
+    assert BEGIN + write((params,))[0] not in told

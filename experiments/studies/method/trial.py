@@ -13,6 +13,7 @@ from absl import logging
 import lorax
 from experiments.trainer import objects, optimizers
 from lorax import inits, training
+from lorax.inits import eva
 
 
 class Run(NamedTuple):
@@ -59,6 +60,7 @@ def make_trial(
       method: "lora" or "full".
     """
     steps, targets = config.run.steps, objects.make_targets(method, config.adapter)
+    rho = config.adapter.get("redistribute", 1.0)
     looks = any(inits.of_target(t).stats for t in targets)
     kernels = lorax.discover(loss_fn, base, train(0)[0])
     logging.info("%s", lorax.describe(base, targets, kernels))
@@ -83,9 +85,10 @@ def make_trial(
             gradients[seed] = lorax.calibrate(
                 init_key, loss_fn, base, targets, first, kernels
             )
-        adapters, params = lorax.init(
-            init_key, base, targets, kernels, gradients.get(seed)
-        )
+        own, stats = targets, gradients.get(seed)
+        if stats is not None and rho > 1:
+            own = eva.redistribute(base, targets, stats, kernels, rho)
+        adapters, params = lorax.init(init_key, base, own, kernels, stats)
         state = training.create_state(key, adapters, tx)
         state.opt_state.hyperparams["learning_rate"] = jax.numpy.float32(rate)
         return state, params

@@ -141,23 +141,17 @@ def _fused_factors(found: Sequence[Factors | None], new: Term, axis: int) -> Fac
     a = [None if f is None else widened(f.a, f.a.ndim - 1) for f in found]
     b = [None if f is None else widened(f.b, n) for f in found]
     gain = [None if f is None else f.gain for f in found]
-    gains = None
-    if any(g is not None for g in gain):
-        gains = _filled(gain, _gain_of(known[0], n), 1.0, place)
+    like = next((g for g in gain if g is not None), None)
     return Factors(
         _filled(a, widened(known[0].a, known[0].a.ndim - 1), 0.0, place),
         _filled(b, widened(known[0].b, n), 0.0, place),
-        gains,
+        None if like is None else _filled(gain, like, 1.0, place),
     )
 
 
 def additive(factors: Factors) -> bool:
     """True where a form adds to a kernel, whatever the kernel is."""
     return factors.gain is None and factors.inputs is None
-
-
-def _gain_of(factors: Factors, n: int) -> jax.Array:
-    return jnp.take(factors.b, 0, axis=n)  # for its shape and dtype
 
 
 def _filled(
