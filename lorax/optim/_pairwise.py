@@ -6,9 +6,11 @@ frame stacks the pairs of all paths with equal shapes along n, calls the functio
 for each such group, and takes the results apart: the program grows with the number of
 different shapes, not with that of paths.
 
-A pair that lies on a mesh of several devices stays by itself: inside a program a type
-on an Auto mesh does not say how its value is cut, and stacking values that are cut
-differently would gather them. So does a large pair, whose copy costs more than a call.
+A pair that lies on a mesh of several devices stays by itself. Stacking pairs that are
+cut alike would exchange nothing more, and of others it would gather; but a type on an
+Auto mesh does not say how its value is cut, and an Explicit mesh is an Auto one inside
+a transformation (`_states`). A large pair, whose copy costs more than a call, stays by
+itself too.
 """
 
 from __future__ import annotations
