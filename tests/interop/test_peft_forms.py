@@ -10,6 +10,7 @@ import safetensors.numpy
 
 import lorax
 from lorax import adapters as adapter_classes
+from lorax import compose
 from lorax.interop import peft as ours
 from lorax.interop import peft_config, peft_selection, peft_table
 from lorax.types import Base
@@ -157,6 +158,8 @@ def test_both_ways(name, tmp_path):
     assert found == {form.cls}
     logits = lambda adapters, params: np.asarray(run(lorax.merge(adapters, params)))
     cases.assert_same(logits(adapters, params), expected, *base)
+    if name.split()[0] in ("loha", "lokr", "miss"):
+        cases.assert_same(logits(compose.to_lora(adapters), params), expected, *base)
 
     ours.save(tmp_path / "ours", adapters, model_config, params=params)
     cases.assert_same(cases.in_peft(*base, tmp_path / "ours"), expected, *base)
