@@ -3,9 +3,14 @@
 import pathlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_collections
+
 import lorax
 from experiments.data import tokenization
 from experiments.data.sources import paths
+from experiments.machine import placement
 from lorax import checkpoint
 from lorax.interop import hf, peft
 from lorax.types import Adapters
@@ -27,6 +32,49 @@ def load_model(source: str, **kwargs: Any) -> tuple[Any, Any, tokenization.Token
     vocabulary = model.config.vocabulary
     tokenization.require_vocabulary(tokenizer, vocabulary, "config.json")
     return model, params, tokenizer
+
+
+def load_base(
+    config: ml_collections.ConfigDict,
+    key: jax.Array,
+    place: placement.Place = placement.ALONE,
+) -> tuple[Any, Any, tokenization.Tokenizer]:
+    """Returns the model, its parameters and its tokenizer.
+
+    Args:
+      config: `config.model`. `source` is a checkpoint below the folder of data sets, a
+        directory, or a hub id; where `random` is not empty, its fields are the
+        config.json of a model that is drawn, which reads bytes.
+      key: draws that model, or a head that the checkpoint lacks.
+      place: where the parameters go.
+    """
+    switches = {"labels": config.labels, "head": "classification"}
+    switches = switches if config.labels else {}
+    switches |= {"remat": config.remat}
+    if config.attention != "plain":  # which not all families have
+        switches |= {"attention": config.attention}
+    if config.random:
+        fields = config.random.to_dict()
+        family = hf.family_of(fields, "config.model.random")
+        model = family.Model(family.Config.from_hf(fields, **switches))
+        tokens = (jnp.zeros((1, 1), jnp.int32),) * getattr(family, "INPUTS", 1)
+        draw = lambda key: model.init(key, *tokens)["params"]
+        placed = place.params(model, shapes := jax.eval_shape(draw, key))
+        where = placed.tree(shapes) if placed else None
+        params = jax.jit(draw, out_shardings=where)(key)
+        return model, params, tokenization.ByteTokenizer()
+
+    def shardings(model: Any, shapes: Any) -> Any:
+        placed = place.params(model, shapes)
+        return placed.tree(shapes) if placed else None
+
+    return load_model(
+        config.source,
+        key=key,
+        dtype=config.dtype or None,
+        shardings=shardings,
+        **switches,
+    )
 
 
 def find(source: str) -> pathlib.Path:

@@ -4,9 +4,11 @@ Everything lands in the workdir: `metrics.jsonl`, `tensorboard/`, `curves.png`,
 `results.json` and `adapter/`, which `lorax.checkpoint.load_adapters` reads back.
 """
 
+import functools
 import json
 import pathlib
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -15,6 +17,7 @@ import rich.console
 
 from experiments.data import windows
 from experiments.data.sources import documents
+from experiments.generation import decoder
 from experiments.generation.sample import sample_text
 from experiments.machine import disk
 from experiments.reading import plugins
@@ -26,9 +29,10 @@ from experiments.trainer import (
     nonfinite,
     objects,
     optimizers,
+    prepare,
     progress,
 )
-from experiments.trainer.fit import Around, Fit, Problem, fit, recipe_of
+from experiments.trainer.fit import Fit, Output, fit, schedule_of
 from lorax import checkpoint, tree
 
 LABELS = {"base": "base", "lora": "LoRA", "full": "full"}
@@ -69,36 +73,26 @@ def train(
     def evaluate(params: Any) -> dict[str, float]:
         return {"test_bpb": bits_per_byte(params, test)}
 
-    with metric_log.Writer(folder) as writer, progress.bars(console) as bars:
-        base = load_or_train(config, model, bars, writer)
+    with metric_log.Writer(folder) as log, progress.bars(console) as bars:
+        base = load_or_train(config, model, bars, log)
         results = {"base": evaluate(base)}
-        models = {"base": base}
-        fits: dict[str, Fit] = {}
 
         # ------------------------------------------------------- adaptation
+        ground = Ground(loss_fn, base, topics.train, folder)
+        fits = {}
         for method in config.run.methods:
-            fits[method] = adapt(
-                config, method, loss_fn, base, topics, bars, writer, folder, evaluate
-            )
-            models[method] = fits[method].merged()
+            output = Output(method, bars, log)
+            fits[method] = adapt(config, method, ground, output, evaluate)
             results[method] = dict(fits[method].evaluation)
 
         # ------------------------------------------------------------ report
+        models = {"base": base} | {name: done.merged() for name, done in fits.items()}
         for name, params in models.items():
             results[name]["source_bpb"] = bits_per_byte(params, source)
         for name, done in fits.items():
-            results[name] |= {
-                "trainable": done.trainable,
-                "trainable_share": done.trainable / metrics.size(base),
-                "opt_state_bytes": done.opt_state_bytes,
-                "step_ms": done.step_ms,
-            }
-            if "full" in results:
-                results[name]["recovered"] = metrics.recovered(
-                    *(results[key]["test_bpb"] for key in ("base", name, "full"))
-                )
+            results[name] |= cost_and_gain(done, results, name, base)
         for name, values in results.items():
-            writer.write(f"final_{name}", config.run.steps, values)
+            log.write(f"final_{name}", config.run.steps, values)
 
     # ----------------------------------------------------------------- finish
     if "lora" in fits:
@@ -111,17 +105,7 @@ def train(
     labelled = {LABELS[name]: values for name, values in results.items()}
     console.print(metrics.summary_table(labelled, caption=describe_tuning(config)))
     for name in ("base", *config.run.methods[:1]):
-        text = sample_text(
-            jax.random.key(config.run.seed),
-            model,
-            models[name],
-            config.eval.prompt.encode(),
-            length=config.eval.sample_bytes,
-            context=config.data.length,
-            temperature=config.eval.temperature,
-        )
-        console.rule(f"sample: {LABELS[name]}", align="left")
-        console.print(text, markup=False, highlight=False)
+        show_sample(console, config, model, models[name], LABELS[name])
     console.rule()
     console.print(
         f"Written to {folder}: adapter/ curves.png metrics.jsonl results.json"
@@ -129,40 +113,104 @@ def train(
     return results
 
 
+class Ground(NamedTuple):
+    """What all methods start from.
+
+    Attributes:
+      loss_fn: `(params, batch) -> (loss, metrics)`.
+      base: the parameters to adapt.
+      documents: to train on.
+      folder: where the batch of a step goes that is not finite.
+    """
+
+    loss_fn: Callable[..., Any]
+    base: Any
+    documents: Sequence[documents.Document]
+    folder: pathlib.Path
+
+
 def adapt(
     config: ml_collections.ConfigDict,
     method: str,
-    loss_fn: Any,
-    base: Any,
-    topics: documents.Splits,
-    bars: Any,
-    writer: metric_log.Writer | None,
-    folder: pathlib.Path,
-    evaluate: Any = None,
+    ground: Ground,
+    output: Output,
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
     learning_rate: float | None = None,
 ) -> Fit:
-    """Adapts the base to the topics, at the config's learning rate or another.
+    """Adapts the base to the documents, at the config's learning rate or another.
 
     Raises:
       NonFiniteError: too many steps were not finite; a batch of them is in the folder.
     """
     if learning_rate is None:
         learning_rate = config.optimizer.learning_rate[method]
-    seed = config.run.seed
-    problem = Problem(
-        loss_fn,
-        base,
-        objects.make_targets(method, config.adapter),
-        optimizers.make_optimizer(learning_rate, config.run.steps, config.optimizer),
-        windows.training_batches(
-            topics.train, config.data.batch_size, config.data.length, seed
-        ),
-        evaluate,
+    seed, data = config.run.seed, config.data
+    batches = windows.training_batches(
+        ground.documents, data.batch_size, data.length, seed
     )
-    guard = nonfinite.Guard(folder, nonfinite.LIMIT)
-    around = Around(method, bars, writer, guard=guard)
-    key = jax.random.fold_in(jax.random.key(seed), 1)
-    return fit(key, problem, recipe_of(config), around)
+    prepared = prepare.prepare(
+        jax.random.fold_in(jax.random.key(seed), 1),
+        prepare.Problem(
+            ground.loss_fn,
+            ground.base,
+            objects.make_targets(method, config.adapter),
+            optimizers.make_optimizer(
+                learning_rate, config.run.steps, config.optimizer
+            ),
+            batches,
+        ),
+        clip_norm=config.optimizer.clip_norm,
+        calibration=prepare.calibration_of(config.adapter),
+        tell=functools.partial(progress.tell_targets, output.bars.console),
+    )
+    guard = nonfinite.Guard(ground.folder, nonfinite.LIMIT)
+    schedule = schedule_of(config)
+    return fit(prepared, batches, schedule, output, evaluate=evaluate, guard=guard)
+
+
+def cost_and_gain(
+    done: Fit, results: dict[str, dict[str, float]], name: str, base: Any
+) -> dict[str, float]:
+    """What a method trained and took, and its share of what "full" gained.
+
+    Args:
+      done: the method's fit.
+      results: with the `test_bpb` of all.
+      name: of the method.
+      base: the parameters that it adapted.
+    """
+    values = {
+        "trainable": done.trainable,
+        "trainable_share": done.trainable / metrics.size(base),
+        "opt_state_bytes": done.opt_state_bytes,
+        "step_ms": done.step_ms,
+    }
+    if "full" in results:
+        values["recovered"] = metrics.recovered(
+            *(results[key]["test_bpb"] for key in ("base", name, "full"))
+        )
+    return values
+
+
+def show_sample(
+    console: rich.console.Console,
+    config: ml_collections.ConfigDict,
+    model: decoder.Decoder,
+    params: Any,
+    label: str,
+) -> None:
+    """Prints how a model continues the prompt of the config."""
+    text = sample_text(
+        jax.random.key(config.run.seed),
+        model,
+        params,
+        config.eval.prompt.encode(),
+        length=config.eval.sample_bytes,
+        context=config.data.length,
+        temperature=config.eval.temperature,
+    )
+    console.rule(f"sample: {label}", align="left")
+    console.print(text, markup=False, highlight=False)
 
 
 def save_and_verify(path: pathlib.Path, adapters: Any, params: Any) -> None:

@@ -8,19 +8,18 @@ the base, `initial/`, with which `experiments.export` brings it back to the orig
 """
 
 import contextlib
+import functools
 import json
 import math
 import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import rich.console
 
 import lorax
 from experiments import tasks
-from experiments.data import tokenization
 from experiments.generation import loading
 from experiments.machine import disk, distributed, placement
 from experiments.reading import plugins
@@ -32,10 +31,10 @@ from experiments.trainer import (
     nonfinite,
     objects,
     optimizers,
+    prepare,
     progress,
 )
-from experiments.trainer.fit import Around, Problem, fit, recipe_of
-from lorax.interop import hf
+from experiments.trainer.fit import Output, fit, schedule_of
 
 RANDOM = "random base: path check, no result"
 
@@ -53,7 +52,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     console = rich.console.Console(soft_wrap=False, quiet=not primary)
     key = jax.random.key(config.run.seed)
     place = placement.make_place(config.sharding)
-    model, base, tokenizer = load_base(config.model, jax.random.fold_in(key, 0), place)
+    model, base, tokenizer = loading.load_base(
+        config.model, jax.random.fold_in(key, 0), place
+    )
     placed = place.params(model, base)
     if placed:
         console.print(str(placed), highlight=False)
@@ -63,31 +64,34 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     keep = keeping.make_keep(config, folder)
     fresh = keep is None
     opened = metric_log.Writer(folder, fresh) if primary else contextlib.nullcontext()
-    with place.scope(), opened as writer, progress.bars(console) as bars:
+    with place.scope(), opened as log, progress.bars(console) as bars:
         before = task.evaluate(base)
 
         # ----------------------------------------------------------- training
         rate = config.optimizer.learning_rate[method]
-        done = fit(
+        prepared = prepare.prepare(
             jax.random.fold_in(key, 1),
-            Problem(
+            prepare.Problem(
                 task.loss_fn,
                 base,
                 objects.make_targets(method, config.adapter),
                 optimizers.make_optimizer(rate, config.run.steps, config.optimizer),
                 task.train,
-                task.evaluate,
             ),
-            recipe_of(config),
-            Around(
-                method,
-                bars,
-                writer,
-                place=place,
-                placed=placed,
-                keep=keep,
-                guard=nonfinite.Guard(folder, config.run.skip_nonfinite),
-            ),
+            clip_norm=config.optimizer.clip_norm,
+            calibration=prepare.calibration_of(config.adapter),
+            place=place,
+            placed=placed,
+            tell=functools.partial(progress.tell_targets, console),
+        )
+        done = fit(
+            prepared,
+            task.train,
+            schedule_of(config),
+            Output(method, bars, log),
+            evaluate=task.evaluate,
+            keep=keep,
+            guard=nonfinite.Guard(folder, config.run.skip_nonfinite),
         )
 
         # ------------------------------------------------------------- report
@@ -101,8 +105,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             **task.report(done.merged(), folder),
         }
         numbers = {k: v for k, v in results.items() if isinstance(v, int | float)}
-        if writer:
-            writer.write("final", config.run.steps, numbers)
+        if log:
+            log.write("final", config.run.steps, numbers)
 
     # ----------------------------------------------------------------- finish
     if config.model.random:
@@ -130,51 +134,8 @@ def score(
     """
     plugins.load(config)
     key = jax.random.fold_in(jax.random.key(config.run.seed), 0)
-    model, params, tokenizer = load_base(config.model, key)
+    model, params, tokenizer = loading.load_base(config.model, key)
     task = tasks.TASKS[config.data.task](config, model, tokenizer)
     if adapter:
         params = lorax.merge(*loading.load_adapters(adapter, model, params))
     return task.report(params, folder)
-
-
-def load_base(
-    config: ml_collections.ConfigDict,
-    key: jax.Array,
-    place: placement.Place = placement.ALONE,
-) -> tuple[Any, Any, tokenization.Tokenizer]:
-    """Returns the model, its parameters and its tokenizer.
-
-    Args:
-      config: `config.model`. `source` is a checkpoint below the folder of data sets, a
-        directory, or a hub id; where `random` is not empty, its fields are the
-        config.json of a model that is drawn, which reads bytes.
-      key: draws that model, or a head that the checkpoint lacks.
-      place: where the parameters go.
-    """
-    switches = {"labels": config.labels, "head": "classification"}
-    switches = switches if config.labels else {}
-    switches |= {"remat": config.remat}
-    if config.attention != "plain":  # which not all families have
-        switches |= {"attention": config.attention}
-    if config.random:
-        fields = config.random.to_dict()
-        family = hf.family_of(fields, "config.model.random")
-        model = family.Model(family.Config.from_hf(fields, **switches))
-        tokens = (jnp.zeros((1, 1), jnp.int32),) * getattr(family, "INPUTS", 1)
-        draw = lambda key: model.init(key, *tokens)["params"]
-        placed = place.params(model, shapes := jax.eval_shape(draw, key))
-        where = placed.tree(shapes) if placed else None
-        params = jax.jit(draw, out_shardings=where)(key)
-        return model, params, tokenization.ByteTokenizer()
-
-    def shardings(model: Any, shapes: Any) -> Any:
-        placed = place.params(model, shapes)
-        return placed.tree(shapes) if placed else None
-
-    return loading.load_model(
-        config.source,
-        key=key,
-        dtype=config.dtype or None,
-        shardings=shardings,
-        **switches,
-    )

@@ -11,10 +11,10 @@ and `members/<k>/`, which `lorax.checkpoint.load_adapters` reads back.
 import json
 import pathlib
 import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import grain
 import jax
 import ml_collections
 import optax
@@ -32,6 +32,7 @@ from experiments.recipes.byte_model import save_and_verify
 from experiments.recipes.byte_model import train as train_methods
 from experiments.recipes.pretrain import load_or_train
 from experiments.trainer import metric_log, metrics, objects, optimizers, progress
+from experiments.trainer.loop import Clock, Compiled, Prepared, Step, loop
 from lorax import population, training, tree
 
 
@@ -116,15 +117,17 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     loss_fn = objects.make_loss(model)
     bits_per_byte = metrics.make_bits_per_byte(loss_fn)
 
-    with metric_log.Writer(folder) as writer, progress.bars(console) as bars:
-        base = load_or_train(config, model, bars, writer)
+    with metric_log.Writer(folder) as log, progress.bars(console) as bars:
+        base = load_or_train(config, model, bars, log)
 
         # ----------------------------------------------------------- training
         batches = windows.training_batches(
             topics.train, config.data.batch_size, config.data.length, config.run.seed
         )
-        trained, shared, step_ms = fit(
-            config, chosen, loss_fn, base, batches, bars, writer
+        prepared = prepare_members(config, chosen, loss_fn, base, batches, bars)
+        shared, report = prepared.params, Report(config, prepared, bars, log)
+        trained = loop(
+            prepared, batches, [report], clock=report.clock, steps=config.run.steps
         )
 
         # ------------------------------------------------------------- report
@@ -139,13 +142,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
                     "skipped": int(trained.state.skipped[k]),
                 }
             )
-            writer.write(f"member_{k}", config.run.steps, rows[-1])
+            log.write(f"member_{k}", config.run.steps, rows[-1])
 
     # ----------------------------------------------------------------- finish
     results = {
         "base": {"test_bpb": bits_per_byte(base, test)},
         "members": rows,
-        "step_ms": step_ms,
+        "step_ms": statistics.median(report.clock.seconds) * 1e3,
     }
     disk.replace(folder / "results.json", json.dumps(results, indent=2) + "\n")
     console.print(table(results))
@@ -153,21 +156,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     return results
 
 
-def fit(
+def prepare_members(
     config: ml_collections.ConfigDict,
     chosen: Sequence[Member],
-    loss_fn: Any,
+    loss_fn: Callable[..., Any],
     base: Any,
-    batches: Any,
+    batches: grain.MapDataset,
     bars: rich.progress.Progress,
-    writer: metric_log.Writer,
-) -> tuple[population.Population, Any, float]:
-    """Trains all members in one program.
-
-    Returns:
-      The trained population, the base that its members share, and the median
-      milliseconds of a step of all members.
-    """
+) -> Prepared:
+    """All members in one program; the base is what they share."""
 
     def make_tx(learning_rate: float) -> optax.GradientTransformation:
         return optimizers.make_optimizer(
@@ -187,25 +184,42 @@ def fit(
     tx = optax.inject_hyperparams(make_tx)(learning_rate=1.0)
     rates = {"learning_rate": [m.learning_rate for m in chosen]}
     state = population.create_population(step_keys, starts, tx, base, hyperparams=rates)
-    step: Any = population.make_population_step(
+    step = population.make_population_step(
         training.simple_loss(loss_fn), tx, clip_norm=config.optimizer.clip_norm
     )
-    step = jax.jit(step, donate_argnums=0).lower(state, base, batches[0]).compile()
-    meter = progress.Meter(bars, f"{len(chosen)} x lora", config.run.steps)
     tokens = len(chosen) * batches[0]["targets"].size
-    times: list[float] = []
+    return Prepared(state, base, Compiled(step), tokens=tokens)
 
-    began, reported = time.perf_counter(), 0
-    for i in range(1, config.run.steps + 1):
-        state, values = step(state, base, batches[i - 1])
-        if i % config.run.log_every == 0 or i == config.run.steps:
-            loss = jax.device_get(values["loss"])  # [K]; waits for the step
-            times.append((time.perf_counter() - began) / (i - reported))
-            meter.update(i, float(loss.mean()) * metrics.BITS, tokens / times[-1])
-            for k, own in enumerate(loss):
-                writer.write(f"member_{k}", i, {"loss": float(own)})
-            began, reported = time.perf_counter(), i
-    return state, base, statistics.median(times) * 1e3
+
+class Report:
+    """A hook: every so often the bar moves, and the metrics get a line a member.
+
+    Attributes:
+      clock: of the steps; every report is a lap.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        prepared: Prepared,
+        bars: rich.progress.Progress,
+        log: metric_log.Writer,
+    ) -> None:
+        """Adds a bar, and starts the clock."""
+        name = f"{len(members(config))} x lora"
+        self._meter = progress.Meter(bars, name, config.run.steps)
+        self._every, self._tokens = config.run.log_every, prepared.tokens
+        self._log, self.clock = log, Clock()
+
+    def __call__(self, step: Step) -> None:
+        """Reports where that is due."""
+        if not step.due(self._every):
+            return
+        loss = jax.device_get(step.metrics["loss"])  # [K]; waits for the step
+        pace = self._tokens / self.clock.lap(step.number)
+        self._meter.update(step.number, float(loss.mean()) * metrics.BITS, pace)
+        for k, own in enumerate(loss):
+            self._log.write(f"member_{k}", step.number, {"loss": float(own)})
 
 
 def start(

@@ -25,8 +25,8 @@ from experiments.data import windows
 from experiments.data.sources import documents
 from experiments.generation import decoder
 from experiments.machine import disk
-from experiments.trainer import metric_log, nonfinite, objects, optimizers
-from experiments.trainer.fit import Around, Problem, Recipe, fit
+from experiments.trainer import metric_log, nonfinite, objects, optimizers, prepare
+from experiments.trainer.fit import Output, Schedule, fit
 
 # Bumped when the model's or the pretraining code's meaning changes.
 VERSION = 1
@@ -99,19 +99,20 @@ def _train(
     init_key, fit_key = jax.random.split(jax.random.key(config.run.seed))
     params = jax.jit(model.init)(init_key, example)["params"]
     hp = config.model.pretrain
-    problem = Problem(
+    batches = windows.training_batches(
+        documents.source_train(), hp.batch_size, config.data.length, config.run.seed
+    )
+    problem = prepare.Problem(
         objects.make_loss(model),
         params,
         objects.make_targets("full", config.adapter),
         optimizers.make_optimizer(hp.learning_rate, hp.steps, hp),
-        windows.training_batches(
-            documents.source_train(), hp.batch_size, config.data.length, config.run.seed
-        ),
+        batches,
     )
-    recipe = Recipe(hp.steps, hp.clip_norm, config.run.log_every)
-    around = Around("pretrain", bars, metrics_writer, guard=guard)
-    result = fit(fit_key, problem, recipe, around)
-    return result.merged()
+    prepared = prepare.prepare(fit_key, problem, clip_norm=hp.clip_norm)
+    schedule = Schedule(hp.steps, config.run.log_every)
+    output = Output("pretrain", bars, metrics_writer)
+    return fit(prepared, batches, schedule, output, guard=guard).merged()
 
 
 def _save(path: pathlib.Path, params: Any) -> None:

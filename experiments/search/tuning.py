@@ -20,6 +20,7 @@ from experiments.machine import disk
 from experiments.recipes import byte_model, pretrain
 from experiments.search import bracketing
 from experiments.trainer import metric_log, metrics, nonfinite, objects, progress
+from experiments.trainer.fit import Output
 
 Sweep = dict[float, float]
 """Learning rate -> bits per byte; infinite where the run diverged."""
@@ -76,12 +77,15 @@ def make_score(
     bits_per_byte = metrics.make_bits_per_byte(loss_fn)
     with progress.bars(console) as bars:
         base = pretrain.load_or_train(config, model, bars, log)
+    ground = byte_model.Ground(loss_fn, base, topics.train, folder)
 
     def score(method: str, rate: float) -> float:
-        arguments = config, method, loss_fn, base, topics
         try:
             with progress.bars(console) as bars:
-                fit = byte_model.adapt(*arguments, bars, None, folder, None, rate)
+                output = Output(method, bars)
+                fit = byte_model.adapt(
+                    config, method, ground, output, learning_rate=rate
+                )
         except nonfinite.NonFiniteError as error:
             console.print(f"{method}, learning rate {rate:g}: {error}")
             return math.inf

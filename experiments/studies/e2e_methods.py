@@ -24,7 +24,7 @@ from absl import app, flags
 
 from configs import gpt2_e2e_lora
 from experiments.data import batches, tokenization
-from experiments.recipes import finetune
+from experiments.generation import loading
 from experiments.studies.method import comparison, trial
 from experiments.tasks import respond
 
@@ -106,7 +106,7 @@ def configured(method: str, **fields: Any) -> ml_collections.ConfigDict:
 def make_setting(config: ml_collections.ConfigDict, rows: int = ROWS) -> Setting:
     """Reads model and data, once for all."""
     data = config.data
-    model, base, tokenizer = finetune.load_base(config.model, jax.random.key(0))
+    model, base, tokenizer = loading.load_base(config.model, jax.random.key(0))
     pad = tokenization.padding_id(tokenizer)
     train = respond.encode(data, tokenizer, "train", data.train_rows)
     valid = respond.encode(data, tokenizer, "valid")

@@ -14,7 +14,7 @@ import pytest
 import rich.console
 
 import lorax
-from experiments.trainer import fit, keeping, progress
+from experiments.trainer import fit, keeping, prepare, progress
 from experiments.trainer.nonfinite import Guard, NonFiniteError, save_batch
 from lorax import checkpoint, training
 from lorax.adapters import Full
@@ -115,11 +115,14 @@ def test_a_rate_that_is_inf_stops_the_run_and_spoils_no_checkpoint(tmp_path):
             rows = grain.MapDataset.source([np.ones((4, 3), np.float32)] * 6)
             targets = [lorax.Target("w", rank=1)]
             keep = keeping.Keep(tmp_path / "checkpoints", config)
+            problem = prepare.Problem(loss_fn, params, targets, optax.adam(rate), rows)
             fit.fit(
-                jax.random.key(0),
-                fit.Problem(loss_fn, params, targets, optax.adam(rate), rows),
-                fit.Recipe(6, clip_norm=None, log_every=6),
-                fit.Around("lora", bars, keep=keep, guard=Guard(tmp_path, 1)),
+                prepare.prepare(jax.random.key(0), problem),
+                rows,
+                fit.Schedule(6, log_every=6),
+                fit.Output("lora", bars),
+                keep=keep,
+                guard=Guard(tmp_path, 1),
             )
 
     with pytest.raises(NonFiniteError, match=r"step 4 .*but the adapters.*of 2 in a"):

@@ -9,7 +9,7 @@ import rich.console
 
 import lorax
 from configs import gpt2_e2e_lora
-from experiments.trainer import fit, objects, progress
+from experiments.trainer import fit, objects, prepare, progress
 from tests import programs
 
 PARAMS = {"even": programs.normal(0, 8, 8), "steep": programs.normal(1, 8, 8)}
@@ -30,16 +30,16 @@ def test_a_run_moves_ranks_where_its_config_says_so():
     ranks = {}
     for rho in (1.0, 2.0):
         config.adapter.redistribute = rho
-        problem = fit.Problem(
-            loss_fn,
-            PARAMS,
-            objects.make_targets("lora", config.adapter),
-            optax.sgd(0.1),
-            grain.MapDataset.source(rows),
+        batches = grain.MapDataset.source(rows)
+        targets = objects.make_targets("lora", config.adapter)
+        prepared = prepare.prepare(
+            jax.random.key(0),
+            prepare.Problem(loss_fn, PARAMS, targets, optax.sgd(0.1), batches),
+            calibration=prepare.calibration_of(config.adapter),
         )
         with progress.bars(rich.console.Console(quiet=True)) as bars:
-            around = fit.Around("lora", bars)
-            done = fit.fit(jax.random.key(0), problem, fit.recipe_of(config), around)
+            output = fit.Output("lora", bars)
+            done = fit.fit(prepared, batches, fit.schedule_of(config), output)
         assert jax.tree.all(jax.tree.map(jnp.array_equal, done.params, PARAMS))
         ranks[rho] = {path: a.rank for path, a in done.adapters.items()}
         assert lorax.merge(done.adapters, done.params)["even"].shape == (8, 8)

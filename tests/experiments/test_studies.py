@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -13,6 +14,7 @@ import pytest
 from experiments import paired
 from experiments.studies.method import comparison, findings, panels, shared, text, trial
 from experiments.studies.questions import batch_sizes, widths
+from experiments.trainer import loop
 from lorax import training
 from lorax.adapters import Full
 
@@ -123,13 +125,13 @@ def test_a_stalled_run_has_no_value(monkeypatch):
 
     def start(seed, learning_rate):
         adapters = {"w": Full(jnp.zeros(()))}
-        return training.create_state(jax.random.key(seed), adapters, tx), {"w": 0.0}
+        state = training.create_state(jax.random.key(seed), adapters, tx)
+        return loop.Prepared(state, {"w": 0.0}, step)
 
-    step = jax.jit(training.make_train_step(loss_fn, tx), donate_argnums=0)
-    made = trial.Trial(start, step)
-    monkeypatch.setattr(trial, "make_trial", lambda *arguments: made)
+    step = loop.Compiled(training.make_train_step(loss_fn, tx))
+    monkeypatch.setattr(trial, "make_start", lambda *arguments: start)
     config = ml_collections.ConfigDict({"run": {"steps": 6}})
-    batches = lambda seed: [1.0] * 6
+    batches = lambda seed: grain.MapDataset.source([np.float32(1)] * 6)
     run = trial.make_run(config, loss_fn, None, batches)
     curve = run(0, 0.1, lambda params: float(params["w"]), every=2).curve
     # The third update is the last: with the fourth step skipped, no value is reported.

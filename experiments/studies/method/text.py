@@ -100,13 +100,14 @@ def times(
 def _stretch(study: Study, arm: str, setting: shared.Setting) -> Callable[[], Any]:
     """A few steps of an arm, each call going on from the last."""
     config, given = _given(study, arm, setting)
-    made, batches = trial.make_trial(*given), setting.train(config)(0)
-    state, params = made.start(0, 1e-4)
+    batches = setting.train(config)(0)
+    prepared = trial.make_start(*given)(0, 1e-4)
+    state = prepared.state
 
     def run() -> Any:
         nonlocal state
         for i in range(STRETCH):
-            state, _ = made.step(state, params, batches[i])
+            state, _ = prepared.step(state, prepared.params, batches[i])
         return state
 
     return run
@@ -115,7 +116,7 @@ def _stretch(study: Study, arm: str, setting: shared.Setting) -> Callable[[], An
 def _given(
     study: Study, arm: str, setting: shared.Setting
 ) -> tuple[Any, tuple[Any, ...]]:
-    """The config of an arm, and the arguments of `trial.make_trial`."""
+    """The config of an arm, and the arguments of `trial.make_start`."""
     config = configured(study, study.arms[arm], setting.toy)
     task, batches = setting.task(config), setting.train(config)
     return config, (config, task.loss_fn, task.base, batches, config.run.methods[0])

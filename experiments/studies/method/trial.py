@@ -1,7 +1,6 @@
 """One training run of a study: from a seed and a learning rate to a short curve."""
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,9 +10,8 @@ import optax
 from absl import logging
 
 import lorax
-from experiments.trainer import objects, optimizers
-from lorax import inits, training
-from lorax.inits import eva
+from experiments.trainer import objects, optimizers, prepare
+from experiments.trainer.loop import Clock, Prepared, Step, loop
 
 
 class Run(NamedTuple):
@@ -31,26 +29,17 @@ class Run(NamedTuple):
     ms: float
 
 
-class Trial(NamedTuple):
-    """How an arm trains; one compilation serves all its seeds and rates.
-
-    Attributes:
-      start: `(seed, learning rate) -> (train state, the base that it adapts)`.
-      step: `(state, base, batch) -> (state, metrics)`, jitted; the state is donated.
-    """
-
-    start: Callable[[int, float], tuple[Any, Any]]
-    step: Callable[..., tuple[Any, Any]]
-
-
-def make_trial(
+def make_start(
     config: ml_collections.ConfigDict,
     loss_fn: Callable[..., Any],
     base: Any,
     train: Callable[[int], Any],
     method: str = "lora",
-) -> Trial:
-    """Builds an arm; the learning rate is in the optimiser's state.
+) -> Callable[[int, float], Prepared]:
+    """Returns how an arm starts, `(seed, learning rate) -> Prepared`.
+
+    One compilation serves all seeds and rates: the learning rate is in the optimiser's
+    state.
 
     Args:
       config: its `run.steps`, `adapter` and `optimizer` say how to train.
@@ -59,41 +48,33 @@ def make_trial(
       train: seed -> batches, indexed by step.
       method: "lora" or "full".
     """
-    steps, targets = config.run.steps, objects.make_targets(method, config.adapter)
-    rho = config.adapter.get("redistribute", 1.0)
-    looks = any(inits.of_target(t).stats for t in targets)
-    kernels = lorax.discover(loss_fn, base, train(0)[0])
-    logging.info("%s", lorax.describe(base, targets, kernels))
-    tx = optax.inject_hyperparams(
-        lambda learning_rate: optimizers.make_optimizer(
-            learning_rate, steps, config.optimizer
+
+    def make_tx(learning_rate: float) -> optax.GradientTransformation:
+        return optimizers.make_optimizer(
+            learning_rate, config.run.steps, config.optimizer
         )
-    )(learning_rate=1.0)
-    step = jax.jit(
-        training.make_train_step(
-            training.simple_loss(loss_fn), tx, clip_norm=config.optimizer.clip_norm
-        ),
-        donate_argnums=0,
-    )
-    gradients: dict[int, Any] = {}  # sketches by seed: the rates of a grid share them
 
-    def start(seed: int, rate: float) -> tuple[Any, Any]:
-        init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1))
-        if looks and seed not in gradients:
-            batches = train(seed)
-            first = [batches[i] for i in range(config.adapter.calibration_batches)]
-            gradients[seed] = lorax.calibrate(
-                init_key, loss_fn, base, targets, first, kernels
-            )
-        own, stats = targets, gradients.get(seed)
-        if stats is not None and rho > 1:
-            own = eva.redistribute(base, targets, stats, kernels, rho)
-        adapters, params = lorax.init(init_key, base, own, kernels, stats)
-        state = training.create_state(key, adapters, tx)
+    targets = objects.make_targets(method, config.adapter)
+    tx = optax.inject_hyperparams(make_tx)(learning_rate=1.0)
+    problem = prepare.Problem(loss_fn, base, targets, tx, train(0))
+    kernels = lorax.discover(loss_fn, base, problem.batches[0])
+    logging.info("%s", lorax.describe(base, targets, kernels))
+    step = prepare.make_step(problem, config.optimizer.clip_norm)
+    looked: dict[int, Any] = {}  # at data, by seed: the rates of a grid share it
+
+    def start(seed: int, rate: float) -> Prepared:
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        own = prepare.Problem(loss_fn, base, targets, tx, train(seed))
+        if seed not in looked:
+            calibration = prepare.calibration_of(config.adapter)
+            looked[seed] = prepare.calibrated(key, own, kernels, calibration)
+        ranked, stats = looked[seed]
+        own = own._replace(targets=ranked)
+        state, params = prepare.begin(key, own, kernels, stats)
         state.opt_state.hyperparams["learning_rate"] = jax.numpy.float32(rate)
-        return state, params
+        return Prepared(state, params, step)
 
-    return Trial(start, step)
+    return start
 
 
 def make_run(
@@ -106,10 +87,9 @@ def make_run(
     """Returns `run(seed, rate, evaluate, every, watch=None) -> Run`.
 
     `watch(seed, step, state, params)` sees the train state and the base that it adapts.
-    Arguments are those of `make_trial`.
+    Arguments are those of `make_start`.
     """
-    trial, steps = make_trial(config, loss_fn, base, train, method), config.run.steps
-    merge = jax.jit(lorax.merge)
+    start, steps = make_start(config, loss_fn, base, train, method), config.run.steps
 
     def run(
         seed: int,
@@ -118,22 +98,27 @@ def make_run(
         every: int,
         watch: Callable[..., Any] | None = None,
     ) -> Run:
-        batches, (state, params) = train(seed), trial.start(seed, rate)
-        found, watched, ms, before = [], [], [], 0
+        prepared, clock = start(seed, rate), Clock()
+        found, watched = list[float](), list[Any]()
         skipped: Any = 0
-        began = time.perf_counter()
-        for i in range(1, steps + 1):
-            state, values = trial.step(state, params, batches[i - 1])
-            last, skipped = skipped, values["skipped"]
-            if i % every == 0 or i == steps:
-                jax.block_until_ready(state)
-                ms.append(1e3 * (time.perf_counter() - began) / (i - before))
+
+        def follow(step: Step) -> None:
+            nonlocal skipped
+            last, skipped = skipped, step.metrics["skipped"]
+            if not step.due(every):
+                return
+            jax.block_until_ready(step.state)
+            clock.lap(step.number)
+            with clock.paused():
+                params = prepared.merge(step.state.adapters, prepared.params)
                 stalled = int(skipped) > int(last)
-                value = math.nan if stalled else evaluate(merge(state.adapters, params))
-                found.append(value)
+                found.append(math.nan if stalled else evaluate(params))
                 if watch is not None:
-                    watched.append(watch(seed, i, state, params))
-                began, before = time.perf_counter(), i
-        return Run(found, watched, min(ms[1:] or ms))  # the first stretch compiles
+                    watched.append(
+                        watch(seed, step.number, step.state, prepared.params)
+                    )
+
+        loop(prepared, train(seed), [follow], clock=clock, steps=steps)
+        return Run(found, watched, 1e3 * min(clock.seconds))
 
     return run
