@@ -42,79 +42,110 @@ def checkpoint_run() -> ml_collections.ConfigDict:
     A config sets its own name, source, patterns, learning rate, sizes and task.
     """
     config = sections()
-    config.run.seed = 0
-    config.run.methods = ("lora",)  # or ("full",)
-    config.run.plugins = ()  # modules that register methods of your own
-    config.run.steps = 1_000
-    config.run.log_every = 100
-    config.run.label_smoothing = 0.0
-    config.run.skip_nonfinite = 3  # steps in a row; then the run stops
-    config.run.save_every = 0  # steps; 0: no checkpoints, a stop ends the run
-    config.run.save_keep = 3  # of the newest, so that two may be damaged
-    config.run.save_deadline = 25.0  # seconds between SIGTERM and giving up
-
-    # Several processes. What is not set comes from the environment.
-    config.distributed.coordinator = ""  # host:port of process 0
-    config.distributed.processes = config_dict.placeholder(int)
-    config.distributed.process = config_dict.placeholder(int)
-    config.distributed.heartbeat = 30  # seconds until a silent process counts as dead
-
-    config.model.source = ""  # a directory, or a hub id
-    config.model.random = ml_collections.ConfigDict()  # a config.json: drawn, no result
-    config.model.published = ml_collections.ConfigDict()  # of the source, for a plan
-    config.model.labels = 0  # of a classification head; 0: none
-    config.model.dtype = ""  # of the computation; "" for the checkpoint's
-    config.model.remat = "none"
-    config.model.attention = "plain"  # "flash": the Llama family on TPUs
-
-    config.adapter.patterns = ("all-linear",)
-    config.adapter.rank = 8
-    config.adapter.alpha = 16.0
-    config.adapter.adapter = "lora"
-    config.adapter.scaling = "standard"
-    config.adapter.init = "standard"
-    config.adapter.options = ()
-    config.adapter.calibration_batches = 8
-    config.adapter.redistribute = 1.0  # init "eva": x its rank that a kernel may get
-    config.adapter.dropout = 0.0
-    config.adapter.train_whole = ()
-
-    config.optimizer.name = "adamw"
-    config.optimizer.options = ()
-    config.optimizer.chain = ()
-    config.optimizer.wrap = ()
-    config.optimizer.learning_rate = ml_collections.ConfigDict()
-    config.optimizer.learning_rate.lora = 2e-4
-    config.optimizer.learning_rate.full = 1e-5
-    config.optimizer.warmup_steps = 100
-    config.optimizer.final_share = 0.0
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.999
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_norm = 1.0
-
-    config.data.task = ""  # one of experiments.tasks.TASKS
-    config.data.train_rows = 0  # 0: all
-    config.data.valid_rows = 0  # 0: all
-    config.data.lengths = (128,)  # of the buckets, in tokens
-    config.data.packed = False  # several examples in a row of the longest length
-    config.data.batch_size = 16
-
-    # The mesh. All 1: one device, and nothing is sharded. -1: what the others leave.
-    config.sharding.data = 1  # copies of the model
-    config.sharding.fsdp = 1  # slices of leaves, gathered where they are used
-    config.sharding.tensor = 1  # slices of heads, hidden units and vocabulary
-    config.sharding.rules = ()  # (regex of paths, mesh axes by dimension), first wins
-    config.sharding.may_replicate = ()  # logical axes left whole if indivisible
-    config.sharding.replicate_adapters = False  # else they lie as their kernels
-    config.sharding.topology = ""  # for a plan: v5e:4x4, v5p-128, cpu:8
-
-    config.eval.every = 500
-    config.eval.rows = 600  # of the validation set, while training; 0: all
-    config.eval.final_rows = 0  # of it, at the end; 0: all
-    config.eval.batch_size = 32
-    config.eval.test = 0  # prompts of the test set to write for, once; 0: none
+    _run(config.run)
+    _processes(config.distributed)
+    _model(config.model)
+    _adapter(config.adapter)
+    _optimizer(config.optimizer)
+    _data(config.data)
+    _mesh(config.sharding)
+    _eval(config.eval)
     return config
+
+
+def _run(run: ml_collections.ConfigDict) -> None:
+    """How long, and what is kept."""
+    run.seed = 0
+    run.methods = ("lora",)  # or ("full",)
+    run.plugins = ()  # modules that register methods of your own
+    run.steps = 1_000
+    run.log_every = 100
+    run.label_smoothing = 0.0
+    run.skip_nonfinite = 3  # steps in a row; then the run stops
+    run.save_every = 0  # steps; 0: no checkpoints, a stop ends the run
+    run.save_keep = 3  # of the newest, so that two may be damaged
+    run.save_deadline = 25.0  # seconds between SIGTERM and giving up
+
+
+def _processes(distributed: ml_collections.ConfigDict) -> None:
+    """Several of them; what is not set comes from the environment."""
+    distributed.coordinator = ""  # host:port of process 0
+    distributed.processes = config_dict.placeholder(int)
+    distributed.process = config_dict.placeholder(int)
+    distributed.heartbeat = 30  # seconds until a silent process counts as dead
+
+
+def _model(model: ml_collections.ConfigDict) -> None:
+    """Which checkpoint, and how it computes."""
+    model.source = ""  # a directory, or a hub id
+    model.random = ml_collections.ConfigDict()  # a config.json: drawn, no result
+    model.published = ml_collections.ConfigDict()  # of the source, for a plan
+    model.labels = 0  # of a classification head; 0: none
+    model.dtype = ""  # of the computation; "" for the checkpoint's
+    model.remat = "none"
+    model.attention = "plain"  # "flash": the Llama family on TPUs
+
+
+def _adapter(adapter: ml_collections.ConfigDict) -> None:
+    """What trains."""
+    adapter.patterns = ("all-linear",)
+    adapter.rank = 8
+    adapter.alpha = 16.0
+    adapter.adapter = "lora"
+    adapter.scaling = "standard"
+    adapter.init = "standard"
+    adapter.options = ()
+    adapter.calibration_batches = 8
+    adapter.redistribute = 1.0  # init "eva": x its rank that a kernel may get
+    adapter.dropout = 0.0
+    adapter.train_whole = ()
+
+
+def _optimizer(optimizer: ml_collections.ConfigDict) -> None:
+    """AdamW behind a warm-up and a cosine."""
+    optimizer.name = "adamw"
+    optimizer.options = ()
+    optimizer.chain = ()
+    optimizer.wrap = ()
+    optimizer.learning_rate = ml_collections.ConfigDict()
+    optimizer.learning_rate.lora = 2e-4
+    optimizer.learning_rate.full = 1e-5
+    optimizer.warmup_steps = 100
+    optimizer.final_share = 0.0
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.999
+    optimizer.weight_decay = 0.0
+    optimizer.clip_norm = 1.0
+
+
+def _data(data: ml_collections.ConfigDict) -> None:
+    """Which task, in batches of which size."""
+    data.task = ""  # one of experiments.tasks.TASKS
+    data.train_rows = 0  # 0: all
+    data.valid_rows = 0  # 0: all
+    data.lengths = (128,)  # of the buckets, in tokens
+    data.packed = False  # several examples in a row of the longest length
+    data.batch_size = 16
+
+
+def _mesh(sharding: ml_collections.ConfigDict) -> None:
+    """All 1: one device, and nothing is sharded. -1: what the others leave."""
+    sharding.data = 1  # copies of the model
+    sharding.fsdp = 1  # slices of leaves, gathered where they are used
+    sharding.tensor = 1  # slices of heads, hidden units and vocabulary
+    sharding.rules = ()  # (regex of paths, mesh axes by dimension), first wins
+    sharding.may_replicate = ()  # logical axes left whole if indivisible
+    sharding.replicate_adapters = False  # else they lie as their kernels
+    sharding.topology = ""  # for a plan: v5e:4x4, v5p-128, cpu:8
+
+
+def _eval(held_out: ml_collections.ConfigDict) -> None:
+    """What is judged, and how often."""
+    held_out.every = 500
+    held_out.rows = 600  # of the validation set, while training; 0: all
+    held_out.final_rows = 0  # of it, at the end; 0: all
+    held_out.batch_size = 32
+    held_out.test = 0  # prompts of the test set to write for, once; 0: none
 
 
 def shrink(config: ml_collections.ConfigDict, fields: dict) -> None:

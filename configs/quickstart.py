@@ -27,84 +27,108 @@ from configs import common
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config; `arg` may be `runlocal`, sizes to test the wiring with."""
     args = common.parse_arg(arg, runlocal=False)
-    config = common.sections()
+    config = common.sections()  # one device: nothing is sharded
+    _run(config.run)
+    _model(config.model)
+    _adapter(config.adapter)
+    _optimizer(config.optimizer)
+    _data(config.data)
+    _eval(config.eval)
+    if args["runlocal"]:
+        _shrink(config)
+    return config.lock()
 
-    config.run.name = "quickstart"
-    config.run.seed = 0
-    config.run.methods = ("lora", "full")  # in order; LoRA is held to "full"
-    config.run.plugins = ()  # modules that register methods of your own
-    config.run.steps = 90
-    config.run.log_every = 10
-    config.run.cache_dir = ""  # "" for $XDG_CACHE_HOME/lorax, else ~/.cache/lorax
 
-    config.model.vocabulary = 256  # bytes
-    config.model.layers = 2
-    config.model.width = 256
-    config.model.heads = 4  # of 64: on a CPU attention costs by the head
-    config.model.hidden = 768
-    config.model.pretrain = ml_collections.ConfigDict()
-    config.model.pretrain.name = "muon"  # learns more than AdamW in so few steps
-    config.model.pretrain.steps = 350
-    config.model.pretrain.batch_size = 16
-    config.model.pretrain.learning_rate = 2e-2
-    config.model.pretrain.adam_learning_rate = 4e-3  # embedding, head, norms
-    config.model.pretrain.warmup_steps = 50
-    config.model.pretrain.final_share = 0.05
-    config.model.pretrain.b1 = 0.9
-    config.model.pretrain.b2 = 0.98
-    config.model.pretrain.weight_decay = 0.1
-    config.model.pretrain.clip_norm = 1.0
+def _run(run: ml_collections.ConfigDict) -> None:
+    """What is compared, for how long."""
+    run.name = "quickstart"
+    run.seed = 0
+    run.methods = ("lora", "full")  # in order; LoRA is held to "full"
+    run.plugins = ()  # modules that register methods of your own
+    run.steps = 90
+    run.log_every = 10
+    run.cache_dir = ""  # "" for $XDG_CACHE_HOME/lorax, else ~/.cache/lorax
 
-    config.adapter.patterns = ("all-linear", "head/kernel")
-    config.adapter.rank = 8
-    config.adapter.alpha = 16.0
-    config.adapter.adapter = "lora"  # any of lorax.adapters.REGISTRY
-    config.adapter.scaling = "standard"
-    config.adapter.init = "standard"  # any of lorax.inits.REGISTRY
-    config.adapter.options = ()  # of init and adapter, such as (("gamma", 64.0),)
-    config.adapter.calibration_batches = 8  # for inits that look at gradients
-    config.adapter.dropout = 0.0
-    config.adapter.train_whole = (".*norm.*/scale",)  # 0.1 % of the leaves
 
-    config.optimizer.name = (
-        "adamw"  # of experiments.trainer.optimizers.READY, or "chain"
-    )
-    config.optimizer.options = ()  # of that optimiser, such as (("ratio", 16.0),)
-    config.optimizer.chain = ()  # links (name, arguments), for "chain"
-    config.optimizer.wrap = ()  # around it, such as (("accumulate", 4),)
-    config.optimizer.learning_rate = ml_collections.ConfigDict()
-    config.optimizer.learning_rate.lora = 1e-2
-    config.optimizer.learning_rate.full = 2e-3
-    config.optimizer.warmup_steps = 10
-    config.optimizer.final_share = 0.05
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.98
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_norm = 1.0
-    config.optimizer.tuned = (
+def _model(model: ml_collections.ConfigDict) -> None:
+    """The base, and how it is pretrained."""
+    model.vocabulary = 256  # bytes
+    model.layers = 2
+    model.width = 256
+    model.heads = 4  # of 64: on a CPU attention costs by the head
+    model.hidden = 768
+    pretrain = model.pretrain = ml_collections.ConfigDict()
+    pretrain.name = "muon"  # learns more than AdamW in so few steps
+    pretrain.steps = 350
+    pretrain.batch_size = 16
+    pretrain.learning_rate = 2e-2
+    pretrain.adam_learning_rate = 4e-3  # embedding, head, norms
+    pretrain.warmup_steps = 50
+    pretrain.final_share = 0.05
+    pretrain.b1 = 0.9
+    pretrain.b2 = 0.98
+    pretrain.weight_decay = 0.1
+    pretrain.clip_norm = 1.0
+
+
+def _adapter(adapter: ml_collections.ConfigDict) -> None:
+    """What trains under "lora"."""
+    adapter.patterns = ("all-linear", "head/kernel")
+    adapter.rank = 8
+    adapter.alpha = 16.0
+    adapter.adapter = "lora"  # any of lorax.adapters.REGISTRY
+    adapter.scaling = "standard"
+    adapter.init = "standard"  # any of lorax.inits.REGISTRY
+    adapter.options = ()  # of init and adapter, such as (("gamma", 64.0),)
+    adapter.calibration_batches = 8  # for inits that look at gradients
+    adapter.dropout = 0.0
+    adapter.train_whole = (".*norm.*/scale",)  # 0.1 % of the leaves
+
+
+def _optimizer(optimizer: ml_collections.ConfigDict) -> None:
+    """AdamW behind a warm-up and a cosine, at tuned rates."""
+    optimizer.name = "adamw"  # any of trainer.optimizers.READY, or "chain"
+    optimizer.options = ()  # of that optimiser, such as (("ratio", 16.0),)
+    optimizer.chain = ()  # links (name, arguments), for "chain"
+    optimizer.wrap = ()  # around it, such as (("accumulate", 4),)
+    optimizer.learning_rate = ml_collections.ConfigDict()
+    optimizer.learning_rate.lora = 1e-2
+    optimizer.learning_rate.full = 2e-3
+    optimizer.warmup_steps = 10
+    optimizer.final_share = 0.05
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.98
+    optimizer.weight_decay = 0.0
+    optimizer.clip_norm = 1.0
+    optimizer.tuned = (
         "Tuned to a factor of 2 at this config's rank and steps, on other held-out "
         "documents: `python -m experiments.tune`."
     )
 
-    config.data.length = 128  # bytes a window
-    config.data.batch_size = 16
 
-    # One device: nothing is sharded.
+def _data(data: ml_collections.ConfigDict) -> None:
+    """Windows of the manual."""
+    data.length = 128  # bytes a window
+    data.batch_size = 16
 
-    config.eval.every = 30
-    config.eval.batch_size = 32
-    config.eval.source_bytes = 32_768  # of held-out source, to see what is forgotten
-    config.eval.prompt = 'The "with" statement'
-    config.eval.sample_bytes = 240
-    config.eval.temperature = 0.5
 
-    if args["runlocal"]:
-        config.run.steps = config.model.pretrain.steps = 4
-        config.run.log_every = config.eval.every = 2
-        config.model.layers, config.model.width, config.model.heads = 2, 32, 1
-        config.model.hidden = 64
-        config.data.length, config.data.batch_size = 32, 4
-        config.model.pretrain.batch_size = 4
-        config.eval.source_bytes = 2_048
-        config.eval.sample_bytes = 8
-    return config.lock()
+def _eval(held_out: ml_collections.ConfigDict) -> None:
+    """What is judged, and the prompt that is continued."""
+    held_out.every = 30
+    held_out.batch_size = 32
+    held_out.source_bytes = 32_768  # of held-out source, to see what is forgotten
+    held_out.prompt = 'The "with" statement'
+    held_out.sample_bytes = 240
+    held_out.temperature = 0.5
+
+
+def _shrink(config: ml_collections.ConfigDict) -> None:
+    """Sizes to test the wiring with."""
+    config.run.steps = config.model.pretrain.steps = 4
+    config.run.log_every = config.eval.every = 2
+    config.model.layers, config.model.width, config.model.heads = 2, 32, 1
+    config.model.hidden = 64
+    config.data.length, config.data.batch_size = 32, 4
+    config.model.pretrain.batch_size = 4
+    config.eval.source_bytes = 2_048
+    config.eval.sample_bytes = 8

@@ -10,7 +10,7 @@ be had here. `:runlocal` is a path check, no result.
 
 import ml_collections
 
-from configs import roberta_glue_lora
+from configs import common, roberta_glue_lora
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -19,5 +19,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.run.name = "roberta_glue_lora_plus"
     config.optimizer.name = "lora_plus"
     config.optimizer.options = (("ratio", 16.0),)
-    config.optimizer.learning_rate.lora = config.optimizer.learning_rate.lora / 4
+    config.optimizer.learning_rate.lora = 1.25e-4  # of a; a quarter of LoRA's
+    if common.parse_arg(arg, runlocal=False)["runlocal"]:
+        config.optimizer.learning_rate.lora = 1.25e-3
     return config.lock()
