@@ -114,8 +114,13 @@ def steps(shape: gpt2.Shape, rounds: int, threads: int) -> dict[str, list[float]
     }
     if torch_peft.available():
         runners["PEFT + PyTorch"] = torch_peft.step(made["lorax"], shape, threads)
-        factors = lambda adapters: {k: (own.a, own.b) for k, own in adapters.items()}
-        read = lambda loss, grads: (loss, factors(grads))
+
+        def factors(adapters: Mapping[str, Any]) -> dict[str, Any]:
+            return {k: (own.a, own.b) for k, own in adapters.items()}
+
+        def read(loss: Any, grads: Any) -> tuple[Any, Any]:
+            return (loss, factors(grads))
+
         loss, grads = runners["PEFT + PyTorch"]()
         theirs = {path: (a.numpy(), b.numpy()) for path, (a, b) in grads.items()}
         found = {"lorax": read(*runners["lorax"]()), "PEFT + PyTorch": (loss, theirs)}

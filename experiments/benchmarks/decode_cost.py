@@ -68,8 +68,13 @@ def compare(source: str, count: int, batch: int, rounds: int) -> dict[str, list[
     engine = decoding.causal(model, len(prompt) + count)
     generate = decoding.make_generate(engine, batch=batch, bucket=len(prompt))
     again = uncached(model, prompt, count)
-    cached = lambda: generate((params,), [prompt] * batch, count)
-    whole = lambda: np.asarray(again(params, batch))
+
+    def cached() -> Any:
+        return generate((params,), [prompt] * batch, count)
+
+    def whole() -> np.ndarray:
+        return np.asarray(again(params, batch))
+
     ways: dict[str, Callable[[], Any]] = {"cached": cached, "uncached, jitted": whole}
     if (cached()[0]) != whole()[0, len(prompt) :].tolist():
         raise AssertionError("the two ways do not write the same tokens")
@@ -78,7 +83,8 @@ def compare(source: str, count: int, batch: int, rounds: int) -> dict[str, list[
         import torch
 
         told = torch.tensor([prompt] * batch)
-        ways["transformers, cached"] = lambda: theirs.generate(
+        ways["transformers, cached"] = functools.partial(
+            theirs.generate,
             told,
             attention_mask=torch.ones_like(told),
             max_new_tokens=count,

@@ -127,7 +127,10 @@ def contest(method: str, shape: gpt2.Shape, setting: Setting) -> Contest:
             missing[row] = _reason(error)
     if method == "full":
         loss = programs.loss_of(gpt2.Gpt2(shape))
-        by_hand = lambda trained, params, batch: loss(trained, batch)
+
+        def by_hand(trained: Any, params: Any, batch: Any) -> Any:
+            return loss(trained, batch)
+
         whole = case._replace(loss=by_hand, trained=case.params, params=())
         if setting.dtype == "float32":  # in bfloat16 it would train without a master
             made["JAX by hand"] = trainers.of_loss(whole, trainers.whole)

@@ -117,9 +117,9 @@ def compare(shape: gpt2.Shape, rounds: int) -> dict[str, dict[str, Any]]:
     made = {name: compiled(make(), plain) for name, make in OPTIMIZERS.items()}
     made["adamw on AdaLora"] = compiled(OPTIMIZERS["adamw"](), svd)
     made["adalora"] = compiled(_adalora(budget), svd)
-    run = lambda step, args: lambda: jax.block_until_ready(step(*args))
     seconds = timing.interleave(
-        {name: run(*both) for name, both in made.items()}, rounds
+        {name: functools.partial(step, *args) for name, (step, args) in made.items()},
+        rounds,
     )
     rows = {}
     for name, (step, args) in made.items():

@@ -92,7 +92,10 @@ def make(
 
 def _member(adapters: Any, k: int) -> Any:
     """Adapters of another alpha, and factors of their own."""
-    noise = lambda leaf: 1e-3 * jax.random.normal(jax.random.key(k), leaf.shape)
+
+    def noise(leaf: jax.Array) -> jax.Array:
+        return 1e-3 * jax.random.normal(jax.random.key(k), leaf.shape)
+
     changed = jax.tree.map(lambda leaf: leaf + noise(leaf), adapters)
     return {
         path: dataclasses.replace(adapter, scale=adapter.scale * (k + 4) / 8)
@@ -103,35 +106,11 @@ def _member(adapters: Any, k: int) -> Any:
 def measured(shape: gpt2.Shape, size: int, rounds: int, at_once: int) -> dict[str, Any]:
     """Everything there is to know of one shape; `at_once` is to divide `size`."""
     together, alone, *inputs = make(shape, size, at_once)
-    build = lambda program: lambda: program.lower(*inputs).compile()
-    seconds, compiled = _timed(build(together))
-    each, singles = zip(*(_timed(build(program)) for program in alone), strict=True)
+    seconds, compiled = _timed(together, inputs)
+    each, singles = zip(*(_timed(program, inputs) for program in alone), strict=True)
     count, own = measure.cost(compiled), [measure.cost(single) for single in singles]
 
-    # One step of each; the states that are left are what the clock runs on.
-    case = programs.adapted(shape)
-    exact = [
-        programs.in_float64(case._replace(trained=own.state.adapters)) for own in alone
-    ]
-    state, metrics = compiled(together.state, *inputs)
-    states = []
-    for k, single in enumerate(singles):
-        after, values = single(alone[k].state, *inputs)
-        # Adam's first moments are gradients; its first updates are their signs, which
-        # rounding turns where a gradient is zero but for rounding.
-        gradients = [
-            jax.tree.map(
-                lambda mu: mu / (1 - BETA1), jax.tree.leaves(optax.tree.get(s, "mu"))
-            )
-            for s in (state.state.opt_state, after.opt_state)
-        ]
-        found = {
-            "a member": (metrics["loss"][k], [own[k] for own in gradients[0]]),
-            "its own run": (values["loss"], gradients[1]),
-        }
-        loss, slopes = exact[k]
-        measure.agree_alike(found, (loss, jax.tree.leaves(slopes)))
-        states.append(after)
+    state, states = agreeing_steps(shape, together, alone, compiled, singles, inputs)
 
     def run_population() -> None:
         nonlocal state
@@ -156,11 +135,47 @@ def measured(shape: gpt2.Shape, size: int, rounds: int, at_once: int) -> dict[st
     }
 
 
-def _timed(build: Callable[[], Any]) -> tuple[float, Any]:
+def agreeing_steps(
+    shape: gpt2.Shape,
+    together: Program,
+    alone: Sequence[Program],
+    compiled: Any,
+    singles: Sequence[Any],
+    inputs: Sequence[Any],
+) -> tuple[Any, list[Any]]:
+    """Makes one step of each, asserts that they agree, and returns their states."""
+    case, states = programs.adapted(shape), []
+    exact = [
+        programs.in_float64(case._replace(trained=own.state.adapters)) for own in alone
+    ]
+    state, metrics = compiled(together.state, *inputs)
+    shared = _gradients(state.state.opt_state)
+    for k, single in enumerate(singles):
+        after, values = single(alone[k].state, *inputs)
+        found = {
+            "a member": (metrics["loss"][k], [own[k] for own in shared]),
+            "its own run": (values["loss"], _gradients(after.opt_state)),
+        }
+        loss, slopes = exact[k]
+        measure.agree_alike(found, (loss, jax.tree.leaves(slopes)))
+        states.append(after)
+    return state, states
+
+
+def _gradients(opt_state: Any) -> list[jax.Array]:
+    """The gradients of the first step, from Adam's first moments.
+
+    Its first updates are their signs, which rounding turns where a gradient is zero but
+    for rounding.
+    """
+    return [mu / (1 - BETA1) for mu in jax.tree.leaves(optax.tree.get(opt_state, "mu"))]
+
+
+def _timed(program: Program, inputs: Sequence[Any]) -> tuple[float, Any]:
     """CPU seconds, and what was built."""
     jax.clear_caches()
     began = time.process_time()
-    made = build()
+    made = program.lower(*inputs).compile()
     return time.process_time() - began, made
 
 

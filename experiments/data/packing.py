@@ -64,7 +64,10 @@ def packed_batches(
             + ": truncate them (`examples.truncate`), or make rows longer."
         )
     rows = Rows(sizes, length, seed)
-    make = lambda i: _row([(j, examples[j]) for j in rows[i]], length, pad_id)
+
+    def make(i: int) -> batches.Batch:
+        return _row([(j, examples[j]) for j in rows[i]], length, pad_id)
+
     return (
         grain.MapDataset.range(ENDLESS)
         .batch(batch_size)

@@ -58,7 +58,10 @@ def load_base(
         family = hf.family_of(fields, "config.model.random")
         model = family.Model(family.Config.from_hf(fields, **switches))
         tokens = (jnp.zeros((1, 1), jnp.int32),) * getattr(family, "INPUTS", 1)
-        draw = lambda key: model.init(key, *tokens)["params"]
+
+        def draw(key: jax.Array) -> Any:
+            return model.init(key, *tokens)["params"]
+
         placed = place.params(model, shapes := jax.eval_shape(draw, key))
         where = placed.tree(shapes) if placed else None
         params = jax.jit(draw, out_shardings=where)(key)

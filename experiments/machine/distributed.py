@@ -54,9 +54,11 @@ def initialize(
     """
     if not wanted(config, environ):
         return
-    number = lambda value, name: (
-        value if value is not None else int(environ[name]) if name in environ else None
-    )
+
+    def number(value: int | None, name: str) -> int | None:
+        known = value is not None or name not in environ
+        return value if known else int(environ[name])
+
     jax.distributed.initialize(
         config["coordinator"] or environ.get(COORDINATOR),
         number(config["processes"], COUNT),

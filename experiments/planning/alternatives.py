@@ -109,8 +109,13 @@ def run(
 def render(plans: list[estimates.Plan]) -> str:
     """Returns the plans as a table, the least time a token first, what fits above."""
     gib = topologies.GIB
-    pace = lambda p: p.step_seconds / p.tokens if p.step_seconds else math.inf
-    fits = lambda p: p.memory is not None and (p.memory.headroom or 0) >= 0
+
+    def pace(p: estimates.Plan) -> float:
+        return p.step_seconds / p.tokens if p.step_seconds else math.inf
+
+    def fits(p: estimates.Plan) -> bool:
+        return p.memory is not None and (p.memory.headroom or 0) >= 0
+
     lines = [f"{'GiB a chip':>10} {'room':>7} {'us a token':>11}  settings"]
     for plan in sorted(plans, key=lambda p: (not fits(p), pace(p))):
         total = f"{plan.memory.total / gib:.2f}" if plan.memory else "-"

@@ -240,11 +240,17 @@ def _amount(nbytes: float) -> str:
 def render(plan: Plan) -> str:
     """Returns a plan as text."""
     lines = [str(plan.topology), f"  {plan.settings}"]
-    add = lambda name, value: lines.append(f"  {name:<28}{value}")
+
+    def add(name: str, value: object) -> None:
+        lines.append(f"  {name:<28}{value}")
+
     add("verdict", plan.verdict)
     if plan.refused:
         add("the compiler says", plan.refused)
-    gib = lambda n: f"{_amount(n)} a chip"
+
+    def gib(n: float) -> str:
+        return f"{_amount(n)} a chip"
+
     if memory := plan.memory:
         for name in ("weights", "adapters", "optimizer", "batch", "activations"):
             add(name, gib(getattr(memory, name)))

@@ -126,7 +126,10 @@ def make_batch(config: ml_collections.ConfigDict, mesh: Any) -> dict[str, Any]:
             f"data.batch_size={rows} is not divided by the {parts} devices of data x "
             "fsdp that share a batch; change it, or the mesh"
         )
-    leaf = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def leaf(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
     return {
         "inputs": leaf((rows, length), jnp.int32),
         "targets": leaf((rows, length), jnp.int32),

@@ -45,6 +45,10 @@ class Member(NamedTuple):
     alpha: float
 
 
+WHOLE = ("seed", "rank")
+"""Fields of a member that are whole numbers."""
+
+
 def members(config: ml_collections.ConfigDict) -> list[Member]:
     """Reads `config.population`; [] where all of it is empty.
 
@@ -59,12 +63,8 @@ def members(config: ml_collections.ConfigDict) -> list[Member]:
             f"{', '.join(Member._fields)}; remove it, or run it as experiments apart"
         )
     for name, values in given.items():
-        kind = int if name in ("seed", "rank") else (int, float)
-        fits = lambda v, name=name, kind=kind: (
-            isinstance(v, kind) and (v > 0 or name == "seed")
-        )
-        if not (isinstance(values, tuple) and all(map(fits, values))):
-            wanted = "whole numbers" if kind is int else "positive numbers"
+        if not (isinstance(values, tuple) and all(_fits(name, v) for v in values)):
+            wanted = "whole numbers" if name in WHOLE else "positive numbers"
             raise ValueError(
                 f"config.population.{name}={values!r}; give a tuple of {wanted}, one a "
                 "member, such as (1, 2), or () for the config's own"
@@ -83,6 +83,12 @@ def members(config: ml_collections.ConfigDict) -> list[Member]:
     )
     rows = zip(*given.values(), strict=True)
     return [own._replace(**dict(zip(given, row, strict=True))) for row in rows]
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a field of a member may have the value."""
+    kind = int if name in WHOLE else (int, float)
+    return isinstance(value, kind) and (value > 0 or name == "seed")
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:

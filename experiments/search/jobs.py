@@ -211,7 +211,10 @@ def _signals() -> Iterator[list[int]]:
     table.
     """
     told: list[int] = []
-    take = lambda number, _: told.append(number)
+
+    def take(number: int, _: Any) -> None:
+        told.append(number)
+
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, take) for number in numbers}
     try:
@@ -225,7 +228,9 @@ def _stop(
     running: dict[subprocess.Popen, Any], grace: float, told: Sequence[int]
 ) -> None:
     """Ends the processes, at the latest after the grace or at a second signal."""
-    alive = lambda: [process for process in running if process.poll() is None]
+
+    def alive() -> list[subprocess.Popen]:
+        return [process for process in running if process.poll() is None]
 
     def tell(number: int) -> None:
         for process in alive():

@@ -164,7 +164,10 @@ def report(
     rows = [_cells(run, line, metric) for run, line in sorted(lines, key=place)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     dashes = [["-" * width for width in widths]]
-    form = lambda row: " | ".join(map(str.ljust, row, widths))
+
+    def form(row: Sequence[str]) -> str:
+        return " | ".join(map(str.ljust, row, widths))
+
     return "\n".join(f"| {form(row)} |" for row in [header, *dashes, *rows])
 
 

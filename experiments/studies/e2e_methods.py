@@ -138,12 +138,17 @@ def study(
     )
 
     def score(rate: float) -> float:
-        run = lambda: make(0, rate, setting.choose, config.run.steps).curve
+        def run() -> list[float]:
+            return make(0, rate, setting.choose, config.run.steps).curve
+
         return runs.get((method, "choose", 0, rate), run)[-1]
 
     rate = comparison.best_of_grid(score, grid)
     for seed in SEEDS:
-        run = lambda seed=seed: make(seed, rate, setting.report, EVERY).curve
+
+        def run(seed: int = seed) -> list[float]:
+            return make(seed, rate, setting.report, EVERY).curve
+
         runs.get((method, "report", seed, rate), run)
 
 
@@ -156,7 +161,10 @@ def read(runs: comparison.Runs, grid: Any = GRID) -> tuple[dict[str, Any], list[
     """
     results, missing = {}, []
     for method in METHODS:
-        score = lambda rate, method=method: runs.get((method, "choose", 0, rate))[-1]
+
+        def score(rate: float, method: str = method) -> float:
+            return runs.get((method, "choose", 0, rate))[-1]
+
         try:
             rate = comparison.best_of_grid(score, grid)
             curves = [runs.get((method, "report", seed, rate)) for seed in SEEDS]

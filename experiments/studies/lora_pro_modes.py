@@ -27,7 +27,9 @@ TARGET = lorax.Target(".*", rank=4, alpha=4)
 
 
 def _arm(mode: Any, damping: float) -> Method:
-    make = lambda rate, _: optim.lora_pro(rate, mode, damping=damping)
+    def make(rate: Any, _: Any) -> Any:
+        return optim.lora_pro(rate, mode, damping=damping)
+
     return Method(TARGET, make, 8e-3)
 
 

@@ -203,7 +203,10 @@ def _run(adapter: Adapter, form: Any, seed: jax.Array, given: Numbers) -> Any:
     start = adapters, tx.init(adapters)
     adapters, _ = jax.lax.fori_loop(0, given.steps, step, start)
     x = jax.random.normal(own[3], (HELD_OUT, WIDTH))
-    error = lambda params: jnp.mean((network(params, x) - network(goal, x)) ** 2)
+
+    def error(params: Any) -> jax.Array:
+        return jnp.mean((network(params, x) - network(goal, x)) ** 2)
+
     merged = lorax.merge(adapters, params)
     return error(merged) / error(params), *distances(adapters), flatness(merged, params)
 
@@ -219,14 +222,22 @@ def distances(adapters: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
     found = [a for a in adapters.values() if {"p", "q"} <= set(a.roles)]
     if not found:
         return jnp.zeros(()), jnp.zeros(())
-    away = lambda x: jnp.linalg.norm(x.T @ x - jnp.eye(RANK))
-    mean = lambda parts: jnp.mean(jnp.stack(parts))
+
+    def away(x: jax.Array) -> jax.Array:
+        return jnp.linalg.norm(x.T @ x - jnp.eye(RANK))
+
+    def mean(parts: Sequence[jax.Array]) -> jax.Array:
+        return jnp.mean(jnp.stack(parts))
+
     return mean([away(a.p) for a in found]), mean([away(a.q.T) for a in found])
 
 
 def _started(given: Numbers, adapters: Any) -> Any:
     """The adapters with p and q of the arm's size, or orthonormal."""
-    size = lambda x: jnp.where(given.orthonormal, _lapack.qr(x)[0], given.grown * x)
+
+    def size(x: jax.Array) -> jax.Array:
+        return jnp.where(given.orthonormal, _lapack.qr(x)[0], given.grown * x)
+
     return {k: a.replace(p=size(a.p), q=size(a.q.T).T) for k, a in adapters.items()}
 
 

@@ -79,13 +79,21 @@ def study(
     size = config.eval.batch_size, config.data.length
     selection = windows.evaluation_batches(topics.selection, *size)
     test = windows.evaluation_batches(topics.test, *size)
-    training = lambda seed: windows.training_batches(
-        topics.train, config.data.batch_size, config.data.length, seed
-    )
+
+    def training(seed: int) -> Any:
+        return windows.training_batches(
+            topics.train, config.data.batch_size, config.data.length, seed
+        )
+
     run = trial.make_run(config, loss_fn, base, training)
     bits_per_byte = metrics.make_bits_per_byte(loss_fn)
-    choose = lambda params: bits_per_byte(params, selection)
-    report = lambda params: bits_per_byte(params, test)
+
+    def choose(params: Any) -> float:
+        return bits_per_byte(params, selection)
+
+    def report(params: Any) -> float:
+        return bits_per_byte(params, test)
+
     grid = bracketing.bracket(
         lambda rate: run(0, rate, choose, config.run.steps).curve[-1],
         method.rate,

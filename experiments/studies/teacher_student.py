@@ -23,6 +23,7 @@ interval. Everything is one vmapped program a method.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -121,29 +122,49 @@ def teacher(problem: Problem, key: jax.Array) -> tuple[dict, dict]:
     return base, change
 
 
+def loss_fn(params: Any, batch: Any) -> jax.Array:
+    """Half the squared error of all kernels, the mean over the batch."""
+    x, targets = batch
+
+    def error(name: str) -> jax.Array:
+        return jnp.sum((x @ params[name] - targets[name]) ** 2)
+
+    total: Any = sum(map(error, params))
+    return 0.5 * total / len(x)
+
+
+def examples(
+    problem: Problem, key: jax.Array, goal: Any, step: Any
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The batch of a step: inputs, and by kernel what the goal makes of them."""
+    own = jax.random.split(jax.random.fold_in(key, step), 1 + len(goal))
+    x = jax.random.normal(own[0], (BATCH, problem.shape[0]))
+    targets = {
+        name: x @ w + problem.noise * jax.random.normal(k, (BATCH, w.shape[1]))
+        for k, (name, w) in zip(own[1:], goal.items(), strict=True)
+    }
+    return x, targets
+
+
+def least_distance(params: Any, goal: Any, rank: int) -> jax.Array:
+    """The squared distance to the goal that changes of a rank leave (Eckart-Young)."""
+
+    def values(w: jax.Array, g: jax.Array) -> jax.Array:
+        return _lapack.svd(g - w)[1]
+
+    left = jax.tree.leaves(jax.tree.map(values, params, goal))
+    return jnp.sum(jnp.stack(left)[:, rank:] ** 2)
+
+
 def make_run(problem: Problem, method: Method, steps: int) -> Callable[..., Any]:
     """Returns `run(seed, rate) -> (distance at every step, effective ranks, floor)`."""
-
-    def loss_fn(params: Any, batch: Any) -> jax.Array:
-        x, targets = batch
-        error = lambda name: jnp.sum((x @ params[name] - targets[name]) ** 2)
-        total: Any = sum(map(error, params))
-        return 0.5 * total / len(x)
 
     def run(seed: jax.Array, rate: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
         key = jax.random.key(seed)
         base, change = teacher(problem, jax.random.fold_in(key, 0))
         goal = jax.tree.map(jnp.add, base, change)
 
-        def batch(step: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            own = jax.random.split(jax.random.fold_in(key, step), 1 + len(base))
-            x = jax.random.normal(own[0], (BATCH, problem.shape[0]))
-            targets = {
-                name: x @ w + problem.noise * jax.random.normal(k, (BATCH, w.shape[1]))
-                for k, (name, w) in zip(own[1:], goal.items(), strict=True)
-            }
-            return x, targets
-
+        batch = functools.partial(examples, problem, key, goal)
         targets, stats = [method.target], None
         if method.target.init == "lora_ga":
             first = [batch(10_000 + i) for i in range(4)]
@@ -163,16 +184,13 @@ def make_run(problem: Problem, method: Method, steps: int) -> Callable[..., Any]
             away = jax.tree.map(lambda w, g: jnp.sum((w - g) ** 2), merged, goal)
             return (adapters, state), sum(away.values())
 
-        rank = method.target.rank
-        values = lambda w, g: _lapack.svd(g - w)[1]
-        left = jax.tree.leaves(jax.tree.map(values, params, goal))
-        floor = jnp.sum(jnp.stack(left)[:, rank:] ** 2)
         carry = adapters, tx.init(adapters)
         (adapters, state), away = jax.lax.scan(step, carry, jnp.arange(1, steps + 1))
         size = sum(jnp.sum(d**2) for d in change.values())
         ranks: Any = {}
         if adapter_classes.get(method.target.adapter).counts_ranks:
             ranks = optim.adalora_effective_ranks(state)
+        floor = least_distance(params, goal, method.target.rank)
         return away / size, ranks, floor / size
 
     return jax.jit(jax.vmap(jax.vmap(run, (None, 0)), (0, None)))

@@ -1,7 +1,6 @@
 """Sentences and pairs of them, labelled, for an encoder with a classification head."""
 
-import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from experiments.data.sources import classification
 from experiments.machine import placement
 from experiments.tasks import base, labelled_data
 from experiments.tasks.base import Scores, Task
-from experiments.tasks.scoring import labels as scoring
+from experiments.tasks.scoring import labels
 from lorax import sharding
 
 
@@ -45,41 +44,45 @@ def make_classify(
         own = own._replace(rows=own.rows[: rows or None])
         return classification.encode(tokenizer, own, max(lengths), split).examples
 
-    valid, judged = (
-        encoded("valid", data.valid_rows),
-        labelled_data.scores_of(data.name),
-    )
-    held_out = lambda rows: batches.evaluation_batches(
-        valid[:rows],
-        config.eval.batch_size,
+    train, valid = encoded("train", data.train_rows), encoded("valid", data.valid_rows)
+    made = batches.training_batches(
+        train,
+        data.batch_size,
         lengths,
         pad,
+        config.run.seed,
         batches.labelled,
-        place.part(config.eval.batch_size),
+        place.part(data.batch_size),
     )
-    some = held_out(base.asked(config.eval.rows, valid))
-    final = held_out(base.asked(config.eval.final_rows, valid))
-    predict = make_predict(model)
-    score = lambda params, rows: {
-        f"valid_{name}": scoring.SCORES[name](
-            *_collected(predict, params, map(place.put, rows))
+    judged = config.eval.batch_size
+    scored = make_scores(model, labelled_data.scores_of(data.name), place)
+
+    def held_out(rows: int) -> list[batches.Batch]:
+        first, part = valid[: base.asked(rows, valid)], place.part(judged)
+        return batches.evaluation_batches(
+            first, judged, lengths, pad, batches.labelled, part
         )
-        for name in judged
-    }
+
+    some, final = held_out(config.eval.rows), held_out(config.eval.final_rows)
     return Task(
-        batches.training_batches(
-            encoded("train", data.train_rows),
-            data.batch_size,
-            lengths,
-            pad,
-            config.run.seed,
-            batches.labelled,
-            place.part(data.batch_size),
-        ),
+        made,
         make_loss(model),
-        lambda params: score(params, some),
-        lambda params, folder: _report(score(params, final), folder),
+        lambda params: scored(params, some),
+        lambda params, _: scored(params, final),
     )
+
+
+def make_scores(
+    model: Any, names: Sequence[str], place: placement.Place
+) -> Callable[[Any, Sequence[Any]], Scores]:
+    """Returns `(params, batches) -> scores`, by their names in `scoring.labels`."""
+    predict = make_predict(model)
+
+    def scored(params: Any, held_out: Sequence[Any]) -> Scores:
+        collected = _collected(predict, params, map(place.put, held_out))
+        return {f"valid_{name}": labels.SCORES[name](*collected) for name in names}
+
+    return scored
 
 
 def make_loss(model: Any) -> Any:
@@ -122,8 +125,3 @@ def _collected(
     ]
     predicted, true = map(np.concatenate, zip(*rows, strict=True))
     return predicted, true
-
-
-def _report(scores: Scores, folder: pathlib.Path) -> Scores:
-    del folder  # nothing is written but results.json
-    return scores

@@ -37,9 +37,10 @@ def make_respond(
     pad = tokenization.padding_id(tokenizer)
     valid = encode(data, tokenizer, "valid", data.valid_rows)
     judged, own = config.eval.batch_size, place.part(config.eval.batch_size)
-    held_out = lambda rows: batches.evaluation_batches(
-        valid[:rows], judged, lengths, pad, part=own
-    )
+
+    def held_out(rows: int) -> list[batches.Batch]:
+        return batches.evaluation_batches(valid[:rows], judged, lengths, pad, part=own)
+
     bits_per_byte = make_bits_per_byte(make_loss(model), place)
     some = base.asked(config.eval.rows, valid)
     final = base.asked(config.eval.final_rows, valid)

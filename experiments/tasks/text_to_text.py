@@ -4,9 +4,8 @@ A prompt is the set's name and the sentences, "sst-2 sentence: ...", as in T5's 
 mixture; what is written is compared with the label's name, word for word.
 """
 
-import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -34,74 +33,89 @@ def make_text_to_text(
       ValueError: labels that are numbers.
     """
     data, lengths = config.data, config.data.lengths
-    pad = tokenization.padding_id(tokenizer)
+    pad, eos = tokenization.padding_id(tokenizer), _eos(tokenizer)
     train, valid = (labelled_data.load(data, split) for split in ("train", "valid"))
     if not train.labels:
         raise ValueError(f"{data.name} has numbers, not labels, and no names to write")
-    names = [tokenizer.encode(name) + _eos(tokenizer) for name in train.labels]
-    longest = max(map(len, names))
-
-    def collate(example: Example, length: int, fill: int) -> dict[str, np.ndarray]:
-        count = length - len(example["tokens"])
-        target = names[int(example["label"])]
-        rest = longest - len(target)
-        return {
-            "inputs": np.pad(example["tokens"], (0, count), constant_values=fill),
-            "real": np.arange(length) < len(example["tokens"]),
-            "targets": np.array([*target, *[fill] * rest], np.int32),
-            "weights": np.array([1.0] * len(target) + [0.0] * rest, np.float32),
-            "bytes": np.array(len(train.labels[int(example["label"])].encode())),
-        }
-
-    def encoded(own: classification.Data, rows: int) -> list[Example]:
-        kept: list[Example] = [
-            {
-                "tokens": np.array(_prompt(tokenizer, data.name, row, max(lengths))),
-                "label": np.array(row.label, np.int32),
-            }
-            for row in own.rows[: rows or None]
-        ]
-        return kept
-
-    engine = decoding.sequence_to_sequence(model, longest + 1)
+    names = Names(train.labels, [[*tokenizer.encode(n), *eos] for n in train.labels])
     write = decoding.make_generate(
-        engine,
+        decoding.sequence_to_sequence(model, names.longest + 1),
         batch=config.eval.batch_size,
-        eos=_eos(tokenizer),
+        eos=eos,
         pad=pad,
         bucket=max(lengths),
     )
+    held_out = _encoded(tokenizer, data, valid, data.valid_rows)
 
-    def accuracy(params: Any, rows: Sequence[Example]) -> Scores:
-        found = write((params,), [row["tokens"].tolist() for row in rows], longest)
-        true = [train.labels[int(row["label"])] for row in rows]
-        right = [tokenizer.decode(f).strip() == t for f, t in zip(found, true)]  # noqa: B905
+    def accuracy(params: Any, rows: int) -> Scores:
+        asked = held_out[: base.asked(rows, held_out)]
+        prompts = [row["tokens"].tolist() for row in asked]
+        found = map(tokenizer.decode, write((params,), prompts, names.longest))
+        true = [names.texts[int(row["label"])] for row in asked]
+        right = [text.strip() == name for text, name in zip(found, true, strict=True)]
         return {"valid_accuracy": float(np.mean(right))}
-
-    held_out = encoded(valid, data.valid_rows)
-
-    def report(params: Any, folder: pathlib.Path) -> Scores:
-        del folder  # nothing is written but results.json
-        return accuracy(
-            params, held_out[: base.asked(config.eval.final_rows, held_out)]
-        )
 
     return Task(
         batches.training_batches(
-            encoded(train, data.train_rows),
+            _encoded(tokenizer, data, train, data.train_rows),
             data.batch_size,
             lengths,
             pad,
             config.run.seed,
-            collate,
+            names.collate,
             place.part(data.batch_size),
         ),
         make_loss(model, config.run.label_smoothing),
-        lambda params: accuracy(
-            params, held_out[: base.asked(config.eval.rows, held_out)]
-        ),
-        report,
+        lambda params: accuracy(params, config.eval.rows),
+        lambda params, _: accuracy(params, config.eval.final_rows),
     )
+
+
+class Names(NamedTuple):
+    """The names of the labels.
+
+    Attributes:
+      texts: by label.
+      ids: their tokens, with EOS.
+    """
+
+    texts: Sequence[str]
+    ids: Sequence[list[int]]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest name."""
+        return max(map(len, self.ids))
+
+    def collate(self, example: Example, length: int, fill: int) -> dict[str, Any]:
+        """A row of a batch: the prompt filled up to `length`, and the name to write."""
+        label, tokens = int(example["label"]), example["tokens"]
+        target = self.ids[label]
+        rest = self.longest - len(target)
+        return {
+            "inputs": np.pad(tokens, (0, length - len(tokens)), constant_values=fill),
+            "real": np.arange(length) < len(tokens),
+            "targets": np.array([*target, *[fill] * rest], np.int32),
+            "weights": np.array([1.0] * len(target) + [0.0] * rest, np.float32),
+            "bytes": np.array(len(self.texts[label].encode())),
+        }
+
+
+def _encoded(
+    tokenizer: tokenization.Tokenizer,
+    data: ml_collections.ConfigDict,
+    found: classification.Data,
+    rows: int,
+) -> list[Example]:
+    """The first rows of a split as prompts, all of them for 0."""
+    longest = max(data.lengths)
+    return [
+        {
+            "tokens": np.array(_prompt(tokenizer, data.name, row, longest)),
+            "label": np.array(row.label, np.int32),
+        }
+        for row in found.rows[: rows or None]
+    ]
 
 
 def make_loss(model: Any, smoothing: float = 0.0) -> Any:

@@ -202,7 +202,10 @@ def make_optimizer(
     unit = optax.warmup_cosine_decay_schedule(
         0.0, 1.0, warmup, steps, config.final_share
     )
-    schedule = lambda peak: lambda step: peak * unit(step)  # the peak may be traced
+
+    def schedule(peak: Any) -> optax.Schedule:
+        return lambda step: peak * unit(step)  # the peak may be traced
+
     own = [f for f in config if f not in (*FIELDS, *SCHEDULE, *BUILD)]
     if config.name == "chain":
         if own:

@@ -155,7 +155,10 @@ def of_qwix(case: programs.Case, shape: gpt2.Shape) -> Rival:
 
     def names(tree: Any) -> Named:
         flat = traverse_util.flatten_dict(tree, sep="/")
-        split = lambda path: (path[: -len("_lora_a")], path[-1])
+
+        def split(path: str) -> tuple[str, str]:
+            return (path[: -len("_lora_a")], path[-1])
+
         return {split(path): np.asarray(leaf) for path, leaf in flat.items()}
 
     return Rival(case._replace(loss=loss, trained=lora), names)

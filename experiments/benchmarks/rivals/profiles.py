@@ -91,7 +91,10 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         for who, parts in by.items():
             used = {part: np.array(rounds) for part, rounds in parts.items()}
             wall = {part: 1e3 * values[:, 0] for part, values in used.items()}
-            median = lambda values: f"{statistics.median(values):.0f}"
+
+            def median(values: np.ndarray) -> str:
+                return f"{statistics.median(values):.0f}"
+
             step = used["step"]
             rows.append(
                 [

@@ -145,7 +145,10 @@ def step(
         model.zero_grad(set_to_none=True)
         loss = model(tokens).loss
         loss.backward()
-        grad = lambda path, field: oriented(path, trained[path, field].grad)
+
+        def grad(path: str, field: str) -> Any:
+            return oriented(path, trained[path, field].grad)
+
         return loss.item(), {p: (grad(p, "a"), grad(p, "b")) for p in paths}
 
     return run

@@ -62,7 +62,10 @@ def optimizer(method: str, adapters: Any, own_penalty: bool = False) -> Any:
     if own_penalty:
         return allocated
     slope = jax.grad(peft_penalty)
-    add = lambda grads, adapters: jax.tree.map(jnp.add, grads, slope(adapters))
+
+    def add(grads: Any, adapters: Any) -> Any:
+        return jax.tree.map(jnp.add, grads, slope(adapters))
+
     return optax.chain(optax.stateless(add), allocated)
 
 
@@ -176,7 +179,9 @@ def _started(
         state, loss = compiled(state, *inputs)
         return float(jax.block_until_ready((state, loss))[1])
 
-    moments = lambda: names(optax.tree.get(moments_in(state), "mu"))
+    def moments() -> Any:
+        return names(optax.tree.get(moments_in(state), "mu"))
+
     return Trainer(run, moments, seconds)
 
 

@@ -122,7 +122,10 @@ def best_of_grid(
     """
     rates = sorted(grid)
     factor = rates[1] / rates[0]
-    value = lambda rate: math.inf if math.isnan(score(rate)) else score(rate)
+
+    def value(rate: float) -> float:
+        return math.inf if math.isnan(score(rate)) else score(rate)
+
     best = min(rates, key=value)
     for _ in range(widen):
         if best not in (rates[0], rates[-1]):

@@ -129,7 +129,9 @@ def _run_arm(
     make, task = trial.make_run(*given), setting.task(config)
 
     def score(rate: float) -> float:
-        once = lambda: make(0, rate, task.choose, config.run.steps)._asdict()
+        def once() -> dict[str, Any]:
+            return make(0, rate, task.choose, config.run.steps)._asdict()
+
         return runs.get((arm, "choose", 0, rate), once)[-1]
 
     rate = best_rate(study, arm, score, setting.toy)
@@ -137,9 +139,10 @@ def _run_arm(
     if study.watch is not None:
         watch = study.watch(setting, chosen(study, runs, setting.toy))
     for seed in seeds_of(study, setting.toy):
-        reported = lambda seed=seed: make(
-            seed, rate, task.report, study.every, watch
-        )._asdict()
+
+        def reported(seed: int = seed) -> dict[str, Any]:
+            return make(seed, rate, task.report, study.every, watch)._asdict()
+
         runs.line((arm, "report", seed, rate), reported)
 
 
@@ -170,7 +173,10 @@ def chosen(study: Study, runs: comparison.Runs, toy: bool) -> dict[str, float]:
     """The rates of the arms that have one."""
     found = {}
     for arm in study.arms:
-        known = lambda rate, arm=arm: runs.get((arm, "choose", 0, rate))[-1]
+
+        def known(rate: float, arm: str = arm) -> float:
+            return runs.get((arm, "choose", 0, rate))[-1]
+
         try:
             found[arm] = best_rate(study, arm, known, toy)
         except comparison.NotRun:
