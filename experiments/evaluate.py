@@ -16,7 +16,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments.machine import disk
-from experiments.reading import command
+from experiments.reading import checking, command
 from experiments.recipes import finetune
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
@@ -28,7 +28,9 @@ def main(argv: Sequence[str]) -> None:
     """Evaluates as the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
-    config = command.checked(_CONFIG.value)
+    config = _CONFIG.value
+    with command.refusing():
+        checking.check(config)
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(_SCORES.value).parent if _SCORES.value else scratch
         scores = finetune.score(config, _ADAPTER.value, pathlib.Path(folder))

@@ -34,12 +34,13 @@ def main(argv: Sequence[str]) -> None:
         fields.require(config)
     if "heartbeat" in config.get("distributed", ()):
         distributed.initialize(config.distributed)  # before anything asks for devices
+    from experiments.reading import checking
     from experiments.recipes import finetune, members
     from lorax.checkpoint import folders
 
-    command.checked(config)
     workdir = _WORKDIR.value or str(pathlib.Path("runs") / config.run.name)
     with command.refusing():
+        checking.check(config)
         folders.require_directory(pathlib.Path(workdir))
     run = finetune.run if "source" in config.model else members.run
     run(config, workdir)

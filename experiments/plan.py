@@ -42,8 +42,10 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(topologies.run_with_devices(again, topology.chips))
     topologies.prepare()  # before jax is loaded
     from experiments.planning import alternatives, estimates
+    from experiments.reading import checking
 
-    command.checked(config)
+    with command.refusing():
+        checking.check(config)
     try:
         if _SWEEP.value:
             print(alternatives.render(alternatives.run(config, topology, print)))

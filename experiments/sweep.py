@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments.reading import command
+from experiments.reading import checking, command
 from experiments.search import combinations, grid, jobs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     with command.refusing():
         values = grid.parse_grid(_GRID.value or "", config, overrides)
         every = combinations.make_runs(config, values)
-        combinations.check(every)
+        checking.check_runs((run.told(), run.config) for run in every)
         sys.exit(jobs.sweep(folder, every, asked))
 
 

@@ -25,9 +25,13 @@ _RUNS = flags.DEFINE_integer("runs", 9, "Most learning rates to try per method."
 def main(argv: Sequence[str]) -> None:
     """Sweeps every method of the config."""
     del argv
-    from experiments.search import tuning  # jax loads only once the flags are right
+    # jax loads only once the flags are right
+    from experiments.reading import checking
+    from experiments.search import tuning
 
-    config = command.checked(_CONFIG.value)
+    config = _CONFIG.value
+    with command.refusing():
+        checking.check(config)
     folder = pathlib.Path(_WORKDIR.value or f"runs/{config.run.name}-tune")
     tuning.tune(config, folder, factor=_FACTOR.value, most=_RUNS.value)
 

@@ -23,7 +23,7 @@ Padding is known by its weight alone, so any id may fill.
 """
 
 import bisect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import grain
 import numpy as np
@@ -103,12 +103,6 @@ def training_batches(
     if len(parts) == 1:
         return parts[0]
     return grain.MapDataset.mix(parts, [len(members) for _, members in kept])
-
-
-def ahead(dataset: grain.MapDataset, start: int, stop: int) -> Iterator[Batch]:
-    """The batches `start` to `stop`, made by threads before they are asked for."""
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    return iter(dataset[start:stop].to_iter_dataset(options))
 
 
 def evaluation_batches(

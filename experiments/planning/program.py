@@ -17,7 +17,7 @@ from absl import logging
 
 import lorax
 from experiments.machine import placement
-from experiments.tasks import respond
+from experiments.tasks import losses
 from experiments.trainer import objects, optimizers
 from lorax import inits, sharding, training
 from lorax.interop import hf
@@ -77,7 +77,7 @@ def build(
     shapes = hf.abstract(model)
     placed = placement.place_params(mesh, config.sharding, model, shapes)
     batch = make_batch(config.data, mesh)
-    loss_fn = respond.make_loss(model, config.run.label_smoothing)
+    loss_fn = losses.make_causal(model, config.run.label_smoothing)
     state, params, tx = make_state(config, loss_fn, shapes, batch)
     where = sharding.state_shardings(state, placed, config.sharding.replicate_adapters)
     made = make_step(loss_fn, tx, config.optimizer.clip_norm, form)

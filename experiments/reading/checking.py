@@ -8,6 +8,8 @@ own arguments.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import ml_collections
 
 from experiments import tasks
@@ -31,6 +33,19 @@ def check(config: ml_collections.ConfigDict) -> None:
         _byte_model(config.model)
         hp = config.model.pretrain
         _optimizer(hp, "model.pretrain", hp.steps)
+
+
+def check_runs(runs: Iterable[tuple[str, ml_collections.ConfigDict]]) -> None:
+    """Raises ValueError, naming the run, for the first that could not finish.
+
+    Args:
+      runs: what tells each from the others, and its config.
+    """
+    for told, config in runs:
+        try:
+            check(config)
+        except ValueError as error:
+            raise ValueError(f"the run {told}: {error}") from None
 
 
 def _targets(config: ml_collections.ConfigDict, method: str) -> None:

@@ -18,7 +18,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -35,15 +34,6 @@ def refusing() -> Iterator[None]:
         yield
     except ValueError as error:
         sys.exit(f"{_name()}: {error}")
-
-
-def checked(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Returns a config that passed every check, or ends the process."""
-    from experiments.reading import checking  # jax loads only once the flags are right
-
-    with refusing():
-        checking.check(config)
-    return config
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-import numpy as np
 import rich.console
 
 from experiments.data import windows
@@ -24,6 +23,7 @@ from experiments.reading import plugins
 from experiments.recipes import curves
 from experiments.recipes.pretrain import load_or_train
 from experiments.trainer import (
+    keeping,
     metric_log,
     metrics,
     nonfinite,
@@ -33,7 +33,6 @@ from experiments.trainer import (
     progress,
 )
 from experiments.trainer.fit import Fit, Output, fit, schedule_of
-from lorax import checkpoint, tree
 
 LABELS = {"base": "base", "lora": "LoRA", "full": "full"}
 
@@ -97,7 +96,7 @@ def train(
     # ----------------------------------------------------------------- finish
     if "lora" in fits:
         done = fits["lora"]
-        save_and_verify(folder / "adapter", done.adapters, done.params)
+        keeping.save_and_verify(folder / "adapter", done.adapters, done.params)
     curves.draw_curves(
         metric_log.read(folder), results["base"]["test_bpb"], folder / "curves.png"
     )
@@ -211,17 +210,6 @@ def show_sample(
     )
     console.rule(f"sample: {label}", align="left")
     console.print(text, markup=False, highlight=False)
-
-
-def save_and_verify(path: pathlib.Path, adapters: Any, params: Any) -> None:
-    """Saves the adapters and asserts that what is read back is what was saved."""
-    checkpoint.save_adapters(path, adapters, params, overwrite=True)
-    restored = checkpoint.load_adapters(path, params=params)
-    same = jax.tree.map(np.array_equal, restored, adapters)  # or it raises
-    for name, array in checkpoint.load_frozen(path).items():
-        same[name] = np.array_equal(array, tree.split(params)[1][name])
-    if not all(jax.tree.leaves(same)):
-        raise OSError(f"{path}: the adapters read back are not those saved")
 
 
 def describe_tuning(config: ml_collections.ConfigDict) -> str:

@@ -23,7 +23,6 @@ from experiments import tasks
 from experiments.generation import loading
 from experiments.machine import disk, distributed, placement
 from experiments.reading import plugins
-from experiments.recipes.byte_model import save_and_verify
 from experiments.trainer import (
     keeping,
     metric_log,
@@ -111,9 +110,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     # ----------------------------------------------------------------- finish
     if config.model.random:
         results["note"] = RANDOM
-    save_and_verify(folder / "adapter", done.adapters, done.params)
+    keeping.save_and_verify(folder / "adapter", done.adapters, done.params)
     if done.initial is not None:
-        save_and_verify(folder / "initial", done.initial, done.params)
+        keeping.save_and_verify(folder / "initial", done.initial, done.params)
     if primary:
         disk.replace(folder / "results.json", json.dumps(results, indent=2) + "\n")
     for name, value in results.items():

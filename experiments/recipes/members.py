@@ -28,10 +28,16 @@ from experiments.data import windows
 from experiments.data.sources import documents
 from experiments.machine import disk
 from experiments.reading import plugins
-from experiments.recipes.byte_model import save_and_verify
 from experiments.recipes.byte_model import train as train_methods
 from experiments.recipes.pretrain import load_or_train
-from experiments.trainer import metric_log, metrics, objects, optimizers, progress
+from experiments.trainer import (
+    keeping,
+    metric_log,
+    metrics,
+    objects,
+    optimizers,
+    progress,
+)
 from experiments.trainer.loop import Clock, Compiled, Prepared, Step, loop
 from lorax import population, training, tree
 
@@ -139,7 +145,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         # ------------------------------------------------------------- report
         rows: list[dict[str, Any]] = []
         for k, adapters in enumerate(population.unstack(trained)):
-            save_and_verify(folder / "members" / str(k), adapters, shared)
+            keeping.save_and_verify(folder / "members" / str(k), adapters, shared)
             rows.append(
                 {
                     **chosen[k]._asdict(),

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from experiments.reading import checking
 from experiments.search import grid
 from experiments.trainer import optimizers
 from lorax import adapters, inits
@@ -49,6 +48,10 @@ class Run(NamedTuple):
     fields: dict[str, Any]
     config: ml_collections.ConfigDict
     hash: str
+
+    def told(self) -> str:
+        """The values of its fields, as they would be typed."""
+        return ", ".join(f"{k}={flag_text(v)}" for k, v in self.fields.items())
 
 
 class Job(NamedTuple):
@@ -84,16 +87,6 @@ def make_runs(
             grid.at(own, holder)[last] = value
         runs.append(Run(fields, own, digest(own)))
     return runs
-
-
-def check(runs: Sequence[Run]) -> None:
-    """Raises ValueError, naming the run, for the first that could not finish."""
-    for run in runs:
-        try:
-            checking.check(run.config)
-        except ValueError as error:
-            values = ", ".join(f"{k}={flag_text(v)}" for k, v in run.fields.items())
-            raise ValueError(f"the run {values}: {error}") from None
 
 
 def digest(config: ml_collections.ConfigDict) -> str:
@@ -178,8 +171,7 @@ def describe(runs: Sequence[Run], jobs: Sequence[Job], at_once: int) -> str:
         size = len(job.runs)
         lines.append(f"{job.name}: {alone if size == 1 else f'population of {size}'}")
         for run in job.runs:
-            values = run.fields.items()
-            lines.append("    " + ", ".join(f"{k}={flag_text(v)}" for k, v in values))
+            lines.append(f"    {run.told()}")
     fields = runs[0].fields
     if "adapter.rank" in fields and "adapter.alpha" not in fields:
         lines.append("alpha is as given: the scale alpha / rank changes with the rank")

@@ -26,7 +26,7 @@ from configs import gpt2_e2e_lora
 from experiments.data import batches, tokenization
 from experiments.generation import loading
 from experiments.studies.method import comparison, trial
-from experiments.tasks import respond
+from experiments.tasks import losses, respond
 
 _ONLY = flags.DEFINE_list("study_methods", [], "Run these alone; none: all.")
 _MINUTES = flags.DEFINE_float("study_minutes", None, "Start no run after as many.")
@@ -110,7 +110,7 @@ def make_setting(config: ml_collections.ConfigDict, rows: int = ROWS) -> Setting
     pad = tokenization.padding_id(tokenizer)
     train = respond.encode(data, tokenizer, "train", data.train_rows)
     valid = respond.encode(data, tokenizer, "valid")
-    loss_fn = respond.make_loss(model)
+    loss_fn = losses.make_causal(model)
     bits_per_byte = respond.make_bits_per_byte(loss_fn)
 
     def held_out(part: Sequence[Any]) -> Callable[[Any], float]:

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 
 from experiments.data import batches, tokenization
-from experiments.data.sources import classification
+from experiments.data.sources import classification, glue
 from experiments.machine import placement
-from experiments.tasks import base, labelled_data
+from experiments.tasks import base
 from experiments.tasks.base import Scores, Task
 from experiments.tasks.scoring import labels
 from lorax import sharding
@@ -31,7 +31,7 @@ def make_classify(
     """
     data, lengths = config.data, config.data.lengths
     pad = tokenization.padding_id(tokenizer)
-    found = {split: labelled_data.load(data, split) for split in ("train", "valid")}
+    found = {split: glue.load_split(data, split) for split in ("train", "valid")}
     count = len(found["train"].labels) or 1
     if model.config.labels != count:
         raise ValueError(
@@ -55,7 +55,7 @@ def make_classify(
         place.part(data.batch_size),
     )
     judged = config.eval.batch_size
-    scored = make_scores(model, labelled_data.scores_of(data.name), place)
+    scored = make_scores(model, glue.scores_of(data.name), place)
 
     def held_out(rows: int) -> list[batches.Batch]:
         first, part = valid[: base.asked(rows, valid)], place.part(judged)

@@ -11,16 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import optax
 from absl import logging
 
 from experiments.data import batches, examples, packing, tokenization
 from experiments.data.sources import e2e, instruction, paths
 from experiments.generation import continuations
 from experiments.machine import disk, distributed, placement
-from experiments.tasks import base
+from experiments.tasks import base, losses
 from experiments.tasks.base import Scores, Task
 from experiments.tasks.scoring import bits, overlap
 from lorax.models import sampling
@@ -41,7 +39,7 @@ def make_respond(
     def held_out(rows: int) -> list[batches.Batch]:
         return batches.evaluation_batches(valid[:rows], judged, lengths, pad, part=own)
 
-    bits_per_byte = make_bits_per_byte(make_loss(model), place)
+    bits_per_byte = make_bits_per_byte(losses.make_causal(model), place)
     some = base.asked(config.eval.rows, valid)
     final = base.asked(config.eval.final_rows, valid)
 
@@ -62,7 +60,7 @@ def make_respond(
         made = batches.training_batches(train, data.batch_size, lengths, pad, **how)
     return Task(
         made,
-        make_loss(model, config.run.label_smoothing),
+        losses.make_causal(model, config.run.label_smoothing),
         lambda params: scored(params, some),
         report,
     )
@@ -91,37 +89,6 @@ def read_pairs(data: ml_collections.ConfigDict, split: str) -> Sequence[examples
     if found.malformed:
         logging.warning("%s: %d malformed rows", split, len(found.malformed))
     return found.pairs
-
-
-def make_loss(model: Any, smoothing: float = 0.0) -> Callable[..., Any]:
-    """Cross-entropy of the responses, `(params, batch) -> (mean nats, metrics)`.
-
-    Args:
-      model: tokens to logits.
-      smoothing: share of the target that is spread over the vocabulary.
-    """
-
-    def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        packed = {k: batch[k] for k in ("segments", "positions") if k in batch}
-        logits = model.apply({"params": params}, batch["inputs"], **packed)
-        return weighted_loss(logits, batch, smoothing)
-
-    return loss_fn
-
-
-def weighted_loss(
-    logits: jax.Array, batch: Any, smoothing: float
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The mean over the weights, with nats and bytes of the sums beside it."""
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    weight = batch["weights"].sum()
-    total = (nll * batch["weights"]).sum()
-    told = {"weight": weight, "nats": total, "bytes": batch["bytes"].sum()}
-    if smoothing:
-        spread = -jax.nn.log_softmax(logits).mean(-1)
-        mixed = (1 - smoothing) * nll + smoothing * spread
-        total = (mixed * batch["weights"]).sum()
-    return total / jnp.maximum(weight, 1), told
 
 
 def make_bits_per_byte(

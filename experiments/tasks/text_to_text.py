@@ -13,11 +13,10 @@ import numpy as np
 
 from experiments.data import batches, tokenization
 from experiments.data.examples import Example
-from experiments.data.sources import classification
+from experiments.data.sources import classification, glue
 from experiments.machine import placement
-from experiments.tasks import base, labelled_data
+from experiments.tasks import base, losses
 from experiments.tasks.base import Scores, Task
-from experiments.tasks.respond import weighted_loss
 from lorax.models import decoding, t5
 
 
@@ -34,7 +33,7 @@ def make_text_to_text(
     """
     data, lengths = config.data, config.data.lengths
     pad, eos = tokenization.padding_id(tokenizer), _eos(tokenizer)
-    train, valid = (labelled_data.load(data, split) for split in ("train", "valid"))
+    train, valid = (glue.load_split(data, split) for split in ("train", "valid"))
     if not train.labels:
         raise ValueError(f"{data.name} has numbers, not labels, and no names to write")
     names = Names(train.labels, [[*tokenizer.encode(n), *eos] for n in train.labels])
@@ -126,7 +125,7 @@ def make_loss(model: Any, smoothing: float = 0.0) -> Any:
         logits = model.apply(
             {"params": params}, batch["inputs"], shifted, real=batch["real"]
         )
-        return weighted_loss(logits, batch, smoothing)
+        return losses.weighted(logits, batch, smoothing)
 
     return loss_fn
 

@@ -1,6 +1,7 @@
 """A fit with all that goes around it: reports, evaluations, a guard, checkpoints."""
 
 import contextlib
+import functools
 import math
 import statistics
 from collections.abc import Callable
@@ -113,7 +114,7 @@ def fit(
                 output.log.rewind(start)
         if guard:
             guard.start(int(prepared.state.skipped))
-            hooks.append(guard.after)
+            hooks.append(functools.partial(_watch, guard))
         clock = Clock(start)
         hooks.append(Report(prepared.tokens, schedule, output, clock))
         scores = Scores(evaluate, prepared, schedule, output, clock)
@@ -132,6 +133,13 @@ def fit(
         evaluation=scores.final(state),
         initial=prepared.initial,
     )
+
+
+def _watch(guard: nonfinite.Guard, step: Step) -> None:
+    """A hook: the guard looks at every step, and at the last one before it ends."""
+    guard.watch(step.number, step.batch, step.metrics)
+    if step.last:
+        guard.finish()
 
 
 class Report:

@@ -17,10 +17,12 @@ import json
 import pathlib
 from typing import Any, NamedTuple, Self
 
+import jax
 import ml_collections
+import numpy as np
 
 from experiments.machine import preemption
-from lorax import checkpoint
+from lorax import checkpoint, tree
 
 FREE = (
     *("distributed.", "sharding.", "eval."),
@@ -110,6 +112,17 @@ class Keeper(contextlib.ExitStack):
             raise SystemExit(preemption.EXIT_PREEMPTED)
         if step % self._run.save_every == 0 or step == self._run.steps:
             self._checkpoints.save(state, data)
+
+
+def save_and_verify(path: pathlib.Path, adapters: Any, params: Any) -> None:
+    """Saves the adapters and asserts that what is read back is what was saved."""
+    checkpoint.save_adapters(path, adapters, params, overwrite=True)
+    restored = checkpoint.load_adapters(path, params=params)
+    same = jax.tree.map(np.array_equal, restored, adapters)  # or it raises
+    for name, array in checkpoint.load_frozen(path).items():
+        same[name] = np.array_equal(array, tree.split(params)[1][name])
+    if not all(jax.tree.leaves(same)):
+        raise OSError(f"{path}: the adapters read back are not those saved")
 
 
 def _flat(config: Any, front: str = "") -> dict[str, Any]:

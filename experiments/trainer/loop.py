@@ -16,7 +16,6 @@ import grain
 import jax
 
 import lorax
-from experiments.data import batches as batch_streams
 from experiments.machine import placement
 
 
@@ -143,7 +142,7 @@ def loop(
       start: steps that the state has made.
     """
     state = prepared.state
-    stream = batch_streams.ahead(batches, start, steps)
+    stream = ahead(batches, start, steps)
     for number, rows in enumerate(stream, start + 1):
         batch = prepared.place.put(rows)
         state, metrics = prepared.step(state, prepared.params, batch, clock)
@@ -151,3 +150,9 @@ def loop(
         for hook in hooks:
             hook(step)
     return state
+
+
+def ahead(dataset: grain.MapDataset, start: int, stop: int) -> Iterator[Any]:
+    """The batches `start` to `stop`, made by threads before they are asked for."""
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    return iter(dataset[start:stop].to_iter_dataset(options))

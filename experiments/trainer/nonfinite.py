@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from experiments.trainer.loop import Step
 from lorax.checkpoint import storage
 
 LIMIT = 3
@@ -96,12 +95,6 @@ class Guard:
         previous, self._waiting = self._waiting, (step, batch, metrics)
         if previous is not None:
             self._look(*previous)
-
-    def after(self, step: Step) -> None:
-        """A hook of the loop: `watch`, and behind the last step `finish`."""
-        self.watch(step.number, step.batch, step.metrics)
-        if step.last:
-            self.finish()
 
     def finish(self) -> None:
         """Looks at the last step; NonFiniteError as `watch`."""

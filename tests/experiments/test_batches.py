@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.data import batches, examples
+from experiments.trainer import loop
 
 
 def example(*tokens, prompt=1):
@@ -115,7 +116,7 @@ def test_processes_make_a_batch_together(count):
 def test_batches_made_ahead_are_those_of_their_steps():
     given = [of_length(2 + n % 7) for n in range(40)]
     data = batches.training_batches(given, 4, [4, 8], 0, seed=0)
-    made = [*batches.ahead(data, 3, 19)]
+    made = [*loop.ahead(data, 3, 19)]
     assert len(made) == 16
     for step, batch in enumerate(made, 3):
         assert batch.keys() == data[step].keys()

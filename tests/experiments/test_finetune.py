@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from experiments.data.sources import glue
 from experiments.recipes import finetune
-from experiments.tasks import labelled_data
 from lorax import checkpoint
 from tests.data_paths import needs_data
 
@@ -94,10 +94,10 @@ def test_scores_do_not_depend_on_the_batch_size(tmp_path):
 @pytest.mark.parametrize("name", ["sentence_polarity", "subjectivity", "banking77"])
 def test_the_first_rows_are_a_fair_sample(name):
     config = config_of("roberta_glue_lora", 1, **{"data.name": name})
-    found = labelled_data.load(config.data, "valid")
+    found = glue.load_split(config.data, "valid")
     first = [row.label for row in found.rows[:400]]
     share = len(set(first)) / len(found.labels)
-    assert share > 0.95 and found == labelled_data.load(config.data, "valid")
+    assert share > 0.95 and found == glue.load_split(config.data, "valid")
     if len(found.labels) == 2:
         assert 0.4 < sum(first) / 400 < 0.6
 

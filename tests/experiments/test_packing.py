@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.data import batches, examples, packing
-from experiments.tasks import respond
+from experiments.tasks import losses
 from lorax.models import gpt2, llama
 
 pytestmark = pytest.mark.once
@@ -101,7 +101,7 @@ def test_packing_changes_no_loss(family):
     given = made(20)
     params = model.init(jax.random.key(0), np.zeros((1, 4), int))["params"]
     params = loud(params)
-    loss_fn = jax.jit(respond.make_loss(model))
+    loss_fn = jax.jit(losses.make_causal(model))
     total = lambda batch: jax.device_get(loss_fn(params, batch)[1])
     data = packing.packed_batches(given, 2, 16, 0, seed=0)
     packed = [total(data[i]) for i in range(3)]
@@ -117,7 +117,7 @@ def test_without_segments_documents_would_see_each_other():
     model = gpt2.Model(gpt2.Config(29, 32, 16, 2, 2, 24))
     params = loud(model.init(jax.random.key(0), np.zeros((1, 4), int))["params"])
     batch = packing.packed_batches(made(20), 2, 16, 0, seed=0)[0]
-    loss = lambda batch: float(respond.make_loss(model)(params, batch)[0])
+    loss = lambda batch: float(losses.make_causal(model)(params, batch)[0])
     for name in ("segments", "positions"):
         rest = {k: v for k, v in batch.items() if k != name}
         assert abs(loss(rest) - loss(batch)) > 1e-3

@@ -14,6 +14,9 @@ import os
 import pathlib
 from typing import NamedTuple
 
+import ml_collections
+import numpy as np
+
 from experiments.data.sources import classification, paths, records
 from experiments.data.sources.classification import NUMBERS, Columns, Data, Labelled
 
@@ -144,3 +147,33 @@ def sentences(name: str, split: str = "train") -> Data:
                 found.append(Labelled(text, None, label, row.where))
             seen.add(text)
     return Data(tuple(found), tuple(files), tuple(malformed))
+
+
+def load_split(data: ml_collections.ConfigDict, split: str) -> Data:
+    """A split of `config.data.name`: a GLUE task, or a set of the folder of data sets.
+
+    Its rows stand in one fixed random order, so that the first ones are a fair sample:
+    files are often sorted by label.
+
+    Args:
+      data: `config.data`: `name`, and for GLUE tasks `root`, the folder that holds
+        them.
+      split: "train" or "valid"; of MNLI the matched validation set.
+    """
+    found = _read(data, split)
+    order = np.random.default_rng(0).permutation(len(found.rows))
+    return found._replace(rows=tuple(found.rows[i] for i in order))
+
+
+def _read(data: ml_collections.ConfigDict, split: str) -> Data:
+    if data.name in TASKS:
+        own = split if split == "train" else TASKS[data.name].dev[0]
+        return load(data.root, data.name, own)
+    if data.name == "banking77":
+        return banking77("train" if split == "train" else "test")
+    return sentences(data.name, split)
+
+
+def scores_of(name: str) -> tuple[str, ...]:
+    """What a set is judged by."""
+    return TASKS[name].scores if name in TASKS else ("accuracy",)
