@@ -47,6 +47,10 @@ class Calibration(NamedTuple):
     redistribute: float = 1.0
 
 
+FIRST_BATCH = Calibration()
+"""The first batch, and every kernel keeps its rank."""
+
+
 def calibration_of(config: ml_collections.ConfigDict) -> Calibration:
     """Returns what the config of an adapter says."""
     return Calibration(config.calibration_batches, config.get("redistribute", 1.0))
@@ -57,7 +61,7 @@ def prepare(
     problem: Problem,
     *,
     clip_norm: float | None = None,
-    calibration: Calibration = Calibration(),
+    calibration: Calibration = FIRST_BATCH,
     place: placement.Place = placement.ALONE,
     placed: sharding.Placed | None = None,
     tell: Callable[[description.Description], None] | None = None,
