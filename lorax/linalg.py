@@ -34,6 +34,16 @@ def wide(*of: Any) -> jnp.dtype:
     return promoted(jnp.float32, *of)
 
 
+def widened(x: jax.Array) -> jax.Array:
+    """Returns the array in at least float32."""
+    return x.astype(wide(x))
+
+
+def dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the matrix product at full precision (TPU and TF32 would round)."""
+    return jnp.matmul(x, y, precision=EXACT)
+
+
 def svd(matrix: jax.Array, rank: int) -> Triplets:
     """Returns the `rank` largest singular triplets, by a full decomposition.
 
@@ -94,26 +104,23 @@ def randomized_svd(
     width = min(rank + (rank if oversample is None else oversample), n, m)
     omega = jax.random.normal(key, (*batch, m, width), matrix.dtype)
 
-    def times(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.matmul(x, y, precision=EXACT)
-
     def forward(x: jax.Array) -> jax.Array:  # [..., out, width] -> [..., in, width]
         if factors is None:
-            return times(matrix, x)
+            return dot(matrix, x)
         x = x if factors.gain is None else factors.gain[..., None] * x
-        return times(matrix, x) + times(factors.a, times(factors.b, x))
+        return dot(matrix, x) + dot(factors.a, dot(factors.b, x))
 
     def backward(q: jax.Array) -> jax.Array:  # q^T M: [..., width, out]
         if factors is None:
-            return times(q.mT, matrix)
-        rows = times(q.mT, matrix) + times(times(q.mT, factors.a), factors.b)
+            return dot(q.mT, matrix)
+        rows = dot(q.mT, matrix) + dot(dot(q.mT, factors.a), factors.b)
         return rows if factors.gain is None else rows * factors.gain[..., None, :]
 
     q = orthonormal(forward(omega))
     for _ in range(iterations):
         q = orthonormal(forward(orthonormal(backward(q).mT)))
     u, s, vt = _lapack.svd(backward(q))
-    u = times(q, u)
+    u = dot(q, u)
     return _signed(u[..., :rank], s[..., :rank], vt[..., :rank, :])
 
 
@@ -141,10 +148,10 @@ def low_rank_svd(a: jax.Array, b: jax.Array) -> Triplets:
     dtype = wide(a, b)
     left, r_left = _lapack.qr(a.astype(dtype))
     right, r_right = _lapack.qr(b.astype(dtype).mT)
-    core = jnp.matmul(r_left, r_right.mT, precision=EXACT)
+    core = dot(r_left, r_right.mT)
     u, s, vt = _lapack.svd(core)
-    u = jnp.matmul(left, u, precision=EXACT)
-    return _signed(u, s, jnp.matmul(vt, right.mT, precision=EXACT))
+    u = dot(left, u)
+    return _signed(u, s, dot(vt, right.mT))
 
 
 def orthonormal(matrix: jax.Array) -> jax.Array:

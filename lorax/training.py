@@ -108,8 +108,7 @@ def create_state(
         key=key,
     )
     # A weakly typed leaf (a schedule's Python float) would retrace the second step.
-    strong = lambda leaf: jnp.array(leaf, dtype=jnp.asarray(leaf).dtype)
-    return jax.tree.map(strong, state)
+    return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype), state)
 
 
 def make_train_step(

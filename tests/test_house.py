@@ -153,6 +153,17 @@ def test_only_public_jax(path):
     assert not private, private
 
 
+def test_an_underscored_file_is_private_to_its_folder():
+    """Such as lorax/optim/_gram.py to lorax/optim, and lorax/_checks.py to lorax."""
+    for path in LIBRARY:
+        for name in imports(ast.walk(parsed(path))):
+            parts = resolved(name).split(".")
+            hidden = next((i for i, p in enumerate(parts) if p.startswith("_")), None)
+            if hidden is not None and parts[0] == "lorax":
+                folder = parts[:hidden]
+                assert name_of(path).split(".")[:hidden] == folder, f"{path}: {name}"
+
+
 def test_no_import_cycles():
     graph = {
         name_of(path): {resolved(name) for name in imports(top_level(parsed(path)))}

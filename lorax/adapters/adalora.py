@@ -13,7 +13,6 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -21,8 +20,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lorax import _checks
-from lorax.adapters import layout, making
+from lorax import _checks, linalg
+from lorax.adapters import layout, making, pairs
 from lorax.adapters.lora import Lora
 from lorax.adapters.parametrisation import Parametrisation, register
 from lorax.types import Adapters, Axes, Factors, Field, KernelSpec, TargetSpec
@@ -165,10 +164,9 @@ def orthogonal_penalty(
 
 def _squared_distances(adapter: AdaLora) -> tuple[jax.Array, jax.Array]:
     """`|p^T p - I|^2` and `|q q^T - I|^2` of every matrix in the stack."""
-    batch = adapter.lam.shape[:-1]
-    n, rank = math.prod(batch), adapter.rank
-    p = adapter.p.astype(jnp.float32).reshape(n, -1, rank)
-    q = adapter.q.astype(jnp.float32).reshape(n, rank, -1)
-    gram = lambda x, y: jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
-    away = lambda g: jnp.sum((g - jnp.eye(rank)) ** 2, axis=(1, 2))
-    return away(gram(p.mT, p)), away(gram(q, q.mT))
+    p, q = (factor.astype(jnp.float32) for factor in pairs.stacked(adapter))
+
+    def away(gram: jax.Array) -> jax.Array:
+        return jnp.sum((gram - jnp.eye(adapter.rank)) ** 2, axis=(1, 2))
+
+    return away(linalg.dot(p.mT, p)), away(linalg.dot(q, q.mT))

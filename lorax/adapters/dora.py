@@ -15,11 +15,13 @@ References:
 
 from __future__ import annotations
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lorax import _explicit
+from lorax import _explicit, linalg
 from lorax.adapters import layout, making
 from lorax.adapters.lora import FromFactors
 from lorax.adapters.parametrisation import register
@@ -130,8 +132,7 @@ def column_norm(
         n, i = len(axes.batch), len(axes.in_)
         a, b = a.astype(dtype), b.astype(dtype)
         batch, read = tuple(range(n)), tuple(range(n, n + i))
-        exact = jax.lax.Precision.HIGHEST
-        dot = lambda x, y, numbers: _explicit.dot(x, y, numbers, exact)
+        dot = functools.partial(_explicit.dot, precision=linalg.EXACT)
         cross = dot(a, kernel, ((read, axes.in_), (batch, axes.batch)))
         gram = dot(a, a, ((read, read), (batch, batch)))  # [*batch, rank, rank]
         # `cross` has [*batch, rank, *out] with out in the leaf's order

@@ -32,7 +32,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lorax import _explicit, _lapack
+from lorax import _explicit, _lapack, linalg
 from lorax.adapters import layout, making
 from lorax.adapters.parametrisation import Parametrisation, register
 from lorax.types import Axes, Factors, Field, KernelSpec, LinearMap, TargetSpec
@@ -125,9 +125,8 @@ class Hra(Parametrisation):
             u, _ = _lapack.qr(u)  # its columns up to sign
             return -2 * u, u.mT
         u = normalised(u)
-        exact = lambda x, y: jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
-        middle = jnp.triu(exact(u.mT, u), 1) + jnp.eye(rank, dtype=u.dtype) / 2
-        return -exact(u, _lapack.inverse(middle).mT), u.mT
+        middle = jnp.triu(linalg.dot(u.mT, u), 1) + jnp.eye(rank, dtype=u.dtype) / 2
+        return -linalg.dot(u, _lapack.inverse(middle).mT), u.mT
 
 
 def reflected(thin: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:

@@ -78,7 +78,10 @@ class Ia3(Parametrisation):
         del key, shared
         in_, out, batch = making.sizes(kernel, target)
         axes, layers = kernel.linear_axes(), target.layers
-        ones = lambda sizes: jnp.ones((*batch, *sizes), target.dtype)
+
+        def ones(sizes: tuple[int, ...]) -> jax.Array:
+            return jnp.ones((*batch, *sizes), target.dtype)
+
         if not making.options(target, cls.options)["feedforward"]:
             return cls(axes, gain=ones(out), layers=layers)
         making.require_inputs(kernel, "ia3")

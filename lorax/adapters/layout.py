@@ -85,10 +85,10 @@ def check(path: str, adapter: Any, leaf: Any) -> None:
     own = _own_sizes(adapter, fields)
     want = [sizes_of(f.words, (in_, out, batch), own) for f in fields.values()]
     if found != want:
-        say = lambda shapes: " and ".join(map(str, shapes))
+        theirs, ours = (" and ".join(map(str, shapes)) for shapes in (found, want))
         raise ValueError(
-            f"{path}: the factors have shapes {say(found)}, and a kernel of shape "
-            f"{leaf.shape} needs {say(want)}; was the adapter made for another model?"
+            f"{path}: the factors have shapes {theirs}, and a kernel of shape "
+            f"{leaf.shape} needs {ours}; was the adapter made for another model?"
         )
 
 

@@ -143,7 +143,9 @@ class LoKr(Parametrisation):
             bound, shape = 1 / math.sqrt(reads), (*batch, reads, writes)
             return jax.random.uniform(next(keys), shape, dtype, -bound, bound)
 
-        zeros = lambda *shape: jnp.zeros((*batch, *shape), dtype)
+        def zeros(*shape: int) -> jax.Array:
+            return jnp.zeros((*batch, *shape), dtype)
+
         arrays: dict[str, Any] = {}
         if given["decompose_both"] and rank < max(p, m) / 2:
             arrays |= {"w1_a": uniform(m, rank), "w1_b": zeros(rank, p)}
@@ -163,8 +165,10 @@ class LoKr(Parametrisation):
         second = [x for x in (self.w2, self.w2_a, self.w2_b) if x is not None]
         if len(first) not in (1, 2) or len(second) not in (1, 2):
             raise ValueError(f"it has {sorted(self.roles)}; give w1 or w1_a and w1_b")
-        size = lambda parts: (parts[0].shape[-2], parts[-1].shape[-1])
-        return size(first), size(second)
+        (m, p), (n, k) = (
+            (parts[0].shape[-2], parts[-1].shape[-1]) for parts in (first, second)
+        )
+        return (m, p), (n, k)
 
     def check(self, path: str, leaf: jax.Array) -> None:
         """Raises ValueError unless the two matrices make up a leaf of this shape."""
@@ -206,10 +210,14 @@ class LoKr(Parametrisation):
         a1, b1 = _thin(self.w1, self.w1_a, self.w1_b)
         a2, b2 = _thin(self.w2, self.w2_a, self.w2_b)
         batch, rank = a1.shape[:-2], a1.shape[-1] * a2.shape[-1]
-        both = lambda x, y: x[..., :, None, :, None] * y[..., None, :, None, :]
-        a = both(a1, a2).reshape(*batch, *self.in_sizes, rank)
-        b = both(b1, b2).reshape(*batch, rank, *self.out_sizes)
+        a = _outer(a1, a2).reshape(*batch, *self.in_sizes, rank)
+        b = _outer(b1, b2).reshape(*batch, rank, *self.out_sizes)
         return Lora(a, b, self.scale, self.axes, self.dropout, self.layers)
+
+
+def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Every product of their entries, `[*batch, n, k, m, l]`."""
+    return x[..., :, None, :, None] * y[..., None, :, None, :]
 
 
 def _thin(

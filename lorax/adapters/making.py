@@ -6,11 +6,13 @@ the target, and so do the static fields.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lorax import _explicit
 from lorax.adapters import layout
@@ -61,6 +63,43 @@ def unflatten(
     in_, out, batch = sizes(kernel, target)
     rank = a.shape[-1]
     return a.reshape(*batch, *in_, rank), b.reshape(*batch, rank, *out)
+
+
+class Widest(NamedTuple):
+    """What frozen arrays must serve that all kernels of one rank share.
+
+    Attributes:
+      rank: of the kernels' adapters.
+      in_: the most inputs that one of them has, axes flattened.
+      out: the most outputs.
+      dtype: of the first target.
+    """
+
+    rank: int
+    in_: int
+    out: int
+    dtype: DTypeLike
+
+
+def widest(chosen: Mapping[str, tuple[TargetSpec, KernelSpec]]) -> list[Widest]:
+    """Returns for each rank how wide its kernels are, the ranks rising."""
+    found: list[Widest] = []
+    for rank in sorted({target.rank for target, _ in chosen.values()}):
+        own = [both for both in chosen.values() if both[0].rank == rank]
+        each = [sizes(kernel, target) for target, kernel in own]
+        in_, out = (max(math.prod(size[i]) for size in each) for i in (0, 1))
+        found.append(Widest(rank, in_, out, own[0][0].dtype))
+    return found
+
+
+def lent(names: Mapping[str, str], rank: int) -> tuple[tuple[str, str], ...]:
+    """Returns frozen fields, and their names in `Base.frozen` for one rank.
+
+    Args:
+      names: `{field: name}`, with `{}` where the rank stands.
+      rank: of the adapter.
+    """
+    return tuple((field, name.format(rank)) for field, name in names.items())
 
 
 def require_inputs(kernel: KernelSpec, name: str) -> None:

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import _explicit, _lapack
+from lorax import _checks, _explicit, _lapack, linalg
 from lorax.adapters import layout, making
 from lorax.adapters.parametrisation import Parametrisation, register
 from lorax.types import Axes, Factors, Field, KernelSpec, LinearMap, TargetSpec
@@ -77,18 +77,20 @@ class Oft(Parametrisation):
         """Raises ValueError for options out of range."""
         given = making.options(target, OPTIONS)
         size, terms, eps = (given[n] for n in ("block_size", "cayley_terms", "eps"))
-        say = lambda name, want: ValueError(
-            f"{target.pattern!r}: {name}={given[name]!r} of adapter='oft'; give {want}"
-        )
-        if not _whole(size) or size < 2:
-            raise say("block_size", "a whole number >= 2 that divides the inputs")
-        if terms is not None and (not _whole(terms) or terms < 2):
-            raise say("cayley_terms", "a whole number >= 2, or None for the inverse")
-        if isinstance(eps, bool) or not isinstance(eps, int | float) or not eps > 0:
-            raise say("eps", "a number > 0, the bound of coft")
+
+        def other(name: str, want: str) -> ValueError:
+            told = f"{target.pattern!r}: {name}={given[name]!r} of adapter='oft'"
+            return ValueError(f"{told}; give {want}")
+
+        if not _checks.is_whole(size) or size < 2:
+            raise other("block_size", "a whole number >= 2 that divides the inputs")
+        if terms is not None and (not _checks.is_whole(terms) or terms < 2):
+            raise other("cayley_terms", "a whole number >= 2, or None for the inverse")
+        if not _checks.is_real(eps) or not eps > 0:
+            raise other("eps", "a number > 0, the bound of coft")
         for name in ("coft", "block_share"):
             if not isinstance(given[name], bool):
-                raise say(name, "True or False")
+                raise other(name, "True or False")
 
     @classmethod
     def make(
@@ -189,12 +191,13 @@ def cayley(q: jax.Array, terms: int | None) -> jax.Array:
       q: `[..., b, b]`, skew-symmetric: I - Q is regular.
       terms: of the series, I among them; None: the inverse.
     """
-    exact = lambda x, y: jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
     if terms is None:
-        return 2 * exact(q, _lapack.inverse(jnp.eye(q.shape[-1], dtype=q.dtype) - q))
+        return 2 * linalg.dot(
+            q, _lapack.inverse(jnp.eye(q.shape[-1], dtype=q.dtype) - q)
+        )
     power, change = q, jnp.zeros_like(q)
     for _ in range(terms - 2):
-        change, power = change + 2 * power, exact(power, q)
+        change, power = change + 2 * power, linalg.dot(power, q)
     return change + power
 
 
@@ -204,7 +207,3 @@ def bounded(entries: jax.Array, bound: float) -> jax.Array:
     outside = squared > bound**2
     norm = jnp.sqrt(jnp.where(outside, squared, 1.0))  # no root of zero to derive
     return jnp.where(outside, entries * (bound / norm), entries)
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -16,6 +16,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -27,7 +28,9 @@ from lorax.adapters import layout, making
 from lorax.adapters.parametrisation import Parametrisation, register
 from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
 
-NAMES = "randlora/{}/small", "randlora/{}/large"
+NAMES = {"small": "randlora/{}/small", "large": "randlora/{}/large"}
+lent = functools.partial(making.lent, NAMES)
+"""The frozen fields, and their names in `Base.frozen`, of one rank."""
 
 
 @register("randlora")
@@ -74,16 +77,13 @@ class RandLora(Parametrisation):
     ) -> dict[str, jax.Array]:
         """Returns A and B of every rank, uniform with standard deviation 1, as PEFT."""
         found = {}
-        for rank in sorted({target.rank for target, _ in chosen.values()}):
-            own = [pair for pair in chosen.values() if pair[0].rank == rank]
-            each = [making.sizes(k, t) for t, k in own]
-            sides = [max(math.prod(size[i]) for size in each) for i in (0, 1)]
+        for rank, n, m, dtype in making.widest(chosen):
             keys = jax.random.split(jax.random.fold_in(key, rank))
-            bases, root = -(-min(sides) // rank), math.sqrt(3)
-            shapes = (rank, min(sides)), (max(sides), bases, rank)
-            for name, k, shape in zip(NAMES, keys, shapes, strict=True):
-                draw = jax.random.uniform(k, shape, own[0][0].dtype, -root, root)
-                found[name.format(rank)] = draw
+            bases, root = -(-min(n, m) // rank), math.sqrt(3)
+            shapes = (rank, min(n, m)), (max(n, m), bases, rank)
+            names = (name for _, name in lent(rank))
+            for name, k, shape in zip(names, keys, shapes, strict=True):
+                found[name] = jax.random.uniform(k, shape, dtype, -root, root)
         return found
 
     @classmethod
@@ -130,11 +130,3 @@ class RandLora(Parametrisation):
         wide = jnp.broadcast_to(wide.astype(dtype), (*batch, *wide.shape))
         a, b = (thin.mT, wide.mT) if n <= m else (wide, thin)
         return Factors(a.reshape(*batch, *in_, -1), b.reshape(*batch, -1, *out))
-
-
-def lent(rank: int) -> tuple[tuple[str, str], ...]:
-    """Returns the frozen fields, and their names in `Base.frozen` for one rank."""
-    return tuple(
-        (field, name.format(rank))
-        for field, name in zip(("small", "large"), NAMES, strict=True)
-    )

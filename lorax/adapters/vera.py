@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -25,7 +26,9 @@ from lorax.adapters import layout, making
 from lorax.adapters.parametrisation import Parametrisation, register
 from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
 
-NAMES = "vera/{}/reads", "vera/{}/writes"
+NAMES = {"reads": "vera/{}/reads", "writes": "vera/{}/writes"}
+lent = functools.partial(making.lent, NAMES)
+"""The frozen fields, and their names in `Base.frozen`, of one rank."""
 
 
 @register("vera")
@@ -92,18 +95,13 @@ class VeRA(Parametrisation):
         He's uniform numbers, as in the paper and PEFT; `in` is the widest.
         """
         found = {}
-        for rank in sorted({target.rank for target, _ in chosen.values()}):
-            own = [pair for pair in chosen.values() if pair[0].rank == rank]
-            n = max(math.prod(making.sizes(k, t)[0]) for t, k in own)
-            m = max(math.prod(making.sizes(k, t)[1]) for t, k in own)
-            dtype, (one, two) = own[0][0].dtype, (name for _, name in lent(rank))
+        for rank, n, m, dtype in making.widest(chosen):
             keys = jax.random.split(jax.random.fold_in(key, rank))
-            bounds = math.sqrt(6 / n), math.sqrt(6 / rank)
-            draw = lambda key, shape, bound, dtype=dtype: jax.random.uniform(
-                key, shape, dtype, -bound, bound
-            )
-            found[one] = draw(keys[0], (n, rank), bounds[0])
-            found[two] = draw(keys[1], (rank, m), bounds[1])
+            shapes, bounds = ((n, rank), (rank, m)), (6 / n, 6 / rank)
+            names = (name for _, name in lent(rank))
+            for name, k, shape, bound in zip(names, keys, shapes, bounds, strict=True):
+                root = math.sqrt(bound)
+                found[name] = jax.random.uniform(k, shape, dtype, -root, root)
         return found
 
     @classmethod
@@ -143,11 +141,3 @@ class VeRA(Parametrisation):
         return Factors(
             a, layout.spread(b, self.layers, layout.depth(kernel, self.axes))
         )
-
-
-def lent(rank: int) -> tuple[tuple[str, str], ...]:
-    """Returns the frozen fields, and their names in `Base.frozen` for one rank."""
-    return tuple(
-        (field, name.format(rank))
-        for field, name in zip(("reads", "writes"), NAMES, strict=True)
-    )

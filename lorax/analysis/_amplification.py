@@ -79,7 +79,9 @@ def amplification(
     }
 
 
-def _measured(key: jax.Array, adapter: Any, leaf: Any, rank: int | None) -> Any:
+def _measured(
+    key: jax.Array, adapter: Any, leaf: jax.Array, rank: int | None
+) -> Amplification:
     kernel = layout.matrices(leaf, adapter.axes)
     if getattr(adapter, "layers", None) is not None:
         kernel = kernel[jnp.asarray(adapter.layers)]
@@ -88,14 +90,23 @@ def _measured(key: jax.Array, adapter: Any, leaf: Any, rank: int | None) -> Any:
     u, s, vt = u[..., :k], s[..., :k], vt[..., :k, :]
     keys = jax.random.split(key, 3)
     own = linalg.randomized_svd(keys[0], kernel, k, **linalg.CLOSE)[1]
-    draw = lambda key, like: linalg.orthonormal(jax.random.normal(key, like.shape))
-    norm = lambda x: jnp.sqrt(jnp.sum(x**2, (-2, -1)))
-    times = lambda x, y: jnp.matmul(x, y, precision=linalg.EXACT)
-    within = lambda u, v: norm(times(times(u.mT, kernel), v))
+
+    def within(u: jax.Array, v: jax.Array) -> jax.Array:
+        return _norm(linalg.dot(linalg.dot(u.mT, kernel), v))
+
     return Amplification(
         update=jnp.sqrt(jnp.sum(s**2, -1)),
         projected=within(u, vt.mT),
         own=jnp.sqrt(jnp.sum(own**2, -1)),
-        random=within(draw(keys[1], u), draw(keys[2], vt.mT)),
-        kernel=norm(kernel),
+        random=within(_random(keys[1], u), _random(keys[2], vt.mT)),
+        kernel=_norm(kernel),
     )
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(x**2, (-2, -1)))
+
+
+def _random(key: jax.Array, like: jax.Array) -> jax.Array:
+    """Random directions, as many as these."""
+    return linalg.orthonormal(jax.random.normal(key, like.shape))

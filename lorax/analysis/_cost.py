@@ -174,7 +174,10 @@ def _with_gradient(function: Any, adapter: Any, leaf: Any, *rest: Any) -> int:
 
     def both(adapter: Any, leaf: jax.Array, *rest: jax.Array) -> Any:
         trained = {name: getattr(adapter, name) for name in adapter.roles}
-        own = lambda trained, *rest: function(adapter.replace(**trained), leaf, *rest)
+
+        def own(trained: dict[str, jax.Array], *rest: jax.Array) -> Any:
+            return function(adapter.replace(**trained), leaf, *rest)
+
         out, back = jax.vjp(own, trained, *rest)
         return out, back(jax.tree.map(jnp.ones_like, out))
 

@@ -109,8 +109,10 @@ def _cosines(
         base = linalg.svd(kernel, size)
     else:
         base = linalg.randomized_svd(keys[1], kernel, against, **linalg.CLOSE)
-    pick = lambda found: found[0] if side == "in" else found[2].mT  # [size, k]
-    overlap = jnp.matmul(pick(tuned).mT, pick(base), precision=linalg.EXACT)
+    ours, theirs = (
+        found[0] if side == "in" else found[2].mT for found in (tuned, base)
+    )  # [size, k]
+    overlap = linalg.dot(ours.mT, theirs)
     return jnp.abs(overlap).max(-1)
 
 

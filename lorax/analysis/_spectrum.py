@@ -14,6 +14,8 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -121,7 +123,10 @@ def metrics(adapters: Adapters) -> dict[str, jax.Array]:
       ValueError: no adapter has factors.
     """
     found = list(singular_values(adapters).values())
-    mean = lambda f: jnp.concatenate([f(v).reshape(-1) for v in found]).mean()
+
+    def mean(measure: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return jnp.concatenate([measure(v).reshape(-1) for v in found]).mean()
+
     squares = jnp.stack([jnp.sum(values**2) for values in found])
     return {
         "update_norm": jnp.sqrt(squares.sum()),

@@ -86,7 +86,7 @@ def _phi(path: str, one: Any, other: Any, of: str) -> jax.Array:
             f"{path}: directions of shape {u.shape} and {v.shape}; both adapters must "
             "be of the same kernel, with factors for the same layers"
         )
-    cosines = jnp.matmul(u.mT, v, precision=linalg.EXACT)  # [*stack, r1, r2]
+    cosines = linalg.dot(u.mT, v)  # [*stack, r1, r2]
     sums = jnp.cumsum(jnp.cumsum(cosines**2, -2), -1)
     i, j = (jnp.arange(1, n + 1, dtype=sums.dtype) for n in cosines.shape[-2:])
     return sums / jnp.minimum(i[:, None], j[None, :])

@@ -38,10 +38,10 @@ def require_same(path: str, members: Sequence[tuple[str, Any]]) -> None:
                 f"{dict(two)}, and there is one Base: give all sets the same, by "
                 "lorax.init(key, base, targets), base what the first one returned"
             )
-        said = lambda a: f"{type(a).__name__} with {_sizes(a)}"
-        if type(first) is not type(other) or _sizes(first) != _sizes(other):
+        ours, theirs = (f"{type(a).__name__} with {_sizes(a)}" for a in (first, other))
+        if type(first) is not type(other) or ours != theirs:
             raise ValueError(
-                f"{path}: {first_name} has {said(first)}, {name} {said(other)}; "
+                f"{path}: {first_name} has {ours}, {name} {theirs}; "
                 "adapters of one kernel must agree in all but rank and scale: were "
                 "they made for different models? (compose.to_lora turns AdaLora into "
                 "Lora)"

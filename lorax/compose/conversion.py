@@ -50,7 +50,11 @@ def scale(adapters: Adapters, factor: float) -> Adapters:
             f"base; compose.combine([adapters], [{factor}], params=params) scales "
             "value - base"
         )
-    times: Any = lambda path, a: a.replace(scale=float(a.scale * factor))
+
+    def times(path: str, adapter: Any) -> Any:
+        del path
+        return adapter.replace(scale=float(adapter.scale * factor))
+
     return tree.map_adapters(times, adapters)
 
 
@@ -183,8 +187,8 @@ def _on_base(path: str, adapter: Any, initial: Any) -> Any:
     both = [("the adapter", adapter), ("initial", start)]
     agreement.require_same(path, both)
     agreement.require_one_base(path, both)
-    still = lambda f: tree.is_concrete(f) and not np.asarray(f).any()
-    if still(start.a) or still(start.b):
+    factors = start.a, start.b
+    if any(tree.is_concrete(f) and not np.asarray(f).any() for f in factors):
         return adapter
     shared = forms.shared_scale([adapter, start])
     pair = [forms.rescaled(lora, shared) for lora in (adapter, start)]

@@ -120,7 +120,7 @@ def compressed(
 
     def one(given: Any) -> tuple[jax.Array, ...]:
         pairs, keys = given
-        dense = [jnp.matmul(a, b, precision=linalg.EXACT) for a, b in pairs]
+        dense = [linalg.dot(a, b) for a, b in pairs]
         whole = merged(dense, weights, method, density, keys, election)
         return forms.truncated(whole, rank)
 

@@ -88,9 +88,11 @@ def _require_stackable(path: str, members: list[tuple[int, Any]]) -> None:
     for j, other in members[1:]:
         one, two = forms.statics(first), forms.statics(other)
         if differ := sorted(name for name in one if one[name] != two[name]):
-            say = lambda statics: ", ".join(f"{k}={statics[k]}" for k in differ)
+            ours, theirs = (
+                ", ".join(f"{k}={own[k]}" for k in differ) for own in (one, two)
+            )
             raise ValueError(
-                f"{path}: set {i} has {say(one)} and set {j} {say(two)}, and one stack "
+                f"{path}: set {i} has {ours} and set {j} {theirs}, and one stack "
                 "has one value; set them equal with adapter.replace(...)"
             )
 

@@ -70,14 +70,13 @@ def corda(
     _check(kernel, options)
     w = making.matrices(kernel, target)
     build.require_shape(kernel, stats.matrix, (*w.shape[:-1], w.shape[-2]))
-    times = lambda x, y: jnp.matmul(x, y, precision=linalg.EXACT)
     size = jnp.trace(stats.matrix, axis1=-2, axis2=-1)[..., None, None] / w.shape[-2]
     damp = jnp.where(size > 0, options["damp"], 1.0)  # an expert that read nothing
-    damped = times(stats.matrix / jnp.where(size > 0, size, 1), w) + damp * w
+    damped = linalg.dot(stats.matrix / jnp.where(size > 0, size, 1), w) + damp * w
     v, s, ut = linalg.svd(damped, min(w.shape[-2:]))
     part = slice(None, rank) if options["mode"] == "instruction" else slice(-rank, None)
     v, s, ut = v[..., part], s[..., part], ut[..., part, :]
-    moved = times(w, ut.mT)
+    moved = linalg.dot(w, ut.mT)
     long = jnp.linalg.norm(moved, axis=-2)
     lost = linalg.negligible(long, jnp.linalg.norm(w, axis=(-2, -1))[..., None])
     s = jnp.maximum(s, damp[..., 0] * long)  # where rounding hides it

@@ -107,10 +107,8 @@ def redistribute(
     if not rho >= 1:
         raise ValueError(f"rho={rho}; give a number >= 1")
     rules = as_targets(targets)
-    replaced = lambda target: adapters.get(target.adapter).replaces
-    is_eva = lambda target: target.init in ("eva", eva) and not replaced(target)
     found = select(params, rules, kernels)
-    chosen = {path: both for path, both in found.items() if is_eva(both[0])}
+    chosen = {path: both for path, both in found.items() if _is_eva(both[0])}
     used = [target for target, _ in found.values()]
     ranks = _ranks(chosen, stats, rho)
     own = [
@@ -122,9 +120,14 @@ def redistribute(
     others = [
         dataclasses.replace(target, exclude=(*target.excluded, *taken))
         for target in rules
-        if target in used and not is_eva(target)
+        if target in used and not _is_eva(target)
     ]
     return own + others
+
+
+def _is_eva(target: Target) -> bool:
+    whole = adapters.get(target.adapter).replaces
+    return target.init in ("eva", eva) and not whole
 
 
 def _ranks(

@@ -69,12 +69,15 @@ def lora_ga(
     u, vt = build.flat_triplets(kernel, target, stats)
     a, b = c * u[..., :rank], c * vt[..., rank : 2 * rank, :]
     if options["norm_clip"]:
-        largest = lambda x: jnp.max(jnp.abs(x), (-2, -1), keepdims=True)
-        size = target.scale * largest(a @ b)
-        shrink = jnp.sqrt(
-            jnp.minimum(1, largest(making.matrices(kernel, target)) / size)
-        )
+        size = target.scale * _largest(a @ b)
+        own = _largest(making.matrices(kernel, target))
+        shrink = jnp.sqrt(jnp.minimum(1, own / size))
         a, b = a * shrink, b * shrink
     adapter = build.around_factors(kernel, target, a, b)
     recipe = {"rank": rank, "scale": target.scale, "options": options}
     return build.moved(kernel, adapter, "lora_ga", **recipe)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    """The largest entry of every matrix."""
+    return jnp.max(jnp.abs(x), (-2, -1), keepdims=True)

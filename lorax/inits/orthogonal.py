@@ -18,7 +18,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lorax import _lapack, linalg
 from lorax.adapters import making
@@ -53,9 +52,13 @@ def orthogonal(
         )
     in_, out, batch = making.sizes(kernel, target)
     square, left, right = jax.random.split(key, 3)
-    normal = lambda key, *shape: jax.random.normal(key, (*batch, *shape))
+
+    def normal(key: jax.Array, *shape: int) -> jax.Array:
+        return jax.random.normal(key, (*batch, *shape))
+
     q = _lapack.qr(normal(square, rank, rank))[0]
-    times = lambda x, y: std * jnp.matmul(x, y, precision=linalg.EXACT)
-    a = times(normal(left, math.prod(in_), rank // 2), q[..., 0::2, :])
-    b = times(q[..., 1::2, :].mT, normal(right, rank // 2, math.prod(out)))
+    x = normal(left, math.prod(in_), rank // 2)
+    y = normal(right, rank // 2, math.prod(out))
+    a = std * linalg.dot(x, q[..., 0::2, :])
+    b = std * linalg.dot(q[..., 1::2, :].mT, y)
     return build.around_factors(kernel, target, a, b), kernel

@@ -80,7 +80,7 @@ def _vera_common_save(
 ) -> dict[str, np.ndarray]:
     """As PEFT makes them: as large as the modules that are written need."""
     del modules
-    reads, writes = _one_pair(arrays, vera.NAMES)
+    reads, writes = _one_pair(arrays, [*vera.NAMES.values()])
     n, m = _widest(places)
     return {"vera_A": reads[:n].T, "vera_B": writes[:, :m].T}
 
@@ -147,7 +147,7 @@ def _randlora_common_save(
     modules: Sequence[Module], places: Sequence[Place], arrays: Arrays
 ) -> dict[str, np.ndarray]:
     """As PEFT makes them: as large as the modules that are written need."""
-    small, large = _one_pair(arrays, randlora.NAMES)
+    small, large = _one_pair(arrays, [*randlora.NAMES.values()])
     sides, rank = sorted(_widest(places)), modules[0].rank
     large = large[: sides[1], : -(-sides[0] // rank)]
     return {"randlora_A": small[:, None, : sides[0]], "randlora_B": large}

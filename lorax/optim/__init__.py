@@ -1,4 +1,8 @@
-"""Optimisers: optax gradient transformations over adapter trees."""
+"""Optimisers: optax gradient transformations over adapter trees.
+
+As in optax the package is its names: a file with an underscore is private to it. The
+order of a chain, `order`, is read outside, by `lorax.training`.
+"""
 
 from lorax.optim._adalora import AdaLoraState, adalora
 from lorax.optim._adalora_schedule import BudgetSchedule

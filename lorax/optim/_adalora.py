@@ -20,6 +20,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lorax import _checks
+from lorax import _checks, linalg
 from lorax.adapters import AdaLora, layout
 from lorax.optim import _orthogonal, _states, _trees
 from lorax.optim._adalora_schedule import BudgetSchedule, require_int
@@ -136,8 +137,8 @@ def adalora(
     )
     _check(init_budget, target_budget, beta1, beta2, importance)
     _orthogonal.check(orthogonal_form, orthogonal_weight)
-    orthogonal = lambda tree, before: _orthogonal.added(
-        tree, before, orthogonal_form, orthogonal_weight
+    orthogonal = functools.partial(
+        _orthogonal.added, form=orthogonal_form, weight=orthogonal_weight
     )
     decoupled = orthogonal_form == "decoupled"
 
@@ -145,17 +146,7 @@ def adalora(
         adapters = _trees.require_adapters(params, "adalora")
         _trees.require_whole(adapters, "adalora")
         total = _total(adapters, init_budget, target_budget)
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros_like(leaf, layout.wide(leaf)), _chosen(adapters)
-        )
-        return AdaLoraState(
-            count=jnp.zeros((), jnp.int32),
-            budget=jnp.full((), total, jnp.int32),
-            sensitivity=zeros,
-            uncertainty=jax.tree.map(jnp.copy, zeros),  # donated apart from the first
-            mask={path: jnp.ones_like(a.lam, bool) for path, a in zeros.items()},
-            inner=inner.init(params),
-        )
+        return _started(_chosen(adapters), total, inner.init(params))
 
     def update_fn(
         updates: Adapters, state: AdaLoraState, params: Any = None, **extra: Any
@@ -168,24 +159,34 @@ def adalora(
         updates = orthogonal(updates, before) if decoupled else updates
         after = optax.apply_updates(before, _chosen(updates))
 
-        step = optax.safe_increment(state.count)
-        frozen = step > schedule.last
+        count = optax.safe_increment(state.count)
+        frozen, now = count > schedule.last, schedule.chooses_at(count)
         weights = after if importance == "post" else before
-        own = _chosen(grads)
-        means = _importance(weights, own, state, beta1, beta2, frozen)
-        budget = schedule.budget_at(total, step)
-        now = schedule.chooses_at(step)
+        means = _importance(weights, _chosen(grads), state, (beta1, beta2), frozen)
+        budget = schedule.budget_at(total, count)
         mask = jax.lax.cond(
             now, lambda: _choose(*means, budget), lambda: dict(state.mask)
         )
-        masked = {
-            path: _landing(update, before[path], mask[path] | ~(now | frozen))
-            for path, update in _chosen(updates).items()
-        }
-        updates = {**updates, **masked}
-        return updates, AdaLoraState(step, budget, *means, mask, inner_state)
+        updates = _landing(updates, before, mask, free=~(now | frozen))
+        return updates, AdaLoraState(count, budget, *means, mask, inner_state)
 
     return _states.transformation(init_fn, update_fn)
+
+
+def _started(
+    adapters: Mapping[str, AdaLora], total: int, inner: optax.OptState
+) -> AdaLoraState:
+    zeros: Any = jax.tree.map(
+        lambda leaf: jnp.zeros_like(leaf, layout.wide(leaf)), dict(adapters)
+    )
+    return AdaLoraState(
+        count=jnp.zeros((), jnp.int32),
+        budget=jnp.full((), total, jnp.int32),
+        sensitivity=zeros,
+        uncertainty=jax.tree.map(jnp.copy, zeros),  # donated apart from the first
+        mask={path: jnp.ones_like(a.lam, bool) for path, a in zeros.items()},
+        inner=inner,
+    )
 
 
 def _wrapped(inner: Any) -> optax.GradientTransformationExtraArgs:
@@ -200,8 +201,8 @@ def _wrapped(inner: Any) -> optax.GradientTransformationExtraArgs:
 def _check(
     init_budget: int | None,
     target_budget: int,
-    beta1: Any,
-    beta2: Any,
+    beta1: _checks.Number,
+    beta2: _checks.Number,
     importance: str,
 ) -> None:
     """Raises ValueError for what can be seen before the adapters are known."""
@@ -234,8 +235,7 @@ def _require_room(init_budget: int, target_budget: int) -> None:
 
 def _chosen(adapters: Mapping[str, Any]) -> dict[str, AdaLora]:
     """The AdaLora entries, by path: the order in which ties are broken."""
-    own = lambda a: _trees.has_triplets(a) and _trees.is_present(a)
-    return {p: a for p, a in sorted(adapters.items()) if own(a)}
+    return {p: a for p, a in sorted(adapters.items()) if _trees.has_triplets(a)}
 
 
 def _total(adapters: Adapters, init_budget: int | None, target_budget: int) -> int:
@@ -261,19 +261,23 @@ def _importance(
     weights: Mapping[str, AdaLora],
     grads: Mapping[str, AdaLora],
     state: AdaLoraState,
-    beta1: Any,
-    beta2: Any,
+    betas: tuple[_checks.Number, _checks.Number],
     frozen: jax.Array,
 ) -> tuple[Adapters, Adapters]:
     """The next Ibar and Ubar; the same ones when frozen."""
-    ema = lambda old, new, beta: jnp.where(frozen, old, beta * old + (1 - beta) * new)
-    wide = lambda x: x.astype(layout.wide(x))
-    sensed = lambda old, w, d: ema(old, jnp.abs(wide(w) * wide(d)), beta1)
+    beta1, beta2 = betas
+
+    def averaged(old: jax.Array, new: jax.Array, beta: _checks.Number) -> jax.Array:
+        return jnp.where(frozen, old, beta * old + (1 - beta) * new)
+
+    def sensed(old: jax.Array, w: jax.Array, d: jax.Array) -> jax.Array:
+        return averaged(old, jnp.abs(linalg.widened(w) * linalg.widened(d)), beta1)
+
     mean = jax.tree.map(sensed, state.sensitivity, weights, grads)
     # I - Ibar = (Ibar - its last value) beta1 / (1 - beta1): fewer arrays to read
     swing = beta1 / (1 - beta1)
     spread = jax.tree.map(
-        lambda old, ibar, last: ema(old, swing * jnp.abs(ibar - last), beta2),
+        lambda old, ibar, last: averaged(old, swing * jnp.abs(ibar - last), beta2),
         state.uncertainty,
         mean,
         state.sensitivity,
@@ -294,9 +298,18 @@ def _choose(
     return {path: part.reshape(score.shape) for (path, score), part in parts}
 
 
-def _landing(update: AdaLora, adapter: AdaLora, keep: jax.Array) -> AdaLora:
-    """The update with which lam becomes exactly zero where it is not kept."""
-    return dataclasses.replace(update, lam=jnp.where(keep, update.lam, -adapter.lam))
+def _landing(
+    updates: Adapters,
+    adapters: Mapping[str, AdaLora],
+    mask: Mapping[str, jax.Array],
+    free: jax.Array,
+) -> Adapters:
+    """Updates with which lam lands on zero where neither mask nor free is set."""
+    landed: Adapters = {}
+    for path, update in _chosen(updates).items():
+        lam = jnp.where(mask[path] | free, update.lam, -adapters[path].lam)
+        landed[path] = dataclasses.replace(update, lam=lam)
+    return {**updates, **landed}
 
 
 def _triplet_scores(s: AdaLora) -> jax.Array:

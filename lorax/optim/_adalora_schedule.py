@@ -115,7 +115,10 @@ def _falls(schedule: BudgetSchedule, init_budget: int) -> tuple[int, ...]:
     The whole schedule in b0 - bT numbers, whatever the number of steps.
     """
     steps = range(schedule.initial_warmup, schedule.last + 1)
-    lost = lambda step: init_budget - schedule.budget(init_budget, step)
+
+    def lost(step: int) -> int:
+        return init_budget - schedule.budget(init_budget, step)
+
     count = init_budget - schedule.target_budget
     return tuple(
         steps[bisect.bisect_left(steps, n, key=lost)] for n in range(1, count + 1)

@@ -114,9 +114,7 @@ def _masks(adapters: Adapters, opt_state: optax.OptState | None) -> dict[str, An
         return jax.device_get(_state(opt_state).mask)
     own: dict[str, Any] = dict(adapters)
     found = {
-        p: np.asarray(a.lam) != 0
-        for p, a in own.items()
-        if _trees.has_triplets(a) and _trees.is_present(a)
+        p: np.asarray(a.lam) != 0 for p, a in own.items() if _trees.has_triplets(a)
     }
     if not found:
         kinds = sorted({type(a).__name__ for a in adapters.values()})
@@ -137,16 +135,19 @@ def _packed(adapter: AdaLora, mask: np.ndarray) -> AdaLora:
     order = np.argsort(~mask, axis=-1, kind="stable")[..., :rank]
     real = np.take_along_axis(mask, order, -1)
     batch, old = mask.shape[:-1], mask.shape[-1]
-    row, column = (lambda x: x[..., None, :]), (lambda x: x[..., :, None])
-    take = lambda flat, lay, axis: jnp.where(
-        lay(real), jnp.take_along_axis(flat, jnp.asarray(lay(order)), axis), 0
-    )
-    p = take(adapter.p.reshape(*batch, -1, old), row, -1)
-    q = take(adapter.q.reshape(*batch, old, -1), column, -2)
+
+    def kept(flat: jax.Array, axis: int) -> jax.Array:
+        """Of `[*batch, ..., old, ...]` the kept triplets along an axis."""
+        others = [d for d in range(len(batch), flat.ndim) if d != flat.ndim + axis]
+        chosen, own = (np.expand_dims(x, others) for x in (order, real))
+        return jnp.where(own, jnp.take_along_axis(flat, jnp.asarray(chosen), axis), 0)
+
+    p = kept(adapter.p.reshape(*batch, -1, old), -1)
+    q = kept(adapter.q.reshape(*batch, old, -1), -2)
     outs = adapter.q.shape[len(batch) + 1 :]
     return dataclasses.replace(
         adapter,
         p=p.reshape(*adapter.p.shape[:-1], rank),
-        lam=take(adapter.lam, lambda x: x, -1),
+        lam=kept(adapter.lam, -1),
         q=q.reshape(*batch, rank, *outs),
     )

@@ -109,7 +109,10 @@ def add_decayed_weights(
         del extra
         given = _trees.require_params(params)
         leaves = _base_leaves(base, given) if full else {}
-        away = lambda path, a: _away(a, roles, leaves.get(path))
+
+        def away(path: str, adapter: Any) -> Any:
+            return _away(adapter, roles, leaves.get(path))
+
         return decay.update(updates, state, _trees.map_present(away, given))
 
     return _states.transformation(init_fn, update_fn)
@@ -130,15 +133,17 @@ def _away(adapter: Any, roles: tuple[str, ...] | None, leaf: jax.Array | None) -
     """How far each field is from where decay takes it; zero where it does not act."""
     if leaf is not None:
         return adapter.replace(value=adapter.value - leaf.astype(adapter.value.dtype))
-    zeros = lambda field: jax.tree.map(jnp.zeros_like, getattr(adapter, field))
-    still = [name for name in adapter.roles if not _decays(adapter, name, roles)]
-    return adapter.replace(**{field: zeros(field) for field in still})
+    still = {
+        name: jax.tree.map(jnp.zeros_like, getattr(adapter, name))
+        for name in adapter.roles
+        if not _decays(adapter, name, roles)
+    }
+    return adapter.replace(**still)
 
 
 def _base_leaves(base: PyTree, adapters: Adapters) -> dict[str, jax.Array]:
     """The leaves of the base under Full adapters."""
-    full = lambda a: _trees.is_present(a) and a.replaces
-    paths = [path for path, a in adapters.items() if full(a)]
+    paths = [p for p, a in adapters.items() if _trees.is_present(a) and a.replaces]
     if base is None:
         raise ValueError(
             "add_decayed_weights(full=True) decays Full leaves to the base's values: "

@@ -7,12 +7,12 @@ All r x r algebra is in the factors' dtype (at least float32) at full precision.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lorax import _lapack
+from lorax import _checks, _lapack, linalg
 from lorax.optim import _pairs
 
 
@@ -28,17 +28,14 @@ class Spectrum(NamedTuple):
     vectors: jax.Array
 
 
-def dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns the matrix product at full precision (TPU and TF32 would round)."""
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
-
-
 def grams(pair: _pairs.Pair) -> tuple[jax.Array, jax.Array]:
     """Returns `N = a^T a` and `M = b b^T`, `[n, rank, rank]`."""
-    return dot(pair.a.mT, pair.a), dot(pair.b, pair.b.mT)
+    return linalg.dot(pair.a.mT, pair.a), linalg.dot(pair.b, pair.b.mT)
 
 
-def damping_of(pair: _pairs.Pair, damping: Any, relative: bool = True) -> jax.Array:
+def damping_of(
+    pair: _pairs.Pair, damping: _checks.Number, relative: bool = True
+) -> jax.Array:
     """Returns d of every matrix of the stack, `[n, 1]`.
 
         d = damping * max(tr N, tr M) / rank
@@ -60,7 +57,7 @@ def damping_of(pair: _pairs.Pair, damping: Any, relative: bool = True) -> jax.Ar
 
 
 def spectra(
-    pair: _pairs.Pair, damping: Any, relative: bool = True
+    pair: _pairs.Pair, damping: _checks.Number, relative: bool = True
 ) -> tuple[Spectrum, Spectrum]:
     """Returns the spectra of `N + d I` and `M + d I`."""
     d = damping_of(pair, damping, relative)
@@ -88,11 +85,11 @@ def reciprocal(values: jax.Array) -> jax.Array:
 def solve(spectrum: Spectrum, x: jax.Array) -> jax.Array:
     """Returns the (pseudo-)inverse of the matrix times `x: [n, rank, k]`."""
     v = spectrum.vectors
-    return dot(v, reciprocal(spectrum.values)[..., None] * dot(v.mT, x))
+    return linalg.dot(v, reciprocal(spectrum.values)[..., None] * linalg.dot(v.mT, x))
 
 
 def true_rank_only(
-    a: jax.Array, b: jax.Array, rank: Any
+    a: jax.Array, b: jax.Array, rank: _pairs.Static
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the factors with the padding of a population's member exactly zero.
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import _checks, tree
+from lorax import _checks, linalg, tree
 from lorax.optim import _decay, _gram, _pairs, _pairwise, _standard
 
 TRAINED = ("b", "magnitude", "value")
@@ -68,7 +68,7 @@ def scale_by_lora_fa(
         # b has no part in the damping: a alone is inverted.
         only_a = _pairs.Pair(given.a, 0 * given.b, given.scale, given.rank)
         d = _gram.damping_of(only_a, damping, relative)
-        n = _gram.damped_spectrum(_gram.dot(given.a.mT, given.a), d)
+        n = _gram.damped_spectrum(linalg.dot(given.a.mT, given.a), d)
         b = _gram.solve(n, update.b) / given.scale**2
         return _gram.true_rank_only(jnp.zeros_like(update.a), b, given.rank)
 

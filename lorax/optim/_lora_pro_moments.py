@@ -28,10 +28,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import _checks
+from lorax import _checks, linalg
 from lorax.adapters import layout
 from lorax.optim import (
-    _gram,
     _pairs,
     _pairwise,
     _projection,
@@ -136,22 +135,13 @@ def _rowcol(
             p, q = (
                 mean / (1 - b2 ** count.astype(mean.dtype)) + eps**2 for mean in means
             )
-            left *= jnp.sqrt(p.mean(-1, keepdims=True) / p)[..., None]
-            right *= (1 / jnp.sqrt(q))[..., None, :]
-            a = _gram.dot(left, _gram.dot(right, given.b.mT))
-            b = _gram.dot(_gram.dot(given.a.mT, left), right)
+            a, b = _rescaled(left, right, given, p, q)
             return *_again(a, b, given, solution), means
 
-        before = {path: (state.rows[path], state.columns[path]) for path in state.rows}
-        depth = {path: _pairs.pair_of(updates[path]).a.shape[0] for path in before}
-        flat = {
-            path: tuple(mean.reshape(depth[path], -1) for mean in means)
-            for path, means in before.items()
-        }
-        updates, after = _pairwise.map_kept(scaled, updates, params, flat, pairs)
-        after = jax.tree.map(lambda new, old: new.reshape(old.shape), after, before)
-        rows = {path: row for path, (row, _) in after.items()}
-        columns = {path: column for path, (_, column) in after.items()}
+        before = _of_matrices(state, updates)
+        updates, after = _pairwise.map_kept(scaled, updates, params, before, pairs)
+        rows = {p: after[p][0].reshape(x.shape) for p, x in state.rows.items()}
+        columns = {p: after[p][1].reshape(x.shape) for p, x in state.columns.items()}
         return updates, ScaleByRowColState(count, rows, columns)
 
     return _states.transformation(init_fn, update_fn)
@@ -203,7 +193,7 @@ def _full(
         zeros = {}
         for path, adapter in _trees.only_pairs(given).items():
             a, b, *_ = _pairs.pair_of(adapter)
-            zeros[path] = _gram.dot(_pairs.zeros_like(a), _pairs.zeros_like(b))
+            zeros[path] = linalg.dot(_pairs.zeros_like(a), _pairs.zeros_like(b))
         return ScaleByFullState(*adam.init(zeros))
 
     def update_fn(
@@ -217,11 +207,11 @@ def _full(
         del extra
 
         def gather(h: _pairs.Pair, given: _pairs.Pair, _: None) -> Any:
-            return h.a, h.b, _gram.dot(*_thin(h, given))
+            return h.a, h.b, linalg.dot(*_thin(h, given))
 
         def step(h: _pairs.Pair, given: _pairs.Pair, u: jax.Array) -> Any:
-            a = _gram.dot(u, given.b.mT)
-            b = _gram.dot(given.a.mT, u)
+            a = linalg.dot(u, given.b.mT)
+            b = linalg.dot(given.a.mT, u)
             return *_again(a, b, given, solution), None
 
         every = functools.partial(
@@ -267,10 +257,29 @@ def _thin(h: _pairs.Pair, given: _pairs.Pair) -> tuple[jax.Array, jax.Array]:
 
 def _squares(left: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Means of the squares of L R along its rows `[n, in]` and columns `[n, out]`."""
-    dot = _gram.dot
+    dot = linalg.dot
     rows = jnp.sum(dot(left, dot(right, right.mT)) * left, axis=-1) / right.shape[-1]
     columns = jnp.sum(dot(dot(left.mT, left), right) * right, axis=-2) / left.shape[-2]
     return jnp.maximum(rows, 0), jnp.maximum(columns, 0)
+
+
+def _of_matrices(state: ScaleByRowColState, updates: Adapters) -> dict[str, Means]:
+    """The means of every pair as `[n, in]` and `[n, out]`."""
+    found = {}
+    for path, rows in state.rows.items():
+        n = _pairs.pair_of(updates[path]).a.shape[0]
+        found[path] = rows.reshape(n, -1), state.columns[path].reshape(n, -1)
+    return found
+
+
+def _rescaled(
+    left: jax.Array, right: jax.Array, given: _pairs.Pair, p: jax.Array, q: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`u B^T` and `A^T u` of `u = L R / sqrt(p q^T / mean(p))`, never formed."""
+    left *= jnp.sqrt(p.mean(-1, keepdims=True) / p)[..., None]
+    right *= (1 / jnp.sqrt(q))[..., None, :]
+    a = linalg.dot(left, linalg.dot(right, given.b.mT))
+    return a, linalg.dot(linalg.dot(given.a.mT, left), right)
 
 
 def _averaged(old: Means, new: Means, b2: _checks.Number) -> Means:

@@ -36,8 +36,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from lorax import _checks, _lapack
+from lorax import _checks, _lapack, linalg
 from lorax.adapters.pairs import Both
 from lorax.optim import (
     _decay,
@@ -73,6 +74,18 @@ class ScaleByLoraRiteState(NamedTuple):
     def reads_gradients(self) -> str:
         """The name of the transform, for messages about its place in a chain."""
         return "scale_by_lora_rite"
+
+
+Kept = tuple[Both, Both, Both, Both]
+"""The fields of the state but for the count, of one stack of pairs."""
+
+
+class _Rates(NamedTuple):
+    """At one step: b1 and b2 without their start, and eps."""
+
+    b1: jax.Array
+    b2: jax.Array
+    eps: _checks.Number
 
 
 class _Moments(NamedTuple):
@@ -141,9 +154,10 @@ def scale_by_lora_rite(
         del extra
         count = optax.safe_increment(state.count)
 
-        def turned(update: _pairs.Pair, given: _pairs.Pair, kept: Any) -> Any:
-            rates = [_decay_now(b, count, given.a.dtype) for b in (b1, b2)]
-            a, b, kept = _turned(update, given, kept, (*rates, eps), escape)
+        def turned(update: _pairs.Pair, given: _pairs.Pair, kept: Kept) -> Any:
+            now1, now2 = (_decay_now(b, count, given.a.dtype) for b in (b1, b2))
+            rates = _Rates(now1, now2, eps)
+            a, b, kept = _turned(update, given, kept, rates, escape)
             return *_gram.true_rank_only(a, b, given.rank), kept
 
         kept = state[1:]
@@ -192,51 +206,56 @@ def lora_rite(
     )
 
 
-def _decay_now(beta: Any, count: jax.Array, dtype: Any) -> jax.Array:
+def _decay_now(beta: _checks.Number, count: jax.Array, dtype: DTypeLike) -> jax.Array:
     """The rate at which a mean of `count` values, free of its start, keeps the old."""
     t = count.astype(dtype)
     return beta * (1 - beta ** (t - 1)) / (1 - beta**t)
 
 
 def _turned(
-    update: _pairs.Pair, given: _pairs.Pair, kept: Any, rates: Any, escape: bool
-) -> tuple[jax.Array, jax.Array, Any]:
+    update: _pairs.Pair, given: _pairs.Pair, kept: Kept, rates: _Rates, escape: bool
+) -> tuple[jax.Array, jax.Array, Kept]:
     """The new directions, and what is kept: bases, momentum, V and rho of both."""
     bases, momentum, second, escaped = kept
     u_a, inverse_a = _polar.parts(given.a)
     u_b, inverse_b = _polar.parts(given.b.mT)
     of_a = _Moments(momentum.a, second.a, escaped.a)
     of_b = _Moments(momentum.b.mT, second.b, escaped.b)
-    g_a, g_b = _gram.dot(update.a, inverse_b), _gram.dot(update.b.mT, inverse_a)
-    of_a = _advanced(g_a, _gram.dot(u_b.mT, bases.b.mT), of_a, rates, escape)
-    of_b = _advanced(g_b, _gram.dot(u_a.mT, bases.a), of_b, rates, escape)
-    a = _gram.dot(of_a.momentum, inverse_b)
-    b = _gram.dot(of_b.momentum, inverse_a).mT
-    each = map(Both, of_a, (of_b.momentum.mT, *of_b[1:]))
-    return a, b, (Both(u_a, u_b.mT), *each)
+    g_a, g_b = linalg.dot(update.a, inverse_b), linalg.dot(update.b.mT, inverse_a)
+    of_a = _advanced(g_a, linalg.dot(u_b.mT, bases.b.mT), of_a, rates, escape)
+    of_b = _advanced(g_b, linalg.dot(u_a.mT, bases.a), of_b, rates, escape)
+    a = linalg.dot(of_a.momentum, inverse_b)
+    b = linalg.dot(of_b.momentum, inverse_a).mT
+    after = (
+        Both(u_a, u_b.mT),
+        Both(of_a.momentum, of_b.momentum.mT),
+        Both(of_a.second, of_b.second),
+        Both(of_a.escaped, of_b.escaped),
+    )
+    return a, b, after
 
 
 def _advanced(
-    g: jax.Array, p: jax.Array, old: _Moments, rates: Any, escape: bool
+    g: jax.Array, p: jax.Array, old: _Moments, rates: _Rates, escape: bool
 ) -> _Moments:
     """The moments of one factor after the unmagnified gradient `g: [n, long, rank]`."""
     b1, b2, eps = rates
-    moved = _gram.dot(p, _gram.dot(old.second, p.mT))
+    moved = linalg.dot(p, linalg.dot(old.second, p.mT))
     lost = jnp.zeros_like(old.escaped)
     if escape:
         before, after = (_lapack.eigh(v)[0] for v in (old.second, moved))
         lost = jnp.max(jnp.maximum(before - after, 0), axis=-1)
-    second = b2 * moved + (1 - b2) * _gram.dot(g.mT, g) / g.shape[1]
+    second = b2 * moved + (1 - b2) * linalg.dot(g.mT, g) / g.shape[1]
     escaped = b2 * (old.escaped + lost)
-    direction = _gram.dot(g, _inverse_root(second, escaped[:, None], eps))
-    momentum = b1 * _gram.dot(old.momentum, p.mT) + (1 - b1) * direction
+    direction = linalg.dot(g, _inverse_root(second, escaped[:, None], eps))
+    momentum = b1 * linalg.dot(old.momentum, p.mT) + (1 - b1) * direction
     return _Moments(momentum, second, escaped)
 
 
-def _inverse_root(v: jax.Array, escaped: jax.Array, eps: Any) -> jax.Array:
+def _inverse_root(v: jax.Array, escaped: jax.Array, eps: _checks.Number) -> jax.Array:
     """`(V + rho I)^-1/2`, eps added to the roots."""
     values, vectors = _lapack.eigh((v + v.mT) / 2)
     # An eigenvalue below the rounding of the largest may be anything, zero too.
     rounding = v.shape[-1] * jnp.finfo(v.dtype).eps * values[:, -1:]
     roots = jnp.sqrt(jnp.maximum(values, jnp.maximum(rounding, 0)) + escaped) + eps
-    return _gram.dot(vectors / roots[:, None, :], vectors.mT)
+    return linalg.dot(vectors / roots[:, None, :], vectors.mT)

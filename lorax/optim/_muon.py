@@ -138,7 +138,9 @@ def scale_by_muon_factors(
         momentum = jax.tree.map(mean, state.momentum, updates, handled)
         ahead = jax.tree.map(look, momentum, updates, handled)
 
-        def turned(update: _pairs.Pair, own: _pairs.Pair) -> Any:
+        def turned(
+            update: _pairs.Pair, own: _pairs.Pair
+        ) -> tuple[jax.Array, jax.Array]:
             a, b = _turned(factors, update, own, damping)
             return _gram.true_rank_only(a, b, own.rank)
 
@@ -212,7 +214,7 @@ def _roles(factors: str) -> tuple[str, ...]:
 
 
 def _turned(
-    factors: str, update: _pairs.Pair, own: _pairs.Pair, damping: Any
+    factors: str, update: _pairs.Pair, own: _pairs.Pair, damping: _checks.Number
 ) -> tuple[jax.Array, jax.Array]:
     """The new directions of a and b, width scale included."""
     n, m = own.a.shape[1], own.b.shape[2]
@@ -225,8 +227,8 @@ def _turned(
     if factors in ("whitened", "split"):
         left, right = _gram.spectra(own, damping)
         root_n, root_m = _inverse_root(left), _inverse_root(right)
-        new_a = _gram.dot(_polar.factor(_gram.dot(a, root_m)), root_m)
-        new_b = _gram.dot(root_n, _polar.factor(_gram.dot(root_n, b).mT).mT)
+        new_a = linalg.dot(_polar.factor(linalg.dot(a, root_m)), root_m)
+        new_b = linalg.dot(root_n, _polar.factor(linalg.dot(root_n, b).mT).mT)
         budget = 1.0 if factors == "whitened" else 0.5 / own.scale
         return budget * new_a, budget * new_b
     ha, hb = _projection.project(
@@ -239,8 +241,8 @@ def _turned(
     columns = jnp.concatenate([s * own.b, s * hb], axis=1)
     u, vt = _polar.product(rows, columns)
     whole = max(1.0, m / n) ** 0.5
-    ga = s * _gram.dot(u, _gram.dot(vt, own.b.mT))
-    gb = s * _gram.dot(_gram.dot(own.a.mT, u), vt)
+    ga = s * linalg.dot(u, linalg.dot(vt, own.b.mT))
+    gb = s * linalg.dot(linalg.dot(own.a.mT, u), vt)
     ha, hb = _projection.project(
         _pairs.Pair(ga, gb, own.scale, own.rank),
         own,
@@ -249,7 +251,7 @@ def _turned(
     return whole * ha, whole * hb
 
 
-def _width(out: int, rank: Any) -> Any:
+def _width(out: int, rank: _pairs.Static) -> jax.Array:
     return jnp.sqrt(jnp.maximum(1.0, out / rank))
 
 
@@ -264,4 +266,4 @@ def _alive(own: jax.Array, other: jax.Array) -> jax.Array:
 def _inverse_root(spectrum: _gram.Spectrum) -> jax.Array:
     v = spectrum.vectors
     root = jnp.sqrt(_gram.reciprocal(spectrum.values))
-    return _gram.dot(v * root[:, None, :], v.mT)
+    return linalg.dot(v * root[:, None, :], v.mT)

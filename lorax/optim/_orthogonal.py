@@ -30,9 +30,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax import _checks
-from lorax.adapters import AdaLora, layout
-from lorax.optim import _gram
+from lorax import _checks, linalg
+from lorax.adapters import AdaLora, pairs
 from lorax.types import Adapters
 
 WEIGHTS = {"decoupled": 0.3, "squared": 0.001, "norm": 0.1}
@@ -42,7 +41,7 @@ NEWTON = 0.125
 """The largest share c: it goes all the way from nearby."""
 
 
-def check(form: str, weight: Any) -> None:
+def check(form: str, weight: _checks.Number) -> None:
     """Raises ValueError for another form, or a weight out of its range."""
     if form not in WEIGHTS:
         raise ValueError(
@@ -55,7 +54,7 @@ def check(form: str, weight: Any) -> None:
 
 
 def added(
-    tree: Adapters, adapters: Mapping[str, AdaLora], form: str, weight: Any
+    tree: Adapters, adapters: Mapping[str, AdaLora], form: str, weight: _checks.Number
 ) -> Adapters:
     """Returns gradients with the penalty's, or updates with the decoupled step.
 
@@ -78,37 +77,44 @@ def added(
 
 def _both(step: Any, tree: Any, own: AdaLora) -> AdaLora:
     """`step(x, given)` of p and of q, as columns `[*batch, k, rank]`."""
-    columns = lambda a: (
-        a.p.reshape(*own.lam.shape[:-1], -1, own.rank),
-        a.q.reshape(*own.lam.shape, -1).mT,
-    )
-    (p, q), (given_p, given_q) = columns(own), columns(tree)
-    wide = lambda x: x.astype(layout.wide(x))
-    left, right = step(wide(p), wide(given_p)), step(wide(q), wide(given_q)).mT
-    like = lambda new, old: new.reshape(old.shape).astype(old.dtype)
-    return dataclasses.replace(tree, p=like(left, tree.p), q=like(right, tree.q))
+    (p, q), (given_p, given_q) = (_columns(adapter) for adapter in (own, tree))
+    left, right = step(p, given_p), step(q, given_q).mT
+    return dataclasses.replace(tree, p=_like(left, tree.p), q=_like(right, tree.q))
 
 
-def _sloped(x: jax.Array, gradient: jax.Array, form: str, weight: Any) -> jax.Array:
+def _columns(adapter: AdaLora) -> tuple[jax.Array, jax.Array]:
+    """P and the transpose of q."""
+    p, q = pairs.matrices(adapter)
+    return p, q.mT
+
+
+def _like(new: jax.Array, old: jax.Array) -> jax.Array:
+    return new.reshape(old.shape).astype(old.dtype)
+
+
+def _sloped(
+    x: jax.Array, gradient: jax.Array, form: str, weight: _checks.Number
+) -> jax.Array:
     """The gradient with the penalty's: two thin products to autodiff's three."""
     gram, distance = _away(x)
     if form == "squared":
-        return gradient + _gram.dot(x, 4 * weight * gram)
+        return gradient + linalg.dot(x, 4 * weight * gram)
     # the norm's slope at exact orthonormality is zero
-    return gradient + _gram.dot(x, weight * gram / jnp.where(distance > 0, distance, 1))
+    share = weight * gram / jnp.where(distance > 0, distance, 1)
+    return gradient + linalg.dot(x, share)
 
 
-def _stepped(x: jax.Array, update: jax.Array, weight: Any) -> jax.Array:
+def _stepped(x: jax.Array, update: jax.Array, weight: _checks.Number) -> jax.Array:
     """The update with the decoupled step."""
     gram, distance = _away(x)
     size = _norm(x)  # where x is zero, its step is too
     share = jnp.minimum(weight * _norm(update) / jnp.where(size > 0, size, 1), NEWTON)
-    return update - _gram.dot(x, 4 * share * gram / jnp.maximum(distance, 1))
+    return update - linalg.dot(x, 4 * share * gram / jnp.maximum(distance, 1))
 
 
 def _away(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`x^T x - I` and its norm."""
-    gram = _gram.dot(x.mT, x) - jnp.eye(x.shape[-1], dtype=x.dtype)
+    gram = linalg.dot(x.mT, x) - jnp.eye(x.shape[-1], dtype=x.dtype)
     return gram, _norm(gram)
 
 

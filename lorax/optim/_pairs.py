@@ -17,6 +17,9 @@ from lorax import linalg
 from lorax.adapters.pairs import Both, factors_of, stacked
 from lorax.types import PairStatics
 
+Static = float | jax.Array
+"""A number of a pair: one for all, or `[n, 1, 1]` where members of a stack differ."""
+
 
 class Pair(NamedTuple):
     """Both factors of one adapter, or of its gradient or update.
@@ -24,15 +27,14 @@ class Pair(NamedTuple):
     Attributes:
       a: `[n, in, rank]`, at least float32.
       b: `[n, rank, out]`, likewise.
-      scale: the factor on `a @ b`: a number, or `[n, 1, 1]` where members of a stack
-        differ.
-      rank: the true rank, likewise; less than `a.shape[-1]` where a population pads it.
+      scale: the factor on `a @ b`.
+      rank: the true rank; less than `a.shape[-1]` where a population pads it.
     """
 
     a: jax.Array
     b: jax.Array
-    scale: Any
-    rank: Any
+    scale: Static
+    rank: Static
 
 
 def pair_of(adapter: Any, statics: PairStatics | None = None) -> Pair:

@@ -194,7 +194,7 @@ def _key(member: _Member) -> tuple[Any, ...]:
     mesh = _explicit.mesh_of(*arrays)
     if given.a.size + given.b.size > SMALL or (mesh is not None and mesh.size > 1):
         return (member.path,)
-    statics = given.scale, given.rank
+    statics: tuple[Any, Any] = given.scale, given.rank
     known = (x if isinstance(x, numbers.Real) else None for x in statics)
     return *((x.shape[1:], x.dtype) for x in arrays), *known
 

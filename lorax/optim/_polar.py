@@ -13,7 +13,7 @@ THRESHOLD = 1e-6  # of the largest: singular values below are rounding
 def factor(x: jax.Array) -> jax.Array:
     """Returns `U V^T` of `x = U S V^T: [n, long, short]`, zero where S is rounding."""
     u, _, vt = _svd(x)
-    return _dot(u, vt)
+    return linalg.dot(u, vt)
 
 
 def parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -24,17 +24,13 @@ def parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     u, s, vt = _svd(x)
     inverse = jnp.where(s > 0, 1 / jnp.where(s > 0, s, 1), 0)[..., None]
-    return _dot(u, vt), _dot(vt.mT, inverse * vt)
+    return linalg.dot(u, vt), linalg.dot(vt.mT, inverse * vt)
 
 
 def product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns `U` and `V^T` of `a @ b = U S V^T`, zero where S is rounding."""
     u, s, vt = linalg.low_rank_svd(a, b)
     return jnp.where(s[:, None, :] > THRESHOLD * s[:, None, :1], u, 0), vt
-
-
-def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.matmul(x, y, precision=linalg.EXACT)
 
 
 def _svd(x: jax.Array) -> linalg.Triplets:

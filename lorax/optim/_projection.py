@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import jax
 
-from lorax import _checks
+from lorax import _checks, linalg
 from lorax.optim import _gram, _pairs
 
 CHOICES = ("sylvester", "symmetry", "zero")
@@ -65,7 +65,7 @@ def project(
       given: A and B, with the scale and the true rank.
       solution: which hA and hB, and how N and M are damped.
     """
-    dot, inverse, x = _gram.dot, _gram.reciprocal, solution.x
+    dot, inverse, x = linalg.dot, _gram.reciprocal, solution.x
     n, m = _gram.spectra(given, solution.damping, solution.relative)
     u, v = n.vectors, m.vectors
     rows, columns = inverse(n.values)[..., None], inverse(m.values)[..., None, :]

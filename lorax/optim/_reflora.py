@@ -32,10 +32,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import _checks
+from lorax import _checks, linalg
 from lorax.optim import _decay, _gram, _pairs, _pairwise, _standard
 
-dot = _gram.dot
+dot = linalg.dot
 
 
 class ScaleByRefLoraState(NamedTuple):

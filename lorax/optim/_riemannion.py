@@ -49,7 +49,7 @@ from lorax.optim import (
 )
 from lorax.types import Adapters, PairStatics
 
-dot = _gram.dot
+dot = linalg.dot
 
 
 class ScaleByRiemannionState(NamedTuple):
@@ -67,6 +67,10 @@ class ScaleByRiemannionState(NamedTuple):
     def reads_gradients(self) -> str:
         """The name of the transform, for messages about its place in a chain."""
         return "scale_by_riemannion"
+
+
+Kept = tuple[Both, Both]
+"""The fields of the state, of one stack of pairs."""
 
 
 class RetractState(NamedTuple):
@@ -126,7 +130,7 @@ def scale_by_riemannion(
     ) -> tuple[Adapters, ScaleByRiemannionState]:
         del extra
 
-        def turned(update: _pairs.Pair, given: _pairs.Pair, kept: Any) -> Any:
+        def turned(update: _pairs.Pair, given: _pairs.Pair, kept: Kept) -> Any:
             a, b, kept = _direction(update, given, kept, beta)
             return *_gram.true_rank_only(a, b, given.rank), kept
 
@@ -231,8 +235,8 @@ def _half(weight_decay: _checks.NumberOrSchedule) -> _checks.NumberOrSchedule:
 
 
 def _direction(
-    update: _pairs.Pair, given: _pairs.Pair, kept: Any, beta: Any
-) -> tuple[jax.Array, jax.Array, tuple[Both, Both]]:
+    update: _pairs.Pair, given: _pairs.Pair, kept: Kept, beta: _checks.Number
+) -> tuple[jax.Array, jax.Array, Kept]:
     """Z as steps of the factors, and the point and momentum to keep."""
     u_a, inverse_a = _polar.parts(given.a)
     u_b, inverse_b = _polar.parts(given.b.mT)
@@ -270,7 +274,7 @@ def _outside(basis: jax.Array, x: jax.Array) -> jax.Array:
     return x - dot(basis, dot(basis.mT, x))
 
 
-def _rotation(x: jax.Array, rank: Any) -> jax.Array:
+def _rotation(x: jax.Array, rank: _pairs.Static) -> jax.Array:
     """The orthogonal matrix nearest to x; a population's padding stays by itself."""
     own = jnp.eye(x.shape[-1], dtype=x.dtype)[None]
     padded = jnp.arange(x.shape[-1])[None, :, None] >= rank

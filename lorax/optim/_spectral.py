@@ -43,7 +43,7 @@ from lorax.kernels import Kernel
 from lorax.optim import _gram, _pairs, _pairwise, _states, _trees, _whole
 from lorax.types import Adapters, PairStatics, PyTree
 
-dot = _gram.dot
+dot = linalg.dot
 EVEN = (2, 4, 6, 8, 10, 12)  # exponents whose powers of r x r matrices stay in range
 Target = Literal["delta", "factors", "merged", "param"]
 
@@ -110,6 +110,18 @@ def add_decayed_spectral_norm(
     """
     _checks.at_least("weight_decay", weight_decay, schedule=True)
     _checks.one_of("target", target, ("delta", "factors", "merged", "param"))
+    schatten = _exponent(target, schatten)
+    if callable(weight_decay):
+        return _scheduled(weight_decay, target, schatten, kernels)
+    if target == "param":
+        return _of_leaves(weight_decay, kernels)
+    if target == "merged":
+        return _of_kernels(weight_decay)
+    return _of_factors(weight_decay, target, schatten)
+
+
+def _exponent(target: Target, schatten: float | None) -> float:
+    """The exponent of the norm; ValueError for one that the target lacks."""
     whole = target in ("merged", "param")
     if isinstance(schatten, jax.core.Tracer):
         raise ValueError(
@@ -122,50 +134,7 @@ def add_decayed_spectral_norm(
             f"schatten={schatten} of target={target!r}; give an exponent of at least 1"
             + (", here infinity: power iteration finds sigma_1 alone" if whole else "")
         )
-
-    if callable(weight_decay):
-        return _scheduled(weight_decay, target, schatten, kernels)
-
-    def init_fn(params: PyTree) -> DecayedSpectralNormState:
-        if target == "param":
-            return DecayedSpectralNormState(
-                _whole.start(_whole.leaves(params, kernels))
-            )
-        name = f"add_decayed_spectral_norm(target={target!r})"
-        if target == "merged":
-            _trees.require_whole(_trees.require_adapters(params, name), name)
-            return DecayedSpectralNormState(_whole.start_merged(params))
-        _trees.require_pairs(params, name)
-        return DecayedSpectralNormState({})
-
-    def update_fn(
-        updates: PyTree,
-        state: DecayedSpectralNormState,
-        params: PyTree = None,
-        *,
-        base: PyTree = None,
-        pairs: Mapping[str, PairStatics] | None = None,
-        **extra: Any,
-    ) -> tuple[PyTree, DecayedSpectralNormState]:
-        del extra
-        given = _trees.require_params(params)
-        if target == "merged":
-            decay, v = _whole.merged_decay(given, base, pairs, state.v)
-            return _added(updates, decay, weight_decay), DecayedSpectralNormState(v)
-        if target == "param":
-            found, v = _whole.leaf_decay(_whole.leaves(given, kernels), state.v)
-            add = functools.partial(_added_to, strength=weight_decay)
-            new = _whole.changed(updates, found, add)
-            return new, DecayedSpectralNormState(v)
-
-        def pulled(update: _pairs.Pair, own: _pairs.Pair) -> Any:
-            gradient = _delta if target == "delta" else _factors
-            a, b = _gram.true_rank_only(*gradient(own, schatten), own.rank)
-            return update.a + weight_decay * a, update.b + weight_decay * b
-
-        return _pairwise.map_pairs(pulled, updates, given, pairs), state
-
-    return _states.transformation(init_fn, update_fn)
+    return schatten
 
 
 def _scheduled(schedule: Any, *fixed: Any) -> optax.GradientTransformationExtraArgs:
@@ -176,12 +145,68 @@ def _scheduled(schedule: Any, *fixed: Any) -> optax.GradientTransformationExtraA
     return optax.with_extra_args_support(make(schedule, *fixed))
 
 
-def _added(updates: Adapters, decay: Adapters, strength: Any) -> Adapters:
-    add = functools.partial(_added_to, strength=strength)
-    return jax.tree.map(add, updates, decay)
+def _of_factors(
+    weight_decay: _checks.Number, target: Target, schatten: float
+) -> optax.GradientTransformationExtraArgs:
+    gradient = _delta if target == "delta" else _factors
+
+    def pulled(update: _pairs.Pair, own: _pairs.Pair) -> tuple[jax.Array, jax.Array]:
+        a, b = _gram.true_rank_only(*gradient(own, schatten), own.rank)
+        return update.a + weight_decay * a, update.b + weight_decay * b
+
+    return _pairwise.stateless(_named(target), pulled, DecayedSpectralNormState({}))
 
 
-def _added_to(u: jax.Array, d: jax.Array, strength: Any) -> jax.Array:
+def _of_kernels(weight_decay: _checks.Number) -> optax.GradientTransformationExtraArgs:
+    def init_fn(params: Adapters) -> DecayedSpectralNormState:
+        name = _named("merged")
+        _trees.require_whole(_trees.require_adapters(params, name), name)
+        return DecayedSpectralNormState(_whole.start_merged(params))
+
+    def update_fn(
+        updates: Adapters,
+        state: DecayedSpectralNormState,
+        params: Adapters | None = None,
+        *,
+        base: PyTree = None,
+        pairs: Mapping[str, PairStatics] | None = None,
+        **extra: Any,
+    ) -> tuple[Adapters, DecayedSpectralNormState]:
+        del extra
+        given = _trees.require_params(params)
+        decay, v = _whole.merged_decay(given, base, pairs, state.v)
+        add = functools.partial(_added, strength=weight_decay)
+        return jax.tree.map(add, updates, decay), DecayedSpectralNormState(v)
+
+    return _states.transformation(init_fn, update_fn)
+
+
+def _of_leaves(
+    weight_decay: _checks.Number, kernels: Mapping[str, Kernel] | None
+) -> optax.GradientTransformationExtraArgs:
+    def init_fn(params: PyTree) -> DecayedSpectralNormState:
+        return DecayedSpectralNormState(_whole.start(_whole.leaves(params, kernels)))
+
+    def update_fn(
+        updates: PyTree,
+        state: DecayedSpectralNormState,
+        params: PyTree = None,
+        **extra: Any,
+    ) -> tuple[PyTree, DecayedSpectralNormState]:
+        del extra
+        given = _trees.require_params(params)
+        found, v = _whole.leaf_decay(_whole.leaves(given, kernels), state.v)
+        add = functools.partial(_added, strength=weight_decay)
+        return _whole.changed(updates, found, add), DecayedSpectralNormState(v)
+
+    return _states.transformation(init_fn, update_fn)
+
+
+def _named(target: Target) -> str:
+    return f"add_decayed_spectral_norm(target={target!r})"
+
+
+def _added(u: jax.Array, d: jax.Array, strength: _checks.Number) -> jax.Array:
     return (u + strength * d).astype(u.dtype)
 
 

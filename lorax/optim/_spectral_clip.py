@@ -23,8 +23,8 @@ import optax
 
 from lorax import _checks, linalg
 from lorax.kernels import Kernel
-from lorax.optim import _gram, _pairs, _pairwise, _states, _trees, _whole
-from lorax.types import PairStatics, PyTree
+from lorax.optim import _pairs, _pairwise, _states, _trees, _whole
+from lorax.types import PyTree
 
 
 class ClipSpectralNormState(NamedTuple):
@@ -73,42 +73,41 @@ def clip_spectral_norm(
     _checks.positive("tau", tau)
     _checks.one_of("target", target, ("delta", "param"))
 
+    if target == "param":
+        return _of_leaves(tau, kernels)
+
+    def clipped(update: _pairs.Pair, own: _pairs.Pair) -> tuple[jax.Array, jax.Array]:
+        return _clipped(update, own, tau)
+
+    return _pairwise.stateless("clip_spectral_norm", clipped, ClipSpectralNormState({}))
+
+
+def _of_leaves(
+    tau: _checks.Number, kernels: Mapping[str, Kernel] | None
+) -> optax.GradientTransformationExtraArgs:
     def init_fn(params: PyTree) -> ClipSpectralNormState:
-        if target == "param":
-            return ClipSpectralNormState(_whole.start(_whole.leaves(params, kernels)))
-        _trees.require_pairs(params, "clip_spectral_norm")
-        return ClipSpectralNormState({})
+        return ClipSpectralNormState(_whole.start(_whole.leaves(params, kernels)))
 
     def update_fn(
         updates: PyTree,
         state: ClipSpectralNormState,
         params: PyTree = None,
-        *,
-        pairs: Mapping[str, PairStatics] | None = None,
         **extra: Any,
     ) -> tuple[PyTree, ClipSpectralNormState]:
         del extra
-        given = _trees.require_params(params)
-        if target == "param":
-            after = optax.apply_updates(given, updates)
-            matrices = _whole.leaves(after, kernels)
-            excess, v = _whole.leaf_excess(matrices, state.v, tau)
-            new = _whole.changed(updates, excess, lambda u, x: (u - x).astype(u.dtype))
-            return new, ClipSpectralNormState(v)
-
-        def clipped(update: _pairs.Pair, own: _pairs.Pair) -> Any:
-            return _clipped(update, own, tau)
-
-        return _pairwise.map_pairs(clipped, updates, given, pairs), state
+        after = optax.apply_updates(_trees.require_params(params), updates)
+        excess, v = _whole.leaf_excess(_whole.leaves(after, kernels), state.v, tau)
+        new = _whole.changed(updates, excess, lambda u, x: (u - x).astype(u.dtype))
+        return new, ClipSpectralNormState(v)
 
     return _states.transformation(init_fn, update_fn)
 
 
 def _clipped(
-    update: _pairs.Pair, own: _pairs.Pair, tau: Any
+    update: _pairs.Pair, own: _pairs.Pair, tau: _checks.Number
 ) -> tuple[jax.Array, jax.Array]:
     """The updates after which no singular value of `s a b` is above tau."""
-    dot = _gram.dot
+    dot = linalg.dot
     a, b = own.a + update.a, own.b + update.b
     u, s, vt = linalg.low_rank_svd(a, b)
     s = jnp.abs(own.scale) * s[..., None]

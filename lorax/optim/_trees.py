@@ -34,7 +34,8 @@ def only_pairs(adapters: Adapters) -> dict[str, Any]:
 
 def has_triplets(adapter: Any) -> bool:
     """True for the adapters whose update is `p diag(lam) q`."""
-    return {"p", "lam", "q"} <= set(getattr(adapter, "roles", {}).values())
+    roles = set(getattr(adapter, "roles", {}).values())
+    return {"p", "lam", "q"} <= roles and is_present(adapter)
 
 
 def map_present(function: Callable[[str, Any], Any], adapters: Adapters) -> Adapters:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax import tree
+from lorax import _checks, tree
 from lorax.adapters import as_lora, bound, layout
 from lorax.kernels import Kernel
 from lorax.linalg import EXACT
@@ -70,9 +70,8 @@ def leaves(params: PyTree, kernels: Mapping[str, Kernel] | None) -> dict[str, Le
 
 def _matrix(leaf: jax.Array, axes: Axes) -> jax.Array:
     """Returns the leaf as `[n, in, out]` in at least float32."""
-    in_, out, batch = (math.prod(size) for size in axes.sizes(leaf.shape))
-    wide = leaf.astype(layout.wide(leaf))
-    return wide.transpose(axes.order).reshape(batch, in_, out)
+    matrices = layout.matrices(leaf, axes)
+    return matrices.reshape(-1, *matrices.shape[-2:])
 
 
 def _as_leaf(matrix: jax.Array, leaf: Leaf) -> jax.Array:
@@ -95,9 +94,12 @@ def start(matrices: Mapping[str, Leaf]) -> dict[str, jax.Array]:
     found = {}
     for path, leaf in matrices.items():
         v = _direction(path, leaf.value.shape[0], leaf.value.shape[2])
-        once = lambda _, v, w=leaf.value: _iterate(w, v)[0]
-        found[path] = jax.lax.fori_loop(0, WARM, once, v)
+        found[path] = _warm(leaf.value, v)
     return found
+
+
+def _warm(w: jax.Array, v: jax.Array) -> jax.Array:
+    return jax.lax.fori_loop(0, WARM, lambda _, v: _iterate(w, v)[0], v)
 
 
 def leaf_decay(
@@ -113,7 +115,7 @@ def leaf_decay(
 
 
 def leaf_excess(
-    matrices: Mapping[str, Leaf], v: Mapping[str, jax.Array], tau: Any
+    matrices: Mapping[str, Leaf], v: Mapping[str, jax.Array], tau: _checks.Number
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Returns `max(sigma_1 - tau, 0) u_1 v_1^T` of every leaf, and the new v."""
     excess, after = {}, {}
@@ -128,9 +130,11 @@ def leaf_excess(
 
 def _iterate(w: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One power iteration on `[n, in, out]`: the new v, and W v."""
-    times = lambda v: jnp.einsum("nio,no->ni", w, v, precision=EXACT)
-    back = lambda u: jnp.einsum("ni,nio->no", u, w, precision=EXACT)
-    v = _unit(back(times(v)))
+
+    def times(v: jax.Array) -> jax.Array:
+        return jnp.einsum("nio,no->ni", w, v, precision=EXACT)
+
+    v = _unit(jnp.einsum("ni,nio->no", times(v), w, precision=EXACT))
     return v, times(v)
 
 
@@ -234,5 +238,8 @@ def _merged(
     thin = jnp.einsum("ni,nir->nr", u, a, precision=EXACT)
     back = jnp.einsum("nr,nro->no", thin, b, precision=EXACT)
     v = _unit(gain * (jnp.einsum("ni,nio->no", u, w, precision=EXACT) + back))
-    energy = lambda fields: 0.5 * jnp.sum(times(fields, v) ** 2)
+
+    def energy(fields: dict[str, jax.Array]) -> jax.Array:
+        return 0.5 * jnp.sum(times(fields, v) ** 2)
+
     return v, jax.grad(energy)(fields)

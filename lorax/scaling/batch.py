@@ -75,8 +75,8 @@ def learning_rate_for_batch(
       0.2
     """
     _check(rule, noise_scale, lr=lr, batch=batch, new_batch=new_batch, beta_n=beta_n)
-    shape = lambda b: _shape(b, rule, noise_scale, beta_n)
-    return lr * (shape(new_batch) / shape(batch))
+    after, before = (_shape(b, rule, noise_scale, beta_n) for b in (new_batch, batch))
+    return lr * (after / before)
 
 
 def batch_for_learning_rate(

@@ -178,7 +178,7 @@ def adam_epsilon_learning_rate(
     if full.shape == (n, n):
         mean, square = mean.reshape(n), square.reshape(n)
         noise = jnp.maximum(square - mean**2, 0)  # >= 0 but for rounding
-        bent = jnp.matmul(full, mean, precision=jax.lax.Precision.HIGHEST)
+        bent = linalg.dot(full, mean)
         curved = jnp.sum(mean * bent) + jnp.sum(jnp.diagonal(full) * noise)
     else:
         curved = jnp.sum(full * square)
@@ -203,8 +203,9 @@ def _wide(x: Any) -> jax.Array:
 def _moments(g: jax.Array, t: jax.Array, eps: Number) -> tuple[jax.Array, jax.Array]:
     """E[u] and E[u^2] for every entry of g and t."""
     eps = _wide(eps)
-    nodes = lambda x: jnp.asarray(x, g.dtype).reshape(-1, *(1,) * g.ndim)
-    v, weights = nodes(NODES), nodes(WEIGHTS)
+    v, weights = (
+        jnp.asarray(x, g.dtype).reshape(-1, *(1,) * g.ndim) for x in (NODES, WEIGHTS)
+    )
     spread = jnp.sqrt(2 * v) * t  # [nodes, *shape]
     root = jnp.hypot(eps, spread)
     sure = CERTAIN * jnp.sign(g)
