@@ -215,6 +215,8 @@ def test_a_population_is_read_from_dicts_of_today_and_of_before():
         read = flax.serialization.from_state_dict(other, saved)
         assert read.roster == population.roster
         assert_same(pop.member(read, 1), pop.member(population, 1), 0.0)
+    with pytest.raises(ValueError, match=r"\['pairs', 'state'\], and neither 'roster'"):
+        flax.serialization.from_state_dict(other, before)
 
 
 # Bad input

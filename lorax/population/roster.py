@@ -47,23 +47,28 @@ def read(saved: Mapping[str, Any]) -> Roster:
     Args:
       saved: nested dicts of arrays. Where it has no "roster" an older lorax wrote it,
         with the bits of the scales in "scale_bits", `{path: uint32 [K, 2]}`.
+
+    Raises:
+      ValueError: it has neither.
     """
     if "roster" in saved:
-        columns = {p: (own["scale"], own["rank"]) for p, own in saved["roster"].items()}
-    else:
-        columns = {
-            path: (
-                np.ascontiguousarray(bits).view(np.float64)[:, 0],
-                saved["pairs"][path]["rank"],
-            )
-            for path, bits in saved["scale_bits"].items()
-        }
-    return _roster({p: _statics(*map(np.asarray, own)) for p, own in columns.items()})
+        return _roster({p: _statics(**own) for p, own in saved["roster"].items()})
+    if "scale_bits" not in saved:
+        raise ValueError(
+            f"the saved population has {sorted(saved)}, and neither 'roster' nor "
+            "'scale_bits': save it whole, flax.serialization.to_state_dict(population)"
+        )
+    statics = {}
+    for path, bits in saved["scale_bits"].items():
+        scales = np.ascontiguousarray(bits).view(np.float64)[:, 0]
+        statics[path] = _statics(scales, saved["pairs"][path]["rank"])
+    return _roster(statics)
 
 
-def _statics(scales: Iterable[Any], widths: Iterable[Any]) -> tuple[PairStatics, ...]:
-    both = zip(scales, widths, strict=True)
-    return tuple(PairStatics(float(scale), int(rank)) for scale, rank in both)
+def _statics(scale: Iterable[Any], rank: Iterable[Any]) -> tuple[PairStatics, ...]:
+    """Of every member, as numbers of Python."""
+    both = zip(map(float, scale), map(int, rank), strict=True)
+    return tuple(PairStatics(*own) for own in both)
 
 
 def _roster(statics: Mapping[str, tuple[PairStatics, ...]]) -> Roster:
