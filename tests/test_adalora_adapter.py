@@ -82,7 +82,7 @@ def test_at_exact_orthonormality_the_gradient_is_zero(form):
 
 def test_the_penalty_without_an_adalora_is_zero_and_another_form_is_refused():
     assert orthogonal_penalty({"v": lorax.Full(jnp.ones(3))}, "norm") == 0
-    with pytest.raises(ValueError, match="choose 'squared' or 'norm'"):
+    with pytest.raises(ValueError, match="choose one of squared, norm"):
         orthogonal_penalty({}, "frobenius")
 
 

@@ -39,7 +39,7 @@ def test_gaussian_keeps_activations_at_the_size_of_their_input():
     lora, _ = made(kernel, rank=100, init="gaussian", options={"zero": "a"})
     assert not lora.a.any()
     np.testing.assert_allclose(np.std(lora.b), 1 / np.sqrt(100), rtol=0.02)
-    with pytest.raises(ValueError, match="w: zero='c'; choose 'a' or 'b'"):
+    with pytest.raises(ValueError, match="w: zero='c'; choose one of a, b"):
         made(kernel, init="gaussian", options={"zero": "c"})
 
 
