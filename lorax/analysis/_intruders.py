@@ -81,7 +81,7 @@ def intruder_dimensions(
     def measured(path: str, adapter: Any) -> Intruders:
         leaf = leaves[path]
         kernel = layout.matrices(leaf, adapter.axes)
-        factors = _flat(adapter.factors(leaf), kernel)
+        factors = _flat(_thin.factors(adapter, leaf), kernel)
         own = tree.fold_path(key, path)
         cosines = _mapped(
             lambda w, f: _cosines(own, w, f, k, against, side), kernel, factors

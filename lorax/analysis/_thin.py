@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lorax import tree
 from lorax.adapters import as_lora, bound, pairs
-from lorax.types import Adapters, PyTree
+from lorax.types import Adapters, Factors, PyTree
 
 
 def chosen(adapters: Adapters, what: str) -> Adapters:
@@ -48,6 +48,16 @@ def on_leaves(
         adapter.check(path, leaves[path])
     whole = {path: bound(a, frozen, path) for path, a in adapters.items()}
     return whole, {path: jnp.asarray(leaves[path]) for path in adapters}
+
+
+def factors(adapter: Any, leaf: jax.Array) -> Factors:
+    """Returns the whole update as thin factors, a gain apart.
+
+    A form with maps has only a part of it in its factors; the Lora form has all.
+    """
+    form = adapter.factors(leaf)
+    whole = form is not None and not form.maps
+    return form if whole else as_lora(adapter).factors(leaf)
 
 
 def product(adapter: Any) -> pairs.Both:

@@ -93,6 +93,23 @@ def test_intruders_of_a_stack_and_with_magnitudes():
         np.testing.assert_allclose(found.cosines[i], want, atol=1e-5)
 
 
+def test_intruders_of_an_update_that_is_a_map():
+    params = {"w": jax.random.normal(jax.random.key(0), (12, 10)) / 3}
+    target = lorax.Target("w", rank=2, adapter="lokr")
+    adapters, _ = lorax.init(jax.random.key(1), params, target)
+    moved = adapters["w"].replace(
+        w1=jax.random.normal(jax.random.key(2), adapters["w"].w1.shape)
+    )
+    found = analysis.intruder_dimensions(
+        jax.random.key(3), {"w": moved}, params, k=2, threshold=0.9
+    )["w"]
+    base, tuned = np.float64(params["w"]), np.float64(moved.merge(params["w"]))
+    u, v = np.linalg.svd(base)[2].T, np.linalg.svd(tuned)[2].T
+    want = np.abs(v[:, :2].T @ u).max(1)
+    assert want.min() < 0.99  # it has moved
+    np.testing.assert_allclose(found.cosines, want, atol=1e-5)
+
+
 def test_a_random_subspace_is_isometric_and_whole():
     params = {
         "w": jnp.ones((7, 5)),
