@@ -13,7 +13,7 @@ import lorax
 from lorax import checkpoint, compose
 from lorax.adapters import parametrisation
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("quick_compilation")]
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "howto").glob("*.md"))
@@ -23,15 +23,6 @@ COMMAND = re.compile(r"^(?: {4})?python -m (experiments\S*(?:.*\\\n)*.*)$", re.M
 
 def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Half of the time of these toys would go into optimising their programs."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def run(name):
