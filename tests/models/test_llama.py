@@ -15,6 +15,8 @@ from tests.models.golden import apply
 transformers = pytest.importorskip("transformers", reason="needs the golden extra")
 torch = pytest.importorskip("torch", reason="needs the golden extra")
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZES = {
     "vocab_size": 61,
     "hidden_size": 32,
