@@ -37,7 +37,13 @@ CHECKPOINT_TEXT = ["jinja2>=3.1.6", "tokenizers>=0.21"]  # light enough for the 
 INTEROP = [*CHECKPOINT_TEXT, "datasets>=3", "huggingface_hub>=0.30"]
 XDIST = "pytest-xdist>=3.6"  # the suite is compilations: twice as fast on two cores
 TEST = [*EXPERIMENTS, *CHECKPOINT_TEXT, "hypothesis>=6.100", "pytest>=8.4", XDIST]
-GOLDEN = ["peft>=0.17", "torch>=2.7", "transformers>=4.55"]
+GOLDEN = [
+    "bitsandbytes>=0.50.2",
+    "peft>=0.17",
+    "qwix>=0.1.8",
+    "torch>=2.7",
+    "transformers>=4.55",
+]
 DOCS = ["mkdocs==1.6.1", "mkdocstrings==1.0.8", "mkdocstrings-python==2.0.11"]
 LINT = ["mypy==2.4.1", "ruff==0.17.6"]  # pinned, as DOCS: they decide what passes
 

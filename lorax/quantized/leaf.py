@@ -1,0 +1,287 @@
+"""A quantised leaf: codes in place of a kernel, and what makes numbers of them.
+
+    W = t[codes] * scales + shifts     or     (codes - zeros) * scales + shifts
+
+All arrays lie as adapters do: stacked axes, inputs, outputs. Scales have the axes of
+the codes, with one entry for every tile: an axis of 4,096 codes beside one of 64 scales
+has tiles of 64, as in qwix's `QArray`. What cuts a stack or spreads it over devices
+does so to each array alike.
+
+Only `dequantize` makes a dense array. A program that `lorax.adapt` runs calls it where
+an operation reads the kernel, so that no more than that one is ever dense.
+
+References:
+  Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lorax.quantized import codebooks
+from lorax.types import Axes
+
+
+@flax.struct.dataclass
+class NestedScales:
+    """Scales that are quantised themselves: the double quantisation of QLoRA.
+
+        scales = t8[codes] * absmax of the block + offset
+
+    Blocks run over the scales of one kernel in the order of its transpose, as
+    bitsandbytes has them: the inputs of an output together.
+
+    Attributes:
+      codes: uint8 `[*batch, *in, *out]`, shaped as the scales.
+      absmax: `[*batch, blocks]` float32.
+      offset: `[*batch]` float32, the mean of the scales.
+      inputs: how many axes of `codes` are inputs.
+      block: scales in a block.
+    """
+
+    codes: jax.Array
+    absmax: jax.Array
+    offset: jax.Array
+    inputs: int = flax.struct.field(pytree_node=False, default=1)
+    block: int = flax.struct.field(pytree_node=False, default=256)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the scales."""
+        return tuple(self.codes.shape)
+
+    def dense(self) -> jax.Array:
+        """Returns the scales in float32."""
+        batch = self.absmax.ndim - 1
+        order = outputs_first(self.codes.ndim, batch, self.inputs)
+        moved = self.codes.transpose(order)
+        values = codebooks.dynamic_values(moved).reshape(*moved.shape[:batch], -1)
+        spread = jnp.repeat(self.absmax, self.block, axis=-1)
+        spread = spread[..., : values.shape[-1]]
+        scales = values * spread + self.offset[..., None]
+        return scales.reshape(moved.shape).transpose(inverse(order))
+
+
+@flax.struct.dataclass
+class Quantized:
+    """A frozen leaf that is stored in a few bits a weight.
+
+    Attributes:
+      codes: `[*batch, *in, *out]`, int8, uint8 or an 8-bit float. Codes of four bits
+        are uint8, two to a byte: neighbours along the last input axis, which is half as
+        long, the first in the upper half. (XLA has 4-bit types, and on a CPU widens
+        whole stacks of them.)
+      scales: one for every tile: as many axes as `codes`, each as long or a divisor.
+      zeros: the code of zero for every tile, or None for 0.
+      shifts: added after scaling, for every tile, or None for 0.
+      axes: which axes of the kernel are inputs, outputs and stacked.
+      bits: of a code, 8 or 4.
+      codebook: the name of the table that codes point into, or None where a code is the
+        number itself, of four bits a signed one.
+      dtype: of the kernel that stands for these codes.
+    """
+
+    codes: jax.Array
+    scales: jax.Array | NestedScales
+    zeros: jax.Array | None = None
+    shifts: jax.Array | None = None
+    axes: Axes = flax.struct.field(pytree_node=False, default=Axes((0,), (1,)))
+    bits: int = flax.struct.field(pytree_node=False, default=8)
+    codebook: str | None = flax.struct.field(pytree_node=False, default=None)
+    dtype: Any = flax.struct.field(pytree_node=False, default=jnp.dtype(jnp.float32))
+
+    def __jax_array__(self) -> jax.Array:
+        """Returns the dense kernel: `jnp.asarray(leaf)` decodes it."""
+        return dequantize(self)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the kernel."""
+        stored = list(self.codes.shape)
+        stored[self.pair_axis] *= 8 // self.bits
+        return tuple(stored[i] for i in inverse(self.axes.order))
+
+    @property
+    def pair_axis(self) -> int:
+        """The axis of `codes` along which neighbours share a byte."""
+        return len(self.axes.batch) + len(self.axes.in_) - 1
+
+    @property
+    def ndim(self) -> int:
+        """The kernel's number of axes."""
+        return len(self.codes.shape)
+
+    @property
+    def size(self) -> int:
+        """Weights, not bytes."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
+
+    def unnested(self) -> Quantized:
+        """Returns the same with plain scales, whose blocks a cut may part."""
+        if not isinstance(self.scales, NestedScales):
+            return self
+        return dataclasses.replace(self, scales=self.scales.dense())
+
+    def specs(
+        self, dims: Sequence[Any], parts: Callable[[Any], int] = lambda dim: 1
+    ) -> Quantized:
+        """Returns the specs of the arrays where `dims` cut the axes of the kernel.
+
+        Args:
+          dims: an entry of a PartitionSpec for every axis of the kernel.
+          parts: into how many parts an entry cuts; an axis of fewer tiles is whole.
+        """
+        stored = [dims[axis] for axis in self.axes.order]
+
+        def spec(array: jax.Array) -> PartitionSpec:
+            own = stored  # of nested scales the stacked axes alone
+            if len(array.shape) < len(stored):
+                own = [*stored[: len(self.axes.batch)], None][: len(array.shape)]
+            both = zip(own, array.shape, strict=True)
+            fits = [d if n > 1 and n % parts(d) == 0 else None for d, n in both]
+            return PartitionSpec(*fits)
+
+        return jax.tree.map(spec, self)
+
+    @property
+    def inner_axes(self) -> Axes:
+        """The axes of one kernel along the first stacked axis."""
+        first, *rest = self.axes.batch
+        left = Axes(self.axes.in_, self.axes.out, tuple(rest))
+        return Axes(*(tuple(i - (i > first) for i in group) for group in left))
+
+    def layer(self, index: Any) -> Quantized:
+        """Returns the kernel at `index` of the first stacked axis."""
+        whole = dataclasses.replace(self, axes=self.inner_axes)
+        return jax.tree.map(lambda array: array[index], whole)
+
+
+def inverse(order: Sequence[int]) -> tuple[int, ...]:
+    """Returns the permutation that undoes `order`."""
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def outputs_first(ndim: int, batch: int, inputs: int) -> tuple[int, ...]:
+    """Returns the order that brings `[*batch, *in, *out]` to `[*batch, *out, *in]`."""
+    reads = range(batch, batch + inputs)
+    return (*range(batch), *range(batch + inputs, ndim), *reads)
+
+
+def packed(codes: jax.Array, axis: int) -> jax.Array:
+    """Returns uint8 codes below 16 in pairs along an axis, the first as upper half."""
+    size = codes.shape[axis]
+    pairs = codes.reshape(*codes.shape[:axis], size // 2, 2, *codes.shape[axis + 1 :])
+    first, second = (jax.lax.index_in_dim(pairs, i, axis + 1, False) for i in (0, 1))
+    return first << 4 | second
+
+
+def is_quantized(leaf: Any) -> bool:
+    """True for a quantised leaf: `jax.tree.map(f, params, is_leaf=is_quantized)`."""
+    return isinstance(leaf, Quantized)
+
+
+def dequantize(leaf: Quantized) -> jax.Array:
+    """Returns the dense kernel: decoded in float32, rounded once to `leaf.dtype`.
+
+    Args:
+      leaf: the whole of it, or what is left after cutting every array of it alike.
+    """
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    scales = leaf.scales
+    scales = scales.dense() if isinstance(scales, NestedScales) else scales
+    paired = leaf.pair_axis if leaf.bits == 4 else None
+    grid = Grid.of(leaf.codes.shape, scales.shape, paired)
+    codes, scales = grid.codes(leaf.codes), grid.tiles(scales).astype(wide)
+    if leaf.codebook is not None:
+        values = codebooks.scaled(leaf.codebook, codes, scales)
+    else:
+        # four bits are in two's complement
+        values = codes.astype(wide) if leaf.bits == 8 else (codes ^ 8).astype(wide) - 8
+        if leaf.zeros is not None:
+            values = values - grid.tiles(leaf.zeros).astype(wide)
+        values = values * scales
+    if leaf.shifts is not None:
+        values = values + grid.tiles(leaf.shifts).astype(wide)
+    values = values.astype(leaf.dtype).reshape(grid.shape)
+    return values.transpose(inverse(leaf.axes.order))
+
+
+class Grid(NamedTuple):
+    """An array cut into tiles: shapes in which tiles and pairs have axes of their own.
+
+    Every operation of decoding is elementwise in them, so that XLA makes one loop of
+    all; between other shapes it keeps an array of the kernel's size.
+
+    Attributes:
+      shape: of the kernel as it is stored.
+      split: of the codes, those in pairs still together.
+      spread: of what there is one of for each tile.
+      pair: which axis of the split numbers the two of a pair; None: no pairs.
+    """
+
+    shape: tuple[int, ...]
+    split: tuple[int, ...]
+    spread: tuple[int, ...]
+    pair: int | None
+
+    @classmethod
+    def of(
+        cls, stored: Sequence[int], counts: Sequence[int], paired: int | None = None
+    ) -> Grid:
+        """Returns the grid of an array.
+
+        Args:
+          stored: shape of its codes.
+          counts: tiles along every axis.
+          paired: the axis along which two codes share a byte, which is half as long.
+        """
+        shape: list[int] = []
+        split: list[int] = []
+        spread: list[int] = []
+        pair = None
+        for axis, (size, count) in enumerate(zip(stored, counts, strict=True)):
+            full = 2 * size if axis == paired else size
+            whole = count in (1, full)
+            split += [full] if whole else [count, full // count]
+            spread += [count] if whole else [count, 1]
+            shape.append(full)
+            if axis == paired:
+                split[-1] //= 2
+                pair = len(split)
+                own = count == full  # a scale for each of the two
+                spread[-1] //= 2 if own else 1
+                spread.append(2 if own else 1)
+                split.append(1)
+        return cls(tuple(shape), tuple(split), tuple(spread), pair)
+
+    def codes(self, array: jax.Array) -> jax.Array:
+        """Returns the codes by tiles, the first of a pair from the upper half."""
+        array = array.reshape(self.split)
+        if self.pair is None:
+            return array
+        behind = [1] * (len(self.split) - 1 - self.pair)
+        shifts = jnp.array([4, 0], jnp.uint8).reshape(2, *behind)
+        return (array >> shifts) & 15
+
+    def tiles(self, array: jax.Array) -> jax.Array:
+        """Returns what there is one of for each tile."""
+        return array.reshape(self.spread)
+
+
+def by_tile(operation: Any, values: jax.Array, tiles: jax.Array) -> jax.Array:
+    """Returns `operation(values, tiles)`, an entry of `tiles` with its whole tile."""
+    grid = Grid.of(values.shape, tiles.shape)
+    return operation(grid.codes(values), grid.tiles(tiles)).reshape(values.shape)
