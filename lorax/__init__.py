@@ -6,7 +6,7 @@ loss = lorax.adapt(loss_fn)                 # (adapters, params, batch)
 merged = lorax.merge(adapters, params)      # plain Flax params again
 """
 
-from lorax import analysis, compose, optim, scaling
+from lorax import analysis, compose, optim, quantized, scaling
 from lorax.adapters import AdaLora, Dora, Full, Lora
 from lorax.calibration import calibrate
 from lorax.description import describe
@@ -14,6 +14,7 @@ from lorax.interpret import CustomRuleWarning, MergeWarning
 from lorax.kernels import Kernel, KernelUse, discover
 from lorax.merging import merge_report
 from lorax.notices import TargetWarning
+from lorax.quantization import quantize
 from lorax.targets import Target
 from lorax.transform import adapt, init, merge
 from lorax.types import Adapter, Adapters, Axes, Base
@@ -45,5 +46,7 @@ __all__ = [
     "merge",
     "merge_report",
     "optim",
+    "quantize",
+    "quantized",
     "scaling",
 ]

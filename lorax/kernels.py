@@ -112,7 +112,7 @@ def discover(
     tree.require_pure(params)
     leaves = tree.flatten(params)
     watched = {
-        path: interpret.as_array(leaf)
+        path: interpret.unadapted(interpret.as_leaf(leaf)).kind
         for path, leaf in leaves.items()
         if tree.is_floating(leaf)
     }

@@ -192,6 +192,12 @@ def _kernel(
             "can be adapted; narrow the pattern or add it to exclude="
         )
     tree.require_adaptable(path, leaf)
+    if tree.is_quantized(leaf) and adapters.get(target.adapter).replaces:
+        raise ValueError(
+            f"{path}: the leaf is quantised, and adapter={target.adapter!r} trains the "
+            "leaf itself; leave it dense, by a rule (pattern, None) of lorax.quantize, "
+            "or use an adapter that adds to it"
+        )
     shape = tuple(leaf.shape)
     if kernels is not None:
         tree.require([path], kernels, "program given to discover")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +16,7 @@ from lorax import inits, interpret, notices, tree
 from lorax.kernels import Kernel
 from lorax.selection import as_targets, select
 from lorax.targets import Rule
-from lorax.types import Adapters, Axes, Base, PyTree
+from lorax.types import Adapter, Adapters, Axes, Base, Factors, PyTree
 
 
 def init(
@@ -78,11 +79,20 @@ def init(
     for path, (target, kernel) in chosen.items():
         own, cls = tree.fold_path(key, path), adapter_classes.of_target(target)
         statistics = inits.require_stats(path, target, stats)
+        if packed := tree.is_quantized(kernel.value):
+            kernel = dataclasses.replace(kernel, value=jnp.asarray(kernel.value))
         made, after = inits.made(own, kernel, target, statistics, shared[cls])
         adapters[path], lent = adapter_classes.lent_out(made)
         _require_same(path, given, lent)
         frozen = {**frozen, **lent}
         if after.value is not kernel.value:
+            if packed:
+                raise ValueError(
+                    f"{path}: init={target.init!r} moves a part of the kernel into "
+                    "the adapter, and the leaf is quantised; make the adapters on the "
+                    "dense parameters, then quantise what lorax.init returns: "
+                    "lorax.quantize(params, ...)"
+                )
             moved[path] = after.value
     plain = tree.replace(plain, moved) if moved else plain
     return adapters, Base(plain, frozen) if frozen else plain
@@ -125,9 +135,9 @@ def _require_finite(params: PyTree) -> None:
     """Raises ValueError naming the first leaf with a value that is no number."""
     with jax.ensure_compile_time_eval():  # known leaves, closed over by a jit
         finite = {
-            path: jnp.isfinite(leaf).all()
+            path: jnp.stack([jnp.isfinite(part).all() for part in parts]).all()
             for path, leaf in tree.flatten(params).items()
-            if tree.is_floating(leaf) and tree.is_concrete(leaf)
+            if (parts := list(filter(_readable, jax.tree.leaves(leaf))))
         }
     for path, whole in jax.device_get(finite).items():
         if not whole:
@@ -135,6 +145,11 @@ def _require_finite(params: PyTree) -> None:
                 f"{path}: the leaf holds NaN or infinite values; load it again before "
                 "adapting the model"
             )
+
+
+def _readable(array: Any) -> bool:
+    """True for floating arrays whose values can be read now."""
+    return tree.is_floating(array) and tree.is_concrete(array)
 
 
 def merge(adapters: Adapters, params: PyTree) -> PyTree:
@@ -148,17 +163,21 @@ def merge(adapters: Adapters, params: PyTree) -> PyTree:
       params: the tree they were made for.
 
     Returns:
-      A tree of the same structure, shapes and dtypes; of a `Base`, its parameters.
+      A tree of the same shapes and dtypes; of a `Base`, its parameters. Quantised
+      leaves are dense: `lorax.quantize` packs them again.
 
     Raises:
       KeyError: a path that params lacks.
       ValueError: an adapter that does not fit its leaf.
     """
     whole, leaves = check(adapters, params)
-    return tree.replace(
-        tree.split(params)[0],
-        {path: a.merge(jnp.asarray(leaves[path])) for path, a in whole.items()},
-    )
+    dense = {
+        path: jnp.asarray(leaf)
+        for path, leaf in leaves.items()
+        if path in whole or tree.is_quantized(leaf)
+    }
+    merged = {path: a.merge(dense[path]) for path, a in whole.items()}
+    return tree.replace(tree.split(params)[0], {**dense, **merged})
 
 
 def check(adapters: Adapters, params: PyTree) -> tuple[Adapters, dict[str, Any]]:
@@ -253,7 +272,7 @@ def adapt(
             args, kwargs = jax.tree.unflatten(structure, flat)
             return fn(tree.replace(frozen, leaves), *args, **kwargs)
 
-        thin = {path: view.value for path, view in views.items()}
+        thin = {path: view.kind for path, view in views.items()}
         jaxpr, rebuild = interpret.trace(call, thin)
         walker = interpret.Walker(emitter, key=lora_key)
         outputs = walker.run(jaxpr, [*views.values()])
@@ -269,21 +288,36 @@ def _views(
     emitter: interpret.Emitter,
     key: jax.Array | None,
 ) -> tuple[dict[str, interpret.Tracked], dict[str, jax.Array]]:
-    """The adapted leaves as views, and those without a form, merged before the walk."""
-    views: dict[str, interpret.Tracked] = {}
+    """The leaves to follow, and those without a form, merged before the walk."""
+    views = {
+        path: interpret.unadapted(leaf)
+        for path, leaf in leaves.items()
+        if tree.is_quantized(leaf)
+    }
     merged: dict[str, jax.Array] = {}
-    for path, adapter in sorted(adapters.items()):
-        leaf = jnp.asarray(leaves[path])
-        factors = adapter.factors(leaf)
+    for path, adapter in adapters.items():
+        leaf = leaves[path]
+        factors = _factors(adapter, leaf)
         if factors is None:
             emitter.whole(path, adapter, key)
-            merged[path] = adapter.merge(leaf)
+            views.pop(path, None)
+            merged[path] = adapter.merge(jnp.asarray(leaf))
         else:
             axes: Axes = cast(Any, adapter).axes  # which classes with factors have
             rate = getattr(adapter, "dropout", 0.0)
-            view = interpret.watch(path, leaf)
+            view = interpret.watch(path, interpret.as_leaf(leaf))
             views[path] = view.adapted(factors, axes, rate)
-    return views, merged
+    return dict(sorted(views.items())), merged
+
+
+def _factors(adapter: Adapter, leaf: Any) -> Factors | None:
+    """An adapter's form beside a leaf; what it reads of a quantised one is not kept."""
+    if not tree.is_quantized(leaf):
+        return adapter.factors(jnp.asarray(leaf))
+    if not getattr(adapter, "reads_kernel", True):
+        shape: Any = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return adapter.factors(shape)
+    return jax.checkpoint(lambda a, leaf: a.factors(jnp.asarray(leaf)))(adapter, leaf)
 
 
 def _signature(fn: Callable[..., Any]) -> inspect.Signature:

@@ -2,7 +2,8 @@
 
 A path joins the tree path by `/`. Suffixes that only wrap a leaf (the `value` of a
 `flax.linen` box or an `nnx.Variable`) and the leading `params/` of a variables dict are
-dropped; sequence indices are decimal. Of a `Base` the tree is its parameters.
+dropped; sequence indices are decimal. Of a `Base` the tree is its parameters, and a
+quantised leaf is one leaf.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from lorax.quantized import is_quantized
 from lorax.types import Adapters, Base, PyTree
 
 
@@ -52,7 +54,8 @@ def flatten(tree: PyTree) -> dict[str, Any]:
       {'dense/kernel': 1, 'steps/0': 2, 'steps/1': 3}
     """
     leaves: dict[str, Any] = {}
-    for key_path, leaf in jtu.tree_flatten_with_path(split(tree)[0])[0]:
+    plain, _ = split(tree)
+    for key_path, leaf in jtu.tree_flatten_with_path(plain, is_leaf=is_quantized)[0]:
         path = path_name(key_path)
         if path in leaves:
             raise ValueError(
@@ -81,7 +84,9 @@ def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
         return Base(replace(tree.params, leaves), tree.frozen)
     require(leaves, flatten(tree))
     return jtu.tree_map_with_path(
-        lambda key_path, leaf: leaves.get(path_name(key_path), leaf), tree
+        lambda key_path, leaf: leaves.get(path_name(key_path), leaf),
+        tree,
+        is_leaf=is_quantized,
     )
 
 

@@ -18,7 +18,13 @@ EVA = functools.partial(lorax.Target, rank=2, alpha=2, init="eva")
 CORDA = functools.partial(EVA, init="corda")
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Half of the time of these toys would go into optimising their programs."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def calibrated(fn, params, target, *batches, **options):

@@ -21,7 +21,13 @@ EXPERTS = lorax.Target("up|down", rank=2, alpha=4, batch_axes=(0,))
 KEY = jax.random.key(0)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Half of the time of these toys would go into optimising their programs."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def adapters_of(form, target=EXPERTS):

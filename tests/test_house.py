@@ -23,10 +23,10 @@ EVERYTHING = sorted(
 
 # design.md, section 4, bottom first: a module imports only what stands before it
 LAYERS = """
-types untrusted registry tree _checks _explicit _lapack linalg
+types untrusted registry quantized tree _checks _explicit _lapack linalg
 adapters scaling
 interpret
-kernels targets selection notices inits optim analysis sharding models
+kernels targets selection quantization notices inits optim analysis sharding models
 transform description activations calibration compose merging
 losses accumulation steps training population checkpoint interop
 """.split()

@@ -6,6 +6,7 @@ import re
 import shlex
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ import lorax
 from lorax import checkpoint, compose
 from lorax.adapters import parametrisation
 
-pytestmark = [pytest.mark.once, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.once
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "howto").glob("*.md"))
@@ -23,6 +24,15 @@ COMMAND = re.compile(r"^(?: {4})?python -m (experiments\S*(?:.*\\\n)*.*)$", re.M
 
 def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Half of the time of these toys would go into optimising their programs."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def run(name):
@@ -73,6 +83,19 @@ def experts(scope, printed):
         assert reason in printed
     assert f"{sum(x.size for x in jax.tree.leaves(found)):,} parameters" in printed
     assert scope["logits"].shape == (8, 32)
+
+
+def quantized(scope):
+    params, dense = scope["params"], scope["dense"]
+    is_quantized = lorax.quantized.is_quantized
+    packed = {p: is_quantized(leaf) for p, leaf in lorax.tree.flatten(params).items()}
+    want = {"embed": False, "head": False, "layers/up": True, "layers/down": True}
+    assert packed == want and scope["adapters"].keys() == {"layers/up", "layers/down"}
+    plain = jax.tree.map(jnp.asarray, params, is_leaf=is_quantized)
+    for logits in (scope["served"], scope["logits"]):  # b = 0
+        np.testing.assert_allclose(logits, scope["forward"](plain, jnp.arange(8)), 1e-4)
+    assert scope["merged"]["layers"]["up"].shape == dense["layers"]["up"].shape
+    assert {leaf.bits for leaf in scope["mixed"]["layers"].values()} == {4, 8}
 
 
 def data_inits(scope):
@@ -174,6 +197,7 @@ CHECKS = {
         own_method,
         targets,
         experts,
+        quantized,
         data_inits,
         activation_inits,
         optimizer_chain,

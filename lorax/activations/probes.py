@@ -143,7 +143,7 @@ class _Observer:
         if eqn.primitive.name in UNREAD:
             why = "hides what the kernel reads"
             raise ValueError(_unseen(walker, eqn, view.paths[0], why))
-        return view.value
+        return view.array
 
     def custom(
         self, walker: interpret.Walker, eqn: JaxprEqn, paths: tuple[str, ...]

@@ -57,6 +57,7 @@ class DeLoRA(Parametrisation):
         "b": Field("b", "batch rank out"),
         "lam": Field("lam", "batch", decays=True),
     }
+    reads_kernel = True
 
     @classmethod
     def make(

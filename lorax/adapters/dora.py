@@ -69,6 +69,7 @@ class Dora(FromFactors):
     options = {"detach_norm": True}
     padded = True
     absorbs = "b"
+    reads_kernel = True
 
     @classmethod
     def around(

@@ -69,6 +69,8 @@ class Parametrisation:
         so that members of a population cannot be padded to one.
       absorbs: the field that a ratio of two scales folds into; None: none does.
       drops: True: dropout acts on the branch's input.
+      reads_kernel: True: `factors` reads the kernel's values (a norm of its columns),
+        not only its shape; a quantised one is then decoded for it.
       sliced: registered name of the class that `Target.slices` asks for; None: none.
     """
 
@@ -81,6 +83,7 @@ class Parametrisation:
     counts_ranks: ClassVar[bool] = False
     absorbs: ClassVar[str | None] = None
     drops: ClassVar[bool] = True
+    reads_kernel: ClassVar[bool] = False
     sliced: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -161,7 +164,7 @@ class Parametrisation:
         """Returns the form for the fast path, over the whole stack; None: merge.
 
         Args:
-          kernel: the leaf; only its shape and dtype are read.
+          kernel: the leaf; its shape and dtype alone, unless `reads_kernel`.
         """
         del kernel
         return None

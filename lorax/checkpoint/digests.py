@@ -64,7 +64,11 @@ def describe(leaves: Mapping[str, Any]) -> dict[str, Entry]:
       >>> describe({"w": jnp.zeros(2, jnp.int8)})["w"]["content"]
       'e32f6afb092d86deb81864035f6b1cd2'
     """
-    known = {name: x for name, x in leaves.items() if tree.is_concrete(x)}
+    known = {
+        name: x
+        for name, x in leaves.items()
+        if all(map(tree.is_concrete, jax.tree.leaves(x)))
+    }
     with jax.ensure_compile_time_eval():  # known leaves, closed over by a jit
         sums = {name: _sum(leaf) for name, leaf in known.items()}
     described = {name: kind(x) | {"content": None} for name, x in leaves.items()}
@@ -169,7 +173,13 @@ def require_form(told: Any, where: str, abstract: bool = False) -> None:
 
 
 def _sum(leaf: Any) -> np.ndarray | jax.Array:
-    """The four lanes, [4] uint32."""
+    """The four lanes, [4] uint32; of a quantised leaf from those of its arrays."""
+    if tree.is_quantized(leaf):
+        total = np.zeros(len(SEEDS), np.uint32)
+        for number, part in enumerate(jax.tree.leaves(leaf)):
+            lanes = np.asarray(storage.on_host(_sum(part)))
+            total += _mix(lanes + _mix(np.full(1, number, np.uint32)))
+        return total
     on_device = isinstance(leaf, jax.Array)
     return _sum_on_devices(leaf) if on_device else sum_on_host(np.asarray(leaf))
 

@@ -7,10 +7,10 @@ dot through it.
 from lorax.interpret import rules
 from lorax.interpret.emitter import CustomRuleWarning, Emitter, MergeWarning
 from lorax.interpret.origins import not_last
-from lorax.interpret.program import as_array, split_abstract, trace
+from lorax.interpret.program import as_leaf, split_abstract, trace
 from lorax.interpret.recorder import KernelUse, Recorder
 from lorax.interpret.terms.dense import dense
-from lorax.interpret.terms.tracked import Term, Tracked, watch
+from lorax.interpret.terms.tracked import Term, Tracked, unadapted, watch
 from lorax.interpret.uses.pairs import fits
 from lorax.interpret.uses.thin import window
 from lorax.interpret.uses.use import Use
@@ -27,7 +27,7 @@ __all__ = [
     "Use",
     "Visitor",
     "Walker",
-    "as_array",
+    "as_leaf",
     "dense",
     "fits",
     "frozen",
@@ -35,6 +35,7 @@ __all__ = [
     "rules",
     "split_abstract",
     "trace",
+    "unadapted",
     "watch",
     "window",
 ]

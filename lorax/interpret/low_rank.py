@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import _explicit, linalg
+from lorax.interpret.terms.coded import Coded, reading
 from lorax.interpret.terms.dense import block_of, dense, gains, ungained
 from lorax.interpret.terms.tracked import Term, Tracked
 from lorax.interpret.uses import branches, mapped, rescale, thin
@@ -52,6 +53,8 @@ def low_rank(walker: Walker, use: Use) -> list[jax.Array | Pending] | None:
     pairs = oriented(use, dtype)
     if pairs is None:
         return None
+    if not terms:  # a quantised kernel without an adapter
+        return [_frozen(walker, use, use.input)]
     inputs = dropout(walker, use)
     gain, rest = None, None
     if gained:
@@ -182,9 +185,13 @@ def by_parts(use: Use, x: jax.Array, dim: int) -> jax.Array:
 
 def _of_outputs(use: Use, dim: int, x: jax.Array, begin: int, end: int) -> jax.Array:
     """The frozen product of some outputs."""
-    w = jax.lax.slice_in_dim(use.view.value, begin, end, axis=dim)
-    values = [w if isinstance(v, Tracked) else x for v in use.operands]
-    return use.eqn.primitive.bind(*values, **use.eqn.params)
+
+    def run(kernel: jax.Array, x: jax.Array) -> jax.Array:
+        w = jax.lax.slice_in_dim(kernel, begin, end, axis=dim)
+        values = [w if isinstance(v, Tracked) else x for v in use.operands]
+        return use.eqn.primitive.bind(*values, **use.eqn.params)
+
+    return reading(run, [use.view.value, x])
 
 
 def summed(
@@ -234,6 +241,8 @@ def _again(use: Use, x: jax.Array | None) -> rescale.Again | None:
     plain = use.op in ("dot", "conv")
     maps = any(term.factors and term.factors.maps for term in view.terms)
     if x is None or not plain or not dims or maps:
+        return None
+    if isinstance(view.value, Coded):  # each block would decode the whole kernel
         return None
     if _explicit.is_explicit(view.value, x) or not thin.alone(view.value):
         return None

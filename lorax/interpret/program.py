@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
-from jax.typing import ArrayLike
 
+from lorax.quantized import Quantized
 from lorax.types import PyTree
 
 Abstract = jax.ShapeDtypeStruct
@@ -70,6 +71,6 @@ def split_abstract(
     return [x for a, x in zip(abstract, flat, strict=True) if a], join
 
 
-def as_array(leaf: ArrayLike | Abstract) -> jax.Array | Abstract:
-    """Returns a leaf as something that can be traced."""
-    return leaf if isinstance(leaf, Abstract) else jnp.asarray(leaf)
+def as_leaf(leaf: Any) -> Any:
+    """Returns a leaf as something that can be watched."""
+    return leaf if isinstance(leaf, Abstract | Quantized) else jnp.asarray(leaf)

@@ -84,7 +84,7 @@ class Recorder:
             if not self.settle(term):
                 for path in (term.path, *term.peers):
                     self.note(place, path, met)
-        return view.value
+        return view.array
 
     def custom(
         self, walker: Walker, eqn: core.JaxprEqn, paths: tuple[str, ...]

@@ -18,6 +18,7 @@ from jax.extend import core
 from jax.extend import source_info_util as source
 
 from lorax import _explicit
+from lorax.interpret.terms.coded import ALIKE, Coded, reading
 from lorax.interpret.terms.tracked import Rigid, Scope, Tracked, followed
 from lorax.interpret.uses.equations import Body, aval, opened
 from lorax.interpret.uses.rescale import Pending
@@ -136,7 +137,7 @@ class Walker:
         if not any(isinstance(value, Tracked | Pending) for value in values):
             return self.plain(eqn, values)
         views = [v.value for v in values if isinstance(v, Tracked)]
-        with located(eqn), _explicit.under(*views):
+        with located(eqn), _explicit.under(*jax.tree.leaves(views)):
             try:
                 results = RULES[name](self, eqn, values) if name in RULES else None
             except Rigid:
@@ -179,8 +180,39 @@ class Walker:
         return value
 
     def frozen(self, eqn: core.JaxprEqn, values: Values) -> list[jax.Array]:
-        """Runs one equation on the frozen arrays of the views among its operands."""
-        return self.bind(eqn, [frozen(value) for value in values])
+        """Runs one equation on the frozen arrays of the views among its operands.
+
+        What decodes a quantised one runs once more in the backward pass, which keeps
+        the packed arrays and not the kernel.
+        """
+        # two passes over a scan are two loops, which nothing can join
+        looped = any(around.primitive.name == "scan" for around in self.scope)
+        run = lambda *arrays: self.bind(eqn, arrays)
+        return reading(run, [*map(_held, values)], prevent_cse=not looped)
+
+    def view(self, eqn: core.JaxprEqn, values: Values) -> Sequence[jax.Array | Coded]:
+        """Runs an equation whose results are frozen arrays of views.
+
+        Those of a quantised kernel are left to be computed where they are read.
+        """
+        given = tuple(_held(value) for value in values)
+        if not any(isinstance(value, Coded) for value in given):
+            return self.frozen(eqn, values)
+        name, first = eqn.primitive.name, given[0]
+        if name == "transpose" and isinstance(first, Coded):
+            moved = first.transposed(eqn.params["permutation"])
+            if moved is not None:
+                return [moved]
+        return [
+            Coded(
+                given,
+                lambda *arrays, i=i: self.bind(eqn, arrays)[i],
+                aval(out).shape,
+                aval(out).dtype,
+                name in ALIKE,
+            )
+            for i, out in enumerate(eqn.outvars)
+        ]
 
     def bind(self, eqn: core.JaxprEqn, values: Sequence[jax.Array]) -> list[jax.Array]:
         """Runs one equation on arrays as it is, custom rules and effects included."""
@@ -202,6 +234,12 @@ class Walker:
 
 def frozen(value: Value) -> jax.Array:
     """Returns the frozen array of a view; an array passes."""
+    assert not isinstance(value, Pending | Part), value
+    return value.array if isinstance(value, Tracked) else value
+
+
+def _held(value: Value) -> jax.Array | Coded:
+    """What holds the frozen array of a view; an array passes."""
     assert not isinstance(value, Pending | Part), value
     return value.value if isinstance(value, Tracked) else value
 

@@ -8,6 +8,7 @@ family (`lorax.models.table.logical_axes`), each of which goes to mesh axes by a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorax import tree
+from lorax.quantized import Quantized
 from lorax.types import Base, PyTree
 
 LOGICAL: dict[str, str | tuple[str, ...] | None] = {
@@ -75,9 +77,16 @@ class Placed:
                 "adapters that have them: use sharding.base_shardings(params, "
                 "adapters, placed), or place params.params alone"
             )
-        shardings = {
-            path: NamedSharding(self.mesh, spec) for path, spec in self.specs.items()
-        }
+        leaves, parts = tree.flatten(params), lambda dim: axes_size("", dim, self.mesh)
+        shardings = {}
+        for path, spec in self.specs.items():
+            leaf = leaves.get(path)
+            own: Any = spec
+            if isinstance(leaf, Quantized):  # its arrays lie as the kernel would
+                dims = [*spec, *[None] * (leaf.ndim - len(spec))]
+                own = leaf.specs(dims, parts)
+            place = functools.partial(NamedSharding, self.mesh)
+            shardings[path] = jax.tree.map(place, own)
         return tree.replace(params, shardings)
 
     def abstract(self, params: PyTree) -> PyTree:

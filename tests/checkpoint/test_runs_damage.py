@@ -226,11 +226,23 @@ def test_a_step_half_deleted_is_no_obstacle(saved, tmp_path):
         assert run.restore(empty()).step == 9
 
 
-def test_no_space_left_for_adapters_leaves_those_before(tmp_path, size_limit):
+@pytest.fixture
+def no_space():
+    """Files end at 3 kB, as on a disk that is full; bytes beyond are an OSError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    yield limit
+    limit(soft)
+
+
+def test_no_space_left_for_adapters_leaves_those_before(tmp_path, no_space):
     path, small = tmp_path / "adapter", fresh().adapters
     checkpoint.save_adapters(path, small)
     large = {"head": Full(jnp.asarray(np.random.default_rng(0).normal(size=9_000)))}
-    size_limit(3_000)
+    no_space(3_000)
     told = r"adapter could not be written: .*File too large.*are as they were"
     with pytest.raises(OSError, match=told):
         checkpoint.save_adapters(path, large, overwrite=True)
@@ -238,15 +250,15 @@ def test_no_space_left_for_adapters_leaves_those_before(tmp_path, size_limit):
 
 
 @pytest.mark.parametrize("when", ["wait", "save", "close"])
-def test_no_space_left_is_an_error_and_older_steps_stay(tmp_path, size_limit, when):
+def test_no_space_left_is_an_error_and_older_steps_stay(tmp_path, no_space, when):
     run = RunCheckpoints(tmp_path, keep=1)
     run.save(big(1))
     run.wait()
-    size_limit(3_000)
+    no_space(3_000)
     with pytest.raises(OSError, match=r"step 2 could not be written .*\[1\], are as"):
         run.save(big(2))
         {"wait": run.wait, "save": lambda: run.save(big(3)), "close": run.close}[when]()
-    size_limit(resource.RLIM_INFINITY)
+    no_space(resource.RLIM_INFINITY)
     assert run.steps() == [1]
     with RunCheckpoints(tmp_path) as again:
         assert same(again.restore(empty()).state, big(1))

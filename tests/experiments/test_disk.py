@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import time
@@ -16,6 +17,18 @@ from experiments.trainer import metric_log
 
 ROOT = pathlib.Path(__file__).parents[2]
 SECONDS = 60  # that a process may take to end, from its failing write on
+
+
+@pytest.fixture
+def size_limit():
+    """Files end at so many bytes; what is written beyond is an OSError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    yield limit
+    limit(soft)
 
 
 def test_a_full_disk_stops_the_lines(tmp_path, size_limit):

@@ -27,7 +27,13 @@ NAMES = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 PATHS = ".*/(q|v|o|up|down)/kernel"
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Half of the time of these toys would go into optimising their programs."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.cache

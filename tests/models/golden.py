@@ -6,7 +6,6 @@ these they have a standard deviation of at least 1 and every mistake shows.
 
 import contextlib
 
-import jax
 import numpy as np
 
 # Test modules skip without them. Were a helper to skip as it is imported, the collector
@@ -54,33 +53,6 @@ def assert_apart(logits, expected):
     """Holds a mutated model away from the reference by 100 tolerances."""
     error = np.abs(np.asarray(logits, np.float64) - expected).max()
     assert error >= 100 * TOLERANCE * expected.std(), error
-
-
-def apply(model, params, tokens, **kwargs):
-    """The logits of a causal model."""
-    return jax.jit(lambda p: model.apply({"params": p}, tokens, **kwargs))(params)
-
-
-def assert_padding_and_cache(loaded, theirs, tokens, real, first):
-    """Left-padded tokens, read at once and in parts, give the reference's logits.
-
-    `first` tokens are read together, the others one by one.
-    """
-    model, params = loaded
-    positions = np.maximum(real.cumsum(1) - 1, 0)
-    expected = reference(theirs, tokens, real, positions)
-    assert_close(apply(model, params, tokens, real=real), expected, real)
-    read = jax.jit(
-        lambda p, part, real, cache: model.apply(
-            {"params": p}, part, real=real, cache=cache
-        )
-    )
-    batch, time = tokens.shape
-    cache, found = model.cache(batch, time + 8), []  # some slots stay empty
-    for part in (slice(first), *(slice(i, i + 1) for i in range(first, time))):
-        logits, cache = read(params, tokens[:, part], real[:, part], cache)
-        found.append(logits)
-    assert_close(np.concatenate(found, axis=1), expected, real)
 
 
 def tokens_of(vocabulary, batch=2, time=17, seed=0):

@@ -11,12 +11,9 @@ import lorax
 from lorax.interop import hf
 from lorax.models import gpt2
 from tests.models import golden
-from tests.models.golden import apply
 
 transformers = pytest.importorskip("transformers", reason="needs the golden extra")
 torch = pytest.importorskip("torch", reason="needs the golden extra")
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SIZES = {
     "vocab_size": 61,
@@ -59,6 +56,10 @@ def case(tmp_path_factory):
     return make
 
 
+def apply(model, params, tokens, **kwargs):
+    return jax.jit(lambda p: model.apply({"params": p}, tokens, **kwargs))(params)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_transformers(case, name):
     directory, _, tokens, expected = case(name)
@@ -81,8 +82,20 @@ def test_every_switch_matters(case, name):
 def test_left_padding_and_cache(case, scan):
     directory, reference, tokens, _ = case("by layer")
     real = golden.left_padded([24, 9], 24)
-    loaded = hf.load(directory, scan=scan)
-    golden.assert_padding_and_cache(loaded, reference, tokens, real, first=20)
+    positions = np.maximum(real.cumsum(1) - 1, 0)
+    expected = golden.reference(reference, tokens, real, positions)
+    model, params = hf.load(directory, scan=scan)
+    golden.assert_close(apply(model, params, tokens, real=real), expected, real)
+    read = jax.jit(
+        lambda p, part, real, cache: model.apply(
+            {"params": p}, part, real=real, cache=cache
+        )
+    )
+    cache, found = model.cache(2, 24), []
+    for part in (slice(0, 20), *(slice(i, i + 1) for i in range(20, 24))):
+        logits, cache = read(params, tokens[:, part], real[:, part], cache)
+        found.append(logits)
+    golden.assert_close(np.concatenate(found, axis=1), expected, real)
 
 
 def test_an_adapter_on_the_fused_kernel_is_one(case):
@@ -101,7 +114,7 @@ def test_an_adapter_on_the_fused_kernel_is_one(case):
     value, slope = jax.jit(jax.value_and_grad(lorax.adapt(loss, on_merge="error")))(
         adapters, params, tokens
     )
-    merged = jax.jit(loss)(lorax.merge(adapters, params), tokens)
+    merged = loss(lorax.merge(adapters, params), tokens)
     np.testing.assert_allclose(value, merged, rtol=1e-5)
     assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(slope))
 
@@ -109,13 +122,13 @@ def test_an_adapter_on_the_fused_kernel_is_one(case):
 def test_dropout_is_for_training():
     config = gpt2.Config(61, 16, 32, 2, 4, 64, dropout=0.5)
     model, tokens = gpt2.Model(config), golden.tokens_of(61, time=8)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    params = model.init(jax.random.key(0), tokens)["params"]
     draw = jax.jit(
         lambda key: model.apply(
             {"params": params}, tokens, deterministic=False, rngs={"dropout": key}
         )
     )
-    still = apply(model, params, tokens)
+    still = model.apply({"params": params}, tokens)
     one, other = draw(jax.random.key(1)), draw(jax.random.key(2))
     assert not np.allclose(one, other) and not np.allclose(one, still)
     np.testing.assert_array_equal(one, draw(jax.random.key(1)))

@@ -15,8 +15,6 @@ from lorax import tree
 from lorax.models import FAMILIES, context, roberta, table
 from tests.models import encoders_golden as tools
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MODULES = {name: FAMILIES[name] for name in ("roberta", "bert")}
 TINY = {
     "vocab_size": 50,

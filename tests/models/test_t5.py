@@ -14,8 +14,6 @@ from lorax import tree
 from lorax.models import t5, table
 from tests.models import encoders_golden as tools
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = {
     "vocab_size": 50,
     "d_model": 32,

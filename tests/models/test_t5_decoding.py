@@ -9,7 +9,6 @@ from tests.models import golden
 
 transformers = pytest.importorskip("transformers", reason="needs the golden extra")
 torch = pytest.importorskip("torch", reason="needs the golden extra")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIZES = {
     "vocab_size": 40,
     "d_model": 32,

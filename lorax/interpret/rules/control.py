@@ -16,6 +16,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax.interpret.rules import unchanged
+from lorax.interpret.terms.coded import Coded
 from lorax.interpret.terms.tracked import Rigid, Term, Tracked
 from lorax.interpret.uses.equations import called, scan_layout
 from lorax.interpret.walker import Value, Values, Walker, frozen, rule
@@ -40,6 +41,8 @@ def jit(walker: Walker, eqn: JaxprEqn, values: Values) -> Values:
 def _constrain(value: Value, sharding: jax.sharding.Sharding | None) -> Value:
     if not isinstance(sharding, NamedSharding):
         return value
+    if isinstance(value, Tracked) and isinstance(value.value, Coded):
+        return value  # it lies as its packed arrays do
     constrained = jax.lax.with_sharding_constraint(frozen(value), sharding)
     if isinstance(value, Tracked):
         return Tracked(constrained, value.terms)
@@ -118,7 +121,7 @@ def scan(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     params, body = eqn.params, eqn.params["jaxpr"]
     n, carried, _ = scan_layout(eqn)
     consts, carry, xs = values[:n], values[n : n + carried], values[n + carried :]
-    xs = [x if _stacked(x) else walker.merged(x, eqn) for x in xs]
+    xs = [x if _stacked(x) else walker.merged(x, eqn) for x in map(_cuttable, xs)]
     rest = _Rest(walker, eqn, [*consts, *carry, *xs])
     still = [place is not None for place in rest.places[:carried]]
     key = walker.fork_key()
@@ -175,6 +178,13 @@ def _fold(key: jax.Array | None, step: jax.Array | None) -> jax.Array | None:
     return None if key is None or step is None else jax.random.fold_in(key, step)
 
 
+def _cuttable(value: Value) -> Value:
+    """A view whose arrays a scan can cut; a stack that the program made is decoded."""
+    if not isinstance(value, Tracked) or not isinstance(value.value, Coded):
+        return value
+    return value if value.value.stacked else Tracked(value.array, value.terms)
+
+
 def _stacked(value: Value) -> bool:
     """True unless this is a kernel whose leading axis is not a stack of kernels."""
     if not isinstance(value, Tracked):
@@ -192,7 +202,9 @@ def _layer(value: Value) -> Value:
     """Removes the scanned axis from the description of a sliced view."""
     if not isinstance(value, Tracked):
         return value
-    return Tracked(value.value, tuple(t.drop(0) for t in value.terms))
+    frozen = value.value
+    frozen = frozen.layer() if isinstance(frozen, Coded) else frozen
+    return Tracked(frozen, tuple(t.drop(0) for t in value.terms))
 
 
 @rule("shard_map")
@@ -212,6 +224,7 @@ def shard_map(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     for axis in manual:
         shards *= params["mesh"].shape[axis]
 
+    values = [_divisible(value) for value in values]
     rest = _Rest(walker, eqn, values)
 
     def body(key: jax.Array | None, *args: Value) -> list[jax.Array]:
@@ -235,6 +248,15 @@ def shard_map(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
         check_vma=params["check_vma"],
     )(walker.fork_key(), *values)
     return rest.whole(outs)
+
+
+def _divisible(value: Value) -> Value:
+    """A view whose arrays can be cut as its kernel is: packed ones of a leaf can."""
+    if not isinstance(value, Tracked) or not isinstance(value.value, Coded):
+        return value
+    leaf = value.value.leaf
+    frozen = value.array if leaf is None else Coded.of(leaf.unnested())
+    return Tracked(frozen, value.terms)
 
 
 def _specs(value: Value, spec: PartitionSpec) -> PartitionSpec | Tracked:
@@ -262,6 +284,8 @@ def _specs(value: Value, spec: PartitionSpec) -> PartitionSpec | Tracked:
         return dataclasses.replace(term, factors=Factors(*specs))
 
     whole: Any = spec
+    if isinstance(value.value, Coded):
+        whole = value.value.specs(dims)
     return Tracked(whole, tuple(term_specs(term) for term in value.terms))
 
 
@@ -269,6 +293,9 @@ def _local(value: Value) -> Value:
     """Gives a view inside a shard the shapes of the shard."""
     if not isinstance(value, Tracked):
         return value
-    shape = tuple(value.value.shape)
+    frozen = value.value
+    if isinstance(frozen, Coded) and frozen.leaf is not None:
+        frozen = Coded.of(frozen.leaf)
+    shape = tuple(frozen.shape)
     terms = (dataclasses.replace(term, shape=shape) for term in value.terms)
-    return Tracked(value.value, tuple(terms))
+    return Tracked(frozen, tuple(terms))

@@ -159,6 +159,8 @@ def _beside(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """The function's results with the branches added; None where it is not linear."""
     if any(isinstance(value, Pending) for value in values):
         return None
+    if not any(value.terms for value in values if isinstance(value, Tracked)):
+        return walker.frozen(eqn, values)
     visitor = _BranchOnly(walker.visitor)
     try:
         parts = _body(walker, eqn, visitor).run(called(eqn), values)

@@ -59,7 +59,7 @@ def _kernels(
     lookups: Sequence[Lookup | None] = (),
 ) -> Tracked:
     """The chosen kernels as a view: the indices number a stack of their own."""
-    (value,) = walker.frozen(taken.eqn, [view, taken.indices])
+    (value,) = walker.view(taken.eqn, [view, taken.indices])
     labels: list[tuple[int, ...]] = [()] * value.ndim
     terms = []
     for term, lookup in itertools.zip_longest(view.terms, lookups):

@@ -34,7 +34,7 @@ def concatenate(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
                 return None
             joined.append(_moved(term, dim, offset))
         offset += aval(atom).shape[dim]
-    return [Tracked(walker.frozen(eqn, values)[0], tuple(joined))]
+    return [Tracked(walker.view(eqn, values)[0], tuple(joined))]
 
 
 def _moved(term: Term, dim: int, offset: int) -> Term:
@@ -89,7 +89,7 @@ def _stacked(walker: Walker, eqn: JaxprEqn, values: Values, axis: int) -> Values
     Kernels alike become one stack with one pair of factors, which a scan or an index
     takes apart; others keep a term each, in its own place along the axis.
     """
-    result = walker.frozen(eqn, values)[0]
+    result = walker.view(eqn, values)[0]
     fused = _fused(values, axis, result.shape)
     if fused is not None:
         return [Tracked(result, (fused,))]
@@ -106,7 +106,7 @@ def _fused(values: Values, axis: int, shape: Sequence[int]) -> Term | None:
     """One term for a stack of kernels alike; None where they differ."""
     groups = [value.terms if isinstance(value, Tracked) else () for value in values]
     terms = [term for group in groups for term in group]
-    if len(values) < 2 or any(len(group) > 1 for group in groups):
+    if len(values) < 2 or not terms or any(len(group) > 1 for group in groups):
         return None
     first = terms[0]
     alike = lambda t: dataclasses.replace(t, path="", peers=(), factors=None)
@@ -190,4 +190,4 @@ def total(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
         second = Tracked(values[1].value, tuple(map(negated, values[1].terms)))
         values = [values[0], second]
     parts = [v.terms if isinstance(v, Tracked) else () for v in values]
-    return [Tracked(walker.frozen(eqn, values)[0], (*parts[0], *parts[1]))]
+    return [Tracked(walker.view(eqn, values)[0], (*parts[0], *parts[1]))]

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
-from lorax import _explicit
-from lorax.interpret.rules.views import regrouped, viewed
+from lorax.interpret.rules.views import part, regrouped, viewed
 from lorax.interpret.terms.tracked import Term, Tracked
 from lorax.interpret.uses.equations import aval
 from lorax.interpret.walker import Value, Values, Walker, known, rule
@@ -33,8 +32,7 @@ def slice_(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     terms = tracked.terms
     for dim, bound in enumerate(bounds):
         terms = _cut(terms, dim, bound)
-    (result,) = walker.frozen(eqn, values)
-    return [Tracked(result, terms) if terms else result]
+    return [part(result, terms) for result in walker.view(eqn, values)]
 
 
 def _cut(
@@ -75,7 +73,7 @@ def split(walker: Walker, eqn: JaxprEqn, values: Values) -> Values:
     """Several slices along one axis at once; `unstack` also drops the axis."""
     tracked, axis = known(values[0]), eqn.params["axis"]
     shape = tuple(tracked.value.shape)
-    results = walker.frozen(eqn, values)
+    results = walker.view(eqn, values)
     others = [d for d in range(len(shape)) if d != axis]
     groups = [([d], [j]) for j, d in enumerate(others)]
     outs: list[Value] = []
@@ -87,13 +85,13 @@ def split(walker: Walker, eqn: JaxprEqn, values: Values) -> Values:
         terms = _cut(tracked.terms, axis, bound)
         if stacked:
             old = (*shape[:axis], 1, *shape[axis + 1 :])
-            lies = _explicit.entries(result)
+            lies = Tracked(result, ()).lies
             kept = (
                 regrouped(term, groups, old=old, shape=result.shape, lies=lies)
                 for term in terms
             )
             terms = tuple(term for term in kept if term is not None)
-        outs.append(Tracked(result, terms) if terms else result)
+        outs.append(part(result, terms))
     return outs
 
 

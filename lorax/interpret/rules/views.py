@@ -18,9 +18,10 @@ from jax.extend.core import JaxprEqn
 
 from lorax import _explicit
 from lorax.interpret.terms import maps
+from lorax.interpret.terms.coded import Coded
 from lorax.interpret.terms.tracked import Term, Tracked
 from lorax.interpret.uses.equations import aval
-from lorax.interpret.walker import Values, Walker, known, rule
+from lorax.interpret.walker import Value, Values, Walker, known, rule
 from lorax.types import Factors
 
 Edit = Callable[[Term], Term | None]
@@ -40,7 +41,14 @@ def viewed(
     if len(terms) < len(edited):
         return None
     others = [walker.merged(v, eqn) if v is not tracked else v for v in values]
-    return [Tracked(walker.frozen(eqn, others)[0], terms)]
+    return [Tracked(walker.view(eqn, others)[0], terms)]
+
+
+def part(result: jax.Array | Coded, terms: Sequence[Term]) -> Value:
+    """A view, or a plain array where nothing is left to be said of it."""
+    if isinstance(result, Coded) or terms:
+        return Tracked(result, tuple(terms))
+    return result
 
 
 @rule("copy", "copy_p", "name", "sharding_constraint", "layout_constraint", "reshard")
@@ -60,6 +68,8 @@ def convert(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
 @rule("optimization_barrier", "device_put")
 def barrier(walker: Walker, eqn: JaxprEqn, values: Values) -> Values:
     """Operations over several operands, some of them kernels."""
+    if any(isinstance(v, Tracked) and isinstance(v.value, Coded) for v in values):
+        return values  # there is no array yet to be held back, or moved
     results = walker.frozen(eqn, values)
     return [
         Tracked(result, value.terms) if isinstance(value, Tracked) else result

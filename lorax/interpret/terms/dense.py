@@ -17,12 +17,13 @@ def dense(tracked: jax.Array | Tracked) -> jax.Array:
     """Returns the merged view: float32 accumulation, one rounding; arrays pass."""
     if not isinstance(tracked, Tracked):
         return tracked
-    dtype = linalg.wide(tracked.value.dtype)
-    total, shape = tracked.value.astype(dtype), tracked.value.shape
+    kernel, shape = tracked.array, tracked.value.shape
+    dtype = linalg.wide(kernel.dtype)
+    total = kernel.astype(dtype)
     for term in tracked.terms:
         if term.factors is None:
-            return tracked.value
-        for part in maps.dense(term, tracked.value):
+            return kernel
+        for part in maps.dense(term, kernel):
             total = total + _explicit.like(part, total)
         a, b = term.factors[:2]
         if not a.shape[-1]:
@@ -41,7 +42,7 @@ def dense(tracked: jax.Array | Tracked) -> jax.Array:
     for term in tracked.terms:
         if (gain := gains(term, range(len(shape)), shape)) is not None:
             total = total * gain.astype(dtype)
-    return total.astype(tracked.value.dtype)
+    return total.astype(kernel.dtype)
 
 
 def ungained(tracked: Tracked) -> Tracked:
@@ -59,7 +60,7 @@ def block_of(tracked: Tracked, dim: int, begin: jax.Array, size: int) -> Tracked
     cut = lambda v, axis: jax.lax.dynamic_slice_in_dim(v, begin, size, axis)
     put = lambda shape: (*shape[:dim], size, *shape[dim + 1 :])
     terms = (term.edit(dim, cut, shape=put(term.shape)) for term in tracked.terms)
-    return Tracked(cut(tracked.value, dim), tuple(terms))
+    return Tracked(cut(tracked.array, dim), tuple(terms))
 
 
 def gains(term: Term, dims: Iterable[int], shape: Sequence[int]) -> jax.Array | None:

@@ -16,13 +16,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 
 from lorax import _explicit
+from lorax.interpret.terms.coded import Coded
+from lorax.quantized import Quantized
 from lorax.types import Axes, Factors
 
 Labels = tuple[tuple[int, ...], ...]
@@ -188,10 +190,32 @@ class Term:
 )
 @dataclasses.dataclass(frozen=True)
 class Tracked:
-    """A view of adapted leaves: the frozen array, and what the adapters add to it."""
+    """A view of leaves: the frozen array, and what adapters add to it.
 
-    value: jax.Array
+    Without terms it is a quantised leaf that has no adapter.
+    """
+
+    value: jax.Array | Coded
     terms: tuple[Term, ...]
+
+    @property
+    def array(self) -> jax.Array:
+        """The frozen array; of a quantised leaf decoded here."""
+        return self.value.array() if isinstance(self.value, Coded) else self.value
+
+    @property
+    def kind(self) -> jax.Array | jax.ShapeDtypeStruct:
+        """What the program is traced with in place of the view."""
+        if not isinstance(self.value, Coded):
+            return self.value
+        if not _explicit.is_explicit(*jax.tree.leaves(self.value)):
+            return jax.ShapeDtypeStruct(self.value.shape, self.value.dtype)
+        return jax.eval_shape(self.value.array)
+
+    @property
+    def lies(self) -> list[Any]:
+        """For each dimension the axes of an Explicit mesh that cut it."""
+        return _explicit.entries(self.kind)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -251,7 +275,7 @@ def followed(view: Tracked) -> Tracked:
 
     The rank is whole, and so is a dimension of which a term has only a block.
     """
-    lies, shape = _explicit.entries(view.value), view.value.shape
+    shape = view.value.shape
 
     def settled(term: Term) -> Term:
         if term.factors is None:
@@ -261,21 +285,28 @@ def followed(view: Tracked) -> Tracked:
             for kind in ("batch", "in", "out")
         )
         a, b, gain, *held = term.factors
-        a = _explicit.moved(a, [*batch, *in_, None], view.value)
-        b = _explicit.moved(b, [*batch, None, *out], view.value)
+        a = _explicit.moved(a, [*batch, *in_, None], beside)
+        b = _explicit.moved(b, [*batch, None, *out], beside)
         if gain is not None:
-            gain = _explicit.moved(gain, [*batch, *out], view.value)
+            gain = _explicit.moved(gain, [*batch, *out], beside)
         whole = lambda f: [*batch, *[None] * (f.ndim - len(batch))]
-        held = jax.tree.map(lambda f: _explicit.moved(f, whole(f), view.value), held)
+        held = jax.tree.map(lambda f: _explicit.moved(f, whole(f), beside), held)
         return dataclasses.replace(term, factors=Factors(a, b, gain, *held))
 
     if not _explicit.is_explicit(*jax.tree.leaves(view)):
         return view
+    lies, beside = view.lies, jax.tree.leaves(view.value)[0]
     return Tracked(view.value, tuple(map(settled, view.terms)))
 
 
-def watch(path: str, leaf: jax.Array) -> Tracked:
+def watch(path: str, leaf: jax.Array | Quantized) -> Tracked:
     """Returns a whole leaf as a view of itself, without factors (for discover)."""
     shape = tuple(leaf.shape)
     labels = tuple((axis,) for axis in range(len(shape)))
-    return Tracked(leaf, (Term(path, shape, labels, (0,) * len(shape), shape),))
+    term = Term(path, shape, labels, (0,) * len(shape), shape)
+    return dataclasses.replace(unadapted(leaf), terms=(term,))
+
+
+def unadapted(leaf: jax.Array | Quantized) -> Tracked:
+    """Returns a whole leaf as a view to which nothing is added."""
+    return Tracked(Coded.of(leaf) if isinstance(leaf, Quantized) else leaf, ())

@@ -1,0 +1,119 @@
+"""Quantises the kernels of a parameter tree, by rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lorax import quantized, tree
+from lorax.kernels import Kernel
+from lorax.quantized import FORMATS, Format
+from lorax.selection import select
+from lorax.targets import ALL_LINEAR, Target
+from lorax.types import Base, PyTree
+
+Rules = str | Format | Sequence[tuple[str, str | Format | None]]
+
+
+def quantize(
+    params: PyTree, rules: Rules = "nf4", kernels: Mapping[str, Kernel] | None = None
+) -> PyTree:
+    """Puts kernels in a few bits a weight, for a base that does not train.
+
+    Every kernel that a rule takes becomes a `quantized.Quantized` leaf. `lorax.adapt`
+    shows a function the dense shape, and decodes each kernel where the function reads
+    it. One kernel after the other is dense beside its codes, not the whole tree.
+
+    Args:
+      params: the pretrained tree; a `Base` keeps its frozen arrays.
+      rules: pairs `(pattern, format)`; the first matching pattern wins. Patterns are
+        those of `Target`: regular expressions of whole paths, or "all-linear". A
+        format is one of `quantized.FORMATS` by name, one such as
+        `quantized.Int4(group=128)`, or None to leave the leaf as it is. A format alone
+        stands for `[("all-linear", format)]`. "nf4" as QLoRA has it.
+      kernels: from `discover`; needed by "all-linear" and for kernels that are not
+        two-dimensional.
+
+    Returns:
+      A tree of the same paths.
+
+    Raises:
+      ValueError: a pattern that matches nothing, an unknown format, groups that do not
+        divide a kernel's inputs, a leaf that is looked up by rows (an embedding, tied
+        to the head or not), is quantised already, or holds NaN or infinite values.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> params = {"w": jax.random.normal(jax.random.key(0), (256, 64))}
+      >>> small = quantize(params, [("w", "nf4")])
+      >>> small["w"].shape, round(small["w"].nbytes / small["w"].size, 3)
+      ((256, 64), 0.516)
+
+    References:
+      Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314.
+    """
+    plain, frozen = tree.split(params)
+    formats = _formats(rules)
+    chosen = select(plain, [Target(pattern, rank=1) for pattern in formats], kernels)
+    leaves = {
+        path: _quantized(kernel, form)
+        for path, (target, kernel) in chosen.items()
+        if (form := formats[target.pattern]) is not None
+    }
+    plain = tree.replace(plain, leaves)
+    return Base(plain, frozen) if frozen else plain
+
+
+def _formats(rules: Rules) -> dict[str, Format | None]:
+    """The rules as a dict, in their order."""
+    if isinstance(rules, str) or hasattr(rules, "quantize"):
+        rules = [(ALL_LINEAR, rules)]
+    formats: dict[str, Format | None] = {}
+    for rule in rules:
+        if not isinstance(rule, tuple | list) or len(rule) != 2:
+            raise TypeError(
+                f"a rule is a pair (pattern, format) such as ('all-linear', 'nf4'), "
+                f"not {rule!r}"
+            )
+        pattern, form = rule
+        if isinstance(form, str) and form not in FORMATS:
+            raise ValueError(
+                f"{pattern!r}: the format {form!r} is not one of {', '.join(FORMATS)}"
+            )
+        form = FORMATS[form] if isinstance(form, str) else form
+        if form is not None and not hasattr(form, "quantize"):
+            raise TypeError(
+                f"{pattern!r}: {form!r} is not a format; give a name ("
+                f"{', '.join(FORMATS)}), lorax.quantized.NF4(...) or the like, or None"
+            )
+        formats.setdefault(pattern, form)
+    return formats
+
+
+def _quantized(kernel: Kernel, form: Format) -> quantized.Quantized:
+    """The leaf that takes a kernel's place."""
+    path, leaf = kernel.path, kernel.value
+    assert leaf is not None  # `select` has put it there
+    if quantized.is_quantized(leaf):
+        raise ValueError(
+            f"{path}: the leaf is quantised already; give quantize() the dense "
+            "parameters, or narrow the pattern"
+        )
+    if "gather" in (kernel.op, *(use.op for use in kernel.uses)):
+        raise ValueError(
+            f"{path}: its rows are looked up, so the whole table would be decoded at "
+            "every call; leave embeddings as they are: put (pattern, None) first, or "
+            "narrow the pattern"
+        )
+    if tree.is_concrete(leaf) and not bool(jnp.isfinite(leaf).all()):
+        raise ValueError(
+            f"{path}: the leaf holds NaN or infinite values, which have no code; load "
+            "it again"
+        )
+    try:
+        make = jax.jit(form.quantize, static_argnums=1)
+        return make(leaf, kernel.linear_axes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
