@@ -3,8 +3,8 @@
     python -m experiments.plan --config=configs/llama3_70b_lora.py --topology=v5e:16x16
 
 Reports what every chip would hold, whether it fits, and what XLA estimates. `--sweep`
-tries other meshes, remat policies and batches. Needs libtpu (`pip install -e
-'.[tpu]'`), but no TPU; `--topology=cpu:8` needs neither.
+tries other meshes, remat policies and batches, `--quantize=nf4` a quantised base. Needs
+libtpu (`pip install -e '.[tpu]'`), but no TPU; `--topology=cpu:8` needs neither.
 """
 
 import sys
@@ -23,6 +23,9 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "v5e:4x4, v5p-128, cpu:8, ...; config.sharding.topology if not."
 )
 _SWEEP = flags.DEFINE_bool("sweep", False, "Try other meshes, remat and batches.")
+_QUANTIZE = flags.DEFINE_enum(
+    "quantize", None, ["int8", "int4", "nf4", "fp8"], "Format of the linear kernels."
+)
 _FORM = flags.DEFINE_enum(
     "form", "adapt", ["adapt", "merge"], "merge: a step that materialises adapters."
 )
@@ -47,10 +50,13 @@ def main(argv: Sequence[str]) -> None:
     with command.refusing():
         checking.check(config)
     try:
+        if _SWEEP.value and _QUANTIZE.value:
+            raise ValueError("--sweep plans dense bases; leave --quantize out")
         if _SWEEP.value:
             print(alternatives.render(alternatives.run(config, topology, print)))
         else:
-            print(estimates.render(estimates.make_plan(config, topology, _FORM.value)))
+            plan = estimates.make_plan(config, topology, _FORM.value, _QUANTIZE.value)
+            print(estimates.render(plan))
     except (ValueError, ModuleNotFoundError) as error:
         raise app.UsageError(str(error)) from error
 

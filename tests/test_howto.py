@@ -95,7 +95,8 @@ def quantized(scope):
     for logits in (scope["served"], scope["logits"]):  # b = 0
         np.testing.assert_allclose(logits, scope["forward"](plain, jnp.arange(8)), 1e-4)
     assert scope["merged"]["layers"]["up"].shape == dense["layers"]["up"].shape
-    assert {leaf.bits for leaf in scope["mixed"]["layers"].values()} == {4, 8}
+    blocks = {name: leaf.block for name, leaf in scope["mixed"]["layers"].items()}
+    assert blocks == {"up": 32, "down": 0}
 
 
 def data_inits(scope):

@@ -115,6 +115,7 @@ def make_plan(
     config: ml_collections.ConfigDict,
     topology: topologies.Topology,
     form: str = "adapt",
+    quantize: str | None = None,
 ) -> Plan:
     """Compiles the train step of a config for a topology.
 
@@ -122,6 +123,7 @@ def make_plan(
       config: see `program.build`.
       topology: from `topology.parse`.
       form: see `program.build`.
+      quantize: likewise.
 
     Raises:
       ValueError: what `program.build` and `topology.devices` refuse.
@@ -129,14 +131,14 @@ def make_plan(
     """
     began = time.perf_counter()
     devices = topologies.devices(topology)
-    built = program.build(config, devices, form)
+    built = program.build(config, devices, form, quantize)
     traced = built.trace()
     plain = program.build(program.without_remat(config), devices).trace()
     platform = "cpu" if topology.chip is None else "tpu"
     told: dict[str, Any] = {
         "topology": topology,
         "mesh": dict(built.placed.mesh.shape),
-        "settings": settings(config, built.placed.mesh.shape, form),
+        "settings": settings(config, built.placed.mesh.shape, form, quantize),
         "flops": analysis.operations(traced.jaxpr) / topology.chips,
         "model_flops": analysis.operations(plain.jaxpr) / topology.chips,
         "tokens": built.tokens,
@@ -168,15 +170,19 @@ def make_plan(
 
 
 def settings(
-    config: ml_collections.ConfigDict, mesh: Mapping[str, int], form: str = "adapt"
+    config: ml_collections.ConfigDict,
+    mesh: Mapping[str, int],
+    form: str = "adapt",
+    quantize: str | None = None,
 ) -> str:
     """What a sweep may change, in words."""
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.items())
     (method,) = config.run.methods
     merged = ", merged kernels" if form == "merge" else ""
+    base = f", {quantize} base" if quantize else ""
     flash = ", flash" if config.model.get("attention") == "flash" else ""
     return (
-        f"{method}{merged}, {sizes}, {config.data.batch_size} x "
+        f"{method}{merged}{base}, {sizes}, {config.data.batch_size} x "
         f"{max(config.data.lengths)} tokens, remat {config.model.remat}{flash}"
     )
 

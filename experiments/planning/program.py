@@ -57,7 +57,10 @@ def make_mesh(config: ml_collections.ConfigDict, devices: Any) -> Any:
 
 
 def build(
-    config: ml_collections.ConfigDict, devices: Any, form: str = "adapt"
+    config: ml_collections.ConfigDict,
+    devices: Any,
+    form: str = "adapt",
+    quantize: str | None = None,
 ) -> Program:
     """Makes the train step of a config for these devices.
 
@@ -67,6 +70,8 @@ def build(
       devices: of the topology.
       form: "adapt": the step that trains; "merge": one whose loss reads merged kernels,
         which is what adapters cost where they are materialised.
+      quantize: format of `lorax.quantize` for what "all-linear" would adapt; None
+        leaves the base dense.
 
     Raises:
       ValueError: a mesh that does not divide the devices, the batch or an axis of a
@@ -78,7 +83,7 @@ def build(
     placed = placement.place_params(mesh, config.sharding, model, shapes)
     batch = make_batch(config.data, mesh)
     loss_fn = losses.make_causal(model, config.run.label_smoothing)
-    state, params, tx = make_state(config, loss_fn, shapes, batch)
+    state, params, tx = make_state(config, loss_fn, shapes, batch, quantize)
     where = sharding.state_shardings(state, placed, config.sharding.replicate_adapters)
     made = make_step(loss_fn, tx, config.optimizer.clip_norm, form)
     step = jax.jit(
@@ -139,7 +144,11 @@ def make_batch(config: ml_collections.ConfigDict, mesh: Any) -> dict[str, Any]:
 
 
 def make_state(
-    config: ml_collections.ConfigDict, loss_fn: Any, shapes: Any, batch: Any
+    config: ml_collections.ConfigDict,
+    loss_fn: Any,
+    shapes: Any,
+    batch: Any,
+    quantize: str | None = None,
 ) -> tuple[training.TrainState, Any, Any]:
     """The abstract train state, its base, and the optimiser that it belongs to."""
     (method,) = config.run.methods
@@ -159,6 +168,8 @@ def make_state(
 
     def create(key: jax.Array, params: Any) -> tuple[training.TrainState, Any]:
         adapters, base = lorax.init(key, params, targets, kernels)
+        if quantize is not None:
+            base = lorax.quantize(base, quantize, kernels)
         return training.create_state(key, adapters, tx), base
 
     return *jax.eval_shape(create, jax.random.key(0), shapes), tx

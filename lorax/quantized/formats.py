@@ -104,15 +104,15 @@ class NF4:
         """Returns the codes and scales of bitsandbytes."""
         values, tile = _laid_out(kernel, axes, self.block)
         absmax = _largest(jnp.abs(values), tile)
-        require_pairs(values.shape, absmax.shape, axes)
+        block = block_of(values.shape, absmax.shape, axes)
         scaled = by_tile(
             jnp.multiply, values, 1 / jnp.maximum(absmax, jnp.finfo(jnp.float32).tiny)
         )
         return Quantized(
-            packed(codebooks.nearest("nf4", scaled), len(axes.batch + axes.in_) - 1),
+            packed(codebooks.nearest("nf4", scaled), _last(axes), block),
             _nested(absmax, axes) if self.double else absmax,
             axes=axes,
-            bits=4,
+            block=block,
             codebook="nf4",
             dtype=kernel.dtype,
         )
@@ -161,21 +161,31 @@ def tiles(inputs: Sequence[int], group: int | None) -> tuple[int, ...]:
     return (1,) * (len(inputs) - len(tile)) + tuple(reversed(tile))
 
 
-def require_pairs(shape: Sequence[int], counts: Sequence[int], axes: Axes) -> None:
-    """Raises ValueError where a tile along the last input axis would part a byte.
+def block_of(shape: Sequence[int], counts: Sequence[int], axes: Axes) -> int:
+    """Returns how many inputs of four bits share bytes: 64, or less in a small tile.
 
     Args:
-      shape: of the codes of four bits, before they share bytes.
+      shape: of the codes, before they share bytes.
       counts: tiles along every axis.
       axes: of the kernel.
+
+    Raises:
+      ValueError: a tile along the last input axis would part a byte.
     """
-    last = len(axes.batch + axes.in_) - 1
+    last = _last(axes)
     size, count = shape[last], counts[last]
-    if size % 2 or (size // count > 1 and (size // count) % 2):
+    block = math.gcd(size if count == size else size // count, 64)
+    if block % 2:
         raise ValueError(
             f"codes of four bits share bytes in pairs along the inputs, of which there "
             f"are {size} in {count} groups; use even groups, or eight bits"
         )
+    return block
+
+
+def _last(axes: Axes) -> int:
+    """The last input axis of `[*batch, *in, *out]`."""
+    return len(axes.batch + axes.in_) - 1
 
 
 def _laid_out(
@@ -239,10 +249,10 @@ def _leaf(
     """The leaf of these codes, int4 ones two to a byte."""
     if codes.dtype != jnp.int4:
         return Quantized(codes, scales, zeros, axes=axes, dtype=dtype)
-    require_pairs(codes.shape, scales.shape, axes)
-    halves = codes.astype(jnp.int8).astype(jnp.uint8) & 15
-    pairs = packed(halves, len(axes.batch + axes.in_) - 1)
-    return Quantized(pairs, scales, zeros, axes=axes, bits=4, dtype=dtype)
+    block = block_of(codes.shape, scales.shape, axes)
+    bits = codes.astype(jnp.int8).astype(jnp.uint8) & 15
+    pairs = packed(bits, _last(axes), block)
+    return Quantized(pairs, scales, zeros, axes=axes, block=block, dtype=dtype)
 
 
 def _rounded(values: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -76,14 +76,15 @@ class Quantized:
 
     Attributes:
       codes: `[*batch, *in, *out]`, int8, uint8 or an 8-bit float. Codes of four bits
-        are uint8, two to a byte: neighbours along the last input axis, which is half as
-        long, the first in the upper half. (XLA has 4-bit types, and on a CPU widens
-        whole stacks of them.)
+        are uint8, two to a byte, and the last input axis is half as long: of every
+        `block` inputs the first half lies in the upper bits, the second in the lower.
+        (XLA has 4-bit types, and on a CPU widens whole stacks of them; with neighbours
+        in a byte a TPU would have to interleave rows.)
       scales: one for every tile: as many axes as `codes`, each as long or a divisor.
       zeros: the code of zero for every tile, or None for 0.
       shifts: added after scaling, for every tile, or None for 0.
       axes: which axes of the kernel are inputs, outputs and stacked.
-      bits: of a code, 8 or 4.
+      block: of codes of four bits, so many inputs share bytes; 0 for eight bits.
       codebook: the name of the table that codes point into, or None where a code is the
         number itself, of four bits a signed one.
       dtype: of the kernel that stands for these codes.
@@ -94,7 +95,7 @@ class Quantized:
     zeros: jax.Array | None = None
     shifts: jax.Array | None = None
     axes: Axes = flax.struct.field(pytree_node=False, default=Axes((0,), (1,)))
-    bits: int = flax.struct.field(pytree_node=False, default=8)
+    block: int = flax.struct.field(pytree_node=False, default=0)
     codebook: str | None = flax.struct.field(pytree_node=False, default=None)
     dtype: Any = flax.struct.field(pytree_node=False, default=jnp.dtype(jnp.float32))
 
@@ -106,12 +107,12 @@ class Quantized:
     def shape(self) -> tuple[int, ...]:
         """Of the kernel."""
         stored = list(self.codes.shape)
-        stored[self.pair_axis] *= 8 // self.bits
+        stored[self.pair_axis] *= 2 if self.block else 1
         return tuple(stored[i] for i in inverse(self.axes.order))
 
     @property
     def pair_axis(self) -> int:
-        """The axis of `codes` along which neighbours share a byte."""
+        """The axis of `codes` along which inputs share bytes: the last of them."""
         return len(self.axes.batch) + len(self.axes.in_) - 1
 
     @property
@@ -180,12 +181,12 @@ def outputs_first(ndim: int, batch: int, inputs: int) -> tuple[int, ...]:
     return (*range(batch), *range(batch + inputs, ndim), *reads)
 
 
-def packed(codes: jax.Array, axis: int) -> jax.Array:
-    """Returns uint8 codes below 16 in pairs along an axis, the first as upper half."""
-    size = codes.shape[axis]
-    pairs = codes.reshape(*codes.shape[:axis], size // 2, 2, *codes.shape[axis + 1 :])
-    first, second = (jax.lax.index_in_dim(pairs, i, axis + 1, False) for i in (0, 1))
-    return first << 4 | second
+def packed(codes: jax.Array, axis: int, block: int) -> jax.Array:
+    """Returns uint8 codes below 16 in pairs: those half a block apart along an axis."""
+    before, after = codes.shape[:axis], codes.shape[axis + 1 :]
+    halves = codes.reshape(*before, -1, 2, block // 2, *after)
+    first, second = (jax.lax.index_in_dim(halves, i, axis + 1, False) for i in (0, 1))
+    return (first << 4 | second).reshape(*before, -1, *after)
 
 
 def is_quantized(leaf: Any) -> bool:
@@ -202,14 +203,13 @@ def dequantize(leaf: Quantized) -> jax.Array:
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
     scales = leaf.scales
     scales = scales.dense() if isinstance(scales, NestedScales) else scales
-    paired = leaf.pair_axis if leaf.bits == 4 else None
-    grid = Grid.of(leaf.codes.shape, scales.shape, paired)
+    grid = Grid.of(leaf.codes.shape, scales.shape, leaf.pair_axis, leaf.block)
     codes, scales = grid.codes(leaf.codes), grid.tiles(scales).astype(wide)
     if leaf.codebook is not None:
         values = codebooks.scaled(leaf.codebook, codes, scales)
     else:
         # four bits are in two's complement
-        values = codes.astype(wide) if leaf.bits == 8 else (codes ^ 8).astype(wide) - 8
+        values = (codes ^ 8).astype(wide) - 8 if leaf.block else codes.astype(wide)
         if leaf.zeros is not None:
             values = values - grid.tiles(leaf.zeros).astype(wide)
         values = values * scales
@@ -239,36 +239,43 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(
-        cls, stored: Sequence[int], counts: Sequence[int], paired: int | None = None
+        cls,
+        stored: Sequence[int],
+        counts: Sequence[int],
+        paired: int = 0,
+        block: int = 0,
     ) -> Grid:
         """Returns the grid of an array.
 
         Args:
           stored: shape of its codes.
           counts: tiles along every axis.
-          paired: the axis along which two codes share a byte, which is half as long.
+          paired: the axis along which codes share bytes.
+          block: how many do, see `Quantized`; 0 for none.
         """
         shape: list[int] = []
         split: list[int] = []
         spread: list[int] = []
         pair = None
         for axis, (size, count) in enumerate(zip(stored, counts, strict=True)):
-            full = 2 * size if axis == paired else size
-            whole = count in (1, full)
-            split += [full] if whole else [count, full // count]
-            spread += [count] if whole else [count, 1]
+            full = 2 * size if block and axis == paired else size
             shape.append(full)
-            if axis == paired:
-                split[-1] //= 2
-                pair = len(split)
-                own = count == full  # a scale for each of the two
-                spread[-1] //= 2 if own else 1
-                spread.append(2 if own else 1)
-                split.append(1)
+            if block and axis == paired:
+                own = count == full  # a scale for each of the block
+                tiles = 1 if own else count
+                pair = len(split) + 2
+                split += [tiles, full // tiles // block, 1, block // 2]
+                spread += [1, full // block, 2, block // 2] if own else [count, 1, 1, 1]
+            elif count in (1, size):
+                split.append(size)
+                spread.append(count)
+            else:
+                split += [count, size // count]
+                spread += [count, 1]
         return cls(tuple(shape), tuple(split), tuple(spread), pair)
 
     def codes(self, array: jax.Array) -> jax.Array:
-        """Returns the codes by tiles, the first of a pair from the upper half."""
+        """Returns the codes by tiles, the first half of a block from the upper bits."""
         array = array.reshape(self.split)
         if self.pair is None:
             return array

@@ -224,6 +224,21 @@ def test_full_size_by_hand(make):
     assert sum(sizes) in (8_030_261_248, 70_553_706_496)  # as Meta counts them
 
 
+def test_a_quantised_base_by_hand():
+    devices = topologies.devices(topologies.parse("cpu:8"))
+    config = llama3_8b_lora.get_config()
+    built = program.build(config, devices, quantize="nf4")
+    leaves = jax.tree.leaves(built.params)
+    held = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    attention, mlp = 4096 * (2 * 4096 + 2 * 1024), 3 * 4096 * 14336
+    kernels = 32 * (attention + mlp)
+    dense = 8_030_261_248 - kernels  # embedding, head and norms
+    # codes, 8-bit scales in blocks of 64, theirs in blocks of 256
+    bytes_each = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+    assert held == pytest.approx(2 * dense + kernels * bytes_each, rel=1e-6)
+    assert "nf4 base" in estimates.settings(config, {}, quantize="nf4")
+
+
 def test_merged_kernels_are_another_program():
     config = tiny()
     devices = topologies.devices(topologies.parse("cpu:8"))

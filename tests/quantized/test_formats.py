@@ -30,9 +30,9 @@ def normal(*shape, seed=0):
 
 
 def column(leaf, signed=False):
-    """The codes of a kernel of one column, two to a byte."""
-    pairs = np.asarray(leaf.codes)[:, 0]
-    found = np.stack([pairs >> 4, pairs & 15], 1).ravel().astype(int)
+    """The codes of a kernel of one column: halves of a block share bytes."""
+    pairs = np.asarray(leaf.codes).reshape(-1, 1, leaf.block // 2)
+    found = np.concatenate([pairs >> 4, pairs & 15], 1).ravel().astype(int)
     return np.where(signed & (found > 7), found - 16, found).tolist()
 
 
