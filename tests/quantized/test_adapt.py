@@ -198,6 +198,41 @@ def test_a_base_that_is_spread_over_devices():
     close(run(adapters, spread, x), run(adapters, base, x))
 
 
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_on_an_explicit_mesh(form):
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2
+    )
+    params = {
+        "up": 0.1 * programs.normal(0, 3, 64, 128),
+        "down": 0.1 * programs.normal(1, 3, 128, 64),
+    }
+
+    def loss(params, x, spec=None):
+        def body(x, layer):
+            h = jnp.tanh(x @ layer["up"])
+            down = jnp.einsum("bh,hd->bd", h, layer["down"], out_sharding=spec)
+            return x + down, None
+
+        return jnp.sum(jax.lax.scan(body, x, params)[0] ** 2)
+
+    x = programs.normal(2, 4, 64)
+    kernels = lorax.discover(loss, params, x)
+    base = lorax.quantize(params, [("up|down", form)], kernels)
+    adapters = programs.perturbed(lorax.init(KEY, base, [("up|down", 4)], kernels)[0])
+    want = jax.value_and_grad(lorax.adapt(loss))(adapters, base, x)
+    cut = {"up": (None, None, "tensor"), "down": (None, "tensor", None)}
+    place = lambda spec: jax.sharding.NamedSharding(mesh, spec)
+    with jax.set_mesh(mesh):
+        lies = {name: leaf.specs(cut[name]) for name, leaf in base.items()}
+        lies = jax.tree.map(place, lies)
+        spread = jax.device_put(base, lies)
+        rows = PartitionSpec("data", None)
+        adapted = lorax.adapt(lambda params, x: loss(params, x, rows))
+        run = jax.jit(jax.value_and_grad(adapted))
+        close(run(adapters, spread, jax.device_put(x, place(rows))), want)
+
+
 def memory(fn, *args):
     return jax.jit(fn).lower(*args).compile().memory_analysis()
 
