@@ -54,7 +54,7 @@ class Target:
         with a `TargetWarning` where a sibling disagrees.
 
     Raises:
-      ValueError: a value out of range, or a pattern that is no regular expression.
+      ValueError: a value out of range, or a pattern that is not a regular expression.
 
     Example:
       >>> Target(".*/kernel", rank=4, alpha=8).scale
@@ -187,7 +187,7 @@ def _require_pattern(pattern: str) -> None:
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
 Rule = Target | tuple | str

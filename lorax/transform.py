@@ -192,14 +192,14 @@ def check(adapters: Adapters, params: PyTree) -> tuple[Adapters, dict[str, Any]]
     for value in values:
         if not isinstance(adapters, Mapping) or not hasattr(value, "factors"):
             raise TypeError(
-                f"{type(value).__name__} is no adapter: the first argument is the dict "
-                "of adapters from lorax.init, the second the parameters"
+                f"{type(value).__name__} is not an adapter: the first argument is the "
+                "dict of adapters from lorax.init, the second the parameters"
             )
     leaves = tree.flatten(params)
     tree.require(adapters, leaves, "parameter tree")
     for path, adapter in adapters.items():
         if not hasattr(leaves[path], "dtype"):
-            raise ValueError(f"{path}: the leaf is no array: {leaves[path]!r}")
+            raise ValueError(f"{path}: the leaf is not an array: {leaves[path]!r}")
         adapter.check(path, leaves[path])
     bound = adapter_classes.bound
     return {path: bound(a, frozen, path) for path, a in adapters.items()}, leaves

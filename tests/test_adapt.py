@@ -230,7 +230,7 @@ def test_jit_finds_the_arguments_of_an_adapted_function_by_name():
     np.testing.assert_allclose(step(adapters, params, x, train=True), x @ params["w"])
     with pytest.raises(ValueError, match="a parameter named 'lora_key'"):
         lorax.adapt(lambda params, lora_key: 0)
-    with pytest.raises(TypeError, match="dict is no adapter: the first argument"):
+    with pytest.raises(TypeError, match="dict is not an adapter: the first argument"):
         lorax.merge({"layer": params}, params)
-    with pytest.raises(TypeError, match="Lora is no adapter"):
+    with pytest.raises(TypeError, match="Lora is not an adapter"):
         lorax.merge(adapters["w"], params)

@@ -99,5 +99,5 @@ def test_other_mistakes():
         lorax.merge_report({"v": make.lora(1)}, params)
     with pytest.raises(ValueError, match="w: the factors have shapes"):
         lorax.merge_report({"w": make.lora(1, in_=(7,))}, params)
-    with pytest.raises(TypeError, match="is no adapter"):
+    with pytest.raises(TypeError, match="is not an adapter"):
         lorax.merge_report(make.lora(1), params)

@@ -123,8 +123,8 @@ def test_full_trains_any_floating_leaf():
 
 
 FIELDS = [
-    (dict(pattern="("), r"'\(' is no regular expression"),
-    (dict(pattern="w", exclude="["), r"'\[' is no regular expression"),
+    (dict(pattern="("), r"'\(' is not a regular expression"),
+    (dict(pattern="w", exclude="["), r"'\[' is not a regular expression"),
     (dict(pattern="w", rank=0), "rank=0; give a whole number >= 1"),
     (dict(pattern="w", rank=-1), "rank=-1"),
     (dict(pattern="w", rank=2.5), "rank=2.5"),
@@ -259,7 +259,7 @@ def test_a_missing_leaf_and_swapped_arguments_are_named():
         lorax.adapt(model)(adapters, PARAMS, IDS)
     with pytest.raises(TypeError, match="the first argument is the dict of adapters"):
         lorax.merge({"head/kernel": jnp.ones((4, 7))}, PARAMS)
-    with pytest.raises(ValueError, match="w: the leaf is no array"):
+    with pytest.raises(ValueError, match="w: the leaf is not an array"):
         lorax.merge({"w": lora((4, 2), (2, 7))}, {"w": 3.0})
     with pytest.raises(ValueError, match="on_merge='never'; choose 'warn' or 'error'"):
         lorax.adapt(model, on_merge="never")

@@ -3,8 +3,8 @@
     clock = loop.Clock()
     state = loop.loop(prepared, batches, hooks, clock=clock, steps=90)
 
-A hook is called after every step, in the order given. What is no part of a step (a
-compilation, an evaluation) stands inside `with clock.paused():`.
+Hooks are called after every step, in the order given. What is not part of a step (a
+compilation, an evaluation) goes inside `with clock.paused():`.
 """
 
 import contextlib

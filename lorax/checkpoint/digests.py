@@ -101,7 +101,7 @@ def describe_as(told: Entry, leaf: Any) -> Entry:
 def difference(then: Entry, now: Entry) -> tuple[str, Any, Any] | None:
     """Returns the first field in which two entries differ, and its two values.
 
-    A field that one of them lacks, or has as None, is no difference.
+    A field that one of them lacks, or has as None, does not count.
 
     Example:
       >>> difference({"shape": [3], "content": None}, {"shape": [4], "content": "0"})

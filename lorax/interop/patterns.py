@@ -47,13 +47,13 @@ class Pattern:
     def __init__(self, text: str) -> None:
         """Parses the text."""
         if not isinstance(text, str):
-            raise ValueError(f"{text!r} is no regular expression but {type(text)}")
+            raise ValueError(f"{text!r} is not a regular expression but {type(text)}")
         if len(text) > LIMIT:
             raise ValueError(f"a regular expression of {len(text)} characters: {LIMIT}")
         try:
             re.compile(text)
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{text!r} is no regular expression: {error}") from None
+            raise ValueError(f"{text!r} is not a regular expression: {error}") from None
         self.text = text
         self._root = _Parser(text).whole()
 

@@ -72,9 +72,9 @@ class Emitter:
         for path in view.paths:
             self._tell(
                 (path, name, where),
-                f"{path}: {name!r} at {where} is no linear use that fits the adapter, "
-                "so the kernel is merged there: correct, but it costs a dense weight "
-                "gradient",
+                f"{path}: {name!r} at {where} is not a linear use that fits the "
+                "adapter, so the kernel is merged there: correct, but it costs a dense "
+                "weight gradient",
             )
         if walker.key is not None and any(term.rate for term in view.terms):
             raise ValueError(

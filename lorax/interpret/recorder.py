@@ -73,7 +73,7 @@ class Recorder:
         return walker.frozen(use.eqn, use.operands)
 
     def branches(self, walker: Walker, use: Use) -> None:
-        """Returns None: without factors there are no branches."""
+        """Returns None: `discover` has no factors, so nothing is added."""
 
     def merge(self, walker: Walker, eqn: core.JaxprEqn, view: Tracked) -> jax.Array:
         """Writes down an operation that is not linear in the view."""

@@ -46,8 +46,8 @@ rate, fresh seeds. Seeds are paired: same batches, same keys. A difference is th
 over seeds with its 95 % interval (Student's t); where that covers 0, no difference is
 shown. "At equal wall time" reads an arm's curves at the moment when the other has
 finished, by the time of a step, best of seven, all arms interleaved after the runs; an
-arm that is faster has its final value there. One small model on one task: what it shows
-is no more than that.
+arm that is faster has its final value there. One small model on one task: it shows
+no more than that.
 
 """
 

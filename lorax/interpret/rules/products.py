@@ -56,7 +56,7 @@ def _add_rescaled(walker: Walker, eqn: JaxprEqn, values: Values) -> jax.Array:
 def dot_general(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """A contraction of the kernel, on either side, with an activation."""
     if all(isinstance(value, Tracked) for value in values):
-        # what a lookup gives is no kernel where it meets one
+        # two kernels: the rows that a lookup returned act as an activation
         values = [walker.merged(v, eqn) if _looked_up(v) else v for v in values]
         if not any(isinstance(value, Tracked) for value in values):
             return None
