@@ -129,7 +129,7 @@ def test_unknown_fields_are_refused():
         ({"layers_to_transform": -1}, "layers_to_transform=-1; it must be an int >= 0"),
         ({"layers_to_transform": True}, "layers_to_transform=True; it must be an int"),
         ({"modules_to_save": "score"}, "modules_to_save='score'; it must be a list"),
-        ({"target_modules": "(q"}, "target_modules: .* no regular expression"),
+        ({"target_modules": "(q"}, "target_modules: .* not a regular expression"),
         ({"target_modules": r"(q)\1"}, "target_modules: .* back-reference"),
         ({"target_modules": "q", "layers_to_transform": [1]}, "layers_to_transform"),
         (
@@ -137,7 +137,7 @@ def test_unknown_fields_are_refused():
             r"=\['1'\]; it must be an int >= 0.*, or a list",
         ),
         ({"rank_pattern": {"q": 0}}, "rank_pattern.q=0; it must be an int >= 1"),
-        ({"rank_pattern": {"(": 2}}, "rank_pattern: .* no regular expression"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern: .* not a regular expression"),
         ({"rank_pattern": [2]}, r"rank_pattern=\[2\]; it must be an object"),
         ({"alpha_pattern": {"q": None}}, "alpha_pattern.q=None; it must be a number"),
         ({"init_lora_weights": "psychic"}, "init_lora_weights='psychic' is unknown"),
