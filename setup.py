@@ -34,9 +34,17 @@ EXPERIMENTS = [
 ]
 NOTEBOOKS = [*EXPERIMENTS, "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 CHECKPOINT_TEXT = ["jinja2>=3.1.6", "tokenizers>=0.21"]  # light enough for the tests
-INTEROP = [*CHECKPOINT_TEXT, "datasets>=3", "huggingface_hub>=0.30"]
+GGUF = ["gguf>=0.19"]
+INTEROP = [*CHECKPOINT_TEXT, *GGUF, "datasets>=3", "huggingface_hub>=0.30"]
 XDIST = "pytest-xdist>=3.6"  # the suite is compilations: twice as fast on two cores
-TEST = [*EXPERIMENTS, *CHECKPOINT_TEXT, "hypothesis>=6.100", "pytest>=8.4", XDIST]
+TEST = [
+    *EXPERIMENTS,
+    *CHECKPOINT_TEXT,
+    *GGUF,
+    "hypothesis>=6.100",
+    "pytest>=8.4",
+    XDIST,
+]
 GOLDEN = [
     "bitsandbytes>=0.50.2",
     "peft>=0.17",
@@ -63,6 +71,7 @@ setuptools.setup(
         "experiments": EXPERIMENTS,
         "notebooks": NOTEBOOKS,
         "interop": INTEROP,
+        "gguf": GGUF,
         "tpu": ["jax[tpu]>=0.10.2"],  # pins the libtpu that this jax was built for
         "test": TEST,
         "golden": GOLDEN,

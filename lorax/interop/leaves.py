@@ -8,15 +8,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from lorax.interop import files
 from lorax.models import table
 
-Part = tuple[files.Tensor, table.Entry]
+
+class Tensor(Protocol):
+    """A tensor on disk, such as `lorax.interop.files.Tensor`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """On disk."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what is read."""
+
+    def read(self) -> np.ndarray:
+        """Returns the whole of it."""
+
+    def read_block(self, rows: slice, columns: slice) -> np.ndarray:
+        """Returns a block of a matrix."""
+
+
+Part = tuple[Tensor, table.Entry]
 
 
 def read(
@@ -54,7 +72,7 @@ def read(
 
 
 def _slice(
-    tensor: files.Tensor,
+    tensor: Tensor,
     entry: table.Entry,
     shape: tuple[int, ...],
     index: list[slice],

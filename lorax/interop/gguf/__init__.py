@@ -1,0 +1,12 @@
+"""GGUF files of llama.cpp: models and adapters in, adapters out."""
+
+try:
+    import gguf as _library  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "lorax.interop.gguf needs the package `gguf`: pip install 'lorax-flax[gguf]'"
+    ) from error
+
+from lorax.interop.gguf.loading import load
+
+__all__ = ["load"]

@@ -1,0 +1,191 @@
+"""Llama-family models from GGUF files, dense or with the files' own codes.
+
+model, params = gguf.load("model.Q4_K_M.gguf", quantized=True)
+logits = lorax.adapt(forward)({}, params, tokens)
+"""
+
+from __future__ import annotations
+
+import pathlib
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import gguf
+import jax
+import numpy as np
+
+from lorax import tree
+from lorax.interop import hf, leaves
+from lorax.interop.gguf import blocks, header, metadata
+from lorax.interop.gguf.coded import Coded
+from lorax.interop.gguf.header import Header
+from lorax.interop.gguf.tensors import Tensor
+from lorax.models import llama, table
+from lorax.types import PyTree
+
+Parts = list[tuple[Tensor, table.Entry]]
+
+
+def load(
+    path: str | pathlib.Path,
+    *,
+    quantized: bool = False,
+    shardings: PyTree | Callable[[nn.Module, PyTree], PyTree] | None = None,
+    dtype: Any = None,
+    **switches: Any,
+) -> tuple[nn.Module, PyTree]:
+    """Reads a model of the Llama family.
+
+    Tensors are read one after another. Of blocks, `gguf.quants.dequantize` gives the
+    weights; with `quantized=True` the codes of linear maps are kept as they are, in
+    `lorax.quantized.Quantized` leaves of the same weights, for `lorax.adapt`.
+    Embeddings are decoded: their rows are looked up.
+
+    Args:
+      path: of the file.
+      quantized: keep the codes of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K.
+        A stack whose layers differ in type has all its codes in eight bits; give
+        `scan=False` to have each layer with its own bits.
+      shardings: as for `hf.load`; where a leaf is quantised, of each of its arrays, as
+        `sharding.Placed.tree` gives them.
+      dtype: of the computation, and of weights that are decoded. None: float32, or the
+        file's own type where most of it is F16 or BF16.
+      **switches: fields of `llama.Config` that the file does not hold, such as `scan`
+        and `remat`.
+
+    Returns:
+      The Flax module, its `config` beside it, and its parameters.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: a file that is not sound, an architecture, key or type that is not
+        implemented, tensors that are missing, left over, misshapen or not finite.
+
+    Example:
+      >>> load("model.gguf")
+      Traceback (most recent call last):
+      ...
+      FileNotFoundError: there is no file model.gguf
+    """
+    head = header.read(pathlib.Path(path))
+    stored = _dtype(head)
+    config = metadata.config(
+        head,
+        dtype=stored if dtype is None else dtype,
+        param_dtype=stored if dtype is None else dtype,
+        **switches,
+    )
+    model = llama.Model(config)
+    shapes = tree.flatten(hf.abstract(model))
+    found = placed(head, config, shapes)
+    kept = _kept(found, shapes, config) if quantized else {}
+    nested = flax.traverse_util.unflatten_dict
+    abstract = shapes | {key: coded.abstract for key, coded in kept.items()}
+    if callable(shardings):
+        shardings = shardings(model, nested(abstract, sep="/"))
+    lies = {} if shardings is None else tree.flatten(shardings)
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params: dict[str, Any] = {}
+    for name, parts in found.items():
+        where = lies.get(name, default)
+        if name in kept:
+            params[name] = kept[name].read(where)
+        else:
+            params[name] = leaves.read(parts, shapes[name].shape, where)
+    return model, nested(params, sep="/")
+
+
+def names(config: llama.Config, kind: str) -> dict[str, table.Location]:
+    """Returns where every tensor of a file goes, by its name there."""
+    architecture = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[kind]
+    known = gguf.get_tensor_name_map(architecture, config.layers)
+    where = table.locate(llama.entries(config), config.stacks, config.scan)
+    found = {}
+    for key, location in where.items():
+        name = known.get_name(key, try_suffixes=(".weight", ".bias"))
+        assert name is not None, key
+        found[name] = location
+    return found
+
+
+def heads_of(config: llama.Config, name: str, kind: str) -> int:
+    """Returns for how many heads the rows of a tensor lie as llama.cpp turns them."""
+    if kind not in metadata.TURNED:
+        return 0
+    if ".attn_q." in name:
+        return config.heads
+    return config.kv_heads if ".attn_k." in name else 0
+
+
+def placed(
+    head: Header, config: llama.Config, shapes: Mapping[str, Any]
+) -> dict[str, Parts]:
+    """Returns for every leaf its tensors, one for each layer of a stack.
+
+    Raises:
+      ValueError: tensors that are missing, left over, misshapen or of a type that is
+        not read.
+    """
+    kind = metadata.architecture(head)
+    where = names(config, kind)
+    missing = sorted(set(where) - set(head.tensors))
+    extra = sorted(set(head.tensors) - set(where) - {"rope_freqs.weight"})
+    if missing or extra:
+        raise ValueError(
+            f"{head.path}: the tensors are not those of its metadata; "
+            f"missing: {_some(missing)}; left over: {_some(extra)}"
+        )
+    found: dict[str, Parts] = {}
+    for name, (path, layer, entry) in where.items():
+        heads = heads_of(config, name, kind)
+        tensor = Tensor.of(head.tensors[name], config.param_dtype, heads)
+        shape = shapes[path].shape[layer is not None :]
+        need = table.disk_shape(shape, entry.inputs, entry.transposed)
+        if tensor.shape != need:
+            raise ValueError(metadata.misshapen(head, name, tensor.shape, need, kind))
+        found.setdefault(path, []).append((tensor, entry))
+    return found
+
+
+def _kept(
+    found: Mapping[str, Parts], shapes: Mapping[str, Any], config: llama.Config
+) -> dict[str, Coded]:
+    """The linear maps whose codes are kept."""
+    kept, decoded = {}, {}
+    for path, parts in found.items():
+        kinds = {tensor.stored.kind for tensor, _ in parts}
+        entry, shape = parts[0][1], shapes[path].shape
+        if not entry.transposed or kinds <= set(header.FLOATS):
+            continue
+        if odd := kinds - set(blocks.FORMS):
+            decoded[path] = ", ".join(sorted(kind.name for kind in odd))
+            continue
+        tensors = tuple(tensor for tensor, _ in parts)
+        stacked = len(shape) > len(entry.axes)
+        kept[path] = Coded(tensors, shape, entry.inputs, stacked, config.param_dtype)
+    if decoded:
+        told = "\n".join(f"  {path}: {kinds}" for path, kinds in decoded.items())
+        warnings.warn(
+            f"leaves with types whose codes are not kept are decoded:\n{told}\n"
+            "lorax.quantize makes codes of them; with scan=False only layers of such "
+            "types are decoded",
+            stacklevel=3,
+        )
+    return kept
+
+
+def _dtype(head: Header) -> np.dtype:
+    """The dtype of most of the bytes; of codes float32."""
+    count: dict[Any, int] = {}
+    for tensor in head.tensors.values():
+        dtype = header.FLOATS.get(tensor.kind, np.dtype(np.float32))
+        count[dtype] = count.get(dtype, 0) + tensor.raw.nbytes
+    return max(count, key=lambda dtype: count[dtype], default=np.dtype(np.float32))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(names[:5]) or "none") + more
