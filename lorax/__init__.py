@@ -9,6 +9,7 @@ merged = lorax.merge(adapters, params)      # plain Flax params again
 from lorax import analysis, compose, optim, quantized, scaling
 from lorax.adapters import AdaLora, Dora, Full, Lora
 from lorax.calibration import calibrate
+from lorax.compensation import loftq
 from lorax.description import describe
 from lorax.interpret import CustomRuleWarning, MergeWarning
 from lorax.kernels import Kernel, KernelUse, discover
@@ -43,6 +44,7 @@ __all__ = [
     "describe",
     "discover",
     "init",
+    "loftq",
     "merge",
     "merge_report",
     "optim",

@@ -12,7 +12,7 @@ from lorax.kernels import Kernel
 from lorax.quantized import FORMATS, Format
 from lorax.selection import select
 from lorax.targets import ALL_LINEAR, Target
-from lorax.types import Base, PyTree
+from lorax.types import PyTree
 
 Rules = str | Format | Sequence[tuple[str, str | Format | None]]
 
@@ -54,16 +54,27 @@ def quantize(
     References:
       Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314.
     """
-    plain, frozen = tree.split(params)
+    chosen = resolved(params, rules, kernels)
+    return tree.replace(params, {path: packed(*both) for path, both in chosen.items()})
+
+
+def resolved(
+    params: PyTree, rules: Rules, kernels: Mapping[str, Kernel] | None
+) -> dict[str, tuple[Kernel, Format]]:
+    """Returns the leaves that rules quantise, `{path: (kernel, format)}`.
+
+    Raises:
+      ValueError: as `quantize`.
+    """
     formats = _formats(rules)
+    plain, _ = tree.split(params)
     chosen = select(plain, [Target(pattern, rank=1) for pattern in formats], kernels)
-    leaves = {
-        path: _quantized(kernel, form)
-        for path, (target, kernel) in chosen.items()
-        if (form := formats[target.pattern]) is not None
-    }
-    plain = tree.replace(plain, leaves)
-    return Base(plain, frozen) if frozen else plain
+    found = {}
+    for path, (target, kernel) in chosen.items():
+        if (form := formats[target.pattern]) is not None:
+            _require_packable(kernel)
+            found[path] = kernel, form
+    return found
 
 
 def _formats(rules: Rules) -> dict[str, Format | None]:
@@ -92,8 +103,8 @@ def _formats(rules: Rules) -> dict[str, Format | None]:
     return formats
 
 
-def _quantized(kernel: Kernel, form: Format) -> quantized.Quantized:
-    """The leaf that takes a kernel's place."""
+def _require_packable(kernel: Kernel) -> None:
+    """Raises ValueError for a leaf that has no codes, or whose codes do not pay."""
     path, leaf = kernel.path, kernel.value
     assert leaf is not None  # `select` has put it there
     if quantized.is_quantized(leaf):
@@ -112,8 +123,13 @@ def _quantized(kernel: Kernel, form: Format) -> quantized.Quantized:
             f"{path}: the leaf holds NaN or infinite values, which have no code; load "
             "it again"
         )
+
+
+def packed(kernel: Kernel, form: Format) -> quantized.Quantized:
+    """Returns the leaf that takes the place of a kernel, which holds its value."""
+    assert kernel.value is not None
     try:
         make = jax.jit(form.quantize, static_argnums=1)
-        return make(leaf, kernel.linear_axes())
+        return make(kernel.value, kernel.linear_axes())
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{kernel.path}: {error}") from None

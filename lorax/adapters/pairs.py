@@ -143,6 +143,29 @@ def with_triplets(adapter: Any, u: jax.Array, s: jax.Array, vt: jax.Array) -> An
     return with_matrices(adapter, u, vt).replace(**{middle: new})
 
 
+def nearest(adapter: Any, update: jax.Array) -> tuple[Any, jax.Array]:
+    """Returns the adapter with the best approximation of an update in its factors.
+
+    By Eckart and Young these are the leading singular triplets.
+
+    Args:
+      adapter: of two factors, which get it balanced, or of three; of a stack it may
+        have some layers.
+      update: in the leaf's layout; of no other layers.
+
+    Returns:
+      The adapter, and the sum of squares of what its update lacks.
+    """
+    if adapter.layers is not None:
+        update = layout.chosen(update, adapter.layers, adapter.axes.batch[0])
+    matrix = layout.matrices(update, adapter.axes)
+    u, s, vt = linalg.svd(matrix, adapter.rank)
+    triplets = u, s / adapter.scale, vt
+    flat = (part.reshape(-1, *part.shape[matrix.ndim - 2 :]) for part in triplets)
+    left = jnp.sum(matrix**2) - jnp.sum(s**2)
+    return with_triplets(adapter, *flat), left
+
+
 def balanced(u: jax.Array, s: jax.Array, vt: jax.Array, scale: float = 1.0) -> Both:
     """Returns factors of equal size with `scale * a @ b = u @ diag(s) @ vt`.
 

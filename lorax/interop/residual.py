@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax import linalg, tree
-from lorax.adapters import layout, pairs
+from lorax import tree
+from lorax.adapters import pairs
 from lorax.types import Adapters, PyTree
 
 NOISE = 0.05  # of the difference: what rounding of the two bases may leave of it
@@ -54,18 +54,12 @@ def initial(adapters: Adapters, original: PyTree, residual: PyTree) -> Adapters:
 def _initial(path: str, adapter: Any, before: Any, after: Any) -> Any:
     adapter.check(path, before)
     moved = jnp.asarray(before, jnp.float32) - jnp.asarray(after, jnp.float32)
-    if adapter.layers is not None:
-        chosen = jnp.asarray(adapter.layers)
-        moved = jnp.take(moved, chosen, adapter.axes.batch[0])
-    matrix = layout.matrices(moved, adapter.axes)
-    u, s, vt = linalg.svd(matrix, adapter.rank)
-    whole, kept = jnp.sum(matrix**2), jnp.sum(s**2)
-    if whole - kept > NOISE**2 * whole:
+    held, left = pairs.nearest(adapter, moved)
+    whole = jnp.sum(moved**2)
+    if left > NOISE**2 * whole:
         raise ValueError(
             f"{path}: the two bases differ by more than an update of rank "
-            f"{adapter.rank}: {float(jnp.sqrt(whole - kept) / jnp.sqrt(whole)):.2g} of "
-            "the difference is left; are they the original and its residual?"
+            f"{adapter.rank}: {float(jnp.sqrt(left / whole)):.2g} of the difference is "
+            "left; are they the original and its residual?"
         )
-    factors = u, s / adapter.scale, vt
-    flat = (factor.reshape(-1, *factor.shape[matrix.ndim - 2 :]) for factor in factors)
-    return pairs.with_triplets(adapter, *flat)
+    return held
