@@ -36,20 +36,22 @@ def merge_report(
 
         error = round(W + delta) - (W + delta)
 
-    with `W + delta` summed in float64 on the host, one kernel at a time. bfloat16 has 8
-    bits: an update below about 1/256 of its kernel is lost entry by entry.
+    with `W + delta` summed in float64 on the host, one leaf at a time. bfloat16 has 8
+    bits: an update below about 1/256 of its kernel is lost entry by entry. A quantised
+    leaf is rounded to codes, as `merge(..., requantize=True)` does it.
 
     Args:
       adapters: `{path: Adapter}`.
       params: the tree they were made for, concrete.
-      dtype: to which the merged kernels are cast; by default each leaf's own.
+      dtype: to which the merged kernels are cast, quantised ones too; by default each
+        leaf's own, or its codes.
 
     Returns:
       `{path: MergeError}`.
 
     Raises:
-      ValueError: a quantised leaf, a dtype that is not floating, or an adapter that
-        does not fit.
+      ValueError: integers or 8-bit floats that are not a `quantized.Quantized` leaf, a
+        dtype that is not floating, or an adapter that does not fit.
       KeyError: a path that params lacks.
 
     Example:
@@ -68,7 +70,7 @@ def merge_report(
     whole, leaves = transform.check(adapters, params)
     with jax.ensure_compile_time_eval():  # known arrays, closed over by a jit
         return {
-            path: _measured(adapter, jnp.asarray(leaves[path]), dtype)
+            path: _measured(adapter, leaves[path], dtype)
             for path, adapter in whole.items()
         }
 
@@ -88,18 +90,22 @@ def _require_floating(adapters: Adapters, params: PyTree) -> None:
         if small:
             where = path if path in leaves else f"{path} (stored as {inside})"
             raise ValueError(
-                f"{where}: the base is quantised ({', '.join(map(str, small))}), and "
-                "an update cannot be rounded into it entry by entry; dequantise the "
-                "leaf to bfloat16 or float32, adapt that and merge into it"
+                f"{where}: the base is quantised ({', '.join(map(str, small))}) in a "
+                "way that lorax does not read, so an update cannot be rounded into it; "
+                "hold it as a lorax.quantized.Quantized leaf, or dequantise the leaf "
+                "to bfloat16 or float32, adapt that and merge into it"
             )
 
 
 def _measured(adapter: Any, leaf: Any, dtype: Any) -> MergeError:
-    wide = linalg.wide(leaf.dtype)
-    to = leaf.dtype if dtype is None else jnp.dtype(dtype)
-    rounded = adapter.merge(leaf.astype(wide)).astype(to)
-    exact = np.asarray(leaf, np.float64)
-    delta = np.asarray(adapter.delta(leaf), np.float64)
+    dense = jnp.asarray(leaf)
+    if tree.is_quantized(leaf) and dtype is None:
+        rounded = jnp.asarray(transform.folded(adapter, leaf, requantize=True))
+    else:
+        to = dense.dtype if dtype is None else jnp.dtype(dtype)
+        rounded = adapter.merge(linalg.widened(dense)).astype(to)
+    exact = np.asarray(dense, np.float64)
+    delta = np.asarray(adapter.delta(dense), np.float64)
     exact = exact + delta
     error = np.asarray(rounded, np.float64) - exact
     size = float(np.linalg.norm(error))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import adapters as adapter_classes
-from lorax import inits, interpret, notices, tree
+from lorax import inits, interpret, linalg, notices, quantized, tree
 from lorax.kernels import Kernel
 from lorax.selection import as_targets, select
 from lorax.targets import Rule
@@ -152,7 +152,7 @@ def _readable(array: Any) -> bool:
     return tree.is_floating(array) and tree.is_concrete(array)
 
 
-def merge(adapters: Adapters, params: PyTree) -> PyTree:
+def merge(adapters: Adapters, params: PyTree, *, requantize: bool = False) -> PyTree:
     """Returns plain parameters with every adapter folded in.
 
     The definition of an adapted model: products and sums in at least float32 at the
@@ -161,23 +161,34 @@ def merge(adapters: Adapters, params: PyTree) -> PyTree:
     Args:
       adapters: `{path: Adapter}`.
       params: the tree they were made for.
+      requantize: what to do with quantised leaves. False: they come out dense. True:
+        each keeps its format and scales, and gets the codes nearest to the merged
+        kernel (`quantized.recode`), one leaf after the other; updates of less than
+        half a step between codes are lost, which `merge_report` measures. For scales
+        made anew, `lorax.quantize(lorax.merge(adapters, params), rules, kernels)`.
 
     Returns:
-      A tree of the same shapes and dtypes; of a `Base`, its parameters. Quantised
-      leaves are dense: `lorax.quantize` packs them again.
+      A tree of the same shapes and dtypes; of a `Base`, its parameters.
 
     Raises:
       KeyError: a path that params lacks.
       ValueError: an adapter that does not fit its leaf.
     """
     whole, leaves = check(adapters, params)
-    dense = {
-        path: jnp.asarray(leaf)
-        for path, leaf in leaves.items()
-        if path in whole or tree.is_quantized(leaf)
-    }
-    merged = {path: a.merge(dense[path]) for path, a in whole.items()}
-    return tree.replace(tree.split(params)[0], {**dense, **merged})
+    merged = {path: folded(a, leaves[path], requantize) for path, a in whole.items()}
+    if not requantize:
+        rest = {path: leaf for path, leaf in leaves.items() if path not in whole}
+        packed = {path: leaf for path, leaf in rest.items() if tree.is_quantized(leaf)}
+        merged |= {path: jnp.asarray(leaf) for path, leaf in packed.items()}
+    return tree.replace(tree.split(params)[0], merged)
+
+
+def folded(adapter: Adapter, leaf: Any, requantize: bool = False) -> Any:
+    """Returns one leaf with its adapter folded in, as `merge` has it."""
+    dense = jnp.asarray(leaf)
+    if not (requantize and tree.is_quantized(leaf)):
+        return adapter.merge(dense)
+    return quantized.recode(leaf, adapter.merge(linalg.widened(dense)))
 
 
 def check(adapters: Adapters, params: PyTree) -> tuple[Adapters, dict[str, Any]]:

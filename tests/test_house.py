@@ -27,7 +27,7 @@ types untrusted registry quantized tree _checks _explicit _lapack linalg
 adapters scaling
 interpret
 kernels targets selection quantization notices inits optim analysis sharding models
-transform description activations calibration compose merging
+transform description activations calibration compose merging compensation
 losses accumulation steps training population checkpoint interop
 """.split()
 # bottom first; the commands stand on all of them

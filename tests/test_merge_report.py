@@ -87,8 +87,29 @@ QUANTISED = [
 
 @pytest.mark.parametrize("params,message", QUANTISED)
 def test_a_quantised_base_is_refused(params, message):
-    with pytest.raises(ValueError, match=message + ".*dequantise the leaf.*adapt"):
+    with pytest.raises(
+        ValueError, match=message + ".*Quantized leaf, or dequantise the leaf.*"
+    ):
         lorax.merge_report({"w": make.lora(1)}, params)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "nf4", "fp8"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_the_codes_of_a_quantised_base_lose(name, dtype):
+    """No more than all of the update; a dtype asks for the dense merge."""
+    dense = {"w": normal(2, 64, 5).astype(dtype)}
+    params = lorax.quantize(dense, [("w", name)])
+    adapter = make.lora(1, scale=0.05, in_=(64,))
+    got = lorax.merge_report({"w": adapter}, params)["w"]
+    merged = lorax.merge({"w": adapter}, params, requantize=True)["w"]
+    update, norm = make.delta(adapter), np.linalg.norm
+    exact = np.asarray(jnp.asarray(params["w"]), np.float64) + update
+    error = np.asarray(jnp.asarray(merged), np.float64) - exact
+    want = np.abs(error).max(), norm(error) / norm(exact), norm(error) / norm(update)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert 0.05 < got.lost < 1.01
+    rounded = lorax.merge_report({"w": adapter}, params, dtype)["w"]
+    assert rounded.lost < 0.5 * got.lost
 
 
 def test_other_mistakes():

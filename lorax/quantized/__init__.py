@@ -1,6 +1,6 @@
 """Quantised leaves: a frozen kernel in a few bits a weight."""
 
-from lorax.quantized.formats import FORMATS, NF4, Format, Fp8, Int4, Int8
+from lorax.quantized.formats import FORMATS, NF4, Format, Fp8, Int4, Int8, recode
 from lorax.quantized.leaf import NestedScales, Quantized, dequantize, is_quantized
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "Quantized",
     "dequantize",
     "is_quantized",
+    "recode",
 ]

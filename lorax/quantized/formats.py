@@ -127,6 +127,38 @@ FORMATS: dict[str, Format] = {
 """The formats by the names that rules and configs give them, with their defaults."""
 
 
+def recode(leaf: Quantized, kernel: jax.Array) -> Quantized:
+    """Returns a leaf with the codes nearest to another kernel; its scales stay.
+
+        code = nearest((w - shift) / scale + zero)
+
+    Whatever the kernel, no entry moves further from it than it was: the old code is
+    among the choices.
+
+    Args:
+      leaf: of any format.
+      kernel: of the leaf's shape.
+    """
+    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    values = kernel.transpose(leaf.axes.order).astype(dtype)
+    scales = leaf.scales
+    scales = scales.dense() if isinstance(scales, NestedScales) else scales
+    scales = scales.astype(dtype)
+    if leaf.shifts is not None:
+        values = by_tile(jnp.subtract, values, leaf.shifts.astype(dtype))
+    values = by_tile(jnp.divide, values, jnp.where(scales == 0, jnp.inf, scales))
+    if leaf.zeros is not None:
+        values = by_tile(jnp.add, values, leaf.zeros.astype(dtype))
+    if leaf.codebook is not None:
+        codes = codebooks.nearest(leaf.codebook, values)
+    else:
+        codes = _rounded(
+            values, jnp.dtype(jnp.int4) if leaf.block else leaf.codes.dtype
+        )
+    pairs = _in_pairs(codes, leaf.pair_axis, leaf.block)
+    return dataclasses.replace(leaf, codes=pairs)
+
+
 def tiles(inputs: Sequence[int], group: int | None) -> tuple[int, ...]:
     """Returns how a group of inputs lies in the input axes: its size along each.
 
@@ -250,9 +282,15 @@ def _leaf(
     if codes.dtype != jnp.int4:
         return Quantized(codes, scales, zeros, axes=axes, dtype=dtype)
     block = block_of(codes.shape, scales.shape, axes)
-    bits = codes.astype(jnp.int8).astype(jnp.uint8) & 15
-    pairs = packed(bits, _last(axes), block)
+    pairs = _in_pairs(codes, _last(axes), block)
     return Quantized(pairs, scales, zeros, axes=axes, block=block, dtype=dtype)
+
+
+def _in_pairs(codes: jax.Array, axis: int, block: int) -> jax.Array:
+    """Codes of four bits two to a byte, see `Quantized`; others as they are."""
+    if not block:
+        return codes
+    return packed(codes.astype(jnp.int8).astype(jnp.uint8) & 15, axis, block)
 
 
 def _rounded(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
