@@ -28,7 +28,8 @@ class Kernel:
       flops: of one call of the program, on the frozen leaf, all uses together.
       uses: every use, in program order.
       head: True for the last kernel on its way to the output (an output head).
-      value: the leaf itself; given to inits only.
+      value: the leaf itself; given to inits only. A quantised one is decoded by
+        `jnp.asarray`.
     """
 
     path: str
@@ -112,7 +113,7 @@ def discover(
     tree.require_pure(params)
     leaves = tree.flatten(params)
     watched = {
-        path: interpret.unadapted(interpret.as_leaf(leaf)).kind
+        path: interpret.unadapted(path, interpret.as_leaf(leaf)).kind
         for path, leaf in leaves.items()
         if tree.is_floating(leaf)
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 
 from lorax import adapters as adapter_classes
 from lorax import inits, interpret, linalg, notices, quantized, tree
+from lorax.adapters import packed
 from lorax.kernels import Kernel
 from lorax.selection import as_targets, select
 from lorax.targets import Rule
@@ -79,14 +79,12 @@ def init(
     for path, (target, kernel) in chosen.items():
         own, cls = tree.fold_path(key, path), adapter_classes.of_target(target)
         statistics = inits.require_stats(path, target, stats)
-        if packed := tree.is_quantized(kernel.value):
-            kernel = dataclasses.replace(kernel, value=jnp.asarray(kernel.value))
         made, after = inits.made(own, kernel, target, statistics, shared[cls])
         adapters[path], lent = adapter_classes.lent_out(made)
         _require_same(path, given, lent)
         frozen = {**frozen, **lent}
         if after.value is not kernel.value:
-            if packed:
+            if tree.is_quantized(kernel.value):
                 raise ValueError(
                     f"{path}: init={target.init!r} moves a part of the kernel into "
                     "the adapter, and the leaf is quantised; make the adapters on the "
@@ -301,7 +299,7 @@ def _views(
 ) -> tuple[dict[str, interpret.Tracked], dict[str, jax.Array]]:
     """The leaves to follow, and those without a form, merged before the walk."""
     views = {
-        path: interpret.unadapted(leaf)
+        path: interpret.unadapted(path, leaf)
         for path, leaf in leaves.items()
         if tree.is_quantized(leaf)
     }
@@ -309,6 +307,8 @@ def _views(
     for path, adapter in adapters.items():
         leaf = leaves[path]
         factors = _factors(adapter, leaf)
+        if tree.is_quantized(leaf) and not packed.by_kernel(adapter, leaf):
+            emitter.decoded_for(path, adapter)
         if factors is None:
             emitter.whole(path, adapter, key)
             views.pop(path, None)
@@ -322,13 +322,10 @@ def _views(
 
 
 def _factors(adapter: Adapter, leaf: Any) -> Factors | None:
-    """An adapter's form beside a leaf; what it reads of a quantised one is not kept."""
-    if not tree.is_quantized(leaf):
-        return adapter.factors(jnp.asarray(leaf))
-    if not getattr(adapter, "reads_kernel", True):
-        shape: Any = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        return adapter.factors(shape)
-    return jax.checkpoint(lambda a, leaf: a.factors(jnp.asarray(leaf)))(adapter, leaf)
+    """An adapter's form beside a leaf."""
+    if tree.is_quantized(leaf):
+        return packed.factors(adapter, leaf)
+    return adapter.factors(jnp.asarray(leaf))
 
 
 def _signature(fn: Callable[..., Any]) -> inspect.Signature:

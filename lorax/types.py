@@ -284,6 +284,7 @@ class Adapter(Protocol):
       replaces: True where the array is the leaf itself.
       additive: True where the update adds, and is proportional to `scale`.
       padded: True where zeros in the ranks change no update.
+      reads_kernel: True where `factors` reads the kernel's values.
     """
 
     fields: ClassVar[dict[str, Field]]
@@ -291,6 +292,7 @@ class Adapter(Protocol):
     replaces: ClassVar[bool]
     additive: ClassVar[bool]
     padded: ClassVar[bool]
+    reads_kernel: ClassVar[bool]
 
     def as_lora(self) -> Any:
         """Returns the same update as a plain Lora; None where it is not one."""

@@ -145,6 +145,11 @@ class _Observer:
             raise ValueError(_unseen(walker, eqn, view.paths[0], why))
         return view.array
 
+    def decoded(
+        self, walker: interpret.Walker, eqn: JaxprEqn, view: interpret.Tracked
+    ) -> jax.Array:
+        return view.array
+
     def custom(
         self, walker: interpret.Walker, eqn: JaxprEqn, paths: tuple[str, ...]
     ) -> bool:

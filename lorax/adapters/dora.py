@@ -77,8 +77,8 @@ class Dora(FromFactors):
     ) -> Dora:
         """Returns the adapter; its magnitude is the norm of the kernel."""
         statics = making.statics(kernel, target)
-        whole = making.chosen_layers(kernel, target)
-        magnitude = column_norm(whole, None, None, statics["axes"])
+        norms = lambda kernel, axes: column_norm(kernel, None, None, axes)
+        magnitude = making.read(kernel, target, norms)
         options = making.options(target, cls.options)
         return cls(a, b, magnitude, **statics, detach_norm=options["detach_norm"])
 

@@ -7,7 +7,7 @@ the target, and so do the static fields.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 
 from lorax import _explicit
 from lorax.adapters import layout
-from lorax.types import KernelSpec, TargetSpec
+from lorax.quantized import chosen, is_quantized, map_kernels
+from lorax.types import Axes, KernelSpec, TargetSpec
 
 
 def sizes(kernel: KernelSpec, target: TargetSpec) -> tuple[tuple[int, ...], ...]:
@@ -43,6 +44,19 @@ def chosen_layers(kernel: KernelSpec, target: TargetSpec) -> jax.Array:
     if target.layers is None:
         return value
     return layout.chosen(value, target.layers, kernel.linear_axes().batch[0])
+
+
+def read(
+    kernel: KernelSpec, target: TargetSpec, run: Callable[[jax.Array, Axes], jax.Array]
+) -> jax.Array:
+    """Returns `run(kernel, axes)` of the layers that get factors.
+
+    Of a quantised leaf it runs on one kernel after the other, so that no more is dense.
+    """
+    leaf, axes = kernel.value, kernel.linear_axes()
+    if not is_quantized(leaf) or leaf.axes != axes:
+        return run(chosen_layers(kernel, target), axes)
+    return map_kernels(run, chosen(leaf, target.layers) if target.layers else leaf)
 
 
 def matrices(kernel: KernelSpec, target: TargetSpec) -> jax.Array:

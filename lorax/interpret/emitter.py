@@ -48,6 +48,16 @@ class Emitter:
                 "has none; set dropout=0 for this target"
             )
 
+    def decoded_for(self, path: str, adapter: Adapter) -> None:
+        """Says that a whole quantised stack is decoded for what an adapter reads."""
+        name = type(adapter).__name__
+        self._tell(
+            (path, name, "decoded"),
+            f"{path}: {name} reads the kernel, and its axes are other than those of "
+            "the quantised leaf, so the whole stack is decoded for it; quantise the "
+            "leaf with the kernels that the adapter was made with",
+        )
+
     def _tell(self, place: tuple[str, str, str], message: str) -> None:
         """Warns once per place, or raises."""
         if self.on_merge == "error":
@@ -68,6 +78,8 @@ class Emitter:
 
     def merge(self, walker: Walker, eqn: core.JaxprEqn, view: Tracked) -> jax.Array:
         """Says that a kernel is merged here, and merges it."""
+        if not view.terms:
+            return self.decoded(walker, eqn, view)
         name, where = eqn.primitive.name, walker.line(eqn)
         for path in view.paths:
             self._tell(
@@ -83,6 +95,19 @@ class Emitter:
                 "dropout=0 for this target or leave it out"
             )
         return dense(view)
+
+    def decoded(self, walker: Walker, eqn: core.JaxprEqn, view: Tracked) -> jax.Array:
+        """Says that a quantised kernel is decoded here, and decodes it."""
+        name, where = eqn.primitive.name, walker.line(eqn)
+        first, *more = view.paths
+        which = f"{first} and {len(more)} more" if more else first
+        self._tell(
+            (which, name, where),
+            f"{which}: {name!r} at {where} reads all of a quantised kernel of shape "
+            f"{list(view.value.shape)}, so it is decoded there: correct, but the dense "
+            "array stays for the backward pass",
+        )
+        return view.array
 
     def custom(
         self, walker: Walker, eqn: core.JaxprEqn, paths: tuple[str, ...]

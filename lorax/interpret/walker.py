@@ -18,6 +18,7 @@ from jax.extend import core
 from jax.extend import source_info_util as source
 
 from lorax import _explicit
+from lorax.interpret.terms import packed
 from lorax.interpret.terms.coded import ALIKE, Coded, reading
 from lorax.interpret.terms.tracked import Rigid, Scope, Tracked, followed
 from lorax.interpret.uses.equations import Body, aval, opened
@@ -56,6 +57,9 @@ class Visitor(Protocol):
 
     def merge(self, walker: Walker, eqn: core.JaxprEqn, view: Tracked) -> jax.Array:
         """Returns the dense value of a view that meets no rule."""
+
+    def decoded(self, walker: Walker, eqn: core.JaxprEqn, view: Tracked) -> jax.Array:
+        """Returns the dense frozen value of a quantised view, where all is needed."""
 
     def custom(
         self, walker: Walker, eqn: core.JaxprEqn, paths: tuple[str, ...]
@@ -198,18 +202,15 @@ class Walker:
         given = tuple(_held(value) for value in values)
         if not any(isinstance(value, Coded) for value in given):
             return self.frozen(eqn, values)
-        name, first = eqn.primitive.name, given[0]
-        if name == "transpose" and isinstance(first, Coded):
-            moved = first.transposed(eqn.params["permutation"])
-            if moved is not None:
-                return [moved]
+        if (moved := packed.views(eqn, given)) is not None:
+            return moved
         return [
             Coded(
                 given,
                 lambda *arrays, i=i: self.bind(eqn, arrays)[i],
                 aval(out).shape,
                 aval(out).dtype,
-                name in ALIKE,
+                eqn.primitive.name in ALIKE,
             )
             for i, out in enumerate(eqn.outvars)
         ]

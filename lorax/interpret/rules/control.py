@@ -121,7 +121,7 @@ def scan(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     params, body = eqn.params, eqn.params["jaxpr"]
     n, carried, _ = scan_layout(eqn)
     consts, carry, xs = values[:n], values[n : n + carried], values[n + carried :]
-    xs = [x if _stacked(x) else walker.merged(x, eqn) for x in map(_cuttable, xs)]
+    xs = [_cuttable(walker, eqn, x) for x in xs]
     rest = _Rest(walker, eqn, [*consts, *carry, *xs])
     still = [place is not None for place in rest.places[:carried]]
     key = walker.fork_key()
@@ -178,11 +178,16 @@ def _fold(key: jax.Array | None, step: jax.Array | None) -> jax.Array | None:
     return None if key is None or step is None else jax.random.fold_in(key, step)
 
 
-def _cuttable(value: Value) -> Value:
-    """A view whose arrays a scan can cut; a stack that the program made is decoded."""
+def _cuttable(walker: Walker, eqn: JaxprEqn, value: Value) -> Value:
+    """What a scan can cut: a view whose arrays are stacks of kernels, or an array."""
+    if not _stacked(value):
+        return walker.merged(value, eqn)
     if not isinstance(value, Tracked) or not isinstance(value.value, Coded):
         return value
-    return value if value.value.stacked else Tracked(value.array, value.terms)
+    if value.value.stacked:
+        return value
+    whole = walker.visitor.decoded(walker, eqn, value)
+    return Tracked(whole, value.terms) if value.terms else whole
 
 
 def _stacked(value: Value) -> bool:
@@ -255,7 +260,7 @@ def _divisible(value: Value) -> Value:
     if not isinstance(value, Tracked) or not isinstance(value.value, Coded):
         return value
     leaf = value.value.leaf
-    frozen = value.array if leaf is None else Coded.of(leaf.unnested())
+    frozen = value.array if leaf is None else value.value.of_leaf(leaf.unnested())
     return Tracked(frozen, value.terms)
 
 
@@ -295,7 +300,7 @@ def _local(value: Value) -> Value:
         return value
     frozen = value.value
     if isinstance(frozen, Coded) and frozen.leaf is not None:
-        frozen = Coded.of(frozen.leaf)
+        frozen = frozen.of_leaf(frozen.leaf)
     shape = tuple(frozen.shape)
     terms = (dataclasses.replace(term, shape=shape) for term in value.terms)
     return Tracked(frozen, tuple(terms))

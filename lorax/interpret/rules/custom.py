@@ -72,6 +72,9 @@ class _BranchOnly:
     def merge(self, walker: Walker, eqn: JaxprEqn, view: Tracked) -> jax.Array:
         raise NotLinear
 
+    def decoded(self, walker: Walker, eqn: JaxprEqn, view: Tracked) -> jax.Array:
+        return self.visitor.decoded(walker, eqn, view)
+
     def custom(self, walker: Walker, eqn: JaxprEqn, paths: tuple[str, ...]) -> bool:
         return True  # the outer rule has been asked for
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import jax
 from jax.extend.core import JaxprEqn
 
+from lorax.interpret.terms.coded import Coded
 from lorax.interpret.terms.tracked import Lookup, Term, Tracked
 from lorax.interpret.uses.taken import Taken
 from lorax.interpret.uses.use import Dims, Use
@@ -34,6 +35,8 @@ def gather(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     shape = view.value.shape
     if taken is None or not all(t.whole(taken.axis, shape) for t in view.terms):
         return None
+    if _rows_of_a_table(view, taken.axis):
+        return walker.frozen(eqn, values)
     if view.looked_up:  # of what was chosen before: still rows, or kernels
         known = [term.lookup for term in view.terms]
         return [_kernels(walker, view, taken, known)]
@@ -50,6 +53,12 @@ def gather(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
             return None
         lookups.append(Lookup(axes, here, walker.line(eqn)))
     return [_kernels(walker, view, taken, lookups)]
+
+
+def _rows_of_a_table(view: Tracked, axis: int) -> bool:
+    """True for a lookup in a quantised embedding that has no adapter."""
+    leaf = view.value.leaf if isinstance(view.value, Coded) else None
+    return not view.terms and leaf is not None and axis not in leaf.axes.batch
 
 
 def _kernels(

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lorax import _explicit
 from lorax.quantized import Quantized, dequantize
 from lorax.quantized.leaf import inverse
-from lorax.types import Axes
 
 ALIKE = "convert_element_type copy copy_p name reduce_precision neg".split()
 """Views that are the same for a stack of kernels and for each of them."""
@@ -28,7 +28,7 @@ ALIKE = "convert_element_type copy copy_p name reduce_precision neg".split()
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["operands"],
-    meta_fields=["run", "shape", "dtype", "alike"],
+    meta_fields=["run", "shape", "dtype", "alike", "path"],
 )
 @dataclasses.dataclass(frozen=True)
 class Coded:
@@ -40,18 +40,24 @@ class Coded:
       shape: of the array.
       dtype: likewise.
       alike: True where `run` makes a layer of the array of a layer of its operand.
+      path: of the leaf, where the operand is one.
     """
 
     operands: tuple[Quantized | Coded | jax.Array, ...]
     run: Callable[..., jax.Array]
     shape: tuple[int, ...]
-    dtype: jax.numpy.dtype
+    dtype: jnp.dtype
     alike: bool = False
+    path: str = ""
 
     @classmethod
-    def of(cls, leaf: Quantized) -> Coded:
+    def of(cls, leaf: Quantized, path: str = "") -> Coded:
         """Returns a whole leaf."""
-        return cls((leaf,), _decoded, leaf.shape, leaf.dtype, alike=True)
+        return cls((leaf,), _decoded, leaf.shape, leaf.dtype, alike=True, path=path)
+
+    def of_leaf(self, leaf: Quantized) -> Coded:
+        """Returns another form of the leaf."""
+        return Coded.of(leaf, self.path)
 
     @property
     def ndim(self) -> int:
@@ -69,16 +75,16 @@ class Coded:
         first = self.operands[0]
         return first if isinstance(first, Quantized) else None
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The leaves that it is made of."""
+        inner = (own for x in self.operands if isinstance(x, Coded) for own in x.paths)
+        own = (self.path,) if self.path else ()
+        return tuple(dict.fromkeys((*own, *inner)))
+
     def array(self) -> jax.Array:
         """Returns the dense array."""
         return self.run(*map(decoded, self.operands))
-
-    def transposed(self, order: Sequence[int]) -> Coded | None:
-        """Returns a leaf with its axes in another order, which moves no array."""
-        if self.leaf is None:
-            return None
-        axes = Axes(*(tuple(map(order.index, group)) for group in self.leaf.axes))
-        return Coded.of(dataclasses.replace(self.leaf, axes=axes))
 
     def specs(self, dims: Sequence[Any]) -> Coded:
         """Returns the tree of specs of a leaf, of which `dims` cut the kernel."""
@@ -98,7 +104,7 @@ class Coded:
         """Returns the description of one layer, of which the arrays have been cut."""
         first = self.operands[0]
         if isinstance(first, Quantized):
-            return Coded.of(dataclasses.replace(first, axes=first.inner_axes))
+            return self.of_leaf(dataclasses.replace(first, axes=first.inner_axes))
         assert isinstance(first, Coded)
         shape = self.shape[1:]
         return dataclasses.replace(self, operands=(first.layer(),), shape=shape)

@@ -220,7 +220,9 @@ class Tracked:
     @property
     def paths(self) -> tuple[str, ...]:
         """The leaves in this view."""
-        return tuple(dict.fromkeys(p for t in self.terms for p in (t.path, *t.peers)))
+        adapted = (path for term in self.terms for path in (term.path, *term.peers))
+        packed = self.value.paths if isinstance(self.value, Coded) else ()
+        return tuple(dict.fromkeys((*adapted, *packed)))
 
     @property
     def looked_up(self) -> bool:
@@ -304,9 +306,9 @@ def watch(path: str, leaf: jax.Array | Quantized) -> Tracked:
     shape = tuple(leaf.shape)
     labels = tuple((axis,) for axis in range(len(shape)))
     term = Term(path, shape, labels, (0,) * len(shape), shape)
-    return dataclasses.replace(unadapted(leaf), terms=(term,))
+    return dataclasses.replace(unadapted(path, leaf), terms=(term,))
 
 
-def unadapted(leaf: jax.Array | Quantized) -> Tracked:
+def unadapted(path: str, leaf: jax.Array | Quantized) -> Tracked:
     """Returns a whole leaf as a view to which nothing is added."""
-    return Tracked(Coded.of(leaf) if isinstance(leaf, Quantized) else leaf, ())
+    return Tracked(Coded.of(leaf, path) if isinstance(leaf, Quantized) else leaf, ())
