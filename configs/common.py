@@ -77,7 +77,7 @@ def _processes(distributed: ml_collections.ConfigDict) -> None:
 
 def _model(model: ml_collections.ConfigDict) -> None:
     """Which checkpoint, and how it computes."""
-    model.source = ""  # a directory, or a hub id
+    model.source = ""  # a directory, a GGUF file, or a hub id
     model.random = ml_collections.ConfigDict()  # a config.json: drawn, no result
     model.published = ml_collections.ConfigDict()  # of the source, for a plan
     model.labels = 0  # of a classification head; 0: none

@@ -1,4 +1,4 @@
-"""Continues a prompt with a Hugging Face checkpoint, and a lorax or PEFT adapter on it.
+"""Continues a prompt with a checkpoint, and a lorax or PEFT adapter on it.
 
     python -m experiments.generate --model=../shared/data/stories260k \
         --prompt="Once upon a time" --max_tokens=200
@@ -17,7 +17,7 @@ from experiments.generation import continuations, loading
 from experiments.reading import command, plugins
 from lorax.models import sampling
 
-_MODEL = flags.DEFINE_string("model", None, "Directory of a checkpoint, or a hub id.")
+_MODEL = flags.DEFINE_string("model", None, "Directory, GGUF file or hub id.")
 _ADAPTER = flags.DEFINE_string("adapter", None, "Folder of adapters, ours or PEFT's.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeatable.")
 _TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most new tokens.", lower_bound=1)

@@ -1,9 +1,10 @@
-"""Tokenizers: bytes, and `tokenizer.json` of a Hugging Face checkpoint directory.
+"""Tokenizers: bytes, a checkpoint directory's `tokenizer.json`, a GGUF file's own.
 
 No tokenizer here ever adds special tokens unasked: `encode` gives the tokens of the
 text alone, and what opens and closes a sequence is put there by `examples`, once.
 """
 
+import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -81,12 +82,13 @@ class ByteTokenizer:
 class JsonTokenizer:
     """A `tokenizer.json`, with the special tokens that the files beside it name."""
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, source: str | os.PathLike[str]) -> None:
         """Reads the files.
 
         Args:
-          directory: of a checkpoint, with `tokenizer.json` and, as a rule,
-            `tokenizer_config.json` and `special_tokens_map.json`.
+          source: directory of a checkpoint, with `tokenizer.json` and, as a rule,
+            `tokenizer_config.json` and `special_tokens_map.json`; or a GGUF file, which
+            holds what stands in them.
 
         Raises:
           FileNotFoundError: if there is no `tokenizer.json`; where there is a
@@ -94,22 +96,21 @@ class JsonTokenizer:
           ValueError: if a file cannot be read, or names a token that is not in the
             vocabulary; says which file and which key.
         """
-        folder = pathlib.Path(directory)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(_how_to_get(folder))
-        library = extras.require("tokenizers", "interop", str(path))
+        path = pathlib.Path(source)
+        named = str(path if is_gguf(path) else path / "tokenizer.json")
+        library = extras.require("tokenizers", "interop", named)
+        content, configs = read_files(path)
         try:
-            self._tokenizer = library.Tokenizer.from_file(str(path))
+            self._tokenizer = library.Tokenizer.from_buffer(content)
         except Exception as e:  # the library raises bare Exception
-            raise ValueError(f"{path}: not a tokenizers file: {e}") from e
+            raise ValueError(f"{named}: not a tokenizers file: {e}") from e
         # What a training script once set must not cut or fill our texts.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.name = str(path)
+        self.name = named
         self.vocabulary = 1 + max(self._tokenizer.get_vocab(True).values(), default=-1)
         self.special_tokens: Mapping[str, str]
-        self.special_tokens, ids = _special_tokens(folder, self._tokenizer)
+        self.special_tokens, ids = _special_tokens(path, configs, self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder()
         self.marks: Mapping[str, int] = {t.content: i for i, t in added.items()}
         self.eos_id = ids.get("eos_token")
@@ -117,9 +118,9 @@ class JsonTokenizer:
         bos_id = ids.get("bos_token")
         # GPT-2 has a BOS token, but opens no sequence with it: ask, do not guess.
         opened = self._tokenizer.encode("a", add_special_tokens=True).ids
-        config = folder / "tokenizer_config.json"
-        asked = read_config(config).get("add_bos_token")
-        untrusted.check(f"{config}: add_bos_token", asked, untrusted.FLAG | None)
+        asked = configs["tokenizer_config.json"].get("add_bos_token")
+        where = f"{path / 'tokenizer_config.json'}: add_bos_token"
+        untrusted.check(where, asked, untrusted.FLAG | None)
         opens = opened[:1] == [bos_id] if asked is None else asked
         self.bos_id = bos_id if opens else None
 
@@ -142,7 +143,7 @@ class JsonTokenizer:
 
 
 def load(name: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a config: "bytes", or a checkpoint directory."""
+    """The tokenizer of a config: "bytes", a checkpoint directory, or a GGUF file."""
     return ByteTokenizer() if name == "bytes" else JsonTokenizer(name)
 
 
@@ -196,14 +197,12 @@ SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls
 
 
 def _special_tokens(
-    folder: pathlib.Path, tokenizer: Any
+    folder: pathlib.Path, configs: Mapping[str, dict[str, Any]], tokenizer: Any
 ) -> tuple[dict[str, str], dict[str, int]]:
     """The texts and the ids of the special tokens that the files name."""
     texts: dict[str, str] = {}
     ids: dict[str, int] = {}
-    # The last has the last word, as in transformers.
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        values = read_config(folder / file)
+    for file, values in configs.items():
         for key in SPECIAL:
             value = values.get(key)
             text = value.get("content") if isinstance(value, dict) else value
@@ -220,6 +219,47 @@ def _special_tokens(
     if texts:  # so that `decode` leaves them out wherever they stand
         tokenizer.add_special_tokens(list(texts.values()))
     return texts, ids
+
+
+# The last has the last word, as in transformers.
+CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
+
+
+def is_gguf(source: str | os.PathLike[str]) -> bool:
+    """True for the name of a GGUF file."""
+    return pathlib.Path(source).suffix == ".gguf"
+
+
+def read_files(source: pathlib.Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
+    """A tokenizer.json, and the objects in the files of `CONFIGS`.
+
+    Args:
+      source: a directory, or a GGUF file.
+    """
+    if is_gguf(source):
+        files = _of_gguf(source)
+        return json.dumps(files["tokenizer.json"]).encode(), _configs(files)
+    path = source / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(_how_to_get(source))
+    return path.read_bytes(), read_configs(source)
+
+
+def read_configs(source: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The objects in the files of `CONFIGS`, empty where there is no such file."""
+    if is_gguf(source):
+        return _configs(_of_gguf(source))
+    return {name: read_config(source / name) for name in CONFIGS}
+
+
+def _of_gguf(path: pathlib.Path) -> Mapping[str, dict[str, Any]]:
+    from lorax.interop import gguf  # an extra
+
+    return gguf.tokenizer_files(path)
+
+
+def _configs(files: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: files.get(name, {}) for name in CONFIGS}
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """An adapted model for other programs: merged into a checkpoint, or as an adapter."""
 
+import json
 import pathlib
 import shutil
 
 import lorax
+from experiments.data import tokenization
 from experiments.generation import loading
 from lorax import checkpoint, compose, optim
 from lorax.interop import hf, peft
@@ -23,7 +25,7 @@ def export(
     """Writes a merged checkpoint, or an adapter.
 
     Args:
-      source: the base's checkpoint.
+      source: the base's checkpoint, or its GGUF file.
       adapter: folder of adapters.
       to: folder to write; it must not be the base's.
       form: "merged", "peft" or "lorax".
@@ -40,10 +42,10 @@ def export(
             "--adalora_shrink with --form=merged: a merged kernel has no triplets to "
             "leave out; leave the flag out, or write --form=peft or lorax"
         )
-    directory, target = loading.find(source), pathlib.Path(to)
-    if target.resolve() == directory.resolve():
+    path, target = loading.find(source), pathlib.Path(to)
+    if target.resolve() == path.resolve():
         raise ValueError(f"--to={to} is the base's own folder: give another")
-    model, params = hf.load(directory)
+    model, params = loading.read(path)
     config = model.config
     beside = pathlib.Path(initial or pathlib.Path(adapter).parent / "initial")
     start = checkpoint.load_adapters(beside) if initial or beside.is_dir() else None
@@ -60,6 +62,18 @@ def export(
         checkpoint.save_adapters(target, adapters, params)
         return
     hf.save(target, config, lorax.merge(adapters, params))
+    _write_tokenizer(path, target)
+
+
+def _write_tokenizer(path: pathlib.Path, target: pathlib.Path) -> None:
+    """The files of the base's tokenizer beside the merged model."""
+    if tokenization.is_gguf(path):
+        content, configs = tokenization.read_files(path)
+        (target / "tokenizer.json").write_bytes(content)
+        told = {name: value for name, value in configs.items() if value}
+        for name, value in told.items():
+            (target / name).write_text(json.dumps(value, indent=2) + "\n")
+        return
     for pattern in TOKENIZER:
-        for file in directory.glob(pattern):
+        for file in path.glob(pattern):
             shutil.copyfile(file, target / file.name)

@@ -20,18 +20,29 @@ def load_model(source: str, **kwargs: Any) -> tuple[Any, Any, tokenization.Token
     """Returns the model, its parameters and its tokenizer.
 
     Args:
-      source: a checkpoint below the folder of data sets, a directory, or a hub id.
-      **kwargs: of `lorax.interop.hf.load`.
+      source: a checkpoint below the folder of data sets, a directory, a GGUF file, or a
+        hub id.
+      **kwargs: of `lorax.interop.hf.load`, or of `lorax.interop.gguf.load`.
 
     Raises:
       ValueError: also if the tokenizer has ids that the model lacks.
     """
-    directory = find(source)
-    model, params = hf.load(directory, **kwargs)
-    tokenizer = tokenization.load(directory)
+    path = find(source)
+    model, params = read(path, **kwargs)
+    tokenizer = tokenization.load(path)
     vocabulary = model.config.vocabulary
-    tokenization.require_vocabulary(tokenizer, vocabulary, "config.json")
+    where = path.name if tokenization.is_gguf(path) else "config.json"
+    tokenization.require_vocabulary(tokenizer, vocabulary, where)
     return model, params, tokenizer
+
+
+def read(path: pathlib.Path, **kwargs: Any) -> tuple[Any, Any]:
+    """Returns the model and the parameters in a directory or a GGUF file."""
+    if not tokenization.is_gguf(path):
+        return hf.load(path, **kwargs)
+    from lorax.interop import gguf  # an extra
+
+    return gguf.load(path, **kwargs)
 
 
 def load_base(
@@ -43,8 +54,8 @@ def load_base(
 
     Args:
       config: `config.model`. `source` is a checkpoint below the folder of data sets, a
-        directory, or a hub id; where `random` is not empty, its fields are the
-        config.json of a model that is drawn, which reads bytes.
+        directory, a GGUF file, or a hub id; where `random` is not empty, its fields are
+        the config.json of a model that is drawn, which reads bytes.
       key: draws that model, or a head that the checkpoint lacks.
       place: where the parameters go.
     """
@@ -71,23 +82,43 @@ def load_base(
         placed = place.params(model, shapes)
         return placed.tree(shapes) if placed else None
 
+    if not tokenization.is_gguf(config.source):
+        switches |= {"key": key}
+    elif config.labels:
+        raise ValueError(
+            f"config.model.labels={config.labels}: a model in a GGUF file has no head "
+            "for labels; give the checkpoint of an encoder"
+        )
     return load_model(
-        config.source,
-        key=key,
-        dtype=config.dtype or None,
-        shardings=shardings,
-        **switches,
+        config.source, dtype=config.dtype or None, shardings=shardings, **switches
     )
 
 
 def find(source: str) -> pathlib.Path:
-    """Returns the directory of a checkpoint, see `load_model`."""
+    """Returns the directory or the GGUF file of a checkpoint, see `load_model`."""
+    if tokenization.is_gguf(source):
+        return _file(source)
     return hf.locate(source, folders=(paths.root(),))
 
 
 def check(source: str) -> None:
     """Raises FileNotFoundError for a mistyped local name; a hub id passes unasked."""
-    hf.find_local(source, (paths.root(),))
+    if tokenization.is_gguf(source):
+        _file(source)
+    else:
+        hf.find_local(source, (paths.root(),))
+
+
+def _file(source: str) -> pathlib.Path:
+    """The GGUF file of a name, which is never looked up on the hub."""
+    given = pathlib.Path(source).expanduser()
+    places = (paths.root() / given, given)
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        near = sorted({p.name for place in places for p in place.parent.glob("*.gguf")})
+        told = f"; beside it: {', '.join(near[:8])}" if near else ""
+        raise FileNotFoundError(f"there is no file {source}{told}")
+    return found
 
 
 def load_adapters(folder: str, model: Any, params: Any) -> tuple[Adapters, Any]:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import lorax
+from experiments.data import tokenization
+from experiments.data.chat import templates
 from lorax.interop import gguf
 from lorax.quantized import Quantized
 from tests.interop import gguf_files as made
@@ -51,3 +53,21 @@ def test_the_capital_of_france(read):
     assert int(plain.argmax()) == 7042  # " Paris"
     found = jax.jit(lorax.adapt(forward))({}, coded)
     np.testing.assert_allclose(found, plain, atol=1e-4 * np.abs(plain).max())
+
+
+def test_the_tokenizer_and_the_chat_template():
+    """Ids as llama.cpp gives them for this file."""
+    tokenizer = tokenization.load(made.real_file())
+    assert tokenizer.encode("The capital of France is") == PARIS
+    text = (
+        "Year 2024, it's 3.14!\n\n  x  =  1;\tüñí 你好 <|im_start|>user\nhi<|im_end|>"
+    )
+    want = [19840, 216, 34, 32, 34, 36, 28, 357, 506, 216, 35, 30, 33, 36, 17, 8866]
+    want += [1792, 216, 446, 256, 33, 43, 197, 7170, 10214, 6160, 216, 18645, 250]
+    want += [48392, 138, 216, 1, 4093, 198, 6004, 2]
+    assert tokenizer.encode(text) == want
+    assert tokenizer.decode(want[:32]) == text.partition("<|")[0]
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 2)
+    chat = templates.load(made.real_file(), tokenizer)
+    told = chat.render([{"role": "user", "content": "Hi"}]).text
+    assert told.endswith("<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n")

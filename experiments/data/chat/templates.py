@@ -150,7 +150,7 @@ class ChatTemplate:
 def load(
     directory: str | os.PathLike[str], tokenizer: tokenization.Tokenizer
 ) -> ChatTemplate:
-    """The chat template of a checkpoint directory.
+    """The chat template of a checkpoint directory, or of a GGUF file.
 
     It is `chat_template.jinja` or, where there is none, `chat_template` in
     `tokenizer_config.json`: a string, or a list of named ones, of which "default".
@@ -165,7 +165,7 @@ def load(
         return ChatTemplate(
             path.read_text("utf-8"), str(path), tokenizer.special_tokens
         )
-    found = tokenization.read_config(config).get("chat_template")
+    found = tokenization.read_configs(folder)[config.name].get("chat_template")
     if isinstance(found, list):
         found = _default(found, f"{config}: chat_template")
     if not isinstance(found, str):

@@ -8,5 +8,6 @@ except ImportError as error:
     ) from error
 
 from lorax.interop.gguf.loading import load
+from lorax.interop.gguf.tokenizer import tokenizer_files
 
-__all__ = ["load"]
+__all__ = ["load", "tokenizer_files"]

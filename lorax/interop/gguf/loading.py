@@ -71,13 +71,8 @@ def load(
       FileNotFoundError: there is no file model.gguf
     """
     head = header.read(pathlib.Path(path))
-    stored = _dtype(head)
-    config = metadata.config(
-        head,
-        dtype=stored if dtype is None else dtype,
-        param_dtype=stored if dtype is None else dtype,
-        **switches,
-    )
+    own = _dtype(head) if dtype is None else np.dtype(dtype)
+    config = metadata.config(head, dtype=own, param_dtype=own, **switches)
     model = llama.Model(config)
     shapes = tree.flatten(hf.abstract(model))
     found = placed(head, config, shapes)
