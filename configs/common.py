@@ -80,6 +80,7 @@ def _model(model: ml_collections.ConfigDict) -> None:
     model.source = ""  # a directory, a GGUF file, or a hub id
     model.random = ml_collections.ConfigDict()  # a config.json: drawn, no result
     model.published = ml_collections.ConfigDict()  # of the source, for a plan
+    model.quantize = ""  # "nf4", or pattern=format,...: a base in a few bits a weight
     model.labels = 0  # of a classification head; 0: none
     model.dtype = ""  # of the computation; "" for the checkpoint's
     model.remat = "none"

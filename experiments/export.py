@@ -14,6 +14,9 @@ there, or given by `--initial`, and what is written is for the original base.
 Adapters of a class that lorax does not have need the module that registers it:
 `--plugins=my_package.methods`.
 
+Adapters that were trained on a quantised base need the run's `--quantize=nf4`; what is
+merged is dense again.
+
 `--adalora_shrink` leaves out AdaLoRA's pruned triplets, those with lam = 0. As trained
 they are still there, and an optimiser other than `optim.adalora` would revive them.
 """
@@ -32,6 +35,7 @@ _TO = flags.DEFINE_string("to", None, "Folder to write; made if need be.")
 _FORM = flags.DEFINE_enum(
     "form", "merged", ["merged", "peft", "lorax"], "What to write."
 )
+_QUANTIZE = flags.DEFINE_string("quantize", "", "The run's config.model.quantize.")
 _PLUGINS = flags.DEFINE_list("plugins", [], "Modules that register its classes.")
 _SHRINK = flags.DEFINE_bool("adalora_shrink", False, "Leave out pruned triplets.")
 
@@ -49,6 +53,7 @@ def main(argv: Sequence[str]) -> None:
         _FORM.value,
         initial=_INITIAL.value,
         adalora_shrink=_SHRINK.value,
+        quantize=_QUANTIZE.value,
     )
     print(f"{_FORM.value}: written to {_TO.value}")
 

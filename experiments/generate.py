@@ -4,21 +4,24 @@
         --prompt="Once upon a time" --max_tokens=200
 
 A prompt is encoded as in training: the tokenizer's BOS once, then the text. Greedy by
-default; `--temperature` samples, `--beams` searches. Prints prompt and continuation.
+default; `--temperature` samples, `--beams` searches. `--quantize=nf4` packs the linear
+kernels; adapters that were trained on a quantised base need the same. Prints prompt and
+continuation.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from absl import app, flags
 
-from experiments.generation import continuations, loading
+from experiments.generation import continuations, loading, unmerged
 from experiments.reading import command, plugins
 from lorax.models import sampling
+from lorax.types import Adapters
 
 _MODEL = flags.DEFINE_string("model", None, "Directory, GGUF file or hub id.")
 _ADAPTER = flags.DEFINE_string("adapter", None, "Folder of adapters, ours or PEFT's.")
+_QUANTIZE = flags.DEFINE_string("quantize", "", "As config.model.quantize.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeatable.")
 _TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most new tokens.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
@@ -37,12 +40,14 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     prompts: list[str] = _PROMPT.value or []
-    model, params, tokenizer = loading.load_model(_MODEL.value or "")
-    state: tuple[Any, ...] = (params,)
+    model, params, tokenizer = loading.load_model(
+        _MODEL.value or "", quantize=_QUANTIZE.value
+    )
+    adapters: Adapters = {}
     if _ADAPTER.value:
         with command.refusing():
             plugins.import_all(_PLUGINS.value or [], "--plugins")
-        state = loading.load_adapters(_ADAPTER.value, model, params)
+        adapters, params = loading.load_adapters(_ADAPTER.value, model, params)
     write = continuations.make_writer(
         model,
         tokenizer,
@@ -55,9 +60,8 @@ def main(argv: Sequence[str]) -> None:
         beams=_BEAMS.value,
         length_penalty=_PENALTY.value,
         stop=_STOP.value,
-        adapted=len(state) > 1,
     )
-    texts = write(state, jax.random.key(_SEED.value))
+    texts = write(unmerged.Unmerged(adapters, params), jax.random.key(_SEED.value))
     for prompt, text in zip(prompts, texts, strict=True):
         print(prompt + text)
 

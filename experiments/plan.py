@@ -23,9 +23,7 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "v5e:4x4, v5p-128, cpu:8, ...; config.sharding.topology if not."
 )
 _SWEEP = flags.DEFINE_bool("sweep", False, "Try other meshes, remat and batches.")
-_QUANTIZE = flags.DEFINE_enum(
-    "quantize", None, ["int8", "int4", "nf4", "fp8"], "Format of the linear kernels."
-)
+_QUANTIZE = flags.DEFINE_string("quantize", None, "For config.model.quantize.")
 _FORM = flags.DEFINE_enum(
     "form", "adapt", ["adapt", "merge"], "merge: a step that materialises adapters."
 )
@@ -43,6 +41,8 @@ def main(argv: Sequence[str]) -> None:
     if topologies.needs_child(topology):
         again = [sys.executable, "-m", "experiments.plan", *sys.argv[1:]]
         sys.exit(topologies.run_with_devices(again, topology.chips))
+    if _QUANTIZE.value is not None:
+        config.model.quantize = _QUANTIZE.value
     topologies.prepare()  # before jax is loaded
     from experiments.planning import alternatives, estimates
     from experiments.reading import checking
@@ -50,12 +50,12 @@ def main(argv: Sequence[str]) -> None:
     with command.refusing():
         checking.check(config)
     try:
-        if _SWEEP.value and _QUANTIZE.value:
-            raise ValueError("--sweep plans dense bases; leave --quantize out")
+        if _SWEEP.value and config.model.quantize:
+            raise ValueError("--sweep plans dense bases; leave quantize out")
         if _SWEEP.value:
             print(alternatives.render(alternatives.run(config, topology, print)))
         else:
-            plan = estimates.make_plan(config, topology, _FORM.value, _QUANTIZE.value)
+            plan = estimates.make_plan(config, topology, _FORM.value)
             print(estimates.render(plan))
     except (ValueError, ModuleNotFoundError) as error:
         raise app.UsageError(str(error)) from error

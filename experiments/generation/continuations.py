@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import lorax
 from experiments.data import examples, tokenization
+from experiments.generation import unmerged
 from lorax.models import beam, decoding, sampling
 
 BUCKET = 32  # tokens; prompts are padded to a multiple
@@ -44,9 +44,10 @@ def make_writer(
     length_penalty: float = 1.0,
     stop: Sequence[str] = (),
     end_ids: Sequence[int] = (),
-    adapted: bool = False,
 ) -> Callable[..., list[str]]:
-    """Returns `write(state, key=None) -> the continuations`, compiled for the prompts.
+    """Returns `write(params, key=None) -> the continuations`, compiled for the prompts.
+
+    The parameters are plain, or `unmerged.Unmerged`.
 
     Args:
       model: a causal one.
@@ -60,16 +61,13 @@ def make_writer(
       stop: texts that end a continuation; not with beams.
       end_ids: tokens that do beside the tokenizer's EOS, such as a chat's, see
         `experiments.data.chat.templates.turn_ends`.
-      adapted: `state` is `(adapters, params)`; else `(params,)`.
 
     Raises:
       ValueError: a prompt without tokens, stop texts or a temperature with beams.
     """
     ids = [examples.prompt_ids(tokenizer, prompt) for prompt in prompts]
     slots = -(-max(map(len, ids)) // BUCKET) * BUCKET + max_tokens
-    engine = decoding.causal(model, slots)
-    if adapted:
-        engine = engine.map(lorax.adapt)
+    engine = decoding.causal(model, slots).map(unmerged.either)
     own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     eos = tuple(dict.fromkeys((*own, *end_ids)))
     pad = tokenization.padding_id(tokenizer)
@@ -86,13 +84,13 @@ def make_writer(
             length_penalty=length_penalty,
             no_repeat=rule.no_repeat,
         )
-        return lambda state, key=None: list(
-            map(tokenizer.decode, search(state, ids, max_tokens))
+        return lambda params, key=None: list(
+            map(tokenizer.decode, search((params,), ids, max_tokens))
         )
     generate = decoding.make_generate(
         engine, batch=batch, eos=eos, pad=pad, bucket=BUCKET, rule=rule
     )
     ends = stop_at(tokenizer, stop)
-    return lambda state, key=None: list(
-        map(tokenizer.decode, generate(state, ids, max_tokens, key, ends))
+    return lambda params, key=None: list(
+        map(tokenizer.decode, generate((params,), ids, max_tokens, key, ends))
     )

@@ -3,12 +3,14 @@
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import lorax
 from experiments.data import tokenization
-from experiments.generation import loading
-from lorax import checkpoint, compose, optim
+from experiments.generation import loading, quantizing
+from lorax import checkpoint, compose, optim, tree
 from lorax.interop import hf, peft
+from lorax.types import Adapters
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "*.jinja", "generation_config*")
 
@@ -21,6 +23,7 @@ def export(
     *,
     initial: str | None = None,
     adalora_shrink: bool = False,
+    quantize: str = "",
 ) -> None:
     """Writes a merged checkpoint, or an adapter.
 
@@ -32,6 +35,8 @@ def export(
       initial: folder of the adapters at the start; None for `initial/` beside `adapter`
         if there is one.
       adalora_shrink: without AdaLoRA's pruned triplets.
+      quantize: `config.model.quantize` of the run. What is merged is dense, and holds
+        the base as it was quantised; an adapter beside `initial/` is for the original.
 
     Raises:
       ValueError: `to` is the base's own folder, the adapters belong to another base, or
@@ -45,12 +50,15 @@ def export(
     path, target = loading.find(source), pathlib.Path(to)
     if target.resolve() == path.resolve():
         raise ValueError(f"--to={to} is the base's own folder: give another")
-    model, params = loading.read(path)
-    config = model.config
     beside = pathlib.Path(initial or pathlib.Path(adapter).parent / "initial")
     start = checkpoint.load_adapters(beside) if initial or beside.is_dir() else None
+    model, params = loading.read(path, quantize if start is None else "")
+    config = model.config
     if start is None:
         adapters, params = loading.load_adapters(adapter, model, params)
+    elif quantize and form == "merged":  # what the init left is what was quantised
+        params = quantizing.quantized(model, _moved(params, start), quantize)
+        adapters = checkpoint.load_adapters(adapter)
     else:  # of the moved base, which is not at hand: to_lora checks what can be checked
         adapters = compose.to_lora(checkpoint.load_adapters(adapter), start)
     if adalora_shrink:
@@ -63,6 +71,14 @@ def export(
         return
     hf.save(target, config, lorax.merge(adapters, params))
     _write_tokenizer(path, target)
+
+
+def _moved(params: Any, start: Adapters) -> Any:
+    """The base from which an init has moved a part into adapters."""
+    leaves = tree.flatten(params)
+    wide = {path: leaves[path] - a.delta(leaves[path]) for path, a in start.items()}
+    moved = {path: w.astype(leaves[path].dtype) for path, w in wide.items()}
+    return tree.replace(params, moved)
 
 
 def _write_tokenizer(path: pathlib.Path, target: pathlib.Path) -> None:

@@ -4,31 +4,35 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
 import lorax
 from experiments.data import tokenization
 from experiments.data.sources import paths
+from experiments.generation import quantizing
 from experiments.machine import placement
 from lorax import checkpoint
 from lorax.interop import hf, peft
+from lorax.quantized import FORMATS
 from lorax.types import Adapters
 
 
-def load_model(source: str, **kwargs: Any) -> tuple[Any, Any, tokenization.Tokenizer]:
+def load_model(
+    source: str, quantize: str = "", **kwargs: Any
+) -> tuple[Any, Any, tokenization.Tokenizer]:
     """Returns the model, its parameters and its tokenizer.
 
     Args:
       source: a checkpoint below the folder of data sets, a directory, a GGUF file, or a
         hub id.
+      quantize: as `config.model.quantize`, see `quantizing.rules`.
       **kwargs: of `lorax.interop.hf.load`, or of `lorax.interop.gguf.load`.
 
     Raises:
       ValueError: also if the tokenizer has ids that the model lacks.
     """
     path = find(source)
-    model, params = read(path, **kwargs)
+    model, params = read(path, quantize, **kwargs)
     tokenizer = tokenization.load(path)
     vocabulary = model.config.vocabulary
     where = path.name if tokenization.is_gguf(path) else "config.json"
@@ -36,19 +40,34 @@ def load_model(source: str, **kwargs: Any) -> tuple[Any, Any, tokenization.Token
     return model, params, tokenizer
 
 
-def read(path: pathlib.Path, **kwargs: Any) -> tuple[Any, Any]:
-    """Returns the model and the parameters in a directory or a GGUF file."""
+def read(path: pathlib.Path, quantize: str = "", **kwargs: Any) -> tuple[Any, Any]:
+    """Returns the model and the parameters in a directory or a GGUF file.
+
+    Raises:
+      ValueError: also `quantize="file"` for a directory, which has no codes to keep.
+    """
     if not tokenization.is_gguf(path):
-        return hf.load(path, **kwargs)
+        if quantize == quantizing.OF_FILE:
+            raise ValueError(
+                f"quantize={quantize!r} keeps the codes of a GGUF file, and {path} is "
+                f"a directory; give a format: {', '.join(FORMATS)}"
+            )
+        model, params = hf.load(path, **kwargs)
+        return model, quantizing.quantized(model, params, quantize)
     from lorax.interop import gguf  # an extra
 
-    return gguf.load(path, **kwargs)
+    if quantize == quantizing.OF_FILE:
+        return gguf.load(path, quantized=True, **kwargs)
+    model, params = gguf.load(path, **kwargs)
+    return model, quantizing.quantized(model, params, quantize)
 
 
 def load_base(
     config: ml_collections.ConfigDict,
     key: jax.Array,
     place: placement.Place = placement.ALONE,
+    *,
+    dense: bool = False,
 ) -> tuple[Any, Any, tokenization.Tokenizer]:
     """Returns the model, its parameters and its tokenizer.
 
@@ -58,7 +77,9 @@ def load_base(
         the config.json of a model that is drawn, which reads bytes.
       key: draws that model, or a head that the checkpoint lacks.
       place: where the parameters go.
+      dense: True: whatever `config.quantize` says.
     """
+    quantize = "" if dense else config.quantize
     switches = {"labels": config.labels, "head": "classification"}
     switches = switches if config.labels else {}
     switches |= {"remat": config.remat}
@@ -68,7 +89,7 @@ def load_base(
         fields = config.random.to_dict()
         family = hf.family_of(fields, "config.model.random")
         model = family.Model(family.Config.from_hf(fields, **switches))
-        tokens = (jnp.zeros((1, 1), jnp.int32),) * getattr(family, "INPUTS", 1)
+        tokens = quantizing.example(model)
 
         def draw(key: jax.Array) -> Any:
             return model.init(key, *tokens)["params"]
@@ -76,6 +97,7 @@ def load_base(
         placed = place.params(model, shapes := jax.eval_shape(draw, key))
         where = placed.tree(shapes) if placed else None
         params = jax.jit(draw, out_shardings=where)(key)
+        params = quantizing.quantized(model, params, quantize)
         return model, params, tokenization.ByteTokenizer()
 
     def shardings(model: Any, shapes: Any) -> Any:
@@ -90,7 +112,11 @@ def load_base(
             "for labels; give the checkpoint of an encoder"
         )
     return load_model(
-        config.source, dtype=config.dtype or None, shardings=shardings, **switches
+        config.source,
+        quantize,
+        dtype=config.dtype or None,
+        shardings=shardings,
+        **switches,
     )
 
 

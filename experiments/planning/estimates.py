@@ -115,7 +115,6 @@ def make_plan(
     config: ml_collections.ConfigDict,
     topology: topologies.Topology,
     form: str = "adapt",
-    quantize: str | None = None,
 ) -> Plan:
     """Compiles the train step of a config for a topology.
 
@@ -123,7 +122,6 @@ def make_plan(
       config: see `program.build`.
       topology: from `topology.parse`.
       form: see `program.build`.
-      quantize: likewise.
 
     Raises:
       ValueError: what `program.build` and `topology.devices` refuse.
@@ -131,14 +129,14 @@ def make_plan(
     """
     began = time.perf_counter()
     devices = topologies.devices(topology)
-    built = program.build(config, devices, form, quantize)
+    built = program.build(config, devices, form)
     traced = built.trace()
     plain = program.build(program.without_remat(config), devices).trace()
     platform = "cpu" if topology.chip is None else "tpu"
     told: dict[str, Any] = {
         "topology": topology,
         "mesh": dict(built.placed.mesh.shape),
-        "settings": settings(config, built.placed.mesh.shape, form, quantize),
+        "settings": settings(config, built.placed.mesh.shape, form),
         "flops": analysis.operations(traced.jaxpr) / topology.chips,
         "model_flops": analysis.operations(plain.jaxpr) / topology.chips,
         "tokens": built.tokens,
@@ -173,12 +171,12 @@ def settings(
     config: ml_collections.ConfigDict,
     mesh: Mapping[str, int],
     form: str = "adapt",
-    quantize: str | None = None,
 ) -> str:
     """What a sweep may change, in words."""
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.items())
     (method,) = config.run.methods
     merged = ", merged kernels" if form == "merge" else ""
+    quantize = config.model.get("quantize", "")
     base = f", {quantize} base" if quantize else ""
     flash = ", flash" if config.model.get("attention") == "flash" else ""
     return (

@@ -16,6 +16,7 @@ import optax
 from absl import logging
 
 import lorax
+from experiments.generation import quantizing
 from experiments.machine import placement
 from experiments.tasks import losses
 from experiments.trainer import objects, optimizers
@@ -60,7 +61,6 @@ def build(
     config: ml_collections.ConfigDict,
     devices: Any,
     form: str = "adapt",
-    quantize: str | None = None,
 ) -> Program:
     """Makes the train step of a config for these devices.
 
@@ -70,8 +70,6 @@ def build(
       devices: of the topology.
       form: "adapt": the step that trains; "merge": one whose loss reads merged kernels,
         which is what adapters cost where they are materialised.
-      quantize: format of `lorax.quantize` for what "all-linear" would adapt; None
-        leaves the base dense.
 
     Raises:
       ValueError: a mesh that does not divide the devices, the batch or an axis of a
@@ -83,7 +81,7 @@ def build(
     placed = placement.place_params(mesh, config.sharding, model, shapes)
     batch = make_batch(config.data, mesh)
     loss_fn = losses.make_causal(model, config.run.label_smoothing)
-    state, params, tx = make_state(config, loss_fn, shapes, batch, quantize)
+    state, params, tx = make_state(config, loss_fn, shapes, batch)
     where = sharding.state_shardings(state, placed, config.sharding.replicate_adapters)
     made = make_step(loss_fn, tx, config.optimizer.clip_norm, form)
     step = jax.jit(
@@ -148,7 +146,6 @@ def make_state(
     loss_fn: Any,
     shapes: Any,
     batch: Any,
-    quantize: str | None = None,
 ) -> tuple[training.TrainState, Any, Any]:
     """The abstract train state, its base, and the optimiser that it belongs to."""
     (method,) = config.run.methods
@@ -166,10 +163,17 @@ def make_state(
         config.optimizer.learning_rate[method], config.run.steps, config.optimizer
     )
 
+    if config.model.quantize == quantizing.OF_FILE:
+        raise ValueError(
+            "config.model.quantize='file': a plan reads no file; give the format that "
+            "comes near its codes, such as 'int4'"
+        )
+    rules = quantizing.rules(config.model.quantize)
+
     def create(key: jax.Array, params: Any) -> tuple[training.TrainState, Any]:
         adapters, base = lorax.init(key, params, targets, kernels)
-        if quantize is not None:
-            base = lorax.quantize(base, quantize, kernels)
+        if rules:
+            base = lorax.quantize(base, rules, kernels)
         return training.create_state(key, adapters, tx), base
 
     return *jax.eval_shape(create, jax.random.key(0), shapes), tx

@@ -13,8 +13,9 @@ from collections.abc import Iterable
 import ml_collections
 
 from experiments import tasks
+from experiments.data import tokenization
 from experiments.data.sources import e2e, glue
-from experiments.generation import loading
+from experiments.generation import loading, quantizing
 from experiments.reading import fields, plugins
 from experiments.trainer import objects, optimizers
 from lorax import inits
@@ -99,6 +100,34 @@ def _byte_model(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def _quantized(config: ml_collections.ConfigDict) -> None:
+    """What a quantised base can do, and what trains beside it."""
+    text, (method,) = config.model.quantize, config.run.methods
+    try:
+        quantizing.rules(text)
+    except ValueError as error:
+        raise ValueError(f"config.model.quantize={error}") from None
+    if text and method == "full":
+        raise ValueError(
+            f"config.model.quantize={text!r} and run.methods=('full',): a quantised "
+            "base does not train; give ('lora',), or leave quantize empty"
+        )
+    if text != quantizing.OF_FILE:
+        return
+    if not tokenization.is_gguf(config.model.source) or config.model.random:
+        raise ValueError(
+            "config.model.quantize='file' keeps the codes of a GGUF file, and "
+            f"config.model.source={config.model.source!r} is not one; give a format"
+        )
+    targets = objects.make_targets(method, config.adapter)
+    if not all(inits.of_target(target).keeps_base for target in targets):
+        raise ValueError(
+            "config.model.quantize='file' keeps the codes of the file, and "
+            f"config.adapter.init={config.adapter.init!r} moves a part of each kernel "
+            "into the adapter; give a format, by which what is left is quantised"
+        )
+
+
 def _checkpoint_run(config: ml_collections.ConfigDict) -> None:
     """What `experiments.recipes.finetune` needs beside its fields."""
     if len(config.run.methods) != 1:
@@ -116,6 +145,7 @@ def _checkpoint_run(config: ml_collections.ConfigDict) -> None:
             loading.check(config.model.source)
         except FileNotFoundError as error:
             raise ValueError(f"config.model.source: {error}") from None
+    _quantized(config)
     data = config.data
     if data.task not in tasks.TASKS:
         raise ValueError(

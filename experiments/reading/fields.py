@@ -62,6 +62,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"distributed\.heartbeat", whole(1)),
     # model
     (r"model\.source", TEXT),
+    (r"model\.quantize", TEXT),
     (r"model\.labels", whole()),
     (r"model\.dtype", choice("", "float32", "bfloat16", "float16")),
     (r"model\.remat", choice("none", "full", "dots")),

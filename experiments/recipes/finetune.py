@@ -20,7 +20,7 @@ import rich.console
 
 import lorax
 from experiments import tasks
-from experiments.generation import loading
+from experiments.generation import loading, quantizing, unmerged
 from experiments.machine import disk, distributed, placement
 from experiments.reading import plugins
 from experiments.trainer import (
@@ -34,6 +34,8 @@ from experiments.trainer import (
     progress,
 )
 from experiments.trainer.fit import Output, fit, schedule_of
+from lorax import inits
+from lorax.types import Adapters
 
 RANDOM = "random base: path check, no result"
 
@@ -51,20 +53,23 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     console = rich.console.Console(soft_wrap=False, quiet=not primary)
     key = jax.random.key(config.run.seed)
     place = placement.make_place(config.sharding)
+    (method,) = config.run.methods
+    targets = objects.make_targets(method, config.adapter)
+    # what an init moves into the adapters comes out of the dense kernels
+    late = not all(inits.of_target(target).keeps_base for target in targets)
     model, base, tokenizer = loading.load_base(
-        config.model, jax.random.fold_in(key, 0), place
+        config.model, jax.random.fold_in(key, 0), place, dense=late
     )
     placed = place.params(model, base)
     if placed:
         console.print(str(placed), highlight=False)
     task = tasks.TASKS[config.data.task](config, model, tokenizer, place)
-    (method,) = config.run.methods
 
     keep = keeping.make_keep(config, folder)
     fresh = keep is None
     opened = metric_log.Writer(folder, fresh) if primary else contextlib.nullcontext()
     with place.scope(), opened as log, progress.bars(console) as bars:
-        before = task.evaluate(base)
+        before = task.evaluate(unmerged.Unmerged({}, base))
 
         # ----------------------------------------------------------- training
         rate = config.optimizer.learning_rate[method]
@@ -73,9 +78,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             prepare.Problem(
                 task.loss_fn,
                 base,
-                objects.make_targets(method, config.adapter),
+                targets,
                 optimizers.make_optimizer(rate, config.run.steps, config.optimizer),
                 task.train,
+                quantizing.rules(config.model.quantize) if late else None,
             ),
             clip_norm=config.optimizer.clip_norm,
             calibration=prepare.calibration_of(config.adapter),
@@ -135,6 +141,9 @@ def score(
     key = jax.random.fold_in(jax.random.key(config.run.seed), 0)
     model, params, tokenizer = loading.load_base(config.model, key)
     task = tasks.TASKS[config.data.task](config, model, tokenizer)
+    adapters: Adapters = {}
     if adapter:
-        params = lorax.merge(*loading.load_adapters(adapter, model, params))
-    return task.report(params, folder)
+        adapters, params = loading.load_adapters(adapter, model, params)
+    if not quantizing.packed(params):
+        return task.report(lorax.merge(adapters, params), folder)
+    return task.report(unmerged.Unmerged(adapters, params), folder)

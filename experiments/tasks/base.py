@@ -21,9 +21,9 @@ class Task(NamedTuple):
       train: batches, indexed by step.
       loss_fn: `(params, batch) -> (mean loss, {"weight": what it is the mean over})`,
         written for plain parameters.
-      evaluate: merged parameters to scores on a part of the validation set, cheap
-        enough for now and then.
-      report: merged parameters and the workdir to the final scores: as much of the
+      evaluate: parameters, merged ones or `unmerged.Unmerged`, to scores on a part of
+        the validation set, cheap enough for now and then.
+      report: such parameters and the workdir to the final scores: as much of the
         validation set as `eval.final_rows` says, and the test set if it is asked for.
     """
 

@@ -11,6 +11,7 @@ import optax
 
 from experiments.data import batches, tokenization
 from experiments.data.sources import classification, glue
+from experiments.generation import unmerged
 from experiments.machine import placement
 from experiments.tasks import base
 from experiments.tasks.base import Scores, Task
@@ -106,6 +107,7 @@ def make_predict(model: Any) -> Any:
     """Returns `(params, batch) -> the label or the number of every row`."""
 
     @jax.jit
+    @unmerged.either
     def predict(params: Any, batch: Any) -> jax.Array:
         logits = model.apply({"params": params}, batch["tokens"], real=batch["real"])
         return logits[:, 0] if model.config.labels == 1 else logits.argmax(-1)

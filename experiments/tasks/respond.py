@@ -16,7 +16,7 @@ from absl import logging
 
 from experiments.data import batches, examples, packing, tokenization
 from experiments.data.sources import e2e, instruction, paths
-from experiments.generation import continuations
+from experiments.generation import continuations, unmerged
 from experiments.machine import disk, distributed, placement
 from experiments.tasks import base, losses
 from experiments.tasks.base import Scores, Task
@@ -95,7 +95,7 @@ def make_bits_per_byte(
     loss_fn: Any, place: placement.Place = placement.ALONE
 ) -> Callable[[Any, Sequence[Any]], float]:
     """Returns `evaluate(params, batches)`: all nats over all bytes."""
-    jitted = jax.jit(lambda params, batch: loss_fn(params, batch)[1])
+    jitted = jax.jit(unmerged.either(lambda params, batch: loss_fn(params, batch)[1]))
 
     def evaluate(params: Any, held_out: Sequence[Any]) -> float:
         rows = [jax.device_get(jitted(params, place.put(batch))) for batch in held_out]
@@ -125,7 +125,7 @@ def write_test(
         beams=config.eval.beams,
         length_penalty=config.eval.length_penalty,
     )
-    texts = [text.strip() for text in write((params,))]
+    texts = [text.strip() for text in write(params)]
     rows = [
         {"prompt": group.prompt, "text": text, "references": group.references}
         for group, text in zip(groups, texts, strict=True)

@@ -14,6 +14,7 @@ import numpy as np
 from experiments.data import batches, tokenization
 from experiments.data.examples import Example
 from experiments.data.sources import classification, glue
+from experiments.generation import unmerged
 from experiments.machine import placement
 from experiments.tasks import base, losses
 from experiments.tasks.base import Scores, Task
@@ -38,7 +39,7 @@ def make_text_to_text(
         raise ValueError(f"{data.name} has numbers, not labels, and no names to write")
     names = Names(train.labels, [[*tokenizer.encode(n), *eos] for n in train.labels])
     write = decoding.make_generate(
-        decoding.sequence_to_sequence(model, names.longest + 1),
+        decoding.sequence_to_sequence(model, names.longest + 1).map(unmerged.either),
         batch=config.eval.batch_size,
         eos=eos,
         pad=pad,

@@ -12,9 +12,8 @@ import jax
 import ml_collections
 import rich.progress
 
-import lorax
 from experiments.trainer import keeping, metric_log, metrics, nonfinite, progress
-from experiments.trainer.loop import Clock, Prepared, Step, loop
+from experiments.trainer.loop import MERGED, Clock, Prepared, Step, loop
 
 
 class Schedule(NamedTuple):
@@ -63,6 +62,7 @@ class Fit(NamedTuple):
       evaluation: what `evaluate` returned after the last step, {} without it.
       initial: the adapters at the start, if their init moved a part of the base; else
         None.
+      merge: as that of `loop.Prepared`.
     """
 
     adapters: dict[str, Any]
@@ -72,10 +72,11 @@ class Fit(NamedTuple):
     step_ms: float
     evaluation: dict[str, float]
     initial: dict[str, Any] | None = None
+    merge: Callable[..., Any] = MERGED
 
     def merged(self) -> Any:
-        """Plain parameters with what was learned."""
-        return lorax.merge(self.adapters, self.params)
+        """Parameters with what was learned: plain ones, or packed as the base is."""
+        return self.merge(self.adapters, self.params)
 
 
 def schedule_of(config: ml_collections.ConfigDict) -> Schedule:
@@ -132,6 +133,7 @@ def fit(
         step_ms=statistics.median(clock.seconds) * 1e3 if clock.seconds else math.nan,
         evaluation=scores.final(state),
         initial=prepared.initial,
+        merge=prepared.merge,
     )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 
 import lorax
+from experiments.generation import quantizing, unmerged
 from experiments.machine import placement
 from experiments.trainer.loop import MERGED, Compiled, Prepared
 from lorax import adapters as adapter_classes
@@ -25,6 +26,8 @@ class Problem(NamedTuple):
       targets: what trains.
       tx: any optax transformation.
       batches: indexed by step.
+      quantize: rules of `lorax.quantize` for the base that an init leaves, so that what
+        it moves into the adapters is not rounded; None: the base stays as it is.
     """
 
     loss_fn: Callable[..., Any]
@@ -32,6 +35,7 @@ class Problem(NamedTuple):
     targets: Sequence[lorax.Target]
     tx: Any
     batches: grain.MapDataset
+    quantize: Any = None
 
 
 class Calibration(NamedTuple):
@@ -86,14 +90,19 @@ def prepare(
         tell(lorax.describe(problem.params, targets, kernels))
     state, params = begin(key, problem, kernels, stats)
     moved = tree.split(params)[0] is not tree.split(problem.params)[0]
+    if problem.quantize:
+        params = lorax.quantize(params, problem.quantize, kernels)
     initial = jax.tree.map(jnp.copy, state.adapters) if moved else None  # not donated
-    lies, merge = None, MERGED
+    lies = None
+    merge: Callable[..., Any] = MERGED
     if placed:
         replicate = bool(place.config.get("replicate_adapters"))
         lies = sharding.state_shardings(state, placed, replicate)
         state, params = laid_out(state, params, lies, placed)
         plain = placed.tree(tree.split(params)[0])
         merge = jax.jit(lorax.merge, out_shardings=plain)
+    if quantizing.packed(params):
+        merge = unmerged.Unmerged
     return Prepared(
         state,
         params,
@@ -174,6 +183,8 @@ def laid_out(
     base_lies = None
     if isinstance(params, lorax.Base):
         base_lies = sharding.base_shardings(params, state.adapters, placed)
+    elif quantizing.packed(params):
+        base_lies = placed.tree(params)
     # device_put of a key asks for devices of this process alone
     state = jax.jit(lambda state: state, out_shardings=lies)(state)
     if base_lies is not None:

@@ -41,7 +41,7 @@ def test_the_documented_sample_word_for_word(stories):
     text = (DATA / "stories260k" / "stories260K.md").read_text().replace("\r", "")
     sample = text.split("-t 0.0\n")[1].split("\n```")[0]
     write = continuations.make_writer(model, tokenizer, [BEGIN], 256, batch=1)
-    assert (BEGIN + write((params,))[0]).startswith(sample)
+    assert (BEGIN + write(params)[0]).startswith(sample)
 
 
 def test_stop_texts_sampling_and_beams(stories):
@@ -50,17 +50,17 @@ def test_stop_texts_sampling_and_beams(stories):
     make = lambda **kwargs: continuations.make_writer(
         model, tokenizer, prompts, 40, batch=2, **kwargs
     )
-    whole = make()((params,))
-    cut = make(stop=["Lily"])((params,))
+    whole = make()(params)
+    cut = make(stop=["Lily"])(params)
     assert "Lily" in whole[0] and "Lily" not in cut[0]
     assert whole[0].startswith(cut[0]) and len(cut[0]) > 10
     rule = sampling.Rule(temperature=1.0)
-    one, other = (make(rule=rule)((params,), jax.random.key(i)) for i in range(2))
+    one, other = (make(rule=rule)(params, jax.random.key(i)) for i in range(2))
     assert one != other
-    assert len(make(beams=3)((params,))) == 2
+    assert len(make(beams=3)(params)) == 2
     # A chat's end is one more token that generation stops at.
     ids = tokenizer.encode(BEGIN + whole[0])[len(tokenizer.encode(BEGIN)) :]
-    ended = make(end_ids=[ids[9]])((params,))[0]
+    ended = make(end_ids=[ids[9]])(params)[0]
     assert ended == tokenizer.decode(ids[: ids.index(ids[9])]) != whole[0]
     with pytest.raises(ValueError, match="neither stop nor temperature apply"):
         make(beams=3, stop=["x"])
@@ -181,5 +181,5 @@ def test_adapters_of_a_package_by_plugins(stories, tmp_path):
     code, told = command("generate", "--model=stories260k", *args)
     assert code == 0, told
     write = continuations.make_writer(model, tokenizer, [BEGIN], 24, batch=1)
-    assert BEGIN + write((want,))[0] in told
-    assert BEGIN + write((params,))[0] not in told
+    assert BEGIN + write(want)[0] in told
+    assert BEGIN + write(params)[0] not in told

@@ -227,7 +227,8 @@ def test_full_size_by_hand(make):
 def test_a_quantised_base_by_hand():
     devices = topologies.devices(topologies.parse("cpu:8"))
     config = llama3_8b_lora.get_config()
-    built = program.build(config, devices, quantize="nf4")
+    config.model.quantize = "nf4"
+    built = program.build(config, devices)
     leaves = jax.tree.leaves(built.params)
     held = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     attention, mlp = 4096 * (2 * 4096 + 2 * 1024), 3 * 4096 * 14336
@@ -236,7 +237,7 @@ def test_a_quantised_base_by_hand():
     # codes, 8-bit scales in blocks of 64, theirs in blocks of 256
     bytes_each = 1 / 2 + 1 / 64 + 4 / (64 * 256)
     assert held == pytest.approx(2 * dense + kernels * bytes_each, rel=1e-6)
-    assert "nf4 base" in estimates.settings(config, {}, quantize="nf4")
+    assert "nf4 base" in estimates.settings(config, {})
 
 
 def test_merged_kernels_are_another_program():

@@ -1,0 +1,33 @@
+"""A model whose adapters stay beside their base: a quantised one stays packed."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import lorax
+from lorax.types import Adapters
+
+
+class Unmerged(NamedTuple):
+    """Stands wherever plain parameters do, for a function made by `either`.
+
+    Attributes:
+      adapters: by path; {} for the base alone.
+      params: the base, some leaves of which may be quantised.
+    """
+
+    adapters: Adapters
+    params: Any
+
+
+def either(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function of plain parameters take `Unmerged` ones as well."""
+    adapted = lorax.adapt(fn, custom_rules="branch")
+
+    @functools.wraps(fn)
+    def call(params: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(params, Unmerged):
+            return adapted(*params, *args, **kwargs)
+        return fn(params, *args, **kwargs)
+
+    return call
