@@ -86,7 +86,7 @@ def split(adapters: Adapters, base: Base) -> tuple[list[Module], dict[str, np.nd
         want = factors.axes_of(entry, stacked)
         if lora.axes != want or not entry.inputs:
             raise ValueError(
-                f"{path}: PEFT's factors have {want} of this leaf, and the adapter "
+                f"{path}: factors on disk have {want} of this leaf, and the adapter "
                 f"has {lora.axes}"
             )
         chosen = range(len(keys[path])) if lora.layers is None else lora.layers

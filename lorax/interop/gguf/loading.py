@@ -93,16 +93,14 @@ def load(
     return model, nested(params, sep="/")
 
 
-def names(config: llama.Config, kind: str) -> dict[str, table.Location]:
-    """Returns where every tensor of a file goes, by its name there."""
-    architecture = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[kind]
-    known = gguf.get_tensor_name_map(architecture, config.layers)
-    where = table.locate(llama.entries(config), config.stacks, config.scan)
+def names(config: llama.Config) -> dict[str, str]:
+    """Returns the name in a GGUF file of every tensor of a checkpoint."""
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.layers)  # the widest
     found = {}
-    for key, location in where.items():
+    for key in table.locate(llama.entries(config), config.stacks, config.scan):
         name = known.get_name(key, try_suffixes=(".weight", ".bias"))
         assert name is not None, key
-        found[name] = location
+        found[key] = name
     return found
 
 
@@ -125,7 +123,13 @@ def placed(
         not read.
     """
     kind = metadata.architecture(head)
-    where = names(config, kind)
+    spelled = names(config)
+    where = {
+        spelled[key]: location
+        for key, location in table.locate(
+            llama.entries(config), config.stacks, config.scan
+        ).items()
+    }
     missing = sorted(set(where) - set(head.tensors))
     extra = sorted(set(head.tensors) - set(where) - {"rope_freqs.weight"})
     if missing or extra:
