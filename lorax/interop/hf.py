@@ -27,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from lorax import models, untrusted
-from lorax.interop import files, leaves
+from lorax import models, tree, untrusted
+from lorax.interop import files, leaves, packed
 from lorax.models import table
+from lorax.quantization import Rules
 from lorax.types import PyTree
 
 OLD_NAMES = ((r"(.*)\.gamma$", r"\1.weight"), (r"(.*)\.beta$", r"\1.bias"))
@@ -40,6 +41,7 @@ def load(
     source: str | pathlib.Path,
     *,
     shardings: PyTree | Callable[[nn.Module, PyTree], PyTree] | None = None,
+    quantize: Rules | None = None,
     key: jax.Array | None = None,
     revision: str | None = None,
     dtype: Any = None,
@@ -52,7 +54,11 @@ def load(
         directory, the id of a model on the hub, which is then downloaded.
       shardings: a tree of `jax.sharding.Sharding` like the parameters, or a function of
         the model and its abstract parameters that gives it; every process reads its
-        slices only. None: the default device.
+        slices only, of quantised leaves each layer whole. A quantised leaf has that
+        of its kernel, or one for each array. None: the default device.
+      quantize: rules as for `lorax.quantize`, such as "nf4": what they take is
+        quantised as it is read, a layer after the other, to the leaves that
+        `lorax.quantize` would make. None: nothing.
       key: draws a head that the checkpoint lacks, as when an encoder is to classify;
         None: that is an error.
       revision: of the hub's repository.
@@ -67,7 +73,8 @@ def load(
     Raises:
       FileNotFoundError: no such files.
       ValueError: a file that is not sound, an architecture or a field that is not
-        implemented, tensors that are missing, left over, misshapen or not finite.
+        implemented, tensors that are missing, left over, misshapen or not finite;
+        rules that `lorax.quantize` refuses.
     """
     directory = locate(source, revision)
     raw = files.read_json(files.inside(directory, "config.json"))
@@ -89,15 +96,24 @@ def load(
         found = _placed(family, config, tensors, shapes, draws_heads=key is not None)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}; {_sizes(raw, config)}") from error
+    plans = packed.plans(_forward(model), shapes, quantize, *_example(model))
+    if drawn := sorted(plans.keys() - found.keys()):
+        raise ValueError(
+            f"{drawn[0]}: {directory} lacks this leaf, so that it is drawn and has to "
+            f"be trained; leave it dense, by a rule ({drawn[0]!r}, None) in front"
+        )
     if callable(shardings):
-        shardings = shardings(model, shapes)
+        packs = {path: plan.abstract for path, plan in plans.items()}
+        shardings = shardings(model, tree.replace(shapes, packs))
     flat = {} if shardings is None else _flat(shardings)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = {}
+    params: dict[str, Any] = {}
     for path, shape in _flat(shapes).items():
-        if path in found:
-            sharding = flat.get(path, default)
-            params[path] = leaves.read(found[path], shape.shape, sharding)
+        where = flat.get(path, default)
+        if path in found and path in plans:
+            params[path] = packed.read(found[path], plans[path], where)
+        elif path in found:
+            params[path] = leaves.read(found[path], shape.shape, where)
     absent = [path for path in _flat(shapes) if path not in params]
     if absent:
         params |= _drawn(model, key, absent, flat)
@@ -253,6 +269,11 @@ def _example(model: Any) -> tuple[jax.Array, ...]:
     """The smallest input: tokens, for an encoder and decoder both's."""
     family = family_of(model.config.to_hf(), "config")
     return (jnp.zeros((1, 1), jnp.int32),) * getattr(family, "INPUTS", 1)
+
+
+def _forward(model: nn.Module) -> Callable[..., Any]:
+    """The model as a function of its parameters."""
+    return lambda params, *args: model.apply({"params": params}, *args)
 
 
 def _flat(tree: PyTree) -> dict[str, Any]:

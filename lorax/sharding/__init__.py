@@ -21,7 +21,7 @@ from lorax.sharding.mesh import (
     make_mesh,
     replicated,
 )
-from lorax.sharding.rules import LOGICAL, Placed, Row, place
+from lorax.sharding.rules import LOGICAL, Placed, Row, of_arrays, place
 from lorax.sharding.states import adapter_specs, base_shardings, state_shardings
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "batch_sharding",
     "fetch",
     "make_mesh",
+    "of_arrays",
     "place",
     "replicated",
     "state_shardings",

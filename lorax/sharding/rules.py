@@ -8,7 +8,6 @@ family (`lorax.models.table.logical_axes`), each of which goes to mesh axes by a
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -77,16 +76,12 @@ class Placed:
                 "adapters that have them: use sharding.base_shardings(params, "
                 "adapters, placed), or place params.params alone"
             )
-        leaves, parts = tree.flatten(params), lambda dim: axes_size("", dim, self.mesh)
-        shardings = {}
+        leaves = tree.flatten(params)
+        shardings: dict[str, Any] = {}
         for path, spec in self.specs.items():
-            leaf = leaves.get(path)
-            own: Any = spec
-            if isinstance(leaf, Quantized):  # its arrays lie as the kernel would
-                dims = [*spec, *[None] * (leaf.ndim - len(spec))]
-                own = leaf.specs(dims, parts)
-            place = functools.partial(NamedSharding, self.mesh)
-            shardings[path] = jax.tree.map(place, own)
+            leaf, where = leaves.get(path), NamedSharding(self.mesh, spec)
+            packed = isinstance(leaf, Quantized)
+            shardings[path] = of_arrays(leaf, where) if packed else where
         return tree.replace(params, shardings)
 
     def abstract(self, params: PyTree) -> PyTree:
@@ -108,6 +103,22 @@ class Placed:
             "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
             for row in cells
         )
+
+
+def of_arrays(leaf: Quantized, where: jax.sharding.Sharding) -> Any:
+    """Returns the shardings of a quantised leaf's arrays, which lie as its kernel does.
+
+    An axis with fewer tiles than its mesh axes have devices is whole.
+
+    Args:
+      leaf: its arrays, or their shapes.
+      where: of the kernel.
+    """
+    if not isinstance(where, NamedSharding):
+        return jax.tree.map(lambda _: where, leaf)
+    mesh, dims = where.mesh, [*where.spec, *[None] * (leaf.ndim - len(where.spec))]
+    specs = leaf.specs(dims, lambda dim: axes_size("", dim, mesh))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def place(

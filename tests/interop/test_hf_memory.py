@@ -24,7 +24,8 @@ def status(field):
 before = status("VmRSS")
 from experiments import launch_local
 from lorax.interop import hf
-model, params = hf.load(sys.argv[1], scan=sys.argv[2] == "scan")
+rules = sys.argv[3] if len(sys.argv) > 3 else None
+model, params = hf.load(sys.argv[1], scan=sys.argv[2] == "scan", quantize=rules)
 jax.block_until_ready(params)
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 print((status("VmHWM") - before) / size, size)
@@ -55,6 +56,18 @@ def test_peak_memory_is_the_size_of_the_model(checkpoint, layout):
     assert size > 2e9
     print(f"{layout}: peak above import jax / bytes of the parameters = {ratio:.3f}")
     assert ratio <= 1.3
+
+
+@pytest.mark.slow
+def test_a_quantised_model_takes_no_dense_one(checkpoint):
+    """Two gigabytes, of which a quarter of one is an embedding, in NF4."""
+    command = [sys.executable, "-c", CHILD, str(checkpoint), "scan", "nf4"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    ratio, size = map(float, run.stdout.split())
+    layer = 4 * CONFIG.width * CONFIG.hidden
+    print(f"NF4: {size / 1e6:.0f} MB, peak above import jax {ratio * size / 1e6:.0f} MB")
+    assert size < 0.5e9
+    assert ratio * size < size + 8 * layer + 0.2e9  # to compile and to run
 
 
 SHARDED = """
