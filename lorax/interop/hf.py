@@ -28,9 +28,10 @@ import numpy as np
 import safetensors.numpy
 
 from lorax import models, tree, untrusted
-from lorax.interop import files, leaves, packed
+from lorax.interop import bitsandbytes, files, leaves, packed
+from lorax.kernels import discover
 from lorax.models import table
-from lorax.quantization import Rules
+from lorax.quantization import Rules, resolved
 from lorax.types import PyTree
 
 OLD_NAMES = ((r"(.*)\.gamma$", r"\1.weight"), (r"(.*)\.beta$", r"\1.bias"))
@@ -79,11 +80,11 @@ def load(
     directory = locate(source, revision)
     raw = files.read_json(files.inside(directory, "config.json"))
     family = family_of(raw, directory)
-    tensors = files.open_checkpoint(directory)
-    stored = _dtype(tensors.values())
     try:
+        tensors = bitsandbytes.gathered(files.open_checkpoint(directory), raw)
+        stored = _dtype(tensors.values())
         config = family.Config.from_hf(
-            raw,
+            {name: raw[name] for name in raw if name != "quantization_config"},
             dtype=stored if dtype is None else dtype,
             param_dtype=stored,
             **switches,
@@ -94,14 +95,13 @@ def load(
     shapes = abstract(model)
     try:
         found = _placed(family, config, tensors, shapes, draws_heads=key is not None)
+        plans: dict[str, Any] = {**bitsandbytes.plans(found, _flat(shapes))}
     except ValueError as error:
         raise ValueError(f"{directory}: {error}; {_sizes(raw, config)}") from error
-    plans = packed.plans(_forward(model), shapes, quantize, *_example(model))
-    if drawn := sorted(plans.keys() - found.keys()):
-        raise ValueError(
-            f"{drawn[0]}: {directory} lacks this leaf, so that it is drawn and has to "
-            f"be trained; leave it dense, by a rule ({drawn[0]!r}, None) in front"
-        )
+    if quantize is not None:
+        run = functools.partial(_run, model)
+        chosen = resolved(shapes, quantize, discover(run, shapes, *_example(model)))
+        plans |= packed.plans(chosen, found, plans)
     if callable(shardings):
         packs = {path: plan.abstract for path, plan in plans.items()}
         shardings = shardings(model, tree.replace(shapes, packs))
@@ -110,8 +110,8 @@ def load(
     params: dict[str, Any] = {}
     for path, shape in _flat(shapes).items():
         where = flat.get(path, default)
-        if path in found and path in plans:
-            params[path] = packed.read(found[path], plans[path], where)
+        if path in plans:
+            params[path] = plans[path].read(where)
         elif path in found:
             params[path] = leaves.read(found[path], shape.shape, where)
     absent = [path for path in _flat(shapes) if path not in params]
@@ -265,15 +265,14 @@ def to_disk(config: Any, params: PyTree) -> dict[str, np.ndarray]:
     return tensors
 
 
+def _run(model: Any, params: PyTree, *tokens: jax.Array) -> Any:
+    return model.apply({"params": params}, *tokens)
+
+
 def _example(model: Any) -> tuple[jax.Array, ...]:
     """The smallest input: tokens, for an encoder and decoder both's."""
     family = family_of(model.config.to_hf(), "config")
     return (jnp.zeros((1, 1), jnp.int32),) * getattr(family, "INPUTS", 1)
-
-
-def _forward(model: nn.Module) -> Callable[..., Any]:
-    """The model as a function of its parameters."""
-    return lambda params, *args: model.apply({"params": params}, *args)
 
 
 def _flat(tree: PyTree) -> dict[str, Any]:
@@ -299,14 +298,14 @@ def renamed(family: ModuleType, key: str) -> str:
 def _placed(
     family: ModuleType,
     config: Any,
-    tensors: Mapping[str, files.Tensor],
+    tensors: Mapping[str, files.Tensor | bitsandbytes.Coded],
     shapes: PyTree,
     *,
     draws_heads: bool,
-) -> dict[str, list[tuple[files.Tensor, table.Entry]]]:
+) -> dict[str, list[tuple[Any, table.Entry]]]:
     """Returns for every leaf its tensors, one for each layer of a stack."""
     where = table.locate(family.entries(config), config.stacks, config.scan)
-    known: dict[str, files.Tensor] = {}
+    known: dict[str, files.Tensor | bitsandbytes.Coded] = {}
     for key, tensor in tensors.items():
         name = renamed(family, key)
         if name in known:
@@ -326,12 +325,13 @@ def _placed(
             f"missing: {_some(missing)}; left over: {_some(extra)}"
         )
     flat = _flat(shapes)
-    found: dict[str, list[tuple[files.Tensor, table.Entry]]] = {}
+    found: dict[str, list[tuple[Any, table.Entry]]] = {}
     for key, (path, layer, entry) in where.items():
         if key not in known:
             continue
         shape = flat[path].shape[layer is not None :]
-        need = table.disk_shape(shape, entry.inputs, entry.transposed)
+        turned = entry.transposed or bitsandbytes.is_coded(known[key])
+        need = table.disk_shape(shape, entry.inputs, turned)
         if known[key].shape != need:
             raise ValueError(
                 f"{known[key].path.name}: {key!r} has shape {list(known[key].shape)}, "

@@ -8,82 +8,89 @@ of the codes what its shards need.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lorax import kernels, quantization, sharding
+from lorax import quantization, sharding
 from lorax.interop import leaves
-from lorax.quantization import Rules
+from lorax.kernels import Kernel
 from lorax.quantized import Format, Quantized
-from lorax.types import PyTree
+from lorax.types import Axes
 
 
 class Plan(NamedTuple):
-    """How one leaf is quantised.
+    """How one leaf is quantised while it is read.
 
     Attributes:
+      parts: the tensors and their entries, in the order of the layers.
       kernel: the leaf, whose value is abstract.
       form: its format.
     """
 
-    kernel: kernels.Kernel
+    parts: Sequence[leaves.Part]
+    kernel: Kernel
     form: Format
 
     @property
     def abstract(self) -> Quantized:
         """The leaf, with shapes in place of arrays."""
-        like = jax.ShapeDtypeStruct(self.kernel.shape, self.kernel.dtype)
-        return jax.eval_shape(self.of, like)
+        like = jax.ShapeDtypeStruct(self.kernel.shape, self._dtype)
+        axes = self.kernel.linear_axes()
+        return jax.eval_shape(lambda value: self._packed(value, axes), like)
 
-    def of(self, value: jax.Array, axes: Any = None) -> Quantized:
-        """Returns the codes of a value, the leaf's or with other axes a layer's."""
-        axes = self.kernel.axes if axes is None else axes
+    def read(self, where: Any) -> Quantized:
+        """Returns the leaf; see `assembled`."""
+        leaf = self.abstract
+        stacked = leaf.ndim > len(self.parts[0][1].axes)
+        axes = leaf.inner_axes if stacked else leaf.axes
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def layers() -> Iterator[Quantized]:
+            for part in self.parts:
+                dense = leaves.read([part], leaf.shape[stacked:], here)
+                yield self._packed(dense.astype(self._dtype), axes)
+
+        return assembled(leaf, layers(), stacked, where)
+
+    @property
+    def _dtype(self) -> np.dtype:
+        return np.result_type(*(tensor.dtype for tensor, _ in self.parts))
+
+    def _packed(self, value: jax.Array, axes: Axes) -> Quantized:
         kernel = dataclasses.replace(self.kernel, value=value, axes=axes)
         return quantization.packed(kernel, self.form)
 
 
 def plans(
-    forward: Callable[..., Any], shapes: PyTree, rules: Rules | None, *args: Any
+    chosen: Mapping[str, tuple[Kernel, Format]],
+    found: Mapping[str, Sequence[leaves.Part]],
+    coded: Collection[str] = (),
 ) -> dict[str, Plan]:
-    """Returns by path what rules quantise of a model.
+    """Returns by path how the leaves are read that rules quantise.
 
     Args:
-      forward: the model, `forward(params, *args)`.
-      shapes: its abstract parameters.
-      rules: as for `lorax.quantize`; None: nothing.
-      *args: the smallest input.
+      chosen: from `quantization.resolved`.
+      found: the tensors of every leaf.
+      coded: paths whose tensors are in codes as they are.
+
+    Raises:
+      ValueError: a leaf of `coded`, or one without tensors.
     """
-    if rules is None:
-        return {}
-    found = kernels.discover(forward, shapes, *args)
-    chosen = quantization.resolved(shapes, rules, found)
-    return {path: Plan(*both) for path, both in chosen.items()}
-
-
-def read(parts: Sequence[leaves.Part], plan: Plan, where: Any) -> Quantized:
-    """Returns a leaf whose layers are quantised one after another.
-
-    Args:
-      parts: the tensors and their entries, in the order of the layers.
-      plan: of the leaf.
-      where: as for `assembled`.
-    """
-    shape, axes = plan.kernel.shape, plan.kernel.linear_axes()
-    stacked = len(shape) > len(parts[0][1].axes)
-    dtype = np.result_type(*(tensor.dtype for tensor, _ in parts))
-    abstract = dataclasses.replace(plan.abstract, dtype=jnp.dtype(dtype))
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def layers() -> Iterator[Quantized]:
-        for part in parts:
-            dense = leaves.read([part], shape[stacked:], here).astype(dtype)
-            yield plan.of(dense, abstract.inner_axes if stacked else axes)
-
-    return assembled(abstract, layers(), stacked, where)
+    for path in chosen:
+        if path in coded:
+            raise ValueError(
+                f"{path}: the checkpoint has it in codes already; leave quantize= out, "
+                f"or begin it with a rule ({path!r}, None)"
+            )
+        if path not in found:
+            raise ValueError(
+                f"{path}: the checkpoint lacks this leaf, so that it is drawn and has "
+                f"to be trained; begin quantize= with a rule ({path!r}, None)"
+            )
+    return {path: Plan(found[path], *both) for path, both in chosen.items()}
 
 
 def assembled(

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lorax import tree
 from lorax.quantized import Quantized
@@ -80,8 +80,10 @@ class Placed:
         shardings: dict[str, Any] = {}
         for path, spec in self.specs.items():
             leaf, where = leaves.get(path), NamedSharding(self.mesh, spec)
-            packed = isinstance(leaf, Quantized)
-            shardings[path] = of_arrays(leaf, where) if packed else where
+            if isinstance(leaf, Quantized):
+                shardings[path] = of_arrays(leaf, where)
+            else:
+                shardings[path] = where
         return tree.replace(params, shardings)
 
     def abstract(self, params: PyTree) -> PyTree:
@@ -231,7 +233,7 @@ def as_axes(entry: Any) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def axes_size(path: str, entry: Any, mesh: Mesh) -> int:
+def axes_size(path: str, entry: Any, mesh: Mesh | AbstractMesh) -> int:
     """Returns into how many parts an entry of a spec cuts a dimension."""
     for axis in as_axes(entry):
         if axis not in mesh.shape:

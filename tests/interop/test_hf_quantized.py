@@ -136,5 +136,5 @@ def test_a_head_that_is_drawn_stays_dense(tmp_path):
     heads = [path for path in lorax.tree.flatten(params) if "classifier" in path]
     kernel = next(path for path in heads if path.endswith("kernel"))
     rules = [(kernel, "int8")]
-    with pytest.raises(ValueError, match="lacks this leaf.*a rule .'.*', None. in fr"):
+    with pytest.raises(ValueError, match="lacks this leaf.*with a rule .'.*', None"):
         hf.load(source, quantize=rules, **given)

@@ -1,0 +1,7 @@
+"""Checkpoints that bitsandbytes has quantised."""
+
+from lorax.interop.bitsandbytes.headers import gathered
+from lorax.interop.bitsandbytes.leaves import Plan, plans
+from lorax.interop.bitsandbytes.matrices import Coded, is_coded
+
+__all__ = ["Coded", "Plan", "gathered", "is_coded", "plans"]
