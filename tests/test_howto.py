@@ -13,6 +13,7 @@ import pytest
 import lorax
 from lorax import checkpoint, compose
 from lorax.adapters import parametrisation
+from tests.interop import gguf_files
 
 pytestmark = pytest.mark.once
 
@@ -150,6 +151,16 @@ def peft(scope):
     assert any((new != old).any() for new, old in zip(moved, params))
 
 
+def gguf(scope):
+    leaves = lorax.tree.flatten(scope["params"])
+    is_quantized = lorax.quantized.is_quantized
+    kept = {path for path, leaf in leaves.items() if is_quantized(leaf)}
+    assert kept == scope["adapters"].keys() == scope["again"].keys()
+    for path, adapter in scope["adapters"].items():
+        jax.tree.map(np.testing.assert_array_equal, adapter, scope["again"][path])
+    assert scope["files"]["tokenizer.json"]["model"]["type"] == "BPE"
+
+
 def many_adapters(scope):
     assert scope["apply"]._cache_size() == 1
     assert scope["both"]["w"].rank == 5 and scope["small"]["w"].rank == 2
@@ -205,6 +216,7 @@ CHECKS = {
         adalora,
         saving,
         peft,
+        gguf,
         many_adapters,
         population,
         sharding,
@@ -219,7 +231,10 @@ def no_class_stays(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [page.stem for page in PAGES])
-def test_the_code_does_what_the_page_says(name, capsys):
+def test_the_code_does_what_the_page_says(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name == "gguf":  # stands for the file that the page downloads
+        gguf_files.tiny("SmolLM2-135M-Instruct.Q4_1.gguf")
     if name not in CHECKS:
         assert name == "runs", "a page without a check of what it shows"
         return

@@ -12,30 +12,15 @@ import lorax
 from configs import common
 from experiments.generation import exporting, loading
 from lorax import checkpoint
-from lorax.interop.gguf.blocks import Type
 from tests import children
 from tests.interop import gguf_files as made
-from tests.interop.test_gguf_tokenizer import LETTERS
 
 TOKENS = np.arange(24).reshape(2, 12) % made.VOCABULARY
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
-    told = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": [*LETTERS[: made.VOCABULARY - 2], "%&", "<end>"],
-        "tokenizer.ggml.token_type": [1] * (made.VOCABULARY - 1) + [3],
-        "tokenizer.ggml.merges": ["% &"],
-        "tokenizer.ggml.eos_token_id": made.VOCABULARY - 1,
-        "tokenizer.chat_template": "{{ messages[0]['content'] }}",
-    }
-    sizes = {"embedding_length": 32, "feed_forward_length": 32}
-    sizes |= {"attention.head_count": 2, "attention.head_count_kv": 1}
-    held = made.tensors(lambda name: Type.Q4_0, **sizes)
-    return made.write(path, held, metadata=told, **sizes)
+    return made.tiny(tmp_path_factory.mktemp("models") / "tiny.gguf")
 
 
 def config_of(source, **fields):

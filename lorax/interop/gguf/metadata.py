@@ -50,7 +50,14 @@ _READ = {
     *(f"rope.scaling.{name}" for name in _SCALING),
     *("attention.value_length", "rope.dimension_count", "vocab_size"),
 }
-_HARMLESS = {"rope.scaling.finetuned", "attention.causal", "tensor_data_layout"}
+_HARMLESS = {"rope.scaling.finetuned", "tensor_data_layout"}
+_ONLY = {
+    "attention.causal": True,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+}
+"""Switches that are implemented in one position."""
 _LLAMA3 = rope.Rope(kind="llama3", original=8192, low=1.0, high=4.0)
 """Every Llama 3.1 to 3.3 has these, and a factor of 8 or 32."""
 
@@ -128,21 +135,30 @@ def _fields(header: Header, kind: str) -> dict[str, Any]:
             scaling[field] = header.field(name, rule)
     if scaling.get("rope_type", "none") != "none":
         fields["rope_scaling"] = scaling
-    odd = {
-        key: value
-        for key, value in header.metadata.items()
-        if key.startswith(f"{kind}.") and not untrusted.ZERO.fits(value)
-    }
-    for key in _READ | _HARMLESS:
-        odd.pop(f"{kind}.{key}", None)
-    odd = {key: value for key, value in odd.items() if value not in (0, 0.0)}
+    _require_known(header, kind)
+    return fields
+
+
+def _require_known(header: Header, kind: str) -> None:
+    """Raises for a key that may change the architecture, and that nobody here knows."""
+    odd = {}
+    for name, value in header.metadata.items():
+        key = name.removeprefix(f"{kind}.")
+        if key == name or key in _READ | _HARMLESS:
+            continue
+        if key in _ONLY:
+            fine = value == _ONLY[key]
+        else:
+            fine = untrusted.ZERO.fits(value) or value == 0
+        if not fine:
+            odd[name] = value
     if odd:
         shown = ", ".join(f"{k}={untrusted.shown(v)}" for k, v in odd.items())
         raise ValueError(
-            f"{header.path}: unknown keys, which may change the architecture: {shown}; "
-            "load the model that the file was made from with hf.load"
+            f"{header.path}: keys that may change the architecture, and are not "
+            f"implemented: {shown}; load the model that the file was made from with "
+            "hf.load"
         )
-    return fields
 
 
 def _agrees(header: Header, kind: str, found: llama.Config) -> None:
