@@ -49,6 +49,7 @@ def select(
         out = {path: why_not(target, path, kernels, theirs) for path in leaves}
         paths = [path for path, reason in out.items() if reason is None]
         if not paths:
+            _refuse_qarrays(target, leaves)
             raise ValueError(
                 f"the target {target.pattern!r} matches no leaf"
                 + (" outside its exclude" if target.exclude else "")
@@ -97,6 +98,19 @@ def _nearest(
     matrices = [p for p in leaves if sum(n > 1 for n in leaves[p].shape) > 1]
     said = [f"{path}: {out[path]}" for path in matrices[:8]]
     return "; ".join(said) or "it has no matrices"
+
+
+def _refuse_qarrays(target: Target, leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError where a target means a QArray of qwix, or its codes."""
+    for path in leaves:
+        held = path.removesuffix("/qvalue")
+        named = tree.match(target.pattern, held) or tree.match(target.pattern, path)
+        if held != path and f"{held}/scale" in leaves and named:
+            raise ValueError(
+                f"{held}: a QArray of qwix, whose arrays are leaves of their own; "
+                "lorax.interop.qwix.from_qarrays(params, kernels) makes one quantised "
+                "leaf of them"
+            )
 
 
 def why_not(
@@ -186,6 +200,7 @@ def _kernel(
     """Returns the description of one matched leaf, or says why it cannot be adapted."""
     leaf = leaves[path]
     if not tree.is_floating(leaf):
+        _refuse_qarrays(target, leaves)
         raise ValueError(
             f"{path}: matched by {target.pattern!r}, but its dtype is "
             f"{getattr(leaf, 'dtype', type(leaf).__name__)} and only floating leaves "

@@ -155,7 +155,7 @@ def recode(leaf: Quantized, kernel: jax.Array) -> Quantized:
         codes = _rounded(
             values, jnp.dtype(jnp.int4) if leaf.block else leaf.codes.dtype
         )
-    pairs = _in_pairs(codes, leaf.pair_axis, leaf.block)
+    pairs = in_pairs(codes, leaf.pair_axis, leaf.block)
     return dataclasses.replace(leaf, codes=pairs)
 
 
@@ -213,6 +213,19 @@ def block_of(shape: Sequence[int], counts: Sequence[int], axes: Axes) -> int:
             f"are {size} in {count} groups; use even groups, or eight bits"
         )
     return block
+
+
+def in_pairs(codes: jax.Array, axis: int, block: int) -> jax.Array:
+    """Returns codes of four bits two to a byte, see `Quantized`.
+
+    Args:
+      codes: signed ones below 8, or unsigned ones below 16.
+      axis: the last input axis.
+      block: how many inputs share bytes; 0: the codes stay as they are.
+    """
+    if not block:
+        return codes
+    return packed(codes.astype(jnp.int8).astype(jnp.uint8) & 15, axis, block)
 
 
 def _last(axes: Axes) -> int:
@@ -282,15 +295,8 @@ def _leaf(
     if codes.dtype != jnp.int4:
         return Quantized(codes, scales, zeros, axes=axes, dtype=dtype)
     block = block_of(codes.shape, scales.shape, axes)
-    pairs = _in_pairs(codes, _last(axes), block)
+    pairs = in_pairs(codes, _last(axes), block)
     return Quantized(pairs, scales, zeros, axes=axes, block=block, dtype=dtype)
-
-
-def _in_pairs(codes: jax.Array, axis: int, block: int) -> jax.Array:
-    """Codes of four bits two to a byte, see `Quantized`; others as they are."""
-    if not block:
-        return codes
-    return packed(codes.astype(jnp.int8).astype(jnp.uint8) & 15, axis, block)
 
 
 def _rounded(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
