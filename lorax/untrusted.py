@@ -13,7 +13,7 @@ import math
 import reprlib
 import string
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 LARGEST = 2**31 - 1
@@ -79,6 +79,12 @@ def field(table: Any, name: str, rule: Rule, where: str = "") -> Any:
 def shown(value: Any) -> str:
     """The value in a message: long ones are cut."""
     return _SHORT.repr(value)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names of a list in a message, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(names[:5]) or "none") + more
 
 
 # Rules

@@ -322,7 +322,7 @@ def _placed(
     if missing or extra:
         raise ValueError(
             "the tensors are not those of its config.json; "
-            f"missing: {_some(missing)}; left over: {_some(extra)}"
+            f"missing: {untrusted.some(missing)}; left over: {untrusted.some(extra)}"
         )
     flat = _flat(shapes)
     found: dict[str, list[tuple[Any, table.Entry]]] = {}
@@ -351,11 +351,6 @@ def _sizes(raw: Mapping[str, Any], config: Any) -> str:
             absent = " (left out, so the default)" if raw.get(name) is None else ""
             told.append(f"{name}={value}{absent}")
     return f"config.json has {', '.join(told)}"
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return (", ".join(names[:5]) or "none") + more
 
 
 def _drawn(

@@ -54,7 +54,7 @@ def test_a_mistyped_file_is_told_before_a_run(file):
 
 def test_what_is_exported_is_the_merged_checkpoint(file, tmp_path):
     model, params, tokenizer = loading.load_model(str(file))
-    forward = lambda p: model.apply({"params": p}, TOKENS)
+    forward = jax.jit(lambda p: model.apply({"params": p}, TOKENS))
     kernels = lorax.discover(forward, params)
     target = lorax.Target("layers/(q|down)/kernel", rank=2)
     adapters, _ = lorax.init(jax.random.key(0), params, [target], kernels)
@@ -63,7 +63,7 @@ def test_what_is_exported_is_the_merged_checkpoint(file, tmp_path):
     exporting.export(str(file), str(tmp_path / "own"), str(tmp_path / "out"), "merged")
     again, read, same = loading.load_model(str(tmp_path / "out"))
     want = forward(lorax.merge(adapters, params))
-    found = again.apply({"params": read}, TOKENS)
+    found = jax.jit(again.apply)({"params": read}, TOKENS)
     np.testing.assert_allclose(found, want, atol=1e-5 * np.abs(want).max())
     assert np.abs(forward(params) - want).max() > 1e-2 * np.abs(want).max()
     assert same.encode("$%&12") == tokenizer.encode("$%&12")

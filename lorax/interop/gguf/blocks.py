@@ -46,14 +46,16 @@ class Form(NamedTuple):
     Attributes:
       bits: of a code.
       tile: neighbours that share a scale.
-      signed: codes lie about zero; else they begin there.
       take: `[blocks, bytes]` to `Blocks`, a row for each block.
+      signed: codes lie about zero; else they begin there.
+      wide: scales are products of two numbers, and float32.
     """
 
     bits: int
     tile: int
-    signed: bool
     take: Callable[[np.ndarray], Blocks]
+    signed: bool = False
+    wide: bool = False
 
 
 def unpack(kind: Type, rows: np.ndarray) -> Blocks:
@@ -150,13 +152,13 @@ def _q6_k(raw: np.ndarray) -> Blocks:
 
 
 FORMS = {
-    Type.Q4_0: Form(4, 32, True, _q4_0),
-    Type.Q4_1: Form(4, 32, False, _q4_1),
-    Type.Q5_0: Form(5, 32, True, _q5_0),
-    Type.Q5_1: Form(5, 32, False, _q5_1),
-    Type.Q8_0: Form(8, 32, True, _q8_0),
-    Type.Q4_K: Form(4, 32, False, _q4_k),
-    Type.Q5_K: Form(5, 32, False, _q5_k),
-    Type.Q6_K: Form(6, 16, True, _q6_k),
+    Type.Q4_0: Form(4, 32, _q4_0, signed=True),
+    Type.Q4_1: Form(4, 32, _q4_1),
+    Type.Q5_0: Form(5, 32, _q5_0, signed=True),
+    Type.Q5_1: Form(5, 32, _q5_1),
+    Type.Q8_0: Form(8, 32, _q8_0, signed=True),
+    Type.Q4_K: Form(4, 32, _q4_k, wide=True),
+    Type.Q5_K: Form(5, 32, _q5_k, wide=True),
+    Type.Q6_K: Form(6, 16, _q6_k, signed=True, wide=True),
 }
 """The types whose codes are kept; those of others are decoded."""

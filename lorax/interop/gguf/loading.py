@@ -1,13 +1,14 @@
 """Llama-family models from GGUF files, dense or with the files' own codes.
 
-model, params = gguf.load("model.Q4_K_M.gguf", quantized=True)
-logits = lorax.adapt(forward)({}, params, tokens)
+    model, params = gguf.load("model.Q4_K_M.gguf", quantized=True)
+    logits = lorax.adapt(forward)({}, params, tokens)
+
+Everything that can be known from the header is checked before the first weight is read.
 """
 
 from __future__ import annotations
 
 import pathlib
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,16 +18,14 @@ import gguf
 import jax
 import numpy as np
 
-from lorax import tree
+from lorax import tree, untrusted
 from lorax.interop import hf, leaves
-from lorax.interop.gguf import blocks, header, metadata
-from lorax.interop.gguf.coded import Coded
+from lorax.interop.gguf import header, metadata
 from lorax.interop.gguf.header import Header
+from lorax.interop.gguf.leaves import Part, plans
 from lorax.interop.gguf.tensors import Tensor
 from lorax.models import llama, table
 from lorax.types import PyTree
-
-Parts = list[tuple[Tensor, table.Entry]]
 
 
 def load(
@@ -49,8 +48,7 @@ def load(
       quantized: keep the codes of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K.
         A stack whose layers differ in type has all its codes in eight bits; give
         `scan=False` to have each layer with its own bits.
-      shardings: as for `hf.load`; where a leaf is quantised, of each of its arrays, as
-        `sharding.Placed.tree` gives them.
+      shardings: as for `hf.load`.
       dtype: of the computation, and of weights that are decoded. None: float32, or the
         file's own type where most of it is F16 or BF16.
       **switches: fields of `llama.Config` that the file does not hold, such as `scan`
@@ -76,11 +74,11 @@ def load(
     model = llama.Model(config)
     shapes = tree.flatten(hf.abstract(model))
     found = placed(head, config, shapes)
-    kept = _kept(found, shapes, config) if quantized else {}
+    kept = plans(found, shapes, config.param_dtype) if quantized else {}
     nested = flax.traverse_util.unflatten_dict
-    abstract = shapes | {key: coded.abstract for key, coded in kept.items()}
     if callable(shardings):
-        shardings = shardings(model, nested(abstract, sep="/"))
+        packs = {name: plan.abstract for name, plan in kept.items()}
+        shardings = shardings(model, nested(shapes | packs, sep="/"))
     lies = {} if shardings is None else tree.flatten(shardings)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params: dict[str, Any] = {}
@@ -115,7 +113,7 @@ def heads_of(config: llama.Config, name: str, kind: str) -> int:
 
 def placed(
     head: Header, config: llama.Config, shapes: Mapping[str, Any]
-) -> dict[str, Parts]:
+) -> dict[str, list[Part]]:
     """Returns for every leaf its tensors, one for each layer of a stack.
 
     Raises:
@@ -135,9 +133,9 @@ def placed(
     if missing or extra:
         raise ValueError(
             f"{head.path}: the tensors are not those of its metadata; "
-            f"missing: {_some(missing)}; left over: {_some(extra)}"
+            f"missing: {untrusted.some(missing)}; left over: {untrusted.some(extra)}"
         )
-    found: dict[str, Parts] = {}
+    found: dict[str, list[Part]] = {}
     for name, (path, layer, entry) in where.items():
         heads = heads_of(config, name, kind)
         tensor = Tensor.of(head.tensors[name], config.param_dtype, heads)
@@ -149,33 +147,6 @@ def placed(
     return found
 
 
-def _kept(
-    found: Mapping[str, Parts], shapes: Mapping[str, Any], config: llama.Config
-) -> dict[str, Coded]:
-    """The linear maps whose codes are kept."""
-    kept, decoded = {}, {}
-    for path, parts in found.items():
-        kinds = {tensor.stored.kind for tensor, _ in parts}
-        entry, shape = parts[0][1], shapes[path].shape
-        if not entry.transposed or kinds <= set(header.FLOATS):
-            continue
-        if odd := kinds - set(blocks.FORMS):
-            decoded[path] = ", ".join(sorted(kind.name for kind in odd))
-            continue
-        tensors = tuple(tensor for tensor, _ in parts)
-        stacked = len(shape) > len(entry.axes)
-        kept[path] = Coded(tensors, shape, entry.inputs, stacked, config.param_dtype)
-    if decoded:
-        told = "\n".join(f"  {path}: {kinds}" for path, kinds in decoded.items())
-        warnings.warn(
-            f"leaves with types whose codes are not kept are decoded:\n{told}\n"
-            "lorax.quantize makes codes of them; with scan=False only layers of such "
-            "types are decoded",
-            stacklevel=3,
-        )
-    return kept
-
-
 def _dtype(head: Header) -> np.dtype:
     """The dtype of most of the bytes; of codes float32."""
     count: dict[Any, int] = {}
@@ -183,8 +154,3 @@ def _dtype(head: Header) -> np.dtype:
         dtype = header.FLOATS.get(tensor.kind, np.dtype(np.float32))
         count[dtype] = count.get(dtype, 0) + tensor.raw.nbytes
     return max(count, key=lambda dtype: count[dtype], default=np.dtype(np.float32))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return (", ".join(names[:5]) or "none") + more
