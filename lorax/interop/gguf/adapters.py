@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -60,18 +60,19 @@ def save_adapters(
       ValueError: adapters that do not fit it, that are no products of factors (Dora,
         Full, maps), on an embedding that is the head too, or not finite.
     """
-    base = Base(config)
-    tree.require(adapters, base.shapes, "model")
+    model = _Model.of(config)
+    tree.require(adapters, model.base.shapes, "model")
     for name, adapter in adapters.items():
-        adapter.check(name, base.shapes[name])
-        _require_pair(name, adapter, base)
-    modules, _ = peft_leaves.split(compose.to_lora(adapters, initial), base)
-    kind = _architecture(config)
+        adapter.check(name, model.base.shapes[name])
+        _require_pair(name, adapter, model.base)
+    modules, _ = peft_leaves.split(compose.to_lora(adapters, initial), model.base)
     alpha = _alpha(modules)
-    tensors = dict(_to_disk(modules, base, config, alpha))
+    tensors: dict[str, np.ndarray] = {}
+    for module in modules:
+        tensors |= _to_disk(module, model, alpha)
     if odd := [key for key, tensor in tensors.items() if not files.is_finite(tensor)]:
         raise ValueError(f"{odd[0]!r} would hold NaN or infinity")
-    file = gguf.GGUFWriter(path, kind)
+    file = gguf.GGUFWriter(path, model.architecture)
     file.add_type(gguf.GGUFType.ADAPTER)
     file.add_string(gguf.Keys.Adapter.TYPE, "lora")
     file.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
@@ -103,38 +104,62 @@ def load_adapters(
       ValueError: a file that is not sound, not an adapter, or not for this base; the
         key or the tensor is named.
     """
-    head = header.read(pathlib.Path(path))
-    _require_lora(head, _architecture(config))
+    model, head = _Model.of(config), header.read(pathlib.Path(path))
+    _require_lora(head, model.architecture)
     alpha = head.field(gguf.Keys.Adapter.LORA_ALPHA, untrusted.number(), 0)
-    base = Base(config)
-    known = {name: key for key, name in loading.names(config).items()}
     pairs: dict[str, dict[str, header.Stored]] = {}
     for key, stored in head.tensors.items():
         name, end = key[: -len(ENDS[0])], key[-len(ENDS[0]) :]
-        module = known.get(name, "").removesuffix(WEIGHT)
-        if end not in ENDS or module not in base.modules:
+        if end not in ENDS or name not in model.names.values():
             raise ValueError(
                 f"{head.path}: {key!r} is not a factor of a matrix of the model; its "
                 f"tensors are named such as 'blk.0.attn_q.weight{ENDS[0]}'"
             )
         pairs.setdefault(name, {})[end] = stored
     modules = []
-    for name, pair in pairs.items():
-        module = known[name].removesuffix(WEIGHT)
-        modules.append(_module(head, name, module, pair, base, config, alpha))
-    return assembly.adapters(modules, {}, base, dropout)
+    for module, name in model.names.items():
+        if name in pairs:
+            try:
+                modules.append(_from_disk(module, pairs[name], model, alpha))
+            except ValueError as error:
+                raise ValueError(f"{head.path}: {name}: {error}") from error
+    return assembly.adapters(modules, {}, model.base, dropout)
 
 
-def _architecture(config: llama.Config) -> str:
-    """llama.cpp's name of a model's architecture."""
-    kind = getattr(config, "model_type", "")
-    kind = "llama" if kind == "mistral" else kind
-    if kind not in metadata.ARCHITECTURES:
-        raise ValueError(
-            f"{type(config).__module__}.{type(config).__qualname__} is not a config of "
-            f"an architecture that is implemented: {', '.join(metadata.ARCHITECTURES)}"
-        )
-    return kind
+class _Model(NamedTuple):
+    """The base as both programs see it.
+
+    Attributes:
+      base: modules by torch's names.
+      config: of the base.
+      architecture: llama.cpp's name of it.
+      names: of the matrices in a GGUF file, by module.
+    """
+
+    base: Base
+    config: llama.Config
+    architecture: str
+    names: dict[str, str]
+
+    @classmethod
+    def of(cls, config: llama.Config) -> _Model:
+        """Returns the model of a config.
+
+        Raises:
+          ValueError: of another family.
+        """
+        kind = getattr(config, "model_type", "")
+        kind = "llama" if kind == "mistral" else kind
+        if kind not in metadata.ARCHITECTURES:
+            raise ValueError(
+                f"{type(config).__module__}.{type(config).__qualname__} is not the "
+                "config of an architecture that is implemented: "
+                f"{', '.join(metadata.ARCHITECTURES)}"
+            )
+        base = Base(config)
+        spelled = loading.names(config)
+        known = {m: spelled[m + WEIGHT] for m in base.modules if m + WEIGHT in spelled}
+        return cls(base, config, kind, known)
 
 
 def _require_pair(path: str, adapter: Any, base: Base) -> None:
@@ -155,27 +180,25 @@ def _require_pair(path: str, adapter: Any, base: Base) -> None:
 def _alpha(modules: Sequence[Module]) -> float:
     """The alpha of most modules; llama.cpp takes 0 for a scale of 1."""
     alphas = [near_whole(module.scale * module.rank) for module in modules]
-    most = Counter(alpha for alpha in alphas if alpha).most_common(1)
+    largest = np.finfo(np.float32).max
+    most = Counter(a for a in alphas if 0 < abs(a) <= largest).most_common(1)
     return float(np.float32(most[0][0])) if most else 1.0
 
 
-def _to_disk(
-    modules: Sequence[Module], base: Base, config: llama.Config, alpha: float
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of all modules, by their names."""
-    names, kind = loading.names(config), _architecture(config)
-    for module in modules:
-        a, b = (module.fields[field] for field in ("a", "b"))
-        ratio = module.scale * module.rank / alpha
-        if not np.isclose(ratio, 1, rtol=1e-7, atol=0):
-            b = (b.astype(np.float64) * ratio).astype(np.float32)
-        name = names[module.name + WEIGHT]
-        b = b.T
-        if heads := loading.heads_of(config, name, kind):
-            b = turned(b, heads)
-        a = a if base.is_embedding(module.name) else a.T
-        for end, tensor in zip(ENDS, (a, b), strict=True):
-            yield name + end, np.ascontiguousarray(tensor, np.float32)
+def _to_disk(module: Module, model: _Model, alpha: float) -> dict[str, np.ndarray]:
+    """The tensors of a module, by their names."""
+    a, b = (module.fields[field] for field in ("a", "b"))
+    ratio = module.scale * module.rank / alpha
+    if not np.isclose(ratio, 1, rtol=1e-7, atol=0):
+        b = b.astype(np.float64) * ratio
+    rows, name = b.T, model.names[module.name]
+    if heads := loading.heads_of(model.config, name):
+        rows = turned(rows, heads)
+    pair = a if model.base.is_embedding(module.name) else a.T, rows
+    return {
+        name + end: np.ascontiguousarray(tensor, np.float32)
+        for end, tensor in zip(ENDS, pair, strict=True)
+    }
 
 
 def _require_lora(head: Header, kind: str) -> None:
@@ -199,36 +222,29 @@ def _require_lora(head: Header, kind: str) -> None:
         )
 
 
-def _module(
-    head: Header,
-    name: str,
-    module: str,
-    pair: dict[str, header.Stored],
-    base: Base,
-    config: llama.Config,
-    alpha: float,
+def _from_disk(
+    module: str, pair: dict[str, header.Stored], model: _Model, alpha: float
 ) -> Module:
-    """The factors of one matrix."""
+    """The factors of a module; of the pair's shapes all are checked first."""
     if missing := [end for end in ENDS if end not in pair]:
-        raise ValueError(f"{head.path}: there is no {name + missing[0]!r}")
-    if module == base.embedding:
+        raise ValueError(f"there is no {missing[0]!r} of it")
+    if module == model.base.embedding:
         raise ValueError(
-            f"{head.path}: {name + ENDS[0]!r} adapts an embedding that is the head "
-            "too; load the base with tied=False, its head the embedding transposed"
+            "the adapter is of an embedding that is the head too; load the base with "
+            "tied=False, its head the embedding transposed"
         )
-    inputs, outputs = base.sizes(module)
-    first, second = (pair[end] for end in ENDS)
-    rank = second.shape[-1]
-    looked_up = base.is_embedding(module)
+    inputs, outputs = model.base.sizes(module)
+    looked_up = model.base.is_embedding(module)
+    a, b = (pair[end] for end in ENDS)
+    rank = b.shape[-1]
     need = ((inputs, rank) if looked_up else (rank, inputs)), (outputs, rank)
-    if (first.shape, second.shape) != need:
+    if (a.shape, b.shape) != need:
         raise ValueError(
-            f"{head.path}: {name + ENDS[0]!r} and {name + ENDS[1]!r} have shapes "
-            f"{list(first.shape)} and {list(second.shape)}; of a map from {inputs} to "
-            f"{outputs} they are {[*map(list, need)]}"
+            f"its factors have shapes {list(a.shape)} and {list(b.shape)}; of a map "
+            f"from {inputs} to {outputs} they are {list(need[0])} and {list(need[1])}"
         )
-    heads = loading.heads_of(config, name, _architecture(config))
-    a = Tensor.of(first, np.float32).read().astype(np.float32)
-    b = Tensor.of(second, np.float32, heads).read().astype(np.float32)
-    fields = {"a": a if looked_up else a.T, "b": b.T}
+    heads = loading.heads_of(model.config, model.names[module])
+    first = Tensor.of(a, np.float32).read().astype(np.float32)
+    rows = Tensor.of(b, np.float32, heads).read().astype(np.float32)
+    fields = {"a": first if looked_up else first.T, "b": rows.T}
     return Module(module, Lora, fields, {"scale": alpha / rank if alpha else 1.0})

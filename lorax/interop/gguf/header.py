@@ -126,7 +126,7 @@ class _Parser:
     def header(self) -> Header:
         """Returns the whole of it."""
         self._opened()
-        tensors, entries = self._number("<u8", "counts"), self._number("<u8", "counts")
+        tensors, entries = self._whole(8, "counts"), self._whole(8, "counts")
         self._room(tensors * _SMALLEST_TENSOR, f"{tensors} tensors")
         self._room(entries * _SMALLEST_ENTRY, f"{entries} keys")
         metadata: dict[str, Any] = {}
@@ -148,7 +148,7 @@ class _Parser:
         magic = self._bytes(4, "the magic")
         if magic != b"GGUF":
             raise ValueError(f"starts with {magic!r}, and is not a GGUF file")
-        version = self._number("<u4", "the version")
+        version = self._whole(4, "the version")
         if version & 0xFFFF == 0:
             raise ValueError(
                 "is a big-endian GGUF file; convert it with gguf-convert-endian of the "
@@ -177,12 +177,12 @@ class _Parser:
         self.at += count
         return found
 
-    def _number(self, dtype: str, what: str) -> Any:
-        kind = np.dtype(dtype)
-        return np.frombuffer(self._bytes(kind.itemsize, what), kind)[0].item()
+    def _whole(self, size: int, what: str) -> int:
+        """Reads a number without a sign."""
+        return int.from_bytes(self._bytes(size, what), "little")
 
     def _text(self, what: str) -> str:
-        raw = self._bytes(self._number("<u8", what), what)
+        raw = self._bytes(self._whole(8, what), what)
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
@@ -191,7 +191,7 @@ class _Parser:
             ) from None
 
     def _kind(self, key: str) -> gguf.GGUFValueType:
-        number = self._number("<u4", key)
+        number = self._whole(4, key)
         try:
             return _Value(number)
         except ValueError:
@@ -202,7 +202,7 @@ class _Parser:
             return self._text(key)
         if kind != _Value.ARRAY:
             return self._numbers(kind, 1, key)[0]
-        inner, count = self._kind(key), self._number("<u8", key)
+        inner, count = self._kind(key), self._whole(8, key)
         if inner == _Value.ARRAY:
             raise ValueError(f"{key}: arrays of arrays are not read")
         if inner != _Value.STRING:
@@ -221,13 +221,13 @@ class _Parser:
 
     def _tensor(self, name: str) -> tuple[Any, tuple[int, ...], int]:
         """The ggml type, the shape, the offset from where the data begins."""
-        count = self._number("<u4", name)
+        count = self._whole(4, name)
         if not 1 <= count <= 4:
             raise ValueError(f"{name!r} has {count} dimensions; 1 to 4 are possible")
-        dims = [self._number("<u8", name) for _ in range(count)]
+        dims = [self._whole(8, name) for _ in range(count)]
         if min(dims) < 1 or math.prod(dims) > 2**62:
             raise ValueError(f"{name!r} has the impossible shape {dims}")
-        number, offset = self._number("<u4", name), self._number("<u8", name)
+        number, offset = self._whole(4, name), self._whole(8, name)
         try:
             kind = gguf.GGMLQuantizationType(number)
         except ValueError:

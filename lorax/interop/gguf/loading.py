@@ -27,6 +27,9 @@ from lorax.interop.gguf.tensors import Tensor
 from lorax.models import llama, table
 from lorax.types import PyTree
 
+TURNED = ("llama", "mistral")
+"""Types of models whose queries and keys llama.cpp stores in an order of its own."""
+
 
 def load(
     path: str | pathlib.Path,
@@ -102,9 +105,9 @@ def names(config: llama.Config) -> dict[str, str]:
     return found
 
 
-def heads_of(config: llama.Config, name: str, kind: str) -> int:
+def heads_of(config: llama.Config, name: str) -> int:
     """Returns for how many heads the rows of a tensor lie as llama.cpp turns them."""
-    if kind not in metadata.TURNED:
+    if config.model_type not in TURNED:
         return 0
     if ".attn_q." in name:
         return config.heads
@@ -137,7 +140,7 @@ def placed(
         )
     found: dict[str, list[Part]] = {}
     for name, (path, layer, entry) in where.items():
-        heads = heads_of(config, name, kind)
+        heads = heads_of(config, name)
         tensor = Tensor.of(head.tensors[name], config.param_dtype, heads)
         shape = shapes[path].shape[layer is not None :]
         need = table.disk_shape(shape, entry.inputs, entry.transposed)

@@ -15,9 +15,6 @@ from lorax.models import hf_config, llama, rope
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """What is read; llama.cpp's "llama" is Mistral as well."""
 
-TURNED = ("llama",)
-"""Architectures whose queries and keys llama.cpp stores in an order of its own."""
-
 SIZES = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -123,20 +120,21 @@ def _fields(header: Header, kind: str) -> dict[str, Any]:
     for key, field in SIZES.items():
         rule, name = _RULES.get(key, _COUNT), f"{kind}.{key}"
         if name in header.metadata or key not in _OPTIONAL:
-            value = header.field(name, rule)
-            # the shortest decimal of a float32: 1e-05, not 9.999999747378752e-06
-            fields[field] = (
-                float(str(np.float32(value))) if isinstance(value, float) else value
-            )
+            fields[field] = _shortest(header.field(name, rule))
     scaling = {}
     for key, (field, rule) in _SCALING.items():
         name = f"{kind}.rope.scaling.{key}"
         if name in header.metadata:
-            scaling[field] = header.field(name, rule)
+            scaling[field] = _shortest(header.field(name, rule))
     if scaling.get("rope_type", "none") != "none":
         fields["rope_scaling"] = scaling
     _require_known(header, kind)
     return fields
+
+
+def _shortest(value: Any) -> Any:
+    """A float32 by its shortest decimal: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _require_known(header: Header, kind: str) -> None:
