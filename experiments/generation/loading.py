@@ -52,8 +52,7 @@ def read(path: pathlib.Path, quantize: str = "", **kwargs: Any) -> tuple[Any, An
                 f"quantize={quantize!r} keeps the codes of a GGUF file, and {path} is "
                 f"a directory; give a format: {', '.join(FORMATS)}"
             )
-        model, params = hf.load(path, **kwargs)
-        return model, quantizing.quantized(model, params, quantize)
+        return hf.load(path, quantize=quantizing.rules(quantize) or None, **kwargs)
     from lorax.interop import gguf  # an extra
 
     if quantize == quantizing.OF_FILE:

@@ -256,6 +256,11 @@ def to_disk(config: Any, params: PyTree) -> dict[str, np.ndarray]:
     if paths != set(flat):
         odd = ", ".join(sorted(paths ^ set(flat))[:5])
         raise ValueError(f"these are not the parameters of the model: {odd}")
+    if small := [path for path, leaf in flat.items() if tree.is_quantized(leaf)]:
+        raise ValueError(
+            f"{small[0]}: the leaf is quantised, and files hold dense ones; write "
+            "lorax.merge({}, params), or with adapters lorax.merge(adapters, params)"
+        )
     tensors = {}
     for key, (path, layer, entry) in found.items():
         leaf = flat[path] if layer is None else flat[path][layer]

@@ -126,6 +126,16 @@ def test_errors(tmp_path):
         hf.load(source, quantize=[("layers/x", "int8")])
 
 
+def test_what_is_written_is_dense(tmp_path):
+    source = write(tmp_path / "a", SMALL, tensors_of(SMALL))
+    model, params = hf.load(source, quantize=[(".*/up/kernel", "int8")])
+    with pytest.raises(ValueError, match="up/kernel: the leaf is quantised.*merge"):
+        hf.save(tmp_path / "b", model.config, params)
+    dense = lorax.merge({}, params)
+    hf.save(tmp_path / "b", model.config, dense)
+    jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "b")[1], dense)
+
+
 def test_a_head_that_is_drawn_stays_dense(tmp_path):
     config = roberta.Config(
         vocabulary=61, positions=34, width=32, layers=2, heads=4, hidden=48, head="mlm"
