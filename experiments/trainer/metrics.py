@@ -9,6 +9,8 @@ import numpy as np
 import rich.box
 import rich.table
 
+from lorax.quantized import is_quantized
+
 LossFn = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
 BITS = 1 / math.log(2)  # bits in a nat
@@ -33,8 +35,8 @@ def make_bits_per_byte(loss_fn: LossFn) -> Callable[[Any, Iterable[Any]], float]
 
 
 def size(tree: Any) -> int:
-    """Number of array elements in a tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    """Number of array elements in a tree; of quantised leaves, of weights."""
+    return sum(x.size for x in jax.tree.leaves(tree, is_leaf=is_quantized))
 
 
 def nbytes(tree: Any) -> int:

@@ -12,6 +12,7 @@ from experiments.generation import (
 )
 from experiments.reading import checking
 from experiments.recipes import finetune
+from experiments.trainer import metrics
 from lorax import checkpoint
 from tests.data_paths import needs_data
 from tests.experiments.test_finetune import config_of
@@ -53,6 +54,8 @@ def test_a_run_keeps_its_base_packed(init, tmp_path):
     exporting.export(source, trained, str(tmp_path / "out"), "merged", quantize="int8")
     _, params, _ = loading.load_model(str(tmp_path / "out"))
     assert not quantizing.packed(params)
+    share = results["trainable"] / metrics.size(params)
+    assert results["trainable_share"] == pytest.approx(share)
     config.model.update(source=str(tmp_path / "out"), quantize="")
     exported = finetune.score(config, None, tmp_path)["valid_bpb_8"]
     assert exported == pytest.approx(results["valid_bpb_8"], rel=1e-4)

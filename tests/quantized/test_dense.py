@@ -1,5 +1,8 @@
 """What is dense of a quantised stack, and who says so where all of it is."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -86,6 +89,22 @@ def test_layers_taken_apart_or_chosen(adapter):
     close(jax.jit(grad)(adapters, base, x), jax.jit(grad)(adapters, dense(base), x))
     chosen = made(taken_apart, params, adapter=adapter, layers=(1, 5, 6))
     close(jax.jit(grad)(*chosen[1:]), jax.jit(grad)(chosen[1], dense(base), x))
+
+
+def largest(compiled):
+    """Elements of the largest floating array that a compiled program mentions."""
+    found = re.findall(r"\b(?:f64|f32|bf16|f16)\[([\d,]+)\]", compiled.as_text())
+    return max(math.prod(map(int, sizes.split(","))) for sizes in found)
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_the_compiled_program_mentions_no_dense_stack(form):
+    grad, adapters, base, x = made(scanned, parameters(scanned), form)
+    stack = DEPTH * WIDTH * HIDDEN
+    program = jax.jit(grad).lower(adapters, base, x).compile()
+    assert largest(program) <= WIDTH * HIDDEN
+    whole = jax.jit(grad).lower(adapters, dense(base), x).compile()
+    assert largest(whole) == stack
 
 
 def test_init_of_dora_is_that_of_the_dense_copy():
