@@ -194,11 +194,15 @@ def is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, Quantized)
 
 
+@jax.custom_jvp
 def dequantize(leaf: Quantized) -> jax.Array:
     """Returns the dense kernel: decoded in float32, rounded once to `leaf.dtype`.
 
     Args:
       leaf: the whole of it, or what is left after cutting every array of it alike.
+
+    Raises:
+      TypeError: a derivative with respect to the leaf.
     """
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
     scales = leaf.scales
@@ -217,6 +221,17 @@ def dequantize(leaf: Quantized) -> jax.Array:
         values = values + grid.tiles(leaf.shifts).astype(wide)
     values = values.astype(leaf.dtype).reshape(grid.shape)
     return values.transpose(inverse(leaf.axes.order))
+
+
+@dequantize.defjvp
+def _no_derivative(primals: tuple[Quantized], tangents: tuple[Any]) -> Any:
+    del tangents
+    (leaf,) = primals
+    raise TypeError(
+        f"a derivative of a quantised leaf of shape {list(leaf.shape)} was asked for, "
+        "and a quantised base does not train: differentiate with respect to the "
+        "adapters alone, the first argument of lorax.adapt(fn)"
+    )
 
 
 class Grid(NamedTuple):

@@ -341,6 +341,19 @@ def test_errors_say_what_to_do():
         lorax.init(KEY, bad, TARGETS, kernels)
 
 
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_the_base_has_no_gradient(form):
+    loss, params, x, kernels = layers()
+    base = lorax.quantize(params, form, kernels)
+    adapters, base = lorax.init(KEY, base, TARGETS, kernels)
+    if form == "int8":  # JAX refuses integers before the function is called
+        with pytest.raises(TypeError, match="grad requires real- or complex-valued"):
+            jax.grad(lorax.adapt(loss), argnums=1)(adapters, base, x)
+    said = r"quantised leaf of shape \[64, 128\].*does not train: differentiate with re"
+    with pytest.raises(TypeError, match=said):
+        jax.grad(lorax.adapt(loss), argnums=1, allow_int=True)(adapters, base, x)
+
+
 def test_embeddings_are_left_dense_and_first_match_wins():
     table = programs.normal(0, 32, 64)
     params = {"table": table, "w": programs.normal(1, 64, 64), "out": table.T}
