@@ -1,6 +1,6 @@
 """What a LoRA step costs on a base in a few bits a weight, beside a dense one.
 
-    python -m experiments.benchmarks.quantized_cost \
+    python -m experiments.benchmarks.quantized.step_cost \
         --quantized_model=SmolLM2-135M-Instruct.Q4_1.gguf
 
 Value and gradient with respect to LoRA of rank 8 on every linear kernel, interleaved in
