@@ -47,6 +47,8 @@ TEST = [
 ]
 GOLDEN = [
     "bitsandbytes>=0.50.2",
+    "dm-haiku>=0.0.16",
+    "equinox>=0.13",
     "peft>=0.17",
     "qwix>=0.1.8",
     "torch>=2.7",

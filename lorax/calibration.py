@@ -145,6 +145,7 @@ def _chosen(
     chosen: dict[str, Chosen] = {}
     for path, (target, kernel) in select(params, targets, kernels).items():
         inits.check(target)
+        inits.require_value(kernel, target)
         if asked := inits.of_target(target).stats:
             chosen.setdefault(asked, {})[path] = target, kernel
     if not chosen:

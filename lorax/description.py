@@ -141,7 +141,8 @@ def describe(
     theirs = selection.own_low_rank(params)
     found = []
     entry: tuple[str | None, str | None, int, str]
-    for path, leaf in sorted(tree.flatten(params).items()):
+    computed = {path: k for path, k in (kernels or {}).items() if k.leaves}
+    for path, leaf in sorted({**tree.flatten(params), **computed}.items()):
         if not tree.is_floating(leaf):
             continue
         shape = tuple(leaf.shape)

@@ -18,10 +18,13 @@ from lorax.types import Axes, PyTree
 class Kernel:
     """A leaf of the parameter tree and how the program uses it.
 
+    Or a kernel that the program computes of leaves, by its own code for quantised
+    models or under a name of `checkpoint_name`: beside it factors go as beside a leaf.
+
     Attributes:
       path: the leaf's path.
-      shape: the leaf's shape.
-      dtype: the leaf's dtype.
+      shape: the kernel's shape; steps of a loop that compute one each are in front.
+      dtype: the kernel's dtype.
       op: the first linear use, as `KernelUse` names it; else "other"
         (met by something that is not linear in it) or "unused".
       axes: in, out and batch axes of the first linear use; None without one.
@@ -29,7 +32,11 @@ class Kernel:
       uses: every use, in program order.
       head: True for the last kernel on its way to the output (an output head).
       value: the leaf itself; given to inits only. A quantised one is decoded by
-        `jnp.asarray`.
+        `jnp.asarray`; of a kernel that the program computes it is the shape and dtype.
+      leaves: those that the program computes the kernel of; () where the leaf itself is
+        the kernel. The path is that of its codes, or a name.
+      stored: shape and dtype of the codes; None where there are none.
+      refused: why no factors can go beside a computed kernel; "" where they can.
     """
 
     path: str
@@ -40,7 +47,10 @@ class Kernel:
     flops: int = 0
     uses: tuple[KernelUse, ...] = ()
     head: bool = False
-    value: jax.Array | None = None
+    value: Any = None
+    leaves: tuple[str, ...] = ()
+    stored: jax.ShapeDtypeStruct | None = None
+    refused: str = ""
 
     def linear_axes(self) -> Axes:
         """Returns `axes`; ValueError where no linear operation uses the leaf."""
@@ -88,7 +98,11 @@ def _served(use: KernelUse, axes: Axes | None) -> bool:
 def discover(
     fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
 ) -> dict[str, Kernel]:
-    """Reports how `fn` uses every floating leaf of `params`, without computing.
+    """Reports how `fn` uses every kernel, without computing.
+
+    Kernels are the floating leaves of `params`, and what `fn` makes of parameters
+    alone: of integers and floats of 8 bits, by code of its own (a scale, a zero point,
+    a table, packed halves), and what it names by `jax.ad_checkpoint.checkpoint_name`.
 
     Args:
       fn: a pure function of a parameter tree, as given to `adapt`.
@@ -97,7 +111,8 @@ def discover(
       **kwargs: likewise.
 
     Returns:
-      `{path: Kernel}` for every floating leaf.
+      `{path: Kernel}` for every floating leaf, for the codes of every kernel that `fn`
+      decodes, and for every named one.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -112,34 +127,88 @@ def discover(
     params, _ = tree.split(params)
     tree.require_pure(params)
     leaves = tree.flatten(params)
-    watched = {
-        path: interpret.unadapted(path, interpret.as_leaf(leaf)).kind
-        for path, leaf in leaves.items()
-        if tree.is_floating(leaf)
+    program, plan = _planned(fn, params, leaves, (args, kwargs))
+    floating = {path for path, leaf in leaves.items() if tree.is_floating(leaf)}
+    watched = floating - plan.kernels.keys()
+    terms = {
+        path: dataclasses.replace(term, behind=path in plan.behind)
+        for path, kind in plan.kernels.items()
+        for term in interpret.watch(path, kind).terms
     }
-    others = tree.replace(params, dict.fromkeys(watched, 0.0))
-    rest, join = interpret.split_abstract((others, args, kwargs))
-
-    def call(watched: dict[str, Any], values: list[Any]) -> Any:
-        params, args, kwargs = join(values)
-        return fn(tree.replace(params, watched), *args, **kwargs)
-
-    abstract = jax.tree.map(_explicit.abstract, watched)
-    jaxpr, _ = interpret.trace(lambda both: call(*both), (abstract, rest))
     recorder = interpret.Recorder()
+    walker = interpret.Walker(recorder, plan=dataclasses.replace(plan, terms=terms))
 
     def walk(both: Any) -> list[jax.Array]:
-        watched, rest = both
-        views = [interpret.watch(path, leaf) for path, leaf in sorted(watched.items())]
-        outs = interpret.Walker(recorder).run(jaxpr, [*views, *rest])
-        return recorder.returned(outs)
+        own, rest = both
+        views = [
+            interpret.watch(path, leaf) if path in watched else leaf
+            for path, leaf in own.items()
+        ]
+        return recorder.returned(walker.run(program.jaxpr, [*views, *rest]))
 
-    jax.eval_shape(walk, (abstract, rest))
-    inner = interpret.not_last(jaxpr, recorder.equations)
-    return {
-        path: _describe(path, leaves[path], recorder.uses.get(path, {}), inner)
-        for path in watched
+    given = {path: interpret.as_leaf(leaves[path]) for path in program.paths}
+    jax.eval_shape(walk, (given, program.rest))
+    inner = interpret.not_last(program.jaxpr, recorder.equations)
+    uses = recorder.uses
+    found = {
+        path: _describe(path, leaves[path], uses.get(path, {}), inner)
+        for path in leaves
+        if path in watched
     }
+    for path, kind in plan.kernels.items():
+        kernel = _describe(path, kind, uses.get(path, {}), inner)
+        found[path] = _computed(kernel, leaves.get(path), plan)
+    for path in watched & plan.refused.keys():
+        if not tree.is_coded(leaves[path]):
+            reason = plan.refused[path]
+            found[path] = dataclasses.replace(found[path], refused=reason)
+    parts = {part for path in plan.kernels for part in plan.leaves[path]}
+    for path in parts & found.keys() - plan.kernels.keys():
+        if found[path].axes is None:
+            found[path] = dataclasses.replace(found[path], op="decoding")
+    order = [*leaves, *sorted(plan.kernels)]
+    return {path: found[path] for path in dict.fromkeys(order) if path in found}
+
+
+def _planned(
+    fn: Callable[..., Any],
+    params: PyTree,
+    leaves: Mapping[str, Any],
+    arguments: tuple[Any, Any],
+) -> tuple[interpret.Program, interpret.Plan]:
+    """The program, and the kernels that it computes.
+
+    Those are told by what they are made of, so that all arrays have to be inputs; a
+    function that reads the value of one is traced with its floating leaves alone, and
+    computes none that factors could go beside.
+    """
+    kinds = {
+        path: _explicit.abstract(
+            interpret.unadapted(path, interpret.as_leaf(leaf)).kind
+        )
+        for path, leaf in leaves.items()
+        if tree.is_floating(leaf) or tree.is_coded(leaf)
+    }
+    try:
+        program = interpret.traced(fn, params, kinds, arguments, whole=True)
+    except interpret.NEEDS_VALUES:
+        kinds = {p: kind for p, kind in kinds.items() if tree.is_floating(kind)}
+        program = interpret.traced(fn, params, kinds, arguments, whole=False)
+    return program, interpret.plan_of(program, leaves)
+
+
+def _computed(kernel: Kernel, leaf: Any, plan: interpret.Plan) -> Kernel:
+    """The description of a kernel that the program computes."""
+    stored = None
+    if leaf is not None:
+        stored = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return dataclasses.replace(
+        kernel,
+        op=kernel.op if kernel.axes is not None else "other",
+        stored=stored,
+        leaves=plan.leaves[kernel.path],
+        refused=plan.refused.get(kernel.path, ""),
+    )
 
 
 def _describe(

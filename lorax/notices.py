@@ -82,13 +82,17 @@ def notice_left_out(
     rules = [t for t in selection.as_targets(targets) if t.pattern == ALL_LINEAR]
     found = {}
     for path, kernel in kernels.items():
-        if path in chosen or not rules or kernel.op != "other" or not kernel.matrix:
+        excluded = any(selection.excludes(rule, path) for rule in rules)
+        if path in chosen or not rules or excluded or not kernel.matrix:
+            continue
+        if kernel.refused and kernel.stored is not None:
+            found[path] = f"  {path} {kernel.shape}: {kernel.refused}"
+        if kernel.op != "other":
             continue
         met = next(
             (u for u in kernel.uses if u.matrix and u.op not in selection.ADDED), None
         )
-        excluded = any(selection.excludes(rule, path) for rule in rules)
-        if met is not None and not excluded:
+        if met is not None:
             found[path] = f"  {path} {kernel.shape}: {met.op!r} at {met.source}"
     if found:
         warnings.warn(

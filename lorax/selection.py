@@ -42,7 +42,12 @@ def select(
     """
     leaves = tree.flatten(params)
     if kernels is not None:
-        tree.require(kernels, leaves, "parameter tree given to init")
+        own = {p: k for p, k in kernels.items() if k.stored or not k.leaves}
+        tree.require(own, leaves, "parameter tree given to init")
+        named = {p: k for p, k in kernels.items() if p not in own}
+        for kernel in named.values():
+            tree.require(kernel.leaves, leaves, "parameter tree given to init")
+        leaves = {**leaves, **named}
     chosen: dict[str, tuple[Target, Kernel]] = {}
     theirs = own_low_rank(params)
     for target in as_targets(targets):
@@ -141,7 +146,13 @@ def why_not(
         return "not a floating leaf"
     if path in theirs:
         return "a low-rank factor of the model's own"
-    return _not_linear(kernels[path])
+    kernel = kernels[path]
+    if kernel.refused:
+        return kernel.refused
+    known = (p for p in kernel.leaves if p != path and p in kernels)
+    if adapted := [p for p in known if kernels[p].axes is not None]:
+        return f"made of {', '.join(adapted)}, and the same operation reads both"
+    return _not_linear(kernel)
 
 
 def excludes(target: Target, path: str) -> bool:
@@ -149,6 +160,14 @@ def excludes(target: Target, path: str) -> bool:
     return any(tree.match(pattern, path) for pattern in target.excluded)
 
 
+PASS = (
+    "; should the program make a kernel of it, pass kernels=lorax.discover(loss_fn, "
+    "params, batch)"
+)
+NOT_MADE = (
+    "; no product reads a kernel that the program makes of it and of other parameters "
+    "alone (the step that a loop counts is none: scan over the stack instead)"
+)
 ADDED = ("add", "sub", "add_any")  # what a bias or a table of positions meets
 LINEAR = ("dot", "conv", "grouped_conv", "ragged_dot")
 
@@ -157,6 +176,8 @@ def _not_linear(kernel: Kernel) -> str | None:
     """Why "all-linear" leaves a floating leaf out, judged by how it is used."""
     if kernel.op == "unused":
         return "the program does not use it"
+    if kernel.op == "decoding":
+        return "a part of a kernel that the program computes: a scale, say, or a table"
     if kernel.op == "other":
         use = kernel.uses[0]
         if {use.op for use in kernel.uses} <= {*ADDED}:
@@ -199,12 +220,18 @@ def _kernel(
 ) -> Kernel:
     """Returns the description of one matched leaf, or says why it cannot be adapted."""
     leaf = leaves[path]
+    known = None if kernels is None else kernels.get(path)
+    if known is not None and known.refused:
+        raise ValueError(f"{path}: {known.refused}")
+    if kernels is not None and known is not None and known.leaves:
+        return _computed(target, known, leaves, kernels)
     if not tree.is_floating(leaf):
         _refuse_qarrays(target, leaves)
         raise ValueError(
             f"{path}: matched by {target.pattern!r}, but its dtype is "
             f"{getattr(leaf, 'dtype', type(leaf).__name__)} and only floating leaves "
             "can be adapted; narrow the pattern or add it to exclude="
+            + ("" if not tree.is_coded(leaf) else PASS if kernels is None else NOT_MADE)
         )
     tree.require_adaptable(path, leaf)
     if tree.is_quantized(leaf) and adapters.get(target.adapter).replaces:
@@ -234,6 +261,34 @@ def _kernel(
             found = dataclasses.replace(found, axes=axes)
         _check_low_rank(target, found, leaves, kernels)
     return dataclasses.replace(found, value=leaf)
+
+
+def _computed(
+    target: Target,
+    kernel: Kernel,
+    leaves: Mapping[str, Any],
+    kernels: Mapping[str, Kernel],
+) -> Kernel:
+    """Returns the description of a kernel that the program computes, or refuses."""
+    path, leaf = kernel.path, leaves[kernel.path]
+    stored = kernel.stored
+    if stored is not None and (stored.shape, stored.dtype) != (leaf.shape, leaf.dtype):
+        raise ValueError(
+            f"{path}: the leaf is {leaf.dtype}{list(leaf.shape)} and discover saw "
+            f"{stored.dtype}{list(stored.shape)}; run discover on these parameters"
+        )
+    cls = adapters.get(target.adapter)
+    if cls.replaces or cls.reads_kernel:
+        raise ValueError(
+            f"{path}: adapter={target.adapter!r} needs the kernel itself, which the "
+            f"program computes of {', '.join(kernel.leaves)} when it runs; use "
+            "adapter='lora' or another whose update does not depend on the kernel"
+        )
+    if target.batch_axes:
+        kernel = dataclasses.replace(kernel, axes=_stacked(target, kernel))
+    _check_low_rank(target, kernel, leaves, kernels)
+    kind = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
+    return dataclasses.replace(kernel, value=kind)
 
 
 def _batch_axes(target: Target, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:

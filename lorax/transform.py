@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import adapters as adapter_classes
-from lorax import inits, interpret, linalg, notices, quantized, tree
+from lorax import computed, inits, interpret, linalg, notices, quantized, tree
 from lorax.adapters import packed
 from lorax.kernels import Kernel
 from lorax.selection import as_targets, select
@@ -65,8 +65,9 @@ def init(
     chosen = select(plain, targets, kernels)
     notices.notice_batch_axes(chosen, kernels)
     notices.notice_left_out(targets, chosen, kernels)
-    for path, (target, _) in chosen.items():
+    for path, (target, kernel) in chosen.items():
         inits.check(target)
+        inits.require_value(kernel, target)
         inits.require_stats(path, target, stats)
     _require_finite(plain)
     shared = {
@@ -170,8 +171,10 @@ def merge(adapters: Adapters, params: PyTree, *, requantize: bool = False) -> Py
 
     Raises:
       KeyError: a path that params lacks.
-      ValueError: an adapter that does not fit its leaf.
+      ValueError: an adapter that does not fit its leaf, or one beside a kernel that
+        the program makes of codes, which can hold no update.
     """
+    computed.require_leaves(computed.parted(adapters, params).computed, params)
     whole, leaves = check(adapters, params)
     merged = {path: folded(a, leaves[path], requantize) for path, a in whole.items()}
     if not requantize:
@@ -270,22 +273,26 @@ def adapt(
         lora_key: jax.Array | None = None,
         **kwargs: Any,
     ) -> Any:
-        whole, leaves = check(adapters, params)
-        params, _ = tree.split(params)
+        apart = computed.parted(adapters, params)
+        whole, leaves = check(apart.leaves, params)
+        params, held = tree.split(params)
         views, merged = _views(whole, leaves, emitter, lora_key)
-        frozen = tree.replace(params, merged)
-        flat, structure = jax.tree.flatten((args, kwargs))
-
-        def call(leaves: dict[str, jax.Array]) -> Any:
-            # containers made anew: nnx Variables may be written in this trace only
-            args, kwargs = jax.tree.unflatten(structure, flat)
-            return fn(tree.replace(frozen, leaves), *args, **kwargs)
-
-        thin = {path: view.kind for path, view in views.items()}
-        jaxpr, rebuild = interpret.trace(call, thin)
-        walker = interpret.Walker(emitter, key=lora_key)
-        outputs = walker.run(jaxpr, [*views.values()])
-        return rebuild(emitter.returned(outputs))
+        params, given = tree.replace(params, merged), (args, kwargs)
+        inputs: dict[str, Any] = {**views}
+        plan = interpret.NOTHING
+        if apart.computed:
+            known = {**leaves, **merged}
+            arrays = {p: jnp.asarray(x) for p, x in known.items() if tree.is_array(x)}
+            inputs = {**arrays, **views}
+            program = computed.traced(fn, params, inputs, given)
+            plan = computed.plan(program, leaves, apart.computed, held)
+        else:
+            kinds = {path: view.kind for path, view in views.items()}
+            program = interpret.traced(fn, params, kinds, given, whole=False)
+        walker = interpret.Walker(emitter, key=lora_key, plan=plan)
+        own = [inputs[path] for path in program.paths]
+        outputs = walker.run(program.jaxpr, [*own, *program.rest])
+        return program.rebuild(emitter.returned(outputs))
 
     adapted.__signature__ = _signature(fn)  # type: ignore[attr-defined]
     return adapted

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 
 from lorax.quantized import is_quantized
 from lorax.types import Adapters, Base, PyTree
@@ -117,6 +118,16 @@ def is_floating(leaf: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
+def is_coded(leaf: Any) -> bool:
+    """True for arrays that may hold the codes of a kernel: integers, 8-bit floats."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or is_quantized(leaf) or not leaf.shape:
+        return False
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.dtype(dtype).itemsize == 1
+    return jnp.issubdtype(dtype, jnp.integer)
+
+
 def require_adaptable(path: str, leaf: Any) -> None:
     """Raises ValueError naming a leaf that cannot hold an update: integers, 8 bits.
 
@@ -136,6 +147,13 @@ def require_adaptable(path: str, leaf: Any) -> None:
             "leaf times its scale, in bfloat16 or float32), or leave it out "
             "(exclude= of the target)"
         )
+
+
+def is_array(leaf: Any) -> bool:
+    """True for arrays of jax, traced ones too, and of numbers in numpy."""
+    if not isinstance(leaf, np.ndarray):
+        return isinstance(leaf, jax.Array)
+    return jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool
 
 
 def is_concrete(leaf: Any) -> bool:

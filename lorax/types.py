@@ -111,6 +111,11 @@ class Factors(NamedTuple):
     branch: LinearMap | None = None
 
     @property
+    def adds(self) -> bool:
+        """True where the form adds to a kernel, whatever the kernel is."""
+        return self.gain is None and self.inputs is None
+
+    @property
     def maps(self) -> bool:
         """True where a map acts on whole inputs."""
         return self.inputs is not None or self.branch is not None

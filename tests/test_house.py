@@ -27,7 +27,7 @@ types untrusted registry quantized tree _checks _explicit _lapack linalg
 adapters scaling
 interpret
 kernels targets selection quantization notices inits optim analysis sharding models
-transform description activations calibration compose merging compensation
+computed transform description activations calibration compose merging compensation
 losses accumulation steps training population checkpoint interop
 """.split()
 # bottom first; the commands stand on all of them
@@ -101,7 +101,7 @@ def test_imports_point_down(path):
 
 # lorax/interpret/README.md: rooms and modules of the walker, bottom first
 ROOMS = """
-program terms uses walker low_rank emitter recorder origins rules
+program terms uses walker low_rank emitter recorder origins rules computed
 """.split()
 
 

@@ -40,6 +40,12 @@ def statics(kernel: KernelSpec, target: TargetSpec) -> dict[str, Any]:
 
 def chosen_layers(kernel: KernelSpec, target: TargetSpec) -> jax.Array:
     """Returns the leaf, or of a stack the layers that get factors."""
+    if isinstance(kernel.value, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"{kernel.path}: adapter={target.adapter!r} or its init reads the values "
+            "of the kernel, which the program computes only when it runs; use "
+            "adapter='lora', init='standard'"
+        )
     value = jnp.asarray(kernel.value)
     if target.layers is None:
         return value

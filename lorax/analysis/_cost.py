@@ -108,7 +108,8 @@ def cost(
       (16384, 64.0)
     """
     leaves = tree.flatten(params)
-    tree.require(adapters, leaves, "parameter tree")
+    named = {path: k for path, k in (kernels or {}).items() if k.leaves}
+    tree.require(adapters, {**leaves, **named}, "parameter tree")
     floating = [leaf for leaf in leaves.values() if tree.is_floating(leaf)]
     trained = jax.tree.leaves(adapters)
     plain, frozen = tree.split(params)

@@ -110,11 +110,12 @@ def _entry(path: str, adapter: Any) -> dict[str, Any]:
 
 
 def _adapted(adapters: Adapters, params: PyTree) -> dict[str, Any]:
-    """The leaves that adapters belong to, which they fit."""
+    """The leaves that adapters belong to, which they fit; of a kernel its codes."""
     leaves = tree.flatten(params)
     tree.require(adapters, leaves, "parameter tree")
     for name, adapter in adapters.items():
-        adapter.check(name, leaves[name])
+        if not tree.is_coded(leaves[name]):
+            adapter.check(name, leaves[name])
     return {name: leaves[name] for name in adapters}
 
 

@@ -179,6 +179,18 @@ def check(target: Target) -> None:
     cls.check_target(target)
 
 
+def require_value(kernel: Kernel, target: Target) -> None:
+    """Raises ValueError where an init reads a kernel that the program computes."""
+    init = of_target(target)
+    registered = any(init is held for held in REGISTRY.values())
+    if kernel.leaves and registered and not init.keeps_base:
+        raise ValueError(
+            f"{kernel.path}: init={target.init!r} reads the kernel, or moves a part of "
+            f"it, and the program computes it of {', '.join(kernel.leaves)} when it "
+            "runs; use init='standard' or 'gaussian'"
+        )
+
+
 def require_stats(path: str, target: Target, stats: Mapping[str, Any] | None) -> Any:
     """Returns the statistics of a path; ValueError where its init has none."""
     if of_target(target).stats is None:
@@ -215,4 +227,5 @@ __all__ = [
     "of_target",
     "register",
     "require_stats",
+    "require_value",
 ]

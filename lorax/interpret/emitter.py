@@ -8,6 +8,7 @@ import jax
 from jax.extend import core
 
 from lorax.interpret import low_rank
+from lorax.interpret.terms.coded import Coded
 from lorax.interpret.terms.dense import dense
 from lorax.interpret.terms.tracked import Tracked
 from lorax.interpret.uses import mapped
@@ -81,6 +82,13 @@ class Emitter:
         if not view.terms:
             return self.decoded(walker, eqn, view)
         name, where = eqn.primitive.name, walker.line(eqn)
+        for path in (term.path for term in view.terms if term.behind):
+            raise ValueError(
+                f"{path}: the scale of its codes follows the product, and {name!r} at "
+                f"{where} needs the merged kernel, which nothing holds; scale the "
+                "kernel before the product, or use an adapter that only adds, such as "
+                "'lora', without dropout"
+            )
         for path in view.paths:
             self._tell(
                 (path, name, where),
@@ -98,6 +106,8 @@ class Emitter:
 
     def decoded(self, walker: Walker, eqn: core.JaxprEqn, view: Tracked) -> jax.Array:
         """Says that a quantised kernel is decoded here, and decodes it."""
+        if not (isinstance(view.value, Coded) and view.value.paths):
+            return view.array  # the program decodes here by code of its own
         name, where = eqn.primitive.name, walker.line(eqn)
         first, *more = view.paths
         which = f"{first} and {len(more)} more" if more else first

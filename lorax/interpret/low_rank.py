@@ -64,6 +64,8 @@ def low_rank(walker: Walker, use: Use) -> list[jax.Array | Pending] | None:
         if pairs[0].tied:
             inputs, gain = tie(inputs, gain), None
         elif inputs.dropped:
+            if walker.scaled_behind(use.eqn):
+                return None
             inputs, rest = spared(walker, use, inputs)
     if rest is not None and any(term.turns for term in terms):
         return None
@@ -76,7 +78,8 @@ def low_rank(walker: Walker, use: Use) -> list[jax.Array | Pending] | None:
         return [base]
     wide = linalg.wide(use.out.dtype)
     extra = sum(added[1:], start=added[0]) if added else jnp.zeros((), wide)
-    again = None if gain is None else _again(use, inputs.frozen)
+    plain = gain is not None and not walker.scaled_behind(use.eqn)
+    again = _again(use, inputs.frozen) if plain else None
     return [summed(walker, use, Pending(base, extra, gain, again), rest)]
 
 
@@ -205,6 +208,8 @@ def summed(
       parts: of its result.
       rest: what joins it after the gain.
     """
+    if walker.scaled_behind(use.eqn):
+        return parts
     spec = jax.typeof(parts.base).sharding.spec
     if parts.gain is not None and spec.unreduced:
         base, branch = _explicit.summed(parts.base), _explicit.summed(parts.branch)

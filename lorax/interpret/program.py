@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
+from lorax import tree
 from lorax.quantized import Quantized
 from lorax.types import PyTree
 
 Abstract = jax.ShapeDtypeStruct
+
+NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+"""What JAX raises where a function reads the value of an array that is traced."""
 
 
 def trace(
@@ -50,25 +59,90 @@ def trace(
     return jaxpr, rebuild
 
 
-def split_abstract(
-    tree: PyTree,
-) -> tuple[list[Abstract], Callable[[list[jax.Array]], PyTree]]:
-    """Splits the `ShapeDtypeStruct`s off a tree: they must be traced, not closed over.
+def split_off(
+    tree: PyTree, chosen: Callable[[Any], bool]
+) -> tuple[list[Any], Callable[[list[jax.Array]], PyTree]]:
+    """Splits leaves off a tree that are to be traced, not closed over.
 
     Returns:
-      The abstract leaves, and `join(values)` that rebuilds the tree around values.
+      The chosen leaves, and `join(values)` that rebuilds the tree around values.
     """
     flat, structure = jax.tree.flatten(tree)
-    abstract = [isinstance(x, Abstract) for x in flat]
+    off = [chosen(x) for x in flat]
 
     def join(values: list[jax.Array]) -> PyTree:
         values = list(values)
-        merged = zip(abstract, flat, strict=True)
+        merged = zip(off, flat, strict=True)
         return jax.tree.unflatten(
             structure, [values.pop(0) if a else x for a, x in merged]
         )
 
-    return [x for a, x in zip(abstract, flat, strict=True) if a], join
+    return [x for a, x in zip(off, flat, strict=True) if a], join
+
+
+def is_shape(leaf: Any) -> bool:
+    """True for what must be traced: it has no value."""
+    return isinstance(leaf, Abstract)
+
+
+def is_array(leaf: Any) -> bool:
+    """True for what can be traced: shapes and arrays."""
+    return isinstance(leaf, Abstract) or tree.is_array(leaf)
+
+
+class Program(NamedTuple):
+    """A function of parameters and arguments as a jaxpr.
+
+    Attributes:
+      jaxpr: its inputs are the leaves in the order of their paths, then the rest.
+      rebuild: puts arrays back among the outputs that are not arrays.
+      paths: of the leaves that are inputs.
+      rest: the other inputs.
+      whole: True where every array that the function was called with is an input.
+    """
+
+    jaxpr: ClosedJaxpr
+    rebuild: Callable[[list[jax.Array]], PyTree]
+    paths: list[str]
+    rest: list[Any]
+    whole: bool
+
+
+def traced(
+    fn: Callable[..., Any],
+    params: PyTree,
+    kinds: Mapping[str, Any],
+    arguments: tuple[Any, Any],
+    whole: bool,
+) -> Program:
+    """Traces `fn(params, *args, **kwargs)`.
+
+    Args:
+      fn: the function.
+      params: the parameter tree.
+      kinds: `{path: array or shape}`, what is an input in place of the leaves.
+      arguments: args and kwargs.
+      whole: True: their arrays are inputs, not shapes alone. A function that reads a
+        value while it is traced raises one of `NEEDS_VALUES`.
+    """
+    kinds = dict(sorted(kinds.items()))
+    others, of_params = split_off(
+        tree.replace(params, dict.fromkeys(kinds, 0.0)), is_shape
+    )
+    given, of_arguments = split_off(arguments, is_array if whole else is_shape)
+
+    def call(inputs: tuple[list[jax.Array], list[jax.Array]]) -> Any:
+        own, rest = inputs
+        # containers made anew: nnx Variables may be written in this trace only
+        plain = of_params(rest[: len(others)])
+        args, kwargs = of_arguments(rest[len(others) :])
+        return fn(
+            tree.replace(plain, dict(zip(kinds, own, strict=True))), *args, **kwargs
+        )
+
+    rest = [*others, *given]
+    jaxpr, rebuild = trace(call, ([*kinds.values()], rest))
+    return Program(jaxpr, rebuild, [*kinds], rest, whole)
 
 
 def as_leaf(leaf: Any) -> Any:

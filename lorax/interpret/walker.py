@@ -14,14 +14,17 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 from jax.extend import source_info_util as source
 
 from lorax import _explicit
 from lorax.interpret.terms import packed
 from lorax.interpret.terms.coded import ALIKE, Coded, reading
-from lorax.interpret.terms.tracked import Rigid, Scope, Tracked, followed
+from lorax.interpret.terms.tracked import Rigid, Scope, Term, Tracked, followed
+from lorax.interpret.uses import rescale
 from lorax.interpret.uses.equations import Body, aval, opened
+from lorax.interpret.uses.plan import NOTHING, Plan
 from lorax.interpret.uses.rescale import Pending
 from lorax.interpret.uses.use import Use
 
@@ -81,6 +84,7 @@ class Walker:
         scope: Scope = (),
         trips: int = 1,
         caller: str = "",
+        plan: Plan = NOTHING,
     ) -> None:
         """Starts a walk.
 
@@ -90,8 +94,9 @@ class Walker:
           scope: the equations that enclose this one.
           trips: how often the body runs, for counting FLOPs.
           caller: the line that leads here, for equations without one of their own.
+          plan: where the program computes kernels, and what goes beside them.
         """
-        self.visitor, self.key = visitor, key
+        self.visitor, self.key, self.plan = visitor, key, plan
         self.scope, self.trips, self.caller = scope, trips, caller
         self.scalars: dict[core.Var, jax.Array] = {}
         self.spread: dict[core.Var, jax.Array] = {}
@@ -99,12 +104,25 @@ class Walker:
         self.uses = 0
 
     def inner(
-        self, eqn: core.JaxprEqn, key: jax.Array | None, trips: int = 1
+        self,
+        eqn: core.JaxprEqn,
+        key: jax.Array | None,
+        trips: int = 1,
+        plan: Plan | None = None,
     ) -> Walker:
         """Returns the walker of a body of `eqn`, which runs `trips` times."""
-        scope = (*self.scope, eqn)
-        trips, caller = self.trips * trips, self.line(eqn)
-        return Walker(self.visitor, key, scope=scope, trips=trips, caller=caller)
+        return Walker(
+            self.visitor,
+            key,
+            scope=self.place(eqn),
+            trips=self.trips * trips,
+            caller=self.line(eqn),
+            plan=self.plan if plan is None else plan,
+        )
+
+    def place(self, eqn: core.JaxprEqn) -> Scope:
+        """Returns an equation with those that enclose it."""
+        return (*self.scope, eqn)
 
     def line(self, eqn: core.JaxprEqn) -> str:
         """Returns `file:line (function)` of an equation, or of what called it."""
@@ -137,8 +155,63 @@ class Walker:
 
     def step(self, eqn: core.JaxprEqn, values: Values) -> Values:
         """Evaluates one equation."""
+        if not self.plan.kernels:
+            return self.ruled(eqn, values)
+        place = self.place(eqn)
+        if place in self.plan.decoding:
+            results = self.decoded(eqn, values)
+        elif place in self.plan.scales:
+            results = self.scaled(eqn, values, last=self.plan.scales[place])
+        else:
+            results = self.ruled(eqn, values, inside=place in self.plan.inside)
+        if place not in self.plan.roots:
+            return results
+        paths = self.plan.roots[place]
+        return [self.beside(paths.get(i), v, eqn) for i, v in enumerate(results)]
+
+    def beside(self, path: str | None, value: Value, eqn: core.JaxprEqn) -> Value:
+        """Returns a kernel that the program has computed, with its own term."""
+        if path is None:
+            return value
+        own = self.plan.terms[path]
+        others = _terms(value)
+        if others and not all(
+            t.factors is None or t.factors.adds for t in (own, *others)
+        ):
+            value, others = self.merged(value, eqn), ()  # a gain would multiply both
+        return followed(Tracked(_held(value), (*others, own)))
+
+    def decoded(self, eqn: core.JaxprEqn, values: Values) -> Values:
+        """Leaves an equation that makes a kernel to be run where the kernel is read."""
+        given = [
+            self.merged(value, eqn) if _terms(value) else value for value in values
+        ]
+        return [Tracked(value, ()) for value in self.later(eqn, given)]
+
+    def scaled(self, eqn: core.JaxprEqn, values: Values, last: bool) -> Values:
+        """Runs an equation between a product and its scale, the last one included.
+
+        The frozen part alone is scaled: the branch is that of the scaled kernel.
+        """
+        waiting = next((v for v in values if isinstance(v, Pending)), None)
+        if waiting is None:
+            return self.ruled(eqn, values)
+        base = lambda v: v.base if isinstance(v, Pending) else self.merged(v, eqn)
+        (scaled,) = self.bind(eqn, [base(value) for value in values])
+        branch, gain = waiting.branch, waiting.gain
+        if eqn.primitive.name not in ("mul", "div", "convert_element_type"):
+            (branch,) = self.bind(eqn, [branch])
+            if gain is not None:
+                (gain,) = self.bind(eqn, [jnp.broadcast_to(gain, waiting.base.shape)])
+        whole = Pending(scaled, branch, gain)
+        return [rescale.total(whole) if last else whole]
+
+    def ruled(self, eqn: core.JaxprEqn, values: Values, inside: bool = False) -> Values:
+        """Evaluates an equation by its rule, where kernels meet it or are inside it."""
         name = eqn.primitive.name
-        if not any(isinstance(value, Tracked | Pending) for value in values):
+        if not inside and not any(
+            isinstance(value, Tracked | Pending) for value in values
+        ):
             return self.plain(eqn, values)
         views = [v.value for v in values if isinstance(v, Tracked)]
         with located(eqn), _explicit.under(*jax.tree.leaves(views)):
@@ -176,6 +249,10 @@ class Walker:
         """True when the result of an equation has one reader, and that is an add."""
         return self.readers.get(eqn.outvars[0]) == ["add"]
 
+    def scaled_behind(self, eqn: core.JaxprEqn) -> bool:
+        """True where a scale follows a product that is a part of the kernel."""
+        return bool(self.plan.scaled) and self.place(eqn) in self.plan.scaled
+
     def merged(self, value: Value, eqn: core.JaxprEqn) -> jax.Array:
         """Returns the dense value of a view; an array passes."""
         if isinstance(value, Tracked):
@@ -204,13 +281,20 @@ class Walker:
             return self.frozen(eqn, values)
         if (moved := packed.views(eqn, given)) is not None:
             return moved
+        return self.later(eqn, values, alike=eqn.primitive.name in ALIKE)
+
+    def later(
+        self, eqn: core.JaxprEqn, values: Values, alike: bool = False
+    ) -> list[Coded]:
+        """Returns what holds an equation's results, each computed where it is read."""
+        given = tuple(_held(value) for value in values)
         return [
             Coded(
                 given,
                 lambda *arrays, i=i: self.bind(eqn, arrays)[i],
                 aval(out).shape,
                 aval(out).dtype,
-                eqn.primitive.name in ALIKE,
+                alike,
             )
             for i, out in enumerate(eqn.outvars)
         ]
@@ -243,6 +327,11 @@ def _held(value: Value) -> jax.Array | Coded:
     """What holds the frozen array of a view; an array passes."""
     assert not isinstance(value, Pending | Part), value
     return value.value if isinstance(value, Tracked) else value
+
+
+def _terms(value: Value) -> tuple[Term, ...]:
+    """What adapters add to a value that is a view."""
+    return value.terms if isinstance(value, Tracked) else ()
 
 
 def known(value: Value) -> Tracked:

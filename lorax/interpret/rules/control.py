@@ -125,16 +125,20 @@ def scan(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     rest = _Rest(walker, eqn, [*consts, *carry, *xs])
     still = [place is not None for place in rest.places[:carried]]
     key = walker.fork_key()
+    plan, place = walker.plan, walker.place(eqn)
+    cut = {path: plan.terms[path] for path in plan.cuts.get(place, ())}
 
     def full(moving: list[jax.Array]) -> list[Value]:
         moving = list(moving)
         return [c if s else moving.pop(0) for c, s in zip(carry, still, strict=True)]
 
     def run(
-        moving: list[jax.Array], given: tuple[jax.Array | None, list[Value]]
+        moving: list[jax.Array],
+        given: tuple[jax.Array | None, list[Value], dict[str, Term]],
     ) -> tuple[list[jax.Array], list[jax.Array]]:
         step, slices = given[0], [_layer(s) for s in given[1]]
-        inner = walker.inner(eqn, _fold(key, step), trips=params["length"])
+        own = plan.step({path: term.drop(0) for path, term in given[2].items()})
+        inner = walker.inner(eqn, _fold(key, step), params["length"], own)
         outs = rest.of(inner.run(body, [*consts, *full(moving), *slices]))
         return outs[: still.count(False)], outs[still.count(False) :]
 
@@ -144,7 +148,7 @@ def scan(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     moving, ys = jax.lax.scan(
         run,
         [walker.merged(c, eqn) for c in start],
-        (steps, xs),
+        (steps, xs, cut),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],

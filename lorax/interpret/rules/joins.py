@@ -149,11 +149,6 @@ def _fused_factors(found: Sequence[Factors | None], new: Term, axis: int) -> Fac
     )
 
 
-def additive(factors: Factors) -> bool:
-    """True where a form adds to a kernel, whatever the kernel is."""
-    return factors.gain is None and factors.inputs is None
-
-
 def _filled(
     arrays: Sequence[jax.Array | None], like: jax.Array, fill: float, place: int
 ) -> jax.Array:
@@ -182,7 +177,7 @@ def total(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     frozen = all(term.factors is None for term in terms)
     if any(view.looked_up for view in views) or (len(views) < 2 and frozen):
         return None
-    if any(t.factors is not None and not additive(t.factors) for t in terms):
+    if any(t.factors is not None and not t.factors.adds for t in terms):
         return None
     if any(walker.scalar(atom) is not None for atom in eqn.invars):
         return None

@@ -52,7 +52,9 @@ class Lookup(NamedTuple):
     source: str
 
 
-_FIELDS = "path leaf labels start shape indexed axes rate lookup scaled peers".split()
+_FIELDS = (
+    "path leaf labels start shape indexed axes rate lookup scaled peers behind"
+).split()
 
 
 @functools.partial(
@@ -81,6 +83,8 @@ class Term:
       scaled: under discover, leaf axes along which one array has scaled the kernel:
         they must all be in, or all be out, besides the batch.
       peers: the other leaves of a stack that the program made.
+      behind: True where a scale behind the product is a part of the kernel, so that the
+        factors do not fit what the view holds.
     """
 
     path: str
@@ -95,6 +99,7 @@ class Term:
     lookup: Lookup | None = None
     scaled: tuple[frozenset[int], ...] = ()
     peers: tuple[str, ...] = ()
+    behind: bool = False
 
     def sized(self, axes: Iterable[int]) -> frozenset[int]:
         """The leaf axes among `axes` that are longer than one."""
@@ -301,7 +306,7 @@ def followed(view: Tracked) -> Tracked:
     return Tracked(view.value, tuple(map(settled, view.terms)))
 
 
-def watch(path: str, leaf: jax.Array | Quantized) -> Tracked:
+def watch(path: str, leaf: jax.Array | jax.ShapeDtypeStruct | Quantized) -> Tracked:
     """Returns a whole leaf as a view of itself, without factors (for discover)."""
     shape = tuple(leaf.shape)
     labels = tuple((axis,) for axis in range(len(shape)))
@@ -309,6 +314,6 @@ def watch(path: str, leaf: jax.Array | Quantized) -> Tracked:
     return dataclasses.replace(unadapted(path, leaf), terms=(term,))
 
 
-def unadapted(path: str, leaf: jax.Array | Quantized) -> Tracked:
+def unadapted(path: str, leaf: Any) -> Tracked:
     """Returns a whole leaf as a view to which nothing is added."""
     return Tracked(Coded.of(leaf, path) if isinstance(leaf, Quantized) else leaf, ())
