@@ -46,19 +46,18 @@ def read(path: pathlib.Path, quantize: str = "", **kwargs: Any) -> tuple[Any, An
     Raises:
       ValueError: also `quantize="file"` for a directory, which has no codes to keep.
     """
-    if not tokenization.is_gguf(path):
-        if quantize == quantizing.OF_FILE:
-            raise ValueError(
-                f"quantize={quantize!r} keeps the codes of a GGUF file, and {path} is "
-                f"a directory; give a format: {', '.join(FORMATS)}"
-            )
-        return hf.load(path, quantize=quantizing.rules(quantize) or None, **kwargs)
-    from lorax.interop import gguf  # an extra
+    rules: Any = quantizing.rules(quantize) or None
+    if tokenization.is_gguf(path):
+        from lorax.interop import gguf  # an extra
 
+        kept = quantize == quantizing.OF_FILE
+        return gguf.load(path, quantize=quantize if kept else rules, **kwargs)
     if quantize == quantizing.OF_FILE:
-        return gguf.load(path, quantized=True, **kwargs)
-    model, params = gguf.load(path, **kwargs)
-    return model, quantizing.quantized(model, params, quantize)
+        raise ValueError(
+            f"quantize={quantize!r} keeps the codes of a GGUF file, and {path} is "
+            f"a directory; give a format: {', '.join(FORMATS)}"
+        )
+    return hf.load(path, quantize=rules, **kwargs)
 
 
 def load_base(

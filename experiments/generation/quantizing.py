@@ -13,29 +13,29 @@ OF_FILE = "file"
 """Keeps the codes of a GGUF file as they are."""
 
 
-def rules(text: str) -> list[tuple[str, str]]:
+def rules(text: str) -> list[tuple[str, str | None]]:
     """Returns the rules of `lorax.quantize` that a text stands for.
 
     Args:
       text: a format for the kernels that "all-linear" takes, such as "nf4"; or pairs,
-        of which the first match wins, such as ".*down.*=int8,all-linear=nf4". None for
-        "" and for "file".
+        of which the first match wins, such as ".*down.*=int8,all-linear=nf4"; "none" in
+        place of a format leaves kernels as they are. None for "" and for "file".
 
     Raises:
       ValueError: a format that `lorax.quantize` does not know.
     """
     if text in ("", OF_FILE):
         return []
-    found = []
+    found: list[tuple[str, str | None]] = []
     for rule in text.split(","):
         pattern, _, form = rule.strip().rpartition("=")
-        if form not in FORMATS:
+        if form not in (*FORMATS, "none"):
             raise ValueError(
                 f"{text!r}: the format {form!r} is not one of {', '.join(FORMATS)}; "
                 "give one, or pattern=format,pattern=format, or 'file' for the codes "
                 "of a GGUF file"
             )
-        found.append((pattern or "all-linear", form))
+        found.append((pattern or "all-linear", None if form == "none" else form))
     return found
 
 

@@ -29,9 +29,8 @@ import safetensors.numpy
 
 from lorax import models, tree, untrusted
 from lorax.interop import bitsandbytes, files, leaves, packed
-from lorax.kernels import discover
 from lorax.models import table
-from lorax.quantization import Rules, resolved
+from lorax.quantization import Rules
 from lorax.types import PyTree
 
 OLD_NAMES = ((r"(.*)\.gamma$", r"\1.weight"), (r"(.*)\.beta$", r"\1.bias"))
@@ -99,9 +98,9 @@ def load(
     except ValueError as error:
         raise ValueError(f"{directory}: {error}; {_sizes(raw, config)}") from error
     if quantize is not None:
-        run = functools.partial(_run, model)
-        chosen = resolved(shapes, quantize, discover(run, shapes, *_example(model)))
-        plans |= packed.plans(chosen, found, plans)
+        plans |= packed.plans(
+            packed.chosen(model, shapes, quantize, _example(model)), found, plans
+        )
     if callable(shardings):
         packs = {path: plan.abstract for path, plan in plans.items()}
         shardings = shardings(model, tree.replace(shapes, packs))
@@ -268,10 +267,6 @@ def to_disk(config: Any, params: PyTree) -> dict[str, np.ndarray]:
         whole = table.to_disk(np.asarray(leaf), shape, entry.transposed)
         tensors[key] = np.ascontiguousarray(whole)
     return tensors
-
-
-def _run(model: Any, params: PyTree, *tokens: jax.Array) -> Any:
-    return model.apply({"params": params}, *tokens)
 
 
 def _example(model: Any) -> tuple[jax.Array, ...]:

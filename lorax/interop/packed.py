@@ -11,14 +11,15 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 
 from lorax import quantization, sharding
 from lorax.interop import leaves
-from lorax.kernels import Kernel
+from lorax.kernels import Kernel, discover
 from lorax.quantized import Format, Quantized
-from lorax.types import Axes
+from lorax.types import Axes, PyTree
 
 
 class Plan(NamedTuple):
@@ -64,6 +65,24 @@ class Plan(NamedTuple):
         return quantization.packed(kernel, self.form)
 
 
+def chosen(
+    model: nn.Module, shapes: PyTree, rules: quantization.Rules, inputs: Sequence[Any]
+) -> dict[str, tuple[Kernel, Format]]:
+    """Returns by path the kernels of a model that rules quantise, and their formats.
+
+    Args:
+      model: a Flax module.
+      shapes: its abstract parameters.
+      rules: as for `lorax.quantize`.
+      inputs: of the smallest kind.
+    """
+
+    def run(params: PyTree, *inputs: Any) -> Any:
+        return model.apply({"params": params}, *inputs)
+
+    return quantization.resolved(shapes, rules, discover(run, shapes, *inputs))
+
+
 def plans(
     chosen: Mapping[str, tuple[Kernel, Format]],
     found: Mapping[str, Sequence[leaves.Part]],
@@ -72,7 +91,7 @@ def plans(
     """Returns by path how the leaves are read that rules quantise.
 
     Args:
-      chosen: from `quantization.resolved`.
+      chosen: as the function of that name gives them.
       found: the tensors of every leaf.
       coded: paths whose tensors are in codes as they are.
 

@@ -43,6 +43,15 @@ def test_a_config_names_the_file(file):
         loading.load_base(config_of(file, labels=2).model, jax.random.key(0))
 
 
+def test_codes_of_the_file_and_new_ones(file):
+    blocks = {"file": (32, 32), ".*down.*=none,all-linear=int8": (None, 0)}
+    for quantize, want in blocks.items():
+        config = config_of(file, quantize=quantize)
+        _, params, _ = loading.load_base(config.model, jax.random.key(0))
+        leaves = [params["layers"][name]["kernel"] for name in ("down", "up")]
+        assert tuple(getattr(leaf, "block", None) for leaf in leaves) == want
+
+
 def test_a_mistyped_file_is_told_before_a_run(file):
     loading.check(str(file))
     near = file.with_name("tyni.gguf")

@@ -71,7 +71,7 @@ BITS |= {"Q4_K": 6.25, "Q5_K": 10, "Q6_K": 10}
 @pytest.mark.parametrize("kind", list(FORMS))
 def test_coded_leaves_stand_for_the_same_weights(tmp_path, kind):
     path = small(tmp_path, kind)
-    _, params = gguf.load(path, quantized=True)
+    _, params = gguf.load(path, quantize="file")
     leaves = lorax.tree.flatten(params)
     for name, want in expected(path).items():
         leaf = leaves[name]
@@ -101,7 +101,7 @@ def mixed(name):
 
 def test_a_stack_of_two_types_has_codes_of_eight_bits(tmp_path):
     path = made.write(tmp_path / "x.gguf", made.tensors(mixed))
-    _, params = gguf.load(path, quantized=True)
+    _, params = gguf.load(path, quantize="file")
     leaves = lorax.tree.flatten(params)
     for name, want in expected(path).items():
         np.testing.assert_array_equal(jnp.asarray(leaves[name]), want, name)
@@ -116,7 +116,7 @@ def test_a_stack_of_two_types_has_codes_of_eight_bits(tmp_path):
         "uint8",
         (2, 8, 256),
     )
-    _, apart = gguf.load(path, quantized=True, scan=False)
+    _, apart = gguf.load(path, quantize="file", scan=False)
     apart = lorax.tree.flatten(apart)
     assert [apart[f"layers_{i}/down/kernel"].block for i in (0, 1)] == [32, 0]
     for i in (0, 1):
@@ -130,7 +130,7 @@ def test_types_without_codes_are_decoded_and_named(tmp_path):
     kinds = lambda name: Type.Q2_K if "1.ffn_up" in name else Type.Q4_0
     path = made.write(tmp_path / "x.gguf", made.tensors(kinds))
     with pytest.warns(UserWarning, match="are decoded:\n  layers/up/kernel: Q2_K\n"):
-        _, params = gguf.load(path, quantized=True)
+        _, params = gguf.load(path, quantize="file")
     up = params["layers"]["up"]["kernel"]
     np.testing.assert_array_equal(up, expected(path)["layers/up/kernel"])
     assert isinstance(params["layers"]["down"]["kernel"], Quantized)
@@ -143,7 +143,7 @@ def test_blocks_that_reach_across_heads(tmp_path, width):
     sizes |= {"attention.head_count_kv": 1}
     held = made.tensors(lambda name: Type.Q4_1, **sizes)
     path = made.write(tmp_path / "x.gguf", held, **sizes)
-    _, params = gguf.load(path, quantized=True)
+    _, params = gguf.load(path, quantize="file")
     o = params["layers"]["o"]["kernel"]
     assert o.block == 16 and o.scales.shape == (2, 2, width // 32, width)
     for i in range(2):
@@ -156,7 +156,7 @@ def test_a_coded_model_computes_what_the_dense_one_does(tmp_path, scan):
     held = made.tensors(mixed, tied=False)
     path = made.write(tmp_path / "x.gguf", held, tied=False)
     model, dense = gguf.load(path, scan=scan)
-    _, coded = gguf.load(path, scan=scan, quantized=True)
+    _, coded = gguf.load(path, scan=scan, quantize="file")
     assert isinstance(coded["head"]["kernel"], Quantized)
     forward = forward_of(model)
     want = jax.jit(forward)(dense, TOKENS)
@@ -183,8 +183,8 @@ def test_a_coded_model_computes_what_the_dense_one_does(tmp_path, scan):
 def test_the_dtype_asked_for(tmp_path):
     path = small(tmp_path, Type.Q4_K)
     wide = expected(path)["layers/up/kernel"]
-    for quantized in (True, False):
-        model, params = gguf.load(path, dtype=jnp.bfloat16, quantized=quantized)
+    for quantize in ("file", None):
+        model, params = gguf.load(path, dtype=jnp.bfloat16, quantize=quantize)
         assert model.config.dtype == jnp.bfloat16
         up = params["layers"]["up"]["kernel"]
         assert up.dtype == params["embed"]["embedding"].dtype == jnp.bfloat16
@@ -192,8 +192,8 @@ def test_the_dtype_asked_for(tmp_path):
         assert params["norm_out"]["scale"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("quantized", [True, False])
-def test_leaves_are_read_into_their_shards(tmp_path, quantized):
+@pytest.mark.parametrize("quantize", ["file", None])
+def test_leaves_are_read_into_their_shards(tmp_path, quantize):
     path = small(tmp_path, Type.Q4_1)
     mesh = jax.make_mesh((2, 2), ("x", "y"), devices=jax.devices()[:4])
     spec = jax.sharding.PartitionSpec
@@ -202,7 +202,7 @@ def test_leaves_are_read_into_their_shards(tmp_path, quantized):
     def shardings(model, shapes):
         return sharding.place(shapes, mesh, rules=rules).tree(shapes)
 
-    _, params = gguf.load(path, quantized=quantized, shardings=shardings)
+    _, params = gguf.load(path, quantize=quantize, shardings=shardings)
     leaves = lorax.tree.flatten(params)
     for name, want in expected(path).items():
         np.testing.assert_array_equal(jnp.asarray(leaves[name]), want, name)
@@ -242,3 +242,16 @@ def test_a_transformers_model_of_the_same_file(tmp_path, architecture):
     model, params = gguf.load(path)
     found = jax.jit(forward_of(model))(params, TOKENS)
     np.testing.assert_allclose(found, want, atol=2e-5 * np.abs(want).max())
+
+
+def test_rules_make_codes_of_the_weights(tmp_path):
+    path = small(tmp_path, Type.Q8_0)
+    model, dense = gguf.load(path)
+    rules = [("layers/(q|o)/kernel", "int8"), ("all-linear", "nf4")]
+    _, found = gguf.load(path, quantize=rules)
+    kernels = lorax.discover(forward_of(model), dense, TOKENS)
+    want = lorax.quantize(dense, rules, kernels)
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    assert found["layers"]["up"]["kernel"].codebook == "nf4"
+    with pytest.raises(ValueError, match="the format 'nf5' is not one of"):
+        gguf.load(path, quantize="nf5")

@@ -208,8 +208,8 @@ def test_architectures_and_tensors_that_are_not_known(tmp_path, held):
         gguf.load(tmp_path / "x.gguf")
 
 
-@pytest.mark.parametrize("quantized", [True, False])
-def test_values_that_are_not_finite(tmp_path, held, quantized):
+@pytest.mark.parametrize("quantize", ["file", None])
+def test_values_that_are_not_finite(tmp_path, held, quantize):
     kind, raw = held["blk.1.ffn_up.weight"]
     raw = raw.copy()
     raw[3, :2] = np.float16(np.nan).reshape(1).view(np.uint8)
@@ -217,4 +217,4 @@ def test_values_that_are_not_finite(tmp_path, held, quantized):
     with pytest.raises(
         ValueError, match="x.gguf: 'blk.1.ffn_up.weight' holds NaN or in"
     ):
-        gguf.load(tmp_path / "x.gguf", quantized=quantized)
+        gguf.load(tmp_path / "x.gguf", quantize=quantize)

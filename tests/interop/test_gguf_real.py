@@ -25,7 +25,7 @@ PARIS = [504, 3575, 282, 4649, 314]  # "The capital of France is"
 def read():
     path = made.real_file()
     model, dense = gguf.load(path)
-    return model, dense, gguf.load(path, quantized=True)[1], made.weights(path)
+    return model, dense, gguf.load(path, quantize="file")[1], made.weights(path)
 
 
 def test_the_leaves(read):

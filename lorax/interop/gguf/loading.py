@@ -1,6 +1,6 @@
 """Llama-family models from GGUF files, dense or with the files' own codes.
 
-    model, params = gguf.load("model.Q4_K_M.gguf", quantized=True)
+    model, params = gguf.load("model.Q4_K_M.gguf", quantize="file")
     logits = lorax.adapt(forward)({}, params, tokens)
 
 Everything that can be known from the header is checked before the first weight is read.
@@ -16,16 +16,21 @@ import flax.linen as nn
 import flax.traverse_util
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lorax import tree, untrusted
-from lorax.interop import hf, leaves
+from lorax.interop import hf, leaves, packed
 from lorax.interop.gguf import header, metadata
 from lorax.interop.gguf.header import Header
 from lorax.interop.gguf.leaves import Part, plans
 from lorax.interop.gguf.tensors import Tensor
 from lorax.models import llama, table
+from lorax.quantization import Rules
 from lorax.types import PyTree
+
+FILE = "file"
+"""In place of rules: the codes of the file."""
 
 TURNED = ("llama", "mistral")
 """Types of models whose queries and keys llama.cpp stores in an order of its own."""
@@ -34,7 +39,7 @@ TURNED = ("llama", "mistral")
 def load(
     path: str | pathlib.Path,
     *,
-    quantized: bool = False,
+    quantize: Rules | None = None,
     shardings: PyTree | Callable[[nn.Module, PyTree], PyTree] | None = None,
     dtype: Any = None,
     **switches: Any,
@@ -42,15 +47,16 @@ def load(
     """Reads a model of the Llama family.
 
     Tensors are read one after another. Of blocks, `gguf.quants.dequantize` gives the
-    weights; with `quantized=True` the codes of linear maps are kept as they are, in
-    `lorax.quantized.Quantized` leaves of the same weights, for `lorax.adapt`.
-    Embeddings are decoded: their rows are looked up.
+    weights.
 
     Args:
       path: of the file.
-      quantized: keep the codes of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K.
-        A stack whose layers differ in type has all its codes in eight bits; give
-        `scan=False` to have each layer with its own bits.
+      quantize: "file" keeps the codes of linear maps as they are (Q4_0, Q4_1, Q5_0,
+        Q5_1, Q8_0, Q4_K, Q5_K, Q6_K), in `lorax.quantized.Quantized` leaves of the same
+        weights; embeddings are decoded, since their rows are looked up. A stack whose
+        layers differ in type has all its codes in eight bits; with `scan=False` each
+        layer has its own. Rules, as for `hf.load`, make new codes of the weights. None:
+        nothing is quantised.
       shardings: as for `hf.load`.
       dtype: of the computation, and of weights that are decoded. None: float32, or the
         file's own type where most of it is F16 or BF16.
@@ -63,7 +69,8 @@ def load(
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: a file that is not sound, an architecture, key or type that is not
-        implemented, tensors that are missing, left over, misshapen or not finite.
+        implemented, tensors that are missing, left over, misshapen or not finite, rules
+        that `lorax.quantize` refuses.
 
     Example:
       >>> load("model.gguf")
@@ -77,18 +84,24 @@ def load(
     model = llama.Model(config)
     shapes = tree.flatten(hf.abstract(model))
     found = placed(head, config, shapes)
-    kept = plans(found, shapes, config.param_dtype) if quantized else {}
+    packs: dict[str, Any] = {}
+    if quantize == FILE:
+        packs |= plans(found, shapes, config.param_dtype)
+    elif quantize is not None:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        chosen = packed.chosen(model, hf.abstract(model), quantize, (tokens,))
+        packs |= packed.plans(chosen, found)
     nested = flax.traverse_util.unflatten_dict
     if callable(shardings):
-        packs = {name: plan.abstract for name, plan in kept.items()}
-        shardings = shardings(model, nested(shapes | packs, sep="/"))
+        abstract = {name: plan.abstract for name, plan in packs.items()}
+        shardings = shardings(model, nested(shapes | abstract, sep="/"))
     lies = {} if shardings is None else tree.flatten(shardings)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params: dict[str, Any] = {}
     for name, parts in found.items():
         where = lies.get(name, default)
-        if name in kept:
-            params[name] = kept[name].read(where)
+        if name in packs:
+            params[name] = packs[name].read(where)
         else:
             params[name] = leaves.read(parts, shapes[name].shape, where)
     return model, nested(params, sep="/")
