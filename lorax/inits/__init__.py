@@ -52,6 +52,8 @@ REGISTRY: dict[str, Init] = {}
 """Init by the name that `Target.init` gives."""
 STANDARD = "standard"
 """Each class's own start."""
+STARTS = {"loftq": STANDARD, "qpissa": "pissa"}
+"""Where methods begin that are not inits: they need the base and its format."""
 STATS = (None, "gradient", "activation", "covariance")
 
 
@@ -151,6 +153,12 @@ def of_target(target: Target) -> Init:
         return held
     if callable(target.init):
         return Init(target.init, None, dict(target.options))
+    if target.init in STARTS:
+        raise ValueError(
+            f"init={target.init!r} needs the format of the base; start from "
+            f"init={STARTS[target.init]!r}, and give what lorax.init returns to "
+            "lorax.loftq(adapters, params, rules, kernels)"
+        )
     if target.init not in REGISTRY:
         raise ValueError(
             f"init={target.init!r}; choose one of {', '.join(REGISTRY)}, import the "

@@ -222,3 +222,6 @@ def test_errors():
         lorax.loftq(given[0], lorax.quantize(dense, rules), rules)
     with pytest.raises(ValueError, match="w: groups of 48 inputs do not divide"):
         lorax.loftq(*given, [("w", Int8(group=48))])
+    for init, start in {"loftq": "standard", "qpissa": "pissa"}.items():
+        with pytest.raises(ValueError, match=f"init='{init}' needs.*'{start}'.*loftq"):
+            lorax.init(KEY, dense, lorax.Target("w", rank=4, init=init))
