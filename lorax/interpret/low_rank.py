@@ -20,7 +20,7 @@ from lorax import _explicit, linalg
 from lorax.interpret.terms.coded import Coded, reading
 from lorax.interpret.terms.dense import block_of, dense, gains, ungained
 from lorax.interpret.terms.tracked import Term, Tracked
-from lorax.interpret.uses import branches, mapped, rescale, thin
+from lorax.interpret.uses import branches, integer, mapped, rescale, thin
 from lorax.interpret.uses.pairs import Pair, oriented
 from lorax.interpret.uses.rescale import Pending
 from lorax.interpret.uses.use import Use
@@ -163,6 +163,8 @@ def product(walker: Walker, use: Use, x: jax.Array | None, tied: bool) -> jax.Ar
 
 def _frozen(walker: Walker, use: Use, x: jax.Array | None) -> jax.Array:
     """Returns the operation on the frozen kernel alone, of x where it reads one."""
+    if (found := integer.dot(use, x)) is not None:
+        return found
     return walker.frozen(use.eqn, use.given(x))[0]
 
 

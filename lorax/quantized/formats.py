@@ -43,13 +43,31 @@ class Int8:
 
     Attributes:
       group: inputs that share a scale; None for all inputs of an output.
+      activations: True: a dot rounds each token of its input to eight bits by a scale
+        of its own, and multiplies integers (W8A8, "w8a8" by name), for hardware that
+        does so faster. The gradient passes the rounding by, and branches of adapters
+        read the input as it is. Other operations, and uses that contract outputs,
+        decode the kernel.
+
+    Raises:
+      ValueError: activations with a group, whose scales differ along what is summed.
     """
 
     group: int | None = None
+    activations: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what has no product of integers."""
+        if self.activations and self.group is not None:
+            raise ValueError(
+                f"Int8(group={self.group}, activations=True): a sum over inputs needs "
+                "one scale for all of them; leave group out"
+            )
 
     def quantize(self, kernel: jax.Array, axes: Axes) -> Quantized:
         """Returns int8 codes, and scales in float32."""
-        return _linear(kernel, axes, self.group, jnp.dtype(jnp.int8))
+        leaf = _linear(kernel, axes, self.group, jnp.dtype(jnp.int8))
+        return dataclasses.replace(leaf, activations=self.activations)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +138,7 @@ class NF4:
 
 FORMATS: dict[str, Format] = {
     "int8": Int8(),
+    "w8a8": Int8(activations=True),
     "int4": Int4(),
     "nf4": NF4(),
     "fp8": Fp8(),

@@ -88,6 +88,8 @@ class Quantized:
       codebook: the name of the table that codes point into, or None where a code is the
         number itself, of four bits a signed one.
       dtype: of the kernel that stands for these codes.
+      activations: True: `adapt` rounds what is multiplied by the codes to eight bits as
+        well, see `Int8`.
     """
 
     codes: jax.Array
@@ -98,6 +100,7 @@ class Quantized:
     block: int = flax.struct.field(pytree_node=False, default=0)
     codebook: str | None = flax.struct.field(pytree_node=False, default=None)
     dtype: Any = flax.struct.field(pytree_node=False, default=jnp.dtype(jnp.float32))
+    activations: bool = flax.struct.field(pytree_node=False, default=False)
 
     def __jax_array__(self) -> jax.Array:
         """Returns the dense kernel: `jnp.asarray(leaf)` decodes it."""
@@ -195,6 +198,26 @@ def is_quantized(leaf: Any) -> bool:
 
 
 @jax.custom_jvp
+def guarded(leaf: Quantized) -> Quantized:
+    """Returns the leaf, of which no derivative may be taken.
+
+    Raises:
+      TypeError: one is.
+    """
+    return leaf
+
+
+@guarded.defjvp
+def _no_derivative(primals: tuple[Quantized], tangents: tuple[Any]) -> Any:
+    del tangents
+    (leaf,) = primals
+    raise TypeError(
+        f"a derivative of a quantised leaf of shape {list(leaf.shape)} was asked for, "
+        "and a quantised base does not train: differentiate with respect to the "
+        "adapters alone, the first argument of lorax.adapt(fn)"
+    )
+
+
 def dequantize(leaf: Quantized) -> jax.Array:
     """Returns the dense kernel: decoded in float32, rounded once to `leaf.dtype`.
 
@@ -204,6 +227,7 @@ def dequantize(leaf: Quantized) -> jax.Array:
     Raises:
       TypeError: a derivative with respect to the leaf.
     """
+    leaf = guarded(leaf)
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
     scales = leaf.scales
     scales = scales.dense() if isinstance(scales, NestedScales) else scales
@@ -221,17 +245,6 @@ def dequantize(leaf: Quantized) -> jax.Array:
         values = values + grid.tiles(leaf.shifts).astype(wide)
     values = values.astype(leaf.dtype).reshape(grid.shape)
     return values.transpose(inverse(leaf.axes.order))
-
-
-@dequantize.defjvp
-def _no_derivative(primals: tuple[Quantized], tangents: tuple[Any]) -> Any:
-    del tangents
-    (leaf,) = primals
-    raise TypeError(
-        f"a derivative of a quantised leaf of shape {list(leaf.shape)} was asked for, "
-        "and a quantised base does not train: differentiate with respect to the "
-        "adapters alone, the first argument of lorax.adapt(fn)"
-    )
 
 
 class Grid(NamedTuple):
