@@ -71,7 +71,8 @@ def resolved(
     chosen = select(plain, [Target(pattern, rank=1) for pattern in formats], kernels)
     found = {}
     for path, (target, kernel) in chosen.items():
-        if (form := formats[target.pattern]) is not None:
+        packed_already = kernel.leaves and target.pattern == ALL_LINEAR
+        if (form := formats[target.pattern]) is not None and not packed_already:
             _require_packable(kernel)
             found[path] = kernel, form
     return found
@@ -107,6 +108,11 @@ def _require_packable(kernel: Kernel) -> None:
     """Raises ValueError for a leaf that has no codes, or whose codes do not pay."""
     path, leaf = kernel.path, kernel.value
     assert leaf is not None  # `select` has put it there
+    if kernel.leaves:
+        raise ValueError(
+            f"{path}: the program makes this kernel of {', '.join(kernel.leaves)} by "
+            "code of its own, so no leaf is left to quantise; narrow the pattern"
+        )
     if quantized.is_quantized(leaf):
         raise ValueError(
             f"{path}: the leaf is quantised already; give quantize() the dense "

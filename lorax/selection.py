@@ -165,8 +165,9 @@ PASS = (
     "params, batch)"
 )
 NOT_MADE = (
-    "; no product reads a kernel that the program makes of it and of other parameters "
-    "alone (the step that a loop counts is none: scan over the stack instead)"
+    "; no product reads a kernel that the program makes of it and other parameters "
+    "alone (the step that a loop counts is none: scan over the stack instead; nor is "
+    "it followed into shard_map or a function with a derivative rule of its own)"
 )
 ADDED = ("add", "sub", "add_any")  # what a bias or a table of positions meets
 LINEAR = ("dot", "conv", "grouped_conv", "ragged_dot")

@@ -55,6 +55,13 @@ def extract(
       (1, True)
     """
     chosen = select(params, targets, kernels)
+    for path, (_, kernel) in chosen.items():
+        if kernel.leaves:
+            raise ValueError(
+                f"{path}: the program makes this kernel, so no leaf holds it; make "
+                "dense kernels of both checkpoints by the model's own code, and "
+                "extract from those"
+            )
     after = tree.flatten(tuned)
     tree.require(chosen, after, "tuned tree")
     adapters, error = {}, {}

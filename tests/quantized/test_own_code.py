@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lorax
 from tests import programs
@@ -273,3 +274,33 @@ def test_the_model_keeps_its_memory():
     assert own.temp_size_in_bytes < 4 * layer
     grown = adapted.temp_size_in_bytes - own.temp_size_in_bytes
     assert grown < 4 * 4 * sum(leaf.size for leaf in jax.tree.leaves(adapters))
+
+
+def test_on_an_explicit_mesh():
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2
+    )
+    q, s = codes(1, DEPTH, IN, IN), scales(2, DEPTH, IN)
+    params = ready(q=q.astype(np.int8), scale=s.astype(np.float32))
+
+    def fn(params, x, spec=None):
+        def body(x, p):
+            w = p["q"].astype(x.dtype)
+            y = jnp.einsum("bd,dh->bh", x, w, out_sharding=spec) * p["scale"]
+            return x + jnp.tanh(y), None
+
+        return jnp.sum(jax.lax.scan(body, x, params)[0] ** 2)
+
+    x = normal(0, 4, IN)
+    kernels = lorax.discover(fn, params, x)
+    adapters = programs.perturbed(lorax.init(KEY, params, [TARGET], kernels)[0])
+    want = jax.value_and_grad(lorax.adapt(fn))(adapters, params, x)
+    place = lambda v, *spec: jax.device_put(
+        v, NamedSharding(mesh, PartitionSpec(*spec))
+    )
+    with jax.set_mesh(mesh):
+        spread = params | {"q": place(params["q"], None, "tensor", None)}
+        spread["scale"] = place(params["scale"], None, None)
+        rows = PartitionSpec("data", None)
+        run = jax.value_and_grad(lorax.adapt(lambda params, x: fn(params, x, rows)))
+        close(jax.jit(run)(adapters, spread, place(x, *rows)), want)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import lorax
 from lorax import checkpoint
@@ -159,6 +160,14 @@ def test_verbs_that_need_the_kernel_say_so(tmp_path):
         ValueError, match="layer/q: the leaf is int8.4, 4. and discover"
     ):
         lorax.init(KEY, short, [TARGET], kernels)
+    with pytest.raises(
+        ValueError, match="layer/q: the program makes this kernel of lay"
+    ):
+        lorax.quantize(params, [(".*q", "int8")], kernels)
+    with pytest.raises(
+        ValueError, match="layer/q: the program makes this kernel, so n"
+    ):
+        lorax.compose.extract(params, params, [TARGET], kernels)
     checkpoint.save_adapters(tmp_path, adapters, params=params)
     close(checkpoint.load_adapters(tmp_path, params=params), adapters)
     assert lorax.analysis.cost(adapters, params, kernels).adapters.flops > 0
@@ -195,3 +204,29 @@ def test_a_stack_that_a_loop_indexes_is_refused():
         ValueError, match="q: 'dynamic_slice' at .* is not linear in it"
     ):
         lorax.adapt(fn)(adapters, params, x)
+
+
+def test_quantize_leaves_alone_what_is_quantised():
+    model = own_code.MODELS["int8_before"]()
+    params = model.params | {"more": normal(1, 64, IN)}
+    fn = lambda p, x: model.fn(p, jnp.tanh(x @ p["more"]))
+    kernels = lorax.discover(fn, params, normal(0, 3, 64))
+    base = lorax.quantize(params, "nf4", kernels)
+    assert lorax.quantized.is_quantized(base["more"])
+    assert base["layer"]["q"] is params["layer"]["q"]
+
+
+def test_inside_shard_map_it_is_not_followed():
+    q, s = codes(1, IN, IN), scales(2, IN)
+    params = ready(q=q.astype(np.int8), s=s.astype(np.float32))
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))
+    cut = PartitionSpec(None, "tensor")
+    fn = lambda p, x: jax.shard_map(
+        lambda x, q, s: x @ (q.astype(x.dtype) * s),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), cut, PartitionSpec("tensor")),
+        out_specs=cut,
+    )(x, p["q"], p["s"])
+    kernels = lorax.discover(fn, params, normal(0, 3, IN))
+    with pytest.raises(ValueError, match="q: .*nor is it followed into shard_map"):
+        lorax.init(KEY, params, [TARGET], kernels)
