@@ -128,3 +128,23 @@ def test_a_name_for_a_policy_of_remat_hides_no_kernel():
     assert [*lorax.init(KEY, params, [target], kernels)[0]] == ["a/q"]  # b is a head
     with pytest.raises(ValueError, match="weights: it stands for two different ker"):
         lorax.init(KEY, params, [lorax.Target("weights", 2)], kernels)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+@pytest.mark.filterwarnings("ignore::lorax.MergeWarning")
+def test_a_leaf_and_the_name_of_what_it_is_in_have_an_adapter_each(adapter):
+    params = {"w": normal(1, IN, IN), "g": normal(2, IN)}
+    fn = lambda p, x: x @ checkpoint_name(p["w"] * p["g"], "scaled")
+    x = normal(0, 3, IN)
+    kernels = lorax.discover(fn, params, x)
+    targets = [lorax.Target("w", 2, adapter=adapter), lorax.Target("scaled", 2)]
+    adapters = programs.perturbed(lorax.init(KEY, params, targets, kernels)[0])
+
+    def by_hand(adapters):
+        inner = lorax.merge({"w": adapters["w"]}, params)
+        kernel = {"scaled": inner["w"] * params["g"]}
+        (whole,) = lorax.merge({"scaled": adapters["scaled"]}, kernel).values()
+        return jnp.sum((x @ whole) ** 2)
+
+    got = jax.value_and_grad(squares(lorax.adapt(fn)))(adapters, params, x)
+    close(got, jax.value_and_grad(by_hand)(adapters))

@@ -230,3 +230,17 @@ def test_inside_shard_map_it_is_not_followed():
     kernels = lorax.discover(fn, params, normal(0, 3, IN))
     with pytest.raises(ValueError, match="q: .*nor is it followed into shard_map"):
         lorax.init(KEY, params, [TARGET], kernels)
+
+
+def test_a_scale_that_follows_leaves_nothing_to_merge():
+    q, s = codes(1, IN, IN), scales(2, IN)
+    params = ready(q=q.astype(np.int8), s=s.astype(np.float32))
+    fn = lambda p, x: (x[:, :8] @ p["q"].astype(x.dtype)[:8]) * p["s"]
+    x = normal(0, 3, IN)
+    kernels = lorax.discover(fn, params, x)
+    target = lorax.Target("q", rank=2, adapter="lokr")  # of whole inputs alone
+    adapters, _ = lorax.init(KEY, params, [target], kernels)
+    with pytest.raises(
+        ValueError, match="q: the scale of its codes follows the produc"
+    ):
+        lorax.adapt(fn)(adapters, params, x)
