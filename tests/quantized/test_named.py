@@ -148,3 +148,23 @@ def test_a_leaf_and_the_name_of_what_it_is_in_have_an_adapter_each(adapter):
 
     got = jax.value_and_grad(squares(lorax.adapt(fn)))(adapters, params, x)
     close(got, jax.value_and_grad(by_hand)(adapters))
+
+
+def test_a_name_says_which_kernel_is_meant():
+    """Codes without a scale are refused, and adapted where they are named."""
+    params = {"q": jnp.asarray(codes(1, IN, IN), jnp.int8), "s": scales(2, IN)}
+    params["s"] = jnp.asarray(params["s"], jnp.float32)
+    x = normal(0, 3, IN)
+    bare = lambda p, x: jnp.tanh(x @ (p["q"].astype(x.dtype) / 127))
+    assert "or name the kernel itself" in lorax.discover(bare, params, x)["q"].refused
+
+    def fn(p, x):
+        w = checkpoint_name(p["q"].astype(x.dtype) / 127, "kernel")
+        return (x @ w) * p["s"]  # not a part of the kernel then
+
+    kernels = lorax.discover(fn, params, x)
+    target = lorax.Target("kernel", rank=2)
+    adapters = programs.perturbed(lorax.init(KEY, params, [target], kernels)[0])
+    dense = {"kernel": params["q"].astype(jnp.float32) / 127}
+    want = (x @ lorax.merge(adapters, dense)["kernel"]) * params["s"]
+    close(lorax.adapt(fn)(adapters, params, x), want)

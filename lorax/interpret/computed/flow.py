@@ -186,6 +186,7 @@ class Flow:
             return made
         sites = tuple(site for value in coded for site in value.sites)
         if name == "name" and self.names(eqn.params["name"], given[0], kind):
+            made = dataclasses.replace(made, scale="done")  # as the name says
             return with_sites(made, [eqn.params["name"]], place, result, kind)
         if is_view(eqn):
             made = dataclasses.replace(made, is_leaf=given[0].is_leaf)
@@ -305,7 +306,7 @@ class Flow:
         elif site.made.scale == "needed" and not product.after:
             reason = (
                 f"{here} multiplies by codes that no scale has met, and none follows "
-                f"at once; scale the kernel, or the product right behind it"
+                f"at once; scale the kernel, or the product right behind it, or {NAME}"
             )
         else:
             return
