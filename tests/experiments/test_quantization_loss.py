@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.benchmarks import quantization_loss as loss
+from experiments.benchmarks.quantized import quantization_loss as loss
 from lorax.interop import hf
 from lorax.quantized import Int4
 from tests.data_paths import DATA, needs_data

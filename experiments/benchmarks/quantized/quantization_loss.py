@@ -1,8 +1,8 @@
 """What quantising loses of real kernels, and how much LoftQ and QPiSSA give back.
 
-    python -m experiments.benchmarks.quantization_loss
-    python -m experiments.benchmarks.quantization_loss --checkpoint=model.gguf \
-        --of_layers=15 --ranks=8,16,64
+    python -m experiments.benchmarks.quantized.quantization_loss
+    python -m experiments.benchmarks.quantized.quantization_loss \
+        --checkpoint=model.gguf --of_layers=15 --ranks=8,16,64
 
 Prints a markdown table of || W - (Q + s A B) ||_F / || W ||_F over all kernels that
 "all-linear" takes, in groups of 64 inputs. The first QPiSSA is its first iteration,
