@@ -151,6 +151,21 @@ def peft(scope):
     assert any((new != old).any() for new, old in zip(moved, params))
 
 
+def own_codes(scope):
+    """The comment is right, and the scale does not touch the branch."""
+    q = scope["kernels"]["q"]
+    assert (q.shape, q.dtype, q.stored.dtype) == ((3, 64, 64), np.float32, np.int8)
+    own, x = scope["own"], scope["x"]
+    adapters = {"q": scope["adapters"]["q"].replace(b=scope["draw"](7, 3, 4, 64))}
+    update = adapters["q"].delta(np.zeros((3, 64, 64), np.float32))
+    want = x
+    for layer in range(3):
+        kernel = np.float32(own["q"][layer]) * own["scale"][layer] + update[layer]
+        want = want + np.tanh(want @ kernel)
+    got = lorax.adapt(scope["quantised"])(adapters, own, x)
+    np.testing.assert_allclose(got, want @ own["head"], rtol=1e-4, atol=1e-5)
+
+
 def gguf(scope):
     leaves = lorax.tree.flatten(scope["params"])
     is_quantized = lorax.quantized.is_quantized
@@ -217,6 +232,7 @@ CHECKS = {
         saving,
         peft,
         gguf,
+        own_codes,
         many_adapters,
         population,
         sharding,
@@ -236,7 +252,9 @@ def test_the_code_does_what_the_page_says(name, capsys, tmp_path, monkeypatch):
     if name == "gguf":  # stands for the file that the page downloads
         gguf_files.tiny("SmolLM2-135M-Instruct.Q4_1.gguf")
     if name not in CHECKS:
-        assert name == "runs", "a page without a check of what it shows"
+        assert name in ("runs", "quantized_runs"), (
+            "a page without a check of what it shows"
+        )
         return
     scope = run(name)
     printed = capsys.readouterr().out
