@@ -151,6 +151,12 @@ def peft(scope):
     assert any((new != old).any() for new, old in zip(moved, params))
 
 
+def quantized_inits(scope):
+    assert 0 < scope["lost"] < 0.7 * scope["without"]
+    assert lorax.quantized.is_quantized(scope["packed"]["w"])
+    assert 0 < scope["report"].lost
+
+
 def own_codes(scope):
     """The comment is right, and the scale does not touch the branch."""
     q = scope["kernels"]["q"]
@@ -233,6 +239,7 @@ CHECKS = {
         peft,
         gguf,
         own_codes,
+        quantized_inits,
         many_adapters,
         population,
         sharding,
