@@ -10,6 +10,11 @@ nbformat = pytest.importorskip("nbformat", reason="needs the extra 'notebooks'")
 
 NOTEBOOKS = sorted((children.ROOT / "notebooks").glob("*.ipynb"))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+LONG = ("02", "03", "04")  # a minute each; pytest -m slow runs them
+runs = [
+    pytest.param(path, marks=pytest.mark.slow if path.stem[:2] in LONG else ())
+    for path in NOTEBOOKS
+]
 
 
 def test_all_six_are_there():
@@ -36,7 +41,7 @@ def test_it_is_committed_short_and_without_outputs(path):
 
 
 @pytest.mark.once
-@each
+@pytest.mark.parametrize("path", runs, ids=lambda path: path.stem)
 def test_it_runs_and_shows_what_it_says(path):
     nbclient = pytest.importorskip("nbclient", reason="needs the extra 'notebooks'")
     pytest.importorskip("ipykernel", reason="needs the extra 'notebooks'")

@@ -138,10 +138,10 @@ class NF4:
 
 FORMATS: dict[str, Format] = {
     "int8": Int8(),
-    "w8a8": Int8(activations=True),
     "int4": Int4(),
     "nf4": NF4(),
     "fp8": Fp8(),
+    "w8a8": Int8(activations=True),
 }
 """The formats by the names that rules and configs give them, with their defaults."""
 

@@ -30,7 +30,10 @@ def config_of(name, steps, **fields):
 
 @needs_data
 @pytest.mark.filterwarnings("ignore:.*cut .* examples")
-@pytest.mark.parametrize("name", ("roberta_glue_lora", "t5_glue_lora_ga"))
+@pytest.mark.parametrize(
+    "name",
+    ("roberta_glue_lora", pytest.param("t5_glue_lora_ga", marks=pytest.mark.slow)),
+)
 def test_a_drawn_model_runs_and_says_that_it_is_no_result(name, tmp_path, capsys):
     config = config_of(
         name, 2, **{"data.train_rows": 64, "data.valid_rows": 16, "eval.rows": 16}

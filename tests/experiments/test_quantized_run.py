@@ -30,7 +30,9 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("init", ["standard", "pissa"])
+@pytest.mark.parametrize(
+    "init", ["standard", pytest.param("pissa", marks=pytest.mark.slow)]
+)
 def test_a_run_keeps_its_base_packed(init, tmp_path):
     config = config_of("gpt2_e2e_lora", 3, **SIZES, **{"adapter.init": init})
     checking.check(config)

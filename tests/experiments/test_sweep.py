@@ -255,7 +255,7 @@ def test_a_bad_grid_fails_before_anything_runs(tmp_path):
     )
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_a_sweep_and_a_member_is_its_run(tmp_path):
     cache = f"--config.run.cache_dir={tmp_path / 'cache'}"
     both = [*TOY, cache, f"--workdir={tmp_path / 's'}", "--jobs=2"]

@@ -11,6 +11,8 @@ from lorax.interop import gguf
 from lorax.interop.gguf import header
 from tests.interop import gguf_files as made
 
+pytestmark = pytest.mark.once
+
 
 def text(value):
     raw = value if isinstance(value, bytes) else value.encode()

@@ -14,6 +14,8 @@ from lorax.interop import gguf, hf
 from tests.data_paths import DATA, needs_data
 from tests.interop import gguf_files as made
 
+pytestmark = pytest.mark.once
+
 TOKENS = [*made.LETTERS, "11", "111", "ab", "xyz", "Ã©", "Ġ=", "<s>", "</s>", "<call>"]
 MERGES = ["1 1", "11 1", "a b", "Ã ©", "Ġ ="]
 KINDS = [1] * (len(TOKENS) - 3) + [3, 3, 4]

@@ -15,6 +15,8 @@ from lorax.models import gpt2, llama, roberta
 from lorax.quantized import NF4, Int4, Quantized
 from tests.interop.test_hf import SMALL, tensors_of, write
 
+pytestmark = pytest.mark.once
+
 GPT2 = gpt2.Config(61, 32, 64, 2, 4, 128)
 MIXED = [(".*/q/kernel", "int8"), ("all-linear", Int4(group=16))]
 

@@ -35,7 +35,7 @@ def taken_by_index(params, x):
 
 
 def taken_apart(params, x):
-    for i in range(DEPTH):
+    for i in range(len(params["up"])):
         x, _ = layer(x, jax.tree.map(lambda w, i=i: w[i], params))
     return jnp.sum(x**2)
 
@@ -82,12 +82,14 @@ def test_one_layer_is_dense(fn, adapter):
     assert used - packed - 3 * own < 3 * 4 * WIDTH * HIDDEN
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dora"])
+@pytest.mark.parametrize(
+    "adapter", ["dora", pytest.param("lora", marks=pytest.mark.slow)]
+)
 def test_layers_taken_apart_or_chosen(adapter):
-    params = parameters(taken_apart)
+    params = jax.tree.map(lambda w: w[:3], parameters(taken_apart))
     grad, adapters, base, x = made(taken_apart, params, adapter=adapter)
     close(jax.jit(grad)(adapters, base, x), jax.jit(grad)(adapters, dense(base), x))
-    chosen = made(taken_apart, params, adapter=adapter, layers=(1, 5, 6))
+    chosen = made(taken_apart, params, adapter=adapter, layers=(0, 2))
     close(jax.jit(grad)(*chosen[1:]), jax.jit(grad)(chosen[1], dense(base), x))
 
 

@@ -17,6 +17,8 @@ from tests import programs
 from tests.programs import normal
 from tests.quantized.test_adapt import close, dense
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 RULES = [
     (".*(up|query|qkv|linear_0).*(weight|w|kernel)", "nf4"),

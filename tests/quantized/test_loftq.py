@@ -12,6 +12,8 @@ from lorax.interop import hf
 from lorax.quantized import NF4, Int4, Int8, dequantize
 from tests.data_paths import DATA, needs_data
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 SINGLE, AFFINE = NF4(double=False), Int4(symmetric=False)
 TABLE = [  # QLoRA, appendix E
