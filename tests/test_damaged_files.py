@@ -15,6 +15,8 @@ import pytest
 
 from tests import damaged, damaged_sources
 
+pytestmark = pytest.mark.once
+
 SEED = 16
 
 

@@ -65,7 +65,7 @@ def holds_in_float32(method, mesh):
     assert found.get("masks", True)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_a_mixed_mesh_trains_as_one_device_in_float32():
     holds_in_float32("lora_pro", "mixed")
 

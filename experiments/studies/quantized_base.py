@@ -30,7 +30,7 @@ from experiments.machine import tables
 from experiments.studies import e2e_methods
 from experiments.studies.method import comparison, trial
 
-_MODEL = flags.DEFINE_string("study_model", "", "A GGUF file, or a checkpoint.")
+_MODEL = flags.DEFINE_string("study_model", None, "A GGUF file, or a checkpoint.")
 _MINUTES = flags.DEFINE_float("base_minutes", None, "Start no run after as many.")
 _SEEDS = flags.DEFINE_list("base_seeds", ["1"], "Seeds of adapters and batches.")
 
@@ -69,30 +69,32 @@ def bits_a_weight(params: Any) -> float:
 
 
 def table(lines: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: a row for each base, its gain beside that of the dense one.
+    """Markdown: a row for each base, held to the gain of the dense one.
+
+    The share is of the way that the dense base goes, from where that begins: a base
+    that begins worse for being rounded has gained nothing by it.
 
     Args:
       lines: by format, a line for each seed.
     """
-    gains = {
-        form: np.array([line["before"] - line["curve"][-1] for line in found])
+    after = {
+        form: np.array([line["curve"][-1] for line in found])
         for form, found in lines.items()
     }
-    whole = gains[FORMS[0]]
+    start = np.array([line["before"] for line in lines[FORMS[0]]])
     rows = []
     for form, found in lines.items():
-        share = gains[form] / whole
+        share = (start - after[form]) / (start - after[FORMS[0]])
         rows.append(
             [
                 form or "float32",
                 f"{found[0]['bits']:.2f}",
                 f"{found[0]['before']:.4f}",
-                f"{np.mean([line['curve'][-1] for line in found]):.4f}",
-                f"{gains[form].mean():.4f}",
+                f"{after[form].mean():.4f}",
                 f"{share.mean():.1%}",
             ]
         )
-    names = ["base", "bits a weight", "before", "after", "gain", "of float32's gain"]
+    names = ["base", "bits a weight", "before", "after", "of float32's gain"]
     return tables.markdown(names, rows)
 
 

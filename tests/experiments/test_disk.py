@@ -15,6 +15,8 @@ from experiments.machine import disk
 from experiments.studies.method import comparison
 from experiments.trainer import metric_log
 
+pytestmark = pytest.mark.once
+
 ROOT = pathlib.Path(__file__).parents[2]
 SECONDS = 60  # that a process may take to end, from its failing write on
 

@@ -15,6 +15,8 @@ from lorax import checkpoint
 from tests import children
 from tests.interop import gguf_files as made
 
+pytestmark = pytest.mark.once
+
 TOKENS = np.arange(24).reshape(2, 12) % made.VOCABULARY
 
 

@@ -60,7 +60,13 @@ def stopped_and_restarted(folder, stop_at, uninterrupted, again):
     assert second[-1] == uninterrupted[-1], "another end"
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize(
+    "again",
+    [
+        pytest.param(False, id="once"),
+        pytest.param(True, id="twice", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_told_to_go_ends_alike(tmp_path, uninterrupted, again):
     stop_at = random.Random(int(again)).randrange(1, STEPS // 2)
     stopped_and_restarted(tmp_path, stop_at, uninterrupted, again)

@@ -15,6 +15,8 @@ from lorax.models import gpt2, llama
 from lorax.quantized import NestedScales, Quantized, codebooks
 from tests.interop.test_hf import tensors_of, write
 
+pytestmark = pytest.mark.once
+
 CONFIG = llama.Config(61, 64, 64, 2, 4, 2, 16, 192, tied=False)
 GPT2 = gpt2.Config(61, 32, 64, 1, 4, 128)
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}

@@ -12,6 +12,8 @@ from lorax.interop.gguf.blocks import FORMS, Type
 from lorax.quantized import Quantized
 from tests.interop import gguf_files as made
 
+pytestmark = pytest.mark.once
+
 FAMILY = {
     "attn_q": ("q", (4, 64)),
     "attn_k": ("k", (2, 64)),

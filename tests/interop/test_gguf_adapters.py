@@ -15,6 +15,8 @@ from lorax.interop import gguf
 from lorax.models import gpt2, llama
 from tests.interop import gguf_files as made
 
+pytestmark = pytest.mark.once
+
 SMALL = llama.Config(31, 64, 32, 2, 4, 2, 8, 48, tied=False)
 MODULES = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
 MODULES |= {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}

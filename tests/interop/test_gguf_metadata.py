@@ -10,6 +10,8 @@ from lorax.interop.gguf import header, metadata
 from lorax.interop.gguf.blocks import Type
 from tests.interop import gguf_files as made
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def held():

@@ -11,6 +11,8 @@ import pytest
 import lorax
 from lorax.quantized import Quantized, dequantize
 
+pytestmark = pytest.mark.once
+
 qwix = pytest.importorskip("qwix", reason="needs the golden extra")
 ours = pytest.importorskip("lorax.interop.qwix")
 

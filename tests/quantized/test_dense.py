@@ -82,6 +82,7 @@ def test_one_layer_is_dense(fn, adapter):
     assert used - packed - 3 * own < 3 * 4 * WIDTH * HIDDEN
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "adapter", ["dora", pytest.param("lora", marks=pytest.mark.slow)]
 )
