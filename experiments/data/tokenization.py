@@ -246,7 +246,7 @@ def read_files(source: pathlib.Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
 
 
 def read_configs(source: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The objects in the files of `CONFIGS`, empty where there is no such file."""
+    """The objects in the files of `CONFIGS`; {} stands for a missing file."""
     if is_gguf(source):
         return _configs(_of_gguf(source))
     return {name: read_config(source / name) for name in CONFIGS}
@@ -263,7 +263,7 @@ def _configs(files: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object; empty if there is no such file."""
+    """A JSON object; {} if the file is missing."""
     if not path.is_file():
         return {}
     try:

@@ -87,7 +87,7 @@ def load_base(
         fields = config.random.to_dict()
         family = hf.family_of(fields, "config.model.random")
         model = family.Model(family.Config.from_hf(fields, **switches))
-        tokens = quantizing.example(model)
+        tokens = hf.example(model)
 
         def draw(key: jax.Array) -> Any:
             return model.init(key, *tokens)["params"]
@@ -141,7 +141,7 @@ def _file(source: str) -> pathlib.Path:
     if found is None:
         near = sorted({p.name for place in places for p in place.parent.glob("*.gguf")})
         told = f"; beside it: {', '.join(near[:8])}" if near else ""
-        raise FileNotFoundError(f"there is no file {source}{told}")
+        raise FileNotFoundError(f"the file {source} does not exist{told}")
     return found
 
 

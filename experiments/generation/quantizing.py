@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import lorax
 from lorax.interop import hf
@@ -47,14 +46,8 @@ def quantized(model: Any, params: Any, text: str) -> Any:
     def call(params: Any, *tokens: jax.Array) -> Any:
         return model.apply({"params": params}, *tokens)
 
-    kernels = lorax.discover(call, params, *example(model))
+    kernels = lorax.discover(call, params, *hf.example(model))
     return lorax.quantize(params, given, kernels)
-
-
-def example(model: Any) -> tuple[jax.Array, ...]:
-    """Returns the smallest input of a model."""
-    family = hf.family_of(model.config.to_hf(), "config")
-    return (jnp.zeros((1, 1), jnp.int32),) * getattr(family, "INPUTS", 1)
 
 
 def packed(params: Any) -> bool:

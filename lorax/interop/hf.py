@@ -99,7 +99,7 @@ def load(
         raise ValueError(f"{directory}: {error}; {_sizes(raw, config)}") from error
     if quantize is not None:
         plans |= packed.plans(
-            packed.chosen(model, shapes, quantize, _example(model)), found, plans
+            packed.chosen(model, shapes, quantize, example(model)), found, plans
         )
     if callable(shardings):
         packs = {path: plan.abstract for path, plan in plans.items()}
@@ -243,7 +243,7 @@ def family_of(config: Mapping[str, Any], directory: Any) -> ModuleType:
 @functools.lru_cache(8)
 def abstract(model: Any) -> PyTree:
     """Returns the shapes and dtypes of a model's parameters; it is traced once."""
-    return jax.eval_shape(model.init, jax.random.key(0), *_example(model))["params"]
+    return jax.eval_shape(model.init, jax.random.key(0), *example(model))["params"]
 
 
 def to_disk(config: Any, params: PyTree) -> dict[str, np.ndarray]:
@@ -269,8 +269,8 @@ def to_disk(config: Any, params: PyTree) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _example(model: Any) -> tuple[jax.Array, ...]:
-    """The smallest input: tokens, for an encoder and decoder both's."""
+def example(model: Any) -> tuple[jax.Array, ...]:
+    """Returns the smallest input: tokens, for an encoder and decoder both's."""
     family = family_of(model.config.to_hf(), "config")
     return (jnp.zeros((1, 1), jnp.int32),) * getattr(family, "INPUTS", 1)
 
@@ -359,7 +359,7 @@ def _drawn(
     """Draws the leaves that the checkpoint lacks; XLA drops the others."""
 
     def draw(key: jax.Array) -> dict[str, jax.Array]:
-        whole = _flat(model.init(key, *_example(model))["params"])
+        whole = _flat(model.init(key, *example(model))["params"])
         return {path: whole[path] for path in absent}
 
     out = {path: shardings[path] for path in absent} if shardings else None

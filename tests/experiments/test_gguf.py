@@ -57,9 +57,11 @@ def test_codes_of_the_file_and_new_ones(file):
 def test_a_mistyped_file_is_told_before_a_run(file):
     loading.check(str(file))
     near = file.with_name("tyni.gguf")
-    with pytest.raises(FileNotFoundError, match="no file .*tyni.gguf; beside it: tiny"):
+    with pytest.raises(
+        FileNotFoundError, match="the file .*tyni.gguf does not exist; beside it: tiny"
+    ):
         loading.check(str(near))
-    with pytest.raises(FileNotFoundError, match="there is no file .*tyni.gguf"):
+    with pytest.raises(FileNotFoundError, match="the file .*tyni.gguf does not exist"):
         loading.load_model(str(near))
 
 

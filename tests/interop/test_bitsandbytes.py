@@ -326,7 +326,7 @@ def test_damaged_int8(tmp_path):
         with pytest.raises(ValueError, match=message):
             hf.load(source)
 
-    raises("dtype int8.*no scales beside it: neither .* nor .*up_proj.SCB", SCB=None)
+    raises("dtype int8.*scales are missing: .*neither .* nor .*up_proj.SCB", SCB=None)
     raises("SCB' is float32 of shape .191.*192 values", SCB=np.ones(191, np.float32))
     raises("SCB' holds NaN", SCB=np.full(192, np.nan, np.float32))
     raises("SCB': the scales are all zero", SCB=np.zeros(192, np.float32))

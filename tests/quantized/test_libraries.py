@@ -6,6 +6,7 @@ import pytest
 
 from lorax.quantized import NF4, Fp8, Int4, Int8, dequantize
 from lorax.types import Axes
+from tests.quantized.matrices import codes_of, normal
 
 PLAIN = Axes((0,), (1,))
 GROUPS = {"channelwise_axes": [1], "tiled_axes": {0: 64}}
@@ -20,19 +21,6 @@ QWIX = {
     "fp8": (Fp8(), {"qtype": jnp.float8_e4m3fn, "channelwise_axes": [1]}),
     "nf4": (NF4(double=False), {"qtype": "nf4", **GROUPS}),
 }
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def codes_of(leaf):
-    """The codes of a matrix; of four bits, halves of a block of inputs share bytes."""
-    codes = np.asarray(leaf.codes)
-    if not leaf.block:
-        return codes
-    pairs = codes.reshape(-1, 1, leaf.block // 2, codes.shape[-1])
-    return np.concatenate([pairs >> 4, pairs & 15], 1).reshape(leaf.shape)
 
 
 @pytest.mark.parametrize("name", QWIX)

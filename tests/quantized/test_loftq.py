@@ -11,6 +11,7 @@ import lorax
 from lorax.interop import hf
 from lorax.quantized import NF4, Int4, Int8, dequantize
 from tests.data_paths import DATA, needs_data
+from tests.quantized.matrices import codes_of, normal
 
 pytestmark = pytest.mark.once
 
@@ -23,19 +24,6 @@ TABLE = [  # QLoRA, appendix E
     *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
     *(0.7229568362236023, 1.0),
 ]
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def codes_of(leaf):
-    """The codes of a matrix; of four bits, halves of a block of inputs share bytes."""
-    codes = np.asarray(leaf.codes)
-    if not leaf.block:
-        return codes
-    pairs = codes.reshape(-1, 1, leaf.block // 2, codes.shape[-1])
-    return np.concatenate([pairs >> 4, pairs & 15], 1).reshape(leaf.shape)
 
 
 def error(adapters, params, dense):

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from absl import app, flags
 
 import lorax
-from experiments.generation import loading, quantizing
+from experiments.generation import loading
 from experiments.machine import tables
+from lorax.interop import hf
 from lorax.quantized import NF4, Format, Int4
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "stories260k", "A directory or GGUF.")
@@ -50,7 +51,7 @@ def linear(
       layers: numbers of layers; all if there are none.
     """
     call = lambda params, *tokens: model.apply({"params": params}, *tokens)
-    found = lorax.discover(call, params, *quantizing.example(model))
+    found = lorax.discover(call, params, *hf.example(model))
     target = lorax.Target("all-linear", rank=1)
     chosen = lorax.init(jax.random.key(0), params, target, found)[0]
     leaves: dict[str, jax.Array] = {}

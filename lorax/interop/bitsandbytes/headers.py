@@ -184,9 +184,9 @@ def _require_codes(found: Mapping[str, Any]) -> None:
         if not is_coded(tensor) and np.issubdtype(tensor.dtype, np.integer):
             if key.endswith(".weight"):
                 raise ValueError(
-                    f"{tensor.path.name}: {key!r} has dtype {tensor.dtype}, and there "
-                    f"are no scales beside it: neither {key}{STATE}nf4 nor "
-                    f"{key.removesuffix('weight')}SCB"
+                    f"{tensor.path.name}: {key!r} has dtype {tensor.dtype}, and its "
+                    f"scales are missing: the checkpoint has neither {key}{STATE}nf4 "
+                    f"nor {key.removesuffix('weight')}SCB"
                 )
     if not any(map(is_coded, found.values())):
         raise ValueError(

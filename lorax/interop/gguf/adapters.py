@@ -57,7 +57,7 @@ def save_adapters(
 
     Raises:
       KeyError: a path that the model lacks.
-      ValueError: adapters that do not fit it, that are no products of factors (Dora,
+      ValueError: adapters that do not fit it, or are not products of factors (Dora,
         Full, maps), on an embedding that is the head too, or not finite.
     """
     model = _Model.of(config)
@@ -100,7 +100,7 @@ def load_adapters(
       `{path: Lora}`, in float32.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
       ValueError: a file that is not sound, not an adapter, or not for this base; the
         key or the tensor is named.
     """

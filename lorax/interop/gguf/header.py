@@ -85,7 +85,7 @@ class Header(NamedTuple):
         """Returns a value held to a rule; the default where the key is absent.
 
         Raises:
-          ValueError: it is something else, or absent and there is no default.
+          ValueError: it is something else, or absent without a default.
         """
         if key not in self.metadata:
             if default is None:
@@ -98,7 +98,7 @@ def read(path: pathlib.Path) -> Header:
     """Returns the header of a file.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
       ValueError: it is not a GGUF file of version 2 or 3, ends early, names a key or a
         tensor twice, or says what cannot be; the message names the key or tensor.
     """

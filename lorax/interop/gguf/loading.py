@@ -67,7 +67,7 @@ def load(
       The Flax module, its `config` beside it, and its parameters.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
       ValueError: a file that is not sound, an architecture, key or type that is not
         implemented, tensors that are missing, left over, misshapen or not finite, rules
         that `lorax.quantize` refuses.

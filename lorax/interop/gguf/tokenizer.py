@@ -70,7 +70,7 @@ def tokenizer_files(path: str | pathlib.Path) -> dict[str, dict[str, Any]]:
       path: of the file.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
       ValueError: a file that is not sound, or a tokenizer that is not implemented; the
         message names the key.
     """
