@@ -238,7 +238,7 @@ DAMAGES = {
     "no codes": (lambda t: {KEY: None}, f"and no '{KEY}'"),
     "no state": (
         lambda t: {f"{KEY}.{STATE}": None},
-        "dtype uint8.*no scales",
+        "dtype uint8.*scales are missing",
     ),
     "short codes": (lambda t: {KEY: t[KEY][:-1]}, "has 6143 bytes, and .* 192 by 64"),
     "short absmax": (
