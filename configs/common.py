@@ -84,7 +84,7 @@ def _model(model: ml_collections.ConfigDict) -> None:
     model.labels = 0  # of a classification head; 0: none
     model.dtype = ""  # of the computation; "" for the checkpoint's
     model.remat = "none"
-    model.attention = "plain"  # "flash": the Llama family on TPUs
+    model.attention = "plain"  # "flash": in linear memory, of the Llama family
 
 
 def _adapter(adapter: ml_collections.ConfigDict) -> None:

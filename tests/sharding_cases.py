@@ -159,14 +159,6 @@ def both(x, y):
     return zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
 
 
-def attend(q, k, v, mask, bias=None, scale=None):
-    """`layers.attend` in the dtype of its arguments; JAX's own softmax is float32."""
-    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
-    return jnp.einsum("bnts,bsnh->btnh", weights, v)
-
-
 def head(x, embed, config):
     """`layers.head` without its cast to float32."""
     return layers.projection(config.vocabulary, "head", config)(x)
@@ -175,7 +167,7 @@ def head(x, embed, config):
 if __name__ == "__main__":
     assert jax.device_count() == 8 and jax.config.jax_enable_x64
     # rounding to float32 on the way would turn 1e-16 into 1e-7 wherever it flips
-    layers.attend, layers.head = attend, head
+    layers.head = head
     for method in sys.argv[1].split(","):
         alone = train(method, None, jnp.float64)
         for name in sys.argv[2].split(","):

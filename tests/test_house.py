@@ -26,8 +26,9 @@ LAYERS = """
 types untrusted registry quantized tree _checks _explicit _lapack linalg
 adapters scaling
 interpret
-kernels targets selection quantization notices inits optim analysis sharding models
-computed transform description activations calibration compose merging compensation
+kernels targets selection quantization notices inits optim analysis sharding
+attention models computed transform description activations calibration compose merging
+compensation
 losses accumulation steps training population checkpoint interop
 """.split()
 # bottom first; the commands stand on all of them

@@ -66,7 +66,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"model\.labels", whole()),
     (r"model\.dtype", choice("", "float32", "bfloat16", "float16")),
     (r"model\.remat", choice("none", "full", "dots")),
-    (r"model\.attention", choice("plain", "flash")),
+    (r"model\.attention", choice("plain", "flash", "lean", "splash", "cudnn")),
     (r"model\.(vocabulary|layers|width|heads|hidden)", whole(1)),
     # adapter
     (r"adapter\.patterns", PATTERNS),

@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lorax import attention
 from lorax.models import context, hf_config, layers, table
 from lorax.models.layers import Remat
 
@@ -144,7 +145,7 @@ class Block(nn.Module):
         scale = size**-0.5 if config.scale else 1.0
         if config.scale_by_layer:  # the scale is static; the layer's number is traced
             q = q / own["number"].astype(q.dtype)
-        mixed = layers.attend(q, k, v, shared["mask"], scale=scale)
+        mixed = attention.attend(q, k, v, mask=shared["mask"], scale=scale)
         return self._linear(config.width, "o", axis=(-2, -1))(mixed), kept
 
     def _linear(self, features: Any, name: str, axis: Any = -1) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What the families share: attention, the stack of layers, and their parts."""
+"""What the families share: the cache of a layer, the stack of layers, their parts."""
 
 from __future__ import annotations
 
@@ -54,27 +54,6 @@ class DecoderSizes(Sizes, Protocol):
     @property
     def tied(self) -> bool:
         """The head is the embedding."""
-
-
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
-    bias: jax.Array | None = None,
-    scale: float | None = None,
-) -> jax.Array:
-    """Softmax attention, grouped queries included.
-
-    Args:
-      q: `[batch, time, heads, head_dim]`.
-      k: `[batch, keys, kv_heads, head_dim]`.
-      v: likewise.
-      mask: bool, broadcasts to `[batch, heads, time, keys]`.
-      bias: added to the scores, broadcasts likewise.
-      scale: of the scores; None for `head_dim ** -0.5`.
-    """
-    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale)
 
 
 def remember(

@@ -16,15 +16,16 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax import untrusted
-from lorax.models import context, flash, hf_config, layers, rope, table
+from lorax import attention, untrusted
+from lorax.models import context, hf_config, layers, rope, table
 from lorax.models.layers import Remat
 
 ARCHITECTURES = {
@@ -59,7 +60,8 @@ class Config:
       windows: of every layer, the number of tokens it sees, itself included; 0 for
         all. Empty: every layer sees all.
       model_type: whose config.json `to_hf` writes.
-      attention: "plain"; or "flash", `lorax.models.flash`: for training on TPUs.
+      attention: "plain"; or as `attention.attend` has it for training: "flash" is what
+        suits the machine; decoding is plain.
       scan: layers are stacked on axis 0.
       remat: see `layers.run_layers`.
       dtype: of the computation.
@@ -84,7 +86,7 @@ class Config:
     qk_norm: bool = False
     windows: tuple[int, ...] = ()
     model_type: str = "llama"
-    attention: Literal["plain", "flash"] = "plain"
+    attention: str = "plain"
     scan: bool = True
     remat: Remat = "none"
     dtype: Any = jnp.float32
@@ -99,10 +101,9 @@ class Config:
             raise ValueError(
                 f"{len(self.windows)} windows for {self.layers} layers; give one each"
             )
-        if self.attention not in ("plain", "flash"):
-            raise ValueError(f"attention={self.attention!r}; choose 'plain' or 'flash'")
-        if self.windows and self.attention == "flash":
-            raise ValueError("attention='flash' has no windows; use 'plain'")
+        if self.attention not in attention.IMPLEMENTATIONS:
+            known = ", ".join(attention.IMPLEMENTATIONS)
+            raise ValueError(f"attention={self.attention!r}; choose one of {known}")
 
     @property
     def stacks(self) -> dict[str, int]:
@@ -254,14 +255,34 @@ class Block(nn.Module):
         q, k = rope.rotate(q, shared["angles"]), rope.rotate(k, shared["angles"])
         k, v, kept = layers.remember(k, v, own["cache"], shared["slot"])
         # one token, as init reads, has no scores to save; a cache is for decoding
-        if config.attention == "flash" and kept is None and x.shape[1] > 1:
-            mixed = flash.attend(q, k, v, shared["segments"])
+        if config.attention != "plain" and kept is None and x.shape[1] > 1:
+            mixed = self._trained(q, k, v, own["window"], shared["segments"])
         else:
             mask = shared["mask"]
             if config.windows:
                 mask = mask & ((shared["back"] < own["window"]) | (own["window"] == 0))
-            mixed = layers.attend(q, k, v, mask)
+            mixed = attention.attend(q, k, v, mask=mask)
         return self._linear(config.width, "o", config.o_bias, (-2, -1))(mixed), kept
+
+    def _trained(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, window: Any, segments: Any
+    ) -> jax.Array:
+        """Attention without a mask; a window is static, so each of them is a branch."""
+
+        def of(size: int, *qkv: jax.Array) -> jax.Array:
+            return attention.attend(
+                *qkv,
+                causal=True,
+                window=size or None,
+                segments=segments,
+                implementation=self.config.attention,
+            )
+
+        sizes = sorted(set(self.config.windows)) or [0]
+        if len(sizes) == 1:
+            return of(sizes[0], q, k, v)
+        own = jnp.searchsorted(jnp.array(sizes), window)
+        return jax.lax.switch(own, [functools.partial(of, n) for n in sizes], q, k, v)
 
     def _linear(
         self, features: Any, name: str, bias: bool, axis: Any = -1
@@ -316,7 +337,7 @@ class Model(nn.Module):
         shared = {
             "angles": config.rope.angles(seen.positions, config.head_dim),
             "mask": seen.mask,
-            "segments": flash.segments_of(real, segments),
+            "segments": attention.segments_of(real, segments),
             "back": seen.back,
             "slot": seen.slot,
         }

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax import untrusted
+from lorax import attention, untrusted
 from lorax.models import context, hf_config, layers, table
 
 Remat = layers.Remat
@@ -202,7 +202,7 @@ class Block(nn.Module):
         linear = functools.partial(layers.projection, config=config, use_bias=True)
         size = config.heads, config.width // config.heads
         q, k, v = (linear(size, name)(x) for name in ("q", "k", "v"))
-        mixed = layers.attend(q, k, v, shared["mask"])
+        mixed = attention.attend(q, k, v, mask=shared["mask"])
         mixed = linear(config.width, "o", axis=(-2, -1))(mixed)
         x = layers.layer_norm("norm_attn", config)(x + self._drop(mixed))
         h = hf_config.ACTIVATIONS[config.activation](linear(config.hidden, "up")(x))

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax import attention
 from lorax.models import context, hf_config, layers, t5_config
 
 Config = t5_config.Config
@@ -100,7 +101,9 @@ class Block(nn.Module):
         h = self._norm("norm_attn")(x)
         q, k, v = (self._heads(name)(h) for name in ("q", "k", "v"))
         k, v, kept = layers.remember(k, v, own["cache"], shared["slot"])
-        mixed = layers.attend(q, k, v, shared["mask"], shared["bias"], scale=1.0)
+        mixed = attention.attend(
+            q, k, v, mask=shared["mask"], bias=shared["bias"], scale=1.0
+        )
         x = x + self._drop(self._out("o")(mixed))
         pair = None
         if self.cross:
@@ -110,7 +113,7 @@ class Block(nn.Module):
                 pair = tuple(self._heads(name)(shared["encoded"]) for name in names)
             q = self._heads("cross_q")(self._norm("norm_cross")(x))
             k, v = pair
-            mixed = layers.attend(q, k, v, shared["cross_mask"], scale=1.0)
+            mixed = attention.attend(q, k, v, mask=shared["cross_mask"], scale=1.0)
             x = x + self._drop(self._out("cross_o")(mixed))
         h = self._norm("norm_mlp")(x)
         up = layers.projection(config.hidden, "up", config)(h)

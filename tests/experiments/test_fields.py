@@ -116,7 +116,7 @@ REFUSED = [
     (CHECKPOINT, "data.form", "csv", "form='csv': give one of lora_format, official"),
     (CHECKPOINT, "model.remat", "all", "must be one of 'none', 'full', 'dots'"),
     (CHECKPOINT, "model.dtype", "int8", "dtype='int8'; it must be one of"),
-    (CHECKPOINT, "model.attention", "fast", "must be one of 'plain', 'flash'"),
+    (CHECKPOINT, "model.attention", "fast", "must be one of 'plain', 'flash', 'lean'"),
     (CHECKPOINT, "model.source", "", "give a directory or a hub id"),
     (
         CHECKPOINT,

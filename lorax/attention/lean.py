@@ -1,0 +1,56 @@
+"""Attention by chunks of queries: the scores of one chunk are held, never of all.
+
+The backward pass computes each chunk's scores again.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lorax.attention import plain
+from lorax.attention.rule import Given, Rule
+
+CHUNK = 256
+"""Queries at a time: a chunk's scores at 4,096 keys are 4 MiB a head."""
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, rule: Rule, given: Given
+) -> jax.Array:
+    """Returns `plain.attend`."""
+    time = q.shape[1]
+    if time <= CHUNK:
+        return plain.attend(q, k, v, rule, given)
+
+    @jax.checkpoint
+    def part(start: jax.Array) -> jax.Array:
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, axis=1)
+        segments = given.segments
+        if segments is not None:
+            segments = cut(segments[0], start, CHUNK), segments[1]
+        own = Given(segments, _rows(given.mask, start), _rows(given.bias, start))
+        rows = cut(q, start, CHUNK)
+        return plain.attend(rows, k, v, rule, own, start + jnp.arange(CHUNK))
+
+    # the last chunk ends where the queries do, and begins inside the one before
+    starts = jnp.minimum(jnp.arange(0, time, CHUNK), time - CHUNK)
+    parts = jax.lax.map(part, starts)  # [chunks, batch, CHUNK, heads, head_dim]
+    whole = time // CHUNK * CHUNK
+    mixed = (
+        parts[: time // CHUNK].swapaxes(0, 1).reshape(q.shape[0], whole, *q.shape[2:])
+    )
+    return (
+        jnp.concatenate([mixed, parts[-1][:, whole - time :]], 1)
+        if whole < time
+        else mixed
+    )
+
+
+def _rows(x: jax.Array | None, start: jax.Array) -> jax.Array | None:
+    """The rows of a chunk, of what broadcasts to `[batch, heads, time, keys]`."""
+    if x is None or x.ndim < 2 or x.shape[-2] == 1:
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, start, CHUNK, axis=-2)
