@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks.page
 
-Of `frameworks.json`, `frameworks_kept_memory.json` and `scaling.json`, those that are
-there; nothing is pasted by hand.
+Of `gpu.json`, `frameworks.json`, `frameworks_kept_memory.json` and `scaling.json`,
+those that are there; nothing is pasted by hand.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 from absl import app
 
 from experiments.benchmarks import frameworks, scaling_cost
+from experiments.benchmarks.gpu import table as gpu
 from experiments.benchmarks.rivals import profiles
 from experiments.machine import tables
 
@@ -25,6 +26,14 @@ Written by `python -m experiments.benchmarks.page` from the JSON files beside it
 is compared with what, and what differs, is told at the top of
 `experiments/benchmarks/frameworks.py` and `scaling_cost.py`.
 """
+
+
+GPU = """A model of the shape of Llama 3.2 1B, drawn, in bfloat16; 8 sequences of 2,048
+random tokens, rank 16 on every linear kernel, AdamW. PEFT runs as Hugging Face's
+Trainer does with `bf16=True`, with torch's fused attention and AdamW; both programs
+start from the same files. MFU counts the operations that the model needs (`sizes.py`:
+no recomputation, half of causal attention) over the card's dense bfloat16 peak, 989
+TFLOP/s. Memory is torch's peak, or the arguments and temporaries that XLA counts."""
 
 
 def _frameworks(result: dict[str, Any]) -> str:
@@ -41,7 +50,12 @@ def _scaling(result: dict[str, Any]) -> str:
     return f"{figure}\n\n{scaling_cost.table(result['rows'])}"
 
 
+def _gpu(result: dict[str, Any]) -> str:
+    return f"{GPU}\n\n{gpu.render(result)}"
+
+
 PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "gpu": ("On one GPU, beside PEFT", _gpu),
     "frameworks": ("A train step of several frameworks", _frameworks),
     "frameworks_kept_memory": ("The same, malloc keeping the memory", _frameworks),
     "scaling": ("Cost of adapters by rank, width, depth and number", _scaling),

@@ -1,0 +1,1 @@
+"""Whole train steps and decoding on one GPU, beside PEFT on torch.compile."""

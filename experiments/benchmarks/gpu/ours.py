@@ -1,0 +1,173 @@
+"""lorax's part: train steps by method, attention and base; decoding; the files shared.
+
+The steps are those that `experiments` trains with: `experiments.tasks.losses`, a model
+of `lorax.models`, `lorax.training.make_train_step`.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import lorax
+from experiments.benchmarks.gpu.sizes import Sizes
+from experiments.benchmarks.rivals import trainers
+from experiments.generation import quantizing
+from experiments.tasks import losses
+from lorax import training
+from lorax.interop import hf, peft
+from lorax.models import decoding, llama
+
+
+class Row(NamedTuple):
+    """A train step of the table.
+
+    Attributes:
+      method: "lora", "dora", "adalora" or "full".
+      attention: of `llama.Config`; "": that of the sizes.
+      remat: of `llama.Config`.
+      scan: likewise.
+      quantize: the format of the base; "": none.
+    """
+
+    method: str = "lora"
+    attention: str = ""
+    remat: str = "none"
+    scan: bool = True
+    quantize: str = ""
+
+
+ROWS = {
+    "lora": Row(),
+    "dora": Row("dora"),
+    "adalora": Row("adalora"),
+    "full": Row("full"),
+    "lora, layers unrolled": Row(scan=False),
+    "lora, recomputed": Row(remat="full"),
+    "lora, recomputed, plain attention": Row(remat="full", attention="plain"),
+    "lora, int8 base": Row(quantize="int8"),
+    "lora, nf4 base": Row(quantize="nf4"),
+}
+PEFT = ("lora", "dora", "adalora")
+"""Rows whose adapters PEFT starts from."""
+
+
+class Trainer(NamedTuple):
+    """A compiled train step.
+
+    Attributes:
+      steps: trains so often and waits for the end; the loss before each update.
+      facts: build seconds, and bytes as XLA counts them.
+    """
+
+    steps: Callable[[int], list[float]]
+    facts: dict[str, float]
+
+
+def write_checkpoint(sizes: Sizes, directory: pathlib.Path) -> None:
+    """Draws the base and writes it for transformers and for `hf.load`."""
+    dtype = jnp.dtype(sizes.dtype)
+    config = llama.Config.from_hf(sizes.model, dtype=dtype, param_dtype=dtype)
+    model = llama.Model(config)
+    init = jax.jit(model.init)(jax.random.key(0), *hf.example(model))
+    hf.save(directory, config, init["params"])
+
+
+@functools.lru_cache(maxsize=1)
+def _base(directory: pathlib.Path, scan: bool, quantize: str) -> tuple[Any, Any]:
+    """The model and its parameters."""
+    return hf.load(directory, scan=scan, quantize=quantizing.rules(quantize) or None)
+
+
+def make_trainer(sizes: Sizes, directory: pathlib.Path, name: str) -> Trainer:
+    """Compiles a row; writes its adapters where PEFT is to start from them.
+
+    Args:
+      sizes: of the benchmark.
+      directory: of the checkpoint; adapters go into a folder by the row's name.
+      name: of the row.
+    """
+    row = ROWS[name]
+    model, params = _base(directory, row.scan, row.quantize)
+    attention = row.attention or sizes.attention
+    config = dataclasses.replace(model.config, attention=attention, remat=row.remat)
+    loss = losses.make_causal(llama.Model(config))
+    tokens = jnp.asarray(sizes.draw())
+    batch = {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": jnp.ones((sizes.batch, sizes.time)),
+        "bytes": jnp.full(sizes.batch, sizes.time),
+    }
+    kernels = lorax.discover(loss, params, batch)
+    full = row.method == "full"
+    target = lorax.Target(
+        ".*" if full else "all-linear",
+        rank=sizes.rank,
+        alpha=2.0 * sizes.rank,
+        adapter=row.method,
+    )
+    adapters, base = lorax.init(jax.random.key(0), params, [target], kernels)
+    if name in PEFT:
+        peft.save(directory / name, adapters, config, params=base)
+    penalty = 0.0
+    if row.method == "adalora":  # which PEFT adds to the loss that it returns
+        penalty = float(trainers.peft_penalty(adapters))
+    tx = trainers.optimizer(row.method, adapters)
+    step = training.make_train_step(training.simple_loss(loss), tx, on_merge="error")
+    state = training.create_state(jax.random.key(0), adapters, tx)
+    del adapters
+    trainer = _compiled(step, state, base, batch)
+    trainer.facts["penalty"] = penalty
+    return trainer
+
+
+def _compiled(step: Any, state: Any, base: Any, batch: Any) -> Trainer:
+    began = time.perf_counter()
+    lowered = jax.jit(step, donate_argnums=0).lower(state, base, batch)
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - began
+    memory: Any = compiled.memory_analysis()
+
+    def steps(count: int) -> list[float]:
+        nonlocal state
+        found = []
+        for _ in range(count):
+            state, metrics = compiled(state, base, batch)
+            found.append(metrics["loss"])
+        return [float(loss) for loss in jax.block_until_ready(found)]
+
+    held = sum(x.nbytes for x in jax.tree.leaves(base))
+    facts = {"build_seconds": seconds, "base_bytes": held}
+    facts["temporary_bytes"] = memory.temp_size_in_bytes
+    facts["argument_bytes"] = memory.argument_size_in_bytes
+    return Trainer(steps, facts)
+
+
+DECODERS = {
+    "merged": "",
+    "adapters beside the base": "",
+    "adapters beside an nf4 base": "nf4",
+}
+"""Formats of the base, by the row of the table."""
+
+
+def decoder(sizes: Sizes, directory: pathlib.Path, name: str) -> Callable[[], Any]:
+    """Returns greedy decoding, one of `DECODERS`."""
+    model, params = _base(directory, True, DECODERS[name])
+    adapters = peft.load(directory / "lora", model.config, params)
+    engine = decoding.causal(model, sizes.prompt + sizes.new)
+    if name == "merged":
+        state: tuple[Any, ...] = (jax.jit(lorax.merge)(adapters, params),)
+    else:
+        engine, state = engine.map(lorax.adapt), (adapters, params)
+    generate = decoding.make_generate(
+        engine, batch=sizes.batch, bucket=sizes.prompt, chunk=sizes.new
+    )
+    prompts = sizes.draw()[:, : sizes.prompt].tolist()
+    return functools.partial(generate, state, prompts, sizes.new)

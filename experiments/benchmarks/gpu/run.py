@@ -1,0 +1,164 @@
+"""One part of the GPU's benchmark; `experiments/benchmarks/gpu.sh` runs them all.
+
+    python -m experiments.benchmarks.gpu.run --part=lorax --files=gpu --out=gpu.json
+
+Every part adds its rows to the JSON as they end, so that one that fails or runs out of
+time costs its own row alone. "lorax" comes first: it writes the checkpoint and the
+adapters that "torch" starts from.
+"""
+
+import functools
+import json
+import pathlib
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags
+
+from experiments.benchmarks.gpu import ours, sizes, theirs
+from experiments.machine import tables
+
+_PART = flags.DEFINE_enum(
+    "part", "lorax", ["tests", "lorax", "torch", "decode"], "What to run."
+)
+_SIZES = flags.DEFINE_enum("sizes", "1b", sorted(sizes.SIZES), "How large.")
+_FILES = flags.DEFINE_string("files", None, "Folder of the checkpoint and adapters.")
+_OUT = flags.DEFINE_string("out", None, "The JSON, to which the part adds its own.")
+_ROWS = flags.DEFINE_list("only", [], "Names of rows; empty: all.")
+
+PACKAGES = ("jax", "flax", "optax", "torch", "peft", "transformers")
+COMMAND = "experiments/benchmarks/gpu.sh gpu.json"
+
+
+def timed(trainer: ours.Trainer, size: sizes.Sizes) -> dict[str, Any]:
+    """Trains a few steps unmeasured, then the blocks."""
+    losses = trainer.steps(size.steps)
+    seconds = []
+    for _ in range(size.blocks):
+        began = time.perf_counter()
+        losses += trainer.steps(size.steps)
+        seconds.append((time.perf_counter() - began) / size.steps)
+    return {**trainer.facts, "seconds": seconds, "losses": losses}
+
+
+def told(method: str, row: dict[str, Any], size: sizes.Sizes) -> dict[str, Any]:
+    """Adds tokens/s and the share of the peak that the model's own operations are."""
+    best = min(row["seconds"])
+    row |= {"method": method, "tokens_per_second": size.tokens / best}
+    if top := sizes.peak():
+        row["mfu"] = sizes.model_flops(size, method) / best / top
+    return row
+
+
+def lorax_rows(
+    size: sizes.Sizes, files: pathlib.Path, only: Sequence[str]
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What to run, by name."""
+    ours.write_checkpoint(size, files)
+
+    def row(name: str) -> dict[str, Any]:
+        found = timed(ours.make_trainer(size, files, name), size)
+        return told(ours.ROWS[name].method, found, size)
+
+    return {f"lorax, {n}": functools.partial(row, n) for n in ours.ROWS if n in only}
+
+
+def torch_rows(
+    size: sizes.Sizes,
+    files: pathlib.Path,
+    only: Sequence[str],
+    compiled: Sequence[bool] = (True, False),
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What to run, by name."""
+
+    def row(method: str, compiled: bool) -> dict[str, Any]:
+        theirs.peak_bytes()
+        made = theirs.make_trainer(size, files, method, compiled)
+        found = timed(made, size)
+        found["losses"].insert(0, found.pop("first_loss"))
+        found["peak_bytes"] = theirs.peak_bytes()
+        return told(method, found, size)
+
+    rows: dict[str, Callable[[], dict[str, Any]]] = {}
+    for by in compiled:
+        for method in (*ours.PEFT, "full"):
+            name = f"{'torch' if method == 'full' else 'PEFT'}, {method}"
+            if method in only:
+                rows[name + ", compiled" * by] = functools.partial(row, method, by)
+    return rows
+
+
+def decode_rows(
+    size: sizes.Sizes, files: pathlib.Path, only: Sequence[str]
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What to run, by name."""
+
+    def row(make: Callable[..., Callable[[], Any]], *name: str) -> dict[str, Any]:
+        generate = make(size, files, *name)
+        seconds = []
+        for _ in range(1 + size.blocks):  # the first compiles
+            began = time.perf_counter()
+            generate()
+            seconds.append(time.perf_counter() - began)
+        first, *seconds = seconds
+        speed = size.batch * size.new / min(seconds)
+        return {"build_seconds": first, "seconds": seconds, "tokens_per_second": speed}
+
+    rows: dict[str, Callable[[], dict[str, Any]]] = {
+        f"lorax, {name}": functools.partial(row, ours.decoder, name)
+        for name in ours.DECODERS
+        if name in only
+    }
+    if "merged" in only:
+        rows["PEFT, merged"] = functools.partial(row, theirs.decoder)
+    return rows
+
+
+def tests_row(files: pathlib.Path) -> dict[str, Any]:
+    """What pytest wrote to `tests.xml`."""
+    suite = ElementTree.parse(files / "tests.xml").getroot().find("testsuite")
+    assert suite is not None
+    failed = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    counts = {key: int(suite.get(key, 0)) for key in ("tests", "skipped")}
+    return {**counts, "failed": failed, "seconds": float(suite.get("time", 0))}
+
+
+def add(path: pathlib.Path, section: str, name: str, value: Any) -> None:
+    """Adds an entry to the JSON."""
+    result = json.loads(path.read_text()) if path.exists() else {}
+    facts = tables.about(PACKAGES) | {"command": COMMAND}
+    result.setdefault("about", facts)
+    result.setdefault(section, {})[name] = value
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs a part."""
+    del argv
+    files, out = pathlib.Path(str(_FILES.value)), pathlib.Path(str(_OUT.value))
+    size = sizes.SIZES[_SIZES.value]
+    if _PART.value == "tests":
+        add(out, "tests", "suite", tests_row(files))
+        return
+    made = {"lorax": lorax_rows, "torch": torch_rows, "decode": decode_rows}
+    section = "decoding" if _PART.value == "decode" else "steps"
+    only = _ROWS.value or [*ours.ROWS, *ours.DECODERS]
+    for name, run in made[_PART.value](size, files, only).items():
+        try:
+            row = run()
+        except Exception as error:  # theirs are of many classes; memory is one
+            row = {"not_run": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+        add(out, section, name, row)
+        shown = {key: value for key, value in row.items() if key != "losses"}
+        print(name, json.dumps(shown), flush=True)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["files", "out"])
+    app.run(main)

@@ -1,0 +1,107 @@
+"""The GPU's figures as markdown."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.machine import tables
+
+GIB = 2**30
+
+
+def steps(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row a train step; the last column is of PEFT compiled, the same method."""
+    header = ["train step", "first call s", "best ms", "range ms", "tokens/s", "MFU"]
+    header += ["memory GiB", "speed / PEFT compiled"]
+    lines = []
+    for name, row in rows.items():
+        if "not_run" in row:
+            lines.append([f"{name}: not run, {_reason(row)}", *["-"] * 7])
+            continue
+        ms = [1e3 * s for s in row["seconds"]]
+        line = [name, f"{row['build_seconds']:.0f}", f"{min(ms):.1f}"]
+        line += [f"{min(ms):.1f}-{max(ms):.1f}", f"{row['tokens_per_second']:,.0f}"]
+        line += [f"{100 * row['mfu']:.1f} %" if "mfu" in row else "-"]
+        line += [f"{_memory(row) / GIB:.1f}", _speed(row, rows)]
+        lines.append(line)
+    return tables.markdown(header, lines)
+
+
+def agreement(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """How far the losses of lorax and of PEFT are apart, by method."""
+    parts = []
+    for method in ("lora", "dora", "adalora", "full"):
+        ours = rows.get(f"lorax, {method}", {}).get("losses")
+        theirs = _rivals(method, rows)
+        if ours is None or not theirs:
+            continue
+        count = 1 if method == "adalora" else None  # theirs holds the penalty
+        penalty = rows[f"lorax, {method}"]["penalty"]
+        off = max(
+            abs(own + penalty - other) / other
+            for row in theirs
+            for own, other in list(zip(ours, row["losses"], strict=False))[:count]
+        )
+        parts.append(f"{method} {off:.0e}")
+    found = ", ".join(parts)
+    return f"Losses differ, relative, at any step (AdaLoRA's first) by: {found}."
+
+
+def decoding(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row a way of decoding."""
+    header = ["decoding", "first call s", "best s", "tokens/s"]
+    lines = []
+    for name, row in rows.items():
+        if "not_run" in row:
+            lines.append([f"{name}: not run, {_reason(row)}", *["-"] * 3])
+            continue
+        line = [name, f"{row['build_seconds']:.0f}", f"{min(row['seconds']):.2f}"]
+        lines.append([*line, f"{row['tokens_per_second']:,.0f}"])
+    return tables.markdown(header, lines)
+
+
+def tests(suite: Mapping[str, Any]) -> str:
+    """One sentence, and the names of what failed."""
+    passed = suite["tests"] - suite["skipped"] - len(suite["failed"])
+    told = f"Tests on the GPU: {passed} passed, {suite['skipped']} skipped, "
+    told += f"{len(suite['failed'])} failed"
+    return told + "".join(f"\n- {name}" for name in suite["failed"])
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """Everything that the JSON holds."""
+    parts = []
+    if rows := result.get("steps"):
+        parts += [steps(rows), agreement(rows)]
+    if rows := result.get("decoding"):
+        parts.append(decoding(rows))
+    if suite := result.get("tests", {}).get("suite"):
+        parts.append(tests(suite))
+    return "\n\n".join(parts)
+
+
+def _memory(row: Mapping[str, Any]) -> float:
+    """The peak that torch saw, or arguments and temporaries as XLA counts them."""
+    if "peak_bytes" in row:
+        return row["peak_bytes"]
+    return row["argument_bytes"] + row["temporary_bytes"]
+
+
+def _rivals(method: str, rows: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    return [
+        row
+        for name, row in rows.items()
+        if row.get("method") == method and not name.startswith("lorax")
+    ]
+
+
+def _speed(row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> str:
+    compiled = [
+        other["tokens_per_second"]
+        for name, other in rows.items()
+        if name.endswith("compiled") and other.get("method") == row["method"]
+    ]
+    return f"{row['tokens_per_second'] / compiled[0]:.2f}" if compiled else "-"
+
+
+def _reason(row: Mapping[str, Any]) -> str:
+    return row["not_run"].split("\n")[0].replace("|", "/")[:120]
