@@ -25,7 +25,7 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=.92
 run() { # seconds part [flags]
   local limit=$1 part=$2
   shift 2
-  timeout -k 5 "$limit" "$PYTHON" -m experiments.benchmarks.gpu.run \
+  timeout -k 5 "$limit" "$PYTHON" -m experiments.benchmarks.gpu.parts \
     --part="$part" --sizes="$sizes" --files="$files" --out="$out" "$@" 2>"$files/err" \
     || { echo "$part ended with $?"; tail -n 15 "$files/err"; }
 }

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments.benchmarks.gpu import run, sizes, table
+from experiments.benchmarks.gpu import parts, sizes, table
 from experiments.benchmarks.rivals import torch_peft
 from tests import children
 
@@ -19,9 +19,9 @@ def test_steps_and_decoding_beside_peft(tmp_path):
     size, result = sizes.SIZES["toy"], {"steps": {}, "decoding": {}}
     torch_peft.pin(1)
     for section, rows in (
-        ("steps", run.lorax_rows(size, tmp_path, ["lora", "adalora"])),
-        ("steps", run.torch_rows(size, tmp_path, ["lora", "adalora"], (False,))),
-        ("decoding", run.decode_rows(size, tmp_path, ["merged"])),
+        ("steps", parts.lorax_rows(size, tmp_path, ["lora", "adalora"])),
+        ("steps", parts.torch_rows(size, tmp_path, ["lora", "adalora"], (False,))),
+        ("decoding", parts.decode_rows(size, tmp_path, ["merged"])),
     ):
         result[section] |= {name: row() for name, row in rows.items()}
     ours, theirs = (
@@ -55,7 +55,7 @@ def test_what_pytest_wrote(tmp_path):
         'classname="tests.a" name="b"><failure/></testcase><testcase classname="c" '
         'name="d"/></testsuite></testsuites>'
     )
-    suite = run.tests_row(tmp_path)
+    suite = parts.tests_row(tmp_path)
     assert suite == {"tests": 3, "skipped": 1, "failed": ["tests.a::b"], "seconds": 2.5}
     assert table.tests(suite) == (
         "Tests on the GPU: 1 passed, 1 skipped, 1 failed\n- tests.a::b"

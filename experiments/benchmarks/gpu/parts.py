@@ -1,6 +1,6 @@
 """One part of the GPU's benchmark; `experiments/benchmarks/gpu.sh` runs them all.
 
-    python -m experiments.benchmarks.gpu.run --part=lorax --files=gpu --out=gpu.json
+    python -m experiments.benchmarks.gpu.parts --part=lorax --files=gpu --out=gpu.json
 
 Every part adds its rows to the JSON as they end, so that one that fails or runs out of
 time costs its own row alone. "lorax" comes first: it writes the checkpoint and the
