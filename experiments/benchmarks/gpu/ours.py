@@ -69,13 +69,17 @@ class Trainer(NamedTuple):
     facts: dict[str, float]
 
 
-def write_checkpoint(sizes: Sizes, directory: pathlib.Path) -> None:
-    """Draws the base and writes it for transformers and for `hf.load`."""
+def write_files(sizes: Sizes, directory: pathlib.Path) -> None:
+    """Draws the base and adapters, and writes what every program starts from."""
     dtype = jnp.dtype(sizes.dtype)
     config = llama.Config.from_hf(sizes.model, dtype=dtype, param_dtype=dtype)
     model = llama.Model(config)
     init = jax.jit(model.init)(jax.random.key(0), *hf.example(model))
     hf.save(directory, config, init["params"])
+    for method in PEFT:
+        _, params = _base(directory, True, "")
+        adapters, base = _adapted(sizes, Row(method), model, params)
+        peft.save(directory / method, adapters, config, params=base)
 
 
 @functools.lru_cache(maxsize=1)
@@ -85,46 +89,52 @@ def _base(directory: pathlib.Path, scan: bool, quantize: str) -> tuple[Any, Any]
 
 
 def make_trainer(sizes: Sizes, directory: pathlib.Path, name: str) -> Trainer:
-    """Compiles a row; writes its adapters where PEFT is to start from them.
+    """Compiles a row.
 
     Args:
       sizes: of the benchmark.
-      directory: of the checkpoint; adapters go into a folder by the row's name.
+      directory: of the checkpoint.
       name: of the row.
     """
     row = ROWS[name]
     model, params = _base(directory, row.scan, row.quantize)
+    adapters, base = _adapted(sizes, row, model, params)
+    penalty = 0.0
+    if row.method == "adalora":  # which PEFT adds to the loss that it returns
+        penalty = float(trainers.peft_penalty(adapters))
     attention = row.attention or sizes.attention
     config = dataclasses.replace(model.config, attention=attention, remat=row.remat)
-    loss = losses.make_causal(llama.Model(config))
+    loss = training.simple_loss(losses.make_causal(llama.Model(config)))
+    tx = trainers.optimizer(row.method, adapters)
+    step = training.make_train_step(loss, tx, on_merge="error")
+    state = training.create_state(jax.random.key(0), adapters, tx)
+    del adapters
+    trainer = _compiled(step, state, base, _batch(sizes))
+    trainer.facts["penalty"] = penalty
+    return trainer
+
+
+def _adapted(sizes: Sizes, row: Row, model: Any, params: Any) -> tuple[Any, Any]:
+    """Adapters on every linear kernel of the base, the same from every call."""
+    loss = losses.make_causal(model)
+    kernels = lorax.discover(loss, params, _batch(sizes))
+    target = lorax.Target(
+        ".*" if row.method == "full" else "all-linear",
+        rank=sizes.rank,
+        alpha=2.0 * sizes.rank,
+        adapter=row.method,
+    )
+    return lorax.init(jax.random.key(0), params, [target], kernels)
+
+
+def _batch(sizes: Sizes) -> dict[str, jax.Array]:
     tokens = jnp.asarray(sizes.draw())
-    batch = {
+    return {
         "inputs": tokens[:, :-1],
         "targets": tokens[:, 1:],
         "weights": jnp.ones((sizes.batch, sizes.time)),
         "bytes": jnp.full(sizes.batch, sizes.time),
     }
-    kernels = lorax.discover(loss, params, batch)
-    full = row.method == "full"
-    target = lorax.Target(
-        ".*" if full else "all-linear",
-        rank=sizes.rank,
-        alpha=2.0 * sizes.rank,
-        adapter=row.method,
-    )
-    adapters, base = lorax.init(jax.random.key(0), params, [target], kernels)
-    if name in PEFT:
-        peft.save(directory / name, adapters, config, params=base)
-    penalty = 0.0
-    if row.method == "adalora":  # which PEFT adds to the loss that it returns
-        penalty = float(trainers.peft_penalty(adapters))
-    tx = trainers.optimizer(row.method, adapters)
-    step = training.make_train_step(training.simple_loss(loss), tx, on_merge="error")
-    state = training.create_state(jax.random.key(0), adapters, tx)
-    del adapters
-    trainer = _compiled(step, state, base, batch)
-    trainer.facts["penalty"] = penalty
-    return trainer
 
 
 def _compiled(step: Any, state: Any, base: Any, batch: Any) -> Trainer:

@@ -3,10 +3,11 @@
     python -m experiments.benchmarks.gpu.parts --part=lorax --files=gpu --out=gpu.json
 
 Every part adds its rows to the JSON as they end, so that one that fails or runs out of
-time costs its own row alone. "lorax" comes first: it writes the checkpoint and the
-adapters that "torch" starts from.
+time costs its own row alone. "files" comes first: it writes the checkpoint and the
+adapters that the others start from.
 """
 
+import fcntl
 import functools
 import json
 import pathlib
@@ -21,7 +22,7 @@ from experiments.benchmarks.gpu import ours, sizes, theirs
 from experiments.machine import tables
 
 _PART = flags.DEFINE_enum(
-    "part", "lorax", ["tests", "lorax", "torch", "decode"], "What to run."
+    "part", "lorax", ["files", "lorax", "torch", "decode", "tests"], "What to run."
 )
 _SIZES = flags.DEFINE_enum("sizes", "1b", sorted(sizes.SIZES), "How large.")
 _FILES = flags.DEFINE_string("files", None, "Folder of the checkpoint and adapters.")
@@ -32,14 +33,22 @@ PACKAGES = ("jax", "flax", "optax", "torch", "peft", "transformers")
 COMMAND = "experiments/benchmarks/gpu.sh gpu.json"
 
 
-def timed(trainer: ours.Trainer, size: sizes.Sizes) -> dict[str, Any]:
-    """Trains a few steps unmeasured, then the blocks."""
-    losses = trainer.steps(size.steps)
-    seconds = []
-    for _ in range(size.blocks):
-        began = time.perf_counter()
-        losses += trainer.steps(size.steps)
-        seconds.append((time.perf_counter() - began) / size.steps)
+def timed(
+    trainer: ours.Trainer, size: sizes.Sizes, files: pathlib.Path
+) -> dict[str, Any]:
+    """Trains a few steps unmeasured, then the blocks, alone on the GPU.
+
+    Parts may run side by side, as programs compile on the processor for longer than
+    they run: a lock in `files` keeps the timed steps apart.
+    """
+    with open(files / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        losses = trainer.steps(size.steps)
+        seconds = []
+        for _ in range(size.blocks):
+            began = time.perf_counter()
+            losses += trainer.steps(size.steps)
+            seconds.append((time.perf_counter() - began) / size.steps)
     return {**trainer.facts, "seconds": seconds, "losses": losses}
 
 
@@ -56,10 +65,9 @@ def lorax_rows(
     size: sizes.Sizes, files: pathlib.Path, only: Sequence[str]
 ) -> dict[str, Callable[[], dict[str, Any]]]:
     """What to run, by name."""
-    ours.write_checkpoint(size, files)
 
     def row(name: str) -> dict[str, Any]:
-        found = timed(ours.make_trainer(size, files, name), size)
+        found = timed(ours.make_trainer(size, files, name), size, files)
         return told(ours.ROWS[name].method, found, size)
 
     return {f"lorax, {n}": functools.partial(row, n) for n in ours.ROWS if n in only}
@@ -76,7 +84,7 @@ def torch_rows(
     def row(method: str, compiled: bool) -> dict[str, Any]:
         theirs.peak_bytes()
         made = theirs.make_trainer(size, files, method, compiled)
-        found = timed(made, size)
+        found = timed(made, size, files)
         found["losses"].insert(0, found.pop("first_loss"))
         found["peak_bytes"] = theirs.peak_bytes()
         return told(method, found, size)
@@ -131,11 +139,15 @@ def tests_row(files: pathlib.Path) -> dict[str, Any]:
 
 def add(path: pathlib.Path, section: str, name: str, value: Any) -> None:
     """Adds an entry to the JSON."""
-    result = json.loads(path.read_text()) if path.exists() else {}
     facts = tables.about(PACKAGES) | {"command": COMMAND}
-    result.setdefault("about", facts)
-    result.setdefault(section, {})[name] = value
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    with open(path, "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as parts may run side by side
+        file.seek(0)
+        result = json.loads(file.read() or "{}")
+        result.setdefault("about", facts)
+        result.setdefault(section, {})[name] = value
+        file.truncate(0)
+        file.write(json.dumps(result, indent=1) + "\n")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -143,6 +155,9 @@ def main(argv: Sequence[str]) -> None:
     del argv
     files, out = pathlib.Path(str(_FILES.value)), pathlib.Path(str(_OUT.value))
     size = sizes.SIZES[_SIZES.value]
+    if _PART.value == "files":
+        ours.write_files(size, files)
+        return
     if _PART.value == "tests":
         add(out, "tests", "suite", tests_row(files))
         return
