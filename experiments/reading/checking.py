@@ -19,6 +19,7 @@ from experiments.generation import loading, quantizing
 from experiments.reading import fields, plugins
 from experiments.trainer import objects, optimizers
 from lorax import inits
+from lorax.models import remat
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -146,6 +147,10 @@ def _checkpoint_run(config: ml_collections.ConfigDict) -> None:
         except FileNotFoundError as error:
             raise ValueError(f"config.model.source: {error}") from None
     _quantized(config)
+    try:
+        remat.parse(config.model.remat)
+    except ValueError as error:
+        raise ValueError(f"config.model.{error}") from None
     data = config.data
     if data.task not in tasks.TASKS:
         raise ValueError(

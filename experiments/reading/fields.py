@@ -65,7 +65,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"model\.quantize", TEXT),
     (r"model\.labels", whole()),
     (r"model\.dtype", choice("", "float32", "bfloat16", "float16")),
-    (r"model\.remat", choice("none", "full", "dots")),
+    (r"model\.remat", TEXT),
     (r"model\.attention", choice("plain", "flash", "lean", "splash", "cudnn")),
     (r"model\.(vocabulary|layers|width|heads|hidden)", whole(1)),
     # adapter

@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import attention
-from lorax.models import context, hf_config, layers, table
-from lorax.models.layers import Remat
+from lorax.models import context, hf_config, layers, remat, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Config:
       dropout: of embeddings and of what blocks add, when training; attention weights
         have none.
       scan: layers are stacked on axis 0.
-      remat: see `layers.run_layers`.
+      remat: see `lorax.models.remat`.
       dtype: of the computation.
       param_dtype: of the parameters.
     """
@@ -60,7 +59,7 @@ class Config:
     tied: bool = True
     dropout: float = 0.0
     scan: bool = True
-    remat: Remat = "none"
+    remat: str = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -121,6 +120,10 @@ class Config:
         }
 
 
+NAMES = ("input", "qkv", "attention", "o", "up", "down")
+"""Of a layer's tensors, for `remat`."""
+
+
 class Block(nn.Module):
     """One layer; see `layers.run_layers` for its arguments."""
 
@@ -130,6 +133,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
         """Maps the residual stream to the next, and the layer's cache."""
+        x = remat.named(x, "input")
         mixed, kept = self._attention(self._norm("norm_attn")(x), own, shared)
         x = x + self._drop(mixed)
         h = self._linear(self.config.hidden, "up")(self._norm("norm_mlp")(x))
@@ -146,6 +150,7 @@ class Block(nn.Module):
         if config.scale_by_layer:  # the scale is static; the layer's number is traced
             q = q / own["number"].astype(q.dtype)
         mixed = attention.attend(q, k, v, mask=shared["mask"], scale=scale)
+        mixed = remat.named(mixed, "attention")
         return self._linear(config.width, "o", axis=(-2, -1))(mixed), kept
 
     def _linear(self, features: Any, name: str, axis: Any = -1) -> nn.Module:
@@ -203,6 +208,7 @@ class Model(nn.Module):
             {"cache": seen.kept, "number": jnp.arange(1, config.layers + 1)},
             {"mask": seen.mask, "slot": seen.slot},
             length=config.layers,
+            names=NAMES,
             options=(deterministic,),
         )
         x = layers.layer_norm("norm_out", config)(x[:, -1:] if last_only else x)

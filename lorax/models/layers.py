@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lorax.models import remat
 from lorax.types import PyTree
-
-Remat = Literal["none", "full", "dots"]
 
 
 class Sizes(Protocol):
@@ -32,8 +31,8 @@ class Sizes(Protocol):
         """Layers are stacked on axis 0."""
 
     @property
-    def remat(self) -> Remat:
-        """See `run_layers`."""
+    def remat(self) -> str:
+        """See `remat`."""
 
     @property
     def dtype(self) -> Any:
@@ -108,14 +107,14 @@ def run_layers(
     shared: PyTree,
     *,
     length: int,
+    names: Sequence[str],
     options: Sequence[Any] = (),
 ) -> tuple[jax.Array, PyTree]:
     """Runs a stack of blocks `(x, own, shared) -> (x, out)`, inside a compact method.
 
     With `config.scan` it is one traced layer under `nn.scan`, whose leaves are stacked
-    on axis 0 below `layers`; else `length` of them, `layers_0` and on. What is kept for
-    the backward pass, by `config.remat`: "none": all; "full": only what flows between
-    layers; "dots": also the results of matrix products without batch axes.
+    on axis 0 below `layers`; else `length` of them, `layers_0` and on. `config.remat`
+    says what is kept for the backward pass; see `lorax.models.remat`.
 
     Args:
       block: the module's class, called with the config and the options.
@@ -124,6 +123,7 @@ def run_layers(
       own: a tree of arrays with a leading axis of layers, a slice for each.
       shared: a tree that every layer gets whole.
       length: number of layers.
+      names: that a block gives its tensors.
       options: further arguments of the block.
 
     Returns:
@@ -131,8 +131,7 @@ def run_layers(
     """
     x = along_batch(x)
     if config.remat != "none":
-        dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        policy = dots if config.remat == "dots" else None
+        policy = remat.policy(config.remat, names)
         block = nn.remat(block, prevent_cse=not config.scan, policy=policy)
     if config.scan:
         return nn.scan(
@@ -150,6 +149,14 @@ def run_layers(
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
 
+class Projection(nn.DenseGeneral):
+    """A linear map that names what it returns as it is named, for `remat`."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Maps the axes `axis` of the inputs to `features`."""
+        return remat.named(super().__call__(inputs), str(self.name))
+
+
 def projection(
     features: int | tuple[int, ...],
     name: str,
@@ -157,9 +164,9 @@ def projection(
     *,
     use_bias: bool = False,
     axis: int | tuple[int, ...] = -1,
-) -> nn.DenseGeneral:
+) -> Projection:
     """A linear map, its kernel `[*in, *out]` drawn from N(0, 0.02^2)."""
-    return nn.DenseGeneral(
+    return Projection(
         features,
         axis=axis,
         use_bias=use_bias,

@@ -25,8 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import attention, untrusted
-from lorax.models import context, hf_config, layers, rope, table
-from lorax.models.layers import Remat
+from lorax.models import context, hf_config, layers, remat, rope, table
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -63,7 +62,7 @@ class Config:
       attention: "plain"; or as `attention.attend` has it for training: "flash" is what
         suits the machine; decoding is plain.
       scan: layers are stacked on axis 0.
-      remat: see `layers.run_layers`.
+      remat: see `lorax.models.remat`.
       dtype: of the computation.
       param_dtype: of the parameters.
     """
@@ -88,7 +87,7 @@ class Config:
     model_type: str = "llama"
     attention: str = "plain"
     scan: bool = True
-    remat: Remat = "none"
+    remat: str = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -227,6 +226,10 @@ def _windows_to_hf(config: Config) -> dict[str, Any]:
     }
 
 
+NAMES = ("input", "q", "k", "v", "attention", "o", "gate", "up", "down")
+"""Of a layer's tensors, for `remat`."""
+
+
 class Block(nn.Module):
     """One layer; see `layers.run_layers` for its arguments."""
 
@@ -236,6 +239,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
         """Maps the residual stream to the next, and the layer's cache."""
         config = self.config
+        x = remat.named(x, "input")
         mixed, kept = self._attention(self._norm("norm_attn")(x), own, shared)
         x = x + mixed
         h = self._norm("norm_mlp")(x)
@@ -262,6 +266,7 @@ class Block(nn.Module):
             if config.windows:
                 mask = mask & ((shared["back"] < own["window"]) | (own["window"] == 0))
             mixed = attention.attend(q, k, v, mask=mask)
+        mixed = remat.named(mixed, "attention")
         return self._linear(config.width, "o", config.o_bias, (-2, -1))(mixed), kept
 
     def _trained(
@@ -342,7 +347,7 @@ class Model(nn.Module):
             "slot": seen.slot,
         }
         x, kept = layers.run_layers(
-            Block, config, embed(tokens), own, shared, length=config.layers
+            Block, config, embed(tokens), own, shared, length=config.layers, names=NAMES
         )
         x = layers.rms_norm("norm_out", config)(x[:, -1:] if last_only else x)
         return seen.result(layers.head(x, embed, config), kept)

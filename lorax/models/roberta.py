@@ -21,9 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from lorax import attention, untrusted
-from lorax.models import context, hf_config, layers, table
+from lorax.models import context, hf_config, layers, remat, table
 
-Remat = layers.Remat
 Family = Literal["roberta", "bert"]
 Head = Literal["classification", "mlm"]
 
@@ -51,7 +50,7 @@ class Config:
       dropout: of embeddings, of what blocks add and in the classifier, when training;
         attention weights have none.
       scan: layers are stacked on axis 0.
-      remat: see `layers.run_layers`.
+      remat: see `lorax.models.remat`.
       dtype: of the computation.
       param_dtype: of the parameters.
     """
@@ -71,7 +70,7 @@ class Config:
     labels: int = 2
     dropout: float = 0.0
     scan: bool = True
-    remat: Remat = "none"
+    remat: str = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -189,6 +188,10 @@ def _labels(fields: hf_config.Fields) -> int:
     return next(iter(told.values()), 2)
 
 
+NAMES = ("input", "q", "k", "v", "attention", "o", "up", "down")
+"""Of a layer's tensors, for `remat`."""
+
+
 class Block(nn.Module):
     """One layer; see `layers.run_layers` for its arguments."""
 
@@ -201,8 +204,10 @@ class Block(nn.Module):
         config = self.config
         linear = functools.partial(layers.projection, config=config, use_bias=True)
         size = config.heads, config.width // config.heads
+        x = remat.named(x, "input")
         q, k, v = (linear(size, name)(x) for name in ("q", "k", "v"))
         mixed = attention.attend(q, k, v, mask=shared["mask"])
+        mixed = remat.named(mixed, "attention")
         mixed = linear(config.width, "o", axis=(-2, -1))(mixed)
         x = layers.layer_norm("norm_attn", config)(x + self._drop(mixed))
         h = hf_config.ACTIVATIONS[config.activation](linear(config.hidden, "up")(x))
@@ -253,6 +258,7 @@ class Model(nn.Module):
             None,
             {"mask": context.padding_mask(tokens, real)},
             length=config.layers,
+            names=NAMES,
             options=(deterministic,),
         )
         if config.head == "mlm":

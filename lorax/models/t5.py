@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import attention
-from lorax.models import context, hf_config, layers, t5_config
+from lorax.models import context, hf_config, layers, remat, t5_config
 
 Config = t5_config.Config
 entries = t5_config.entries
@@ -87,6 +87,11 @@ def bucket_of(back: jax.Array, config: Config, *, causal: bool) -> jax.Array:
     return found if causal else found + count * (back < 0)
 
 
+_MIXING = ("q", "k", "v", "attention", "o")
+NAMES = ("input", *_MIXING, *(f"cross_{n}" for n in _MIXING), "gate", "up", "down")
+"""Of a layer's tensors, for `remat`; an encoder's have no cross_."""
+
+
 class Block(nn.Module):
     """One layer; see `layers.run_layers` for its arguments."""
 
@@ -98,12 +103,14 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
         """Maps the residual stream to the next, and the layer's cache."""
         config = self.config
+        x = remat.named(x, "input")
         h = self._norm("norm_attn")(x)
         q, k, v = (self._heads(name)(h) for name in ("q", "k", "v"))
         k, v, kept = layers.remember(k, v, own["cache"], shared["slot"])
         mixed = attention.attend(
             q, k, v, mask=shared["mask"], bias=shared["bias"], scale=1.0
         )
+        mixed = remat.named(mixed, "attention")
         x = x + self._drop(self._out("o")(mixed))
         pair = None
         if self.cross:
@@ -114,6 +121,7 @@ class Block(nn.Module):
             q = self._heads("cross_q")(self._norm("norm_cross")(x))
             k, v = pair
             mixed = attention.attend(q, k, v, mask=shared["cross_mask"], scale=1.0)
+            mixed = remat.named(mixed, "cross_attention")
             x = x + self._drop(self._out("cross_o")(mixed))
         h = self._norm("norm_mlp")(x)
         up = layers.projection(config.hidden, "up", config)(h)
@@ -168,6 +176,7 @@ class Stack(nn.Module):
             own,
             {"bias": jnp.moveaxis(bias, -1, 0)[None], **shared},
             length=config.decoder_layers if self.cross else config.layers,
+            names=NAMES,
             options=(self.cross, deterministic),
         )
         return drop(layers.rms_norm("norm_out", config)(x)), kept

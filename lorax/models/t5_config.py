@@ -9,9 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lorax import untrusted
-from lorax.models import hf_config, layers, table
-
-Remat = layers.Remat
+from lorax.models import hf_config, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Config:
       dropout: of embeddings, of what blocks add, and of each stack's output, when
         training; attention weights and the MLP have none.
       scan: layers are stacked on axis 0.
-      remat: see `layers.run_layers`.
+      remat: see `lorax.models.remat`.
       dtype: of the computation.
       param_dtype: of the parameters.
     """
@@ -57,7 +55,7 @@ class Config:
     start: int = 0
     dropout: float = 0.0
     scan: bool = True
-    remat: Remat = "none"
+    remat: str = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

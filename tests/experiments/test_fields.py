@@ -114,7 +114,12 @@ REFUSED = [
     (CHECKPOINT, "data.lengths", (), "a list of 1 or more, each an int >= 1"),
     (CHECKPOINT, "data.task", "e3e", "data.task='e3e': give one of e2e, instr"),
     (CHECKPOINT, "data.form", "csv", "form='csv': give one of lora_format, official"),
-    (CHECKPOINT, "model.remat", "all", "must be one of 'none', 'full', 'dots'"),
+    (
+        CHECKPOINT,
+        "model.remat",
+        "all",
+        "model.remat='all': give one of none, full",
+    ),
     (CHECKPOINT, "model.dtype", "int8", "dtype='int8'; it must be one of"),
     (CHECKPOINT, "model.attention", "fast", "must be one of 'plain', 'flash', 'lean'"),
     (CHECKPOINT, "model.source", "", "give a directory or a hub id"),
