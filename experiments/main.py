@@ -26,12 +26,13 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # libraries announce what they lack at INFO
     # jax and flax load only once the flags are right
-    from experiments.machine import distributed
+    from experiments.machine import distributed, memory
     from experiments.reading import fields
 
     config = _CONFIG.value
     with command.refusing():
         fields.require(config)
+    memory.keep_on_cpu()
     if "heartbeat" in config.get("distributed", ()):
         distributed.initialize(config.distributed)  # before anything asks for devices
     from experiments.reading import checking

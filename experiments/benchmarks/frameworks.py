@@ -32,16 +32,9 @@ leaves out steps that are not finite; the other programs do neither. torch runs 
 fused AdamW and its fused attention; lorax, nnx and qwix the attention of
 `gpt2_shaped`.
 
-On Linux glibc maps XLA:CPU's temporaries anew at every step and clears their pages:
-100,000 faults a step at the default size, a sixth of lorax's CPU time, and few of
-torch's. In the environment of the process
-
-    GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:\
-    glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
-
-(one line) keeps the memory and removes them all, for every program alike; the profile
-counts them. `glibc.malloc.hugetlb=1` removes most, but some steps then take twice as
-long, while the kernel makes huge pages. On a GPU set
+On a CPU malloc keeps what is freed (`experiments.machine.memory`), as it does in
+`experiments.main`, for every program alike; `--nokeep_memory` leaves malloc as it is,
+and the profile counts the page faults of either. On a GPU set
 `XLA_PYTHON_CLIENT_PREALLOCATE=false`, or jax takes the memory that torch needs.
 """
 
@@ -68,7 +61,7 @@ from experiments.benchmarks.rivals import (
     torch_peft,
     trainers,
 )
-from experiments.machine import tables, timing
+from experiments.machine import memory, tables, timing
 
 # Beside those of adapt_cost: --layers, --width, --batch, --rounds, --threads, --out.
 _METHODS = flags.DEFINE_list(
@@ -81,6 +74,7 @@ _DTYPE = flags.DEFINE_enum(
 _DEVICE = flags.DEFINE_enum(
     "device", "auto", ["auto", "cpu", "cuda"], "auto: cuda where torch and jax see it."
 )
+_KEEP = flags.DEFINE_bool("keep_memory", True, "malloc keeps what is freed, on a CPU.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Also say where the time goes.")
 
 PACKAGES = ("jax", "flax", "optax", "torch", "peft", "qwix")
@@ -219,12 +213,13 @@ def main(argv: Sequence[str]) -> None:
     del argv
     flag = flags.FLAGS
     adapt_cost.pin(flag.threads)
+    kept = _KEEP.value and _DEVICE.value != "cuda" and memory.keep()
     jax.config.update("jax_enable_compilation_cache", False)
     setting = Setting(_DTYPE.value, chosen_device(_DEVICE.value), _COMPILE.value)
     if torch_peft.available():
         torch_peft.pin(flag.threads)
     shape = gpt2.Shape(layers=flag.layers, width=flag.width, batch=flag.batch)
-    facts = tables.about(PACKAGES)
+    facts = tables.about(PACKAGES) | {"malloc_keeps": kept}
     result: dict[str, Any] = {"about": facts, "shape": dataclasses.asdict(shape)}
     print(tables.caption(facts) + "\n", flush=True)
     results = {}

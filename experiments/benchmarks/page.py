@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks.page
 
-Of `gpu.json`, `frameworks.json`, `frameworks_kept_memory.json` and `scaling.json`,
-those that are there; nothing is pasted by hand.
+Of the JSON files in `PARTS`, those that are there; nothing is pasted by hand. A
+processor has its own file of `frameworks`, as their libraries favour one or another.
 """
 
 import json
@@ -56,8 +56,15 @@ def _gpu(result: dict[str, Any]) -> str:
 
 PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gpu": ("On one GPU, beside PEFT", _gpu),
-    "frameworks": ("A train step of several frameworks", _frameworks),
-    "frameworks_kept_memory": ("The same, malloc keeping the memory", _frameworks),
+    "frameworks_amd": ("A train step of several frameworks, AMD EPYC", _frameworks),
+    "frameworks_intel_kept_memory": (
+        "A train step of several frameworks, Intel Xeon, malloc keeping the memory",
+        _frameworks,
+    ),
+    "frameworks_intel": (
+        "The same as malloc is, with a page fault for most of a step's memory",
+        _frameworks,
+    ),
     "scaling": ("Cost of adapters by rank, width, depth and number", _scaling),
 }
 """Title and text by the name of a JSON file."""

@@ -1,0 +1,46 @@
+"""Memory that XLA frees on a CPU and asks for again at every step."""
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+# What `mallopt` sets, by its number in glibc's malloc.h.
+_SETTINGS = {
+    -8: 1,  # arenas
+    -4: 0,  # blocks that are mapped for themselves
+    -1: -1,  # free bytes at the top that are handed back: never
+    -2: 2**28,  # bytes to ask the kernel for beside those that are needed
+}
+
+
+def keep() -> bool:
+    """Makes glibc's malloc keep what is freed, for the rest of the process.
+
+    XLA:CPU takes a program's temporaries from malloc at every call. glibc maps large
+    ones anew, and the kernel clears their pages: 97,000 page faults a step for the
+    model of `experiments.benchmarks.frameworks`, none once they are kept. The process
+    then holds on to what it held at its largest. Call it before JAX starts its threads,
+    which is when it is first asked for a device.
+
+    Returns:
+      False where there is no `mallopt`, as with other libraries than glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return all(libc.mallopt(name, value) for name, value in _SETTINGS.items())
+
+
+def keep_on_cpu() -> bool:
+    """`keep` where JAX will compute on the CPU, as far as can be told before it starts.
+
+    Returns:
+      True where it was done.
+    """
+    if chosen := os.environ.get("JAX_PLATFORMS", ""):
+        return chosen.startswith("cpu") and keep()
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    accelerated = importlib.util.find_spec("libtpu") or plugins
+    return not accelerated and keep()
