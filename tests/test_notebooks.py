@@ -10,7 +10,7 @@ nbformat = pytest.importorskip("nbformat", reason="needs the extra 'notebooks'")
 
 NOTEBOOKS = sorted((children.ROOT / "notebooks").glob("*.ipynb"))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-LONG = ("02", "03", "04", "06")  # up to a minute each; pytest -m slow runs them
+LONG = ("02", "03", "04", "05", "06")  # up to a minute each; pytest -m slow runs them
 runs = [
     pytest.param(path, marks=pytest.mark.slow if path.stem[:2] in LONG else ())
     for path in NOTEBOOKS

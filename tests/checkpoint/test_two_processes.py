@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from lorax.checkpoint import RunCheckpoints, load_adapters
 from tests import children
 from tests.checkpoint.states import base, filled, fresh, same
@@ -13,6 +15,7 @@ from tests.checkpoint.states import base, filled, fresh, same
 SAID = ("whole ", "one ", "both ", "stopped ")
 
 
+@pytest.mark.once
 def test_two_processes_agree(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -13,7 +13,7 @@ from experiments.machine import timing
 pytestmark = pytest.mark.once
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_flops_and_memory_are_those_of_hand_written_lora(scan):
     shape = gpt2_shaped.Shape(layers=2, width=64, batch=2)
     cases = adapt_cost.cases(shape, scan=scan, remat=False)

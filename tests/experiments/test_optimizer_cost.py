@@ -5,7 +5,7 @@ import pytest
 from experiments.benchmarks import optimizer_cost
 from experiments.benchmarks.cases import gpt2_shaped
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.slow
 
 
 def test_state_bytes_are_what_each_optimiser_promises():

@@ -69,6 +69,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("fn, adapter", FORMS, ids=lambda p: getattr(p, "__name__", p))
 def test_one_layer_is_dense(fn, adapter):
     grad, adapters, base, x = made(fn, parameters(fn), adapter=adapter)
