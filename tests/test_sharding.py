@@ -30,11 +30,13 @@ def mesh():
         ({"data": -1, "fsdp": 2}, (4, 2, 1)),
         ({"fsdp": 2, "tensor": -1}, (1, 2, 4)),
         ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
+        ({"fsdp": -1, "context": 4}, (1, 2, 4, 1)),
     ],
 )
 def test_mesh_sizes(given, want):
     mesh = sharding.make_mesh(**given)
-    assert tuple(mesh.shape.items()) == tuple(zip(sharding.AXES, want, strict=True))
+    axes = ("data", "fsdp", "tensor") if len(want) == 3 else sharding.AXES
+    assert tuple(mesh.shape.items()) == tuple(zip(axes, want, strict=True))
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
 
@@ -58,7 +60,7 @@ def test_meshes_that_are_none(given, said):
 def test_explicit_axes_are_placed_by_the_same_rules():
     """A step under them leaves adapters and state where `state_shardings` puts them."""
     types = (AxisType.Explicit,) * 3
-    explicit = jax.make_mesh((2, 2, 2), sharding.AXES, axis_types=types)
+    explicit = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=types)
     params = {"w": jnp.linspace(-1.0, 1.0, 48).reshape(8, 6)}
     fn = lambda params, x: jnp.sum(jnp.tanh(x @ params["w"]) ** 2)
     x = jnp.cos(jnp.arange(32.0)).reshape(4, 8)

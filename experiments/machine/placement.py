@@ -52,7 +52,8 @@ class Place(NamedTuple):
         if self.mesh is None:
             return slice(None)
         where = sharding.batch_sharding(self.mesh)
-        parts = where.num_devices // self.mesh.shape["tensor"]
+        shape = self.mesh.shape  # tensor and context devices have the same rows
+        parts = shape["data"] * shape["fsdp"]
         if rows % parts:
             raise ValueError(
                 f"a batch of {rows} rows cannot be split over data x fsdp = {parts} "
@@ -64,7 +65,7 @@ class Place(NamedTuple):
         if sum(stop - start for start, stop in own) != end - begin:
             raise ValueError(
                 f"process {jax.process_index()} has the rows {sorted(own)} of {rows}, "
-                "no single stretch; put data and fsdp before tensor in the mesh"
+                "no single stretch; put data and fsdp before the others in the mesh"
             )
         return slice(begin, end)
 
@@ -104,9 +105,9 @@ def make_place(config: Mapping[str, Any] | None) -> Place:
     """Returns the place that `config.sharding` describes.
 
     Args:
-      config: sizes of the mesh, `data`, `fsdp` and `tensor` (-1: the rest), all 1 or
-        none of them for one device; and `may_replicate`, logical axes that stay whole
-        where the mesh does not divide them.
+      config: sizes of the mesh, `data`, `fsdp`, `context` and `tensor` (-1: the rest),
+        all 1 or none of them for one device; and `may_replicate`, logical axes that
+        stay whole where the mesh does not divide them.
 
     Raises:
       ValueError: several processes and a mesh of one device, or sizes that do not make
@@ -118,6 +119,6 @@ def make_place(config: Mapping[str, Any] | None) -> Place:
     if jax.process_count() > 1:
         raise ValueError(
             f"{jax.process_count()} processes, but config.sharding asks for one device;"
-            " set data, fsdp or tensor (-1: all that the others leave)"
+            " set data, fsdp, context or tensor (-1: all that the others leave)"
         )
     return ALONE

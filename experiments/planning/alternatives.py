@@ -43,10 +43,11 @@ def candidates(
     devices = topologies.devices(topology)
     found = []
     data = max(config.sharding.data, 1)
-    tensors = [n for n in (1, 2, 4, 8, 16) if topology.chips % (n * data) == 0]
+    whole = data * config.sharding.get("context", 1)  # neither is searched
+    tensors = [n for n in (1, 2, 4, 8, 16) if topology.chips % (n * whole) == 0]
     for tensor, remat, times in itertools.product(tensors, REMAT, BATCHES):
         other = config.copy_and_resolve_references()
-        other.sharding.fsdp = topology.chips // (data * tensor)
+        other.sharding.fsdp = topology.chips // (whole * tensor)
         other.sharding.data, other.sharding.tensor = data, tensor
         other.model.remat = remat
         other.data.batch_size = config.data.batch_size * times
@@ -66,7 +67,8 @@ def estimate(built: program.Program, config: ml_collections.ConfigDict) -> float
     """
     model = program.make_model(config.model).config
     mesh = built.placed.mesh.shape
-    rows = built.tokens / (mesh["data"] * mesh["fsdp"])  # of one chip
+    shares = mesh["data"] * mesh["fsdp"] * mesh.get("context", 1)
+    rows = built.tokens / shares  # of one chip
     width = model.width
     inner = 4 * width + 3 * getattr(model, "hidden", 4 * width)
     kept = width + (inner / mesh["tensor"] if config.model.remat == "dots" else 0)

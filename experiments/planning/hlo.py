@@ -93,9 +93,11 @@ def read(text: str) -> Facts:
             if found and name in running:
                 cycles += n * int(found[1])
             if one := _collective(line, n):
-                # one transfer, its start and its end may each be written out
+                # the parts of a reduction or a gather may each be written out, with one
+                # channel; what `shard_map` exchanges all has the same channel
                 channel = re.search(r"channel_id=(\d+)", line)
-                key = channel[1] if channel else f"{name}{line}"
+                parted = one.kind not in ("collective-permute", "all-to-all")
+                key = channel[1] if channel and parted else f"{name}{line}"
                 collectives.setdefault((one.kind, key), one)
     opaque = text.count('custom_call_target="tpu_custom_call"')
     return Facts(cycles or None, opaque, tuple(collectives.values()))

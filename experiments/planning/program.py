@@ -53,7 +53,7 @@ class Program(NamedTuple):
 
 def make_mesh(config: ml_collections.ConfigDict, devices: Any) -> Any:
     """The mesh of `config.sharding`, over these devices."""
-    sizes = {axis: config[axis] for axis in sharding.AXES}
+    sizes = {axis: config.get(axis, 1) for axis in sharding.AXES}
     return sharding.make_mesh(**sizes, devices=devices)
 
 

@@ -129,6 +129,24 @@ def _quantized(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def _shared_rows(config: ml_collections.ConfigDict) -> None:
+    """What devices need that share the rows of a batch."""
+    context, attention = config.sharding.get("context", 1), config.model.attention
+    if context == 1:
+        return
+    if attention not in ("flash", "ring"):
+        raise ValueError(
+            f"config.sharding.context={context} and config.model.attention="
+            f"{attention!r}: devices share rows by attention in a ring; give 'flash'"
+        )
+    for length in config.data.lengths:
+        if length % context**2:
+            raise ValueError(
+                f"config.data.lengths: {length} tokens are not a multiple of "
+                f"sharding.context={context} squared, and rows are shared in stripes"
+            )
+
+
 def _checkpoint_run(config: ml_collections.ConfigDict) -> None:
     """What `experiments.recipes.finetune` needs beside its fields."""
     if len(config.run.methods) != 1:
@@ -162,6 +180,7 @@ def _checkpoint_run(config: ml_collections.ConfigDict) -> None:
         )
     if data.task == "classification" and data.name in glue.TASKS and not data.root:
         raise ValueError("config.data.root='': give the folder of the GLUE tasks")
+    _shared_rows(config)
     if data.packed and data.task in ("classification", "text_to_text"):
         raise ValueError(
             f"config.data.packed=True: examples of {data.task!r} are not packed; set "

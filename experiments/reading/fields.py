@@ -66,7 +66,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"model\.labels", whole()),
     (r"model\.dtype", choice("", "float32", "bfloat16", "float16")),
     (r"model\.remat", TEXT),
-    (r"model\.attention", choice("plain", "flash", "lean", "splash", "cudnn")),
+    (r"model\.attention", choice("plain", "flash", "lean", "splash", "cudnn", "ring")),
     (r"model\.(vocabulary|layers|width|heads|hidden)", whole(1)),
     # adapter
     (r"adapter\.patterns", PATTERNS),
@@ -103,7 +103,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"data\.packed", FLAG),
     (r"data\.(task|form|template|train|valid|name|root)", TEXT),
     # sharding
-    (r"sharding\.(data|fsdp|tensor)", AXIS),
+    (r"sharding\.(data|fsdp|context|tensor)", AXIS),
     (r"sharding\.rules", pairs("(('.*/kernel', ('fsdp', 'tensor')),)")),
     (r"sharding\.may_replicate", such_as(listed(NAME), "('heads',)")),
     (r"sharding\.replicate_adapters", FLAG),

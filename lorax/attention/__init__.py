@@ -1,4 +1,4 @@
-"""Attention, in the form that suits the machine: one function, four implementations.
+"""Attention, in the form that suits the machine: one function, five implementations.
 
     mixed = attention.attend(q, k, v, causal=True, segments=segments)
 
@@ -8,11 +8,20 @@
 | lean | everywhere | a chunk of queries at a time | everything |
 | splash | TPUs | never | causal self-attention, windows, soft caps, segments |
 | cudnn | NVIDIA GPUs, bfloat16 or float16 | never | all but soft caps |
+| ring | rows that devices share ("context") | a tile at a time | what splash takes |
 
-"flash" is the one of the last three that fits the platform and the arguments:
-`choice.chosen` says which, and why.
+"flash" is the one of the others that fits the mesh, the platform and the arguments:
+`chosen` says which.
 """
 
 from lorax.attention.choice import IMPLEMENTATIONS, attend, chosen, segments_of
+from lorax.attention.ring import stripe, unstripe
 
-__all__ = ["IMPLEMENTATIONS", "attend", "chosen", "segments_of"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "attend",
+    "chosen",
+    "segments_of",
+    "stripe",
+    "unstripe",
+]

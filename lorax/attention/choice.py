@@ -7,10 +7,10 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from lorax.attention import cudnn, lean, machine, plain, splash
+from lorax.attention import cudnn, lean, machine, plain, ring, splash
 from lorax.attention.rule import Given, Rule
 
-Implementation = Literal["plain", "lean", "splash", "cudnn"]
+Implementation = Literal["plain", "lean", "splash", "cudnn", "ring"]
 IMPLEMENTATIONS = ("flash", *get_args(Implementation))
 """What a caller may ask for."""
 
@@ -28,6 +28,7 @@ def attend(
     bias: jax.Array | None = None,
     scale: float | None = None,
     implementation: str = "plain",
+    striped: bool = False,
 ) -> jax.Array:
     """Softmax attention, grouped queries included.
 
@@ -44,8 +45,10 @@ def attend(
       mask: bool, broadcasts to `[batch, heads, time, keys]`; False: not seen.
       bias: added to the scores, broadcasts likewise.
       scale: of the scores; None for `head_dim ** -0.5`.
-      implementation: "plain", "lean", "splash" or "cudnn"; or "flash", the one that
-        `chosen` finds for the platform and the arguments.
+      implementation: one of the package's table; or "flash", the one that `chosen`
+        finds for the platform and the arguments.
+      striped: where a mesh axis "context" cuts the time, tokens are in the order of
+        `stripe`, and so is the result; else both are in their own order.
 
     Returns:
       `[batch, time, heads, head_dim]`.
@@ -72,6 +75,13 @@ def attend(
             f"attention: implementation={name!r}: {refusal}; use 'lean', which "
             "does not hold all scores either, or 'flash', which falls back to it"
         )
+    if name == "ring":
+        return ring.attend(q, k, v, rule, given, striped)
+    if striped and machine.auto((ring.AXIS,)):
+        raise ValueError(
+            f"attention: implementation={name!r} needs the tokens in their own order; "
+            "use 'flash' or 'ring' for what is in stripes"
+        )
     made = {"plain": plain, "lean": lean, "splash": splash, "cudnn": cudnn}
     return made[name].attend(q, k, v, rule, given)
 
@@ -79,11 +89,13 @@ def attend(
 def chosen(q: jax.Array, k: jax.Array, rule: Rule, given: Given) -> Implementation:
     """Returns what "flash" is: the kernel of the platform where it can, else "lean".
 
-    The platform is that of the mesh (`jax.set_mesh`), which may be one to compile for,
-    or JAX's default one.
+    On a mesh with an axis "context" it is the ring, where that can. The platform is
+    that of the mesh (`jax.set_mesh`), perhaps one to compile for, or JAX's default.
     """
     kernels: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn"}
     kernel = kernels.get(machine.platform())
+    if machine.auto((ring.AXIS,)):
+        kernel = "ring"
     if kernel is None or _refusal(kernel, q, k, rule, given):
         return "lean"
     return kernel
@@ -109,6 +121,8 @@ def _refusal(
         return cudnn.refusal(q, k, rule)
     if name == "splash":
         return splash.refusal(q, k, rule, given)
+    if name == "ring":
+        return ring.refusal(q, k, rule, given)
     if name not in IMPLEMENTATIONS:
         return f"unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
     return None

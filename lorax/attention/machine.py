@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
+
+Axes = tuple[str, ...]
 
 
 def platform() -> str:
@@ -17,15 +20,34 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def cut(names: tuple[str, ...], size: int) -> tuple[str, ...]:
-    """Returns those of the mesh axes that are Auto, none if they do not divide size."""
+def auto(names: Axes) -> Axes:
+    """Returns those of these mesh axes that there are, and that are Auto."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    axes = tuple(axis for axis in names if kinds.get(axis) == AxisType.Auto)
-    return () if size % parts(axes) else axes
+    return tuple(axis for axis in names if kinds.get(axis) == AxisType.Auto)
 
 
-def parts(axes: tuple[str, ...]) -> int:
+def parts(axes: Axes) -> int:
     """Returns into how many parts mesh axes cut a dimension."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def cut(names: Axes, size: int) -> Axes:
+    """Returns those of the mesh axes that are Auto, none if they do not divide size."""
+    axes = auto(names)
+    return () if size % parts(axes) else axes
+
+
+def spread(
+    q: jax.Array, k: jax.Array, v: jax.Array
+) -> tuple[Axes, Axes, jax.Array, jax.Array]:
+    """Returns the mesh axes that cut rows, those that cut heads, and keys and values.
+
+    These are repeated where there are fewer heads of them than devices that share them.
+    """
+    rows, heads = cut(("data", "fsdp"), q.shape[0]), cut(("tensor",), q.shape[2])
+    shared = parts(heads) // math.gcd(parts(heads), k.shape[2])
+    if shared > 1:
+        k, v = (jnp.repeat(x, shared, axis=2) for x in (k, v))
+    return rows, heads, k, v

@@ -11,6 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+NAME = "attention"
+"""Of what a kernel keeps for its backward pass, for `jax.checkpoint`'s policies."""
+
 
 class Rule(NamedTuple):
     """What a program knows of attention before it sees any data.

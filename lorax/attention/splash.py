@@ -15,12 +15,11 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as kernel
 from jax.sharding import PartitionSpec
 
 from lorax.attention import machine
-from lorax.attention.rule import Given, Rule
+from lorax.attention.rule import NAME, Given, Rule
 
 LANES = 128
 """Tiles are multiples of it along time."""
@@ -55,12 +54,7 @@ def attend(
     and its own heads ("tensor"): the compiler cannot cut the kernel by itself.
     """
     q = (q * rule.scale).astype(q.dtype)
-    rows = machine.cut(("data", "fsdp"), q.shape[0])
-    heads = machine.cut(("tensor",), q.shape[2])
-    parts = machine.parts(heads)
-    shared = parts // math.gcd(parts, k.shape[2])  # 1 unless there are fewer than parts
-    if shared > 1:
-        k, v = (jnp.repeat(x, shared, axis=2) for x in (k, v))
+    rows, heads, k, v = machine.spread(q, k, v)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
 
     def own(q: jax.Array, k: jax.Array, v: jax.Array, ids: Any) -> jax.Array:
@@ -113,5 +107,6 @@ def _kernel(queries: tuple[int, ...], keys: int, size: int, rule: Rule) -> Any:
         attn_logits_soft_cap=rule.soft_cap,
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=NAME,
         interpret=machine.platform() != "tpu",
     )

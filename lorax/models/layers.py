@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lorax.attention import machine
 from lorax.models import remat
 from lorax.types import PyTree
 
@@ -84,19 +84,19 @@ def remember(
 
 
 def along_batch(x: jax.Array) -> jax.Array:
-    """Cuts activations `[batch, ...]` along their batch alone, under `jax.set_mesh`.
+    """Cuts activations `[batch, time, ...]` along these alone, under `jax.set_mesh`.
 
     Where parameters are cut along "fsdp" too, the compiler could as well cut the width
-    of the activations, and then every device holds the whole batch. Without a mesh of
-    Auto axes "data" or "fsdp", or a batch that they divide: nothing.
+    of the activations, and then every device holds the whole batch. The batch is cut
+    along the axes "data" and "fsdp", the time along "context": where these are Auto
+    axes of the mesh, and divide it.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    auto = jax.sharding.AxisType.Auto
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    axes = tuple(axis for axis in ("data", "fsdp") if kinds.get(axis) == auto)
-    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+    rows = machine.cut(("data", "fsdp"), x.shape[0])
+    time = machine.cut(("context",), x.shape[1])
+    if not rows + time:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+    spec = PartitionSpec(rows or None, time) if time else PartitionSpec(rows)
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def run_layers(

@@ -105,6 +105,11 @@ class Config:
             raise ValueError(f"attention={self.attention!r}; choose one of {known}")
 
     @property
+    def striped(self) -> bool:
+        """Devices along a mesh axis "context" share rows, see `attention.stripe`."""
+        return self.attention in ("flash", "ring")
+
+    @property
     def stacks(self) -> dict[str, int]:
         """Layers of every stack."""
         return {"layers": self.layers}
@@ -281,6 +286,7 @@ class Block(nn.Module):
                 window=size or None,
                 segments=segments,
                 implementation=self.config.attention,
+                striped=self.config.striped,
             )
 
         sizes = sorted(set(self.config.windows)) or [0]
@@ -334,21 +340,27 @@ class Model(nn.Module):
         seen = context.of(
             tokens, positions=positions, real=real, segments=segments, cache=cache
         )
+        positions, segments = seen.positions, attention.segments_of(real, segments)
+        striped = config.striped and cache is None and tokens.shape[1] > 1
+        if striped:
+            given = tokens, positions, segments
+            tokens, positions, segments = jax.tree.map(attention.stripe, given)
         embed = layers.embedding(config.vocabulary, "embed", config)
         own = {
             "cache": seen.kept,
             "window": jnp.array(config.windows) if config.windows else None,
         }
         shared = {
-            "angles": config.rope.angles(seen.positions, config.head_dim),
+            "angles": config.rope.angles(positions, config.head_dim),
             "mask": seen.mask,
-            "segments": attention.segments_of(real, segments),
+            "segments": segments,
             "back": seen.back,
             "slot": seen.slot,
         }
         x, kept = layers.run_layers(
             Block, config, embed(tokens), own, shared, length=config.layers, names=NAMES
         )
+        x = attention.unstripe(x) if striped else x
         x = layers.rms_norm("norm_out", config)(x[:, -1:] if last_only else x)
         return seen.result(layers.head(x, embed, config), kept)
 

@@ -1,4 +1,4 @@
-"""The mesh: devices in three axes, data, fsdp and tensor."""
+"""The mesh: devices in three axes, data, fsdp and tensor, or in a fourth, context."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
-"""Copies of the model; slices of leaves, gathered where used; slices of products."""
+AXES = ("data", "fsdp", "context", "tensor")
+"""Copies of the model; slices of leaves, gathered where used; stretches of rows; slices
+of products."""
 
 
 def make_mesh(
@@ -20,6 +21,8 @@ def make_mesh(
     fsdp: int = -1,
     tensor: int = 1,
     devices: Sequence[Any] | None = None,
+    *,
+    context: int = 1,
 ) -> Mesh:
     """Returns a mesh of Auto axes over all the devices.
 
@@ -28,10 +31,14 @@ def make_mesh(
       fsdp: devices that share each leaf, and split the batch further; it is gathered
         layer by layer.
       tensor: devices that split products: heads, the MLP's width, the vocabulary.
+      context: devices that split each row of the batch along its tokens, and share
+        leaves as those of fsdp do. The keys and values of attention go round among
+        them, `lorax.attention.ring`.
       devices: None for all of `jax.devices()`; or those of a topology to compile for.
 
     Returns:
-      A mesh of the axes AXES. One size may be -1: what the others leave.
+      A mesh of the axes AXES, of which "context" is left out where it is 1. One size
+      may be -1: what the others leave.
 
     Raises:
       ValueError: sizes that are none, or do not multiply to the number of devices.
@@ -41,14 +48,19 @@ def make_mesh(
       {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     found = list(jax.devices() if devices is None else devices)
-    shape = _sizes((data, fsdp, tensor), len(found))
+    sizes = dict(
+        zip(AXES, _sizes((data, fsdp, context, tensor), len(found)), strict=True)
+    )
+    if sizes["context"] == 1:
+        del sizes["context"]
+    shape = tuple(sizes.values())
     try:
         grid = mesh_utils.create_device_mesh(
             shape, found, allow_split_physical_axes=True
         )
     except RuntimeError:  # no assignment along the torus: in the order given
         grid = np.array(found).reshape(shape)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _sizes(given: tuple[int, ...], devices: int) -> tuple[int, ...]:
@@ -70,7 +82,8 @@ def _sizes(given: tuple[int, ...], devices: int) -> tuple[int, ...]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch's leading axis: over data and fsdp.
 
-    Tensor devices see the same examples. Every leaf of a batch has that axis.
+    Devices along tensor and context see the same examples: a model cuts their tokens
+    itself, once it has embedded them. Every leaf of a batch has that axis.
     """
     axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
     return NamedSharding(mesh, PartitionSpec(axes))

@@ -21,14 +21,17 @@ from lorax.types import Base, PyTree
 
 LOGICAL: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,  # scanned: a slice of it is one layer
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,  # rotary positions mix it
     "vocab": "tensor",
 }
-"""Mesh axes of every logical axis of the model families."""
+"""Mesh axes of every logical axis of the model families.
+
+"context" is left out where the mesh has no such axis.
+"""
 
 
 class Row(NamedTuple):
@@ -217,7 +220,8 @@ def _by_name(
                 f"{', '.join(table)}"
             )
         axes = () if name is None else as_axes(table[name])
-        axes = tuple(axis for axis in axes if axis not in taken)
+        absent = {"context"} - set(mesh.shape)
+        axes = tuple(axis for axis in axes if axis not in taken | absent)
         whole = name in may_replicate and shape[dim] % axes_size(path, axes, mesh)
         entry = None if whole or not axes else axes[0] if len(axes) == 1 else axes
         require_divides(path, shape, dim, entry, mesh, name)

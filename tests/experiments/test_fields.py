@@ -8,6 +8,7 @@ import pytest
 from configs import quickstart
 from experiments.reading import checking, fields
 from experiments.search import combinations, grid
+from lorax import sharding
 from tests.experiments.test_configs import FILES
 
 CHECKPOINT = "gpt2_e2e_lora"  # a run of experiments.recipes.finetune
@@ -47,7 +48,7 @@ def test_every_numeric_field_refuses_what_is_no_number():
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
     assert len(numeric) > 35
-    allowed = [(f"sharding.{axis}", -1) for axis in ("data", "fsdp", "tensor")]
+    allowed = [(f"sharding.{axis}", -1) for axis in sharding.AXES]
     allowed += [("eval.length_penalty", -1), ("optimizer.clip_norm", None)]
     for field in numeric:
         for bad in BAD_NUMBERS:
@@ -136,6 +137,7 @@ REFUSED = [
     (CHECKPOINT, "adapter.redistribute", 2.0, "the init is 'standard'; give 1.0, or"),
     (CHECKPOINT, "sharding.data", 0, "or -1 for what the other axes leave"),
     (CHECKPOINT, "sharding.rules", ((1, 2),), "it must be pairs"),
+    (CHECKPOINT, "sharding.context", 2, "attention='plain': .* a ring; give 'flash'"),
     ("roberta_glue_lora", "data.packed", True, "'classification' are not packed"),
 ]
 
@@ -146,6 +148,13 @@ def test_a_config_that_cannot_be_run_is_refused_by_its_field(name, field, value,
     if field != "model.source" and "source" in config.model:
         config.model.unlock().source = "hf:some/model"  # not looked for
     with pytest.raises(ValueError, match=told):
+        checking.check(config)
+
+
+def test_rows_that_devices_cannot_share_are_refused():
+    config = get(CHECKPOINT, **{"sharding.context": 8, "data.lengths": (128, 96)})
+    config.model.attention, config.model.source = "flash", "hf:some/model"
+    with pytest.raises(ValueError, match=r"96 tokens are not a multiple of .*=8 squar"):
         checking.check(config)
 
 
