@@ -61,6 +61,7 @@ def _run(run: ml_collections.ConfigDict) -> None:
     run.steps = 1_000
     run.log_every = 100
     run.label_smoothing = 0.0
+    run.loss_chunk = -1  # positions whose logits are made at a time; 0: all; -1: auto
     run.skip_nonfinite = 3  # steps in a row; then the run stops
     run.save_every = 0  # steps; 0: no checkpoints, a stop ends the run
     run.save_keep = 3  # of the newest, so that two may be damaged

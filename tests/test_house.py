@@ -23,13 +23,12 @@ EVERYTHING = sorted(
 
 # design.md, section 4, bottom first: a module imports only what stands before it
 LAYERS = """
-types untrusted registry quantized tree _checks _explicit _lapack linalg
+types untrusted registry quantized tree _checks _explicit _sweep _lapack linalg
 adapters scaling
 interpret
-kernels targets selection quantization notices inits optim analysis sharding
+losses kernels targets selection quantization notices inits optim analysis sharding
 attention models computed transform description activations calibration compose merging
-compensation
-losses accumulation steps training population checkpoint interop
+compensation accumulation steps training population checkpoint interop
 """.split()
 # bottom first; the commands stand on all of them
 FLOORS = """

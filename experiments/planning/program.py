@@ -80,7 +80,8 @@ def build(
     shapes = hf.abstract(model)
     placed = placement.place_params(mesh, config.sharding, model, shapes)
     batch = make_batch(config.data, mesh)
-    loss_fn = losses.make_causal(model, config.run.label_smoothing)
+    how = config.run.label_smoothing, config.run.loss_chunk
+    loss_fn = losses.make_causal(model, *how)
     state, params, tx = make_state(config, loss_fn, shapes, batch)
     where = sharding.state_shardings(state, placed, config.sharding.replicate_adapters)
     made = make_step(loss_fn, tx, config.optimizer.clip_norm, form)

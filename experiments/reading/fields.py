@@ -41,6 +41,7 @@ SHARE = number(0, 1)
 BELOW_ONE = number(0, below=1)
 POSITIVE = number(above=0)
 PATTERNS = such_as(listed(NAME), "('all-linear',)")
+CHOSEN = Rule("-1 to choose by the sizes", lambda v: v == -1)
 AXIS = whole(1) | Rule("-1 for what the other axes leave", lambda v: v == -1)
 
 RULES: tuple[tuple[str, Rule], ...] = (
@@ -50,6 +51,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"run\.methods", such_as(listed(choice("lora", "full"), 1), "('lora',)")),
     (r"run\.(steps|log_every|save_keep)", whole(1)),
     (r"run\.label_smoothing", BELOW_ONE),
+    (r"run\.loss_chunk", whole() | CHOSEN),
     (r"run\.skip_nonfinite", whole()),
     (r"run\.save_every", whole()),
     (r"run\.save_deadline", POSITIVE),

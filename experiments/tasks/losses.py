@@ -7,33 +7,91 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lorax import losses
 
-def make_causal(model: Any, smoothing: float = 0.0) -> Callable[..., Any]:
+AUTO = -1
+"""A chunk for `chunk_for` to choose."""
+
+LARGE = 2**26
+"""Logits of a batch that are worth chunks: 256 MiB of them, and as much of gradient."""
+
+
+def make_causal(
+    model: Any, smoothing: float = 0.0, chunk: int = AUTO
+) -> Callable[..., Any]:
     """Cross-entropy of the responses, `(params, batch) -> (mean nats, metrics)`.
 
     Args:
-      model: tokens to logits.
+      model: tokens to logits, or to hidden states.
       smoothing: share of the target that is spread over the vocabulary.
+      chunk: positions of every row whose logits are made at a time; 0: all; `AUTO`.
     """
 
     def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         packed = {k: batch[k] for k in ("segments", "positions") if k in batch}
-        logits = model.apply({"params": params}, batch["inputs"], **packed)
-        return weighted(logits, batch, smoothing)
+
+        def read(**how: Any) -> jax.Array:
+            return model.apply({"params": params}, batch["inputs"], **packed, **how)
+
+        return of_model(model, params, batch, read, smoothing, chunk)
 
     return loss_fn
+
+
+def of_model(
+    model: Any,
+    params: Any,
+    batch: Any,
+    read: Callable[..., jax.Array],
+    smoothing: float,
+    chunk: int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The mean over the weights, with nats and bytes of the sums beside it.
+
+    Args:
+      model: has the head.
+      params: of the model.
+      batch: with `targets`, `weights` and `bytes`.
+      read: the model's logits, or with `hidden=True` its hidden states.
+      smoothing: share of the target that is spread over the vocabulary.
+      chunk: positions of every row whose logits are made at a time; 0: all; `AUTO`.
+    """
+    if chunk == AUTO:
+        chunk = chunk_for(batch["targets"].shape, model.config)
+    if not chunk:
+        return weighted(read(), batch, smoothing)
+    found = losses.chunked_cross_entropy(
+        read(hidden=True),
+        model.head_of(params),
+        batch["targets"],
+        batch["weights"],
+        chunk=chunk,
+        label_smoothing=smoothing,
+    )
+    return found.mean, _told(found.weight, found.nats, batch)
+
+
+def chunk_for(shape: tuple[int, int], config: Any) -> int:
+    """The chunk of a batch `[rows, positions]`; 0 where all logits are few."""
+    if shape[0] * shape[1] * config.vocabulary < LARGE:
+        return 0
+    return losses.chunk_of((*shape, config.width), config.vocabulary)
 
 
 def weighted(
     logits: jax.Array, batch: Any, smoothing: float
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The mean over the weights, with nats and bytes of the sums beside it."""
+    """The same of logits."""
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     weight = batch["weights"].sum()
     total = (nll * batch["weights"]).sum()
-    told = {"weight": weight, "nats": total, "bytes": batch["bytes"].sum()}
+    told = _told(weight, total, batch)
     if smoothing:
         spread = -jax.nn.log_softmax(logits).mean(-1)
         mixed = (1 - smoothing) * nll + smoothing * spread
         total = (mixed * batch["weights"]).sum()
     return total / jnp.maximum(weight, 1), told
+
+
+def _told(weight: jax.Array, nats: jax.Array, batch: Any) -> dict[str, jax.Array]:
+    return {"weight": weight, "nats": nats, "bytes": batch["bytes"].sum()}

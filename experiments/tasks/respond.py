@@ -34,12 +34,13 @@ def make_respond(
     data, lengths = config.data, config.data.lengths
     pad = tokenization.padding_id(tokenizer)
     valid = encode(data, tokenizer, "valid", data.valid_rows)
+    chunk = config.run.loss_chunk
     judged, own = config.eval.batch_size, place.part(config.eval.batch_size)
 
     def held_out(rows: int) -> list[batches.Batch]:
         return batches.evaluation_batches(valid[:rows], judged, lengths, pad, part=own)
 
-    bits_per_byte = make_bits_per_byte(losses.make_causal(model), place)
+    bits_per_byte = make_bits_per_byte(losses.make_causal(model, chunk=chunk), place)
     some = base.asked(config.eval.rows, valid)
     final = base.asked(config.eval.final_rows, valid)
 
@@ -60,7 +61,7 @@ def make_respond(
         made = batches.training_batches(train, data.batch_size, lengths, pad, **how)
     return Task(
         made,
-        losses.make_causal(model, config.run.label_smoothing),
+        losses.make_causal(model, config.run.label_smoothing, chunk),
         lambda params: scored(params, some),
         report,
     )

@@ -65,7 +65,7 @@ def make_text_to_text(
             names.collate,
             place.part(data.batch_size),
         ),
-        make_loss(model, config.run.label_smoothing),
+        make_loss(model, config.run.label_smoothing, config.run.loss_chunk),
         lambda params: accuracy(params, config.eval.rows),
         lambda params, _: accuracy(params, config.eval.final_rows),
     )
@@ -118,15 +118,17 @@ def _encoded(
     ]
 
 
-def make_loss(model: Any, smoothing: float = 0.0) -> Any:
+def make_loss(model: Any, smoothing: float = 0.0, chunk: int = losses.AUTO) -> Any:
     """Cross-entropy of the written names."""
 
     def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         shifted = t5.shift_right(batch["targets"], model.config)
-        logits = model.apply(
-            {"params": params}, batch["inputs"], shifted, real=batch["real"]
-        )
-        return losses.weighted(logits, batch, smoothing)
+        inputs, real = batch["inputs"], batch["real"]
+
+        def read(**how: Any) -> jax.Array:
+            return model.apply({"params": params}, inputs, shifted, real=real, **how)
+
+        return losses.of_model(model, params, batch, read, smoothing, chunk)
 
     return loss_fn
 

@@ -113,6 +113,8 @@ def observed(
 class _Observer:
     """The visitor that puts `seen` behind every linear use."""
 
+    derives = False  # a count is none
+
     def __init__(self, every: bool) -> None:
         self.every = every
 

@@ -28,6 +28,8 @@ class CustomRuleWarning(UserWarning):
 class Emitter:
     """The visitor that adds the low-rank branch and merges where there is none."""
 
+    derives = True
+
     def __init__(self, on_merge: str, custom_rules: str | None) -> None:
         """Takes the two options of `adapt`, and has warned of nothing yet."""
         self.on_merge, self.custom_rules = on_merge, custom_rules

@@ -48,6 +48,8 @@ class Recorder:
       equations: the leaves that each place uses in a linear operation.
     """
 
+    derives = False  # its places are those of the program
+
     def __init__(self) -> None:
         """Starts without uses."""
         self.uses: dict[str, dict[Place, KernelUse]] = {}

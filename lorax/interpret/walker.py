@@ -53,7 +53,14 @@ def rule(*primitives: str) -> Callable[[Rule], Rule]:
 
 
 class Visitor(Protocol):
-    """What the walker reports to, and asks for the value of a linear operation."""
+    """What the walker reports to, and asks for the value of a linear operation.
+
+    Attributes:
+      derives: True where backward passes are derivatives of what is emitted, and so
+        linear in what they begin with.
+    """
+
+    derives: bool
 
     def linear(self, walker: Walker, use: Use) -> Values | None:
         """Returns the results of a linear use of a kernel, or None to merge it."""

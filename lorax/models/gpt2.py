@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax import attention
+from lorax import attention, losses
 from lorax.models import context, hf_config, layers, remat, table
 
 
@@ -179,6 +179,7 @@ class Model(nn.Module):
         cache: context.Cache | None = None,
         deterministic: bool = True,
         last_only: bool = False,
+        hidden: bool = False,
     ) -> Any:
         """Reads tokens.
 
@@ -190,6 +191,7 @@ class Model(nn.Module):
           cache: from `cache`, of what was read before.
           deterministic: no dropout.
           last_only: logits of the last token alone, `[batch, 1, vocabulary]`.
+          hidden: what the head reads instead of logits, `[batch, time, width]`.
 
         Returns:
           Logits `[batch, time, vocabulary]`, float32; with a cache also the new one.
@@ -212,7 +214,11 @@ class Model(nn.Module):
             options=(deterministic,),
         )
         x = layers.layer_norm("norm_out", config)(x[:, -1:] if last_only else x)
-        return seen.result(layers.head(x, embed, config), kept)
+        return seen.result(x if hidden else layers.head(x, embed, config), kept)
+
+    def head_of(self, params: Any) -> losses.Head:
+        """Returns the head among the parameters."""
+        return layers.head_of(params, self.config)
 
     def cache(self, batch: int, length: int) -> context.Cache:
         """Returns a cache of `length` slots, empty."""

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lorax import losses
 from lorax.attention import machine
 from lorax.models import remat
 from lorax.types import PyTree
@@ -217,3 +218,10 @@ def head(x: jax.Array, embed: nn.Embed, config: DecoderSizes) -> jax.Array:
     else:
         logits = projection(config.vocabulary, "head", config)(x)
     return logits.astype(jnp.float32)
+
+
+def head_of(params: PyTree, config: DecoderSizes) -> losses.Head:
+    """Returns what `head` reads of the parameters."""
+    if config.tied:
+        return losses.Head(params["embed"]["embedding"], tied=True)
+    return losses.Head(params["head"]["kernel"])

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import attention
+from lorax import attention, losses
 from lorax.models import context, hf_config, layers, remat, t5_config
 
 Config = t5_config.Config
@@ -206,6 +206,7 @@ class Model(nn.Module):
         encoded: jax.Array | None = None,
         cache: Cache | None = None,
         deterministic: bool = True,
+        hidden: bool = False,
     ) -> Any:
         """Reads inputs and targets.
 
@@ -218,6 +219,7 @@ class Model(nn.Module):
           cache: from `cache`. The first call also gets inputs, or what they encode to,
             and keeps their keys and values; later calls get neither.
           deterministic: no dropout.
+          hidden: what the head reads instead of logits, `[batch, time, width]`.
 
         Returns:
           Logits `[batch, time, vocabulary]`, float32; with a cache also the new one.
@@ -231,6 +233,7 @@ class Model(nn.Module):
             target_real=target_real,
             cache=cache,
             deterministic=deterministic,
+            hidden=hidden,
         )
 
     def encode(
@@ -256,6 +259,7 @@ class Model(nn.Module):
         target_real: jax.Array | None = None,
         cache: Cache | None = None,
         deterministic: bool = True,
+        hidden: bool = False,
     ) -> Any:
         """Reads targets; see `__call__` for arguments and results."""
         before = None if cache is None else cache.own
@@ -277,20 +281,23 @@ class Model(nn.Module):
         own = {"cache": kept, "pair": pair}
         x = self.embed(targets_in)
         x, kept = self.decoder(x, back, own, shared, deterministic)
-        logits = self._logits(x)
+        if self.config.tied:
+            x = x * self.config.width**-0.5
+        result = x if hidden else self._logits(x)
         if after is None:
-            return logits
+            return result
         (k, v), (cross_k, cross_v) = kept
         after = dataclasses.replace(after, k=k, v=v)
         seen = jnp.broadcast_to(cross_mask[:, 0, 0], cross_k.shape[1:3])
-        return logits, Cache(own=after, k=cross_k, v=cross_v, real=seen)
+        return result, Cache(own=after, k=cross_k, v=cross_v, real=seen)
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        if self.config.tied:
-            logits = self.embed.attend(x * self.config.width**-0.5)
-        else:
-            logits = self.head(x)
+        logits = self.embed.attend(x) if self.config.tied else self.head(x)
         return logits.astype(jnp.float32)
+
+    def head_of(self, params: Any) -> losses.Head:
+        """Returns the head among the parameters."""
+        return layers.head_of(params, self.config)
 
     def cache(self, batch: int, length: int, inputs: int) -> Cache:
         """Returns an empty cache of `length` targets and of as many `inputs`."""

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
+from lorax.interpret.rules import sweeps
 from lorax.interpret.terms.tracked import Rigid, Tracked, followed
 from lorax.interpret.uses.equations import aval, called
 from lorax.interpret.uses.rescale import Pending
@@ -49,6 +50,8 @@ class _BranchOnly:
     Under discover, where there is no branch, it keeps what to report if the whole body
     turns out to be linear.
     """
+
+    derives = False
 
     def __init__(self, visitor: Visitor) -> None:
         self.visitor = visitor
@@ -145,8 +148,11 @@ def custom(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """The function on the frozen kernels, and the branches of a body linear in them.
 
     What a lookup gave may be kernels of a stack; where the body does not use it as
-    such, it is an activation, and the other kernels are tried without it.
+    such, it is an activation, and the other kernels are tried without it. A sweep of
+    our own is entered instead: see `sweeps`.
     """
+    if (loop := sweeps.read(eqn)) is not None:
+        return sweeps.sweep(walker, eqn, loop, values)
     found = _beside(walker, eqn, values)
     looked_up = [isinstance(v, Tracked) and v.looked_up for v in values]
     if found is None and any(looked_up):

@@ -1,0 +1,31 @@
+"""Losses: what a train step takes, and cross-entropy that never holds its logits."""
+
+from lorax.losses.cross_entropy import (
+    CrossEntropy,
+    Head,
+    chunk_of,
+    chunked_cross_entropy,
+    token_log_probs,
+)
+from lorax.losses.protocol import (
+    RESERVED,
+    LossFn,
+    Metrics,
+    cast,
+    checked,
+    simple_loss,
+)
+
+__all__ = [
+    "RESERVED",
+    "CrossEntropy",
+    "Head",
+    "LossFn",
+    "Metrics",
+    "cast",
+    "checked",
+    "chunk_of",
+    "chunked_cross_entropy",
+    "simple_loss",
+    "token_log_probs",
+]

@@ -1,0 +1,333 @@
+"""Cross-entropy from hidden states and a head, without the logits of all tokens.
+
+For a token with hidden state h, logits l = h W and target t,
+
+    nll  = logsumexp(l) - l_t
+    loss = (1 - s) nll + s (logsumexp(l) - mean(l)) + z logsumexp(l)^2
+
+with label smoothing s and z-loss z. Logits of a few positions are made at a time, and
+with them their part of the gradient: nothing of the size of tokens x vocabulary is ever
+held, and nothing is computed twice.
+
+References:
+  Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, arXiv:2411.09009.
+  Chowdhery et al., PaLM, arXiv:2204.02311 (z-loss).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from lorax import _explicit, _sweep
+
+PER_HIDDEN = 4
+"""A chunk has about this many logits for every entry of all hidden states."""
+LEAST = 1024
+"""Tokens of a chunk: with fewer the head is read more often than it is worth."""
+
+
+class Head(NamedTuple):
+    """What makes logits of hidden states.
+
+    Attributes:
+      kernel: `[width, vocabulary]`; if `tied`, an embedding `[vocabulary, width]`.
+      tied: which of the two.
+      bias: `[vocabulary]`, added to the logits.
+    """
+
+    kernel: jax.Array
+    tied: bool = False
+    bias: jax.Array | None = None
+
+    @property
+    def width(self) -> int:
+        """Of the hidden states that it reads."""
+        return self.kernel.shape[1 if self.tied else 0]
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return self.kernel.shape[0 if self.tied else 1]
+
+
+class CrossEntropy(NamedTuple):
+    """Sums over tokens.
+
+    Attributes:
+      total: of the weighted losses, smoothing and z-loss included.
+      nats: of the weighted negative log-likelihoods alone; a constant to gradients.
+      weight: of the weights; likewise.
+    """
+
+    total: jax.Array
+    nats: jax.Array
+    weight: jax.Array
+
+    @property
+    def mean(self) -> jax.Array:
+        """The loss of a unit of weight; 0 where nothing has weight."""
+        return self.total / jnp.where(self.weight > 0, self.weight, 1)
+
+
+def chunked_cross_entropy(
+    hidden: jax.Array,
+    head: Head | jax.Array,
+    targets: jax.Array,
+    weights: jax.Array | None = None,
+    *,
+    chunk: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    soft_cap: float | None = None,
+) -> CrossEntropy:
+    """Cross-entropy of the next token, a few positions of every row at a time.
+
+    Inside `lorax.adapt` the head may be adapted, tied, quantised, or all of these; its
+    low-rank branch goes beside every chunk. On a mesh a head that is cut along its
+    width is gathered once, and one that is cut along the vocabulary stays so: say
+    `jax.set_mesh(mesh)` around the step. A head that trains whole and lies on several
+    devices has its gradient summed over them once a chunk, not once a step.
+
+    Args:
+      hidden: `[*batch, time, width]`, what the head reads, in the compute dtype.
+      head: a `Head`, or a kernel `[width, vocabulary]`; cast to that dtype.
+      targets: int `[*batch, time]`.
+      weights: of the tokens, `[*batch, time]`, such as 0 for padding, whose targets
+        then do not matter; None: all count once.
+      chunk: positions of every row that a chunk has; None: see `chunk_of`.
+      label_smoothing: share of the target that is spread over the vocabulary.
+      z_loss: weight of the squared log-partition (PaLM: 1e-4).
+      soft_cap: logits l become `soft_cap * tanh(l / soft_cap)` (Gemma 2: 30).
+
+    Returns:
+      The sums, float32; `.mean` is the loss, and `.weight` what a train step calls
+      `metrics["weight"]`.
+
+    Raises:
+      ValueError: shapes that do not fit; options out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> hidden, kernel = jnp.ones((2, 8, 4)), jnp.zeros((4, 16))
+      >>> loss = chunked_cross_entropy(hidden, kernel, jnp.zeros((2, 8), int), chunk=2)
+      >>> print(round(float(loss.mean), 4), float(loss.weight))  # log(16)
+      2.7726 16.0
+
+    References:
+      Wijmans et al., arXiv:2411.09009.
+    """
+    head = _checked(hidden, head, targets, chunk, soft_cap)
+    if not 0 <= label_smoothing < 1 or z_loss < 0:
+        raise ValueError(
+            f"label_smoothing={label_smoothing}, z_loss={z_loss}; the first must be in "
+            "[0, 1), the second at least 0"
+        )
+    if weights is None:
+        weights = jnp.ones_like(targets, jnp.float32)
+    elif weights.shape != targets.shape:
+        raise ValueError(
+            f"weights has shape {weights.shape} and targets {targets.shape}; give "
+            "every token one weight"
+        )
+    step = functools.partial(
+        _losses,
+        tied=head.tied,
+        soft_cap=soft_cap,
+        smoothing=float(label_smoothing),
+        z_loss=float(z_loss),
+    )
+    size = chunk or chunk_of(hidden.shape, head.vocabulary)
+    parts = [_cut(x, size, hidden.ndim - 2) for x in (hidden, targets, weights)]
+    total, nats = _sweep.swept(step, _shared(head, hidden), parts)
+    weight = jnp.sum(weights, dtype=jnp.float32)
+    return CrossEntropy(total, *jax.lax.stop_gradient((nats, weight)))
+
+
+def token_log_probs(
+    hidden: jax.Array,
+    head: Head | jax.Array,
+    targets: jax.Array,
+    *,
+    chunk: int | None = None,
+    soft_cap: float | None = None,
+) -> jax.Array:
+    """The log-probability of every target, for other losses than its mean.
+
+    The logits of a chunk are made once more in the backward pass, for what a loss does
+    with the result (DPO, GRPO, distillation) is not known before.
+
+    Args:
+      hidden: `[*batch, time, width]`, as for `chunked_cross_entropy`.
+      head: likewise.
+      targets: int `[*batch, time]`, each in the vocabulary.
+      chunk: likewise.
+      soft_cap: likewise.
+
+    Returns:
+      `[*batch, time]`, float32.
+
+    Raises:
+      ValueError: shapes that do not fit; options out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> hidden, kernel = jnp.ones((2, 8, 4)), jnp.zeros((4, 16))
+      >>> token_log_probs(hidden, kernel, jnp.zeros((2, 8), int)).shape
+      (2, 8)
+    """
+    head = _checked(hidden, head, targets, chunk, soft_cap)
+    kernel, bias = _shared(head, hidden)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # inside scan
+    def step(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = _logits(hidden, kernel, bias, head.tied, soft_cap)
+        return _at(logits, targets) - jax.nn.logsumexp(logits, axis=-1)
+
+    axis = hidden.ndim - 2
+    size = chunk or chunk_of(hidden.shape, head.vocabulary)
+    parts = [_cut(x, size, axis) for x in (hidden, targets)]
+    found = jax.lax.scan(lambda _, xs: (None, step(*xs)), None, parts)[1]
+    return _joined(found, axis)[..., : targets.shape[-1]]
+
+
+def chunk_of(shape: Sequence[int], vocabulary: int) -> int:
+    """How many positions of every row a chunk has where nobody says.
+
+    As many as give four logits for every entry of all hidden states, a ratio that does
+    not change when a batch is cut over devices, but at least 1,024 tokens.
+
+    Args:
+      shape: of the hidden states, `[*batch, time, width]`.
+      vocabulary: number of tokens.
+
+    Returns:
+      The positions, at most all of them.
+
+    Example:
+      >>> chunk_of((16, 4096, 4096), 128_256)
+      523
+    """
+    *batch, time, width = shape
+    least = -(-LEAST // max(math.prod(batch), 1))
+    return min(time, max(PER_HIDDEN * time * width // vocabulary, least, 1))
+
+
+def _checked(
+    hidden: jax.Array,
+    head: Head | jax.Array,
+    targets: jax.Array,
+    chunk: int | None,
+    soft_cap: float | None,
+) -> Head:
+    """The head, once everything fits."""
+    head = head if isinstance(head, Head) else Head(head)
+    if hidden.ndim < 2 or hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"hidden has shape {hidden.shape} and targets {targets.shape}; they must "
+            "be [*batch, time, width] and [*batch, time]"
+        )
+    if head.kernel.ndim != 2 or head.width != hidden.shape[-1]:
+        wanted = "[vocabulary, width]" if head.tied else "[width, vocabulary]"
+        raise ValueError(
+            f"the head has shape {head.kernel.shape} and hidden states of width "
+            f"{hidden.shape[-1]}; it must be {wanted}, and Head(kernel, tied=True) "
+            "says that it is an embedding"
+        )
+    if head.bias is not None and head.bias.shape != (head.vocabulary,):
+        raise ValueError(f"bias has shape {head.bias.shape}; give ({head.vocabulary},)")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk}; give at least one position, or None")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap={soft_cap}; it must be above 0, or None")
+    return head
+
+
+def _shared(head: Head, hidden: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Kernel and bias as every chunk reads them: the width whole on each device."""
+    kernel, read = head.kernel.astype(hidden.dtype), 1 if head.tied else 0
+    if _explicit.is_explicit(kernel):
+        lies = _explicit.entries(kernel)
+        lies[read] = None
+        return _explicit.moved(kernel, lies, kernel), head.bias
+    if AxisType.Auto in jax.sharding.get_abstract_mesh().axis_types:
+        # else it may be gathered while the layers run, and lie there
+        _, kernel = jax.lax.optimization_barrier((hidden, kernel))
+        dims: list[Any] = [PartitionSpec.UNCONSTRAINED] * 2
+        dims[read] = None
+        kernel = jax.lax.with_sharding_constraint(kernel, PartitionSpec(*dims))
+    return kernel, head.bias
+
+
+def _cut(x: jax.Array, size: int, axis: int) -> jax.Array:
+    """Chunks of `size` positions in front: `[*batch, time, ...]` to `[chunks, ...]`.
+
+    Each takes positions from all over the sequence, so that devices which share a
+    sequence share every chunk.
+    """
+    count = -(-x.shape[axis] // size)
+    if missing := -x.shape[axis] % count:
+        border = [(0, missing * (d == axis)) for d in range(x.ndim)]
+        x = jnp.pad(x, border)  # weights too, with 0
+    shape = [*x.shape[:axis], x.shape[axis] // count, count, *x.shape[axis + 1 :]]
+    lies = _explicit.entries(x)
+    cut = _explicit.reshape(x, shape, [*lies[: axis + 1], None, *lies[axis + 1 :]])
+    return jnp.moveaxis(cut, axis + 1, 0)
+
+
+def _joined(chunks: jax.Array, axis: int) -> jax.Array:
+    """The way back from `_cut`, of results `[chunks, *batch, size]`."""
+    x = jnp.moveaxis(chunks, 0, axis + 1)
+    shape = [*x.shape[:axis], x.shape[axis] * x.shape[axis + 1]]
+    return _explicit.reshape(x, shape, _explicit.entries(x)[: axis + 1])
+
+
+def _losses(
+    shared: tuple[jax.Array, jax.Array | None],
+    chunk: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    tied: bool,
+    soft_cap: float | None,
+    smoothing: float,
+    z_loss: float,
+) -> tuple[jax.Array, jax.Array]:
+    """The total of a chunk, and its nats."""
+    hidden, targets, weights = chunk
+    logits = _logits(hidden, *shared, tied, soft_cap)
+    partition = jax.nn.logsumexp(logits, axis=-1)
+    loss = nll = partition - _at(logits, targets)
+    if smoothing:
+        spread = partition - jnp.mean(logits, axis=-1)
+        loss = (1 - smoothing) * nll + smoothing * spread
+    if z_loss:
+        loss = loss + z_loss * jnp.square(partition)
+    weights = weights.astype(loss.dtype)
+    return jnp.sum(weights * loss), jnp.sum(weights * nll)
+
+
+def _logits(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    tied: bool,
+    soft_cap: float | None,
+) -> jax.Array:
+    """Logits in float32 of a product in the compute dtype, as a model makes them."""
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    read = ((hidden.ndim - 1,), (1 if tied else 0,)), ((), ())
+    logits = _explicit.dot(hidden, kernel, read).astype(wide)
+    if bias is not None:
+        logits = logits + bias.astype(wide)
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+
+
+def _at(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The logits of the targets: a sum, which a cut vocabulary can share."""
+    places = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    return jnp.sum(jnp.where(places == targets[..., None], logits, 0), axis=-1)
