@@ -14,8 +14,8 @@ cd "$(dirname "$0")/../.."
 out=$(realpath -m "$1")
 files=$(mktemp -d)
 trap 'rm -rf "$files"' EXIT
-core="tests/test_adapt.py tests/test_dora.py tests/test_linalg.py tests/test_lapack.py
-tests/test_frozen.py tests/test_eight_bits.py tests/test_training.py tests/adapters
+core="tests/test_attention.py tests/test_cross_entropy.py tests/test_adapt.py tests/test_dora.py
+tests/test_linalg.py tests/test_lapack.py tests/test_frozen.py tests/test_eight_bits.py tests/test_training.py tests/adapters
 tests/optim tests/quantized"
 sizes=${SIZES:-1b}
 parts=${PARTS:-lorax torch decode tests}
@@ -39,9 +39,10 @@ one() {
     torch) run 330 torch --only="$rows" ;;
     decode) run 70 decode --only="$rows" ;;
     tests) # several processes share the GPU; float32 is to mean float32
-      JAX_DEFAULT_MATMUL_PRECISION=highest timeout -s INT -k 10 "${TESTS_LIMIT:-110}" \
-        "$PYTHON" -m pytest -q -n "${WORKERS:-12}" -W default -p no:cacheprovider \
-        --junitxml="$files/tests.xml" ${TESTS:-$core} | tail -n 40
+      JAX_DEFAULT_MATMUL_PRECISION=highest timeout "${TESTS_LIMIT:-110}" "$PYTHON" \
+        -m pytest -v -n "${WORKERS:-12}" -W default -p no:cacheprovider \
+        ${TESTS:-$core} >"$files/tests.log" 2>&1
+      grep -E "^E  |^=.* in " "$files/tests.log" | tail -n 40
       run 30 tests
       ;;
   esac

@@ -54,17 +54,22 @@ def test_a_row_that_fails():
     assert text.count("\n| lorax, lora: not run, MemoryError: 3 / 4 |") == 2
 
 
-def test_what_pytest_wrote(tmp_path):
-    (tmp_path / "tests.xml").write_text(
-        '<testsuites><testsuite tests="3" skipped="1" time="2.5"><testcase '
-        'classname="tests.a" name="b"><failure/></testcase><testcase classname="c" '
-        'name="d"/></testsuite></testsuites>'
+def test_what_pytest_printed(tmp_path):
+    lines = [
+        "[gw0] [ 33%] PASSED tests/a.py::b[1 x 2] ",
+        "tests/a.py::c ",
+        "[gw11] [ 66%] FAILED tests/a.py::c ",
+        "[gw1] [100%] SKIPPED tests/a.py::d ",
+    ]
+    (tmp_path / "tests.log").write_text("\n".join(lines))
+    told = table.tests(parts.tests_row(tmp_path))
+    counts = "Tests on the GPU: 1 passed, 1 skipped, 1 failed"
+    assert (
+        told == f"{counts}; stopped by the time limit before the last\n- tests/a.py::c"
     )
-    suite = parts.tests_row(tmp_path)
-    assert suite == {"tests": 3, "skipped": 1, "failed": ["tests.a::b"], "seconds": 2.5}
-    assert table.tests(suite) == (
-        "Tests on the GPU: 1 passed, 1 skipped, 1 failed\n- tests.a::b"
-    )
+    last = ["=== 1 failed, 1 passed, 1 skipped in 2.45s ==="]
+    (tmp_path / "tests.log").write_text("\n".join(lines + last))
+    assert table.tests(parts.tests_row(tmp_path)) == f"{counts}\n- tests/a.py::c"
 
 
 def test_operations_by_hand():

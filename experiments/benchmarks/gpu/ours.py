@@ -33,6 +33,7 @@ class Row(NamedTuple):
       remat: of `llama.Config`.
       scan: likewise.
       quantize: the format of the base; "": none.
+      chunk: of `losses.make_causal`; 0: the logits of all tokens at once.
     """
 
     method: str = "lora"
@@ -40,6 +41,7 @@ class Row(NamedTuple):
     remat: str = "none"
     scan: bool = True
     quantize: str = ""
+    chunk: int = losses.AUTO
 
 
 ROWS = {
@@ -47,6 +49,7 @@ ROWS = {
     "dora": Row("dora"),
     "adalora": Row("adalora"),
     "full": Row("full"),
+    "lora, logits of all tokens at once": Row(chunk=0),
     "lora, layers unrolled": Row(scan=False),
     "lora, recomputed": Row(remat="full"),
     "lora, recomputed, plain attention": Row(remat="full", attention="plain"),
@@ -104,7 +107,8 @@ def make_trainer(sizes: Sizes, directory: pathlib.Path, name: str) -> Trainer:
         penalty = float(trainers.peft_penalty(adapters))
     attention = row.attention or sizes.attention
     config = dataclasses.replace(model.config, attention=attention, remat=row.remat)
-    loss = training.simple_loss(losses.make_causal(llama.Model(config)))
+    model = llama.Model(config)
+    loss = training.simple_loss(losses.make_causal(model, chunk=row.chunk))
     tx = trainers.optimizer(row.method, adapters)
     step = training.make_train_step(loss, tx, on_merge="error")
     state = training.create_state(jax.random.key(0), adapters, tx)

@@ -11,8 +11,8 @@ import fcntl
 import functools
 import json
 import pathlib
+import re
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +30,7 @@ _OUT = flags.DEFINE_string("out", None, "The JSON, to which the part adds its ow
 _ROWS = flags.DEFINE_list("only", [], "Names of rows; empty: all.")
 
 PACKAGES = ("jax", "flax", "optax", "torch", "peft", "transformers")
+WORDS = ("PASSED", "SKIPPED", "FAILED", "ERROR")
 COMMAND = "experiments/benchmarks/gpu.sh gpu.json"
 
 
@@ -125,16 +126,12 @@ def decode_rows(
 
 
 def tests_row(files: pathlib.Path) -> dict[str, Any]:
-    """What pytest wrote to `tests.xml`."""
-    suite = ElementTree.parse(files / "tests.xml").getroot().find("testsuite")
-    assert suite is not None
-    failed = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in suite.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-    counts = {key: int(suite.get(key, 0)) for key in ("tests", "skipped")}
-    return {**counts, "failed": failed, "seconds": float(suite.get("time", 0))}
+    """What `pytest -v -n` printed to `tests.log`, also where it was stopped."""
+    text = (files / "tests.log").read_text()
+    told = re.findall(r"^\[gw\d+\] \[ *\d+%\] (\w+) (\S.*?) *$", text, re.MULTILINE)
+    row: dict[str, Any] = {word: [n for w, n in told if w == word] for word in WORDS}
+    row |= {word: len(row[word]) for word in ("PASSED", "SKIPPED")}
+    return row | {"ended": bool(re.search(r"\d+ passed.* in [\d.]+s", text))}
 
 
 def add(path: pathlib.Path, section: str, name: str, value: Any) -> None:

@@ -61,10 +61,11 @@ def decoding(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def tests(suite: Mapping[str, Any]) -> str:
     """One sentence, and the names of what failed."""
-    passed = suite["tests"] - suite["skipped"] - len(suite["failed"])
-    told = f"Tests on the GPU: {passed} passed, {suite['skipped']} skipped, "
-    told += f"{len(suite['failed'])} failed"
-    return told + "".join(f"\n- {name}" for name in suite["failed"])
+    failed = [*suite["FAILED"], *suite["ERROR"]]
+    told = f"Tests on the GPU: {suite['PASSED']} passed, {suite['SKIPPED']} skipped, "
+    told += f"{len(failed)} failed"
+    told += "" if suite["ended"] else "; stopped by the time limit before the last"
+    return told + "".join(f"\n- {name}" for name in failed)
 
 
 def render(result: Mapping[str, Any]) -> str:
