@@ -119,11 +119,7 @@ def _collected(
     predict: Any, params: Any, held_out: Iterable[Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predictions and labels of every example once."""
-    fetch = sharding.fetch
-    rows = [
-        (fetch(predict(params, batch))[real], fetch(batch["labels"])[real])
-        for batch in held_out
-        for real in [fetch(batch["index"]) >= 0]
-    ]
-    predicted, true = map(np.concatenate, zip(*rows, strict=True))
-    return predicted, true
+    found = [(predict(params, b), b["labels"], b["index"]) for b in held_out]
+    rows = [map(sharding.fetch, row) for row in found]  # all have been dispatched
+    predicted, true, index = map(np.concatenate, zip(*rows, strict=True))
+    return predicted[index >= 0], true[index >= 0]

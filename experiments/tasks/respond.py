@@ -99,7 +99,8 @@ def make_bits_per_byte(
     jitted = jax.jit(unmerged.either(lambda params, batch: loss_fn(params, batch)[1]))
 
     def evaluate(params: Any, held_out: Sequence[Any]) -> float:
-        rows = [jax.device_get(jitted(params, place.put(batch))) for batch in held_out]
+        found = [jitted(params, place.put(batch)) for batch in held_out]
+        rows = jax.device_get(found)
         nats = sum(float(row["nats"]) for row in rows)
         return bits.bits_per_byte(nats, sum(int(row["bytes"]) for row in rows))
 

@@ -168,9 +168,9 @@ class Report:
         self._losses.append(step.metrics["loss"])
         if not step.due(self._every):
             return
-        values = jax.device_get(step.metrics)  # waits for the step
+        found = jax.device_get((step.metrics, self._losses))  # waits for the step
         # The mean since the last report: batches differ by their documents.
-        values["loss"] = statistics.fmean(map(float, self._losses))
+        values = {**found[0], "loss": statistics.fmean(map(float, found[1]))}
         seconds = self._clock.lap(step.number)
         pace = self._tokens / seconds
         self._meter.update(step.number, values["loss"] * metrics.BITS, pace)

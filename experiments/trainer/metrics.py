@@ -26,9 +26,9 @@ def make_bits_per_byte(loss_fn: LossFn) -> Callable[[Any, Iterable[Any]], float]
     jitted = jax.jit(loss_fn)
 
     def evaluate(params: Any, batches: Iterable[Any]) -> float:
-        rows = [jitted(params, batch) for batch in batches]
-        loss = np.array([float(loss) for loss, _ in rows])
-        weight = np.array([float(metrics["weight"]) for _, metrics in rows])
+        found = jax.device_get([jitted(params, batch) for batch in batches])
+        loss = np.array([float(loss) for loss, _ in found])
+        weight = np.array([float(metrics["weight"]) for _, metrics in found])
         return float(loss @ weight / weight.sum()) * BITS
 
     return evaluate

@@ -47,9 +47,9 @@ class Guard:
 
     A step is not finite if its loss or gradient norm is not, or if the train step
     skipped it for what adapters, optimiser or model state would have become. One
-    without target tokens is skipped too, and counts as neither. The values are looked
-    at when the next step has been dispatched, so that the device does not wait for the
-    host.
+    without target tokens is skipped too, and counts as neither. Where the step counts
+    what it skipped, that number alone is fetched, when the next step has been
+    dispatched, so that the device does not wait for the host.
 
     Args:
       folder: where the batch goes, as `nonfinite-step-17.npz`.
@@ -103,13 +103,17 @@ class Guard:
             self._look(*previous)
 
     def _look(self, step: int, batch: Any, metrics: Mapping[str, Any]) -> None:
-        names = ("loss", "grad_norm", "skipped", "weight")
-        found = {n: float(np.asarray(metrics[n])) for n in names if n in metrics}
         before = self._skipped
-        self._skipped = found.get("skipped", before)
-        if found.get("weight") == 0:
+        if "skipped" in metrics:
+            self._skipped = float(jax.device_get(metrics["skipped"]))
+            if self._skipped == before:  # of most steps this is all that is fetched
+                self.in_a_row = 0
+                return
+        names = ("loss", "grad_norm", "weight")
+        found = jax.device_get({n: metrics[n] for n in names if n in metrics})
+        values = {name: float(found[name]) for name in names if name in found}
+        if values.pop("weight", None) == 0:
             return
-        values = {n: found[n] for n in ("loss", "grad_norm") if n in found}
         shown = not all(map(math.isfinite, values.values()))
         bad = shown or self._skipped > before
         self.in_a_row = self.in_a_row + 1 if bad else 0
