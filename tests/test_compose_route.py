@@ -145,6 +145,27 @@ def test_the_frozen_product_is_done_once_and_the_norm_once_per_adapter(maker):
     assert sum(products(jaxpr.jaxpr)) == base + thin + norm
 
 
+@pytest.mark.parametrize("maker", [make.lora, make.dora])
+def test_more_adapters_cost_no_more_operations(maker):
+    """Nor do they change what an example gets, or that a bad index gives NaN."""
+    n, m, batch = 32, 16, 8
+    sets = [{"w": maker(i, 2, 0.5, (n,), (m,))} for i in range(64)]
+    routed = compose.route(lambda params, x: x @ params["w"], on_merge="error")
+    params, x = {"w": normal(1, n, m)}, normal(2, batch, TOKENS, n)
+    index = jnp.arange(batch)
+    runs = {}
+    for k in (batch, batch + 1, 64):
+        args = compose.stack(sets[:k]), index, params, x
+        runs[k] = quick(routed, *args)
+        assert_close(
+            runs[k](*args), runs[batch](compose.stack(sets[:batch]), *args[1:])
+        )
+    flops = {k: run.cost_analysis()["flops"] for k, run in runs.items()}
+    assert flops[batch + 1] == flops[64] <= 1.05 * flops[batch], flops
+    out = runs[64](compose.stack(sets), index.at[1].set(64), params, x)
+    assert np.isnan(out[1]).all() and np.isfinite(np.delete(out, 1, 0)).all()
+
+
 def test_in_axes_and_keywords():
     def scaled(params, x, shift, *, double):
         return (1 + double) * (x @ params["w"] + shift)

@@ -1,5 +1,6 @@
 """Chunked cross-entropy: what it sums, its gradients, and what it never holds."""
 
+import contextlib
 import functools
 import math
 
@@ -254,7 +255,8 @@ def test_members_of_a_population_each_have_their_own():
 # ------------------------------------------------------- what it costs
 
 
-def test_logits_are_made_once_and_a_chunk_at_a_time():
+@pytest.mark.parametrize("devices", [1, 8])
+def test_logits_are_made_once_and_a_chunk_at_a_time(devices):
     """Two products with a frozen head, forward and back; no temporaries of its size."""
     tokens, width, words, chunk = 512, 16, 4096, 32
     hidden, kernel = normal(0, 1, tokens, width), normal(1, width, words)
@@ -264,9 +266,11 @@ def test_logits_are_made_once_and_a_chunk_at_a_time():
         return losses.chunked_cross_entropy(hidden, kernel, targets, chunk=chunk).mean
 
     step = jax.jit(jax.value_and_grad(loss))
-    traced = step.trace(hidden, kernel)
-    assert analysis.operations(traced.jaxpr) == 2 * 2 * tokens * width * words
-    held = step.lower(hidden, kernel).compile().memory_analysis().temp_size_in_bytes
+    mesh = sharding.make_mesh(fsdp=-1, devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh) if devices > 1 else contextlib.nullcontext():
+        traced = step.trace(hidden, kernel)
+        assert analysis.operations(traced.jaxpr) == 2 * 2 * tokens * width * words
+        held = traced.lower().compile().memory_analysis().temp_size_in_bytes
     assert held < 4 * tokens * words / 4  # a quarter of the logits
 
 

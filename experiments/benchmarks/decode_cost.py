@@ -1,11 +1,14 @@
-"""What a cache saves in decoding, and transformers' own beside it.
+"""What a cache saves in decoding, and what adapters beside the base cost.
 
     python -m experiments.benchmarks.decode_cost --source=stories260k
+    python -m experiments.benchmarks.decode_cost --adapters=64 --decode_sequences=8
 
 Greedy decoding of a checkpoint, the same tokens by every row: with the cache; by one
 jitted loop that reads the whole fixed-length sequence again for every token; and by
-transformers' `generate` with its cache, where torch and transformers are installed. All
-are interleaved in one run, compilation apart.
+transformers' `generate` with its cache, where torch and transformers are installed.
+With `--adapters` instead: LoRA of rank 8 on every linear kernel, merged; beside the
+base (`lorax.adapt`); and as many sets of it in one stack, each row with its own
+(`compose.route`). All are interleaved in one run, compilation apart.
 """
 
 import functools
@@ -17,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+import lorax
 from experiments import paired
 from experiments.data import examples
 from experiments.generation import loading
 from experiments.machine import tables, timing
+from lorax import compose
 from lorax.models import decoding
 
 _SOURCE = flags.DEFINE_string("source", "stories260k", "The checkpoint.")
@@ -30,7 +35,14 @@ _BATCH = flags.DEFINE_integer(
 )
 _ROUNDS = flags.DEFINE_integer("decode_rounds", 5, "Interleaved rounds.")
 
+_ADAPTERS = flags.DEFINE_integer(
+    "adapters", 0, "Sets in a stack that rows are routed to; 0: no adapters."
+)
+
 PROMPT = "Once upon a time"
+RANK = 8
+SPREAD = 0.02
+"""Standard deviation of what is added to fresh factors, whose update is zero."""
 
 
 def uncached(model: Any, prompt: Sequence[int], count: int) -> Callable[..., Any]:
@@ -94,21 +106,66 @@ def compare(source: str, count: int, batch: int, rounds: int) -> dict[str, list[
     return timing.interleave(ways, rounds)
 
 
+def adapter_sets(model: Any, params: Any, prompt: Sequence[int], count: int) -> Any:
+    """Returns so many adapter sets, away from their init."""
+    read = lambda params, tokens: model.apply({"params": params}, tokens)
+    kernels = lorax.discover(read, params, jnp.array([prompt]))
+
+    def one(key: jax.Array) -> Any:
+        made, _ = lorax.init(key, params, [("all-linear", RANK)], kernels)
+        leaves, structure = jax.tree.flatten(made)
+        keys = jax.random.split(key, len(leaves))
+        draw = lambda key, leaf: leaf + SPREAD * jax.random.normal(key, leaf.shape)
+        return jax.tree.unflatten(structure, map(draw, keys, leaves))
+
+    return [one(key) for key in jax.random.split(jax.random.key(0), count)]
+
+
+def serve(
+    source: str, count: int, batch: int, rounds: int, adapters: int
+) -> dict[str, list[float]]:
+    """Seconds of decoding with adapters merged, beside the base, and routed."""
+    model, params, tokenizer = loading.load_model(source)
+    prompt = examples.prompt_ids(tokenizer, PROMPT)
+    sets = adapter_sets(model, params, prompt, adapters)
+    index = jnp.arange(batch) % adapters
+    plain = decoding.causal(model, len(prompt) + count)
+    routed = decoding.per_example(plain).map(compose.route)
+    states: dict[str, tuple[decoding.Engine, Any]] = {
+        "merged": (plain, (lorax.merge(sets[0], params),)),
+        "beside the base": (plain.map(lorax.adapt), (sets[0], params)),
+        f"routed, {adapters} sets": (routed, (compose.stack(sets), index, params)),
+    }
+
+    def way(engine: decoding.Engine, state: Any) -> Callable[[], Any]:
+        generate = decoding.make_generate(engine, batch=batch, bucket=len(prompt))
+        return lambda: generate(state, [prompt] * batch, count)
+
+    ways = {name: way(*both) for name, both in states.items()}
+    first = {name: write()[0] for name, write in ways.items()}
+    if any(written != first["merged"] for written in first.values()):
+        raise AssertionError("the ways do not write the same tokens")
+    return timing.interleave(ways, rounds)
+
+
 def main(argv: Sequence[str]) -> None:
     """Prints the table."""
     del argv
-    seconds = compare(_SOURCE.value, _NEW.value, _BATCH.value, _ROUNDS.value)
+    asked = _SOURCE.value, _NEW.value, _BATCH.value, _ROUNDS.value
+    sets = _ADAPTERS.value
+    seconds = serve(*asked, sets) if sets else compare(*asked)
+    base, *_ = seconds
     rows = [
         [
             name,
             f"{min(times):.3f}",
             f"{_NEW.value * _BATCH.value / min(times):.0f}",
-            f"{min(times) / min(seconds['cached']):.1f}",
-            f"{paired.ratio(times, seconds['cached']):.1f}",
+            f"{min(times) / min(seconds[base]):.1f}",
+            f"{paired.ratio(times, seconds[base]):.1f}",
         ]
         for name, times in seconds.items()
     ]
-    header = ["way", "best s", "tokens/s", "best / cached", "median of paired ratios"]
+    header = ["way", "best s", "tokens/s", f"best / {base}", "median of paired ratios"]
     print(tables.caption(tables.about(("jax", "torch", "transformers"))) + "\n")
     print(f"{_NEW.value} new tokens, {_BATCH.value} sequences\n")
     print(tables.markdown(header, rows))

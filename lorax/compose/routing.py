@@ -48,8 +48,10 @@ def route(
 
     The frozen kernels stay shared: one product of the whole batch with each, plus the
     thin products of every example with its own factors (which are gathered: `batch`
-    copies of an adapter's size). A `Full` leaf is gathered too, so keep it to norms and
-    biases. Other adapters of the same shapes run without compiling again.
+    copies of an adapter's size). Factors are made (scaled, a DoRA's norm taken) once
+    per adapter or once per example, whichever are fewer: the cost does not grow with K.
+    A `Full` leaf is gathered too, so keep it to norms and biases. Other adapters of the
+    same shapes run without compiling again.
 
     Args:
       fn: a pure function `fn(params, *args, **kwargs)` of *one* example, as for
@@ -92,10 +94,10 @@ def route(
     ) -> Any:
         size = stacks.count(stacked)
         index = _checked(index, size)
-        made = _made(stacked, params)
-        chosen = jax.tree.map(
-            lambda v: v.at[index].get(mode="fill", fill_value=jnp.nan), made
-        )
+        if size <= len(index):
+            chosen = _chosen(_made(stacked, params), index)
+        else:
+            chosen = _made(_chosen(stacked, index), params)
         keys = None if lora_key is None else jax.random.split(lora_key, index.shape[0])
 
         def one(adapters: Adapters, key: jax.Array | None, args: tuple) -> Any:
@@ -123,8 +125,18 @@ def _checked(index: Any, size: int) -> jax.Array:
     return jnp.where((index < 0) | (index >= size), size, index)
 
 
+def _chosen(stacked: Adapters, index: jax.Array) -> Adapters:
+    """The adapter of every example; NaN where there is none."""
+
+    def taken(leaf: jax.Array) -> jax.Array:
+        floats = jnp.issubdtype(leaf.dtype, jnp.inexact)
+        return leaf.at[index].get(mode="fill", fill_value=jnp.nan if floats else None)
+
+    return jax.tree.map(taken, stacked)
+
+
 def _made(stacked: Adapters, params: PyTree) -> Adapters:
-    """The factors of each of the K adapters, on the leaf they all share."""
+    """The factors of every adapter in a stack, on the leaf they all share."""
     params, frozen = tree.split(params)
     leaves = tree.flatten(params)
     tree.require(stacked, leaves, "parameter tree")

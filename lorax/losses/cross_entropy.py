@@ -258,7 +258,8 @@ def _shared(head: Head, hidden: jax.Array) -> tuple[jax.Array, jax.Array | None]
         return _explicit.moved(kernel, lies, kernel), head.bias
     if AxisType.Auto in jax.sharding.get_abstract_mesh().axis_types:
         # else it may be gathered while the layers run, and lie there
-        _, kernel = jax.lax.optimization_barrier((hidden, kernel))
+        first = jax.lax.stop_gradient(hidden)  # a frozen kernel stays without tangent
+        _, kernel = jax.lax.optimization_barrier((first, kernel))
         dims: list[Any] = [PartitionSpec.UNCONSTRAINED] * 2
         dims[read] = None
         kernel = jax.lax.with_sharding_constraint(kernel, PartitionSpec(*dims))
