@@ -3,7 +3,10 @@
 In float64, in a child process, what differs is rounding alone.
 """
 
+import functools
 import json
+import math
+import re
 import subprocess
 import sys
 
@@ -13,6 +16,7 @@ import pytest
 
 from experiments.planning import hlo
 from lorax import attention, sharding
+from lorax.attention import tiles
 from tests import children
 
 
@@ -65,6 +69,24 @@ def test_what_goes_round_the_ring():
     pair = 2 * b * (t // n) * kv * dim * 4
     assert found["collective-permute"] == (2 * (n - 1) + n + 1) * pair
     assert found.get("all-gather", 0) == 0
+
+
+def test_a_recomputed_layer_holds_one_tile_of_scores_at_a_time(monkeypatch):
+    """`jax.checkpoint` takes what it can out of a loop, and would take all masks."""
+    monkeypatch.setattr(tiles, "TILE", 4)
+
+    def loss(x):
+        ring = functools.partial(attention.attend, causal=True, implementation="ring")
+        layer = jax.checkpoint(lambda x, _: (x + ring(x, x, x), None))
+        return jax.lax.scan(layer, x, length=3)[0].sum()
+
+    x = jax.ShapeDtypeStruct((1, 128, 2, 8), jnp.float32)
+    with jax.set_mesh(sharding.make_mesh(data=1, fsdp=1, context=4, tensor=2)):
+        text = str(jax.make_jaxpr(jax.grad(loss))(x))
+    masks = {
+        math.prod(map(int, m.split(","))) for m in re.findall(r"bool\[([\d,]+)", text)
+    }
+    assert max(masks) == 4 * 4
 
 
 def test_stripes_and_back():

@@ -115,7 +115,8 @@ def forward(
         both = zip(sums, new, (3, 3, 1), strict=True)
         return Sums(*(tile.put_rows(x, y, axis) for x, y, axis in both)), None
 
-    return jax.lax.scan(step, sums, _pairs(q.shape[1], rule, queries.parts))[0]
+    pairs = _pairs(q.shape[1], rule, queries.parts, sums.total)
+    return jax.lax.scan(step, sums, pairs)[0]
 
 
 def backward(
@@ -155,11 +156,16 @@ def backward(
         dv = tile.add_columns(dv, _dot("bkgts,btkgh->bskh", p, do))
         return (dq, dk, dv), None
 
-    return jax.lax.scan(step, slopes, _pairs(q.shape[1], rule, queries.parts))[0]
+    pairs = _pairs(q.shape[1], rule, queries.parts, slopes[0])
+    return jax.lax.scan(step, slopes, pairs)[0]
 
 
-def _pairs(time: int, rule: Rule, parts: int) -> jax.Array:
-    """The tiles of queries and of keys that see each other, `[pairs, 2]`."""
+def _pairs(time: int, rule: Rule, parts: int, carried: jax.Array) -> jax.Array:
+    """The tiles of queries and of keys that see each other, `[pairs, 2]`.
+
+    They depend on what a loop around them carries, in name: else `jax.checkpoint` takes
+    the slices and masks of all tiles out of that loop, and holds them at once.
+    """
     size = math.gcd(time, TILE)
     found = []
     for i in range(time // size):
@@ -167,7 +173,8 @@ def _pairs(time: int, rule: Rule, parts: int) -> jax.Array:
             nearest = ((i - j - 1) * size + 1) * parts - parts + 1
             if rule.window is None or nearest < rule.window:
                 found.append((i, j))
-    return jnp.array(found, jnp.int32)
+    pairs = jnp.array(found, jnp.int32)
+    return jax.lax.optimization_barrier((carried.ravel()[0], pairs))[1]
 
 
 class _Tile:
