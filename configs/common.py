@@ -84,6 +84,7 @@ def _model(model: ml_collections.ConfigDict) -> None:
     model.quantize = ""  # "nf4", or pattern=format,...: a base in a few bits a weight
     model.labels = 0  # of a classification head; 0: none
     model.dtype = ""  # of the computation; "" for the checkpoint's
+    model.scan = True  # a loop over the layers; False compiles longer: faster on GPUs
     model.remat = "none"  # or "full", "dots", "save=q,k,v; offload=input"
     model.attention = "plain"  # "flash": in linear memory, of the Llama family
 

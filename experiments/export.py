@@ -36,6 +36,7 @@ _FORM = flags.DEFINE_enum(
     "form", "merged", ["merged", "peft", "lorax"], "What to write."
 )
 _QUANTIZE = flags.DEFINE_string("quantize", "", "The run's config.model.quantize.")
+_SCAN = flags.DEFINE_bool("scan", True, "The run's config.model.scan.")
 _PLUGINS = flags.DEFINE_list("plugins", [], "Modules that register its classes.")
 _SHRINK = flags.DEFINE_bool("adalora_shrink", False, "Leave out pruned triplets.")
 
@@ -54,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
         initial=_INITIAL.value,
         adalora_shrink=_SHRINK.value,
         quantize=_QUANTIZE.value,
+        scan=_SCAN.value,
     )
     print(f"{_FORM.value}: written to {_TO.value}")
 

@@ -22,6 +22,7 @@ from lorax.types import Adapters
 _MODEL = flags.DEFINE_string("model", None, "Directory, GGUF file or hub id.")
 _ADAPTER = flags.DEFINE_string("adapter", None, "Folder of adapters, ours or PEFT's.")
 _QUANTIZE = flags.DEFINE_string("quantize", "", "As config.model.quantize.")
+_SCAN = flags.DEFINE_bool("scan", True, "The run's config.model.scan.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeatable.")
 _TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most new tokens.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     prompts: list[str] = _PROMPT.value or []
     model, params, tokenizer = loading.load_model(
-        _MODEL.value or "", quantize=_QUANTIZE.value
+        _MODEL.value or "", quantize=_QUANTIZE.value, scan=_SCAN.value
     )
     adapters: Adapters = {}
     if _ADAPTER.value:

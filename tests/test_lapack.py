@@ -44,6 +44,7 @@ def test_the_parts_are_those_of_each_matrix(name, shape):
                  getattr(_lapack, name)(x), found)  # fmt: skip
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="guards a CPU alone")
 def test_vmap_adds_to_the_stack(name):
     one = _lapack.one_by_one(PLAIN[name])
     x = stack(name, 3, 2, 5, 4)

@@ -24,6 +24,7 @@ def export(
     initial: str | None = None,
     adalora_shrink: bool = False,
     quantize: str = "",
+    scan: bool = True,
 ) -> None:
     """Writes a merged checkpoint, or an adapter.
 
@@ -37,6 +38,7 @@ def export(
       adalora_shrink: without AdaLoRA's pruned triplets.
       quantize: `config.model.quantize` of the run. What is merged is dense, and holds
         the base as it was quantised; an adapter beside `initial/` is for the original.
+      scan: `config.model.scan` of the run.
 
     Raises:
       ValueError: `to` is the base's own folder, the adapters belong to another base, or
@@ -52,7 +54,7 @@ def export(
         raise ValueError(f"--to={to} is the base's own folder: give another")
     beside = pathlib.Path(initial or pathlib.Path(adapter).parent / "initial")
     start = checkpoint.load_adapters(beside) if initial or beside.is_dir() else None
-    model, params = loading.read(path, quantize if start is None else "")
+    model, params = loading.read(path, quantize if start is None else "", scan=scan)
     config = model.config
     if start is None:
         adapters, params = loading.load_adapters(adapter, model, params)

@@ -80,7 +80,7 @@ def load_base(
     quantize = "" if dense else config.quantize
     switches = {"labels": config.labels, "head": "classification"}
     switches = switches if config.labels else {}
-    switches |= {"remat": config.remat}
+    switches |= {"scan": config.scan, "remat": config.remat}
     if config.attention != "plain":  # which not all families have
         switches |= {"attention": config.attention}
     if config.random:

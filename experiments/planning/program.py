@@ -114,7 +114,7 @@ def make_model(config: ml_collections.ConfigDict) -> Any:
     family = hf.family_of(fields, "config.model.published")
     dtype = jnp.dtype(config.dtype or "float32")
     switches: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype}
-    switches |= {"remat": config.remat}
+    switches |= {"scan": config.scan, "remat": config.remat}
     if config.attention != "plain":  # which not all families have
         switches["attention"] = config.attention
     return family.Model(family.Config.from_hf(fields, **switches))

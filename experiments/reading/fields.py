@@ -67,6 +67,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"model\.quantize", TEXT),
     (r"model\.labels", whole()),
     (r"model\.dtype", choice("", "float32", "bfloat16", "float16")),
+    (r"model\.scan", FLAG),
     (r"model\.remat", TEXT),
     (r"model\.attention", choice("plain", "flash", "lean", "splash", "cudnn", "ring")),
     (r"model\.(vocabulary|layers|width|heads|hidden)", whole(1)),

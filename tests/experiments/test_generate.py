@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import lorax
+from configs import common
 from experiments.generation import continuations, exporting, loading
 from lorax import checkpoint
 from lorax.models import sampling
@@ -141,6 +142,31 @@ def test_what_pissa_learnt_is_exported_for_the_original_base(stories, tmp_path):
     again = run(loading.load_model(str(tmp_path / "out"))[1])
     np.testing.assert_allclose(again, expected, rtol=1e-3, atol=1e-3)
     assert np.abs(run(params) - expected).max() > 0.1
+
+
+def test_a_run_whose_layers_are_no_stack(stories, tmp_path):
+    """`config.model.scan` off: its adapters have a kernel a layer."""
+    _, params, _ = stories
+    config = common.checkpoint_run().model
+    config.source, config.scan = "stories260k", False
+    model, base, _ = loading.load_base(config, jax.random.key(0))
+    target = lorax.Target(".*/(q|down)/kernel", rank=2)
+    loss = lambda p, t: model.apply({"params": p}, t).sum()
+    kernels = lorax.discover(loss, base, jnp.zeros((1, 4), int))
+    made, _ = lorax.init(jax.random.key(0), base, target, kernels)
+    made = jax.tree.map(lambda x: x + 0.1, made)
+    assert "layers_0/q/kernel" in made
+    own, to = str(tmp_path / "own"), str(tmp_path / "merged")
+    checkpoint.save_adapters(own, made, base)
+    exporting.export("stories260k", own, to, "merged", scan=False)
+    _, again, _ = loading.load_model(to)
+    jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), again, params)
+    tokens = np.arange(3, 43).reshape(2, 20)
+    want = model.apply({"params": lorax.merge(made, base)}, tokens)
+    found = stories[0].apply({"params": again}, tokens)
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(KeyError, match="layers_0/.*nearest paths: 'layers/"):
+        exporting.export("stories260k", own, to, "merged")
 
 
 def command(module, *args):

@@ -13,7 +13,7 @@ def steps(rows: Mapping[str, Mapping[str, Any]]) -> str:
     header = ["train step", "first call s", "best ms", "range ms", "tokens/s", "MFU"]
     header += ["memory GiB", "speed / PEFT compiled"]
     lines = []
-    for name, row in rows.items():
+    for name, row in sorted(rows.items(), key=lambda item: "lorax" not in item[0]):
         if "not_run" in row:
             lines.append([f"{name}: not run, {_reason(row)}", *["-"] * 7])
             continue
@@ -77,7 +77,7 @@ def render(result: Mapping[str, Any]) -> str:
         parts.append(decoding(rows))
     if suite := result.get("tests", {}).get("suite"):
         parts.append(tests(suite))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *([result["note"]] if "note" in result else [])])
 
 
 def _memory(row: Mapping[str, Any]) -> float:
@@ -105,4 +105,5 @@ def _speed(row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> str
 
 
 def _reason(row: Mapping[str, Any]) -> str:
-    return row["not_run"].split("\n")[0].replace("|", "/")[:120]
+    first = row["not_run"].split("\n")[0].split(". ")[0]
+    return first.replace("|", "/")[:120]
