@@ -139,7 +139,7 @@ def _mesh(sharding: ml_collections.ConfigDict) -> None:
     sharding.tensor = 1  # slices of heads, hidden units and vocabulary
     sharding.rules = ()  # (regex of paths, mesh axes by dimension), first wins
     sharding.may_replicate = ()  # logical axes left whole if indivisible
-    sharding.replicate_adapters = False  # else they lie as their kernels
+    sharding.adapters = "auto"  # or as their "kernels", cut along "all" axes, "whole"
     sharding.topology = ""  # for a plan: v5e:4x4, v5p-128, cpu:8
 
 

@@ -2,9 +2,10 @@
 
     python -m experiments.plan --config=configs/llama3_70b_lora.py --topology=v5e:16x16
 
-Reports what every chip would hold, whether it fits, and what XLA estimates. `--sweep`
-tries other meshes, remat policies and batches, `--quantize=nf4` a quantised base. Needs
-libtpu (`pip install -e '.[tpu]'`), but no TPU; `--topology=cpu:8` needs neither.
+Reports what every chip would hold, whether it fits, and how long a step would take.
+`--quantize=nf4` plans a quantised base; `--search` finds the best mesh, remat, batch
+and base format; `--published` plans runs whose speed others published. Needs libtpu
+(`pip install -e '.[tpu]'`), but no TPU; `--topology=cpu:8` needs neither.
 """
 
 import sys
@@ -22,7 +23,8 @@ _CONFIG = config_flags.DEFINE_config_file(
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "v5e:4x4, v5p-128, cpu:8, ...; config.sharding.topology if not."
 )
-_SWEEP = flags.DEFINE_bool("sweep", False, "Try other meshes, remat and batches.")
+_SEARCH = flags.DEFINE_bool("search", False, "Find the best mesh, remat and batch.")
+_PUBLISHED = flags.DEFINE_bool("published", False, "Plan runs of others, and compare.")
 _QUANTIZE = flags.DEFINE_string("quantize", None, "For config.model.quantize.")
 _FORM = flags.DEFINE_enum(
     "form", "adapt", ["adapt", "merge"], "merge: a step that materialises adapters."
@@ -33,7 +35,15 @@ def main(argv: Sequence[str]) -> None:
     """Plans as the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+    if _PUBLISHED.value:
+        topologies.prepare()  # before jax is loaded
+        from experiments.planning import published
+
+        print(published.render(published.compare(print)))
+        return
     config = _CONFIG.value
+    if config is None:
+        raise app.UsageError("give --config, such as configs/llama3_8b_lora.py")
     try:
         topology = topologies.parse(_TOPOLOGY.value or config.sharding.topology)
     except ValueError as error:
@@ -44,23 +54,20 @@ def main(argv: Sequence[str]) -> None:
     if _QUANTIZE.value is not None:
         config.model.quantize = _QUANTIZE.value
     topologies.prepare()  # before jax is loaded
-    from experiments.planning import alternatives, estimates
+    from experiments.planning import best, estimates, rendering
     from experiments.reading import checking
 
     with command.refusing():
         checking.check(config)
     try:
-        if _SWEEP.value and config.model.quantize:
-            raise ValueError("--sweep plans dense bases; leave quantize out")
-        if _SWEEP.value:
-            print(alternatives.render(alternatives.run(config, topology, print)))
+        if _SEARCH.value:
+            print(best.render(best.run(config, topology, print)))
         else:
             plan = estimates.make_plan(config, topology, _FORM.value)
-            print(estimates.render(plan))
+            print(rendering.render(plan))
     except (ValueError, ModuleNotFoundError) as error:
         raise app.UsageError(str(error)) from error
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
     command.run(main)

@@ -26,6 +26,7 @@ MESHES = {
     "fsdp": {"data": 1, "fsdp": 8, "tensor": 1},
     "tensor": {"data": 1, "fsdp": 1, "tensor": 8},
     "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
+    "spread": {"data": 2, "fsdp": 2, "tensor": 2},  # adapters cut along all axes
 }
 SIZES = {"vocabulary": 48, "width": 32, "layers": 2, "heads": 16, "kv_heads": 8}
 
@@ -48,6 +49,11 @@ METHODS = {
     "adalora": ("adalora", adalora),
     "lora_pro": ("lora", lambda: optim.lora_pro(0.01, eps=EPS)),
 }
+
+
+def cut_of(mesh):
+    """How adapters lie in a case."""
+    return "all" if mesh == "spread" else "kernels"
 
 
 def model_of(dtype):
@@ -99,7 +105,7 @@ def batches():
     return [{"tokens": t} for t in np.minimum(tokens, tokens[:, :1])]
 
 
-def train(method, mesh, dtype):
+def train(method, mesh, dtype, cut="kernels"):
     """Losses, adapters before and after, AdaLoRA's choices; None is one device."""
     model, loss_fn, params, adapters, tx = problem(method, dtype)
     state = training.create_state(jax.random.key(2), adapters, tx)
@@ -110,7 +116,7 @@ def train(method, mesh, dtype):
     else:
         placed = place(model, params, mesh)
         params = jax.device_put(params, placed.tree(params))
-        where = sharding.state_shardings(state, placed)
+        where = sharding.state_shardings(state, placed, cut)
         state = jax.device_put(state, where)
         given = jax.device_put(given, sharding.batch_sharding(mesh))
         jitted = jax.jit(step, out_shardings=(where, sharding.replicated(mesh)))
@@ -172,5 +178,6 @@ if __name__ == "__main__":
         alone = train(method, None, jnp.float64)
         for name in sys.argv[2].split(","):
             mesh = sharding.make_mesh(**MESHES[name])
-            found = compare(alone, train(method, mesh, jnp.float64))
+            many = train(method, mesh, jnp.float64, cut_of(name))
+            found = compare(alone, many)
             print(json.dumps({"method": method, "mesh": name, **found}), flush=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 import lorax
-from experiments.planning import hlo
+from experiments.planning import traffic
 from lorax import sharding
 from tests import children
 from tests import sharding_cases as cases
@@ -44,7 +44,7 @@ def holds_in_float64(row):
 
 @pytest.mark.once
 def test_a_mixed_mesh_trains_as_one_device_in_float64(record_property):
-    rows = in_float64("adalora", "mixed")
+    rows = in_float64("adalora", "mixed,spread")
     record_property("rows", rows)
     for row in rows:
         holds_in_float64(row)
@@ -60,7 +60,8 @@ def test_every_mesh_trains_as_one_device_in_float64():
 def holds_in_float32(method, mesh):
     one = cases.train(method, None, jnp.float32)
     made = sharding.make_mesh(**cases.MESHES[mesh])
-    found = cases.compare(one, cases.train(method, made, jnp.float32))
+    cut = cases.cut_of(mesh)
+    found = cases.compare(one, cases.train(method, made, jnp.float32, cut))
     print(json.dumps({"method": method, "mesh": mesh, **found}))
     assert found["loss"] < 1e-5 and found["adapters"] < 1e-3 < 0.1 < found["moved"]
     assert found.get("masks", True)
@@ -106,7 +107,7 @@ def gathered(mesh, method):
     found = []
     for text in texts:
         count = {}
-        for one in hlo.read(text).collectives:
+        for one in traffic.read(text).collectives:
             if one.kind == "all-gather":
                 for shape in re.findall(r"\[[\d,]+\]", one.shape):
                     count[shape] = count.get(shape, 0) + one.times

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from experiments.planning import hlo, program
+from experiments.planning import program, roofline, traffic
 from experiments.planning import topology as topologies
 from lorax import analysis
 
-LABEL = "XLA estimate, not measured"
 RESERVE = 0.1
 """Share of the memory that a plan should leave free."""
 
@@ -63,12 +62,11 @@ class Plan(NamedTuple):
       settings: what a sweep may change, as words.
       memory: of one chip; None where the compiler ran out of it.
       refused: the compiler's own words, where it did.
-      flops: operations of one chip in a step, recomputation included.
-      model_flops: without it, of plain attention.
-      cycles: XLA's estimates for what a chip computes in a step, added up; transfers
-        and Pallas kernels have none. None where it gives none.
-      opaque: number of such kernels in the program.
-      collectives: bytes that one chip receives in a step, by kind; None: unknown.
+      flops: operations of one chip in a step, recomputation included; of plain
+        attention, in which every token reads every other.
+      model_flops: without recomputation.
+      facts: what the program's text says; None: it was not written out.
+      times: of a step; None where there is no chip, or no text.
       seconds: of tracing and compiling.
       tokens: of a batch.
     """
@@ -80,23 +78,22 @@ class Plan(NamedTuple):
     refused: str
     flops: float
     model_flops: float
-    cycles: int | None
-    opaque: int
-    collectives: dict[str, int] | None
+    facts: traffic.Facts | None
+    times: roofline.Times | None
     seconds: float
     tokens: int
 
     @property
-    def step_seconds(self) -> float | None:
-        """Of what a chip computes, as the cycles say; transfers are not in it."""
-        chip = self.topology.chip
-        return self.cycles / chip.clock if self.cycles and chip else None
+    def pace(self) -> float:
+        """Tokens a second and chip, at `times.apart`; 0 where it is unknown."""
+        if self.times is None:
+            return 0.0
+        return self.tokens / self.topology.chips / self.times.apart
 
     @property
-    def mfu(self) -> float | None:
-        """Share of the chip's peak that the model's own operations take."""
-        chip, seconds = self.topology.chip, self.step_seconds
-        return self.model_flops / seconds / chip.flops if seconds and chip else None
+    def mfu(self) -> float:
+        """Share of the chip's peak that the model's own operations take, likewise."""
+        return self.times.products / self.times.apart if self.times else 0.0
 
     @property
     def verdict(self) -> str:
@@ -131,13 +128,16 @@ def make_plan(
     devices = topologies.devices(topology)
     built = program.build(config, devices, form)
     traced = built.trace()
-    plain = program.build(program.without_remat(config), devices).trace()
+    spelled, plain = (
+        program.build(other, devices, form).trace()
+        for other in (program.spelled_out(config), program.without_remat(config))
+    )
     platform = "cpu" if topology.chip is None else "tpu"
     told: dict[str, Any] = {
         "topology": topology,
         "mesh": dict(built.placed.mesh.shape),
         "settings": settings(config, built.placed.mesh.shape, form),
-        "flops": analysis.operations(traced.jaxpr) / topology.chips,
+        "flops": analysis.operations(spelled.jaxpr) / topology.chips,
         "model_flops": analysis.operations(plain.jaxpr) / topology.chips,
         "tokens": built.tokens,
     }
@@ -150,9 +150,8 @@ def make_plan(
             **told,
             memory=None,
             refused=re.sub(r"\s*See https.*", "", str(error), flags=re.DOTALL),
-            cycles=None,
-            opaque=0,
-            collectives=None,
+            facts=None,
+            times=None,
             seconds=time.perf_counter() - began,
         )
     seconds = time.perf_counter() - began
@@ -160,10 +159,30 @@ def make_plan(
         **told,
         memory=_memory(built, compiled, topology),
         refused="",
-        cycles=facts.cycles if facts else None,
-        opaque=facts.opaque if facts else 0,
-        collectives=facts.bytes_by_kind() if facts else None,
+        facts=facts,
+        times=_times(told, facts, built.placed.mesh, topology),
         seconds=seconds,
+    )
+
+
+def _times(
+    told: Mapping[str, Any],
+    facts: traffic.Facts | None,
+    mesh: jax.sharding.Mesh,
+    topology: topologies.Topology,
+) -> roofline.Times | None:
+    """The terms of a step's time."""
+    chip = topology.chip
+    if chip is None or facts is None:
+        return None
+    flops, model_flops = told["flops"], told["model_flops"]
+    return roofline.Times(
+        products=model_flops / chip.flops,
+        recomputed=(flops - model_flops) / chip.flops,
+        hbm=facts.hbm / chip.bandwidth,
+        transfers=roofline.transfer_seconds(
+            facts.collectives, [*mesh.devices.flat], topology
+        ),
     )
 
 
@@ -218,7 +237,7 @@ def _memory(
     )
 
 
-def _compile(lowered: Any) -> tuple[Any, hlo.Facts | None]:
+def _compile(lowered: Any) -> tuple[Any, traffic.Facts | None]:
     """Compiles, and reads the program's text.
 
     `as_text` of libtpu 0.0.52 fails on some large programs (RET_CHECK in
@@ -233,47 +252,4 @@ def _compile(lowered: Any) -> tuple[Any, hlo.Facts | None]:
         except jax.errors.JaxRuntimeError:
             written = sorted(pathlib.Path(folder).glob("*.after_codegen.txt"))
             text = written[-1].read_text() if written else ""
-    return compiled, hlo.read(text) if text else None
-
-
-def _amount(nbytes: float) -> str:
-    unit, name = (2**30, "GiB") if nbytes >= 2**27 else (2**20, "MiB")
-    return f"{nbytes / unit:8.3f} {name}"
-
-
-def render(plan: Plan) -> str:
-    """Returns a plan as text."""
-    lines = [str(plan.topology), f"  {plan.settings}"]
-
-    def add(name: str, value: object) -> None:
-        lines.append(f"  {name:<28}{value}")
-
-    add("verdict", plan.verdict)
-    if plan.refused:
-        add("the compiler says", plan.refused)
-
-    def gib(n: float) -> str:
-        return f"{_amount(n)} a chip"
-
-    if memory := plan.memory:
-        for name in ("weights", "adapters", "optimizer", "batch", "activations"):
-            add(name, gib(getattr(memory, name)))
-        add("code", gib(memory.program))
-        add("total", gib(memory.total))
-        if memory.limit is not None and memory.headroom is not None:
-            add("there is", gib(memory.limit))
-            add("headroom", f"{memory.headroom:8.1%}")
-    add("operations", f"{plan.flops:.4g} a chip and step")
-    add("  without recomputation", f"{plan.model_flops:.4g}")
-    left = "transfers" + (f" and {plan.opaque} kernels" if plan.opaque else "")
-    if plan.cycles is not None:
-        add("cycles", f"{plan.cycles:.4g} ({LABEL})")
-    if plan.step_seconds is not None and plan.mfu is not None:
-        add("step", f"{plan.step_seconds:.3g} s, {left} left out ({LABEL})")
-        add("MFU", f"{plan.mfu:.1%}, {left} left out ({LABEL})")
-    if plan.collectives is None and not plan.refused:
-        add("collectives", "not known: the compiler did not write the program out")
-    for kind, nbytes in sorted((plan.collectives or {}).items()):
-        add(kind, gib(nbytes) + " and step")
-    add("compiled in", f"{plan.seconds:.0f} s")
-    return "\n".join(lines)
+    return compiled, traffic.read(text) if text else None

@@ -83,7 +83,7 @@ def build(
     how = config.run.label_smoothing, config.run.loss_chunk
     loss_fn = losses.make_causal(model, *how)
     state, params, tx = make_state(config, loss_fn, shapes, batch)
-    where = sharding.state_shardings(state, placed, config.sharding.replicate_adapters)
+    where = sharding.state_shardings(state, placed, config.sharding.adapters)
     made = make_step(loss_fn, tx, config.optimizer.clip_norm, form)
     step = jax.jit(
         made, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh))
@@ -210,14 +210,20 @@ def make_step(
     return step
 
 
-def without_remat(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The same run, nothing recomputed, attention spelled out: whose operations count.
+def spelled_out(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The same run with plain attention, whose operations can be counted.
 
-    What a Pallas kernel does in its grid is not counted.
+    What a Pallas kernel does in its grid cannot.
     """
     other = config.copy_and_resolve_references()  # ConfigDict(config) shares sections
-    other.model.remat = "none"
     other.model.attention = "plain"
+    return other
+
+
+def without_remat(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The same run spelled out, nothing recomputed."""
+    other = spelled_out(config)
+    other.model.remat = "none"
     return other
 
 

@@ -1,7 +1,8 @@
 """Names of TPU slices, what their chips are, and their devices without the chips.
 
 libtpu names a slice by its generation and the shape of its torus, in chips:
-`v5e:4x4`. The cloud counts chips for v5e and v6e, and TensorCores, two a chip, for v5p.
+`v5e:4x4`. The cloud counts chips for v5e and v6e, and TensorCores, two a chip, for v4
+and v5p.
 """
 
 import importlib.util
@@ -23,20 +24,30 @@ class Chip(NamedTuple):
       hbm: bytes that the compiler lets a program have; less than what is built in.
       flops: bf16 operations a second, as published.
       clock: cycles a second: `flops` over what its matrix units do in a cycle.
+      bandwidth: bytes a second of HBM, as published.
+      link: bytes a second that one link of the torus carries each way, as published.
+      wraps: a dimension of the torus is closed where it is a multiple of this.
     """
 
     hbm: float
     flops: float
     clock: float
+    bandwidth: float
+    link: float
+    wraps: int
 
 
 GIB = 2**30
 CHIPS = {  # matrix units: 4 of 128 x 128 a core, on v6e 256 x 256
-    "v5e": Chip(15.75 * GIB, 197e12, 197e12 / (4 * 128**2 * 2)),
-    "v5p": Chip(95.73 * GIB, 459e12, 459e12 / (2 * 4 * 128**2 * 2)),
-    "v6e": Chip(31.24 * GIB, 918e12, 918e12 / (4 * 256**2 * 2)),
+    "v4": Chip(31.75 * GIB, 275e12, 275e12 / (2 * 4 * 128**2 * 2), 1200e9, 50e9, 4),
+    "v5e": Chip(15.75 * GIB, 197e12, 197e12 / (4 * 128**2 * 2), 819e9, 50e9, 16),
+    "v5p": Chip(95.73 * GIB, 459e12, 459e12 / (2 * 4 * 128**2 * 2), 2765e9, 100e9, 4),
+    "v6e": Chip(31.24 * GIB, 918e12, 918e12 / (4 * 256**2 * 2), 1638e9, 100e9, 16),
 }
-"""HBM: as the compiler of libtpu 0.0.52 says it when a program needs more."""
+"""HBM: as the compiler of libtpu 0.0.52 says it when a program needs more. Peaks and
+bandwidths: docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p and v6e. A link is a
+share of what they give for a chip: 1,600 Gbps of v5e and 4,800 of v5p, 800 GBps of v6e
+both ways, over four links in two dimensions, or six in three; v4: arXiv:2304.01433."""
 
 FLAT = {
     1: "1x1",
@@ -58,10 +69,12 @@ CUBES = {
     512: "4x8x8",
     1024: "8x8x8",
 }
+SOLID = ("v4", "v5p")
+"""Generations whose torus has three dimensions, and whose chips have two cores."""
 CLOUD = {
     **{f"v5litepod-{n}": f"v5e:{shape}" for n, shape in FLAT.items()},
     **{f"v6e-{n}": f"v6e:{shape}" for n, shape in FLAT.items()},
-    **{f"v5p-{n}": f"v5p:{shape}" for n, shape in CUBES.items()},
+    **{f"{kind}-{n}": f"{kind}:{cube}" for kind in SOLID for n, cube in CUBES.items()},
 }
 """The cloud's names of slices."""
 
@@ -74,12 +87,14 @@ class Topology(NamedTuple):
       given: as the user wrote it.
       chips: how many.
       chip: what each is; None for the CPU.
+      shape: of the torus; () for the CPU.
     """
 
     name: str
     given: str
     chips: int
     chip: Chip | None
+    shape: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         """The name, with the chips counted."""
@@ -110,14 +125,14 @@ def parse(name: str) -> Topology:
             f"v5p:4x4x4 (of {', '.join(CHIPS)}), the cloud's, such as v5litepod-16 or "
             "v5p-128 (it counts cores), or cpu:8"
         )
-    shape = [int(n) for n in found[2].split("x")]
-    want = 3 if found[1] == "v5p" else 2
+    shape = tuple(int(n) for n in found[2].split("x"))
+    want = 3 if found[1] in SOLID else 2
     if len(shape) != want:
         raise ValueError(
             f"unknown topology {name!r}: {found[1]} slices have {want} dimensions, "
             f"such as {found[1]}:{'x'.join(['4'] * want)}"
         )
-    return Topology(own, name, math.prod(shape), CHIPS[found[1]])
+    return Topology(own, name, math.prod(shape), CHIPS[found[1]], shape)
 
 
 def prepare() -> None:
@@ -157,8 +172,12 @@ def devices(topology: Topology) -> list[Any]:
     prepare()
     from jax.experimental import topologies
 
+    # a device is a chip: of v4 the two cores are two devices unless they are joined
+    joined = {"chip_config_name": "megacore"} if topology.name.startswith("v4:") else {}
     try:
-        made = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+        made = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, **joined
+        )
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
             f"unknown topology {topology.name!r}; libtpu says: {error}"

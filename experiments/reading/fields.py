@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_collections
 
+from lorax import sharding
 from lorax.untrusted import FLAG, TEXT, Rule, check, choice, listed, number, whole
 
 SKIPPED = r"model\.(random|published)\..*"
@@ -109,7 +110,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"sharding\.(data|fsdp|context|tensor)", AXIS),
     (r"sharding\.rules", pairs("(('.*/kernel', ('fsdp', 'tensor')),)")),
     (r"sharding\.may_replicate", such_as(listed(NAME), "('heads',)")),
-    (r"sharding\.replicate_adapters", FLAG),
+    (r"sharding\.adapters", choice(*sharding.CUTS)),
     (r"sharding\.topology", TEXT),
     # eval
     (r"eval\.every", whole()),

@@ -18,7 +18,6 @@ import jax
 import ml_collections
 import rich.console
 
-import lorax
 from experiments import tasks
 from experiments.generation import loading, quantizing, unmerged
 from experiments.machine import disk, distributed, placement
@@ -87,6 +86,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             calibration=prepare.calibration_of(config.adapter),
             place=place,
             placed=placed,
+            merge=unmerged.Unmerged,
             tell=functools.partial(progress.tell_targets, console),
         )
         done = fit(
@@ -144,6 +144,4 @@ def score(
     adapters: Adapters = {}
     if adapter:
         adapters, params = loading.load_adapters(adapter, model, params)
-    if not quantizing.packed(params):
-        return task.report(lorax.merge(adapters, params), folder)
     return task.report(unmerged.Unmerged(adapters, params), folder)

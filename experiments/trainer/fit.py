@@ -101,7 +101,7 @@ def fit(
       batches: indexed by step.
       schedule: how long, and how often what is done.
       output: where it is told of.
-      evaluate: merged parameters -> values to write; None for none.
+      evaluate: what `prepared.merge` makes -> values to write; None for none.
       keep: how the run keeps itself, to go on after a stop; None: not at all.
       guard: stops the run after too many steps that are not finite.
     """
@@ -179,7 +179,7 @@ class Report:
 
 
 class Scores:
-    """What the merged parameters are judged by, every so often and at the end."""
+    """What the model is judged by, every so often and at the end."""
 
     def __init__(
         self,

@@ -85,8 +85,7 @@ class Prepared(NamedTuple):
       params: the base that the adapters belong to.
       step: the train step.
       place: where batches lie.
-      merge: as `MERGED`, with a placement that the plain parameters take; of a
-        quantised base `Unmerged`, which stays packed.
+      merge: what is evaluated, of adapters and params: as `MERGED`, or `Unmerged`.
       tokens: of the first batch, for the pace that is told.
       initial: the adapters at the start, if their init moved a part of the base; else
         None.

@@ -68,6 +68,7 @@ def prepare(
     calibration: Calibration = FIRST_BATCH,
     place: placement.Place = placement.ALONE,
     placed: sharding.Placed | None = None,
+    merge: Callable[..., Any] = MERGED,
     tell: Callable[[description.Description], None] | None = None,
 ) -> Prepared:
     """Finds the kernels, draws the adapters, and lays out what trains.
@@ -79,6 +80,9 @@ def prepare(
       calibration: for inits that look at data.
       place: where batches lie.
       placed: where the parameters lie; adapters and optimiser follow them.
+      merge: what is evaluated: plain parameters, as by default, or
+        `unmerged.Unmerged`, which holds no second copy of the model. A quantised base
+        is never merged.
       tell: gets what the targets adapt and leave out, unless all train whole leaves.
     """
     example = place.put(problem.batches[0])  # of all processes together
@@ -94,13 +98,10 @@ def prepare(
         params = lorax.quantize(params, problem.quantize, kernels)
     initial = jax.tree.map(jnp.copy, state.adapters) if moved else None  # not donated
     lies = None
-    merge: Callable[..., Any] = MERGED
     if placed:
-        replicate = bool(place.config.get("replicate_adapters"))
-        lies = sharding.state_shardings(state, placed, replicate)
+        cut = place.config.get("adapters", "auto")
+        lies = sharding.state_shardings(state, placed, cut)
         state, params = laid_out(state, params, lies, placed)
-        plain = placed.tree(tree.split(params)[0])
-        merge = jax.jit(lorax.merge, out_shardings=plain)
     if quantizing.packed(params):
         merge = unmerged.Unmerged
     return Prepared(

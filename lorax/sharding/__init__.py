@@ -22,10 +22,19 @@ from lorax.sharding.mesh import (
     replicated,
 )
 from lorax.sharding.rules import LOGICAL, Placed, Row, of_arrays, place
-from lorax.sharding.states import adapter_specs, base_shardings, state_shardings
+from lorax.sharding.states import (
+    CUTS,
+    Cut,
+    adapter_specs,
+    base_shardings,
+    spread_specs,
+    state_shardings,
+)
 
 __all__ = [
     "AXES",
+    "CUTS",
+    "Cut",
     "LOGICAL",
     "Placed",
     "Row",
@@ -37,5 +46,6 @@ __all__ = [
     "of_arrays",
     "place",
     "replicated",
+    "spread_specs",
     "state_shardings",
 ]

@@ -8,23 +8,32 @@
 Frozen arrays of one adapter lie likewise, those that several share are whole.
 
 A factor so meets its activation cut as the kernel meets it, and the branch needs no
-collective that the kernel's own product does not need. The rank is never cut.
+collective that the kernel's own product does not need. But axes of the mesh that a
+factor does not have then hold copies of it and of its moments: cut along "all" axes
+there are none, and a factor is gathered where it is used. The rank is never cut.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.tree_util as jtu
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lorax import tree
 from lorax.sharding import mesh as meshes
 from lorax.sharding import rules
 from lorax.types import Adapters, Axes, Base, PyTree
+
+Cut = Literal["auto", "kernels", "all", "whole"]
+CUTS: tuple[Cut, ...] = get_args(Cut)
+"""How adapters and what follows them lie; see `state_shardings`."""
+WORTH = 2**26
+"""Bytes of a device from which "auto" cuts along all axes: a gather more for each
+factor and pass is latency, and saves little where the state is small."""
 
 
 def adapter_specs(
@@ -129,7 +138,76 @@ def _spec(adapter: Any, words: Sequence[str], kernel: PartitionSpec) -> Partitio
     return PartitionSpec(*(entry for word in words for entry in cut.get(word, [None])))
 
 
-def state_shardings(state: Any, placed: rules.Placed, replicate: bool = False) -> Any:
+def spread_specs(adapters: Adapters, specs: Adapters, mesh: Mesh) -> Adapters:
+    """Returns specs that are cut along the mesh axes that they leave out, too.
+
+    Of each array the longest of the kernel's inputs and outputs takes the next axis, if
+    that divides it; ranks and stacks are never cut further. Explicit axes are left out:
+    there a product names its own sharding, and gathers nothing by itself.
+
+    Args:
+      adapters: of arrays or their shapes.
+      specs: of `adapter_specs`.
+      mesh: of the devices.
+
+    Example:
+      >>> from lorax.adapters import Lora
+      >>> import jax.numpy as jnp
+      >>> mesh = meshes.make_mesh(devices=jax.devices()[:1])
+      >>> lora = Lora(jnp.ones((4, 2)), jnp.ones((2, 6)), 1.0, Axes((0,), (1,)))
+      >>> placed = adapter_specs({"w": lora}, {"w": PartitionSpec("fsdp", "tensor")})
+      >>> tuple(spread_specs({"w": lora}, placed, mesh)["w"].b)
+      (None, 'tensor')
+    """
+
+    def spread(path: str, adapter: Any) -> Any:
+        found = {}
+        for field in adapter.roles:
+            own = getattr(specs[path], field)
+            dims = _linear_axes(adapter, field)
+            found[field] = _spread(getattr(adapter, field).shape, own, dims, mesh)
+        return adapter.replace(**found)
+
+    return tree.map_adapters(spread, adapters)
+
+
+def _linear_axes(adapter: Any, field: str) -> list[int]:
+    """The axes of an array that are the kernel's inputs or outputs."""
+    words = adapter.fields[field].words
+    if words == ("leaf",):
+        return []
+    axes: Axes = adapter.axes
+    counts = {"in": len(axes.in_), "out": len(axes.out), "batch": len(axes.batch)}
+    counts["out[1:]"] = len(axes.out) - 1
+    cut: list[bool] = []
+    for word in words:
+        cut += [word in ("in", "out", "out[1:]")] * counts.get(word, 1)
+    behind = getattr(adapter, field).ndim - len(cut)  # a population's members
+    return [behind + dim for dim, own in enumerate(cut) if own]
+
+
+def _spread(
+    shape: tuple[int, ...], spec: PartitionSpec, dims: Sequence[int], mesh: Mesh
+) -> PartitionSpec:
+    """The spec of an array, cut further along `dims` by every axis that it lacks."""
+    entries = [rules.as_axes(e) for e in (*spec, *[None] * (len(shape) - len(spec)))]
+    taken = {axis for entry in entries for axis in entry}
+
+    def left(dim: int) -> int:
+        return shape[dim] // math.prod(mesh.shape[axis] for axis in entries[dim])
+
+    for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        parts = mesh.shape[axis]
+        fits = [dim for dim in dims if left(dim) % parts == 0]
+        free = kind == AxisType.Auto and axis not in taken
+        if free and parts > 1 and fits:
+            longest = max(fits, key=left)
+            entries[longest] = (*entries[longest], axis)
+    plain = [e[0] if len(e) == 1 else e or None for e in entries]
+    return PartitionSpec(*plain)
+
+
+def state_shardings(state: Any, placed: rules.Placed, cut: Cut = "auto") -> Any:
     """Returns a tree like the state of `lorax.training`, of shardings.
 
     What the optimiser keeps under the path of an adapter lies as the adapter's array of
@@ -141,7 +219,9 @@ def state_shardings(state: Any, placed: rules.Placed, replicate: bool = False) -
     Args:
       state: a TrainState, of arrays or their shapes.
       placed: the placement of the parameters.
-      replicate: True: adapters and what follows them are held whole.
+      cut: "kernels": adapters, and what follows them, lie as their kernels do; "all":
+        they are cut along the other axes of the mesh, too; "whole": every device holds
+        them; "auto": "all" where that takes WORTH bytes off a device, else "kernels".
 
     Returns:
       For `jax.device_put(state, ...)`; among several processes, which cannot put a key
@@ -149,32 +229,48 @@ def state_shardings(state: Any, placed: rules.Placed, replicate: bool = False) -
 
     Raises:
       KeyError: an adapter whose kernel has no spec.
-      ValueError: an axis of a factor that the mesh does not divide.
+      ValueError: an axis of a factor that the mesh does not divide; another cut.
     """
+    if cut not in CUTS:
+        raise ValueError(f"cut={cut!r}; choose one of {', '.join(CUTS)}")
+    if cut == "auto":
+        near, far = (state_shardings(state, placed, one) for one in ("kernels", "all"))
+        return far if _held(state, near) - _held(state, far) >= WORTH else near
     mesh = placed.mesh
-    specs = adapter_specs(state.adapters, placed.specs, replicate)
-    adapters = {
-        path: jax.tree.map(
-            lambda leaf, spec, path=path: _checked(
-                f"{path}, adapter", leaf, spec, mesh
-            ),
-            state.adapters[path],
-            specs[path],
-        )
-        for path in state.adapters
-    }
+    specs = lying = adapter_specs(state.adapters, placed.specs, cut == "whole")
+    if cut == "all":
+        specs = spread_specs(state.adapters, lying, mesh)
+    adapters, lying = (_shardings(state.adapters, own, mesh) for own in (specs, lying))
 
     def whole(part: PyTree) -> PyTree:
         return jax.tree.map(lambda _: meshes.replicated(mesh), part)
 
     return state.replace(
         adapters=adapters,
-        opt_state=_following(state.opt_state, state.adapters, adapters, mesh),
+        opt_state=_following(state.opt_state, state.adapters, adapters, lying, mesh),
         model_state=whole(state.model_state),
         step=whole(state.step),
         skipped=whole(state.skipped),
         key=whole(state.key),
     )
+
+
+def _shardings(adapters: Adapters, specs: Adapters, mesh: Mesh) -> Adapters:
+    def of(path: str) -> Any:
+        where = lambda leaf, spec: _checked(f"{path}, adapter", leaf, spec, mesh)
+        return jax.tree.map(where, adapters[path], specs[path])
+
+    return {path: of(path) for path in adapters}
+
+
+def _held(state: Any, where: Any) -> int:
+    """Bytes that one device holds of adapters and optimiser."""
+
+    def held(leaf: Any, own: NamedSharding) -> int:
+        return math.prod(own.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    parts = ((s.adapters, s.opt_state) for s in (state, where))
+    return sum(jax.tree.leaves(jax.tree.map(held, *parts)))
 
 
 def _checked(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh) -> NamedSharding:
@@ -183,9 +279,11 @@ def _checked(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh) -> NamedShar
     return NamedSharding(mesh, spec)
 
 
-def _following(opt_state: Any, adapters: Adapters, shardings: Any, mesh: Mesh) -> Any:
+def _following(
+    opt_state: Any, adapters: Adapters, shardings: Any, lying: Any, mesh: Mesh
+) -> Any:
     """The shardings of an optimiser's state: by the path and shape of each leaf."""
-    known = {path: _places(a, shardings[path]) for path, a in adapters.items()}
+    known = {p: _places(a, shardings[p], lying[p]) for p, a in adapters.items()}
 
     def follow(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
         own = [k.key for k in keys if isinstance(k, jtu.DictKey) and k.key in known]
@@ -210,8 +308,14 @@ class _Place(NamedTuple):
     spec: PartitionSpec
 
 
-def _places(adapter: Any, shardings: Any) -> list[_Place]:
-    """The arrays of an adapter, and what can be made of their axes."""
+def _places(adapter: Any, shardings: Any, lying: Any) -> list[_Place]:
+    """The arrays of an adapter, and what can be made of their axes.
+
+    Args:
+      adapter: of arrays or their shapes.
+      shardings: of its arrays.
+      lying: of them as they would lie with the kernel, as what is made of them does.
+    """
     leaves = jtu.tree_flatten_with_path(adapter)[0]
     wheres = jax.tree.leaves(shardings)
     places = [
@@ -222,7 +326,7 @@ def _places(adapter: Any, shardings: Any) -> list[_Place]:
         return places
     n = len(adapter.axes.batch)
     a, b = adapter.a, adapter.b
-    reads, writes = [*shardings.a.spec][:-1], [*shardings.b.spec]
+    reads, writes = [*lying.a.spec][:-1], [*lying.b.spec]
     if len(reads) + 1 != a.ndim or a.ndim != n + len(adapter.axes.in_) + 1:
         return places  # whole, or a population's
     batch, in_, out = reads[:n], reads[n:], writes[n + 1 :]

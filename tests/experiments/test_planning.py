@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from configs import llama3_8b_lora, llama3_70b_lora
-from experiments.planning import alternatives, estimates, hlo, program
+from experiments.planning import (
+    best,
+    estimates,
+    program,
+    rendering,
+    roofline,
+    traffic,
+)
 from experiments.planning import topology as topologies
 from lorax import analysis
 
@@ -27,6 +34,7 @@ pytestmark = pytest.mark.once
         ("v6e-256", "v6e:16x16", 256),
         ("v5p-128", "v5p:4x4x4", 64),
         ("v5p-8", "v5p:2x2x1", 4),
+        ("v4-128", "v4:4x4x4", 64),
         ("cpu:8", "cpu:8", 8),
     ],
 )
@@ -39,7 +47,7 @@ def test_topologies(given, name, chips):
 def test_names_of_the_cloud_count_as_the_cloud_does():
     for given in topologies.CLOUD:
         kind, count = given.split("-")
-        cores = 2 if kind == "v5p" else 1
+        cores = 2 if kind in ("v4", "v5p") else 1
         assert topologies.parse(given).chips * cores == int(count), given
 
 
@@ -56,7 +64,9 @@ def test_a_topology_of_other_dimensions():
 
 def test_clocks_are_those_published():
     clock = {name: chip.clock / 1e9 for name, chip in topologies.CHIPS.items()}
-    assert clock == pytest.approx({"v5e": 1.5, "v5p": 1.75, "v6e": 1.75}, rel=0.01)
+    assert clock == pytest.approx(
+        {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75}, rel=0.01
+    )
 
 
 def test_libtpu_missing(monkeypatch):
@@ -96,73 +106,6 @@ def test_operations_as_xla_counts_them():
     traced = jax.jit(jax.grad(loss)).trace(*args)
     xla = traced.lower().compile().cost_analysis()["flops"]
     assert analysis.operations(traced.jaxpr) == pytest.approx(xla, rel=0.05)
-
-
-HLO = """HloModule jit_step
-
-%fused (p: f32[8,4]) -> f32[8,4] {
-  %p = f32[8,4]{1,0} parameter(0)
-  ROOT %n = f32[8,4]{1,0} negate(%p), backend_config={"estimated_cycles":"1000"}
-}
-
-%sum (x: f32[], y: f32[]) -> f32[] {
-  %x = f32[] parameter(0)
-  %y = f32[] parameter(1)
-  ROOT %add = f32[] add(%x, %y)
-}
-
-%begin (q: f32[8,4]) -> f32[64,4] {
-  %q = f32[8,4]{1,0} parameter(0)
-  ROOT %all-gather.7 = f32[64,4]{1,0} all-gather(%q), channel_id=3, dimensions={0}
-}
-
-%inner_body (t: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
-  %t = (s32[], f32[8,4]{1,0}) parameter(0)
-  %e = f32[8,4]{1,0} get-tuple-element(%t), index=1
-  %f = f32[8,4]{1,0} fusion(%e), calls=%fused, backend_config={"estimated_cycles":"5"}
-  %w = (f32[64,4]{1,0}, u32[]) fusion(%e), calls=%begin
-  ROOT %r = (s32[], f32[8,4]{1,0}) tuple(%c, %f)
-}
-
-%inner_condition (t: (s32[], f32[8,4])) -> pred[] {
-  %t = (s32[], f32[8,4]{1,0}) parameter(0)
-  %limit = s32[]{:T(128)} constant(6)
-  %i = s32[] get-tuple-element(%t), index=0
-  ROOT %lt = pred[] compare(%i, %limit), direction=LT
-}
-
-%body (t: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
-  %t = (s32[], f32[8,4]{1,0}) parameter(0)
-  %g = bf16[2,8]{1,0:T(8,128)(2,1)} all-reduce(%h), channel_id=1, to_apply=%sum
-  ROOT %while.1 = (s32[], f32[8,4]{1,0}) while(%t), condition=%inner_condition, body=%inner_body
-}
-
-%condition (t: (s32[], f32[8,4])) -> pred[] {
-  %t = (s32[], f32[8,4]{1,0}) parameter(0)
-  ROOT %u = pred[] get-tuple-element(%t), index=0
-}
-
-ENTRY %main (a: f32[8,4]) -> f32[8,4] {
-  %a = f32[8,4]{1,0} parameter(0)
-  %while.2 = (s32[], f32[8,4]{1,0}) while(%a), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"10"}}
-  %s = (f32[8]{0}, f32[64]{0}) all-gather-start(%a), channel_id=9, dimensions={0}
-  %d = f32[64]{0} all-gather-done(%s)
-  %k = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call"
-  ROOT %out = f32[8,4]{1,0} copy(%a), backend_config={"estimated_cycles":"7"}
-}
-"""  # noqa: E501
-
-
-def test_hlo_by_hand():
-    found = hlo.read(HLO)
-    # the fusion's own estimate, 5 in each of 6 x 10 trips, not those inside of it
-    assert found.cycles == 5 * 60 + 7 and found.opaque == 1
-    assert found.bytes_by_kind() == {
-        "all-gather": 60 * 64 * 4 * 4 + 64 * 4,
-        "all-reduce": 10 * 2 * 8 * 2,
-    }
-    with pytest.raises(ValueError, match="no ENTRY"):
-        hlo.read("HloModule nothing")
 
 
 def tiny(**changes):
@@ -205,9 +148,10 @@ def test_a_plan_for_eight_cpu_devices(plan):
     assert memory.arguments == pytest.approx(parts, rel=0.02)
     assert memory.activations > 0 and memory.headroom is None
     assert plan.mesh == {"data": 1, "fsdp": 4, "tensor": 2}
-    assert plan.collectives["all-gather"] > 0 and plan.collectives["all-reduce"] > 0
+    received = plan.facts.bytes_by_kind()
+    assert received["all-gather"] > 0 and received["all-reduce"] > 0
     assert plan.flops > plan.model_flops > 0
-    assert plan.verdict == "no limit known" and plan.step_seconds is None
+    assert plan.verdict == "no limit known" and plan.times is None
 
 
 @pytest.mark.parametrize(
@@ -215,11 +159,16 @@ def test_a_plan_for_eight_cpu_devices(plan):
 )
 def test_full_size_by_hand(make):
     config = make().unlock()
-    config.sharding.tensor = 2
-    built = program.build(config, topologies.devices(topologies.parse("cpu:8")))
+    config.sharding.tensor, config.sharding.adapters = 2, "kernels"
+    devices = topologies.devices(topologies.parse("cpu:8"))
+    built = program.build(config, devices)
     weights, adapters = by_hand(config.model.published.to_dict(), 16, 4, 2)
     assert estimates.shard_bytes(built.params) == weights
     assert estimates.shard_bytes(built.state.adapters) == adapters
+    config.sharding.adapters = "auto"
+    cut = program.build(config, devices).state.adapters
+    elements = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(cut))
+    assert estimates.shard_bytes(cut) == 4 * elements / 8
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(built.params)]
     assert sum(sizes) in (8_030_261_248, 70_553_706_496)  # as Meta counts them
 
@@ -285,63 +234,91 @@ def test_inits_that_look_at_data_are_planned_by_their_shapes():
     assert state.adapters["layers/q/kernel"].a.shape == (2, 64, 4)
 
 
-def made(total, cycles, settings, refused="", opaque=0):
+def made(total, seconds, settings, refused="", opaque=0):
+    """A plan of 16 chips: products that take a second, and twice that in all."""
     memory = estimates.Memory(0, 0, 0, 0, 0, 0, total, 15.75 * 2**30)
-    topology = topologies.parse("v5e:4x4")
+    gathered = traffic.Collective("all-gather", "bf16[1]", 2**30, 1)
     return estimates.Plan(
-        topology=topology,
+        topology=topologies.parse("v5e:4x4"),
         mesh={},
         settings=settings,
         memory=None if refused else memory,
         refused=refused,
         flops=2e12,
         model_flops=1e12,
-        cycles=cycles,
-        opaque=opaque,
-        collectives={"all-gather": 2**30},
+        facts=None if refused else traffic.Facts(7, opaque, (gathered,), 2**31, 2**28),
+        times=None if refused else roofline.Times(1.0, 0.5, seconds, 0.25),
         seconds=60.0,
-        tokens=1000,
+        tokens=16_000,
     )
 
 
 def test_a_report_says_what_is_estimated_and_what_does_not_fit():
-    text = estimates.render(made(10 * 2**30, 3 * 10**9, "lora"))
+    text = rendering.render(made(10 * 2**30, 2.0, "lora"))
     assert "fits" in text and "36.5%" in text and "16 chips" in text
-    estimated = [line for line in text.splitlines() if "cycles" in line]
-    estimated += [line for line in text.splitlines() if "MFU" in line or " s," in line]
-    assert len(estimated) == 3
-    assert all("XLA estimate, not measured" in line for line in estimated)
-    # 1e12 operations in 3e9 cycles of a chip that does 4 x 128 x 128 x 2 in one
-    assert f"{1e12 / (3e9 * 131072):.1%}" in text
-    assert "transfers and 3 kernels left out" in estimates.render(made(1, 1, "", "", 3))
+    rows = dict(line.strip().split("  ", 1) for line in text.splitlines()[2:])
+    rows = {name: value.strip() for name, value in rows.items()}
+    bound = "(estimate, not measured)"
+    assert rows["products"] == "1 s at 197 TFLOP/s"
+    assert rows["HBM"] == "2 s at 819 GB/s"
+    assert rows["transfers"] == "0.25 s at 50 GB/s a link"
+    assert rows["step, all at once"] == f"2 s {bound}"
+    assert rows["step, one after another"] == f"3.75 s {bound}"
+    assert rows["tokens a second and chip"] == f"267, one after another {bound}"
+    assert rows["MFU"] == f"26.7%, one after another {bound}"
+    assert "times the step" in rows["error"]
+    assert rows["cycles"] == "7 (XLA estimate, not measured)"
+    assert rows["HBM read and written"] == "2.000 GiB a chip and step"
+    assert rows["to and from the host"] == "0.250 GiB a chip and step"
+    assert "7; 3 kernels have none" in rendering.render(made(1, 1, "", opaque=3))
     assert made(15 * 2**30, 1, "").verdict == "fits, with less than 10% room"
     assert made(16 * 2**30, 1, "").verdict == "does not fit"
     refused = made(0, None, "", "exceeds available HBM")
-    assert refused.verdict == "does not fit"
-    assert "exceeds available HBM" in estimates.render(refused)
+    assert refused.verdict == "does not fit" and refused.pace == 0
+    assert "exceeds available HBM" in rendering.render(refused)
 
 
-def test_a_sweep_ranks_by_memory_and_compiles_the_first(monkeypatch):
-    monkeypatch.setattr(alternatives, "BATCHES", (1,))
-    topology = topologies.parse("cpu:8")
+@pytest.fixture(scope="module")
+def searched():
     config = tiny(data__batch_size=8)
-    found = alternatives.candidates(config, topology)
-    estimates = [one.estimate for one in found]
-    assert estimates == sorted(estimates) and len(found) > 2
-    seen = {(c.config.sharding.tensor, c.config.model.remat) for c in found}
-    assert {(1, "full"), (8, "full"), (2, "dots")} <= seen
-    asked = []
-    plans = iter([made(2**30 * n, 10**9 * n, f"number {n}") for n in range(1, 13)])
-    monkeypatch.setattr(alternatives.estimates, "make_plan", lambda *_: next(plans))
-    monkeypatch.setattr(alternatives, "LIMIT", 3)
-    table = alternatives.render(alternatives.run(config, topology, asked.append))
-    assert len(asked) == 3
-    rows = table.splitlines()
-    assert [row.split()[-1] for row in rows[1:4]] == ["1", "2", "3"]
-    assert "XLA estimate, not measured" in rows[-1]
-    odd = tiny(data__batch_size=3, sharding__data=8)
-    with pytest.raises(ValueError, match="no mesh divides the batch of 3"):
-        alternatives.run(odd, topology)
+    return best.candidates(config, topologies.parse("cpu:8"))
+
+
+def test_a_search_ranks_by_time_and_compiles_what_should_fit(searched, monkeypatch):
+    seconds = [one.seconds for one in searched]
+    assert seconds == sorted(seconds)
+    seen = {(c.config.sharding.tensor, c.config.model.quantize) for c in searched}
+    assert {(1, ""), (8, "int8"), (2, "int8")} <= seen
+    same = {
+        c.config.model.remat: c
+        for c in searched
+        if (c.config.sharding.tensor, c.config.model.quantize) == (1, "")
+        and c.config.data.batch_size == 8
+    }
+    full, saved = same["full"], same["save=q,k,v,o"]
+    assert full.memory < saved.memory and full.seconds >= saved.seconds
+    assert same["offload=input"].memory < full.memory
+    monkeypatch.setattr(best, "candidates", lambda *_: searched)
+    plans = iter([made(2**30 * n, 9 - n, f"number {n}") for n in (1, 2, 17)])
+    monkeypatch.setattr(best.estimates, "make_plan", lambda *_: next(plans))
+    monkeypatch.setattr(best, "LIMIT", 3)
+    told = []
+    topology = topologies.parse("cpu:8")
+    rows = best.render(best.run(tiny(), topology, told.append)).splitlines()
+    assert told[0].startswith(f"{len(searched)} settings") and len(told) == 4
+    # the most tokens a second first, and what does not fit last
+    assert [row.split()[-1] for row in rows[1:4]] == ["2", "1", "17"]
+
+
+def test_a_search_without_a_setting(searched, monkeypatch):
+    topology = topologies.parse("v5e:2x4")
+    monkeypatch.setattr(best, "candidates", lambda *_: [])
+    with pytest.raises(ValueError, match="no mesh divides .* a batch of 8, its half"):
+        best.run(tiny(), topology)
+    big = [one._replace(memory=1e12) for one in searched]
+    monkeypatch.setattr(best, "candidates", lambda *_: big)
+    with pytest.raises(ValueError, match=r"the smallest should take 931\.3 GiB"):
+        best.run(tiny(), topology)
 
 
 def test_v5p_needs_no_tensor_devices():

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.planning import hlo
+from experiments.planning import traffic
 from lorax import optim
 from lorax.adapters import Lora
 from lorax.optim import _pairwise
@@ -112,7 +112,7 @@ def test_pairs_that_lie_differently_are_not_gathered(make, kind):
 
     def exchanged(adapters):
         with jax.set_mesh(mesh):
-            return hlo.read(compiled(make(1e-3), adapters)).bytes_by_kind()
+            return traffic.read(compiled(make(1e-3), adapters)).bytes_by_kind()
 
     alone = [exchanged({path: lora}) for path, lora in adapters.items()]
     total = {}

@@ -1,0 +1,237 @@
+"""The best mesh, remat, batch and base format of a run on a topology.
+
+Compiling takes minutes, so settings are ranked by estimates that take none, of memory
+and of the time a token takes; of those that should fit, the LIMIT fastest are compiled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from experiments.planning import estimates, program
+from experiments.planning import topology as topologies
+from lorax import analysis
+from lorax.models import remat
+
+LIMIT = 4
+TENSOR = (1, 2, 4, 8, 16)
+"""Devices along the tensor axis."""
+REMAT = (
+    "full",
+    "offload=input",
+    "save=attention",
+    "save=q,k,v",
+    "save=q,k,v,o",
+    "dots",
+)
+BATCHES = (0.5, 1, 2, 4)
+"""Times the batch of the config."""
+FORMATS = ("", "int8", "nf4")
+"""Of the base, where adapters train."""
+
+
+class Candidate(NamedTuple):
+    """One setting.
+
+    Attributes:
+      config: of the run.
+      memory: bytes of one chip, roughly.
+      seconds: that a token takes on one chip, roughly.
+    """
+
+    config: ml_collections.ConfigDict
+    memory: float
+    seconds: float
+
+
+class Layer(NamedTuple):
+    """What one token needs in one layer.
+
+    Attributes:
+      sizes: elements of each tensor that has a name.
+      operations: that make it.
+    """
+
+    sizes: dict[str, int]
+    operations: dict[str, int]
+
+
+def candidates(
+    config: ml_collections.ConfigDict, topology: topologies.Topology
+) -> list[Candidate]:
+    """Returns the settings that the shapes allow, the least time a token first.
+
+    There are no more copies of the model than the config has.
+    """
+    devices, found = topologies.devices(topology), []
+    (method,) = config.run.methods
+    formats = FORMATS if method == "lora" else ("",)
+    data = max(config.sharding.data, 1)
+    whole = data * config.sharding.get("context", 1)  # neither is searched
+    for tensor, quantize in itertools.product(TENSOR, formats):
+        if topology.chips % (tensor * whole):
+            continue
+        other = config.copy_and_resolve_references()
+        other.sharding.data, other.sharding.tensor = data, tensor
+        other.sharding.fsdp = topology.chips // (tensor * whole)
+        other.model.quantize = quantize
+        other.data.batch_size = data * other.sharding.fsdp
+        try:
+            built = program.build(other, devices)
+        except ValueError:  # an axis that this mesh does not divide
+            continue
+        found += _sized(other, config.data.batch_size, built, topology)
+    return sorted(found, key=lambda one: one.seconds)
+
+
+def run(
+    config: ml_collections.ConfigDict,
+    topology: topologies.Topology,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[estimates.Plan]:
+    """Compiles the LIMIT candidates that should fit and take the least time a token.
+
+    Args:
+      config: of the run.
+      topology: to compile for.
+      tell: gets a line about each, as it is done.
+
+    Raises:
+      ValueError: no mesh fits the shapes, or nothing fits the memory.
+    """
+    found = candidates(config, topology)
+    if not found:
+        raise ValueError(
+            f"{topology}: no mesh divides the axes of the leaves and a batch of "
+            f"{config.data.batch_size}, its half, double or fourfold; change "
+            "data.batch_size"
+        )
+    room = topology.chip.hbm * (1 - estimates.RESERVE) if topology.chip else math.inf
+    fitting = [one for one in found if one.memory <= room]
+    if not fitting:
+        least = min(one.memory for one in found) / topologies.GIB
+        raise ValueError(
+            f"{topology}: of {len(found)} settings the smallest should take "
+            f"{least:.1f} GiB a chip; take more chips, or a smaller data.batch_size"
+        )
+    tell(f"{len(found)} settings, of which {len(fitting)} should fit")
+    plans = []
+    for candidate in fitting[:LIMIT]:
+        plan = estimates.make_plan(candidate.config, topology)
+        plans.append(plan)
+        tell(f"{plan.settings}: {plan.verdict} ({plan.seconds:.0f} s)")
+    return plans
+
+
+def render(plans: list[estimates.Plan]) -> str:
+    """Returns the plans as a table, the most tokens a second first, what fits above."""
+    gib = topologies.GIB
+
+    def fits(p: estimates.Plan) -> bool:
+        return p.memory is not None and (p.memory.headroom or 0) >= 0
+
+    lines = [
+        f"{'GiB a chip':>10} {'room':>7} {'tokens/s/chip':>14} {'MFU':>6}  settings"
+    ]
+    for plan in sorted(plans, key=lambda p: (not fits(p), -p.pace)):
+        total = f"{plan.memory.total / gib:.2f}" if plan.memory else "-"
+        room = plan.memory.headroom if plan.memory else None
+        said = f"{room:.1%}" if room is not None else "none"
+        pace, mfu = (
+            (f"{plan.pace:,.0f}", f"{plan.mfu:.1%}") if plan.pace else ("-", "-")
+        )
+        lines.append(f"{total:>10} {said:>7} {pace:>14} {mfu:>6}  {plan.settings}")
+    lines.append(
+        "Estimates, not measured; products, HBM and transfers one after another."
+    )
+    return "\n".join(lines)
+
+
+def _sized(
+    config: ml_collections.ConfigDict,
+    rows: int,
+    built: program.Program,
+    topology: topologies.Topology,
+) -> list[Candidate]:
+    """The candidates of one mesh and format: every remat and batch.
+
+    Args:
+      config: of them, with a row for each part of the batch.
+      rows: the batch of the run.
+      built: from that config.
+      topology: to compile for.
+    """
+    model, mesh = program.make_model(config.model).config, built.placed.mesh.shape
+    parts = mesh["data"] * mesh["fsdp"]
+    held = estimates.shard_bytes((built.params, built.state))
+    plain = program.build(
+        program.without_remat(config), built.placed.mesh.devices.ravel()
+    )
+    operations = analysis.operations(plain.trace().jaxpr) / plain.tokens
+    gathered = estimates.shard_bytes(built.params) * (mesh["fsdp"] - 1)
+    chip = topology.chip or topologies.CHIPS["v5e"]
+    layer, found = _layer(model), []
+    for policy, times in itertools.product(REMAT, BATCHES):
+        kept = _kept(policy)
+        if rows * times % parts or not {*kept} <= {*layer.sizes}:
+            continue
+        other = config.copy_and_resolve_references()
+        other.model.remat, other.data.batch_size = policy, int(rows * times)
+        shares = parts * mesh.get("context", 1)
+        tokens = other.data.batch_size * max(config.data.lengths) / shares  # of a chip
+        again = sum(n for name, n in layer.operations.items() if name not in kept)
+        work = operations + again * math.fsum(model.stacks.values())
+        # gathered for both passes, and for the recomputation between them
+        moved = 3 * gathered / (2 * chip.link) / tokens
+        seconds = max(work / mesh["tensor"] / chip.flops, moved)
+        memory = held + tokens * _each(model, layer, policy, config, mesh["tensor"])
+        found.append(Candidate(other, memory, seconds))
+    return found
+
+
+def _layer(model: Any) -> Layer:
+    """What a token needs, of a decoder's sizes."""
+    kv = getattr(model, "kv_heads", model.heads)
+    size = getattr(model, "head_dim", model.width // model.heads)
+    mixed, shared, width = model.heads * size, kv * size, model.width
+    sizes = {"input": width, "q": mixed, "k": shared, "v": shared, "attention": mixed}
+    sizes |= {"o": width, "gate": model.hidden, "up": model.hidden, "down": width}
+    read = dict.fromkeys(("q", "k", "v", "gate", "up"), width)
+    read |= {"o": mixed, "down": model.hidden}
+    return Layer(sizes, {name: 2 * n * sizes[name] for name, n in read.items()})
+
+
+def _kept(policy: str) -> tuple[str, ...]:
+    """The names whose tensors a policy keeps."""
+    if policy == "dots":
+        return ("q", "k", "v", "o", "gate", "up", "down")
+    lists = remat.parse(policy)
+    return () if lists is None else (*lists.save, *lists.offload)
+
+
+def _each(
+    model: Any,
+    layer: Layer,
+    policy: str,
+    config: ml_collections.ConfigDict,
+    tensor: int,
+) -> float:
+    """Bytes of one chip for a token: what is kept, one layer at work, whole logits."""
+    lists = remat.parse(policy)
+    kept = {"input", *_kept(policy)} - {*(lists.offload if lists else ())}
+    cut = {
+        name: 1 if name in ("input", "o", "down") else tensor for name in layer.sizes
+    }
+    elements = {name: size / cut[name] for name, size in layer.sizes.items()}
+    stack = math.fsum(model.stacks.values()) * sum(elements[name] for name in kept)
+    scores = 0.0
+    if config.model.attention == "plain":  # in float32, and their gradient
+        scores = 3 * 4 * model.heads / tensor * max(config.data.lengths)
+    working = 2 * sum(elements.values())
+    logits = 3 * 4 * model.vocabulary / tensor if config.run.loss_chunk == 0 else 0.0
+    return (stack + working) * model.dtype.itemsize + max(scores, logits)
