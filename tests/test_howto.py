@@ -57,6 +57,25 @@ def own_model(scope):
     assert np.abs(moved).max() > 0
 
 
+def losses(scope):
+    params, tokens, adapters = scope["params"], scope["tokens"], scope["adapters"]
+
+    def plain(params, tokens):  # all logits at once
+        hidden, head, targets = scope["read"](params, tokens)
+        chosen = np.arange(64) == targets[..., None]
+        return -jnp.mean(jax.nn.log_softmax(hidden @ head.kernel.T)[chosen])
+
+    assert adapters.keys() == {"embed/embedding", "mix/kernel", "up/kernel"}
+    before, after = (
+        plain(lorax.merge(a, params), tokens)
+        for a in (adapters, scope["state"].adapters)
+    )
+    told = scope["metrics"]["nats"] / scope["metrics"]["weight"]
+    assert after < told < 0.7 * before  # told: before the last update
+    for change in scope["change"].values():  # of a fresh pair one has a gradient
+        assert any(leaf.any() for leaf in jax.tree.leaves(change))
+
+
 def targets(scope, printed):
     assert "layers/qkv/kernel" in printed
     found = scope["adapters"]
@@ -227,6 +246,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         own_model,
+        losses,
         own_method,
         targets,
         experts,
