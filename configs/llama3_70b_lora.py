@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.published.num_attention_heads = 64
     config.model.published.num_hidden_layers = 80
 
-    config.data.batch_size = 64
+    config.data.batch_size = config.eval.batch_size = 64
 
     config.sharding.topology = "v5p:4x4x4" if args["v5p"] else "v5e:16x16"
     config.sharding.tensor = 1 if args["v5p"] else 4

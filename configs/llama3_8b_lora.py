@@ -64,7 +64,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.valid = "gsm8k/test.jsonl.gz"
     config.data.template = "Question: {prompt}\nAnswer: "
     config.data.lengths = (4096,)
-    config.data.batch_size = 16
+    config.data.batch_size = config.eval.batch_size = 16
 
     config.sharding.topology = "v5e:4x4"
     config.sharding.fsdp = -1  # all chips share each leaf
@@ -79,5 +79,5 @@ def shrink(config: ml_collections.ConfigDict) -> None:
     config.model.published.update(TINY)
     config.adapter.rank = 4
     config.data.lengths = (32,)
-    config.data.batch_size = 8
+    config.data.batch_size = config.eval.batch_size = 8
     config.sharding.topology = "cpu:8"

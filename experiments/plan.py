@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         if _SEARCH.value:
             print(best.render(best.run(config, topology, print)))
         else:
-            plan = estimates.make_plan(config, topology, _FORM.value)
+            plan = estimates.make_plan(config, topology, _FORM.value, evaluated=True)
             print(rendering.render(plan))
     except (ValueError, ModuleNotFoundError) as error:
         raise app.UsageError(str(error)) from error

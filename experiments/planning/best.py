@@ -81,6 +81,7 @@ def candidates(
         other.sharding.fsdp = topology.chips // (tensor * whole)
         other.model.quantize = quantize
         other.data.batch_size = data * other.sharding.fsdp
+        other.eval.batch_size = other.data.batch_size
         try:
             built = program.build(other, devices)
         except ValueError:  # an axis that this mesh does not divide
@@ -181,7 +182,8 @@ def _sized(
         if rows * times % parts or not {*kept} <= {*layer.sizes}:
             continue
         other = config.copy_and_resolve_references()
-        other.model.remat, other.data.batch_size = policy, int(rows * times)
+        other.model.remat = policy
+        other.data.batch_size = other.eval.batch_size = int(rows * times)
         shares = parts * mesh.get("context", 1)
         tokens = other.data.batch_size * max(config.data.lengths) / shares  # of a chip
         again = sum(n for name, n in layer.operations.items() if name not in kept)

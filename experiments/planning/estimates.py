@@ -29,6 +29,8 @@ class Memory(NamedTuple):
       batch: the examples.
       activations: the compiler's temporaries, gradients among them.
       program: the code.
+      evaluation: temporaries of an evaluation between steps, for which the first three
+        stay; None: not asked for.
       arguments: all arguments as the compiler lays them out; the first four, padded.
       limit: what there is; None: unknown.
     """
@@ -39,6 +41,7 @@ class Memory(NamedTuple):
     batch: int
     activations: int
     program: int
+    evaluation: int | None
     arguments: int
     limit: float | None
 
@@ -112,6 +115,7 @@ def make_plan(
     config: ml_collections.ConfigDict,
     topology: topologies.Topology,
     form: str = "adapt",
+    evaluated: bool = False,
 ) -> Plan:
     """Compiles the train step of a config for a topology.
 
@@ -119,6 +123,7 @@ def make_plan(
       config: see `program.build`.
       topology: from `topology.parse`.
       form: see `program.build`.
+      evaluated: compiles an evaluation, too, for the memory that it takes.
 
     Raises:
       ValueError: what `program.build` and `topology.devices` refuse.
@@ -143,6 +148,10 @@ def make_plan(
     }
     try:
         compiled, facts = _compile(traced.lower(lowering_platforms=(platform,)))
+        evaluation = None
+        if evaluated:
+            lowered = built.trace_evaluation().lower(lowering_platforms=(platform,))
+            evaluation = lowered.compile().memory_analysis().temp_size_in_bytes
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -157,7 +166,7 @@ def make_plan(
     seconds = time.perf_counter() - began
     return Plan(
         **told,
-        memory=_memory(built, compiled, topology),
+        memory=_memory(built, compiled, evaluation, topology),
         refused="",
         facts=facts,
         times=_times(told, facts, built.placed.mesh, topology),
@@ -218,7 +227,10 @@ def _leaf_bytes(leaf: Any) -> int:
 
 
 def _memory(
-    built: program.Program, compiled: Any, topology: topologies.Topology
+    built: program.Program,
+    compiled: Any,
+    evaluation: int | None,
+    topology: topologies.Topology,
 ) -> Memory:
     found = compiled.memory_analysis()
     state = built.state
@@ -232,6 +244,7 @@ def _memory(
         + found.output_size_in_bytes
         - found.alias_size_in_bytes,
         program=found.generated_code_size_in_bytes,
+        evaluation=evaluation,
         arguments=found.argument_size_in_bytes,
         limit=topology.chip.hbm if topology.chip else None,
     )

@@ -16,7 +16,7 @@ import optax
 from absl import logging
 
 import lorax
-from experiments.generation import quantizing
+from experiments.generation import quantizing, unmerged
 from experiments.machine import placement
 from experiments.tasks import losses
 from experiments.trainer import objects, optimizers
@@ -27,13 +27,15 @@ FORMS = ("adapt", "merge")
 
 
 class Program(NamedTuple):
-    """A step that can be traced, and its arguments.
+    """A step and an evaluation that can be traced, and their arguments.
 
     Attributes:
       step: `(state, params, batch) -> (state, metrics)`, jitted.
       state: abstract, with shardings.
       params: likewise.
       batch: likewise.
+      scores: `(Unmerged, batch) -> metrics`, jitted: as a run evaluates between steps.
+      held_out: a batch that it evaluates.
       placed: where the parameters lie, and why.
       tokens: of a batch.
     """
@@ -42,6 +44,8 @@ class Program(NamedTuple):
     state: training.TrainState
     params: Any
     batch: dict[str, Any]
+    scores: Any
+    held_out: dict[str, Any]
     placed: sharding.Placed
     tokens: int
 
@@ -49,6 +53,12 @@ class Program(NamedTuple):
         """Returns the traced step."""
         with jax.set_mesh(self.placed.mesh):
             return self.step.trace(self.state, self.params, self.batch)
+
+    def trace_evaluation(self) -> Any:
+        """Returns the traced evaluation."""
+        model = unmerged.Unmerged(self.state.adapters, self.params)
+        with jax.set_mesh(self.placed.mesh):
+            return self.scores.trace(model, self.held_out)
 
 
 def make_mesh(config: ml_collections.ConfigDict, devices: Any) -> Any:
@@ -79,7 +89,7 @@ def build(
     model = make_model(config.model)
     shapes = hf.abstract(model)
     placed = placement.place_params(mesh, config.sharding, model, shapes)
-    batch = make_batch(config.data, mesh)
+    batch, held_out = (make_batch(config, part, mesh) for part in ("data", "eval"))
     how = config.run.label_smoothing, config.run.loss_chunk
     loss_fn = losses.make_causal(model, *how)
     state, params, tx = make_state(config, loss_fn, shapes, batch)
@@ -95,6 +105,8 @@ def build(
             _abstract, params, sharding.base_shardings(params, state.adapters, placed)
         ),
         batch,
+        jax.jit(unmerged.either(lambda params, batch: loss_fn(params, batch)[1])),
+        held_out,
         placed,
         config.data.batch_size * max(config.data.lengths),
     )
@@ -120,15 +132,23 @@ def make_model(config: ml_collections.ConfigDict) -> Any:
     return family.Model(family.Config.from_hf(fields, **switches))
 
 
-def make_batch(config: ml_collections.ConfigDict, mesh: Any) -> dict[str, Any]:
-    """The longest batch that `experiments.data.batches.next_token` makes, abstract."""
-    rows, length = config.batch_size, max(config.lengths)
+def make_batch(
+    config: ml_collections.ConfigDict, section: str, mesh: Any
+) -> dict[str, Any]:
+    """The longest batch that `experiments.data.batches.next_token` makes, abstract.
+
+    Args:
+      config: of the run.
+      section: that has its `batch_size`, "data" or "eval".
+      mesh: over which it lies.
+    """
+    rows, length = config[section].batch_size, max(config.data.lengths)
     where = sharding.batch_sharding(mesh)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
         raise ValueError(
-            f"data.batch_size={rows} is not divided by the {parts} devices of data x "
-            "fsdp that share a batch; change it, or the mesh"
+            f"{section}.batch_size={rows} is not divided by the {parts} devices of "
+            "data x fsdp that share a batch; change it, or the mesh"
         )
 
     def leaf(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

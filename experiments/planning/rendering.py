@@ -24,6 +24,8 @@ def _memory(plan: estimates.Plan) -> list[tuple[str, str]]:
             rows.append((name, _each(getattr(memory, name))))
         rows.append(("code", _each(memory.program)))
         rows.append(("total", _each(memory.total)))
+        if memory.evaluation is not None:
+            rows.append(("evaluation instead", _each(memory.evaluation)))
         if memory.limit is not None and memory.headroom is not None:
             rows.append(("there is", _each(memory.limit)))
             rows.append(("headroom", f"{memory.headroom:8.1%}"))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import llama3_8b_lora, llama3_70b_lora
+from configs import llama3_8b_lora, llama3_70b_lora, llama3_405b_lora
 from experiments.planning import (
     best,
     estimates,
@@ -119,7 +119,7 @@ def tiny(**changes):
 @pytest.fixture(scope="module")
 def plan():
     config = tiny(sharding__tensor=2, run__steps=50)
-    return estimates.make_plan(config, topologies.parse("cpu:8"))
+    return estimates.make_plan(config, topologies.parse("cpu:8"), evaluated=True)
 
 
 def by_hand(fields, rank, fsdp, tensor, itemsize=2):
@@ -147,6 +147,8 @@ def test_a_plan_for_eight_cpu_devices(plan):
     parts = weights + memory.adapters + memory.optimizer + memory.batch
     assert memory.arguments == pytest.approx(parts, rel=0.02)
     assert memory.activations > 0 and memory.headroom is None
+    # no gradients, and no second copy of the weights
+    assert memory.evaluation < memory.activations
     assert plan.mesh == {"data": 1, "fsdp": 4, "tensor": 2}
     received = plan.facts.bytes_by_kind()
     assert received["all-gather"] > 0 and received["all-reduce"] > 0
@@ -155,9 +157,14 @@ def test_a_plan_for_eight_cpu_devices(plan):
 
 
 @pytest.mark.parametrize(
-    "make", [llama3_8b_lora.get_config, llama3_70b_lora.get_config]
+    ("make", "count"),  # as Meta counts them
+    [
+        (llama3_8b_lora.get_config, 8_030_261_248),
+        (llama3_70b_lora.get_config, 70_553_706_496),
+        (llama3_405b_lora.get_config, 405_853_388_800),
+    ],
 )
-def test_full_size_by_hand(make):
+def test_full_size_by_hand(make, count):
     config = make().unlock()
     config.sharding.tensor, config.sharding.adapters = 2, "kernels"
     devices = topologies.devices(topologies.parse("cpu:8"))
@@ -170,7 +177,7 @@ def test_full_size_by_hand(make):
     elements = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(cut))
     assert estimates.shard_bytes(cut) == 4 * elements / 8
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(built.params)]
-    assert sum(sizes) in (8_030_261_248, 70_553_706_496)  # as Meta counts them
+    assert sum(sizes) == count
 
 
 def test_a_quantised_base_by_hand():
@@ -203,7 +210,8 @@ def test_merged_kernels_are_another_program():
     ("changes", "said"),
     [
         ({"sharding__fsdp": 3}, "3 devices do not make up the 8 there are"),
-        ({"data__batch_size": 12}, "batch_size=12 is not divided by the 8 devices"),
+        ({"data__batch_size": 12}, "data.batch_size=12 is not divided by the 8 devi"),
+        ({"eval__batch_size": 12}, "eval.batch_size=12 is not divided by the 8 devi"),
         (
             {"model__published": {"num_key_value_heads": 2}, "sharding__tensor": 4},
             r"kv_heads\) .* has size 2, which the 4 devices of tensor do not divide",
@@ -236,7 +244,7 @@ def test_inits_that_look_at_data_are_planned_by_their_shapes():
 
 def made(total, seconds, settings, refused="", opaque=0):
     """A plan of 16 chips: products that take a second, and twice that in all."""
-    memory = estimates.Memory(0, 0, 0, 0, 0, 0, total, 15.75 * 2**30)
+    memory = estimates.Memory(0, 0, 0, 0, 0, 0, 2**30, total, 15.75 * 2**30)
     gathered = traffic.Collective("all-gather", "bf16[1]", 2**30, 1)
     return estimates.Plan(
         topology=topologies.parse("v5e:4x4"),
@@ -268,6 +276,7 @@ def test_a_report_says_what_is_estimated_and_what_does_not_fit():
     assert rows["MFU"] == f"26.7%, one after another {bound}"
     assert "times the step" in rows["error"]
     assert rows["cycles"] == "7 (XLA estimate, not measured)"
+    assert rows["evaluation instead"] == "1.000 GiB a chip"
     assert rows["HBM read and written"] == "2.000 GiB a chip and step"
     assert rows["to and from the host"] == "0.250 GiB a chip and step"
     assert "7; 3 kernels have none" in rendering.render(made(1, 1, "", opaque=3))
