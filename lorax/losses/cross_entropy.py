@@ -40,11 +40,13 @@ class Head(NamedTuple):
       kernel: `[width, vocabulary]`; if `tied`, an embedding `[vocabulary, width]`.
       tied: which of the two.
       bias: `[vocabulary]`, added to the logits.
+      soft_cap: logits l become `soft_cap * tanh(l / soft_cap)`; None: they stay.
     """
 
     kernel: jax.Array
     tied: bool = False
     bias: jax.Array | None = None
+    soft_cap: float | None = None
 
     @property
     def width(self) -> int:
@@ -104,7 +106,8 @@ def chunked_cross_entropy(
       chunk: positions of every row that a chunk has; None: see `chunk_of`.
       label_smoothing: share of the target that is spread over the vocabulary.
       z_loss: weight of the squared log-partition (PaLM: 1e-4).
-      soft_cap: logits l become `soft_cap * tanh(l / soft_cap)` (Gemma 2: 30).
+      soft_cap: logits l become `soft_cap * tanh(l / soft_cap)` (Gemma 2: 30); None:
+        as the head says.
 
     Returns:
       The sums, float32; `.mean` is the loss, and `.weight` what a train step calls
@@ -139,7 +142,7 @@ def chunked_cross_entropy(
     step = functools.partial(
         _losses,
         tied=head.tied,
-        soft_cap=soft_cap,
+        soft_cap=head.soft_cap,
         smoothing=float(label_smoothing),
         z_loss=float(z_loss),
     )
@@ -187,7 +190,7 @@ def token_log_probs(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # inside scan
     def step(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        logits = _logits(hidden, kernel, bias, head.tied, soft_cap)
+        logits = _logits(hidden, kernel, bias, head.tied, head.soft_cap)
         return _at(logits, targets) - jax.nn.logsumexp(logits, axis=-1)
 
     axis = hidden.ndim - 2
@@ -228,6 +231,8 @@ def _checked(
 ) -> Head:
     """The head, once everything fits."""
     head = head if isinstance(head, Head) else Head(head)
+    if soft_cap is not None:
+        head = head._replace(soft_cap=soft_cap)
     if hidden.ndim < 2 or hidden.shape[:-1] != targets.shape:
         raise ValueError(
             f"hidden has shape {hidden.shape} and targets {targets.shape}; they must "
@@ -244,8 +249,8 @@ def _checked(
         raise ValueError(f"bias has shape {head.bias.shape}; give ({head.vocabulary},)")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}; give at least one position, or None")
-    if soft_cap is not None and soft_cap <= 0:
-        raise ValueError(f"soft_cap={soft_cap}; it must be above 0, or None")
+    if head.soft_cap is not None and head.soft_cap <= 0:
+        raise ValueError(f"soft_cap={head.soft_cap}; it must be above 0, or None")
     return head
 
 

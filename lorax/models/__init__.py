@@ -6,10 +6,12 @@ Each file holds one family: `Config` (with `from_hf` and `to_hf`), `Model`, and
 
 from types import ModuleType
 
-from lorax.models import bert, gpt2, llama, roberta, t5
+from lorax.models import bert, gemma, gpt2, llama, roberta, t5
 
 FAMILIES: dict[str, ModuleType] = {
     "bert": bert,
+    "gemma2": gemma,
+    "gemma3_text": gemma,
     "gpt2": gpt2,
     "llama": llama,
     "mistral": llama,

@@ -161,6 +161,15 @@ class Context(NamedTuple):
         """Keys and values of the cache, of all layers."""
         return None if self.cache is None else (self.cache.k, self.cache.v)
 
+    def shared(self, segments: jax.Array | None) -> dict[str, Any]:
+        """Returns what every layer is told, see `layers.attend`.
+
+        Args:
+          segments: int `[batch, time]`; padding is one of its own.
+        """
+        told = {"mask": self.mask, "back": self.back, "slot": self.slot}
+        return {"segments": segments, **told}
+
     def result(self, logits: jax.Array, kept: Any) -> Any:
         """Returns the logits, with a cache also the new one, which holds `kept`."""
         if self.cache is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lorax import losses
+from lorax import attention, losses
 from lorax.attention import machine
 from lorax.models import remat
 from lorax.types import PyTree
@@ -54,6 +55,80 @@ class DecoderSizes(Sizes, Protocol):
     @property
     def tied(self) -> bool:
         """The head is the embedding."""
+
+
+class Attending(Protocol):
+    """And of a decoder's whose attention has windows and implementations."""
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Tokens that a layer sees, its own included; 0: all. Empty: all see all."""
+
+    @property
+    def attention(self) -> str:
+        """Of `attention.attend`, for training; decoding is plain."""
+
+    @property
+    def striped(self) -> bool:
+        """Devices along a mesh axis "context" share rows, see `attention.stripe`."""
+
+
+def windows(config: Attending) -> jax.Array | None:
+    """Returns the window of every layer, which goes to the layers' own; None: none."""
+    return jnp.array(config.windows) if config.windows else None
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kept: Any,
+    window: jax.Array | None,
+    shared: dict[str, Any],
+    config: Attending,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> jax.Array:
+    """Causal attention of a layer, through its window where it has one.
+
+    Args:
+      q: `[batch, time, heads, head_dim]`.
+      k: `[batch, keys, kv_heads, head_dim]`, of the cache where there is one.
+      v: likewise.
+      kept: the cache; None: the tokens see another alone.
+      window: int [], of the layer; None: no layer has one.
+      shared: of `context.Context.shared`.
+      config: of the family.
+      scale: of the scores; None for `head_dim ** -0.5`.
+      soft_cap: bound of the scores; None: none.
+
+    Returns:
+      `[batch, time, heads, head_dim]`.
+    """
+    run = functools.partial(attention.attend, scale=scale, soft_cap=soft_cap)
+    # one token, as init reads, has no scores to save; a cache is for decoding
+    if config.attention == "plain" or kept is not None or q.shape[1] == 1:
+        mask = shared["mask"]
+        if window is not None:
+            mask = mask & ((shared["back"] < window) | (window == 0))
+        return run(q, k, v, mask=mask)
+
+    def of(size: int, *qkv: jax.Array) -> jax.Array:
+        return run(
+            *qkv,
+            causal=True,
+            window=size or None,
+            segments=shared["segments"],
+            implementation=config.attention,
+            striped=config.striped,
+        )
+
+    sizes = sorted(set(config.windows)) or [0]
+    if window is None or len(sizes) == 1:
+        return of(sizes[0], q, k, v)
+    own = jnp.searchsorted(jnp.array(sizes), window)  # static each: a branch for it
+    return jax.lax.switch(own, [functools.partial(of, n) for n in sizes], q, k, v)
 
 
 def remember(

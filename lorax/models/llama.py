@@ -15,12 +15,10 @@ References:
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from lorax import attention, losses
 from lorax.models import context, hf_config, layers, llama_config, remat, rope
@@ -62,37 +60,9 @@ class Block(nn.Module):
             q, k = self._norm("norm_q")(q), self._norm("norm_k")(k)
         q, k = rope.rotate(q, shared["angles"]), rope.rotate(k, shared["angles"])
         k, v, kept = layers.remember(k, v, own["cache"], shared["slot"])
-        # one token, as init reads, has no scores to save; a cache is for decoding
-        if config.attention != "plain" and kept is None and x.shape[1] > 1:
-            mixed = self._trained(q, k, v, own["window"], shared["segments"])
-        else:
-            mask = shared["mask"]
-            if config.windows:
-                mask = mask & ((shared["back"] < own["window"]) | (own["window"] == 0))
-            mixed = attention.attend(q, k, v, mask=mask)
+        mixed = layers.attend(q, k, v, kept, own["window"], shared, config)
         mixed = remat.named(mixed, "attention")
         return self._linear(config.width, "o", config.o_bias, (-2, -1))(mixed), kept
-
-    def _trained(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, window: Any, segments: Any
-    ) -> jax.Array:
-        """Attention without a mask; a window is static, so each of them is a branch."""
-
-        def of(size: int, *qkv: jax.Array) -> jax.Array:
-            return attention.attend(
-                *qkv,
-                causal=True,
-                window=size or None,
-                segments=segments,
-                implementation=self.config.attention,
-                striped=self.config.striped,
-            )
-
-        sizes = sorted(set(self.config.windows)) or [0]
-        if len(sizes) == 1:
-            return of(sizes[0], q, k, v)
-        own = jnp.searchsorted(jnp.array(sizes), window)
-        return jax.lax.switch(own, [functools.partial(of, n) for n in sizes], q, k, v)
 
     def _linear(
         self, features: Any, name: str, bias: bool, axis: Any = -1
@@ -149,15 +119,10 @@ class Model(nn.Module):
         embed = layers.embedding(config.vocabulary, "embed", config)
         own = {
             "cache": seen.kept,
-            "window": jnp.array(config.windows) if config.windows else None,
+            "window": layers.windows(config),
         }
-        shared = {
-            "angles": config.rope.angles(positions, config.head_dim),
-            "mask": seen.mask,
-            "segments": segments,
-            "back": seen.back,
-            "slot": seen.slot,
-        }
+        angles = config.rope.angles(positions, config.head_dim)
+        shared = {"angles": angles, **seen.shared(segments)}
         x, kept = layers.run_layers(
             Block, config, embed(tokens), own, shared, length=config.layers, names=NAMES
         )

@@ -1,0 +1,285 @@
+"""Sizes and switches of Gemma 2 and 3, and their parameters on disk; see `gemma`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from lorax import attention, untrusted
+from lorax.models import hf_config, rope, table
+
+ARCHITECTURES = {
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+KINDS = {"full_attention": False, "sliding_attention": True}
+"""Names of layers on disk; True: through a window."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and switches.
+
+    Attributes:
+      vocabulary: number of tokens.
+      positions: longest sequence of the training; nothing here depends on it.
+      width: of the residual stream.
+      layers: blocks.
+      heads: heads of the queries.
+      kv_heads: heads of keys and values; they divide `heads`.
+      head_dim: size of a head.
+      hidden: width of the MLP.
+      activation: of the gate, by its Hugging Face name.
+      eps: of the norms.
+      local_rope: rates of the rotation where a layer has a window.
+      rope: likewise where it sees all.
+      windows: of every layer, the number of tokens it sees, itself included; 0 for all.
+      query_scale: scores are divided by its square root.
+      soft_cap: bound of the scores; None: none.
+      logit_cap: bound of the logits; None: none.
+      qk_norm: q and k are normed.
+      qkv_bias: q, k, v and o have biases.
+      tied: the head is the embedding; else `head/kernel`.
+      model_type: whose config.json `to_hf` writes.
+      attention: "plain"; or as `attention.attend` has it for training.
+      scan: layers are stacked on axis 0.
+      remat: see `lorax.models.remat`.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+    """
+
+    vocabulary: int = 256_000
+    positions: int = 8192
+    width: int = 2304
+    layers: int = 26
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 256
+    hidden: int = 9216
+    activation: str = "gelu_pytorch_tanh"
+    eps: float = 1e-6
+    local_rope: rope.Rope = rope.Rope()
+    rope: rope.Rope = rope.Rope()
+    windows: tuple[int, ...] = (4096, 0) * 13
+    query_scale: int = 256
+    soft_cap: float | None = 50.0
+    logit_cap: float | None = 30.0
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    tied: bool = True
+    model_type: str = "gemma2"
+    attention: str = "plain"
+    scan: bool = True
+    remat: str = "none"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"{self.heads} heads of queries cannot share {self.kv_heads} of keys"
+            )
+        if len(self.windows) != self.layers:
+            raise ValueError(
+                f"{len(self.windows)} windows for {self.layers} layers; give one each"
+            )
+        if self.attention not in attention.IMPLEMENTATIONS:
+            known = ", ".join(attention.IMPLEMENTATIONS)
+            raise ValueError(f"attention={self.attention!r}; choose one of {known}")
+
+    @property
+    def striped(self) -> bool:
+        """Devices along a mesh axis "context" share rows, see `attention.stripe`."""
+        return self.attention in ("flash", "ring")
+
+    @property
+    def stacks(self) -> dict[str, int]:
+        """Layers of every stack."""
+        return {"layers": self.layers}
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
+        """Returns what a config.json says; `switches` are scan, remat, dtype, ..."""
+        kind = config.get("model_type", "gemma2")
+        if not isinstance(kind, str) or kind not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"config.json: model_type={kind!r} is not one of {known}")
+        fields, third = hf_config.Fields(config, kind), kind == "gemma3_text"
+        heads = fields.integer("num_attention_heads", 8)
+        shared = fields.integer("num_key_value_heads", 4)
+        fields.divides(num_key_value_heads=shared, num_attention_heads=heads)
+        head_dim = fields.integer("head_dim", 256)
+        if head_dim % 2:
+            where = f"config.json: head_dim={head_dim}"
+            raise ValueError(f"{where}; rotary positions need an even one")
+        depth = fields.layers("num_hidden_layers", 26)
+        positions = fields.integer(
+            "max_position_embeddings", 131_072 if third else 8192
+        )
+        whole, local = _ropes(fields, positions, third)
+        cap = untrusted.number(above=0)
+        soft_cap = fields.take("attn_logit_softcapping", cap, None if third else 50.0)
+        if third and soft_cap is not None:
+            raise ValueError(
+                f"config.json: attn_logit_softcapping={soft_cap}: transformers has it "
+                "for gemma2 alone; make it null"
+            )
+        own = cls(
+            vocabulary=fields.integer("vocab_size", 262_208 if third else 256_000),
+            positions=positions,
+            width=fields.integer("hidden_size", 2304),
+            layers=depth,
+            heads=heads,
+            kv_heads=shared,
+            head_dim=head_dim,
+            hidden=fields.integer("intermediate_size", 9216),
+            activation=fields.activation("hidden_activation", cls.activation),
+            eps=fields.epsilon("rms_norm_eps", 1e-6),
+            rope=whole,
+            local_rope=local,
+            windows=_windows(fields, depth, 6 if third else 2),
+            query_scale=fields.integer("query_pre_attn_scalar", 256),
+            soft_cap=soft_cap,
+            logit_cap=fields.take(
+                "final_logit_softcapping", cap, None if third else 30.0
+            ),
+            qk_norm=third,
+            qkv_bias=fields.flag("attention_bias", False),
+            tied=fields.flag("tie_word_embeddings", True),
+            model_type=kind,
+            **switches,
+        )
+        fields.expect(use_bidirectional_attention=False)
+        fields.finish("hidden_act", "cache_implementation")
+        return own
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the fields of a config.json that transformers 4 and 5 read."""
+        known = {local: name for name, local in KINDS.items()}
+        return {
+            "architectures": [ARCHITECTURES[self.model_type]],
+            "model_type": self.model_type,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": self.positions,
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.hidden,
+            "hidden_activation": self.activation,
+            "rms_norm_eps": self.eps,
+            "query_pre_attn_scalar": self.query_scale,
+            "attn_logit_softcapping": self.soft_cap,
+            "final_logit_softcapping": self.logit_cap,
+            "attention_bias": self.qkv_bias,
+            "tie_word_embeddings": self.tied,
+            "sliding_window": max(self.windows) or None,
+            "layer_types": [known[bool(window)] for window in self.windows],
+            **_ropes_to_hf(self),
+        }
+
+
+def _windows(fields: hf_config.Fields, depth: int, every: int) -> tuple[int, ...]:
+    """The window of every layer: by its name, or a pattern of them."""
+    size = fields.integer("sliding_window", 4096)
+    every = fields.integer("sliding_window_pattern", every)
+    every = fields.integer("_sliding_window_pattern", every)
+    kinds = fields.take("layer_types", untrusted.listed(untrusted.TEXT), None)
+    if kinds is None:
+        return tuple(size if (layer + 1) % every else 0 for layer in range(depth))
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown or len(kinds) != depth:
+        raise ValueError(
+            f"config.json: layer_types has {len(kinds)} entries for "
+            f"num_hidden_layers={depth} and the unknown kinds {unknown}"
+        )
+    return tuple(size if KINDS[kind] else 0 for kind in kinds)
+
+
+def _ropes(
+    fields: hf_config.Fields, positions: int, third: bool
+) -> tuple[rope.Rope, rope.Rope]:
+    """The rotations of layers that see all, and of those with a window."""
+    if not third:
+        own = rope.from_hf(fields, positions)
+        return own, own
+    theta = fields.take("rope_theta", rope.RULES["rope_theta"], 1e6)
+    local = fields.take("rope_local_base_freq", rope.RULES["rope_theta"], 1e4)
+    scaling = fields.take("rope_scaling", untrusted.TABLE, {})
+    given = fields.take("rope_parameters", untrusted.TABLE, {})
+    if unknown := sorted(set(given) - set(KINDS)):
+        raise ValueError(
+            f"config.json: rope_parameters has {unknown}; gemma3 has one table for "
+            f"each of {', '.join(KINDS)}"
+        )
+    made = []
+    for kind, usual in {
+        "full_attention": {**scaling, "rope_theta": theta},
+        "sliding_attention": {"rope_theta": local},
+    }.items():
+        where = f"config.json: rope_parameters.{kind}"
+        stated = untrusted.check(where, given.get(kind) or usual, untrusted.TABLE)
+        values = {**usual, **stated}
+        alone = hf_config.Fields({"rope_parameters": values}, fields.family)
+        made.append(rope.from_hf(alone, positions))
+    return made[0], made[1]
+
+
+def _ropes_to_hf(config: Config) -> dict[str, Any]:
+    whole = rope.to_hf(config.rope)
+    if config.model_type == "gemma2":
+        return whole
+    local = rope.to_hf(config.local_rope)
+    if "rope_scaling" in local:
+        raise ValueError(
+            f"local_rope={config.local_rope}: gemma3 stretches the rotation of layers "
+            "that see all, not of those with a window"
+        )
+    tables = {
+        "full_attention": whole.pop("rope_parameters"),
+        "sliding_attention": local["rope_parameters"],
+    }
+    base = {"rope_local_base_freq": config.local_rope.base}
+    return {**whole, **base, "rope_parameters": tables}
+
+
+ALIASES: tuple[tuple[str, str], ...] = ()
+"""Older names on disk, as `(regex of a prefix, replacement)`."""
+
+IGNORED = (r".*\.rotary_emb\.inv_freq",)
+"""Buffers of older checkpoints, which hold nothing learnt."""
+
+
+def entries(config: Config) -> tuple[table.Entry, ...]:
+    """Returns the table of parameters."""
+    heads, kv = ("heads", "head_dim"), ("kv_heads", "head_dim")
+    width, hidden, linear = ("embed",), ("mlp",), table.linear
+    biased = {"bias": config.qkv_bias}
+    block = [
+        *table.rms_norm("input_layernorm", "norm_attn"),
+        *linear("self_attn.q_proj", "q", width, heads, **biased),
+        *linear("self_attn.k_proj", "k", width, kv, **biased),
+        *linear("self_attn.v_proj", "v", width, kv, **biased),
+        *linear("self_attn.o_proj", "o", heads, width, **biased),
+        *table.rms_norm("post_attention_layernorm", "norm_attn_out"),
+        *table.rms_norm("pre_feedforward_layernorm", "norm_mlp"),
+        *linear("mlp.gate_proj", "gate", width, hidden),
+        *linear("mlp.up_proj", "up", width, hidden),
+        *linear("mlp.down_proj", "down", hidden, width),
+        *table.rms_norm("post_feedforward_layernorm", "norm_mlp_out"),
+    ]
+    if config.qk_norm:
+        block += table.rms_norm("self_attn.q_norm", "norm_q")
+        block += table.rms_norm("self_attn.k_norm", "norm_k")
+    whole = [
+        table.embedding("model.embed_tokens", "embed"),
+        *table.inside("model.layers.{}", "layers{}", block),
+        *table.rms_norm("model.norm", "norm_out"),
+    ]
+    if not config.tied:
+        whole += linear("lm_head", "head", width, ("vocab",))
+    return tuple(whole)
