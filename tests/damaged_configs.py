@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from lorax.interop import hf
-from lorax.models import gpt2, llama, roberta, t5
+from lorax.models import gemma, gpt2, llama, roberta, t5
 from lorax.models.rope import Rope
 from tests.damaged import Case, Source
 
@@ -21,6 +21,18 @@ YARN = Rope(1e6, "yarn", 4.0, 32, 2.0, 16.0, 1.5)
 LLAMA3 = Rope(5e5, "llama3", 8.0, 32, 2.0, 4.0)
 SIZES = dict(positions=64, width=16, layers=2, heads=4, kv_heads=2, head_dim=6)
 CONFIGS: dict[str, Any] = {
+    "gemma2": gemma.Config(31, **SIZES, windows=(8, 0), hidden=24, query_scale=5),
+    "gemma3_text": gemma.Config(
+        31,
+        **SIZES,
+        hidden=24,
+        windows=(8, 0),
+        rope=dataclasses.replace(LLAMA3),
+        qk_norm=True,
+        soft_cap=None,
+        logit_cap=7.0,
+        model_type="gemma3_text",
+    ),
     "gpt2": gpt2.Config(31, 16, 16, 2, 4, 40, "relu", 1e-4),
     "llama": llama.Config(31, **SIZES, hidden=24, activation="gelu", rope=LLAMA3),
     "mistral": llama.Config(
@@ -49,6 +61,24 @@ GENERIC = {
 """What real files hold beside the fields that a family reads."""
 
 MEANS = {
+    "gemma2": {
+        "max_position_embeddings absent": {"positions": 8192},
+        "query_pre_attn_scalar absent": {"query_scale": 256},
+        "attn_logit_softcapping null": {"soft_cap": None},
+        "attn_logit_softcapping huge": {"soft_cap": LARGEST},
+        "final_logit_softcapping null": {"logit_cap": None},
+        "final_logit_softcapping huge": {"logit_cap": LARGEST},
+        "sliding_window absent": {"windows": (4096, 0)},
+    },
+    "gemma3_text": {
+        "max_position_embeddings absent": {"positions": 131_072},
+        "query_pre_attn_scalar absent": {"query_scale": 256},
+        "final_logit_softcapping absent": {"logit_cap": None},
+        "final_logit_softcapping huge": {"logit_cap": LARGEST},
+        "sliding_window absent": {"windows": (4096, 0)},
+        "layer_types absent": {"windows": (8, 8)},
+        "original_max_position_embeddings huge": {"original": LARGEST},
+    },
     "gpt2": {
         "activation_function absent": {"activation": "gelu_new"},
         "layer_norm_epsilon absent": {"eps": 1e-5},
@@ -113,7 +143,10 @@ def _config_means(config: Any, params: Any, case: Case) -> Any:
     told = _group(config)
     field, value = case.key[-1], case.value
     absent = case.kind in ("null", "missing")
-    rule = told.get(f"{field} absent") if absent else told.get(f"{field} {case.kind}")
+    kind = case.kind
+    if absent and f"{field} {kind}" not in told:
+        kind = "absent"
+    rule = told.get(f"{field} {kind}")
     if case.kind == "huge" and value != LARGEST:
         rule = None
     if case.kind == "bool":
@@ -131,6 +164,8 @@ def _config_means(config: Any, params: Any, case: Case) -> Any:
 
 
 def _group(config: Any) -> dict[str, Any]:
+    if isinstance(config, gemma.Config):
+        return MEANS[config.model_type]
     for name, module in {"gpt2": gpt2, "llama": llama, "t5": t5}.items():
         if isinstance(config, module.Config):
             return MEANS[name]

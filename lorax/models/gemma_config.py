@@ -120,8 +120,7 @@ class Config:
             "max_position_embeddings", 131_072 if third else 8192
         )
         whole, local = _ropes(fields, positions, third)
-        cap = untrusted.number(above=0)
-        soft_cap = fields.take("attn_logit_softcapping", cap, None if third else 50.0)
+        soft_cap = _cap(fields, "attn_logit_softcapping", None if third else 50.0)
         if third and soft_cap is not None:
             raise ValueError(
                 f"config.json: attn_logit_softcapping={soft_cap}: transformers has it "
@@ -143,9 +142,7 @@ class Config:
             windows=_windows(fields, depth, 6 if third else 2),
             query_scale=fields.integer("query_pre_attn_scalar", 256),
             soft_cap=soft_cap,
-            logit_cap=fields.take(
-                "final_logit_softcapping", cap, None if third else 30.0
-            ),
+            logit_cap=_cap(fields, "final_logit_softcapping", None if third else 30.0),
             qk_norm=third,
             qkv_bias=fields.flag("attention_bias", False),
             tied=fields.flag("tie_word_embeddings", True),
@@ -183,6 +180,12 @@ class Config:
         }
 
 
+def _cap(fields: hf_config.Fields, name: str, usual: float | None) -> float | None:
+    """A soft cap; null is none, which an absent field need not be."""
+    off = fields.left.get(name, usual) is None
+    return None if off else fields.take(name, untrusted.number(above=0), usual)
+
+
 def _windows(fields: hf_config.Fields, depth: int, every: int) -> tuple[int, ...]:
     """The window of every layer: by its name, or a pattern of them."""
     size = fields.integer("sliding_window", 4096)
@@ -207,8 +210,10 @@ def _ropes(
     if not third:
         own = rope.from_hf(fields, positions)
         return own, own
-    theta = fields.take("rope_theta", rope.RULES["rope_theta"], 1e6)
-    local = fields.take("rope_local_base_freq", rope.RULES["rope_theta"], 1e4)
+    bases = {
+        name: fields.take(name, rope.RULES["rope_theta"], None)
+        for name in ("rope_theta", "rope_local_base_freq")
+    }
     scaling = fields.take("rope_scaling", untrusted.TABLE, {})
     given = fields.take("rope_parameters", untrusted.TABLE, {})
     if unknown := sorted(set(given) - set(KINDS)):
@@ -216,17 +221,27 @@ def _ropes(
             f"config.json: rope_parameters has {unknown}; gemma3 has one table for "
             f"each of {', '.join(KINDS)}"
         )
-    made = []
-    for kind, usual in {
-        "full_attention": {**scaling, "rope_theta": theta},
-        "sliding_attention": {"rope_theta": local},
-    }.items():
+
+    def of(kind: str, name: str, usual: float, scaling: Any) -> rope.Rope:
         where = f"config.json: rope_parameters.{kind}"
-        stated = untrusted.check(where, given.get(kind) or usual, untrusted.TABLE)
-        values = {**usual, **stated}
+        table = untrusted.check(where, given.get(kind) or {}, untrusted.TABLE)
+        values = scaling | {key: v for key, v in table.items() if v is not None}
+        base = bases[name]
+        if base is not None and values.setdefault("rope_theta", base) != base:
+            stated = untrusted.shown(values["rope_theta"])
+            raise ValueError(f"{where}.rope_theta is {stated}, and {name} is {base}")
+        values.setdefault("rope_theta", usual)
         alone = hf_config.Fields({"rope_parameters": values}, fields.family)
-        made.append(rope.from_hf(alone, positions))
-    return made[0], made[1]
+        try:
+            return rope.from_hf(alone, positions)
+        except ValueError as error:
+            told = f"rope_parameters.{kind}, over rope_scaling"
+            raise ValueError(f"{error} ({told})") from None
+
+    return (
+        of("full_attention", "rope_theta", 1e6, dict(scaling)),
+        of("sliding_attention", "rope_local_base_freq", 1e4, {}),
+    )
 
 
 def _ropes_to_hf(config: Config) -> dict[str, Any]:
