@@ -103,10 +103,10 @@ def agrees(name, case, dtype, tolerance):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["plain", "lean", "ring"])
+@pytest.mark.parametrize("name", ["plain", "lean", "tiles"])
 def test_attention_is_its_definition(name, case, monkeypatch):
-    if name == "ring" and case == "encoder":
-        pytest.skip("the ring is causal")
+    if name == "tiles" and case == "encoder":
+        pytest.skip("tiles are causal")
     monkeypatch.setattr(lean, "CHUNK", 48)  # which does not divide the time
     monkeypatch.setattr(tiles, "TILE", 32)
     agrees(name, case, "float32", 2e-6)
@@ -155,13 +155,14 @@ RULE = Rule(0.25, causal=True)
 @pytest.mark.parametrize(
     ("platform", "dtype", "rule", "given", "want"),
     [
-        ("cpu", "bfloat16", RULE, Given(), "lean"),
+        ("cpu", "bfloat16", RULE, Given(), "tiles"),
+        ("cpu", "float32", RULE._replace(causal=False), Given(), "lean"),
         ("tpu", "bfloat16", RULE, Given(), "splash"),
         ("tpu", "float32", RULE, Given(segments=SEGMENTS), "splash"),
         ("tpu", "float32", RULE, Given(mask=np.ones((T, T), bool)), "lean"),
         ("gpu", "bfloat16", RULE, Given(), "cudnn"),
-        ("gpu", "float32", RULE, Given(), "lean"),
-        ("gpu", "bfloat16", RULE._replace(soft_cap=30.0), Given(), "lean"),
+        ("gpu", "float32", RULE, Given(), "tiles"),
+        ("gpu", "bfloat16", RULE._replace(soft_cap=30.0), Given(), "tiles"),
     ],
 )
 def test_flash_is_what_suits_the_machine(

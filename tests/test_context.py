@@ -55,7 +55,7 @@ def test_what_goes_round_the_ring():
 
     def loss(q, k, v):
         mixed = attention.attend(
-            q, k, v, causal=True, implementation="ring", striped=True
+            q, k, v, causal=True, implementation="tiles", striped=True
         )
         return (mixed**2).sum()
 
@@ -76,8 +76,8 @@ def test_a_recomputed_layer_holds_one_tile_of_scores_at_a_time(monkeypatch):
     monkeypatch.setattr(tiles, "TILE", 4)
 
     def loss(x):
-        ring = functools.partial(attention.attend, causal=True, implementation="ring")
-        layer = jax.checkpoint(lambda x, _: (x + ring(x, x, x), None))
+        tile = functools.partial(attention.attend, causal=True, implementation="tiles")
+        layer = jax.checkpoint(lambda x, _: (x + tile(x, x, x), None))
         return jax.lax.scan(layer, x, length=3)[0].sum()
 
     x = jax.ShapeDtypeStruct((1, 128, 2, 8), jnp.float32)
@@ -107,5 +107,5 @@ def test_what_a_ring_refuses():
             attention.stripe(q)
         with pytest.raises(ValueError, match="'lean' needs the tokens in their own"):
             attention.attend(q, q, q, implementation="lean", striped=True)
-        with pytest.raises(ValueError, match="'ring': it is for causal attention"):
-            attention.attend(q, q, q, implementation="ring")
+        with pytest.raises(ValueError, match="'tiles': it is for causal attention"):
+            attention.attend(q, q, q, implementation="tiles")

@@ -1,5 +1,6 @@
 """The how-to pages are true: their code runs, and does what the page says."""
 
+import dataclasses
 import importlib.util
 import pathlib
 import re
@@ -13,6 +14,7 @@ import pytest
 import lorax
 from lorax import checkpoint, compose
 from lorax.adapters import parametrisation
+from lorax.models import llama
 from tests.interop import gguf_files
 
 pytestmark = pytest.mark.once
@@ -230,6 +232,23 @@ def sharding(scope):
     assert int(scope["state"].step) == 1 and np.isfinite(scope["metrics"]["loss"])
 
 
+def long_context(scope):
+    """Loss and gradients are those of plain attention and of logits of all tokens."""
+    model = llama.Model(dataclasses.replace(scope["config"], attention="plain"))
+    params, inputs = jax.device_get((scope["params"], scope["inputs"]))
+
+    def loss_fn(params):
+        logits = model.apply({"params": params}, inputs)
+        picked = scope["targets"][..., None]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), picked, -1).mean()
+
+    loss, slopes = jax.jit(jax.value_and_grad(loss_fn))(params)
+    np.testing.assert_allclose(scope["loss"], loss, rtol=1e-5)
+    close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5)
+    jax.tree.map(close, scope["slopes"], slopes)
+    assert scope["mesh"].shape.get("context", 1) == jax.device_count()
+
+
 def own_method(scope):
     """What adapt and merge make of the page's class, by its formula in numpy."""
     adapters, base = scope["adapters"], scope["base"]
@@ -263,6 +282,7 @@ CHECKS = {
         many_adapters,
         population,
         sharding,
+        long_context,
     )
 }
 

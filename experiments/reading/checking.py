@@ -134,7 +134,7 @@ def _shared_rows(config: ml_collections.ConfigDict) -> None:
     context, attention = config.sharding.get("context", 1), config.model.attention
     if context == 1:
         return
-    if attention not in ("flash", "ring"):
+    if attention not in ("flash", "tiles"):
         raise ValueError(
             f"config.sharding.context={context} and config.model.attention="
             f"{attention!r}: devices share rows by attention in a ring; give 'flash'"

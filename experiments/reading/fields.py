@@ -70,7 +70,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"model\.dtype", choice("", "float32", "bfloat16", "float16")),
     (r"model\.scan", FLAG),
     (r"model\.remat", TEXT),
-    (r"model\.attention", choice("plain", "flash", "lean", "splash", "cudnn", "ring")),
+    (r"model\.attention", choice("plain", "flash", "lean", "splash", "cudnn", "tiles")),
     (r"model\.(vocabulary|layers|width|heads|hidden)", whole(1)),
     # adapter
     (r"adapter\.patterns", PATTERNS),

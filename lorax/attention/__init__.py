@@ -5,13 +5,13 @@
 | implementation | where | holds the scores | takes |
 |---|---|---|---|
 | plain | everywhere | all of them | everything |
-| lean | everywhere | a chunk of queries at a time | everything |
+| lean | everywhere | those of 256 queries at a time | everything |
 | splash | TPUs | never | causal self-attention, windows, soft caps, segments |
 | cudnn | NVIDIA GPUs, bfloat16 or float16 | never | all but soft caps |
-| ring | rows that devices share ("context") | a tile at a time | what splash takes |
+| tiles | everywhere; a ring where devices share rows | a tile at a time | as splash |
 
 "flash" is the one of the others that fits the mesh, the platform and the arguments:
-`chosen` says which.
+`chosen` says which. Only tiles go with a mesh axis "context".
 """
 
 from lorax.attention.choice import IMPLEMENTATIONS, attend, chosen, segments_of

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lorax.attention import cudnn, lean, machine, plain, ring, splash
 from lorax.attention.rule import Given, Rule
 
-Implementation = Literal["plain", "lean", "splash", "cudnn", "ring"]
+Implementation = Literal["plain", "lean", "splash", "cudnn", "tiles"]
 IMPLEMENTATIONS = ("flash", *get_args(Implementation))
 """What a caller may ask for."""
 
@@ -75,30 +75,28 @@ def attend(
             f"attention: implementation={name!r}: {refusal}; use 'lean', which "
             "does not hold all scores either, or 'flash', which falls back to it"
         )
-    if name == "ring":
+    if name == "tiles":
         return ring.attend(q, k, v, rule, given, striped)
     if striped and machine.auto((ring.AXIS,)):
         raise ValueError(
             f"attention: implementation={name!r} needs the tokens in their own order; "
-            "use 'flash' or 'ring' for what is in stripes"
+            "use 'flash' or 'tiles' for what is in stripes"
         )
     made = {"plain": plain, "lean": lean, "splash": splash, "cudnn": cudnn}
     return made[name].attend(q, k, v, rule, given)
 
 
 def chosen(q: jax.Array, k: jax.Array, rule: Rule, given: Given) -> Implementation:
-    """Returns what "flash" is: the kernel of the platform where it can, else "lean".
+    """Returns what "flash" is: the first that can of a kernel, "tiles" and "lean".
 
-    On a mesh with an axis "context" it is the ring, where that can. The platform is
-    that of the mesh (`jax.set_mesh`), perhaps one to compile for, or JAX's default.
+    The kernel is that of the platform, which is that of the mesh (`jax.set_mesh`),
+    perhaps one to compile for, or JAX's default. A mesh axis "context" has tiles alone.
     """
     kernels: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn"}
-    kernel = kernels.get(machine.platform())
-    if machine.auto((ring.AXIS,)):
-        kernel = "ring"
-    if kernel is None or _refusal(kernel, q, k, rule, given):
-        return "lean"
-    return kernel
+    found: list[Implementation] = ["tiles", "lean"]
+    if machine.platform() in kernels and not machine.auto((ring.AXIS,)):
+        found.insert(0, kernels[machine.platform()])
+    return next(name for name in found if not _refusal(name, q, k, rule, given))
 
 
 def segments_of(real: jax.Array | None, segments: jax.Array | None) -> jax.Array | None:
@@ -121,7 +119,7 @@ def _refusal(
         return cudnn.refusal(q, k, rule)
     if name == "splash":
         return splash.refusal(q, k, rule, given)
-    if name == "ring":
+    if name == "tiles":
         return ring.refusal(q, k, rule, given)
     if name not in IMPLEMENTATIONS:
         return f"unknown; choose one of {', '.join(IMPLEMENTATIONS)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -36,30 +38,56 @@ def attend(
     keys, kv_heads = k.shape[1:3]
     if queries is None:
         queries = jnp.arange(time)
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    mask = seen(rule, given, queries, jnp.arange(keys))
     grouped = q.reshape(batch, time, kv_heads, heads // kv_heads, size)
+    extra = [_of_groups(x, kv_heads) for x in (mask, given.bias)]
+    of_group = functools.partial(_of_group, k=k, v=v, rule=rule)
+    axes = (3, *(2 if x is not None and x.shape[2] > 1 else None for x in extra))
+    extra = [
+        x if axis else _squeezed(x) for x, axis in zip(extra, axes[1:], strict=True)
+    ]
+    # one product a member of the group: twice as fast on a CPU as one for all of it
+    mixed = jax.vmap(of_group, in_axes=axes, out_axes=3)(grouped, *extra)
+    return mixed.reshape(q.shape)
+
+
+def _of_group(
+    q: jax.Array,
+    mask: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    k: jax.Array,
+    v: jax.Array,
+    rule: Rule,
+) -> jax.Array:
+    """Attention of as many heads of queries as there are of keys."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum(
-        "btkgh,bskh->bkgts",
-        grouped,
+        "btkh,bskh->bkts",
+        q,
         k,
         precision=PRECISION.get(q.dtype),
         preferred_element_type=wide,
     )
     scores = capped(scores * jnp.asarray(rule.scale, wide), rule.soft_cap)
-    if given.bias is not None:
-        scores += _of_groups(given.bias, kv_heads).astype(wide)
-    mask = seen(rule, given, queries, jnp.arange(keys))
+    if bias is not None:
+        scores += bias.astype(wide)
     if mask is not None:
-        least = 0.7 * jnp.finfo(wide).min
-        scores = jnp.where(_of_groups(mask, kv_heads), scores, least)
+        scores = jnp.where(mask, scores, 0.7 * jnp.finfo(wide).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(k.dtype)
-    mixed = jnp.einsum("bkgts,bskh->btkgh", weights, v)
-    return mixed.reshape(batch, time, heads, size)
+    return jnp.einsum("bkts,bskh->btkh", weights, v)
 
 
-def _of_groups(x: jax.Array, kv_heads: int) -> jax.Array:
+def _of_groups(x: jax.Array | None, kv_heads: int) -> jax.Array | None:
     """What broadcasts to `[batch, heads, ...]`, to `[batch, kv_heads, group, ...]`."""
+    if x is None:
+        return None
     x = x[(None,) * (4 - x.ndim)]
     if x.shape[1] == 1:
         return x[:, :, None]
     return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:])
+
+
+def _squeezed(x: jax.Array | None) -> jax.Array | None:
+    """Of all the group."""
+    return None if x is None else x[:, :, 0]

@@ -29,12 +29,17 @@ AXIS = "context"
 
 
 def refusal(q: jax.Array, k: jax.Array, rule: Rule, given: Given) -> str | None:
-    """Returns why the ring cannot do this; None: it can."""
+    """Returns why tiles cannot do this; None: they can."""
     if not rule.causal or q.shape[1] != k.shape[1]:
         return "it is for causal attention of tokens to themselves"
     if given.mask is not None or given.bias is not None:
         return "it has segments, causality and windows, but no mask and no bias"
-    return _indivisible(q.shape[1])
+    if refused := _indivisible(q.shape[1]):
+        return refused
+    time = q.shape[1] // machine.parts(machine.auto((AXIS,)))
+    if tiles.size_of(time) < min(tiles.LEAST, tiles.TILE, time):
+        return f"{time} tokens of a device have no divisor from {tiles.LEAST} up"
+    return None
 
 
 def _indivisible(time: int) -> str | None:

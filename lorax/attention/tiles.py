@@ -18,7 +18,6 @@ References:
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +27,13 @@ from lorax.attention.plain import PRECISION
 from lorax.attention.rule import Given, Rule, capped, seen
 
 TILE = 512
-"""Tokens of a tile: its float32 scores are 1 MiB a head."""
+"""Most tokens of a tile: its float32 scores are 1 MiB a head.
+
+The compiler counts 6.1e10 cycles for the step of docs/results/planner.md with 512, with
+256 or 1,024 tokens 8.8e10 and 9.6e10.
+"""
+LEAST = 64
+"""Fewest, of rows that are not shorter: with small tiles a row takes for ever."""
 
 
 class Part(NamedTuple):
@@ -160,13 +165,18 @@ def backward(
     return jax.lax.scan(step, slopes, pairs)[0]
 
 
+def size_of(time: int) -> int:
+    """Returns the tokens of a tile: the most that divide the time, TILE or fewer."""
+    return max(n for n in range(1, min(time, TILE) + 1) if time % n == 0)
+
+
 def _pairs(time: int, rule: Rule, parts: int, carried: jax.Array) -> jax.Array:
     """The tiles of queries and of keys that see each other, `[pairs, 2]`.
 
     They depend on what a loop around them carries, in name: else `jax.checkpoint` takes
     the slices and masks of all tiles out of that loop, and holds them at once.
     """
-    size = math.gcd(time, TILE)
+    size = size_of(time)
     found = []
     for i in range(time // size):
         for j in range(i + 1):
@@ -183,7 +193,7 @@ class _Tile:
     def __init__(
         self, pair: jax.Array, time: int, rule: Rule, queries: Part, keys: Part
     ) -> None:
-        self.size = math.gcd(time, TILE)
+        self.size = size_of(time)
         self.row, self.column = pair[0] * self.size, pair[1] * self.size
         self.rule, self.queries, self.keys = rule, queries, keys
 
