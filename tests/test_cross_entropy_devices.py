@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorax
-from experiments.planning import hlo
+from experiments.planning import traffic
 from lorax import analysis, losses, sharding
 from tests import programs
 from tests.programs import normal
@@ -60,7 +60,7 @@ def test_eight_devices_gather_a_head_once_and_agree_with_one():
         wide = [np.asarray(x, np.float64) for x in (hidden, kernel)]
         cut_wide = put(wide[0], ("data", "fsdp")), put(wide[1], "fsdp", "tensor")
         close(compiled(step, mesh, *cut_wide)(*cut_wide), step(*wide), 1e-13)
-    moved = hlo.read(run.as_text()).collectives
+    moved = traffic.read(run.as_text()).collectives
     gathered = [x for x in moved if x.kind == "all-gather"]
     assert sum(x.times * x.nbytes for x in gathered) == 32 * 32 * 4, moved
     assert all(x.nbytes < 32 * 32 * 4 for x in moved if x not in gathered), moved
