@@ -16,6 +16,7 @@ import ml_collections
 from experiments.planning import estimates, program
 from experiments.planning import topology as topologies
 from lorax import analysis
+from lorax.interop import hf
 from lorax.models import remat
 
 LIMIT = 4
@@ -41,7 +42,7 @@ class Candidate(NamedTuple):
     Attributes:
       config: of the run.
       memory: bytes of one chip, roughly.
-      seconds: that a token takes on one chip, roughly.
+      seconds: of one chip for each of its tokens, roughly.
     """
 
     config: ml_collections.ConfigDict
@@ -176,10 +177,12 @@ def _sized(
     operations = analysis.operations(plain.trace().jaxpr) / plain.tokens
     gathered = estimates.shard_bytes(built.params) * (mesh["fsdp"] - 1)
     chip = topology.chip or topologies.CHIPS["v5e"]
-    layer, found = _layer(model), []
+    names = hf.family_of(model.to_hf(), "config.model").NAMES
+    layer, depth, found = _layer(model), math.fsum(model.stacks.values()), []
     for policy, times in itertools.product(REMAT, BATCHES):
         kept = _kept(policy)
-        if rows * times % parts or not {*kept} <= {*layer.sizes}:
+        named = kept if remat.parse(policy) else ()
+        if rows * times % parts or not {*named} <= {*names}:
             continue
         other = config.copy_and_resolve_references()
         other.model.remat = policy
@@ -187,12 +190,18 @@ def _sized(
         shares = parts * mesh.get("context", 1)
         tokens = other.data.batch_size * max(config.data.lengths) / shares  # of a chip
         again = sum(n for name, n in layer.operations.items() if name not in kept)
-        work = operations + again * math.fsum(model.stacks.values())
-        # gathered for both passes, and for the recomputation between them
-        moved = 3 * gathered / (2 * chip.link) / tokens
-        seconds = max(work / mesh["tensor"] / chip.flops, moved)
-        memory = held + tokens * _each(model, layer, policy, config, mesh["tensor"])
-        found.append(Candidate(other, memory, seconds))
+        work = operations + again * depth
+        # leaves are gathered for both passes and for the recomputation between them;
+        # tensor devices add up what o and down return, as often, and their gradients
+        tensor = mesh["tensor"]
+        summed = 12 * depth * model.width * model.dtype.itemsize * (1 - 1 / tensor)
+        step = tokens * work / tensor / chip.flops
+        step += (3 * gathered + tokens * summed) / (2 * chip.link)
+        if config.model.quantize:  # each time unpacked kernels are written and read
+            kernels = sum(layer.operations.values()) / 2 * depth * model.dtype.itemsize
+            step += 3 * 2 * kernels / tensor / chip.bandwidth
+        memory = held + tokens * _each(model, layer, policy, config, tensor)
+        found.append(Candidate(other, memory, step * tensor / tokens))
     return found
 
 
