@@ -53,8 +53,12 @@ def close(got, want, tolerance=1e-6):
         np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * scale)
 
 
-def of(head, hidden, targets=TARGETS, weights=WEIGHTS, **options):
+def of(head, hidden, targets=TARGETS, weights=WEIGHTS, soft_cap=None, **options):
     weights = jnp.asarray(weights, jnp.float32)
+    if soft_cap is not None:
+        head = (head if isinstance(head, Head) else Head(head))._replace(
+            soft_cap=soft_cap
+        )
     return losses.chunked_cross_entropy(
         hidden, head, jnp.asarray(targets), weights, **options
     )
@@ -121,7 +125,7 @@ def test_log_probs_of_tokens():
     def loss(leaves):
         hidden, kernel = leaves
         found = losses.token_log_probs(
-            hidden, kernel, jnp.asarray(TARGETS), chunk=3, soft_cap=3.0
+            hidden, Head(kernel, soft_cap=3.0), jnp.asarray(TARGETS), chunk=3
         )
         return -(found * WEIGHTS / WEIGHTS.sum()).sum()
 

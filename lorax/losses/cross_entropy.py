@@ -40,7 +40,8 @@ class Head(NamedTuple):
       kernel: `[width, vocabulary]`; if `tied`, an embedding `[vocabulary, width]`.
       tied: which of the two.
       bias: `[vocabulary]`, added to the logits.
-      soft_cap: logits l become `soft_cap * tanh(l / soft_cap)`; None: they stay.
+      soft_cap: logits l become `soft_cap * tanh(l / soft_cap)` (Gemma 2: 30); None:
+        they stay.
     """
 
     kernel: jax.Array
@@ -87,7 +88,6 @@ def chunked_cross_entropy(
     chunk: int | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    soft_cap: float | None = None,
 ) -> CrossEntropy:
     """Cross-entropy of the next token, a few positions of every row at a time.
 
@@ -106,8 +106,6 @@ def chunked_cross_entropy(
       chunk: positions of every row that a chunk has; None: see `chunk_of`.
       label_smoothing: share of the target that is spread over the vocabulary.
       z_loss: weight of the squared log-partition (PaLM: 1e-4).
-      soft_cap: logits l become `soft_cap * tanh(l / soft_cap)` (Gemma 2: 30); None:
-        as the head says.
 
     Returns:
       The sums, float32; `.mean` is the loss, and `.weight` what a train step calls
@@ -126,7 +124,7 @@ def chunked_cross_entropy(
     References:
       Wijmans et al., arXiv:2411.09009.
     """
-    head = _checked(hidden, head, targets, chunk, soft_cap)
+    head = _checked(hidden, head, targets, chunk)
     if not 0 <= label_smoothing < 1 or z_loss < 0:
         raise ValueError(
             f"label_smoothing={label_smoothing}, z_loss={z_loss}; the first must be in "
@@ -159,7 +157,6 @@ def token_log_probs(
     targets: jax.Array,
     *,
     chunk: int | None = None,
-    soft_cap: float | None = None,
 ) -> jax.Array:
     """The log-probability of every target, for other losses than its mean.
 
@@ -171,7 +168,6 @@ def token_log_probs(
       head: likewise.
       targets: int `[*batch, time]`, each in the vocabulary.
       chunk: likewise.
-      soft_cap: likewise.
 
     Returns:
       `[*batch, time]`, float32.
@@ -185,7 +181,7 @@ def token_log_probs(
       >>> token_log_probs(hidden, kernel, jnp.zeros((2, 8), int)).shape
       (2, 8)
     """
-    head = _checked(hidden, head, targets, chunk, soft_cap)
+    head = _checked(hidden, head, targets, chunk)
     kernel, bias = _shared(head, hidden)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # inside scan
@@ -227,12 +223,9 @@ def _checked(
     head: Head | jax.Array,
     targets: jax.Array,
     chunk: int | None,
-    soft_cap: float | None,
 ) -> Head:
     """The head, once everything fits."""
     head = head if isinstance(head, Head) else Head(head)
-    if soft_cap is not None:
-        head = head._replace(soft_cap=soft_cap)
     if hidden.ndim < 2 or hidden.shape[:-1] != targets.shape:
         raise ValueError(
             f"hidden has shape {hidden.shape} and targets {targets.shape}; they must "
