@@ -18,7 +18,7 @@ from experiments.data.sources import e2e, glue
 from experiments.generation import loading, quantizing
 from experiments.reading import fields, plugins
 from experiments.trainer import objects, optimizers
-from lorax import inits
+from lorax import attention, inits
 from lorax.models import remat
 
 
@@ -131,13 +131,13 @@ def _quantized(config: ml_collections.ConfigDict) -> None:
 
 def _shared_rows(config: ml_collections.ConfigDict) -> None:
     """What devices need that share the rows of a batch."""
-    context, attention = config.sharding.get("context", 1), config.model.attention
+    context, own = config.sharding.get("context", 1), config.model.attention
     if context == 1:
         return
-    if attention not in ("flash", "tiles"):
+    if own not in attention.STRIPED:
         raise ValueError(
             f"config.sharding.context={context} and config.model.attention="
-            f"{attention!r}: devices share rows by attention in a ring; give 'flash'"
+            f"{own!r}: devices share rows by attention in a ring; give 'flash'"
         )
     for length in config.data.lengths:
         if length % context**2:

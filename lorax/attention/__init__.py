@@ -14,11 +14,18 @@
 `chosen` says which. Only tiles go with a mesh axis "context".
 """
 
-from lorax.attention.choice import IMPLEMENTATIONS, attend, chosen, segments_of
+from lorax.attention.choice import (
+    IMPLEMENTATIONS,
+    STRIPED,
+    attend,
+    chosen,
+    segments_of,
+)
 from lorax.attention.ring import stripe, unstripe
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "STRIPED",
     "attend",
     "chosen",
     "segments_of",

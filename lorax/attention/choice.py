@@ -13,6 +13,8 @@ from lorax.attention.rule import Given, Rule
 Implementation = Literal["plain", "lean", "splash", "cudnn", "tiles"]
 IMPLEMENTATIONS = ("flash", *get_args(Implementation))
 """What a caller may ask for."""
+STRIPED = ("flash", "tiles")
+"""Of these, what devices can compute with that share rows in stripes."""
 
 
 def attend(

@@ -91,7 +91,7 @@ class Config:
     @property
     def striped(self) -> bool:
         """Devices along a mesh axis "context" share rows, see `attention.stripe`."""
-        return self.attention in ("flash", "tiles")
+        return self.attention in attention.STRIPED
 
     @property
     def stacks(self) -> dict[str, int]:
