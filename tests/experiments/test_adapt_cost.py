@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import adapt_cost, dora_cost
+from experiments.benchmarks import adapt_cost, attention_cost, dora_cost
 from experiments.benchmarks.cases import gpt2_shaped, measure
 from experiments.machine import timing
 
@@ -32,6 +32,14 @@ def test_the_magnitudes_of_dora_cost_little():
     row = dora_cost.compare(shape, rounds=1)
     assert row["flops"] <= 1.1
     assert row["temp"] <= 1.2
+
+
+def test_tiles_hold_less_than_all_scores():
+    """Full size: `python -m experiments.benchmarks.attention_cost`."""
+    costs = attention_cost.compare(attention_cost.Shape(1, 1024, 2, 1), rounds=1)
+    assert costs["plain"].ratio == 1
+    assert costs["lean"].temporary < 0.5 * costs["plain"].temporary
+    assert costs["tiles"].temporary < 0.5 * costs["plain"].temporary
 
 
 def test_a_step_is_timed_to_its_end():
