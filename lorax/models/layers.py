@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -233,6 +233,24 @@ class Projection(nn.DenseGeneral):
         return remat.named(super().__call__(inputs), str(self.name))
 
 
+def _gathered_dot(width: int) -> Callable[..., jax.Array]:
+    """`dot_general` of a kernel whose axis of the width is whole, under `jax.set_mesh`.
+
+    That axis is the one cut along "fsdp" (`lorax.sharding.LOGICAL`); others stay.
+    """
+
+    def dot(x: jax.Array, kernel: jax.Array, *args: Any, **how: Any) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        if kinds.get("fsdp") == jax.sharding.AxisType.Auto:
+            free = PartitionSpec.UNCONSTRAINED
+            spec = PartitionSpec(*(None if n == width else free for n in kernel.shape))
+            kernel = jax.lax.with_sharding_constraint(kernel, spec)
+        return jax.lax.dot_general(x, kernel, *args, **how)
+
+    return dot
+
+
 def projection(
     features: int | tuple[int, ...],
     name: str,
@@ -242,8 +260,10 @@ def projection(
     axis: int | tuple[int, ...] = -1,
 ) -> Projection:
     """A linear map, its kernel `[*in, *out]` drawn from N(0, 0.02^2)."""
+    lists = remat.parse(config.remat)
     return Projection(
         features,
+        dot_general=_gathered_dot(config.width) if lists and lists.gather else None,
         axis=axis,
         use_bias=use_bias,
         kernel_init=nn.initializers.normal(0.02),

@@ -5,11 +5,17 @@
     remat = "dots"                       # also what matrix products return
     remat = "save=q,k,v; offload=input"  # these names; offloaded: in the host's memory
     remat = "recompute=gate,up"          # every name but these
+    remat = "gather; save=q,k,v"         # and a layer gathers each kernel once a pass
 
 Every linear map gives what it returns its own name (`layers.Projection`): q, k, v, o,
 gate, up, down, and so on. Beside them "input" is what flows into a layer, and
 "attention" what its heads return. A name that is kept spares the product that makes
 it; what has no name is recomputed.
+
+With "gather" a layer first gathers each kernel along the mesh axis "fsdp" and reads
+that in all its products, so that recomputation and backward pass share it. Else the
+compiler may send a kernel around once for each product. It is for training: a decoder
+would gather every kernel for each token.
 """
 
 from __future__ import annotations
@@ -29,12 +35,14 @@ class Lists(NamedTuple):
     Attributes:
       save: kept where they are.
       offload: kept in the host's memory, pinned.
-      recompute: and then every other name is saved; given alone.
+      recompute: and then every other name is saved; save and offload are empty.
+      gather: whether a layer gathers each kernel before it reads it.
     """
 
     save: tuple[str, ...] = ()
     offload: tuple[str, ...] = ()
     recompute: tuple[str, ...] = ()
+    gather: bool = False
 
 
 def named(x: jax.Array, name: str) -> jax.Array:
@@ -50,21 +58,24 @@ def parse(text: str) -> Lists | None:
 
     Example:
       >>> parse("save=q,k; offload=input")
-      Lists(save=('q', 'k'), offload=('input',), recompute=())
+      Lists(save=('q', 'k'), offload=('input',), recompute=(), gather=False)
     """
     if text in POLICIES:
         return None
+    parts = [part.strip() for part in text.split(";")]
+    gather = "gather" in parts
+    parts = [part for part in parts if part != "gather"]
     found: dict[str, tuple[str, ...]] = {}
-    for part in text.split(";"):
+    for part in parts:
         kind, _, listed = (word.strip() for word in part.partition("="))
         names = tuple(name.strip() for name in listed.split(","))
-        if kind not in Lists._fields or kind in found or "" in names:
+        if kind not in Lists._fields[:3] or kind in found or "" in names:
             raise ValueError(
                 f"remat={text!r}: give one of {', '.join(POLICIES)}, or lists of names "
                 "such as 'save=q,k,v; offload=input' or 'recompute=gate,up'"
             )
         found[kind] = names
-    lists = Lists(**found)
+    lists = Lists(**found, gather=gather)
     if lists.recompute and len(found) > 1:
         raise ValueError(
             f"remat={text!r}: recompute keeps every name that it does not give; give "
@@ -91,14 +102,14 @@ def policy(text: str, names: Sequence[str]) -> Callable[..., Any] | None:
     lists, policies = parse(text), jax.checkpoint_policies
     if lists is None:
         return policies.dots_with_no_batch_dims_saveable if text == "dots" else None
-    if unknown := {name for own in lists for name in own} - set(names):
+    if unknown := {name for own in lists[:3] for name in own} - set(names):
         raise ValueError(
             f"remat={text!r}: the layer names no tensor {', '.join(sorted(unknown))}; "
             f"it has {', '.join(names)}"
         )
     if lists.recompute:
         return policies.save_any_names_but_these(*lists.recompute)
-    if not lists.offload:
+    if not lists.offload:  # nor perhaps anything to save
         return policies.save_only_these_names(*lists.save)
     return policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[*lists.save],

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import lorax
-from lorax import analysis
+from lorax import analysis, sharding
 from lorax.interop import hf
 from lorax.models import gpt2, llama, remat, roberta, t5
 
@@ -103,7 +103,15 @@ def test_names_are_no_kernels_and_adapters_train_through_them():
         adapters = jax.tree.map(lambda x: x + 0.1, adapters)
         return jax.jit(jax.grad(lorax.adapt(fn)))(adapters, base, tokens)
 
-    got, want = slopes("save=q,up; offload=input,attention"), slopes("none")
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    want, got = slopes("none"), slopes("save=q,up; offload=input,attention")
+    with jax.set_mesh(mesh):
+        gathered = slopes("gather; save=q")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8),
+        gathered,
+        want,
+    )
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
 
@@ -115,6 +123,7 @@ def test_names_are_no_kernels_and_adapters_train_through_them():
         ("save=", "or lists of names such as 'save=q,k,v; offload=input'"),
         ("save=q; save=k", "or lists of names"),
         ("keep=q", "or lists of names"),
+        ("gather=q", "or lists of names"),
         ("recompute=q; save=k", "recompute keeps every name that it does not give"),
         ("save=q,k; offload=k", "k cannot be both saved and offloaded"),
     ],
@@ -122,6 +131,19 @@ def test_names_are_no_kernels_and_adapters_train_through_them():
 def test_what_is_not_a_policy(text, told):
     with pytest.raises(ValueError, match=told):
         remat.parse(text)
+
+
+def test_gathered_kernels_are_constrained_under_a_mesh():
+    def constraints(text, mesh):
+        with jax.set_mesh(mesh):
+            lowered = slope(MODELS["llama"], text).lower(*drawn("llama")).as_text()
+        return lowered.count("sharding_constraint") + lowered.count("@Sharding")
+
+    cut = sharding.make_mesh(fsdp=4, tensor=2)
+    extra = constraints("gather", cut) - constraints("full", cut)
+    assert extra >= 7  # of seven kernels, and of their gradients
+    other = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    assert constraints("gather", other) == constraints("full", other)
 
 
 def test_a_name_that_the_layer_does_not_give():
