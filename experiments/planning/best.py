@@ -1,7 +1,8 @@
 """The best mesh, remat, batch and base format of a run on a topology.
 
 Compiling takes minutes, so settings are ranked by estimates that take none, of memory
-and of the time a token takes; of those that should fit, the LIMIT fastest are compiled.
+and of the time a token takes; of those that should fit, the EACH fastest of every base
+format are compiled: the estimate does not know how well the compiler unpacks a format.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lorax import analysis
 from lorax.interop import hf
 from lorax.models import remat
 
-LIMIT = 4
+EACH = 2
 TENSOR = (1, 2, 4, 8, 16)
 """Devices along the tensor axis."""
 REMAT = (
@@ -96,7 +97,7 @@ def run(
     topology: topologies.Topology,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[estimates.Plan]:
-    """Compiles the LIMIT candidates that should fit and take the least time a token.
+    """Compiles the candidates of each format that should fit and be the fastest.
 
     Args:
       config: of the run.
@@ -123,7 +124,7 @@ def run(
         )
     tell(f"{len(found)} settings, of which {len(fitting)} should fit")
     plans = []
-    for candidate in fitting[:LIMIT]:
+    for candidate in _fastest(fitting):
         plan = estimates.make_plan(candidate.config, topology)
         plans.append(plan)
         tell(f"{plan.settings}: {plan.verdict} ({plan.seconds:.0f} s)")
@@ -152,6 +153,12 @@ def render(plans: list[estimates.Plan]) -> str:
         "Estimates, not measured; products, HBM and transfers one after another."
     )
     return "\n".join(lines)
+
+
+def _fastest(found: list[Candidate]) -> list[Candidate]:
+    """The first EACH of every format."""
+    own = {q: [c for c in found if c.config.model.quantize == q] for q in FORMATS}
+    return [candidate for some in own.values() for candidate in some[:EACH]]
 
 
 def _sized(

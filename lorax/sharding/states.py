@@ -31,9 +31,9 @@ from lorax.types import Adapters, Axes, Base, PyTree
 Cut = Literal["auto", "kernels", "all", "whole"]
 CUTS: tuple[Cut, ...] = get_args(Cut)
 """How adapters and what follows them lie; see `state_shardings`."""
-WORTH = 2**26
-"""Bytes of a device from which "auto" cuts along all axes: a gather more for each
-factor and pass is latency, and saves little where the state is small."""
+WORTH = 2**29
+"""Bytes of a device from which "auto" cuts along all axes: each factor is then gathered
+for each pass, which XLA expects to cost 8B a tenth of its cycles."""
 
 
 def adapter_specs(
