@@ -6,6 +6,7 @@ prints as JSON how far the runs differ.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
@@ -26,7 +27,7 @@ MESHES = {
     "fsdp": {"data": 1, "fsdp": 8, "tensor": 1},
     "tensor": {"data": 1, "fsdp": 1, "tensor": 8},
     "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
-    "spread": {"data": 2, "fsdp": 2, "tensor": 2},  # adapters cut along all axes
+    "spread": {"data": 2, "fsdp": 2, "tensor": 2},  # adapters cut, kernels gathered
 }
 SIZES = {"vocabulary": 48, "width": 32, "layers": 2, "heads": 16, "kv_heads": 8}
 
@@ -108,6 +109,9 @@ def batches():
 def train(method, mesh, dtype, cut="kernels"):
     """Losses, adapters before and after, AdaLoRA's choices; None is one device."""
     model, loss_fn, params, adapters, tx = problem(method, dtype)
+    if cut == "all":  # and each layer gathers its kernels itself
+        gathering = dataclasses.replace(model.config, remat="gather; save=q")
+        loss_fn = loss_of(llama.Model(gathering))
     state = training.create_state(jax.random.key(2), adapters, tx)
     step = training.make_train_step(training.simple_loss(loss_fn), tx)
     given = batches()

@@ -103,15 +103,7 @@ def test_names_are_no_kernels_and_adapters_train_through_them():
         adapters = jax.tree.map(lambda x: x + 0.1, adapters)
         return jax.jit(jax.grad(lorax.adapt(fn)))(adapters, base, tokens)
 
-    mesh = sharding.make_mesh(fsdp=4, tensor=2)
-    want, got = slopes("none"), slopes("save=q,up; offload=input,attention")
-    with jax.set_mesh(mesh):
-        gathered = slopes("gather; save=q")
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8),
-        gathered,
-        want,
-    )
+    got, want = slopes("save=q,up; offload=input,attention"), slopes("none")
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
 
