@@ -44,7 +44,7 @@ def holds_in_float64(row):
 
 @pytest.mark.once
 def test_a_mixed_mesh_trains_as_one_device_in_float64(record_property):
-    rows = in_float64("adalora", "mixed,spread")
+    rows = in_float64("adalora", "mixed")
     record_property("rows", rows)
     for row in rows:
         holds_in_float64(row)
