@@ -8,19 +8,17 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lorax import attention, untrusted
-from lorax.models import hf_config, rope, table
+from lorax import untrusted
+from lorax.models import decoder_config, hf_config, rope, table
 
 ARCHITECTURES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-KINDS = {"full_attention": False, "sliding_attention": True}
-"""Names of layers on disk; True: through a window."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(decoder_config.Decoder):
     """Sizes and switches.
 
     Attributes:
@@ -78,27 +76,9 @@ class Config:
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"{self.heads} heads of queries cannot share {self.kv_heads} of keys"
-            )
-        if len(self.windows) != self.layers:
-            raise ValueError(
-                f"{len(self.windows)} windows for {self.layers} layers; give one each"
-            )
-        if self.attention not in attention.IMPLEMENTATIONS:
-            known = ", ".join(attention.IMPLEMENTATIONS)
-            raise ValueError(f"attention={self.attention!r}; choose one of {known}")
-
-    @property
-    def striped(self) -> bool:
-        """Devices along a mesh axis "context" share rows, see `attention.stripe`."""
-        return self.attention in attention.STRIPED
-
-    @property
-    def stacks(self) -> dict[str, int]:
-        """Layers of every stack."""
-        return {"layers": self.layers}
+        super().__post_init__()
+        if not self.windows:
+            raise ValueError(f"give each of the {self.layers} layers a window, or 0")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
@@ -155,7 +135,6 @@ class Config:
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the fields of a config.json that transformers 4 and 5 read."""
-        known = {local: name for name, local in KINDS.items()}
         return {
             "architectures": [ARCHITECTURES[self.model_type]],
             "model_type": self.model_type,
@@ -175,7 +154,7 @@ class Config:
             "attention_bias": self.qkv_bias,
             "tie_word_embeddings": self.tied,
             "sliding_window": max(self.windows) or None,
-            "layer_types": [known[bool(window)] for window in self.windows],
+            "layer_types": hf_config.layer_types(self.windows),
             **_ropes_to_hf(self),
         }
 
@@ -191,16 +170,10 @@ def _windows(fields: hf_config.Fields, depth: int, every: int) -> tuple[int, ...
     size = fields.integer("sliding_window", 4096)
     every = fields.integer("sliding_window_pattern", every)
     every = fields.integer("_sliding_window_pattern", every)
-    kinds = fields.take("layer_types", untrusted.listed(untrusted.TEXT), None)
-    if kinds is None:
-        return tuple(size if (layer + 1) % every else 0 for layer in range(depth))
-    unknown = sorted(set(kinds) - set(KINDS))
-    if unknown or len(kinds) != depth:
-        raise ValueError(
-            f"config.json: layer_types has {len(kinds)} entries for "
-            f"num_hidden_layers={depth} and the unknown kinds {unknown}"
-        )
-    return tuple(size if KINDS[kind] else 0 for kind in kinds)
+    slides = fields.windowed(depth)
+    if slides is None:
+        slides = [bool((layer + 1) % every) for layer in range(depth)]
+    return tuple(size if own else 0 for own in slides)
 
 
 def _ropes(
@@ -216,10 +189,10 @@ def _ropes(
     }
     scaling = fields.take("rope_scaling", untrusted.TABLE, {})
     given = fields.take("rope_parameters", untrusted.TABLE, {})
-    if unknown := sorted(set(given) - set(KINDS)):
+    if unknown := sorted(set(given) - set(hf_config.WINDOWED)):
         raise ValueError(
             f"config.json: rope_parameters has {unknown}; gemma3 has one table for "
-            f"each of {', '.join(KINDS)}"
+            f"each of {', '.join(hf_config.WINDOWED)}"
         )
 
     def of(kind: str, name: str, usual: float, scaling: Any) -> rope.Rope:

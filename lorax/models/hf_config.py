@@ -7,7 +7,7 @@ of an impossible type or out of its range.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -47,8 +47,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swish": nn.silu,
 }
 
+WINDOWED = {"full_attention": False, "sliding_attention": True}
+"""Kinds of layers on disk; True: through a window."""
+
 MOST_LAYERS = 10_000
 """Every layer has tensors with names of their own, of which a table is made."""
+
+
+def layer_types(windows: Sequence[int]) -> list[str]:
+    """Returns the kinds of layers with these windows; 0: none."""
+    names = {local: name for name, local in WINDOWED.items()}
+    return [names[bool(window)] for window in windows]
 
 
 def require_divisor(**sizes: int) -> None:
@@ -104,6 +113,19 @@ class Fields:
                 f"{', '.join(sorted(ACTIVATIONS))}"
             )
         return value
+
+    def windowed(self, depth: int) -> list[bool] | None:
+        """As `take`, which of the layers have a window; None where no field says it."""
+        kinds = self.take("layer_types", untrusted.listed(untrusted.TEXT), None)
+        if kinds is None:
+            return None
+        unknown = sorted(set(kinds) - set(WINDOWED))
+        if unknown or len(kinds) != depth:
+            raise ValueError(
+                f"config.json: layer_types has {len(kinds)} entries for "
+                f"num_hidden_layers={depth} and the unknown kinds {unknown}"
+            )
+        return [WINDOWED[kind] for kind in kinds]
 
     def divides(self, **sizes: int) -> None:
         """Raises unless the first of two named fields divides the second."""

@@ -8,8 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lorax import attention, untrusted
-from lorax.models import hf_config, rope, table
+from lorax.models import decoder_config, hf_config, rope, table
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -20,7 +19,7 @@ ARCHITECTURES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(decoder_config.Decoder):
     """Sizes and switches.
 
     Attributes:
@@ -74,29 +73,6 @@ class Config:
     remat: str = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-
-    def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"{self.heads} heads of queries cannot share {self.kv_heads} of keys"
-            )
-        if self.windows and len(self.windows) != self.layers:
-            raise ValueError(
-                f"{len(self.windows)} windows for {self.layers} layers; give one each"
-            )
-        if self.attention not in attention.IMPLEMENTATIONS:
-            known = ", ".join(attention.IMPLEMENTATIONS)
-            raise ValueError(f"attention={self.attention!r}; choose one of {known}")
-
-    @property
-    def striped(self) -> bool:
-        """Devices along a mesh axis "context" share rows, see `attention.stripe`."""
-        return self.attention in attention.STRIPED
-
-    @property
-    def stacks(self) -> dict[str, int]:
-        """Layers of every stack."""
-        return {"layers": self.layers}
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
@@ -179,21 +155,12 @@ def _head_dim(fields: hf_config.Fields, heads: int, width: int) -> int:
 
 def _windows(fields: hf_config.Fields, kind: str, depth: int) -> tuple[int, ...]:
     """The window of every layer, as each model_type spells it."""
-    known = {"full_attention": False, "sliding_attention": True}
     size = fields.integer("sliding_window", None, 0)
     switched = fields.flag("use_sliding_window", kind == "mistral")
     first = fields.integer("max_window_layers", 0 if kind == "mistral" else 28, 0)
-    kinds = fields.take("layer_types", untrusted.listed(untrusted.TEXT), None)
-    if kinds is None:
+    slides = fields.windowed(depth)
+    if slides is None:
         slides = [switched and layer >= first for layer in range(depth)]
-    else:
-        unknown = sorted(set(kinds) - set(known))
-        if unknown or len(kinds) != depth:
-            raise ValueError(
-                f"config.json: layer_types has {len(kinds)} entries for "
-                f"num_hidden_layers={depth} and the unknown kinds {unknown}"
-            )
-        slides = [known[k] for k in kinds]
     if kind == "llama" or not size or not any(slides):
         return ()
     return tuple(size if own else 0 for own in slides)
@@ -205,13 +172,13 @@ def _windows_to_hf(config: Config) -> dict[str, Any]:
         return {"sliding_window": size}
     if config.model_type == "llama":
         return {}
-    kinds = ["sliding_attention" if w else "full_attention" for w in config.windows]
-    first = kinds.index("sliding_attention") if size else config.layers
+    windows = config.windows or (0,) * config.layers
+    first = windows.index(size) if size else config.layers
     return {
         "sliding_window": size,
         "use_sliding_window": size is not None,
         "max_window_layers": first,
-        "layer_types": kinds or ["full_attention"] * config.layers,
+        "layer_types": hf_config.layer_types(windows),
     }
 
 
