@@ -28,16 +28,16 @@ run() { # seconds part [flags]
   local limit=$1 part=$2
   shift 2
   timeout -k 5 "$limit" "$PYTHON" -m experiments.benchmarks.gpu.parts \
-    --part="$part" --sizes="$sizes" --files="$files" --out="$out" "$@" 2>"$files/$part.err" \
+    --gpu_part="$part" --gpu_sizes="$sizes" --gpu_files="$files" --gpu_out="$out" "$@" 2>"$files/$part.err" \
     || { echo "$part ended with $?"; tail -n 15 "$files/$part.err"; }
 }
 
 one() {
   echo "== $1 (at $SECONDS s)"
   case $1 in
-    lorax) run 260 lorax --only="$rows" ;;
-    torch) run 330 torch --only="$rows" ;;
-    decode) run 70 decode --only="$rows" ;;
+    lorax) run 260 lorax --gpu_only="$rows" ;;
+    torch) run 330 torch --gpu_only="$rows" ;;
+    decode) run 70 decode --gpu_only="$rows" ;;
     tests) # several processes share the GPU; float32 is to mean float32
       JAX_DEFAULT_MATMUL_PRECISION=highest timeout "${TESTS_LIMIT:-110}" "$PYTHON" \
         -m pytest -v -n "${WORKERS:-12}" -W default -p no:cacheprovider \

@@ -1,6 +1,7 @@
 """One part of the GPU's benchmark; `experiments/benchmarks/gpu.sh` runs them all.
 
-    python -m experiments.benchmarks.gpu.parts --part=lorax --files=gpu --out=gpu.json
+    python -m experiments.benchmarks.gpu.parts \
+        --gpu_part=lorax --gpu_files=gpu --gpu_out=gpu.json
 
 Every part adds its rows to the JSON as they end, so that one that fails or runs out of
 time costs its own row alone. "files" comes first: it writes the checkpoint and the
@@ -22,12 +23,14 @@ from experiments.benchmarks.gpu import ours, sizes, theirs
 from experiments.machine import tables
 
 _PART = flags.DEFINE_enum(
-    "part", "lorax", ["files", "lorax", "torch", "decode", "tests"], "What to run."
+    "gpu_part", "lorax", ["files", "lorax", "torch", "decode", "tests"], "What to run."
 )
-_SIZES = flags.DEFINE_enum("sizes", "1b", sorted(sizes.SIZES), "How large.")
-_FILES = flags.DEFINE_string("files", None, "Folder of the checkpoint and adapters.")
-_OUT = flags.DEFINE_string("out", None, "The JSON, to which the part adds its own.")
-_ROWS = flags.DEFINE_list("only", [], "Names of rows; empty: all.")
+_SIZES = flags.DEFINE_enum("gpu_sizes", "1b", sorted(sizes.SIZES), "How large.")
+_FILES = flags.DEFINE_string(
+    "gpu_files", None, "Folder of the checkpoint and adapters."
+)
+_OUT = flags.DEFINE_string("gpu_out", None, "The JSON, to which the part adds its own.")
+_ROWS = flags.DEFINE_list("gpu_only", [], "Names of rows; empty: all.")
 
 PACKAGES = ("jax", "flax", "optax", "torch", "peft", "transformers")
 WORDS = ("PASSED", "SKIPPED", "FAILED", "ERROR")
@@ -172,5 +175,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["files", "out"])
+    flags.mark_flags_as_required(["gpu_files", "gpu_out"])
     app.run(main)
