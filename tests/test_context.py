@@ -35,6 +35,7 @@ def in_float64(meshes):
     return rows
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "mesh",
     [

@@ -36,6 +36,7 @@ def test_steps_beside_peft(tmp_path):
     assert "\n| lorax, adalora |" in text and "\n| PEFT, adalora |" in text
 
 
+@pytest.mark.slow
 def test_the_script(tmp_path):
     out = tmp_path / "gpu.json"
     env = {**os.environ, "PYTHON": sys.executable, "SIZES": "toy", "PARTS": "decode"}
