@@ -12,7 +12,7 @@ the compiler says.
 
 import ml_collections
 
-from configs import common
+from configs import common, llama3_8b_lora
 
 PUBLISHED = {
     "architectures": ["Gemma3ForCausalLM"],
@@ -40,49 +40,26 @@ PUBLISHED = {
 }
 """The fields of `text_config` in google/gemma-3-27b-pt's config.json."""
 
-TINY = {
-    "head_dim": 16,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 8,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 8,
-    "sliding_window": 16,
-    "vocab_size": 256,
-}
+TINY = {"head_dim": 16, "num_key_value_heads": 8, "sliding_window": 16}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config; `arg` may be `runlocal`."""
     args = common.parse_arg(arg, runlocal=False)
-    config = common.checkpoint_run()
+    config = llama3_8b_lora.get_config().unlock()
 
     config.run.name = "gemma3_27b_lora"
 
     config.model.source = "google/gemma-3-27b-pt"
     config.model.published = ml_collections.ConfigDict(PUBLISHED)
-    config.model.dtype = "bfloat16"
-    config.model.remat = "full"
     config.model.attention = "flash"
 
-    config.adapter.rank = 16
-    config.adapter.alpha = 32.0
-
-    config.optimizer.learning_rate.lora = 2e-4
-
-    config.data.task = "instructions"
-    config.data.train = "gsm8k/train.jsonl.gz"  # below the folder of data sets
-    config.data.valid = "gsm8k/test.jsonl.gz"
-    config.data.template = "Question: {prompt}\nAnswer: "
     config.data.lengths = (2048,)
-    config.data.batch_size = 8
+    config.data.batch_size = config.eval.batch_size = 8
 
     config.sharding.topology = "v5p:2x2x1"
-    config.sharding.fsdp = -1  # all chips share each leaf
 
     if args["runlocal"]:
+        llama3_8b_lora.shrink(config)
         config.model.published.update(TINY)
-        config.adapter.rank = 4
-        config.data.lengths = (32,)
-        config.sharding.topology = "cpu:8"
     return config.lock()

@@ -68,7 +68,7 @@ def candidates(
 ) -> list[Candidate]:
     """Returns the settings that the shapes allow, the least time a token first.
 
-    There are no more copies of the model than the config has.
+    None of them holds more copies of the model than the config does.
     """
     devices, found = topologies.devices(topology), []
     (method,) = config.run.methods

@@ -69,7 +69,7 @@ class Plan(NamedTuple):
         attention, in which every token reads every other.
       model_flops: without recomputation.
       facts: what the program's text says; None: it was not written out.
-      times: of a step; None where there is no chip, or no text.
+      times: of a step; None on a CPU, or where the text could not be read.
       seconds: of tracing and compiling.
       tokens: of a batch.
     """

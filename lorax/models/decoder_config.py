@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from lorax import attention as attentions
+from lorax.models import table
+
+ALIASES: tuple[tuple[str, str], ...] = ()
+"""Older names on disk, as `(regex of a prefix, replacement)`."""
+
+IGNORED = (r".*\.rotary_emb\.inv_freq",)
+"""Buffers of older checkpoints, which hold nothing learnt."""
 
 
 class Decoder:
@@ -46,3 +56,40 @@ class Decoder:
     def stacks(self) -> dict[str, int]:
         """Layers of every stack."""
         return {"layers": self.layers}
+
+
+def entries(
+    config: Any, norms: Mapping[str, str], *, o_bias: bool, mlp_bias: bool
+) -> tuple[table.Entry, ...]:
+    """Returns the table of parameters of a decoder with a gated MLP.
+
+    Args:
+      config: of the family.
+      norms: of a layer, by their names on disk.
+      o_bias: o has a bias.
+      mlp_bias: gate, up and down have one.
+    """
+    heads, kv = ("heads", "head_dim"), ("kv_heads", "head_dim")
+    width, hidden, linear = ("embed",), ("mlp",), table.linear
+    qkv, mlp = {"bias": config.qkv_bias}, {"bias": mlp_bias}
+    block = [
+        *linear("self_attn.q_proj", "q", width, heads, **qkv),
+        *linear("self_attn.k_proj", "k", width, kv, **qkv),
+        *linear("self_attn.v_proj", "v", width, kv, **qkv),
+        *linear("self_attn.o_proj", "o", heads, width, bias=o_bias),
+        *linear("mlp.gate_proj", "gate", width, hidden, **mlp),
+        *linear("mlp.up_proj", "up", width, hidden, **mlp),
+        *linear("mlp.down_proj", "down", hidden, width, **mlp),
+    ]
+    if config.qk_norm:
+        norms = {**norms, "self_attn.q_norm": "norm_q", "self_attn.k_norm": "norm_k"}
+    for key, name in norms.items():
+        block += table.rms_norm(key, name)
+    whole = [
+        table.embedding("model.embed_tokens", "embed"),
+        *table.inside("model.layers.{}", "layers{}", block),
+        *table.rms_norm("model.norm", "norm_out"),
+    ]
+    if not config.tied:
+        whole += linear("lm_head", "head", width, ("vocab",))
+    return tuple(whole)

@@ -22,12 +22,20 @@ import jax
 import jax.numpy as jnp
 
 from lorax import attention, losses
-from lorax.models import context, gemma_config, hf_config, layers, remat, rope
+from lorax.models import (
+    context,
+    decoder_config,
+    gemma_config,
+    hf_config,
+    layers,
+    remat,
+    rope,
+)
 
 Config = gemma_config.Config
 entries = gemma_config.entries
-ALIASES = gemma_config.ALIASES
-IGNORED = gemma_config.IGNORED
+ALIASES = decoder_config.ALIASES
+IGNORED = decoder_config.IGNORED
 
 NAMES = ("input", "q", "k", "v", "attention", "o", "gate", "up", "down")
 """Of a layer's tensors, for `remat`."""

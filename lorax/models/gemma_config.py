@@ -235,39 +235,15 @@ def _ropes_to_hf(config: Config) -> dict[str, Any]:
     return {**whole, **base, "rope_parameters": tables}
 
 
-ALIASES: tuple[tuple[str, str], ...] = ()
-"""Older names on disk, as `(regex of a prefix, replacement)`."""
-
-IGNORED = (r".*\.rotary_emb\.inv_freq",)
-"""Buffers of older checkpoints, which hold nothing learnt."""
+NORMS = {
+    "input_layernorm": "norm_attn",
+    "post_attention_layernorm": "norm_attn_out",
+    "pre_feedforward_layernorm": "norm_mlp",
+    "post_feedforward_layernorm": "norm_mlp_out",
+}
+"""Of a layer, by their names on disk."""
 
 
 def entries(config: Config) -> tuple[table.Entry, ...]:
     """Returns the table of parameters."""
-    heads, kv = ("heads", "head_dim"), ("kv_heads", "head_dim")
-    width, hidden, linear = ("embed",), ("mlp",), table.linear
-    biased = {"bias": config.qkv_bias}
-    block = [
-        *table.rms_norm("input_layernorm", "norm_attn"),
-        *linear("self_attn.q_proj", "q", width, heads, **biased),
-        *linear("self_attn.k_proj", "k", width, kv, **biased),
-        *linear("self_attn.v_proj", "v", width, kv, **biased),
-        *linear("self_attn.o_proj", "o", heads, width, **biased),
-        *table.rms_norm("post_attention_layernorm", "norm_attn_out"),
-        *table.rms_norm("pre_feedforward_layernorm", "norm_mlp"),
-        *linear("mlp.gate_proj", "gate", width, hidden),
-        *linear("mlp.up_proj", "up", width, hidden),
-        *linear("mlp.down_proj", "down", hidden, width),
-        *table.rms_norm("post_feedforward_layernorm", "norm_mlp_out"),
-    ]
-    if config.qk_norm:
-        block += table.rms_norm("self_attn.q_norm", "norm_q")
-        block += table.rms_norm("self_attn.k_norm", "norm_k")
-    whole = [
-        table.embedding("model.embed_tokens", "embed"),
-        *table.inside("model.layers.{}", "layers{}", block),
-        *table.rms_norm("model.norm", "norm_out"),
-    ]
-    if not config.tied:
-        whole += linear("lm_head", "head", width, ("vocab",))
-    return tuple(whole)
+    return decoder_config.entries(config, NORMS, o_bias=config.qkv_bias, mlp_bias=False)

@@ -21,12 +21,20 @@ import flax.linen as nn
 import jax
 
 from lorax import attention, losses
-from lorax.models import context, hf_config, layers, llama_config, remat, rope
+from lorax.models import (
+    context,
+    decoder_config,
+    hf_config,
+    layers,
+    llama_config,
+    remat,
+    rope,
+)
 
 Config = llama_config.Config
 entries = llama_config.entries
-ALIASES = llama_config.ALIASES
-IGNORED = llama_config.IGNORED
+ALIASES = decoder_config.ALIASES
+IGNORED = decoder_config.IGNORED
 
 NAMES = ("input", "q", "k", "v", "attention", "o", "gate", "up", "down")
 """Of a layer's tensors, for `remat`."""

@@ -91,7 +91,7 @@ class Config(decoder_config.Decoder):
         positions = fields.integer("max_position_embeddings", 4096)
         biased = fields.flag("attention_bias", False)
         if kind == "mistral" and biased:
-            raise ValueError("config.json: attention_bias=True is no switch of mistral")
+            raise ValueError("config.json: attention_bias=True: mistral has no biases")
         own = cls(
             vocabulary=fields.integer("vocab_size", 32_000),
             positions=positions,
@@ -182,37 +182,15 @@ def _windows_to_hf(config: Config) -> dict[str, Any]:
     }
 
 
-ALIASES: tuple[tuple[str, str], ...] = ()
-"""Older names on disk, as `(regex of a prefix, replacement)`."""
-
-IGNORED = (r".*\.rotary_emb\.inv_freq",)
-"""Buffers of older checkpoints, which hold nothing learnt."""
+NORMS = {
+    "input_layernorm": "norm_attn",
+    "post_attention_layernorm": "norm_mlp",
+}
+"""Of a layer, by their names on disk."""
 
 
 def entries(config: Config) -> tuple[table.Entry, ...]:
     """Returns the table of parameters."""
-    heads, kv = ("heads", "head_dim"), ("kv_heads", "head_dim")
-    width, hidden, linear = ("embed",), ("mlp",), table.linear
-    qkv, mlp = {"bias": config.qkv_bias}, {"bias": config.mlp_bias}
-    block = [
-        *table.rms_norm("input_layernorm", "norm_attn"),
-        *linear("self_attn.q_proj", "q", width, heads, **qkv),
-        *linear("self_attn.k_proj", "k", width, kv, **qkv),
-        *linear("self_attn.v_proj", "v", width, kv, **qkv),
-        *linear("self_attn.o_proj", "o", heads, width, bias=config.o_bias),
-        *table.rms_norm("post_attention_layernorm", "norm_mlp"),
-        *linear("mlp.gate_proj", "gate", width, hidden, **mlp),
-        *linear("mlp.up_proj", "up", width, hidden, **mlp),
-        *linear("mlp.down_proj", "down", hidden, width, **mlp),
-    ]
-    if config.qk_norm:
-        block += table.rms_norm("self_attn.q_norm", "norm_q")
-        block += table.rms_norm("self_attn.k_norm", "norm_k")
-    whole = [
-        table.embedding("model.embed_tokens", "embed"),
-        *table.inside("model.layers.{}", "layers{}", block),
-        *table.rms_norm("model.norm", "norm_out"),
-    ]
-    if not config.tied:
-        whole += linear("lm_head", "head", width, ("vocab",))
-    return tuple(whole)
+    return decoder_config.entries(
+        config, NORMS, o_bias=config.o_bias, mlp_bias=config.mlp_bias
+    )

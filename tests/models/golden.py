@@ -6,6 +6,7 @@ these they have a standard deviation of at least 1 and every mistake shows.
 
 import contextlib
 
+import jax
 import numpy as np
 
 # Test modules skip without them. Were a helper to skip as it is imported, the collector
@@ -39,6 +40,23 @@ def reference(model, tokens, real=None, positions=None):
         told["position_ids"] = torch.tensor(positions)
     with torch.no_grad():
         return model(**told).logits.numpy()
+
+
+def cached(model, params, tokens, real):
+    """The logits through a cache: of all but eight tokens at once, then of each."""
+
+    @jax.jit
+    def read(params, part, real, cache):
+        return model.apply({"params": params}, part, real=real, cache=cache)
+
+    batch, time = tokens.shape
+    cache, found, begin = model.cache(batch, time + 8), [], 0
+    for end in range(time - 8, time + 1):
+        part = tokens[:, begin:end], real[:, begin:end]
+        logits, cache = read(params, *part, cache)
+        found.append(logits)
+        begin = end
+    return np.concatenate(found, axis=1)
 
 
 def assert_close(logits, expected, where=slice(None)):

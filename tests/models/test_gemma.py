@@ -127,18 +127,7 @@ def test_left_padding_and_cache(case, name, scan):
         expected[row, 40 - length :] = golden.reference(reference, own)[0]
     model, params = hf.load(directory, scan=scan)
     golden.assert_close(apply(model, params, tokens, real=real), expected, real)
-
-    @jax.jit
-    def read(params, part, real, cache):
-        return model.apply({"params": params}, part, real=real, cache=cache)
-
-    cache, found = model.cache(2, 48), []
-    logits, cache = read(params, tokens[:, :32], real[:, :32], cache)
-    found.append(logits)
-    for i in range(32, 40):
-        logits, cache = read(params, tokens[:, i : i + 1], real[:, i : i + 1], cache)
-        found.append(logits)
-    golden.assert_close(np.concatenate(found, axis=1), expected, real)
+    golden.assert_close(golden.cached(model, params, tokens, real), expected, real)
 
 
 def test_packed_documents_and_attention_in_chunks(case):
