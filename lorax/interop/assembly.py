@@ -52,7 +52,7 @@ def _full(saved: Mapping[str, np.ndarray], base: Base) -> Adapters:
     for key, tensor in saved.items():
         path, layer, entry = base.where[key]
         shape = base.shapes[path].shape[layer is not None :]
-        leaf = table.from_disk(tensor, shape, entry.transposed).astype(np.float32)
+        leaf = table.from_disk(tensor, shape, entry).astype(np.float32)
         groups.setdefault(path, {})[layer] = leaf
     found: Adapters = {}
     for path, parts in groups.items():

@@ -263,9 +263,7 @@ def to_disk(config: Any, params: PyTree) -> dict[str, np.ndarray]:
     tensors = {}
     for key, (path, layer, entry) in found.items():
         leaf = flat[path] if layer is None else flat[path][layer]
-        shape = table.disk_shape(leaf.shape, entry.inputs, entry.transposed)
-        whole = table.to_disk(np.asarray(leaf), shape, entry.transposed)
-        tensors[key] = np.ascontiguousarray(whole)
+        tensors[key] = np.ascontiguousarray(table.to_disk(np.asarray(leaf), entry))
     return tensors
 
 
@@ -331,7 +329,7 @@ def _placed(
             continue
         shape = flat[path].shape[layer is not None :]
         turned = entry.transposed or bitsandbytes.is_coded(known[key])
-        need = table.disk_shape(shape, entry.inputs, turned)
+        need = table.disk_shape(shape, entry._replace(transposed=turned))
         if known[key].shape != need:
             raise ValueError(
                 f"{known[key].path.name}: {key!r} has shape {list(known[key].shape)}, "

@@ -79,7 +79,7 @@ def _slice(
 ) -> np.ndarray:
     """Reads the part `index` of one layer's leaf of `shape`, and no more bytes."""
     if len(tensor.shape) != 2 or not entry.inputs:
-        whole = table.from_disk(tensor.read(), shape, entry.transposed)
+        whole = table.from_disk(tensor.read(), shape, entry)
         return whole[tuple(index)]
     spans = [
         _span(shape[part], index[part])

@@ -82,14 +82,13 @@ class Base:
         """The shape on disk of a parameter."""
         path, layer, entry = self.where[key]
         leaf = self.shapes[path].shape[layer is not None :]
-        return table.disk_shape(leaf, entry.inputs, entry.transposed)
+        return table.disk_shape(leaf, entry)
 
     def tensor(self, key: str, leaves: Mapping[str, Any]) -> np.ndarray:
         """Returns a parameter as it lies on disk, out of leaves by path."""
         path, layer, entry = self.where[key]
         leaf = leaves[path] if layer is None else leaves[path][layer]
-        whole = table.to_disk(np.asarray(leaf), self.shape(key), entry.transposed)
-        return np.ascontiguousarray(whole)
+        return np.ascontiguousarray(table.to_disk(np.asarray(leaf), entry))
 
 
 def _tied_head(

@@ -60,6 +60,14 @@ def layer_types(windows: Sequence[int]) -> list[str]:
     return [names[bool(window)] for window in windows]
 
 
+def label_names(labels: int) -> dict[str, Any]:
+    """Returns the fields of a config.json that name so many classes."""
+    return {
+        "id2label": {str(i): f"LABEL_{i}" for i in range(labels)},
+        "label2id": {f"LABEL_{i}": i for i in range(labels)},
+    }
+
+
 def require_divisor(**sizes: int) -> None:
     """Raises ValueError unless the first of two named sizes divides the second."""
     (part, count), (whole, size) = sizes.items()
@@ -113,6 +121,18 @@ class Fields:
                 f"{', '.join(sorted(ACTIVATIONS))}"
             )
         return value
+
+    def labels(self) -> int:
+        """As `take`, the number of classes, which has three names."""
+        told = {n: self.integer(n, None) for n in ("num_labels", "_num_labels")}
+        names = self.take("id2label", untrusted.mapping(untrusted.ANY, 1), None)
+        told["id2label"] = None if names is None else len(names)
+        told = {name: count for name, count in told.items() if count is not None}
+        if len(set(told.values())) > 1:
+            raise ValueError(
+                f"config.json: the number of labels is given twice: {told}; keep one"
+            )
+        return next(iter(told.values()), 2)
 
     def windowed(self, depth: int) -> list[bool] | None:
         """As `take`, which of the layers have a window; None where no field says it."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
 
 import flax.linen as nn
 import jax
@@ -130,7 +130,7 @@ class Config:
             activation=fields.activation("hidden_act", "gelu"),
             eps=fields.epsilon("layer_norm_eps", 1e-12),
             head=_head(fields, switches),
-            labels=switches.pop("labels", None) or _labels(fields),
+            labels=switches.pop("labels", None) or fields.labels(),
             **switches,
         )
         pooler = "fc_size num_attention_heads num_fc_layers size_per_head type"
@@ -154,8 +154,7 @@ class Config:
             "intermediate_size": self.hidden,
             "hidden_act": self.activation,
             "layer_norm_eps": self.eps,
-            "id2label": {str(i): f"LABEL_{i}" for i in range(self.labels)},
-            "label2id": {f"LABEL_{i}": i for i in range(self.labels)},
+            **hf_config.label_names(self.labels),
         }
 
 
@@ -175,19 +174,6 @@ def _head(fields: hf_config.Fields, switches: dict[str, Any]) -> Head:
     return "classification"
 
 
-def _labels(fields: hf_config.Fields) -> int:
-    """The number of classes, which has three names."""
-    told = {name: fields.integer(name, None) for name in ("num_labels", "_num_labels")}
-    names = fields.take("id2label", untrusted.mapping(untrusted.ANY, 1), None)
-    told["id2label"] = None if names is None else len(names)
-    told = {name: count for name, count in told.items() if count is not None}
-    if len(set(told.values())) > 1:
-        raise ValueError(
-            f"config.json: the number of labels is given twice: {told}; keep one"
-        )
-    return next(iter(told.values()), 2)
-
-
 NAMES = ("input", "q", "k", "v", "attention", "o", "up", "down")
 """Of a layer's tensors, for `remat`."""
 
@@ -203,16 +189,23 @@ class Block(nn.Module):
         """Maps the residual stream to the next."""
         config = self.config
         linear = functools.partial(layers.projection, config=config, use_bias=True)
-        size = config.heads, config.width // config.heads
         x = remat.named(x, "input")
-        q, k, v = (linear(size, name)(x) for name in ("q", "k", "v"))
-        mixed = attention.attend(q, k, v, mask=shared["mask"])
-        mixed = remat.named(mixed, "attention")
+        mixed = remat.named(self._attend(x, shared), "attention")
         mixed = linear(config.width, "o", axis=(-2, -1))(mixed)
         x = layers.layer_norm("norm_attn", config)(x + self._drop(mixed))
         h = hf_config.ACTIVATIONS[config.activation](linear(config.hidden, "up")(x))
         h = linear(config.width, "down")(h)
         return layers.layer_norm("norm_mlp", config)(x + self._drop(h)), None
+
+    def _attend(self, x: jax.Array, shared: Any) -> jax.Array:
+        """What the heads return, `[batch, time, heads, head_dim]`."""
+        q, k, v = (self._heads(name)(x) for name in ("q", "k", "v"))
+        return attention.attend(q, k, v, mask=shared["mask"])
+
+    def _heads(self, name: str) -> nn.Module:
+        config = self.config
+        size = config.heads, config.width // config.heads
+        return layers.projection(size, name, config, use_bias=True)
 
     def _drop(self, x: jax.Array) -> jax.Array:
         return nn.Dropout(self.config.dropout, deterministic=self.deterministic)(x)
@@ -263,14 +256,7 @@ class Model(nn.Module):
         )
         if config.head == "mlm":
             return self._predictions(x, embed)
-        if real is None:
-            first = x[:, 0]
-        else:
-            at = jnp.argmax(real, axis=1)
-            first = jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
-        h = jnp.tanh(self._linear(config.width, "classifier_dense")(drop(first)))
-        logits = self._linear(config.labels, "classifier_out")(drop(h))
-        return logits.astype(jnp.float32)
+        return classify(x, real, config, drop, jnp.tanh)
 
     def _places(
         self, tokens: jax.Array, positions: jax.Array | None, real: jax.Array | None
@@ -303,6 +289,32 @@ class Model(nn.Module):
         return layers.projection(features, name, self.config, use_bias=True)
 
 
+class Classified(layers.Sizes, Protocol):
+    """What `classify` reads of a family's Config."""
+
+    @property
+    def labels(self) -> int:
+        """Classes."""
+
+
+def classify(
+    x: jax.Array,
+    real: jax.Array | None,
+    config: Classified,
+    drop: nn.Module,
+    activation: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Logits `[batch, labels]` by the first real token, inside a compact method."""
+    linear = functools.partial(layers.projection, config=config, use_bias=True)
+    if real is None:
+        first = x[:, 0]
+    else:
+        at = jnp.argmax(real, axis=1)
+        first = jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
+    h = activation(linear(config.width, "classifier_dense")(drop(first)))
+    return linear(config.labels, "classifier_out")(drop(h)).astype(jnp.float32)
+
+
 OLDER_NORMS = ((r"(.*)\.gamma$", r"\1.weight"), (r"(.*)\.beta$", r"\1.bias"))
 ALIASES = ((r"(embeddings|encoder|pooler)\.", r"roberta.\1."), *OLDER_NORMS)
 """Older names on disk, as `(regex of a prefix, replacement)`."""
@@ -322,18 +334,6 @@ nothing reads, and the head that was not chosen."""
 
 def entries(config: Config) -> tuple[table.Entry, ...]:
     """Returns the table of parameters."""
-    heads, width, hidden = ("heads", "head_dim"), ("embed",), ("mlp",)
-    linear = functools.partial(table.linear, bias=True)
-    block = [
-        *linear("attention.self.query", "q", width, heads),
-        *linear("attention.self.key", "k", width, heads),
-        *linear("attention.self.value", "v", width, heads),
-        *linear("attention.output.dense", "o", heads, width),
-        *table.layer_norm("attention.output.LayerNorm", "norm_attn"),
-        *linear("intermediate.dense", "up", width, hidden),
-        *linear("output.dense", "down", hidden, width),
-        *table.layer_norm("output.LayerNorm", "norm_mlp"),
-    ]
     root = config.family
     at = f"{root}.embeddings"
     return (
@@ -341,9 +341,27 @@ def entries(config: Config) -> tuple[table.Entry, ...]:
         table.embedding(f"{at}.position_embeddings", "embed_positions", rows=None),
         table.embedding(f"{at}.token_type_embeddings", "embed_types", rows=None),
         *table.layer_norm(f"{at}.LayerNorm", "norm_embed"),
-        *table.inside(f"{root}.encoder.layer.{{}}", "layers{}", block),
+        *table.inside(f"{root}.encoder.layer.{{}}", "layers{}", block_entries()),
         *_head_entries(config),
     )
+
+
+def block_entries(
+    query: str = "query", key: str = "key", value: str = "value"
+) -> list[table.Entry]:
+    """Returns the table of one layer, whose projections have these names on disk."""
+    heads, width, hidden = ("heads", "head_dim"), ("embed",), ("mlp",)
+    linear = functools.partial(table.linear, bias=True)
+    return [
+        *linear(f"attention.self.{query}", "q", width, heads),
+        *linear(f"attention.self.{key}", "k", width, heads),
+        *linear(f"attention.self.{value}", "v", width, heads),
+        *linear("attention.output.dense", "o", heads, width),
+        *table.layer_norm("attention.output.LayerNorm", "norm_attn"),
+        *linear("intermediate.dense", "up", width, hidden),
+        *linear("output.dense", "down", hidden, width),
+        *table.layer_norm("output.LayerNorm", "norm_mlp"),
+    ]
 
 
 def _head_entries(config: Config) -> tuple[table.Entry, ...]:

@@ -5,7 +5,8 @@ disk, the path here, whether the matrix lies transposed, and the logical axes th
 sharding rules speak of. `locate` spells the table out for a number of layers.
 
 A torch `nn.Linear` keeps `[out, in]`, Flax `[*in, *out]`: the tensor is transposed and
-reshaped to the leaf. GPT-2's `Conv1D` keeps `[in, out]` and is only reshaped.
+reshaped to the leaf. GPT-2's `Conv1D` keeps `[in, out]` and is only reshaped. The
+`[out, in, height, width]` of a convolution are the leaf's axes in another order.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class Entry(NamedTuple):
       axes: logical axis of every dimension of one layer's leaf; None: never sharded.
       transposed: the tensor on disk is `[out, in]`.
       inputs: number of leading axes that are inputs; 0: a vector on disk.
+      order: the leaf's axes in their order on disk; None: there they are two, inputs
+        and outputs, or one.
     """
 
     key: str
@@ -33,6 +36,7 @@ class Entry(NamedTuple):
     axes: tuple[str | None, ...]
     transposed: bool = False
     inputs: int = 1
+    order: tuple[int, ...] | None = None
 
 
 class Location(NamedTuple):
@@ -87,7 +91,7 @@ def logical_axes(
     return found
 
 
-def from_disk(tensor: np.ndarray, shape: Sequence[int], transposed: bool) -> np.ndarray:
+def from_disk(tensor: np.ndarray, shape: Sequence[int], entry: Entry) -> np.ndarray:
     """Returns the tensor as one layer's leaf of `shape`; no copy where none is needed.
 
     Raises:
@@ -95,22 +99,29 @@ def from_disk(tensor: np.ndarray, shape: Sequence[int], transposed: bool) -> np.
     """
     if tensor.size != math.prod(shape):
         raise ValueError(f"shape {list(tensor.shape)} cannot be {list(shape)}")
-    return (tensor.T if transposed else tensor).reshape(shape)
+    if entry.order is not None:
+        return tensor.transpose(np.argsort(entry.order))
+    return (tensor.T if entry.transposed else tensor).reshape(shape)
 
 
-def to_disk(leaf: np.ndarray, shape: Sequence[int], transposed: bool) -> np.ndarray:
-    """Returns one layer's leaf as the tensor of `shape` on disk."""
-    if not transposed:
+def to_disk(leaf: np.ndarray, entry: Entry) -> np.ndarray:
+    """Returns one layer's leaf as the tensor on disk."""
+    if entry.order is not None:
+        return leaf.transpose(entry.order)
+    shape = disk_shape(leaf.shape, entry)
+    if not entry.transposed:
         return leaf.reshape(shape)
-    return leaf.reshape(tuple(shape)[::-1]).T
+    return leaf.reshape(shape[::-1]).T
 
 
-def disk_shape(shape: Sequence[int], inputs: int, transposed: bool) -> tuple[int, ...]:
+def disk_shape(shape: Sequence[int], entry: Entry) -> tuple[int, ...]:
     """Returns the shape on disk of one layer's leaf of `shape`."""
-    if not inputs:
+    if entry.order is not None:
+        return tuple(shape[axis] for axis in entry.order)
+    if not entry.inputs:
         return (math.prod(shape),)
-    two = math.prod(shape[:inputs]), math.prod(shape[inputs:])
-    return two[::-1] if transposed else two
+    two = math.prod(shape[: entry.inputs]), math.prod(shape[entry.inputs :])
+    return two[::-1] if entry.transposed else two
 
 
 def linear(
@@ -159,7 +170,4 @@ def embedding(key: str, path: str, rows: str | None = "vocab") -> Entry:
 
 def inside(key: str, path: str, block: Sequence[Entry]) -> list[Entry]:
     """Returns the entries of a module's parts with the module's own name in front."""
-    return [
-        Entry(f"{key}.{e.key}", f"{path}/{e.path}", e.axes, e.transposed, e.inputs)
-        for e in block
-    ]
+    return [e._replace(key=f"{key}.{e.key}", path=f"{path}/{e.path}") for e in block]

@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory):
     places = table.locate(llama.entries(CONFIG), CONFIG.stacks, scan=False)
     flat = hf._flat(shapes)
     for key, (path, _, entry) in places.items():
-        shape = table.disk_shape(flat[path].shape, entry.inputs, entry.transposed)
+        shape = table.disk_shape(flat[path].shape, entry)
         tensors[key] = draw.random(shape, np.float32)
     safetensors.numpy.save_file(tensors, directory / "model.safetensors")
     return directory

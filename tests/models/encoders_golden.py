@@ -57,10 +57,10 @@ def load(tensors, module, config, *example):
     for key, (path, layer, entry) in places.items():
         tensor, leaf = tensors[key].numpy(), leaves[path]
         if layer is None:
-            found[path] = table.from_disk(tensor, leaf.shape, entry.transposed)
+            found[path] = table.from_disk(tensor, leaf.shape, entry)
             continue
         stack = found.setdefault(path, np.full(leaf.shape, np.nan, np.float32))
-        stack[layer] = table.from_disk(tensor, leaf.shape[1:], entry.transposed)
+        stack[layer] = table.from_disk(tensor, leaf.shape[1:], entry)
     assert found.keys() == leaves.keys()
     assert all(np.isfinite(leaf).all() for leaf in found.values())
     read = {tensors[key].data_ptr() for key in places}

@@ -156,7 +156,7 @@ def placed(
         heads = heads_of(config, name)
         tensor = Tensor.of(head.tensors[name], config.param_dtype, heads)
         shape = shapes[path].shape[layer is not None :]
-        need = table.disk_shape(shape, entry.inputs, entry.transposed)
+        need = table.disk_shape(shape, entry)
         if tensor.shape != need:
             raise ValueError(metadata.misshapen(head, name, tensor.shape, need, kind))
         found.setdefault(path, []).append((tensor, entry))
