@@ -50,10 +50,10 @@ def _full(saved: Mapping[str, np.ndarray], base: Base) -> Adapters:
     """The leaves that are stored whole; of a stack every layer must be."""
     groups: dict[str, dict[int | None, np.ndarray]] = {}
     for key, tensor in saved.items():
-        path, layer, entry = base.where[key]
-        shape = base.shapes[path].shape[layer is not None :]
-        leaf = table.from_disk(tensor, shape, entry).astype(np.float32)
-        groups.setdefault(path, {})[layer] = leaf
+        place = base.where[key]
+        shape = place.own(base.shapes[place.path].shape)
+        leaf = table.from_disk(tensor, shape, place.entry).astype(np.float32)
+        groups.setdefault(place.path, {})[place.layer] = leaf
     found: Adapters = {}
     for path, parts in groups.items():
         if None in parts:

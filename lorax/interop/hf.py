@@ -28,7 +28,7 @@ import numpy as np
 import safetensors.numpy
 
 from lorax import models, tree, untrusted
-from lorax.interop import bitsandbytes, files, leaves, multimodal, packed
+from lorax.interop import bitsandbytes, files, leaves, packed
 from lorax.models import table
 from lorax.quantization import Rules
 from lorax.types import PyTree
@@ -47,7 +47,7 @@ def load(
     dtype: Any = None,
     **switches: Any,
 ) -> tuple[nn.Module, PyTree]:
-    """Reads a model; of a multimodal one the text model, see `multimodal`.
+    """Reads a model.
 
     Args:
       source: a directory with `config.json` and safetensors; or, where there is no such
@@ -77,12 +77,10 @@ def load(
         rules that `lorax.quantize` refuses.
     """
     directory = locate(source, revision)
-    whole = files.read_json(files.inside(directory, "config.json"))
-    raw = multimodal.text_config(whole, directory)
+    raw = files.read_json(files.inside(directory, "config.json"))
     family = family_of(raw, directory)
     try:
-        text = multimodal.text_tensors(files.open_checkpoint(directory), whole)
-        tensors = bitsandbytes.gathered(text, raw)
+        tensors = bitsandbytes.gathered(files.open_checkpoint(directory), raw)
         stored = _dtype(tensors.values())
         config = family.Config.from_hf(
             {name: raw[name] for name in raw if name != "quantization_config"},
@@ -263,9 +261,9 @@ def to_disk(config: Any, params: PyTree) -> dict[str, np.ndarray]:
             "lorax.merge({}, params), or with adapters lorax.merge(adapters, params)"
         )
     tensors = {}
-    for key, (path, layer, entry) in found.items():
-        leaf = flat[path] if layer is None else flat[path][layer]
-        tensors[key] = np.ascontiguousarray(table.to_disk(np.asarray(leaf), entry))
+    for key, place in found.items():
+        part = np.asarray(flat[place.path][place.part])
+        tensors[key] = np.ascontiguousarray(table.to_disk(part, place.entry))
     return tensors
 
 
@@ -302,16 +300,19 @@ def _placed(
     shapes: PyTree,
     *,
     draws_heads: bool,
-) -> dict[str, list[tuple[Any, table.Entry]]]:
-    """Returns for every leaf its tensors, one for each layer of a stack."""
-    where = table.locate(family.entries(config), config.stacks, config.scan)
+) -> dict[str, list[tuple[Any, table.Location]]]:
+    """Returns for every leaf its tensors, and which parts of it they are."""
     known: dict[str, files.Tensor | bitsandbytes.Coded] = {}
     for key, tensor in tensors.items():
         name = renamed(family, key)
         if name in known:
             raise ValueError(f"{key!r} and {known[name].key!r} are one tensor")
-        if name in where or not files.matches(family.IGNORED, name):
-            known[name] = tensor
+        known[name] = tensor
+    tables = [of(config) for of in (family.entries, *getattr(family, "FURTHER", ()))]
+    where = table.nearest(tables, config.stacks, config.scan, known)
+    for name in known.keys() - where.keys():
+        if files.matches(family.IGNORED, name):
+            del known[name]
     heads = getattr(family, "HEADS", ())
     optional = {
         k for k, v in where.items() if draws_heads and files.matches(heads, v.path)
@@ -325,19 +326,19 @@ def _placed(
             f"missing: {untrusted.some(missing)}; left over: {untrusted.some(extra)}"
         )
     flat = _flat(shapes)
-    found: dict[str, list[tuple[Any, table.Entry]]] = {}
-    for key, (path, layer, entry) in where.items():
+    found: dict[str, list[tuple[Any, table.Location]]] = {}
+    for key, place in where.items():
         if key not in known:
             continue
-        shape = flat[path].shape[layer is not None :]
-        turned = entry.transposed or bitsandbytes.is_coded(known[key])
-        need = table.disk_shape(shape, entry._replace(transposed=turned))
+        need = table.disk_shape(place.own(flat[place.path].shape), place.entry)
+        if bitsandbytes.is_coded(known[key]) and not place.entry.transposed:
+            need = need[::-1]
         if known[key].shape != need:
             raise ValueError(
                 f"{known[key].path.name}: {key!r} has shape {list(known[key].shape)}, "
                 f"and config.json asks for {list(need)}"
             )
-        found.setdefault(path, []).append((known[key], entry))
+        found.setdefault(place.path, []).append((known[key], place))
     return found
 
 

@@ -1,7 +1,8 @@
 """One leaf of a Flax tree from its tensors on disk, shard by shard.
 
-A leaf that stacks its layers has one tensor for each of them. Of every tensor a process
-reads the bytes that its own shards need, and no others.
+A leaf that stacks its layers has a tensor for each of them, or several; see
+`table.Location`. Of every tensor a process reads the bytes that its own shards need,
+and no others.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ class Tensor(Protocol):
     def dtype(self) -> np.dtype:
         """Of what is read."""
 
-    def read(self) -> np.ndarray:
-        """Returns the whole of it."""
+    def read(self, rows: slice = slice(None)) -> np.ndarray:
+        """Returns the whole of it, or those of its rows."""
 
     def read_block(self, rows: slice, columns: slice) -> np.ndarray:
         """Returns a block of a matrix."""
 
 
-Part = tuple[Tensor, table.Entry]
+Part = tuple[Tensor, table.Location]
 
 
 def read(
@@ -45,11 +46,10 @@ def read(
     """Returns a leaf in its shards.
 
     Args:
-      parts: the tensors and their entries, in the order of the layers.
+      parts: the tensors and where they go; together they are the leaf.
       shape: of the leaf.
       sharding: of the leaf.
     """
-    stacked = len(shape) > len(parts[0][1].axes)
     dtype = np.result_type(*(tensor.dtype for tensor, _ in parts))
 
     blocks: dict[Any, np.ndarray] = {}  # replicas ask for the same one
@@ -61,26 +61,51 @@ def read(
         return blocks[bounds]
 
     def block(own: list[slice]) -> np.ndarray:
-        if not stacked:
-            return _slice(*parts[0], shape, own)
-        stack = np.empty([s.stop - s.start for s in own], dtype)
-        for i, layer in enumerate(range(own[0].start, own[0].stop)):
-            stack[i] = _slice(*parts[layer], shape[1:], own[1:])
-        return stack
+        if len(parts) == 1 and not parts[0][1].part:
+            return _slice(*parts[0], shape, own)  # no copy
+        whole = np.empty([s.stop - s.start for s in own], dtype)
+        for tensor, place in parts:
+            if (at := _within(place.part, own)) is not None:
+                whole[at] = _slice(tensor, place, shape, own)
+        return whole
 
     return jax.make_array_from_callback(shape, sharding, shard)
 
 
+def by_layer(parts: Sequence[Part]) -> list[list[Part]]:
+    """Returns the tensors of each layer of a stack, as parts of a leaf of its own."""
+    found: dict[int | None, list[Part]] = {}
+    for tensor, place in parts:
+        own = table.Location(place.path, None, place.entry)
+        found.setdefault(place.layer, []).append((tensor, own))
+    return [found[layer] for layer in sorted(found, key=lambda layer: layer or 0)]
+
+
+def _within(
+    part: tuple[int | slice, ...], own: list[slice]
+) -> tuple[int | slice, ...] | None:
+    """The index of a part in a block of the leaf; None where the block has none."""
+    at: list[int | slice] = []
+    for index, span in zip(part, own, strict=False):
+        if isinstance(index, slice):
+            at.append(index)
+        elif span.start <= index < span.stop:
+            at.append(index - span.start)
+        else:
+            return None
+    return tuple(at)
+
+
 def _slice(
     tensor: Tensor,
-    entry: table.Entry,
+    place: table.Location,
     shape: tuple[int, ...],
     index: list[slice],
 ) -> np.ndarray:
-    """Reads the part `index` of one layer's leaf of `shape`, and no more bytes."""
-    if len(tensor.shape) != 2 or not entry.inputs:
-        whole = table.from_disk(tensor.read(), shape, entry)
-        return whole[tuple(index)]
+    """Reads what a tensor has of the block `index` of a leaf, and no more bytes."""
+    entry, shape, index = place.entry, place.own(shape), [*place.own(index)]
+    if entry.order is not None or not entry.inputs:
+        return _rows(tensor, entry, shape, index)
     spans = [
         _span(shape[part], index[part])
         for part in (slice(entry.inputs), slice(entry.inputs, None))
@@ -91,6 +116,18 @@ def _slice(
         block = tensor.read_block(spans[0][0], spans[1][0])
     block = block.reshape(*spans[0][1], *spans[1][1])
     return block[(*spans[0][2], *spans[1][2])]
+
+
+def _rows(
+    tensor: Tensor, entry: table.Entry, shape: tuple[int, ...], index: list[slice]
+) -> np.ndarray:
+    """As `_slice`; whole rows are read of a tensor that is not two groups of axes."""
+    axis = table.rows_of(entry, len(shape))
+    if axis is None:
+        return table.from_disk(tensor.read(), shape, entry)[tuple(index)]
+    rows, sizes = index[axis], [*shape]
+    sizes[axis], index[axis] = rows.stop - rows.start, slice(None)
+    return table.from_disk(tensor.read(rows), sizes, entry)[tuple(index)]
 
 
 def _span(

@@ -26,7 +26,7 @@ class Plan(NamedTuple):
     """How one leaf is quantised while it is read.
 
     Attributes:
-      parts: the tensors and their entries, in the order of the layers.
+      parts: the tensors and where they go; together they are the leaf.
       kernel: the leaf, whose value is abstract.
       form: its format.
     """
@@ -45,13 +45,13 @@ class Plan(NamedTuple):
     def read(self, where: Any) -> Quantized:
         """Returns the leaf; see `assembled`."""
         leaf = self.abstract
-        stacked = leaf.ndim > len(self.parts[0][1].axes)
+        stacked = self.parts[0][1].layer is not None
         axes = leaf.inner_axes if stacked else leaf.axes
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def layers() -> Iterator[Quantized]:
-            for part in self.parts:
-                dense = leaves.read([part], leaf.shape[stacked:], here)
+            for parts in leaves.by_layer(self.parts):
+                dense = leaves.read(parts, leaf.shape[stacked:], here)
                 yield self._packed(dense.astype(self._dtype), axes)
 
         return assembled(leaf, layers(), stacked, where)

@@ -73,22 +73,21 @@ class Base:
 
     def sizes(self, module: str) -> tuple[int, int]:
         """Numbers of inputs and outputs of a module."""
-        path, layer, entry = self.modules[module]
-        shape = self.shapes[path].shape[layer is not None :]
-        sizes = math.prod(shape[: entry.inputs]), math.prod(shape[entry.inputs :])
+        place = self.modules[module]
+        shape, inputs = place.own(self.shapes[place.path].shape), place.entry.inputs
+        sizes = math.prod(shape[:inputs]), math.prod(shape[inputs:])
         return sizes[::-1] if module == self.head else sizes
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape on disk of a parameter."""
-        path, layer, entry = self.where[key]
-        leaf = self.shapes[path].shape[layer is not None :]
-        return table.disk_shape(leaf, entry)
+        place = self.where[key]
+        return table.disk_shape(place.own(self.shapes[place.path].shape), place.entry)
 
     def tensor(self, key: str, leaves: Mapping[str, Any]) -> np.ndarray:
         """Returns a parameter as it lies on disk, out of leaves by path."""
-        path, layer, entry = self.where[key]
-        leaf = leaves[path] if layer is None else leaves[path][layer]
-        return np.ascontiguousarray(table.to_disk(np.asarray(leaf), entry))
+        place = self.where[key]
+        part = np.asarray(leaves[place.path][place.part])
+        return np.ascontiguousarray(table.to_disk(part, place.entry))
 
 
 def _tied_head(

@@ -6,18 +6,19 @@ Each file holds one family: `Config` (with `from_hf` and `to_hf`), `Model`, and
 
 from types import ModuleType
 
-from lorax.models import bert, gemma, gpt2, llama, roberta, t5
+from lorax.models import bert, gemma, gpt2, llama, mixture, roberta, t5
 
 FAMILIES: dict[str, ModuleType] = {
     "bert": bert,
-    "gemma": gemma,
     "gemma2": gemma,
     "gemma3_text": gemma,
     "gpt2": gpt2,
     "llama": llama,
     "mistral": llama,
+    "mixtral": mixture,
     "qwen2": llama,
     "qwen3": llama,
+    "qwen3_moe": mixture,
     "roberta": roberta,
     "t5": t5,
 }
@@ -29,5 +30,8 @@ ATTENTION = r".*/(cross_)?(q|k|v|qkv|o)/kernel"
 QUERY_VALUE = r".*/(cross_)?(q|v)/kernel"
 """Queries and values, what the LoRA paper adapts; GPT-2's are slices of one kernel."""
 
-MLP = r".*/(up|gate|down)/kernel"
-"""Every kernel of the layers between attention."""
+MLP = r".*/(up|gate|gate_up|down)/kernel"
+"""Every kernel of the layers between attention, but for routers."""
+
+EXPERTS = r".*/experts/(gate_up|down)/kernel"
+"""Those of mixtures of experts."""

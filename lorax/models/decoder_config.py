@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorax import attention as attentions
@@ -58,28 +58,39 @@ class Decoder:
         return {"layers": self.layers}
 
 
+def gated_mlp(bias: bool) -> tuple[table.Entry, ...]:
+    """Returns the entries of gate, up and down, which all have biases or none has."""
+    width, hidden, linear = ("embed",), ("mlp",), table.linear
+    return (
+        *linear("mlp.gate_proj", "gate", width, hidden, bias=bias),
+        *linear("mlp.up_proj", "up", width, hidden, bias=bias),
+        *linear("mlp.down_proj", "down", hidden, width, bias=bias),
+    )
+
+
 def entries(
-    config: Any, norms: Mapping[str, str], *, o_bias: bool, mlp_bias: bool
+    config: Any,
+    norms: Mapping[str, str],
+    mlp: Sequence[table.Entry],
+    *,
+    o_bias: bool,
 ) -> tuple[table.Entry, ...]:
-    """Returns the table of parameters of a decoder with a gated MLP.
+    """Returns the table of parameters of a decoder.
 
     Args:
       config: of the family.
       norms: of a layer, by their names on disk.
+      mlp: what a layer has behind attention, such as `gated_mlp`.
       o_bias: o has a bias.
-      mlp_bias: gate, up and down have one.
     """
     heads, kv = ("heads", "head_dim"), ("kv_heads", "head_dim")
-    width, hidden, linear = ("embed",), ("mlp",), table.linear
-    qkv, mlp = {"bias": config.qkv_bias}, {"bias": mlp_bias}
+    width, linear, qkv = ("embed",), table.linear, {"bias": config.qkv_bias}
     block = [
         *linear("self_attn.q_proj", "q", width, heads, **qkv),
         *linear("self_attn.k_proj", "k", width, kv, **qkv),
         *linear("self_attn.v_proj", "v", width, kv, **qkv),
         *linear("self_attn.o_proj", "o", heads, width, bias=o_bias),
-        *linear("mlp.gate_proj", "gate", width, hidden, **mlp),
-        *linear("mlp.up_proj", "up", width, hidden, **mlp),
-        *linear("mlp.down_proj", "down", hidden, width, **mlp),
+        *mlp,
     ]
     if config.qk_norm:
         norms = {**norms, "self_attn.q_norm": "norm_q", "self_attn.k_norm": "norm_k"}

@@ -16,6 +16,9 @@ from lorax.attention import machine
 from lorax.models import remat
 from lorax.types import PyTree
 
+ROUTING = "routing"
+"""The collection of what routers did, see `experts`."""
+
 
 class Sizes(Protocol):
     """What the parts below read of a family's Config."""
@@ -212,7 +215,7 @@ def run_layers(
     if config.scan:
         return nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, ROUTING: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=length,

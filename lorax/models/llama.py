@@ -15,7 +15,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -36,7 +36,8 @@ entries = llama_config.entries
 ALIASES = decoder_config.ALIASES
 IGNORED = decoder_config.IGNORED
 
-NAMES = ("input", "q", "k", "v", "attention", "o", "gate", "up", "down")
+ATTENTION = ("input", "q", "k", "v", "attention", "o")
+NAMES = (*ATTENTION, "gate", "up", "down")
 """Of a layer's tensors, for `remat`."""
 
 
@@ -48,15 +49,19 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
         """Maps the residual stream to the next, and the layer's cache."""
-        config = self.config
         x = remat.named(x, "input")
         mixed, kept = self._attention(self._norm("norm_attn")(x), own, shared)
         x = x + mixed
-        h = self._norm("norm_mlp")(x)
-        gate = self._linear(config.hidden, "gate", config.mlp_bias)(h)
-        up = self._linear(config.hidden, "up", config.mlp_bias)(h)
+        return x + self._mlp(self._norm("norm_mlp")(x), shared), kept
+
+    def _mlp(self, x: jax.Array, shared: Any) -> jax.Array:
+        """What a layer adds behind attention; `mixture` has another."""
+        del shared
+        config = self.config
+        gate = self._linear(config.hidden, "gate", config.mlp_bias)(x)
+        up = self._linear(config.hidden, "up", config.mlp_bias)(x)
         h = hf_config.ACTIVATIONS[config.activation](gate) * up
-        return x + self._linear(config.width, "down", config.mlp_bias)(h), kept
+        return self._linear(config.width, "down", config.mlp_bias)(h)
 
     def _attention(self, x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
         config = self.config
@@ -85,6 +90,8 @@ class Model(nn.Module):
     """Tokens to logits of the next token."""
 
     config: Config
+    block: ClassVar[type[nn.Module]] = Block
+    names: ClassVar[tuple[str, ...]] = NAMES
 
     @nn.compact
     def __call__(
@@ -132,7 +139,13 @@ class Model(nn.Module):
         angles = config.rope.angles(positions, config.head_dim)
         shared = {"angles": angles, **seen.shared(segments)}
         x, kept = layers.run_layers(
-            Block, config, embed(tokens), own, shared, length=config.layers, names=NAMES
+            self.block,
+            config,
+            embed(tokens),
+            own,
+            shared,
+            length=config.layers,
+            names=self.names,
         )
         x = attention.unstripe(x) if striped else x
         x = layers.rms_norm("norm_out", config)(x[:, -1:] if last_only else x)

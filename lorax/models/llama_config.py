@@ -191,6 +191,5 @@ NORMS = {
 
 def entries(config: Config) -> tuple[table.Entry, ...]:
     """Returns the table of parameters."""
-    return decoder_config.entries(
-        config, NORMS, o_bias=config.o_bias, mlp_bias=config.mlp_bias
-    )
+    mlp = decoder_config.gated_mlp(config.mlp_bias)
+    return decoder_config.entries(config, NORMS, mlp, o_bias=config.o_bias)

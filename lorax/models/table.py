@@ -7,15 +7,20 @@ sharding rules speak of. `locate` spells the table out for a number of layers.
 A torch `nn.Linear` keeps `[out, in]`, Flax `[*in, *out]`: the tensor is transposed and
 reshaped to the leaf. GPT-2's `Conv1D` keeps `[in, out]` and is only reshaped. The
 `[out, in, height, width]` of a convolution are the leaf's axes in another order.
+
+Several tensors may make one leaf, each a part of it: the layers of a stack, and what
+`Entry.part` numbers, such as the experts of a layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 class Entry(NamedTuple):
@@ -27,8 +32,11 @@ class Entry(NamedTuple):
       axes: logical axis of every dimension of one layer's leaf; None: never sharded.
       transposed: the tensor on disk is `[out, in]`.
       inputs: number of leading axes that are inputs; 0: a vector on disk.
-      order: the leaf's axes in their order on disk; None: there they are two, inputs
-        and outputs, or one.
+      order: the leaf's axes in their order on disk, those in a tuple as one; None:
+        there they are two, inputs and outputs, or one.
+      part: which part of a layer's leaf the tensor is: its index, of numbers and, for
+        axes that it has whole, None. Transposed, inputs and order speak of the axes
+        that it has.
     """
 
     key: str
@@ -36,7 +44,8 @@ class Entry(NamedTuple):
     axes: tuple[str | None, ...]
     transposed: bool = False
     inputs: int = 1
-    order: tuple[int, ...] | None = None
+    order: tuple[int | tuple[int, ...], ...] | None = None
+    part: tuple[int | None, ...] = ()
 
 
 class Location(NamedTuple):
@@ -44,13 +53,31 @@ class Location(NamedTuple):
 
     Attributes:
       path: of the leaf.
-      layer: index on axis 0 of a leaf that stacks its layers; None: the whole leaf.
+      layer: index on axis 0 of a leaf that stacks its layers; None: the leaf does not.
       entry: what it was spelled from.
     """
 
     path: str
     layer: int | None
     entry: Entry
+
+    @property
+    def part(self) -> tuple[int | slice, ...]:
+        """Which part of the leaf the tensor is: `leaf[part]`."""
+        own = tuple(slice(None) if n is None else n for n in self.entry.part)
+        return own if self.layer is None else (self.layer, *own)
+
+    def own(self, leaf: Sequence[T]) -> tuple[T, ...]:
+        """Returns what the tensor has of one item for every axis of the leaf.
+
+        Example:
+          >>> axes = "experts", "embed", None, "mlp"
+          >>> gate = Entry("experts.3.gate", "gate_up", axes, part=(3, None, 0))
+          >>> Location("gate_up", None, gate).own((8, 64, 2, 256))
+          (64, 256)
+        """
+        fixed = {axis for axis, at in enumerate(self.part) if isinstance(at, int)}
+        return tuple(item for axis, item in enumerate(leaf) if axis not in fixed)
 
 
 def locate(
@@ -75,6 +102,17 @@ def locate(
     return found
 
 
+def nearest(
+    tables: Iterable[Sequence[Entry]],
+    stacks: Mapping[str, int],
+    scan: bool,
+    keys: Collection[str],
+) -> dict[str, Location]:
+    """Returns `locate` of the table of which the fewest keys are missing on disk."""
+    found = (locate(table, stacks, scan) for table in tables)
+    return min(found, key=lambda where: len(where.keys() - keys))
+
+
 def logical_axes(
     table: Sequence[Entry], stacks: Mapping[str, int], scan: bool
 ) -> dict[str, tuple[str | None, ...]]:
@@ -91,37 +129,45 @@ def logical_axes(
     return found
 
 
+def _groups(entry: Entry, ndim: int) -> list[tuple[int, ...]]:
+    """The axes of a part that make each axis on disk."""
+    if entry.order is not None:
+        return [own if isinstance(own, tuple) else (own,) for own in entry.order]
+    axes = tuple(range(ndim))
+    if not entry.inputs:
+        return [axes]
+    two = [axes[: entry.inputs], axes[entry.inputs :]]
+    return two[::-1] if entry.transposed else two
+
+
 def from_disk(tensor: np.ndarray, shape: Sequence[int], entry: Entry) -> np.ndarray:
-    """Returns the tensor as one layer's leaf of `shape`; no copy where none is needed.
+    """Returns the tensor as a part of `shape` of a layer's leaf, where it can a view.
 
     Raises:
       ValueError: it has another number of elements.
     """
     if tensor.size != math.prod(shape):
         raise ValueError(f"shape {list(tensor.shape)} cannot be {list(shape)}")
-    if entry.order is not None:
-        return tensor.transpose(np.argsort(entry.order))
-    return (tensor.T if entry.transposed else tensor).reshape(shape)
+    axes = [axis for own in _groups(entry, len(shape)) for axis in own]
+    return tensor.reshape([shape[axis] for axis in axes]).transpose(np.argsort(axes))
 
 
-def to_disk(leaf: np.ndarray, entry: Entry) -> np.ndarray:
-    """Returns one layer's leaf as the tensor on disk."""
-    if entry.order is not None:
-        return leaf.transpose(entry.order)
-    shape = disk_shape(leaf.shape, entry)
-    if not entry.transposed:
-        return leaf.reshape(shape)
-    return leaf.reshape(shape[::-1]).T
+def to_disk(part: np.ndarray, entry: Entry) -> np.ndarray:
+    """Returns a part of a layer's leaf as the tensor on disk."""
+    axes = [axis for own in _groups(entry, part.ndim) for axis in own]
+    return part.transpose(axes).reshape(disk_shape(part.shape, entry))
 
 
 def disk_shape(shape: Sequence[int], entry: Entry) -> tuple[int, ...]:
-    """Returns the shape on disk of one layer's leaf of `shape`."""
-    if entry.order is not None:
-        return tuple(shape[axis] for axis in entry.order)
-    if not entry.inputs:
-        return (math.prod(shape),)
-    two = math.prod(shape[: entry.inputs]), math.prod(shape[entry.inputs :])
-    return two[::-1] if entry.transposed else two
+    """Returns the shape on disk of a part of `shape`."""
+    groups = _groups(entry, len(shape))
+    return tuple(math.prod(shape[axis] for axis in own) for own in groups)
+
+
+def rows_of(entry: Entry, ndim: int) -> int | None:
+    """Returns which axis of a part is the first on disk, where it is one alone."""
+    first = _groups(entry, ndim)[0]
+    return first[0] if len(first) == 1 else None
 
 
 def linear(

@@ -22,6 +22,7 @@ from lorax.types import Base, PyTree
 LOGICAL: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,  # scanned: a slice of it is one layer
     "embed": ("fsdp", "context"),
+    "experts": None,
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",

@@ -153,7 +153,8 @@ def test_any_slice_of_a_kernel(made, index):
     tensor = files.open_checkpoint(made)["model.layers.1.self_attn.k_proj.weight"]
     entry = hf.table.linear("k", "k", ("embed",), ("kv_heads", "head_dim"))[0]
     whole = tensor.read().T.reshape(32, 2, 8)
-    part = leaves._slice(tensor, entry, whole.shape, list(index))
+    place = hf.table.Location("k/kernel", None, entry)
+    part = leaves._slice(tensor, place, whole.shape, list(index))
     np.testing.assert_array_equal(part, whole[index])
 
 

@@ -40,8 +40,8 @@ def checkpoint(tmp_path_factory):
     draw, tensors = np.random.default_rng(0), {}
     places = table.locate(llama.entries(CONFIG), CONFIG.stacks, scan=False)
     flat = hf._flat(shapes)
-    for key, (path, _, entry) in places.items():
-        shape = table.disk_shape(flat[path].shape, entry)
+    for key, place in places.items():
+        shape = table.disk_shape(flat[place.path].shape, place.entry)
         tensors[key] = draw.random(shape, np.float32)
     safetensors.numpy.save_file(tensors, directory / "model.safetensors")
     return directory

@@ -54,13 +54,10 @@ def load(tensors, module, config, *example):
     leaves = tree.flatten(jax.eval_shape(init, *example))
     places = table.locate(module.entries(config), config.stacks, config.scan)
     found = {}
-    for key, (path, layer, entry) in places.items():
-        tensor, leaf = tensors[key].numpy(), leaves[path]
-        if layer is None:
-            found[path] = table.from_disk(tensor, leaf.shape, entry)
-            continue
-        stack = found.setdefault(path, np.full(leaf.shape, np.nan, np.float32))
-        stack[layer] = table.from_disk(tensor, leaf.shape[1:], entry)
+    for key, place in places.items():
+        tensor, shape = tensors[key].numpy(), leaves[place.path].shape
+        whole = found.setdefault(place.path, np.full(shape, np.nan, np.float32))
+        whole[place.part] = table.from_disk(tensor, place.own(shape), place.entry)
     assert found.keys() == leaves.keys()
     assert all(np.isfinite(leaf).all() for leaf in found.values())
     read = {tensors[key].data_ptr() for key in places}

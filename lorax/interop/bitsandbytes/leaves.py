@@ -68,12 +68,13 @@ class Plan(NamedTuple):
 
 
 def plans(
-    found: Mapping[str, Sequence[tuple[Any, table.Entry]]], shapes: Mapping[str, Any]
+    found: Mapping[str, Sequence[tuple[Any, table.Location]]], shapes: Mapping[str, Any]
 ) -> dict[str, Plan]:
     """Returns by path how leaves are read whose tensors are in codes.
 
     Raises:
-      ValueError: some layers of a stack are in codes, and others are not.
+      ValueError: some layers of a stack are in codes, and others are not; codes of
+        single experts.
     """
     made = {}
     for path, parts in found.items():
@@ -85,9 +86,15 @@ def plans(
                 f"{dense[0]!r} is dense and {coded[0].key!r} is in codes, and the "
                 "layers of a stack are one leaf; load with scan=False"
             )
-        entry, shape = parts[0][1], shapes[path].shape
-        stacked = len(shape) > len(entry.axes)
-        made[path] = Plan(coded, shape, entry.inputs, stacked)
+        place, shape = parts[0][1], shapes[path].shape
+        if place.entry.part:
+            raise ValueError(
+                f"{coded[0].key!r} is in codes of its own, and all experts of a layer "
+                "are one leaf here; load the checkpoint that is not quantised, with "
+                'quantize="nf4"'
+            )
+        stacked = place.layer is not None
+        made[path] = Plan(coded, shape, place.entry.inputs, stacked)
     return made
 
 

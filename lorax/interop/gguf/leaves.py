@@ -19,7 +19,7 @@ from lorax.models import table
 from lorax.quantized import Quantized
 from lorax.quantized.formats import block_of
 
-Part = tuple[Tensor, table.Entry]
+Part = tuple[Tensor, table.Location]
 
 
 class Plan(NamedTuple):
@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     for the smallest of their tiles: more bytes than in the file, and the same weights.
 
     Attributes:
-      parts: a tensor for each layer, or one alone, `[out, in]`; their one entry.
+      parts: a tensor for each layer, or one alone, `[out, in]`, and where each goes.
       shape: of the leaf.
       dtype: of the kernel that stands for the codes.
     """
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
     @property
     def abstract(self) -> Quantized:
         """The leaf, with shapes in place of arrays."""
-        axes = factors.axes_of(self.parts[0][1], self._stacked)
+        axes = factors.axes_of(self.parts[0][1].entry, self._stacked)
         inputs, outputs, batch = axes.sizes(self.shape)
         before, last = (*batch, *inputs[:-1]), inputs[-1]
         forms = [blocks.FORMS[kind] for kind in self._kinds]
@@ -77,7 +77,7 @@ class Plan(NamedTuple):
 
     def _layers(self, leaf: Quantized) -> Iterator[Quantized]:
         """The arrays of each tensor, in the axes of the leaf."""
-        inputs = self.parts[0][1].inputs
+        inputs = self.parts[0][1].entry.inputs
 
         def in_axes(rows: np.ndarray, like: jax.Array) -> Any:
             sizes = like.shape[self._stacked :]
@@ -93,7 +93,7 @@ class Plan(NamedTuple):
     @property
     def _stacked(self) -> bool:
         """True where the first axis numbers the layers."""
-        return len(self.shape) > len(self.parts[0][1].axes)
+        return self.parts[0][1].layer is not None
 
 
 def _rows(tensor: Tensor, leaf: Quantized) -> Quantized:
@@ -129,7 +129,7 @@ def plans(
     made, decoded = {}, {}
     for path, parts in found.items():
         kinds = {tensor.stored.kind for tensor, _ in parts}
-        if not parts[0][1].transposed or kinds <= set(header.FLOATS):
+        if not parts[0][1].entry.transposed or kinds <= set(header.FLOATS):
             continue
         if odd := kinds - set(blocks.FORMS):
             decoded[path] = ", ".join(sorted(kind.name for kind in odd))

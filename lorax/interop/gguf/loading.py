@@ -152,14 +152,13 @@ def placed(
             f"missing: {untrusted.some(missing)}; left over: {untrusted.some(extra)}"
         )
     found: dict[str, list[Part]] = {}
-    for name, (path, layer, entry) in where.items():
+    for name, place in where.items():
         heads = heads_of(config, name)
         tensor = Tensor.of(head.tensors[name], config.param_dtype, heads)
-        shape = shapes[path].shape[layer is not None :]
-        need = table.disk_shape(shape, entry)
+        need = table.disk_shape(place.own(shapes[place.path].shape), place.entry)
         if tensor.shape != need:
             raise ValueError(metadata.misshapen(head, name, tensor.shape, need, kind))
-        found.setdefault(path, []).append((tensor, entry))
+        found.setdefault(place.path, []).append((tensor, place))
     return found
 
 

@@ -1,0 +1,195 @@
+"""Sizes and switches of mixtures of experts, and their parameters; see `mixture`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorax import untrusted
+from lorax.models import decoder_config, experts, hf_config, llama_config, table
+
+ARCHITECTURES = {
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+
+LIKE = {"mixtral": "mistral", "qwen3_moe": "qwen3"}
+"""The models of the Llama family that have the other parts of a layer."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mixtral": {
+        "intermediate_size": 14_336,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_theta": 1e6},
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "vocab_size": 151_936,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32_768,
+        "sliding_window": 4096,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
+}
+"""What transformers takes for fields that a config.json leaves out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(llama_config.Config):
+    """Sizes and switches; those of `llama.Config`, of which these differ.
+
+    Attributes:
+      hidden: width of an expert.
+      experts: how many there are.
+      chosen: how many a token visits.
+      renormalised: the weights of a token's experts sum to one.
+      balance: weight of the balance loss in training, by the model's own config.json.
+      dispatch: how tokens meet experts, see `lorax.models.experts`.
+    """
+
+    hidden: int = 14_336
+    experts: int = 8
+    chosen: int = 2
+    renormalised: bool = True
+    balance: float = 0.001
+    model_type: str = "mixtral"
+    dispatch: str = "ragged"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.chosen <= self.experts:
+            raise ValueError(
+                f"each token visits {self.chosen} of {self.experts} experts; give at "
+                "least one, and no more than there are"
+            )
+        if self.dispatch not in experts.DISPATCHES:
+            known = ", ".join(experts.DISPATCHES)
+            raise ValueError(f"dispatch={self.dispatch!r}; choose one of {known}")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
+        """Returns what a config.json says; `switches` are scan, dispatch, dtype, ..."""
+        kind = config.get("model_type", "mixtral")
+        if not isinstance(kind, str) or kind not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"config.json: model_type={kind!r} is not one of {known}")
+        fields = hf_config.Fields(_filled(config, kind), kind)
+        own = _experts(fields, kind)
+        if "dispatch" in switches:
+            own["dispatch"] = switches.pop("dispatch")
+        rest = fields.left | {"model_type": LIKE[kind]}
+        plain = llama_config.Config.from_hf(rest, **switches)
+        return cls(**{**vars(plain), **own, "model_type": kind})
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the fields of a config.json that transformers 4 and 5 read."""
+        names = [field.name for field in dataclasses.fields(llama_config.Config)]
+        same = {name: getattr(self, name) for name in names}
+        same["model_type"] = LIKE[self.model_type]
+        written = llama_config.Config(**same).to_hf()
+        written |= {
+            "architectures": [ARCHITECTURES[self.model_type]],
+            "model_type": self.model_type,
+            "num_experts_per_tok": self.chosen,
+            "router_aux_loss_coef": self.balance,
+        }
+        if self.model_type == "mixtral":
+            return written | {"num_local_experts": self.experts}
+        del written["intermediate_size"], written["layer_types"]
+        return written | {
+            "num_experts": self.experts,
+            "moe_intermediate_size": self.hidden,
+            "norm_topk_prob": self.renormalised,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+
+
+def _filled(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """A config.json with defaults, in the words of the Llama family."""
+    told = {name: value for name, value in config.items() if value is not None}
+    usual = dict(DEFAULTS[kind])
+    if told.keys() & {"rope_theta", "rope_scaling", "rope_parameters"}:
+        usual.pop("rope_parameters", None)
+    if "num_local_experts" in told:
+        usual.pop("num_experts", None)
+    if kind == "qwen3_moe":  # a window, if it is switched on, is every layer's
+        told["max_window_layers"] = 0
+    return {**usual, **told}
+
+
+def _experts(fields: hf_config.Fields, kind: str) -> dict[str, Any]:
+    """What a config.json says of experts."""
+    names = "num_local_experts", "num_experts"
+    told = {name: fields.integer(name, None) for name in names}
+    counts = {count for count in told.values() if count is not None}
+    if len(counts) != 1:
+        raise ValueError(f"config.json: the number of experts is given twice: {told}")
+    own = {
+        "experts": counts.pop(),
+        "chosen": fields.integer("num_experts_per_tok", None),
+        "balance": fields.take("router_aux_loss_coef", untrusted.number(0), 0.001),
+    }
+    fields.flag("output_router_logits", False)  # an output more
+    if kind == "mixtral":
+        fields.expect(router_jitter_noise=0.0)
+        return own | {"hidden": fields.integer("intermediate_size", None)}
+    fields.expect(decoder_sparse_step=1, mlp_only_layers=[])
+    fields.integer("intermediate_size", None)  # of layers without experts
+    return own | {
+        "hidden": fields.integer("moe_intermediate_size", None),
+        "renormalised": fields.flag("norm_topk_prob", False),
+    }
+
+
+GATE_UP = "experts/gate_up/kernel", ("experts", "embed", None, "mlp")
+DOWN = "experts/down/kernel", ("experts", "mlp", "embed")
+"""Paths and logical axes of the kernels of all experts of a layer."""
+
+
+def entries(config: Config) -> tuple[table.Entry, ...]:
+    """Returns the table of parameters, of which each expert has tensors of its own."""
+    mixtral = config.model_type == "mixtral"
+    root = "block_sparse_moe" if mixtral else "mlp"
+    gate, up = ("w1", "w3") if mixtral else ("gate_proj", "up_proj")
+    down = "w2" if mixtral else "down_proj"
+    found = []
+    for i in range(config.experts):
+        key = f"{root}.experts.{i}.{{}}.weight"
+        parts = {gate: (i, None, 0), up: (i, None, 1)}
+        found += [_apart(key, name, GATE_UP, part) for name, part in parts.items()]
+        found.append(_apart(key, down, DOWN, (i,)))
+    return _entries(config, root, found)
+
+
+def fused(config: Config) -> tuple[table.Entry, ...]:
+    """Returns the table of transformers' own modules, where experts share tensors."""
+    key = "mlp.experts"
+    gate_up = table.Entry(f"{key}.gate_up_proj", *GATE_UP, order=(0, (2, 3), 1))
+    down = table.Entry(f"{key}.down_proj", *DOWN, order=(0, 2, 1))
+    return _entries(config, "mlp", [gate_up, down])
+
+
+Leaf = tuple[str, tuple[str | None, ...]]
+
+
+def _apart(
+    key: str, name: str, leaf: Leaf, part: tuple[int | None, ...]
+) -> table.Entry:
+    return table.Entry(key.format(name), *leaf, True, part=part)
+
+
+def _entries(
+    config: Config, root: str, found: Sequence[table.Entry]
+) -> tuple[table.Entry, ...]:
+    router = table.linear(f"{root}.gate", "router", ("embed",), (None,))
+    return decoder_config.entries(
+        config, llama_config.NORMS, [*router, *found], o_bias=config.o_bias
+    )
