@@ -21,6 +21,17 @@ YARN = Rope(1e6, "yarn", 4.0, 32, 2.0, 16.0, 1.5)
 LLAMA3 = Rope(5e5, "llama3", 8.0, 32, 2.0, 4.0)
 SIZES = dict(positions=64, width=16, layers=2, heads=4, kv_heads=2, head_dim=6)
 CONFIGS: dict[str, Any] = {
+    "gemma": gemma.Config(
+        31,
+        **SIZES,
+        windows=(0, 0),
+        hidden=24,
+        query_scale=6,
+        soft_cap=None,
+        logit_cap=None,
+        post_norms=False,
+        model_type="gemma",
+    ),
     "gemma2": gemma.Config(31, **SIZES, windows=(8, 0), hidden=24, query_scale=5),
     "gemma3_text": gemma.Config(
         31,
@@ -61,6 +72,7 @@ GENERIC = {
 """What real files hold beside the fields that a family reads."""
 
 MEANS = {
+    "gemma": {"max_position_embeddings absent": {"positions": 8192}},
     "gemma2": {
         "max_position_embeddings absent": {"positions": 8192},
         "query_pre_attn_scalar absent": {"query_scale": 256},
@@ -77,6 +89,8 @@ MEANS = {
         "final_logit_softcapping huge": {"logit_cap": LARGEST},
         "sliding_window absent": {"windows": (4096, 0)},
         "layer_types absent": {"windows": (8, 8)},
+        "factor huge": {"factor": float(LARGEST)},
+        "high_freq_factor huge": {"high": LARGEST},
         "original_max_position_embeddings huge": {"original": LARGEST},
     },
     "gpt2": {

@@ -28,7 +28,7 @@ import numpy as np
 import safetensors.numpy
 
 from lorax import models, tree, untrusted
-from lorax.interop import bitsandbytes, files, leaves, packed
+from lorax.interop import bitsandbytes, files, leaves, multimodal, packed
 from lorax.models import table
 from lorax.quantization import Rules
 from lorax.types import PyTree
@@ -47,7 +47,7 @@ def load(
     dtype: Any = None,
     **switches: Any,
 ) -> tuple[nn.Module, PyTree]:
-    """Reads a model.
+    """Reads a model; of a multimodal one the text model, see `multimodal`.
 
     Args:
       source: a directory with `config.json` and safetensors; or, where there is no such
@@ -77,10 +77,12 @@ def load(
         rules that `lorax.quantize` refuses.
     """
     directory = locate(source, revision)
-    raw = files.read_json(files.inside(directory, "config.json"))
+    whole = files.read_json(files.inside(directory, "config.json"))
+    raw = multimodal.text_config(whole, directory)
     family = family_of(raw, directory)
     try:
-        tensors = bitsandbytes.gathered(files.open_checkpoint(directory), raw)
+        text = multimodal.text_tensors(files.open_checkpoint(directory), whole)
+        tensors = bitsandbytes.gathered(text, raw)
         stored = _dtype(tensors.values())
         config = family.Config.from_hf(
             {name: raw[name] for name in raw if name != "quantization_config"},

@@ -9,6 +9,7 @@ PEFT writes `base_model.model.<module>.lora_A.weight`. Files in the wild also ha
     <module>.modules_to_save.default.weight       likewise
     layers.0.self_attn.q_proj                     a model without its head (AutoModel)
     model.model.layers.0.self_attn.q_proj         a prefix twice
+    model.language_model.layers.0.self_attn...    the text model in a multimodal one
 
 Each means one tensor of the base only, or it is an error that says what was seen.
 """
@@ -16,8 +17,9 @@ Each means one tensor of the base only, or it is an error that says what was see
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
 
-from lorax.interop import files, peft_table
+from lorax.interop import files, multimodal, peft_table
 from lorax.interop.peft_base import WEIGHT, Base
 from lorax.interop.peft_selection import PREFIX
 
@@ -34,10 +36,29 @@ WRITE = (
 DEPTH = 3  # components of a prefix that may be there once too often
 
 
+class Names(NamedTuple):
+    """How PEFT's modules are named.
+
+    Attributes:
+      lacking: what they lack in front of the base's own names.
+      outer: what they begin with in a multimodal model around the base, by what the
+        base's own names begin with.
+    """
+
+    lacking: str
+    outer: Mapping[str, str]
+
+    def of(self, name: str) -> str:
+        """Returns PEFT's name of a module or a parameter of the base."""
+        name = name.removeprefix(self.lacking)
+        inner = next((front for front in self.outer if name.startswith(front)), "")
+        return self.outer.get(inner, "") + name.removeprefix(inner)
+
+
 def read(
     tensors: Mapping[str, files.Tensor], suffixes: Collection[str], base: Base
-) -> tuple[dict[str, files.Tensor], str]:
-    """Returns the tensors by the base's names, and what PEFT's modules lack in front.
+) -> tuple[dict[str, files.Tensor], Names]:
+    """Returns the tensors by the base's names, and how PEFT names the modules.
 
     Args:
       tensors: by their names in the file.
@@ -51,8 +72,12 @@ def read(
     """
     named: dict[str, files.Tensor] = {}
     adapters: dict[str, str] = {}
+    outer: dict[str, str] = {}
     for key, tensor in tensors.items():
         name, adapter = _plain(key, suffixes, base)
+        if whole := multimodal.prefix(name):
+            outer[multimodal.PREFIXES[whole]] = whole
+            name = multimodal.inner(name, whole)
         if name in named:
             first = named[name].key
             raise ValueError(f"{first!r} and {key!r} are one tensor: keep one")
@@ -67,7 +92,7 @@ def read(
         )
     drop, front = _prefix(named, base)
     found = {_with(_without(name, drop), front): t for name, t in named.items()}
-    return found, front and f"{front}."
+    return found, Names(front and f"{front}.", outer)
 
 
 def _plain(key: str, suffixes: Collection[str], base: Base) -> tuple[str, str]:
@@ -112,7 +137,7 @@ def _prefix(named: Collection[str], base: Base) -> tuple[int, str]:
     modules = {_module(name) for name in named}
     fronts = sorted({name.partition(".")[0] for name in known if "." in name})
     ways = [(drop, add) for drop in range(DEPTH + 1) for add in ("", *fronts)]
-    words = {*fronts, "model", "base_model"}
+    words = {*fronts, "model", "base_model", multimodal.INSIDE}
     count = {way: _resolved(modules, way, known, words) for way in ways}
     best = max(count.values(), default=0)
     if count[0, ""] == best > 0 or not modules:

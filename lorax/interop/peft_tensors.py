@@ -70,19 +70,17 @@ def read(
       ValueError: names or shapes that are not what the config and the base ask for.
     """
     tensors, common = _shared(tensors, settings)
-    named, front = peft_names.read(tensors, settings.suffixes, base)
+    named, names = peft_names.read(tensors, settings.suffixes, base)
     parts, rest = _sorted(named, settings.suffixes)
     places = {
-        module: place_of(
-            module, settings.given(module.removeprefix(front)), base, params
-        )
+        module: place_of(module, settings.given(names.of(module)), base, params)
         for module in parts
         if module in base.modules
     }
-    _check_modules(parts, places, settings, base, front)
-    _check_rest(rest, settings, base, front)
+    _check_modules(parts, places, settings, base, names)
+    _check_rest(rest, settings, base, names)
     for module, own in parts.items():
-        asks = settings.asks(module.removeprefix(front))
+        asks = settings.asks(names.of(module))
         _check_shapes(own, settings.shapes(places[module]), asks)
     _check_frozen(rest, base, params)
     frozen = _frozen(common, settings, list(places.values()))
@@ -177,7 +175,7 @@ def _check_modules(
     places: Mapping[str, Place],
     settings: Settings | FormSettings,
     base: Base,
-    front: str,
+    names: peft_names.Names,
 ) -> None:
     """Holds the modules that have factors against the base and the config."""
     for module, own in parts.items():
@@ -198,9 +196,9 @@ def _check_modules(
     want = {
         module
         for module in base.modules
-        if module.startswith(front)
+        if module.startswith(names.lacking)
         and settings.selects(
-            module.removeprefix(front),
+            names.of(module),
             linear=not base.is_embedding(module) and module != base.head,
         )
     }
@@ -221,7 +219,10 @@ def _check_modules(
 
 
 def _check_rest(
-    rest: Tensors, settings: Settings | FormSettings, base: Base, front: str
+    rest: Tensors,
+    settings: Settings | FormSettings,
+    base: Base,
+    names: peft_names.Names,
 ) -> None:
     """Holds what is stored whole, and frozen weights, against base and config."""
     shapes = {key: base.shape(key) for key in base.where}
@@ -235,15 +236,15 @@ def _check_rest(
             raise ValueError(_misshapen(tensor, shapes[key], "the base asks"))
         tensor.require_floating()
         base.require_one(key.rpartition(".")[0])
-        module = key.rpartition(".")[0].removeprefix(front)
+        module = names.of(key.rpartition(".")[0])
         tied = settings.tying and key == f"{base.head}{WEIGHT}"
         if FROZEN not in name and not settings.saves(module) and not tied:
             raise ValueError(f"{tensor.key!r}: modules_to_save does not name it")
     for key in base.where:
         module = key.rpartition(".")[0]
-        own = module.startswith(front) and settings.saves(module.removeprefix(front))
+        own = module.startswith(names.lacking) and settings.saves(names.of(module))
         if own and key not in rest:
-            absent = PREFIX + key.removeprefix(front)
+            absent = PREFIX + names.of(key)
             raise ValueError(f"modules_to_save names {module!r}; {absent!r} is absent")
 
 

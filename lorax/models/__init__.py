@@ -10,6 +10,7 @@ from lorax.models import bert, gemma, gpt2, llama, mixture, roberta, t5
 
 FAMILIES: dict[str, ModuleType] = {
     "bert": bert,
+    "gemma": gemma,
     "gemma2": gemma,
     "gemma3_text": gemma,
     "gpt2": gpt2,

@@ -1,16 +1,18 @@
-"""Gemma 2 and the text models of Gemma 3.
+"""Gemma 1 and 2, and the text models of Gemma 3.
 
-Blocks with RMS norms before and behind attention and MLP, rotary positions, grouped
-queries and a gated MLP; layers with a window and layers that see all take turns. A norm
-scales by one plus its scale; the embedding is multiplied by the root of the width.
+Blocks with RMS norms before and (from Gemma 2 on) behind attention and MLP, rotary
+positions, grouped queries and a gated MLP; layers with a window and layers that see all
+take turns. A norm scales by one plus its scale; the embedding is multiplied by the root
+of the width.
 
 | model_type | layers that see all | rotation | of its own |
 |---|---|---|---|
+| gemma | all | one | no norms behind attention and MLP |
 | gemma2 | every second | one | soft caps on scores and logits |
 | gemma3_text | every sixth | one for each kind of layer | RMS norms on q and k |
 
 References:
-  Gemma 2, arXiv:2408.00118. Gemma 3, arXiv:2503.19786.
+  Gemma, arXiv:2403.08295. Gemma 2, arXiv:2408.00118. Gemma 3, arXiv:2503.19786.
 """
 
 from __future__ import annotations
@@ -68,13 +70,13 @@ class Block(nn.Module):
         config = self.config
         x = remat.named(x, "input")
         mixed, kept = self._attention(self._norm("norm_attn")(x), own, shared)
-        x = x + self._norm("norm_attn_out")(mixed)
+        x = x + self._post("norm_attn_out", mixed)
         h = self._norm("norm_mlp")(x)
         gate = layers.projection(config.hidden, "gate", config)(h)
         up = layers.projection(config.hidden, "up", config)(h)
         h = hf_config.ACTIVATIONS[config.activation](gate) * up
         h = layers.projection(config.width, "down", config)(h)
-        return x + self._norm("norm_mlp_out")(h), kept
+        return x + self._post("norm_mlp_out", h), kept
 
     def _attention(self, x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
         config = self.config
@@ -107,6 +109,9 @@ class Block(nn.Module):
         mixed = remat.named(mixed, "attention")
         out = layers.projection(config.width, "o", config, use_bias=bias, axis=(-2, -1))
         return out(mixed), kept
+
+    def _post(self, name: str, x: jax.Array) -> jax.Array:
+        return self._norm(name)(x) if self.config.post_norms else x
 
     def _norm(self, name: str) -> Norm:
         return Norm(self.config, name=name)

@@ -1,4 +1,4 @@
-"""Sizes and switches of Gemma 2 and 3, and their parameters on disk; see `gemma`."""
+"""Sizes and switches of Gemma 1, 2 and 3, and their parameters on disk; see `gemma`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,46 @@ from lorax import untrusted
 from lorax.models import decoder_config, hf_config, rope, table
 
 ARCHITECTURES = {
+    "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
+
+USUAL: dict[str, dict[str, Any]] = {
+    "gemma": {
+        "vocab_size": 256_000,
+        "max_position_embeddings": 8192,
+        "hidden_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "intermediate_size": 24_576,
+    },
+    "gemma2": {
+        "vocab_size": 256_000,
+        "max_position_embeddings": 8192,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window_pattern": 2,
+    },
+    "gemma3_text": {
+        "vocab_size": 262_208,
+        "max_position_embeddings": 131_072,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "sliding_window_pattern": 6,
+    },
+}
+"""What transformers takes for an absent field, where the model types differ."""
+
+SIZES = {
+    "hidden_size": 2304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 9216,
+}
+"""Likewise of Gemma 2 and 3."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +76,7 @@ class Config(decoder_config.Decoder):
       soft_cap: bound of the scores; None: none.
       logit_cap: bound of the logits; None: none.
       qk_norm: q and k are normed.
+      post_norms: what attention and MLP return is normed too.
       qkv_bias: q, k, v and o have biases.
       tied: the head is the embedding; else `head/kernel`.
       model_type: whose config.json `to_hf` writes.
@@ -66,6 +104,7 @@ class Config(decoder_config.Decoder):
     soft_cap: float | None = 50.0
     logit_cap: float | None = 30.0
     qk_norm: bool = False
+    post_norms: bool = True
     qkv_bias: bool = False
     tied: bool = True
     model_type: str = "gemma2"
@@ -87,46 +126,46 @@ class Config(decoder_config.Decoder):
         if not isinstance(kind, str) or kind not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ValueError(f"config.json: model_type={kind!r} is not one of {known}")
-        fields, third = hf_config.Fields(config, kind), kind == "gemma3_text"
-        heads = fields.integer("num_attention_heads", 8)
-        shared = fields.integer("num_key_value_heads", 4)
+        fields, usual = hf_config.Fields(config, kind), SIZES | USUAL[kind]
+        heads, shared = (
+            fields.integer(name, usual[name])
+            for name in ("num_attention_heads", "num_key_value_heads")
+        )
         fields.divides(num_key_value_heads=shared, num_attention_heads=heads)
         head_dim = fields.integer("head_dim", 256)
         if head_dim % 2:
             where = f"config.json: head_dim={head_dim}"
             raise ValueError(f"{where}; rotary positions need an even one")
-        depth = fields.layers("num_hidden_layers", 26)
-        positions = fields.integer(
-            "max_position_embeddings", 131_072 if third else 8192
-        )
-        whole, local = _ropes(fields, positions, third)
-        soft_cap = _cap(fields, "attn_logit_softcapping", None if third else 50.0)
-        if third and soft_cap is not None:
-            raise ValueError(
-                f"config.json: attn_logit_softcapping={soft_cap}: transformers has it "
-                "for gemma2 alone; make it null"
+        depth = fields.layers("num_hidden_layers", usual["num_hidden_layers"])
+        positions, vocabulary, width, hidden = (
+            fields.integer(name, usual[name])
+            for name in (
+                "max_position_embeddings",
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
             )
+        )
+        whole, local = _ropes(fields, positions, kind)
         own = cls(
-            vocabulary=fields.integer("vocab_size", 262_208 if third else 256_000),
+            vocabulary=vocabulary,
             positions=positions,
-            width=fields.integer("hidden_size", 2304),
+            width=width,
             layers=depth,
             heads=heads,
             kv_heads=shared,
             head_dim=head_dim,
-            hidden=fields.integer("intermediate_size", 9216),
-            activation=fields.activation("hidden_activation", cls.activation),
+            hidden=hidden,
+            activation=_activation(fields, kind),
             eps=fields.epsilon("rms_norm_eps", 1e-6),
             rope=whole,
             local_rope=local,
-            windows=_windows(fields, depth, 6 if third else 2),
-            query_scale=fields.integer("query_pre_attn_scalar", 256),
-            soft_cap=soft_cap,
-            logit_cap=_cap(fields, "final_logit_softcapping", None if third else 30.0),
-            qk_norm=third,
+            qk_norm=kind == "gemma3_text",
+            post_norms=kind != "gemma",
             qkv_bias=fields.flag("attention_bias", False),
             tied=fields.flag("tie_word_embeddings", True),
             model_type=kind,
+            **_attention(fields, kind, depth, head_dim),
             **switches,
         )
         fields.expect(use_bidirectional_attention=False)
@@ -135,7 +174,7 @@ class Config(decoder_config.Decoder):
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the fields of a config.json that transformers 4 and 5 read."""
-        return {
+        written = {
             "architectures": [ARCHITECTURES[self.model_type]],
             "model_type": self.model_type,
             "vocab_size": self.vocabulary,
@@ -148,19 +187,62 @@ class Config(decoder_config.Decoder):
             "intermediate_size": self.hidden,
             "hidden_activation": self.activation,
             "rms_norm_eps": self.eps,
+            "attention_bias": self.qkv_bias,
+            "tie_word_embeddings": self.tied,
+            **_ropes_to_hf(self),
+        }
+        if self.model_type == "gemma":
+            return written | {"hidden_act": self.activation}
+        return written | {
             "query_pre_attn_scalar": self.query_scale,
             "attn_logit_softcapping": self.soft_cap,
             "final_logit_softcapping": self.logit_cap,
-            "attention_bias": self.qkv_bias,
-            "tie_word_embeddings": self.tied,
             "sliding_window": max(self.windows) or None,
             "layer_types": hf_config.layer_types(self.windows),
-            **_ropes_to_hf(self),
         }
 
 
-def _cap(fields: hf_config.Fields, name: str, usual: float | None) -> float | None:
+def _activation(fields: hf_config.Fields, kind: str) -> str:
+    """The gate's activation, of which transformers has two fields for Gemma 1."""
+    usual = Config.activation
+    if kind != "gemma":
+        return fields.activation("hidden_activation", usual)
+    if fields.left.get("hidden_act") == "gelu":  # the first files' name of `usual`
+        fields.left["hidden_act"] = usual
+    older = fields.activation("hidden_act", usual)
+    newer = fields.activation("hidden_activation", older)
+    if newer != older:
+        raise ValueError(
+            f"config.json: hidden_act={older!r} and hidden_activation={newer!r}: "
+            "make them the same"
+        )
+    return newer
+
+
+def _attention(
+    fields: hf_config.Fields, kind: str, depth: int, head_dim: int
+) -> dict[str, Any]:
+    """Windows, scale and caps, which Gemma 1 lacks."""
+    if kind == "gemma":
+        plain = {"soft_cap": None, "logit_cap": None}
+        return {"windows": (0,) * depth, "query_scale": head_dim, **plain}
+    soft_cap = _cap(fields, "attn_logit_softcapping", kind)
+    if kind == "gemma3_text" and soft_cap is not None:
+        raise ValueError(
+            f"config.json: attn_logit_softcapping={soft_cap}: transformers has it "
+            "for gemma2 alone; make it null"
+        )
+    return {
+        "windows": _windows(fields, depth, USUAL[kind]["sliding_window_pattern"]),
+        "query_scale": fields.integer("query_pre_attn_scalar", 256),
+        "soft_cap": soft_cap,
+        "logit_cap": _cap(fields, "final_logit_softcapping", kind),
+    }
+
+
+def _cap(fields: hf_config.Fields, name: str, kind: str) -> float | None:
     """A soft cap; null is none, which an absent field need not be."""
+    usual = USUAL[kind][name]
     off = fields.left.get(name, usual) is None
     return None if off else fields.take(name, untrusted.number(above=0), usual)
 
@@ -177,10 +259,10 @@ def _windows(fields: hf_config.Fields, depth: int, every: int) -> tuple[int, ...
 
 
 def _ropes(
-    fields: hf_config.Fields, positions: int, third: bool
+    fields: hf_config.Fields, positions: int, kind: str
 ) -> tuple[rope.Rope, rope.Rope]:
     """The rotations of layers that see all, and of those with a window."""
-    if not third:
+    if kind != "gemma3_text":
         own = rope.from_hf(fields, positions)
         return own, own
     bases = {
@@ -219,7 +301,7 @@ def _ropes(
 
 def _ropes_to_hf(config: Config) -> dict[str, Any]:
     whole = rope.to_hf(config.rope)
-    if config.model_type == "gemma2":
+    if config.model_type != "gemma3_text":
         return whole
     local = rope.to_hf(config.local_rope)
     if "rope_scaling" in local:
@@ -236,15 +318,21 @@ def _ropes_to_hf(config: Config) -> dict[str, Any]:
 
 
 NORMS = {
-    "input_layernorm": "norm_attn",
-    "post_attention_layernorm": "norm_attn_out",
-    "pre_feedforward_layernorm": "norm_mlp",
-    "post_feedforward_layernorm": "norm_mlp_out",
+    True: {
+        "input_layernorm": "norm_attn",
+        "post_attention_layernorm": "norm_attn_out",
+        "pre_feedforward_layernorm": "norm_mlp",
+        "post_feedforward_layernorm": "norm_mlp_out",
+    },
+    False: {
+        "input_layernorm": "norm_attn",
+        "post_attention_layernorm": "norm_mlp",
+    },
 }
-"""Of a layer, by their names on disk."""
+"""Of a layer, by their names on disk; True: with those of `post_norms`."""
 
 
 def entries(config: Config) -> tuple[table.Entry, ...]:
     """Returns the table of parameters."""
-    mlp = decoder_config.gated_mlp(bias=False)
-    return decoder_config.entries(config, NORMS, mlp, o_bias=config.qkv_bias)
+    norms, mlp = NORMS[config.post_norms], decoder_config.gated_mlp(bias=False)
+    return decoder_config.entries(config, norms, mlp, o_bias=config.qkv_bias)

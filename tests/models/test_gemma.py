@@ -1,4 +1,4 @@
-"""Gemma 2 and 3 against transformers: every switch, cache, padding, packing, heads."""
+"""Gemma 1 to 3 against transformers: every switch, cache, padding, packing, heads."""
 
 import dataclasses
 
@@ -36,7 +36,11 @@ ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
 }
 CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}
+LACKS = {"query_pre_attn_scalar": None, "sliding_window": None}
+FIRST = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}, **LACKS}
 CASES = {
+    "gemma": ("Gemma", FIRST),
+    "gemma-gelu": ("Gemma", {"hidden_act": "gelu", "attention_bias": True, **LACKS}),
     "gemma2": ("Gemma2", CAPS),
     "gemma2-biases": ("Gemma2", {"attention_bias": True, "tie_word_embeddings": False}),
     "gemma3": (
@@ -89,6 +93,10 @@ def test_logits_are_those_of_transformers(case, name, tmp_path):
 
 ROPE = gemma.rope.Rope(base=77.0)
 MUTATIONS = {
+    "post_norms": ("gemma2", {"post_norms": False}),
+    "gemma's scale": ("gemma", {"query_scale": 256}),
+    "gemma's rope": ("gemma", {"rope": ROPE}),
+    "gemma's activation": ("gemma", {"activation": "silu"}),
     "eps": ("gemma2", {"eps": 1e-6}),
     "rope": ("gemma2", {"rope": ROPE}),
     "local rope": ("gemma2", {"local_rope": ROPE}),
@@ -117,7 +125,9 @@ def test_every_switch_matters(case, name):
     golden.assert_apart(found, expected[:1])
 
 
-@pytest.mark.parametrize("name, scan", [("gemma2", True), ("gemma3", False)])
+@pytest.mark.parametrize(
+    "name, scan", [("gemma2", True), ("gemma3", False), ("gemma", True)]
+)
 def test_left_padding_and_cache(case, name, scan):
     directory, reference, tokens, _ = case(name)
     real = golden.left_padded([40, 23], 40)
@@ -182,10 +192,17 @@ def test_adapters_are_those_of_peft(case, name, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, made)
 
 
+ACTS = {"hidden_act": "relu", "hidden_activation": "silu"}
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"model_type": "gemma"}, "'gemma' is not one of gemma2, gemma3_text"),
+        ({"model_type": "gemma4"}, "'gemma4' is not one of gemma, gemma2, gemma3_text"),
+        (
+            {"model_type": "gemma", **LACKS, **ACTS},
+            "hidden_act='relu' and hidden_activation",
+        ),
         ({"head_dim": 15}, "head_dim=15; rotary positions need an even one"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide"),
         ({"layer_types": ["sliding_attention"]}, "1 entries for num_hidden_layers=3"),
