@@ -6,10 +6,11 @@ Each file holds one family: `Config` (with `from_hf` and `to_hf`), `Model`, and
 
 from types import ModuleType
 
-from lorax.models import bert, gemma, gpt2, llama, mixture, roberta, t5
+from lorax.models import bert, deberta, gemma, gpt2, llama, mixture, roberta, t5
 
 FAMILIES: dict[str, ModuleType] = {
     "bert": bert,
+    "deberta-v2": deberta,
     "gemma": gemma,
     "gemma2": gemma,
     "gemma3_text": gemma,
@@ -25,7 +26,7 @@ FAMILIES: dict[str, ModuleType] = {
 }
 """By `model_type` of a config.json."""
 
-ATTENTION = r".*/(cross_)?(q|k|v|qkv|o)/kernel"
+ATTENTION = r".*/(cross_|pos_)?(q|k|v|qkv|o)/kernel"
 """Pattern of a `Target`: every kernel of attention, in all families."""
 
 QUERY_VALUE = r".*/(cross_)?(q|v)/kernel"

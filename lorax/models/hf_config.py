@@ -122,6 +122,29 @@ class Fields:
             )
         return value
 
+    def head(self, switches: dict[str, Any], known: Mapping[str, Any]) -> Any:
+        """Takes the head out of the switches, or what `architectures` names.
+
+        Args:
+          switches: as `Config.from_hf` gets them; they lose it.
+          known: heads by the ends of those names; where there is none it is
+            "classification".
+        """
+        if "head" in switches:
+            return switches.pop("head")
+        named = self.take("architectures", untrusted.listed(untrusted.TEXT), [])
+        for name in named:
+            found = [head for end, head in known.items() if name.endswith(end)]
+            if not found:
+                choices = " or ".join(map(repr, dict.fromkeys(known.values())))
+                raise ValueError(
+                    f"config.json: architectures={named}: this head is not "
+                    f"implemented; choose head={choices} to put another on the encoder"
+                )
+            if found[0] != "classification":
+                return found[0]
+        return "classification"
+
     def labels(self) -> int:
         """As `take`, the number of classes, which has three names."""
         told = {n: self.integer(n, None) for n in ("num_labels", "_num_labels")}

@@ -231,9 +231,16 @@ def run_layers(
 class Projection(nn.DenseGeneral):
     """A linear map that names what it returns as it is named, for `remat`."""
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Maps the axes `axis` of the inputs to `features`."""
-        return remat.named(super().__call__(inputs), str(self.name))
+    def __call__(self, inputs: jax.Array, named: bool = True) -> jax.Array:
+        """Maps the axes `axis` of the inputs to `features`.
+
+        Args:
+          inputs: of any rank.
+          named: False for inputs that parameters alone decide: what a program makes of
+            those and names is a kernel, see `lorax.discover`.
+        """
+        outputs = super().__call__(inputs)
+        return remat.named(outputs, str(self.name)) if named else outputs
 
 
 def _gathered_dot(width: int) -> Callable[..., jax.Array]:

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax import attention, untrusted
+from lorax import attention
 from lorax.models import context, hf_config, layers, remat, table
 
 Family = Literal["roberta", "bert"]
@@ -129,7 +129,7 @@ class Config:
             hidden=fields.integer("intermediate_size", 3072),
             activation=fields.activation("hidden_act", "gelu"),
             eps=fields.epsilon("layer_norm_eps", 1e-12),
-            head=_head(fields, switches),
+            head=fields.head(switches, HEAD_NAMES),
             labels=switches.pop("labels", None) or fields.labels(),
             **switches,
         )
@@ -158,30 +158,47 @@ class Config:
         }
 
 
-def _head(fields: hf_config.Fields, switches: dict[str, Any]) -> Head:
-    """The head asked for, else the one that `architectures` names."""
-    if "head" in switches:
-        return switches.pop("head")
-    named = fields.take("architectures", untrusted.listed(untrusted.TEXT), [])
-    for name in named:
-        if name.endswith(("ForMaskedLM", "ForPreTraining")):
-            return "mlm"
-        if not name.endswith(("ForSequenceClassification", "Model")):
-            raise ValueError(
-                f"config.json: architectures={named}: this head is not implemented; "
-                "choose head='classification' or 'mlm' to put another on the encoder"
-            )
-    return "classification"
+HEAD_NAMES: dict[str, Head] = {
+    "ForMaskedLM": "mlm",
+    "ForPreTraining": "mlm",
+    "ForSequenceClassification": "classification",
+    "Model": "classification",
+}
+"""Ends of names in `architectures`, and the heads that they mean."""
 
 
 NAMES = ("input", "q", "k", "v", "attention", "o", "up", "down")
 """Of a layer's tensors, for `remat`."""
 
 
+class EncoderSizes(layers.Sizes, Protocol):
+    """What `Block` and `classify` read of a family's Config."""
+
+    @property
+    def heads(self) -> int:
+        """Of attention."""
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLP."""
+
+    @property
+    def activation(self) -> str:
+        """Of the MLP, by its Hugging Face name."""
+
+    @property
+    def dropout(self) -> float:
+        """Of what blocks add."""
+
+    @property
+    def labels(self) -> int:
+        """Classes."""
+
+
 class Block(nn.Module):
     """One layer; see `layers.run_layers` for its arguments."""
 
-    config: Config
+    config: EncoderSizes
     deterministic: bool = True
 
     @nn.compact
@@ -289,18 +306,10 @@ class Model(nn.Module):
         return layers.projection(features, name, self.config, use_bias=True)
 
 
-class Classified(layers.Sizes, Protocol):
-    """What `classify` reads of a family's Config."""
-
-    @property
-    def labels(self) -> int:
-        """Classes."""
-
-
 def classify(
     x: jax.Array,
     real: jax.Array | None,
-    config: Classified,
+    config: EncoderSizes,
     drop: nn.Module,
     activation: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.once
 DRAWN = (
     "roberta_glue_lora",
     "roberta_glue_lora_plus",
-    "roberta_glue_adalora",
+    "deberta_v3_glue_lora",
+    "deberta_v3_glue_adalora",
     "t5_glue_lora_ga",
     "t5_glue_lora_pro",
 )

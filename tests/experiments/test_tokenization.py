@@ -97,6 +97,21 @@ def test_ids_equal_those_of_transformers(folder, tokenizer, text):
     assert tokenizer.encode_classified(text) == theirs.encode(text)
 
 
+@pytest.mark.once
+def test_the_unigram_pieces_of_deberta(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the golden extra")
+    folder = toy_tokenizers.write_unigram(tmp_path)
+    tokenizer = tokenization.load(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    first, second = "the cat sat on  the moon", "It is four."
+    for pair in ((first,), (first, second)):
+        assert tokenizer.encode_classified(*pair) == theirs(*pair)["input_ids"]
+    ids = tokenizer.encode(first)
+    assert ids == theirs.encode(first, add_special_tokens=False)
+    assert tokenizer.decode(ids) == "the cat sat on the moon"
+    assert (tokenizer.pad_id, tokenizer.vocabulary) == (0, len(theirs))
+
+
 def test_the_real_tokenizer():
     folder = paths.root() / "stories260k"
     if not folder.is_dir():

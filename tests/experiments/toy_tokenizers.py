@@ -9,6 +9,22 @@ TEXT = [
 MARKS = ["<|im_start|>", "<|im_end|>", "<|eot|>", "<|head|>", "<|/head|>", "</s>"]
 
 
+def write_unigram(folder):
+    """What transformers saves for DeBERTa-v3: the pieces of a unigram model."""
+    import transformers
+
+    marks = [(mark, 0.0) for mark in ("[PAD]", "[CLS]", "[SEP]", "[UNK]")]
+    words = sorted({f"▁{word}" for line in TEXT for word in line.split()})
+    letters = sorted({letter for line in TEXT for letter in f"▁{line}"} - {" "})
+    pieces = [(word, -float(len(word))) for word in words]
+    pieces += [(letter, -9.0) for letter in letters if letter not in words]
+    made = transformers.DebertaV2Tokenizer(
+        vocab=[*marks, *pieces, ("[MASK]", 0.0)], unk_id=3
+    )
+    made.save_pretrained(folder)
+    return folder
+
+
 def write(folder, *, bos="<s>", eos="</s>", opens=True, marks=(), **config):
     """A byte-level BPE; `opens` puts BOS before every sequence."""
     import tokenizers

@@ -12,7 +12,6 @@ import lorax
 from lorax.adapters import Lora
 from lorax.interop import hf
 from lorax.interop import peft as ours
-from lorax.models import bert, roberta, t5
 from tests.interop import peft_cases as cases
 
 transformers = pytest.importorskip("transformers", reason="needs the golden extra")
@@ -37,6 +36,12 @@ def base(name):
         )
         model = transformers.T5ForConditionalGeneration(config)
         return cases.golden.redraw(model, size=5.0)
+    if name == "deberta":
+        distances = {"relative_attention": True, "pos_att_type": "p2c|c2p"}
+        distances |= {"position_buckets": 4, "share_att_key": True}
+        config = transformers.DebertaV2Config(num_labels=3, **SIZES, **distances)
+        made = transformers.DebertaV2ForSequenceClassification(config)
+        return cases.golden.redraw(made, size=2.0)
     kinds = {
         "roberta": (transformers.RobertaConfig, "RobertaForSequenceClassification"),
         "bert": (transformers.BertConfig, "BertForSequenceClassification"),
@@ -67,6 +72,12 @@ CASES = {
         r=2, target_modules=["query", "value"], task_type="SEQ_CLS", use_rslora=True
     ),
     "bert": dict(r=2, target_modules="all-linear", modules_to_save=["classifier"]),
+    "deberta": dict(
+        r=2,
+        target_modules=["query_proj", "value_proj"],
+        task_type="SEQ_CLS",
+        modules_to_save=["classifier", "pooler"],
+    ),
     "mlm": dict(r=2, target_modules=["output.dense", "word_embeddings", "decoder"]),
     "t5": dict(r=2, target_modules=["q", "v", "wo", "relative_attention_bias"]),
 }
@@ -105,7 +116,7 @@ def compare_logits(name, adapters, folder):
         warnings.simplefilter("ignore")
         model = peft.PeftModel.from_pretrained(fresh(name), folder)
     config, params = own(name)
-    family = {"t5": t5, "bert": bert}.get(name, roberta)
+    family = hf.family_of(config.to_hf(), name)
     inputs = (TOKENS,) * getattr(family, "INPUTS", 1)  # of a decoder, the same
     run = jax.jit(
         lambda params: family.Model(config).apply({"params": params}, *inputs)
