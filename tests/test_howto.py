@@ -261,6 +261,44 @@ def own_method(scope):
     np.testing.assert_allclose(apply(adapters, base, np.eye(6)), want, rtol=1e-5)
 
 
+def nnx(scope):
+    adapted, merged, tokens = (scope[n] for n in ("adapted", "merged", "tokens"))
+    found = {p: type(a).__name__ for p, a in adapted.adapters.get_value().items()}
+    attention = [f"attention/{name}/kernel" for name in ("query", "value")]
+    low_rank = {"up/kernel": "Dora", "down/kernel": "Dora"}
+    assert found == low_rank | dict.fromkeys(attention, "Lora")
+    assert scope["losses"][-1] < 0.8 * scope["losses"][0]
+    assert type(merged) is scope["Model"]
+    np.testing.assert_allclose(merged(tokens), adapted(tokens), atol=1e-4)
+
+
+def equinox(scope):
+    found = {p: type(a).__name__ for p, a in scope["adapters"].items()}
+    attention = [f"attention/{name}_proj/weight" for name in ("query", "value")]
+    whole = dict.fromkeys([f"layers/layers/{i}/weight" for i in range(3)], "Dora")
+    assert found == whole | dict.fromkeys(attention, "Lora")
+    assert scope["losses"][-1] < 0.8 * scope["losses"][0]
+    params, tokens, merged = scope["params"], scope["tokens"], scope["merged"]
+    assert type(merged) is scope["Model"]
+    read = lambda params: jax.vmap(scope["eqx"].combine(params, scope["static"]))(
+        tokens
+    )
+    adapted = lorax.adapt(read)(scope["state"].adapters, params)
+    np.testing.assert_allclose(jax.vmap(merged)(tokens), adapted, atol=1e-4)
+
+
+def haiku(scope):
+    state, merged, tokens = scope["state"], scope["merged"], scope["tokens"]
+    kinds = sorted(type(a).__name__ for a in state.adapters.values())
+    assert kinds == ["Dora", "Dora", "Full", "Full", "Lora", "Lora"]
+    assert scope["losses"][-1] < 0.8 * scope["losses"][0]
+    read = lambda params: scope["model"].apply(
+        params, state.model_state, tokens, is_training=False
+    )
+    adapted, _ = lorax.adapt(read)(state.adapters, scope["params"])
+    np.testing.assert_allclose(read(merged)[0], adapted, atol=1e-4)
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -283,8 +321,15 @@ CHECKS = {
         population,
         sharding,
         long_context,
+        nnx,
+        equinox,
+        haiku,
     )
 }
+
+
+FOREIGN = ("equinox", "haiku")
+"""Pages named for the library that they need."""
 
 
 @pytest.fixture(autouse=True)
@@ -298,6 +343,8 @@ def test_the_code_does_what_the_page_says(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name == "gguf":  # stands for the file that the page downloads
         gguf_files.tiny("SmolLM2-135M-Instruct.Q4_1.gguf")
+    if name in FOREIGN:
+        pytest.importorskip(name, reason="needs the golden extra")
     if name not in CHECKS:
         assert name in ("runs", "quantized_runs"), (
             "a page without a check of what it shows"

@@ -33,16 +33,16 @@ DTYPES = {
 """numpy's dtypes by safetensors' names."""
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
+def read_json(path: pathlib.Path, kind: type = dict) -> Any:
+    """Returns the object in a JSON file, or with `kind=list` the array.
 
     Raises:
-      ValueError: it is too long, malformed, no object, or names a key twice.
+      ValueError: it is too long, malformed, of another kind, or names a key twice.
     """
     if path.stat().st_size > JSON_LIMIT:
         raise ValueError(f"{path} has {path.stat().st_size} bytes of JSON: refused")
     try:
-        return untrusted.parsed(path.read_text(encoding="utf-8"))
+        return untrusted.parsed(path.read_text(encoding="utf-8"), kind)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

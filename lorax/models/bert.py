@@ -1,13 +1,14 @@
 """BERT: the model of `roberta`, under BERT's names on disk."""
 
-from lorax.models import roberta
+from lorax.models import roberta, roberta_config
 
 Config = roberta.Config
 Model = roberta.Model
 entries = roberta.entries
 HEADS = roberta.HEADS
+FURTHER = roberta.FURTHER
 
-ALIASES = ((r"(embeddings|encoder|pooler)\.", r"bert.\1."), *roberta.OLDER_NORMS)
+ALIASES = ((r"(embeddings|encoder|pooler)\.", r"bert.\1."), *roberta_config.OLDER_NORMS)
 """Older names on disk, as `(regex of a prefix, replacement)`."""
 
 IGNORED = (

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from lorax import untrusted
-from lorax.models import hf_config, roberta, table
+from lorax.models import hf_config, roberta_config, table
 
 Head = Literal["classification", "none"]
 TERMS = ("c2p", "p2c")
@@ -198,7 +198,7 @@ def _terms(fields: hf_config.Fields) -> tuple[str, ...]:
     return tuple(term for term in TERMS if term in given)
 
 
-ALIASES = ((r"(embeddings|encoder)\.", r"deberta.\1."), *roberta.OLDER_NORMS)
+ALIASES = ((r"(embeddings|encoder)\.", r"deberta.\1."), *roberta_config.OLDER_NORMS)
 """Older names on disk, as `(regex of a prefix, replacement)`."""
 
 HEADS = ("classifier_.*",)
@@ -221,7 +221,7 @@ def entries(config: Config) -> tuple[table.Entry, ...]:
     """Returns the table of parameters."""
     width, at, encoder = ("embed",), "deberta.embeddings", "deberta.encoder"
     linear = functools.partial(table.linear, bias=True)
-    block = roberta.block_entries("query_proj", "key_proj", "value_proj")
+    block = roberta_config.block_entries("query_proj", "key_proj", "value_proj")
     whole = [
         table.embedding(f"{at}.word_embeddings", "embed"),
         *table.layer_norm(f"{at}.LayerNorm", "norm_embed"),

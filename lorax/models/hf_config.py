@@ -126,7 +126,8 @@ class Fields:
         """Takes the head out of the switches, or what `architectures` names.
 
         Args:
-          switches: as `Config.from_hf` gets them; they lose it.
+          switches: as `Config.from_hf` gets them; they lose it. With `labels` an
+            encoder without a head gets one for them.
           known: heads by the ends of those names; where there is none it is
             "classification".
         """
@@ -141,7 +142,8 @@ class Fields:
                     f"config.json: architectures={named}: this head is not "
                     f"implemented; choose head={choices} to put another on the encoder"
                 )
-            if found[0] != "classification":
+            bare = found[0] == "none" and switches.get("labels")  # they want a head
+            if found[0] != "classification" and not bare:
                 return found[0]
         return "classification"
 

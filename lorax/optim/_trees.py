@@ -145,6 +145,6 @@ def _told(given: Any) -> str:
     return (
         f"{jax.tree.structure(given)}; write adapters, params = lorax.init(key, "
         "params, targets), then tx.init(adapters). (nnx.Optimizer(model, tx) hands "
-        "over the model's own parameters: use lorax.training.create_state(key, "
-        "adapters, tx) in its place.)"
+        "over the model's own parameters: write nnx.Optimizer(adapted, "
+        "on_adapters(tx), wrt=nnx.Param) with lorax.interop.nnx.)"
     )

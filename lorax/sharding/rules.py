@@ -1,8 +1,9 @@
 """From rules to the PartitionSpec of every parameter.
 
-Two kinds of rules, read in this order: `(regex, PartitionSpec)`, where the expression
-must match the whole path and the first that does wins; then the logical axes of a model
-family (`lorax.models.table.logical_axes`), each of which goes to mesh axes by a table.
+Three kinds of rules, read in this order: `(regex, PartitionSpec)`, where the expression
+must match the whole path and the first that does wins; the logical axes of a model
+family (`lorax.models.table.logical_axes`), each of which goes to mesh axes by a table;
+and the axes that a parameter itself carries (`lorax.sharding.boxes`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lorax import tree
 from lorax.quantized import Quantized
+from lorax.sharding import boxes
 from lorax.types import Base, PyTree
 
 LOGICAL: dict[str, str | tuple[str, ...] | None] = {
@@ -140,7 +142,7 @@ def place(
     Where two logical axes of a leaf go to one mesh axis, the first has it.
 
     Args:
-      params: arrays, or their shapes.
+      params: arrays, or their shapes, boxed (`nn.Partitioned`) or not.
       mesh: see `make_mesh`; of Explicit axes too, for a model that is written for them.
       logical: `{path: logical axes}`, `lorax.models.table.logical_axes(...)`.
       rules: `(regex, spec)`, full match on paths, first match wins; before `logical`.
@@ -165,7 +167,10 @@ def place(
       up/kernel  (4, 6)  (fsdp, tensor)  embed, mlp
     """
     leaves = tree.flatten(params)
-    named = dict(logical or {})
+    boxed = boxes.names_of(params)
+    named: dict[str, Sequence[str | None]]
+    named = {path: own.names for path, own in boxed.items() if own.logical}
+    named.update(logical or {})
     for pattern, _ in rules:
         if not any(tree.match(pattern, path) for path in leaves):
             raise ValueError(
@@ -182,6 +187,10 @@ def place(
         elif path in named:
             by = ", ".join(str(axis or "-") for axis in named[path])
             entries = _by_name(path, shape, named[path], mesh, table, may_replicate)
+        elif path in boxed:
+            by = "its own axes"
+            spec = PartitionSpec(*boxed[path].names)
+            entries = _by_regex(path, shape, spec, mesh)
         else:
             raise ValueError(
                 f"{path}: no sharding rule matches; end the rules with "
