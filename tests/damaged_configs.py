@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from lorax.interop import hf
-from lorax.models import gemma, gpt2, llama, roberta, t5
+from lorax.models import gemma, gemma4, gpt2, llama, roberta, t5
 from lorax.models.rope import Rope
 from tests.damaged import Case, Source
 
@@ -43,6 +43,17 @@ CONFIGS: dict[str, Any] = {
         soft_cap=None,
         logit_cap=7.0,
         model_type="gemma3_text",
+    ),
+    "gemma4_text": gemma4.Config(
+        31,
+        **SIZES,
+        hidden=24,
+        far_kv_heads=2,
+        far_head_dim=8,
+        windows=(8, 0),
+        extra=2,
+        extra_vocabulary=9,
+        logit_cap=7.0,
     ),
     "gpt2": gpt2.Config(31, 16, 16, 2, 4, 40, "relu", 1e-4),
     "llama": llama.Config(31, **SIZES, hidden=24, activation="gelu", rope=LLAMA3),
@@ -92,6 +103,14 @@ MEANS = {
         "factor huge": {"factor": float(LARGEST)},
         "high_freq_factor huge": {"high": LARGEST},
         "original_max_position_embeddings huge": {"original": LARGEST},
+    },
+    "gemma4_text": {
+        "max_position_embeddings absent": {"positions": 131_072},
+        "final_logit_softcapping absent": {"logit_cap": None},
+        "final_logit_softcapping null": {"logit_cap": None},
+        "final_logit_softcapping huge": {"logit_cap": LARGEST},
+        "sliding_window absent": {"windows": (512, 0)},
+        "use_double_wide_mlp": "wide",
     },
     "gpt2": {
         "activation_function absent": {"activation": "gelu_new"},
@@ -167,6 +186,11 @@ def _config_means(config: Any, params: Any, case: Case) -> Any:
         rule = {told[field]: value} if field in told else None
     if field == "sliding_window" and case.kind == "huge" and value == LARGEST:
         rule = {"windows": tuple(w and LARGEST for w in config.windows)}
+    if case.kind == "huge" and case.key[-2:-1] and field == "rope_theta":
+        kind = {"full_attention": "rope", "sliding_attention": "local_rope"}
+        own = kind.get(str(case.key[-2]))
+        if own and isinstance(config, gemma4.Config):
+            rule = {own: dataclasses.replace(getattr(config, own), base=float(value))}
     if rule is None:
         return None
     if hasattr(config, "rope") and next(iter(rule)) in vars(config.rope):
@@ -178,8 +202,8 @@ def _config_means(config: Any, params: Any, case: Case) -> Any:
 
 
 def _group(config: Any) -> dict[str, Any]:
-    if isinstance(config, gemma.Config):
-        return MEANS[config.model_type]
+    if isinstance(config, gemma.Config | gemma4.Config):
+        return MEANS[config.to_hf()["model_type"]]
     for name, module in {"gpt2": gpt2, "llama": llama, "t5": t5}.items():
         if isinstance(config, module.Config):
             return MEANS[name]

@@ -312,8 +312,9 @@ def _placed(
         known[name] = tensor
     tables = [of(config) for of in (family.entries, *getattr(family, "FURTHER", ()))]
     where = table.nearest(tables, config.stacks, config.scan, known)
+    ignored = (*family.IGNORED, *getattr(config, "unread", ()))
     for name in known.keys() - where.keys():
-        if files.matches(family.IGNORED, name):
+        if files.matches(ignored, name):
             del known[name]
     heads = getattr(family, "HEADS", ())
     optional = {

@@ -3,6 +3,7 @@
 | model_type | the text model's |
 |---|---|
 | gemma3 | gemma3_text |
+| gemma4 | gemma4_text |
 
 Its tensors are named `language_model.model...`, or `model.language_model...` as modules
 are named in transformers 5. What is left unread, such as a vision tower, is named in a
@@ -21,7 +22,7 @@ from lorax.models import hf_config
 
 T = TypeVar("T")
 
-TEXTS = {"gemma3": "gemma3_text"}
+TEXTS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text"}
 """The text model's `model_type`, by that of the multimodal model."""
 
 INSIDE = "language_model"
@@ -39,7 +40,10 @@ SHARED = ("tie_word_embeddings", "quantization_config")
 
 OTHERS = frozenset(
     """
-    boi_token_index eoi_token_index image_token_index mm_tokens_per_image vision_config
+    audio_config audio_token_id boa_token_id boi_token_id boi_token_index
+    eoa_token_id eoa_token_index eoi_token_id eoi_token_index image_token_id
+    image_token_index mm_tokens_per_image video_token_id vision_config
+    vision_soft_tokens_per_image
     """.split()
 )
 """Fields that speak of the other modalities."""

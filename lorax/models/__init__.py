@@ -6,7 +6,17 @@ Each file holds one family: `Config` (with `from_hf` and `to_hf`), `Model`, and
 
 from types import ModuleType
 
-from lorax.models import bert, deberta, gemma, gpt2, llama, mixture, roberta, t5
+from lorax.models import (
+    bert,
+    deberta,
+    gemma,
+    gemma4,
+    gpt2,
+    llama,
+    mixture,
+    roberta,
+    t5,
+)
 
 FAMILIES: dict[str, ModuleType] = {
     "bert": bert,
@@ -14,6 +24,7 @@ FAMILIES: dict[str, ModuleType] = {
     "gemma": gemma,
     "gemma2": gemma,
     "gemma3_text": gemma,
+    "gemma4_text": gemma4,
     "gpt2": gpt2,
     "llama": llama,
     "mistral": llama,

@@ -14,20 +14,23 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lorax.types import PyTree
+
 
 @flax.struct.dataclass
 class Cache:
     """Keys and values of the tokens read so far.
 
     Attributes:
-      k: `[layers, batch, length, kv_heads, head_dim]`.
+      k: `[layers, batch, length, kv_heads, head_dim]`; where layers differ in the
+        sizes of their heads, several of these.
       v: likewise.
       real: bool `[batch, length]`; False: empty or padding.
       index: int32 []; the next free slot.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: PyTree
+    v: PyTree
     real: jax.Array
     index: jax.Array
 
@@ -38,9 +41,8 @@ class Cache:
 
     def rows(self, index: jax.Array) -> Cache:
         """Returns the cache of these sequences, as a beam search reorders them."""
-        return dataclasses.replace(
-            self, k=self.k[:, index], v=self.v[:, index], real=self.real[index]
-        )
+        k, v = jax.tree.map(lambda leaf: leaf[:, index], (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v, real=self.real[index])
 
 
 def empty_cache(
@@ -157,7 +159,7 @@ class Context(NamedTuple):
     slot: jax.Array | None
 
     @property
-    def kept(self) -> tuple[jax.Array, jax.Array] | None:
+    def kept(self) -> tuple[PyTree, PyTree] | None:
         """Keys and values of the cache, of all layers."""
         return None if self.cache is None else (self.cache.k, self.cache.v)
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorax import attention as attentions
-from lorax.models import table
+from lorax import untrusted
+from lorax.models import hf_config, rope, table
 
 ALIASES: tuple[tuple[str, str], ...] = ()
 """Older names on disk, as `(regex of a prefix, replacement)`."""
@@ -83,6 +84,18 @@ def entries(
       mlp: what a layer has behind attention, such as `gated_mlp`.
       o_bias: o has a bias.
     """
+    block = layer_entries(config, norms, mlp, o_bias=o_bias)
+    return around(config, table.inside("model.layers.{}", "layers{}", block))
+
+
+def layer_entries(
+    config: Any,
+    norms: Mapping[str, str],
+    mlp: Sequence[table.Entry],
+    *,
+    o_bias: bool,
+) -> list[table.Entry]:
+    """Returns those of one layer; arguments are those of `entries`."""
     heads, kv = ("heads", "head_dim"), ("kv_heads", "head_dim")
     width, linear, qkv = ("embed",), table.linear, {"bias": config.qkv_bias}
     block = [
@@ -96,11 +109,55 @@ def entries(
         norms = {**norms, "self_attn.q_norm": "norm_q", "self_attn.k_norm": "norm_k"}
     for key, name in norms.items():
         block += table.rms_norm(key, name)
+    return block
+
+
+def around(config: Any, layers: Sequence[table.Entry]) -> tuple[table.Entry, ...]:
+    """Returns the entries of all layers, with the embedding, the last norm, the head.
+
+    Args:
+      config: of the family.
+      layers: entries of every stack.
+    """
     whole = [
         table.embedding("model.embed_tokens", "embed"),
-        *table.inside("model.layers.{}", "layers{}", block),
+        *layers,
         *table.rms_norm("model.norm", "norm_out"),
     ]
     if not config.tied:
-        whole += linear("lm_head", "head", width, ("vocab",))
+        whole += table.linear("lm_head", "head", ("embed",), ("vocab",))
     return tuple(whole)
+
+
+def rope_of(
+    fields: hf_config.Fields, positions: int, kind: str, values: Mapping[str, Any]
+) -> rope.Rope:
+    """Returns the rotation of one kind of layers, of several tables.
+
+    Args:
+      fields: of the config.json.
+      positions: its `max_position_embeddings`.
+      kind: of the layers, which names the table.
+      values: of the table.
+    """
+    alone = hf_config.Fields({"rope_parameters": dict(values)}, fields.family)
+    try:
+        return rope.from_hf(alone, positions)
+    except ValueError as error:
+        raise ValueError(f"{error} (rope_parameters.{kind})") from None
+
+
+def rope_tables(fields: hf_config.Fields) -> dict[str, dict[str, Any]]:
+    """Takes `rope_parameters`, one table for each kind of layers; empty: not given."""
+    given = fields.take("rope_parameters", untrusted.TABLE, {})
+    if unknown := sorted(set(given) - set(hf_config.WINDOWED)):
+        raise ValueError(
+            f"config.json: rope_parameters has {unknown}; {fields.family} has one "
+            f"table for each of {', '.join(hf_config.WINDOWED)}"
+        )
+    found = {}
+    for kind in hf_config.WINDOWED:
+        where = f"config.json: rope_parameters.{kind}"
+        own = untrusted.check(where, given.get(kind) or {}, untrusted.TABLE)
+        found[kind] = {key: v for key, v in own.items() if v is not None}
+    return found

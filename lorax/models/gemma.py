@@ -164,8 +164,7 @@ class Model(nn.Module):
         x = Norm(config, name="norm_out")(x[:, -1:] if last_only else x)
         if hidden:
             return seen.result(x, kept)
-        logits, cap = layers.head(x, embed, config), config.logit_cap
-        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+        logits = layers.capped(layers.head(x, embed, config), config.logit_cap)
         return seen.result(logits, kept)
 
     def head_of(self, params: Any) -> losses.Head:

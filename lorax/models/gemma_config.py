@@ -226,7 +226,9 @@ def _attention(
     if kind == "gemma":
         plain = {"soft_cap": None, "logit_cap": None}
         return {"windows": (0,) * depth, "query_scale": head_dim, **plain}
-    soft_cap = _cap(fields, "attn_logit_softcapping", kind)
+    soft_cap = fields.cap(
+        "attn_logit_softcapping", USUAL[kind]["attn_logit_softcapping"]
+    )
     if kind == "gemma3_text" and soft_cap is not None:
         raise ValueError(
             f"config.json: attn_logit_softcapping={soft_cap}: transformers has it "
@@ -236,15 +238,10 @@ def _attention(
         "windows": _windows(fields, depth, USUAL[kind]["sliding_window_pattern"]),
         "query_scale": fields.integer("query_pre_attn_scalar", 256),
         "soft_cap": soft_cap,
-        "logit_cap": _cap(fields, "final_logit_softcapping", kind),
+        "logit_cap": fields.cap(
+            "final_logit_softcapping", USUAL[kind]["final_logit_softcapping"]
+        ),
     }
-
-
-def _cap(fields: hf_config.Fields, name: str, kind: str) -> float | None:
-    """A soft cap; null is none, which an absent field need not be."""
-    usual = USUAL[kind][name]
-    off = fields.left.get(name, usual) is None
-    return None if off else fields.take(name, untrusted.number(above=0), usual)
 
 
 def _windows(fields: hf_config.Fields, depth: int, every: int) -> tuple[int, ...]:
@@ -270,28 +267,16 @@ def _ropes(
         for name in ("rope_theta", "rope_local_base_freq")
     }
     scaling = fields.take("rope_scaling", untrusted.TABLE, {})
-    given = fields.take("rope_parameters", untrusted.TABLE, {})
-    if unknown := sorted(set(given) - set(hf_config.WINDOWED)):
-        raise ValueError(
-            f"config.json: rope_parameters has {unknown}; gemma3 has one table for "
-            f"each of {', '.join(hf_config.WINDOWED)}"
-        )
+    tables = decoder_config.rope_tables(fields)
 
     def of(kind: str, name: str, usual: float, scaling: Any) -> rope.Rope:
-        where = f"config.json: rope_parameters.{kind}"
-        table = untrusted.check(where, given.get(kind) or {}, untrusted.TABLE)
-        values = scaling | {key: v for key, v in table.items() if v is not None}
-        base = bases[name]
+        values, base = scaling | tables[kind], bases[name]
         if base is not None and values.setdefault("rope_theta", base) != base:
+            where = f"config.json: rope_parameters.{kind}"
             stated = untrusted.shown(values["rope_theta"])
             raise ValueError(f"{where}.rope_theta is {stated}, and {name} is {base}")
         values.setdefault("rope_theta", usual)
-        alone = hf_config.Fields({"rope_parameters": values}, fields.family)
-        try:
-            return rope.from_hf(alone, positions)
-        except ValueError as error:
-            told = f"rope_parameters.{kind}, over rope_scaling"
-            raise ValueError(f"{error} ({told})") from None
+        return decoder_config.rope_of(fields, positions, kind, values)
 
     return (
         of("full_attention", "rope_theta", 1e6, dict(scaling)),

@@ -112,6 +112,11 @@ class Fields:
         """As `take`, for what a norm adds to a variance."""
         return self.take(name, untrusted.number(above=0, below=1), default)
 
+    def cap(self, name: str, default: float | None) -> float | None:
+        """As `take`, for a soft cap; null is none, which an absent one need not be."""
+        off = self.left.get(name, default) is None
+        return None if off else self.take(name, untrusted.number(above=0), default)
+
     def activation(self, name: str, default: str) -> str:
         """As `take`, for the name of an activation that is known here."""
         value = self.take(name, untrusted.TEXT, default)

@@ -86,7 +86,7 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     kept: Any,
-    window: jax.Array | None,
+    window: jax.Array | int | None,
     shared: dict[str, Any],
     config: Attending,
     *,
@@ -100,7 +100,8 @@ def attend(
       k: `[batch, keys, kv_heads, head_dim]`, of the cache where there is one.
       v: likewise.
       kept: the cache; None: the tokens see another alone.
-      window: int [], of the layer; None: no layer has one.
+      window: int [], of the layer, 0 where it sees all; an int where the layers are
+        not one traced one; None: no layer has one.
       shared: of `context.Context.shared`.
       config: of the family.
       scale: of the scores; None for `head_dim ** -0.5`.
@@ -127,6 +128,8 @@ def attend(
             striped=config.striped,
         )
 
+    if isinstance(window, int):
+        return of(window, q, k, v)
     sizes = sorted(set(config.windows)) or [0]
     if window is None or len(sizes) == 1:
         return of(sizes[0], q, k, v)
@@ -178,40 +181,58 @@ def along_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def checkpointed(
+    block: type[nn.Module], config: Sizes, names: Sequence[str]
+) -> type[nn.Module]:
+    """Returns the class of a layer that recomputes what `config.remat` says.
+
+    Args:
+      block: the module's class.
+      config: of the family.
+      names: that it gives its tensors.
+    """
+    if config.remat == "none":
+        return block
+    policy = remat.policy(config.remat, names)
+    return nn.remat(block, prevent_cse=not config.scan, policy=policy)
+
+
 def run_layers(
     block: type[nn.Module],
     config: Sizes,
-    x: jax.Array,
+    x: PyTree,
     own: PyTree,
     shared: PyTree,
     *,
     length: int,
     names: Sequence[str],
     options: Sequence[Any] = (),
-) -> tuple[jax.Array, PyTree]:
+    name: str = "layers",
+) -> tuple[PyTree, PyTree]:
     """Runs a stack of blocks `(x, own, shared) -> (x, out)`, inside a compact method.
 
     With `config.scan` it is one traced layer under `nn.scan`, whose leaves are stacked
     on axis 0 below `layers`; else `length` of them, `layers_0` and on. `config.remat`
-    says what is kept for the backward pass; see `lorax.models.remat`.
+    says what is kept for the backward pass; see `lorax.models.remat`. Blocks that are
+    several layers each, and call `checkpointed` on these, give no names.
 
     Args:
       block: the module's class, called with the config and the options.
       config: of the family.
-      x: what flows through the layers.
+      x: what flows through the layers, `[batch, time, ...]`.
       own: a tree of arrays with a leading axis of layers, a slice for each.
       shared: a tree that every layer gets whole.
       length: number of layers.
       names: that a block gives its tensors.
       options: further arguments of the block.
+      name: of the stack.
 
     Returns:
       The last x, and the outs with a leading axis of layers.
     """
-    x = along_batch(x)
-    if config.remat != "none":
-        policy = remat.policy(config.remat, names)
-        block = nn.remat(block, prevent_cse=not config.scan, policy=policy)
+    x = jax.tree.map(along_batch, x)
+    if names:
+        block = checkpointed(block, config, names)
     if config.scan:
         return nn.scan(
             block,
@@ -219,11 +240,11 @@ def run_layers(
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=length,
-        )(config, *options, name="layers")(x, own, shared)
+        )(config, *options, name=name)(x, own, shared)
     outs = []
     for layer in range(length):
         part = jax.tree.map(lambda leaf, layer=layer: leaf[layer], own)
-        x, out = block(config, *options, name=f"layers_{layer}")(x, part, shared)
+        x, out = block(config, *options, name=f"{name}_{layer}")(x, part, shared)
         outs.append(out)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
@@ -283,11 +304,13 @@ def projection(
     )
 
 
-def embedding(rows: int, name: str, config: Sizes) -> nn.Embed:
-    """An embedding `[rows, width]`, drawn from N(0, 0.02^2)."""
+def embedding(
+    rows: int, name: str, config: Sizes, width: int | None = None
+) -> nn.Embed:
+    """An embedding `[rows, width]`, drawn from N(0, 0.02^2); the stream's width."""
     return nn.Embed(
         rows,
-        config.width,
+        width or config.width,
         embedding_init=nn.initializers.normal(0.02),
         dtype=config.dtype,
         param_dtype=config.param_dtype,
@@ -306,9 +329,10 @@ def layer_norm(name: str, config: Sizes) -> nn.LayerNorm:
     )
 
 
-def rms_norm(name: str, config: Sizes) -> nn.RMSNorm:
-    """An RMS norm with a scale."""
+def rms_norm(name: str, config: Sizes, *, use_scale: bool = True) -> nn.RMSNorm:
+    """An RMS norm with a scale, or without."""
     return nn.RMSNorm(
+        use_scale=use_scale,
         epsilon=config.eps,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
@@ -323,6 +347,11 @@ def head(x: jax.Array, embed: nn.Embed, config: DecoderSizes) -> jax.Array:
     else:
         logits = projection(config.vocabulary, "head", config)(x)
     return logits.astype(jnp.float32)
+
+
+def capped(logits: jax.Array, cap: float | None) -> jax.Array:
+    """Logits within a soft cap; None: none."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def head_of(params: PyTree, config: DecoderSizes) -> losses.Head:

@@ -8,6 +8,7 @@ Pairs `(x_i, x_{i + d/2})` are turned by the angle `position * rate_i` with
     llama3    long waves as linear, short ones as they are, between them a blend
     yarn      likewise by the number of turns in the original length, and all scores
               multiplied by the square of 0.1 ln(factor) + 1
+    proportional  the first part of the pairs as they are, the others not at all
 
 References:
   Su et al., RoFormer, arXiv:2104.09864. Chen et al., arXiv:2306.15595 (linear). Peng et
@@ -26,7 +27,7 @@ import numpy as np
 
 from lorax import untrusted
 
-KINDS = ("default", "linear", "llama3", "yarn")
+KINDS = ("default", "linear", "llama3", "yarn", "proportional")
 _POSITIVE = untrusted.number(above=0)
 RULES = {
     "rope_theta": untrusted.number(most=1e30, above=1),
@@ -40,6 +41,7 @@ RULES = {
     "beta_fast": _POSITIVE,
     "attention_factor": _POSITIVE,
     "truncate": untrusted.FLAG,
+    "partial_rotary_factor": untrusted.number(above=0, most=1),
 }
 """What the fields of a rotation must be."""
 
@@ -58,6 +60,7 @@ class Rope:
       high: llama3: waves shorter than `original / high` are left; yarn's beta_fast.
       attention: yarn: factor on cosine and sine; None for `0.1 ln(factor) + 1`.
       truncate: yarn: the bounds of the blend are rounded to whole pairs.
+      part: of a head that is turned; proportional: of its pairs.
     """
 
     base: float = 10_000.0
@@ -68,9 +71,15 @@ class Rope:
     high: float = 4.0
     attention: float | None = None
     truncate: bool = True
+    part: float = 1.0
 
     def rates(self, size: int) -> np.ndarray:
-        """Returns radians a token, `[size / 2]`, float64."""
+        """Returns radians a token, float64, of the pairs that are turned."""
+        if self.kind == "proportional":
+            rates = self.base ** (-np.arange(0, size, 2) / size)
+            turned = np.arange(size // 2) < int(self.part * size // 2)
+            return np.where(turned, rates, 0) / self.factor
+        size = int(size * self.part)
         rates = self.base ** (-np.arange(0, size, 2) / size)
         if self.kind == "linear":
             return rates / self.factor
@@ -102,17 +111,22 @@ class Rope:
         return 1.0 if self.factor <= 1 else 0.1 * math.log(self.factor) + 1
 
     def angles(self, positions: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-        """Returns cosine and sine, float32 `[batch, time, 1, size / 2]`."""
+        """Returns cosine and sine, float32 `[batch, time, 1, pairs]`."""
         rates = jnp.asarray(self.rates(size), jnp.float32)
         angle = (positions[..., None].astype(jnp.float32) * rates)[..., None, :]
         return self.gain * jnp.cos(angle), self.gain * jnp.sin(angle)
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns `x: [batch, time, heads, head_dim]`, halves together."""
+    """Turns `x: [batch, time, heads, head_dim]`, halves together.
+
+    What is beyond the pairs that have angles stays as it is.
+    """
     cos, sin = (part.astype(x.dtype) for part in angles)
-    left, right = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
+    pairs = cos.shape[-1]
+    left, right, rest = jnp.split(x, (pairs, 2 * pairs), axis=-1)
+    turned = left * cos - right * sin, right * cos + left * sin
+    return jnp.concatenate([*turned, rest], -1)
 
 
 def _ramp(low: float, high: float, size: int, whole: bool) -> np.ndarray:
@@ -124,12 +138,13 @@ def _ramp(low: float, high: float, size: int, whole: bool) -> np.ndarray:
     return np.clip((np.arange(size // 2) - low) / span, 0, 1)
 
 
-def from_hf(fields: Any, positions: int) -> Rope:
+def from_hf(fields: Any, positions: int, partial: bool = False) -> Rope:
     """Reads `rope_parameters` (v5), or `rope_theta` and `rope_scaling` (v4).
 
     Args:
       fields: of the config.json.
       positions: its `max_position_embeddings`.
+      partial: the family turns a part of a head, where its config says so.
 
     Raises:
       ValueError: a kind or a field that is not implemented, or one that is missing.
@@ -154,12 +169,14 @@ def from_hf(fields: Any, positions: int) -> Rope:
     if theta is not None and base != theta:
         raise ValueError(f"config.json: rope_theta is {theta} and {base}")
     try:
-        return _read(kind, float(base), values, positions)
+        return _read(kind, float(base), values, positions, partial)
     except ValueError as error:
         raise ValueError(f"config.json: {where}: {error}") from None
 
 
-def _read(kind: str, base: float, values: dict[str, Any], positions: int) -> Rope:
+def _read(
+    kind: str, base: float, values: dict[str, Any], positions: int, partial: bool
+) -> Rope:
     original = values.pop("original_max_position_embeddings", None)
     need: dict[str, tuple[str, ...]] = {"linear": ("factor",), "yarn": ("factor",)}
     need["llama3"] = ("factor", "low_freq_factor", "high_freq_factor")
@@ -169,6 +186,10 @@ def _read(kind: str, base: float, values: dict[str, Any], positions: int) -> Rop
     if missing:
         raise ValueError(f"rope type {kind!r} lacks {', '.join(missing)}")
     own: dict[str, Any] = {}
+    if partial or kind == "proportional":
+        own["part"] = float(values.pop("partial_rotary_factor", None) or 1)
+    if kind == "proportional":
+        own["factor"] = float(values.pop("factor", None) or 1)
     if kind in need:
         own["factor"] = float(values.pop("factor"))
     if kind == "llama3":
@@ -197,6 +218,8 @@ def to_hf(rope: Rope) -> dict[str, Any]:
     values: dict[str, Any] = {"rope_type": rope.kind}
     if rope.kind != "default":
         values["factor"] = rope.factor
+    if rope.part != 1:
+        values["partial_rotary_factor"] = rope.part
     if rope.kind == "llama3":
         values |= {"low_freq_factor": rope.low, "high_freq_factor": rope.high}
     if rope.kind == "yarn":

@@ -37,6 +37,7 @@ class Entry(NamedTuple):
       part: which part of a layer's leaf the tensor is: its index, of numbers and, for
         axes that it has whole, None. Transposed, inputs and order speak of the axes
         that it has.
+      numbers: on disk, of the layers of the stack; None: from 0 on.
     """
 
     key: str
@@ -46,6 +47,7 @@ class Entry(NamedTuple):
     inputs: int = 1
     order: tuple[int | tuple[int, ...], ...] | None = None
     part: tuple[int | None, ...] = ()
+    numbers: range | None = None
 
 
 class Location(NamedTuple):
@@ -97,8 +99,9 @@ def locate(
             continue
         for layer in range(stacks[entry.path.partition("{}")[0]]):
             path = entry.path.format("" if scan else f"_{layer}")
-            number = layer if scan else None
-            found[entry.key.format(layer)] = Location(path, number, entry)
+            number = layer if entry.numbers is None else entry.numbers[layer]
+            where = layer if scan else None
+            found[entry.key.format(number)] = Location(path, where, entry)
     return found
 
 
