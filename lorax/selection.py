@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lorax import adapters, tree
+from lorax import adapters, tree, untrusted
 from lorax.kernels import Kernel
 from lorax.targets import ALL_LINEAR, Rule, Target
 from lorax.types import Axes, PyTree
@@ -353,6 +353,8 @@ def _check_low_rank(
             f"{path}: rank={target.rank} is above min(in, out) = {most} of "
             f"the kernel of shape {shape}; lower the rank or exclude the leaf"
         )
+    if target.rows is not None:
+        _check_rows(target, kernel, axes)
     if target.slices is not None:
         size = shape[axes.out[0]]
         if len(axes.out) < 2 or target.slices[-1] >= size:
@@ -373,3 +375,24 @@ def _check_low_rank(
                 f"{path}: layers={target.layers}, but the leaf of shape {shape} "
                 + (f"stacks {depth} layers" if depth else "is not a stack of layers")
             )
+
+
+def _check_rows(target: Target, kernel: Kernel, axes: Axes) -> None:
+    """Holds the rows of a target against the embedding or the head that it matched."""
+    path, lookup = kernel.path, kernel.op == "gather"
+    vocabulary = axes.in_ if lookup else axes.out
+    if not (lookup or kernel.head) or len(vocabulary) != 1 or axes.batch:
+        how = f"by {kernel.op!r}" if kernel.uses else "in a way that nobody told"
+        raise ValueError(
+            f"{path}: rows={untrusted.shown(target.rows)} are those of an embedding "
+            "that is looked up, or of an output head, and this leaf of shape "
+            f"{kernel.shape} is used {how}; narrow the pattern, and pass "
+            "kernels=lorax.discover(loss_fn, params, batch) to lorax.init"
+        )
+    size = kernel.shape[vocabulary[0]]
+    assert target.rows is not None
+    if target.rows[-1] >= size:
+        raise ValueError(
+            f"{path}: rows={untrusted.shown(target.rows)}, and the vocabulary has "
+            f"{size}, 0 to {size - 1}; for more, see lorax.interop.hf.resize_embeddings"
+        )

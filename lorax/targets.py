@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from lorax import _checks, adapters
+from lorax import _checks, adapters, untrusted
 
 ALL_LINEAR = "all-linear"
 SCALINGS = {
@@ -52,6 +52,9 @@ class Target:
         is one more output axis: (0,) gives each expert a pair of its own, as in every
         other form, () keeps what was read and says that it is meant. None: as read,
         with a `TargetWarning` where a sibling disagrees.
+      rows: of an embedding, or of an untied output head, the numbers of the tokens that
+        train, increasing: those that a vocabulary grew by, `range(32000, 32016)`. With
+        adapter="rows", which has no rank; rank, alpha and scaling are not used.
 
     Raises:
       ValueError: a value out of range, or a pattern that is not a regular expression.
@@ -80,6 +83,7 @@ class Target:
     options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
     slices: tuple[int, ...] | None = None
     batch_axes: tuple[int, ...] | None = None
+    rows: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -93,7 +97,7 @@ class Target:
             )
         _checks.one_of("scaling", self.scaling, tuple(SCALINGS))
         self._require_numbers()
-        for field in ("layers", "slices"):
+        for field in ("layers", "slices", "rows"):
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, self._rising(field))
         self._require_of_class(cls)
@@ -125,6 +129,12 @@ class Target:
                 f"{self.pattern!r}: slices={self.slices} go with adapter='lora' and "
                 f"init='standard', not {self.adapter!r} and {self.init!r}"
             )
+        if cls.by_rows != (self.rows is not None):
+            raise ValueError(
+                f"{self.pattern!r}: rows={self.rows} and adapter={self.adapter!r}; the "
+                "rows of an embedding train by adapter='rows', which needs their "
+                "numbers: rows=range(32000, 32016), say"
+            )
         if self.dropout and not cls.drops:
             raise ValueError(
                 f"{self.pattern!r}: dropout={self.dropout}, and adapter="
@@ -144,11 +154,12 @@ class Target:
         whole = all(map(_checks.is_whole, numbers))
         rising = whole and sorted(set(numbers)) == list(numbers)
         if not numbers or not rising or numbers[0] < 0:
+            instead = "" if field == "rows" else ", or None for all"
             raise ValueError(
-                f"{self.pattern!r}: {field}={numbers}; give increasing numbers from 0, "
-                "or None for all"
+                f"{self.pattern!r}: {field}={untrusted.shown(numbers)}; give "
+                f"increasing numbers from 0{instead}"
             )
-        return numbers
+        return tuple(map(int, numbers))
 
     def _checked_axes(self) -> tuple[int, ...]:
         given = self.batch_axes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -276,6 +276,10 @@ class TargetSpec(Protocol):
         """Of a fused kernel, the parts that do."""
 
     @property
+    def rows(self) -> Sequence[int] | None:
+        """Of an embedding, the rows that do."""
+
+    @property
     def options(self) -> Any:
         """Hyperparameters, by name."""
 
@@ -290,6 +294,7 @@ class Adapter(Protocol):
       additive: True where the update adds, and is proportional to `scale`.
       padded: True where zeros in the ranks change no update.
       reads_kernel: True where `factors` reads the kernel's values.
+      by_rows: True where it acts on some rows of an embedding.
     """
 
     fields: ClassVar[dict[str, Field]]
@@ -298,6 +303,7 @@ class Adapter(Protocol):
     additive: ClassVar[bool]
     padded: ClassVar[bool]
     reads_kernel: ClassVar[bool]
+    by_rows: ClassVar[bool]
 
     def as_lora(self) -> Any:
         """Returns the same update as a plain Lora; None where it is not one."""

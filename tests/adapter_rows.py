@@ -129,6 +129,13 @@ ADAPTERS = [
     ),
     ("hra", joined, (2, 3, OUT), OUT, HRA(rank=4)),
     ("hra_layer_subset", layers, (3, IN, IN), IN, HRA(layers=(0, 2))),
+    (
+        "rows_of_a_head",
+        matrix,
+        (IN, OUT),
+        OUT,
+        lorax.Target("w", adapter="rows", rows=(1, 4)),
+    ),
     ("full", matrix, (IN, OUT), OUT, FULL()),
     ("full_stacked", layers, (3, IN, IN), IN, FULL()),
     # of a package of its own, tests/plugin

@@ -24,6 +24,7 @@ from lorax.adapters.parametrisation import (
     register,
 )
 from lorax.adapters.randlora import RandLora
+from lorax.adapters.rows import Rows
 from lorax.adapters.sliced import SlicedLora
 from lorax.adapters.vera import VeRA
 
@@ -44,6 +45,7 @@ __all__ = [
     "Lora",
     "Oft",
     "Parametrisation",
+    "Rows",
     "SlicedLora",
     "as_lora",
     "bound",

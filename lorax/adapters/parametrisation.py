@@ -71,6 +71,7 @@ class Parametrisation:
       drops: True: dropout acts on the branch's input.
       reads_kernel: True: `factors` reads the kernel's values (a norm of its columns),
         not only its shape; a quantised one is then decoded for it.
+      by_rows: True: acts on the rows of an embedding that `Target.rows` numbers.
       sliced: registered name of the class that `Target.slices` asks for; None: none.
     """
 
@@ -84,6 +85,7 @@ class Parametrisation:
     absorbs: ClassVar[str | None] = None
     drops: ClassVar[bool] = True
     reads_kernel: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = False
     sliced: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

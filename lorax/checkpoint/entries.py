@@ -50,6 +50,11 @@ STATIC = {
         "the numbers of slices, increasing",
         lambda v: NUMBERS.fits(v) and len(v) > 0 and list(v) == sorted(set(v)),
     ),
+    "rows": untrusted.Rule(
+        "the numbers of rows, increasing",
+        lambda v: NUMBERS.fits(v) and len(v) > 0 and list(v) == sorted(set(v)),
+    ),
+    "size": untrusted.whole(1),
     "blocks": untrusted.whole(1),
     "detach_norm": untrusted.FLAG,
     "lent": untrusted.Rule(
@@ -280,6 +285,8 @@ def _require_layout(made: Any) -> None:
         return
     if hasattr(made, "slices") and max(made.slices) >= made.blocks:
         raise ValueError(f"static.slices={made.slices} of blocks={made.blocks}")
+    if hasattr(made, "rows") and max(made.rows) >= made.size:
+        raise ValueError(f"static.rows={untrusted.shown(made.rows)} of {made.size}")
     try:
         plain: Any = jax.eval_shape(adapter_classes.as_lora, made)
         if not pair and type(plain) is type(made):
