@@ -15,6 +15,7 @@ import lorax
 from lorax import checkpoint, compose
 from lorax.adapters import parametrisation
 from lorax.models import llama
+from tests import howto_files
 from tests.interop import gguf_files
 
 pytestmark = pytest.mark.once
@@ -163,15 +164,6 @@ def saving(scope):
     assert checkpoint.RunCheckpoints(scope["folder"] + "/run").steps() == [6]
 
 
-def peft(scope):
-    assert {a.rank for a in scope["loaded"].values()} == {4}  # twice the target's
-    folder = pathlib.Path(scope["folder"])
-    for file in ("adapter/adapter_config.json", "merged/config.json"):
-        assert (folder / file).exists()
-    moved, params = jax.tree.leaves(scope["moved"]), jax.tree.leaves(scope["params"])
-    assert any((new != old).any() for new, old in zip(moved, params))
-
-
 def quantized_inits(scope):
     assert 0 < scope["lost"] < 0.7 * scope["without"]
     assert lorax.quantized.is_quantized(scope["packed"]["w"])
@@ -191,16 +183,6 @@ def own_codes(scope):
         want = want + np.tanh(want @ kernel)
     got = lorax.adapt(scope["quantised"])(adapters, own, x)
     np.testing.assert_allclose(got, want @ own["head"], rtol=1e-4, atol=1e-5)
-
-
-def gguf(scope):
-    leaves = lorax.tree.flatten(scope["params"])
-    is_quantized = lorax.quantized.is_quantized
-    kept = {path for path, leaf in leaves.items() if is_quantized(leaf)}
-    assert kept == scope["adapters"].keys() == scope["again"].keys()
-    for path, adapter in scope["adapters"].items():
-        jax.tree.map(np.testing.assert_array_equal, adapter, scope["again"][path])
-    assert scope["files"]["tokenizer.json"]["model"]["type"] == "BPE"
 
 
 def many_adapters(scope):
@@ -302,6 +284,7 @@ def haiku(scope):
 CHECKS = {
     check.__name__: check
     for check in (
+        *howto_files.CHECKS,
         own_model,
         losses,
         own_method,
@@ -313,8 +296,6 @@ CHECKS = {
         optimizer_chain,
         adalora,
         saving,
-        peft,
-        gguf,
         own_codes,
         quantized_inits,
         many_adapters,

@@ -29,6 +29,7 @@ import safetensors.numpy
 
 from lorax import models, tree, untrusted
 from lorax.interop import bitsandbytes, files, leaves, multimodal, packed
+from lorax.interop.vocabulary import resize_embeddings as resize_embeddings
 from lorax.models import table
 from lorax.quantization import Rules
 from lorax.types import PyTree

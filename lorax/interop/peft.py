@@ -34,14 +34,18 @@ from lorax.interop import (
     files,
     hf,
     peft_base,
+    peft_biases,
     peft_config,
     peft_forms,
+    peft_layers,
     peft_leaves,
+    peft_rows,
     peft_table,
     peft_tensors,
     peft_written,
 )
 from lorax.interop.factors import Module
+from lorax.interop.peft_layers import replicate_layers as replicate_layers
 from lorax.interop.peft_selection import PREFIX
 from lorax.types import Adapters, Base, PyTree
 
@@ -144,19 +148,20 @@ def _load(
     base = peft_base.Base(config)
     leaves = {} if params is None else tree.flatten(params)
     try:
-        modules, saved, frozen = peft_tensors.read(tensors, settings, base, leaves)
-        modules, saved = peft_leaves.untied(modules, saved, base)
-        found = assembly.adapters(modules, saved, base, settings.dropout)
+        peft_layers.require(settings.replicated, config, leaves)
+        held = peft_tensors.read(tensors, settings, base, leaves)
+        modules, saved = peft_leaves.untied(held.modules, held.saved, base)
+        found = assembly.adapters(modules, saved, base, settings.dropout) | held.rows
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not settings.moved:
-        return found, frozen
+        return found, held.frozen
     by = f"PEFT's {settings.moved}(rank={settings.rank})"
 
     def mark(path: str, adapter: Any) -> Any:
-        return adapter if adapter.replaces else adapter.replace(moved_by=by)
+        return adapter.replace(moved_by=by) if hasattr(adapter, "moved_by") else adapter
 
-    return tree.map_adapters(mark, found), frozen
+    return tree.map_adapters(mark, found), held.frozen
 
 
 def save(
@@ -181,7 +186,8 @@ def save(
       adapters: `{path: adapter}`, of one parametrisation beside Full.
       config: of the base, `model.config`.
       params: of the base, as from `lorax.init`; needed by methods that PEFT writes with
-        frozen arrays (VeRA, RandLoRA) or norms of the kernels (DeLoRA).
+        frozen arrays (VeRA, RandLoRA), norms of the kernels (DeLoRA) or rows of the
+        embedding (Rows).
       base_name: of the base, for `base_model_name_or_path`.
       initial: what `lorax.init` returned, if it moved a part of the base's kernels
         (PiSSA, MiLoRA, LoRA-GA, OLoRA, CorDA): what is written is then for the original
@@ -191,7 +197,8 @@ def save(
       rank_stabilized: write alpha for rsLoRA's alpha / sqrt(rank); the function is the
         same.
       fields: of the config, that say nothing of the function (`task_type`,
-        `total_step`, ...), and `lora_dropout`.
+        `total_step`, ...), `lora_dropout`, and of a base that `replicate_layers` made
+        its `layer_replication`.
 
     Raises:
       KeyError: a path that the model lacks.
@@ -202,6 +209,10 @@ def save(
     tree.require(adapters, base.shapes, "model")
     for path, adapter in adapters.items():
         adapter.check(path, base.shapes[path])
+    rows: dict[str, Any] = {p: a for p, a in adapters.items() if a.by_rows}
+    adapters = {path: a for path, a in adapters.items() if path not in rows}
+    given, leaves = dict(fields or {}), _leaves(params)
+    peft_layers.require(given.get("layer_replication") or (), config, leaves or {})
     if initial is not None:
         adapters = _on_original(adapters, initial)
     elif not residual:
@@ -213,18 +224,27 @@ def save(
     modules, saved = peft_leaves.split(adapters, base)
     if kind == "adalora":
         modules = factors.one_scale(modules)
-    tensors = {f"{PREFIX}{key}": tensor for key, tensor in saved.items()}
-    tensors |= _to_disk(modules, kind, base, params)
+    told = peft_rows.write(rows, base, leaves)
+    adapted = {module.name for module in modules}
+    alone = peft_biases.lone(saved, base)
+    bias = peft_biases.mode(alone, saved, adapted, base)
+    tensors = {
+        peft_biases.on_disk(key, adapted) if key in alone else PREFIX + key: tensor
+        for key, tensor in saved.items()
+    }
+    tensors |= _to_disk(modules, kind, base, params) | told.tensors
     if odd := [key for key, tensor in tensors.items() if not files.is_finite(tensor)]:
         raise ValueError(f"{odd[0]!r} would hold NaN or infinity")
     written = peft_written.fields(
         kind,
         modules,
-        saved=list(saved),
+        saved=[key for key in saved if key not in alone],
+        bias=bias,
+        tokens=told.rows,
         base=base,
         rates=_rates(adapters),
         rank_stabilized=rank_stabilized,
-        given=dict(fields or {}),
+        given=given,
     )
     written["base_model_name_or_path"] = base_name
     directory = pathlib.Path(directory)
@@ -239,8 +259,8 @@ def _to_disk(
     modules: Sequence[Module], kind: str, base: peft_base.Base, params: PyTree
 ) -> dict[str, np.ndarray]:
     """Returns `{key: tensor}` of the modules, and of what they share."""
-    plain, frozen = tree.split(params)
-    leaves = {} if params is None else tree.flatten(plain)
+    _, frozen = tree.split(params)
+    leaves = _leaves(params) or {}
     tensors: dict[str, np.ndarray] = {}
     places = [peft_tensors.place_of(m.name, {}, base, leaves) for m in modules]
     for module, place in zip(modules, places, strict=True):
@@ -253,6 +273,11 @@ def _to_disk(
             )
         tensors |= peft_tensors.to_disk(module, kind, place)
     return tensors | peft_tensors.common_to_disk(modules, places, kind, frozen)
+
+
+def _leaves(params: PyTree) -> dict[str, Any] | None:
+    """The parameters by path; None where they are not given."""
+    return None if params is None else tree.flatten(tree.split(params)[0])
 
 
 def _rates(adapters: Adapters) -> set[float]:
@@ -304,7 +329,7 @@ def _on_original(adapters: Adapters, initial: Adapters) -> Adapters:
 
     found: dict[str, Any] = compose.to_lora(
         {path: plain(a) for path, a in adapters.items()},
-        {path: plain(a) for path, a in initial.items()},
+        {path: plain(a) for path, a in initial.items() if path in adapters},
     )
     for path, own in dict[str, Any](adapters).items():
         if "magnitude" in own.roles:

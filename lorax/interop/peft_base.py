@@ -25,6 +25,7 @@ class Base:
     Attributes:
       where: `{key on disk: Location}`.
       shapes: abstract leaf by path.
+      words: name of the module that looks the tokens up.
       embedding: name of the module whose matrix is the head's too, or "".
       head: name of that tied head, which has no leaf of its own, or "".
       shared: modules that torch has several times, one in encoder and decoder each.
@@ -41,7 +42,7 @@ class Base:
         shapes = hf.abstract(family.Model(config))
         self.shapes = flax.traverse_util.flatten_dict(shapes, sep="/")
         words = [k for k, v in self.where.items() if v.entry.axes == ("vocab", "embed")]
-        word = words[0].removesuffix(WEIGHT)
+        self.words = word = words[0].removesuffix(WEIGHT)
         self.head = _tied_head(config, self.where, locate)
         self.embedding = word if self.head else ""
         self.shared = {word} if getattr(family, "INPUTS", 1) > 1 else set()
@@ -82,6 +83,10 @@ class Base:
         """The shape on disk of a parameter."""
         place = self.where[key]
         return table.disk_shape(place.own(self.shapes[place.path].shape), place.entry)
+
+    def matrix(self, module: str) -> str:
+        """The key of a module's matrix, a tied head's that of its embedding."""
+        return (self.embedding if module == self.head else module) + WEIGHT
 
     def tensor(self, key: str, leaves: Mapping[str, Any]) -> np.ndarray:
         """Returns a parameter as it lies on disk, out of leaves by path."""

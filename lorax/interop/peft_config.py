@@ -32,9 +32,10 @@ from lorax.interop.peft_selection import (
 
 IMPLEMENTED = frozenset(
     """
-    alpha_pattern ensure_weight_tying exclude_modules init_lora_weights init_r
-    layers_pattern layers_to_transform lora_alpha lora_dropout modules_to_save peft_type
-    r rank_pattern target_modules use_dora use_rslora
+    alpha_pattern bias ensure_weight_tying exclude_modules init_lora_weights init_r
+    layer_replication layers_pattern layers_to_transform lora_alpha lora_bias
+    lora_dropout modules_to_save peft_type r rank_pattern target_modules
+    trainable_token_indices use_dora use_rslora
     """.split()
 )
 """Fields that decide the function; `r` does so for LoRA, `init_r` for AdaLoRA."""
@@ -56,22 +57,31 @@ backward pass; `qalora_group_size` needs `use_qalora`.
 DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
-    "bias": "none",
     "kasa_config": None,
-    "layer_replication": None,
-    "lora_bias": False,
     "megatron_config": None,
     "monteclora_config": None,
     "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
 }
 """Fields that change the function in a way that is not implemented."""
 
+MERGED = "merge it in PEFT (merge_and_unload) and load that model"
+INSTEAD = {
+    "alora_invocation_tokens": "the adapter acts behind these tokens only",
+    "arrow_config": "load each adapter by itself, and route by lorax.compose.route",
+    "kasa_config": MERGED,
+    "megatron_config": "the base is Megatron's; write the adapter for transformers'",
+    "monteclora_config": MERGED,
+    "use_bdlora": MERGED,
+    "use_qalora": MERGED,
+}
+"""What to do about them."""
+
 LORA = {"a": ".lora_A.weight", "b": ".lora_B.weight"}
 EMBEDDING = {"a": ".lora_embedding_A", "b": ".lora_embedding_B"}
 ADALORA = {"p": ".lora_A", "q": ".lora_B", "lam": ".lora_E"}
+B_BIAS = ".lora_B.bias"
 MAGNITUDE = {"magnitude": ".lora_magnitude_vector"}
 
 
@@ -90,6 +100,10 @@ def suffixes(kind: str, embedding: bool) -> dict[str, str]:
 OLDER = ("LORA", "ADALORA")
 """Types that have their own rules, here; the others have an entry in `peft_forms`."""
 
+BIASES = ("none", "all", "lora_only")
+ROWS = untrusted.listed(untrusted.whole())
+TOKENS = ROWS | untrusted.TABLE
+RANGES = untrusted.listed(ROWS)
 STILL = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 MOVING = re.compile("pissa(_niter_\\d+)?|olora|corda|lora_ga|loftq")
 RANKNUM = 1e-5  # what PEFT adds to AdaLoRA's initial rank before it divides by it
@@ -122,7 +136,8 @@ class Settings(Selection):
     @property
     def suffixes(self) -> set[str]:
         """All that may follow a module's name in those of its tensors."""
-        return {end for e in (0, 1) for end in suffixes(self.kind, bool(e)).values()}
+        own = {end for e in (0, 1) for end in suffixes(self.kind, bool(e)).values()}
+        return own | ({B_BIAS} if self.lora_bias else set())
 
     @property
     def said(self) -> str:
@@ -147,7 +162,8 @@ class Settings(Selection):
         sizes = {"a": (rank, in_), "b": (out, rank), "magnitude": (out,)}
         sizes |= {"p": (rank, in_), "q": (out, rank), "lam": (rank, 1)}
         own = suffixes(self.kind, place.embedding)
-        return {end: sizes[field] for field, end in own.items()}
+        found = {end: sizes[field] for field, end in own.items()}
+        return found | ({B_BIAS: (out,)} if self.lora_bias else {})
 
     def module(self, tensors: Arrays, place: Place) -> Module:
         """Returns our fields of a module's tensors."""
@@ -238,7 +254,7 @@ def read(raw: Mapping[str, Any]) -> Settings | FormSettings:
     kind = fields.one_of("peft_type", kinds)
     if form := peft_table.of_type(kind):
         return _of_form(fields, form)
-    fields.require_known(IMPLEMENTED | HARMLESS, DEFAULTS)
+    fields.require_known(IMPLEMENTED | HARMLESS, DEFAULTS, INSTEAD)
     dora = fields.take("use_dora", untrusted.FLAG, False)
     if dora and kind == "ADALORA":
         raise fields.error("use_dora", "has no meaning for AdaLoRA")
@@ -252,6 +268,10 @@ def read(raw: Mapping[str, Any]) -> Settings | FormSettings:
         ranks=ranks,
         alphas=fields.table("alpha_pattern", REAL),
         moved=fields.init(),
+        bias=fields.one_of("bias", BIASES) if raw.get("bias") else "none",
+        tokens=fields.tokens(),
+        lora_bias=fields.lora_bias(lora and not dora),
+        replicated=fields.replicated(),
         **fields.selection("lora_dropout"),
     )
 
@@ -287,6 +307,31 @@ class _Older(Fields):
             module = key.removeprefix(PREFIX).removesuffix(".default")
             found[module.removesuffix(".lora_E")] = mask
         return found
+
+    def tokens(self) -> dict[str, tuple[int, ...]]:
+        """The rows of embeddings that train, by module; under "" the input's."""
+        name = "trainable_token_indices"
+        given = self.take(name, TOKENS, {})
+        table = given if isinstance(given, dict) else {"": given}
+        for key, rows in table.items():
+            untrusted.check(f"{name}.{key}" if key else name, rows, ROWS)
+            if len(set(rows)) < len(rows):
+                raise self.error(name, "names a token twice")
+        return {key: tuple(rows) for key, rows in table.items() if rows}
+
+    def lora_bias(self, has: bool) -> bool:
+        """True where B has a bias; PEFT has it of plain LoRA alone."""
+        given = self.take("lora_bias", untrusted.FLAG, False)
+        if given and not has:
+            raise self.error("lora_bias", "goes with plain LoRA only, here and in PEFT")
+        return given
+
+    def replicated(self) -> tuple[tuple[int, int], ...]:
+        """The ranges of layers that the model is made of."""
+        given = self.take("layer_replication", RANGES, [])
+        if any(len(pair) != 2 or pair[0] >= pair[1] for pair in given):
+            raise self.error("layer_replication", "is not a list of pairs [from, to)")
+        return tuple((start, end) for start, end in given)
 
     def init(self) -> str:
         value = self.raw.get("init_lora_weights", True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from lorax import adapters as adapter_classes
 from lorax.adapters import Lora
-from lorax.interop import factors, peft_table
+from lorax.interop import factors, peft_biases, peft_table
 from lorax.interop.factors import Module
 from lorax.interop.peft_base import WEIGHT, Base
 from lorax.types import Adapters
@@ -97,8 +97,9 @@ def split(adapters: Adapters, base: Base) -> tuple[list[Module], dict[str, np.nd
 
 
 def _check_whole(saved: Collection[str], base: Base) -> None:
-    """PEFT stores a module whole or adapts it, and cannot load a part of one."""
-    whole = {key.rpartition(".")[0] for key in saved}
+    """PEFT stores a module whole or adapts it, with or without training its bias."""
+    alone = peft_biases.lone(saved, base)
+    whole = {key.rpartition(".")[0] for key in saved if key not in alone}
     for key in base.where:
         parts = [key[:i] for i, letter in enumerate(key) if letter == "."]
         if key not in saved and (module := whole.intersection(parts)):

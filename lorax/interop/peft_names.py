@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from lorax.interop import files, multimodal, peft_table
 from lorax.interop.peft_base import WEIGHT, Base
 from lorax.interop.peft_selection import PREFIX
@@ -27,6 +29,7 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 FACTORS = (
     "lora_A lora_B lora_E lora_embedding_A lora_embedding_B lora_magnitude_vector"
 ).split()
+TOKENS, ROWS = "token_adapter", "trainable_tokens_delta"
 WHOLE, ORIGINAL, LAYER = "modules_to_save", "original_module", "base_layer"
 FOREIGN = ("lora_down", "lora_up", "lora.down", "lora.up")
 WRITE = (
@@ -78,7 +81,7 @@ def read(
         if whole := multimodal.prefix(name):
             outer[multimodal.PREFIXES[whole]] = whole
             name = multimodal.inner(name, whole)
-        if name in named:
+        if name in named and not _copies(named[name], tensor):
             first = named[name].key
             raise ValueError(f"{first!r} and {key!r} are one tensor: keep one")
         named[name] = tensor
@@ -112,19 +115,29 @@ def _plain(key: str, suffixes: Collection[str], base: Base) -> tuple[str, str]:
         return ".".join(parts[:at] + parts[at + 2 :]), parts[at + 1]
     words = _words()
     at = next((i for i, part in enumerate(parts) if part in words), len(parts))
-    tail = parts[at + 1 :]
-    adapter = tail[0] if tail and tail[0] != "weight" else ""
-    if tail not in ([], ["weight"], [adapter], [adapter, "weight"]):
+    word, tail = "".join(parts[at : at + 1]), parts[at + 1 :]
+    bias = tail[-1:] == ["bias"] and f".{word}.bias" in suffixes
+    end = ["bias" if bias else "weight"]
+    adapter = tail[0] if tail and tail != end else ""
+    if tail not in ([], end, [adapter], [adapter, *end]):
         return ".".join(parts), ""
     bare = ".".join(parts[: at + 1])
-    weight = f".{''.join(parts[at : at + 1])}{WEIGHT}" in suffixes
-    return bare + (WEIGHT if weight else ""), adapter
+    if bias:
+        return f"{bare}.bias", adapter
+    return bare + (WEIGHT if f".{word}{WEIGHT}" in suffixes else ""), adapter
+
+
+def _copies(one: files.Tensor, other: files.Tensor) -> bool:
+    """True for what PEFT's bias="all" writes twice, of modules that it stores whole."""
+    both = one.key.endswith(".bias") and other.key.endswith(".bias")
+    return both and np.array_equal(one.read(), other.read())
 
 
 def _words() -> set[str]:
     """The first word behind a module's name, of every type."""
     forms = peft_table.FORMS.values()
-    return {*FACTORS, *(end.split(".")[1] for form in forms for end in form.tensors)}
+    own = {end.split(".")[1] for form in forms for end in form.tensors}
+    return {*FACTORS, ROWS, *own}
 
 
 def _ends(name: str, other: str) -> bool:
@@ -173,7 +186,7 @@ def _resolved(
 def _module(name: str) -> str:
     """The module that a tensor's name belongs to."""
     parts = name.split(".")
-    words = _words() | {LAYER}
+    words = _words() | {LAYER, TOKENS}
     at = next((i for i, part in enumerate(parts) if part in words), -1)
     return ".".join(parts[:at])
 

@@ -55,6 +55,12 @@ class Selection:
       heads: what "all-linear" leaves out.
       rank: default rank, where inits move the base.
       moved: name of an init that took a part out of the base's kernels, or "".
+      bias: which biases train and are stored: "none", "lora_only" (of the modules that
+        are adapted) or "all".
+      tokens: rows of embeddings that train, by the end of the module's name; under ""
+        those of the input embedding.
+      lora_bias: B has a bias of its own.
+      replicated: ranges of the original's layers that make the base's; () for its own.
     """
 
     dropout: float
@@ -67,6 +73,10 @@ class Selection:
     heads: tuple[str, ...]
     rank: int = 0
     moved: str = ""
+    bias: str = "none"
+    tokens: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    lora_bias: bool = False
+    replicated: tuple[tuple[int, int], ...] = ()
 
     def selects(self, module: str, linear: bool) -> bool:
         """True when PEFT puts factors on the module.
@@ -91,6 +101,11 @@ class Selection:
         whole = [PREFIX + ".".join(parts[: i + 1]) for i in range(len(parts))]
         return any(name.endswith(end) for name in whole for end in self.saved)
 
+    def trains_bias(self, module: str, linear: bool) -> bool:
+        """True when the bias of the module trains beside the factors."""
+        own = self.bias == "lora_only" and self.selects(module, linear)
+        return self.bias == "all" or own
+
 
 class Fields:
     """Takes fields, each with its checks."""
@@ -108,13 +123,27 @@ class Fields:
         given = self.raw.get(name)
         return default if given is None else untrusted.check(name, given, rule)
 
-    def require_known(self, known: Set[str], fixed: Mapping[str, Any]) -> None:
-        """Refuses fields that nobody here knows, and values not implemented."""
+    def require_known(
+        self,
+        known: Set[str],
+        fixed: Mapping[str, Any],
+        instead: Mapping[str, str] = {},
+    ) -> None:
+        """Refuses fields that nobody here knows, and values not implemented.
+
+        Args:
+          known: names.
+          fixed: the one value that is implemented, by name.
+          instead: what to do about another, by name.
+        """
         for name, default in fixed.items():
             given = self.raw.get(name, default)
             off = untrusted.ZERO.fits(given) and untrusted.ZERO.fits(default)
             if given is not None and not off and given != default:
-                raise self.error(name, f"is not implemented here, only {default!r}")
+                told = f"; {instead[name]}" if name in instead else ""
+                raise self.error(
+                    name, f"is not implemented here, only {default!r}{told}"
+                )
         on = {name for name, v in self.raw.items() if not untrusted.ZERO.fits(v)}
         if unknown := sorted(on - known - set(fixed)):
             told = ", ".join(f"{n}={untrusted.shown(self.raw[n])}" for n in unknown)

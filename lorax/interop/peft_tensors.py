@@ -9,6 +9,8 @@ base_model.model.<module>.lora_A, .lora_B      as above       AdaLoRA
 base_model.model.<module>.lora_E               [rank, 1]
 base_model.model.<module>.weight, .bias        modules_to_save
 base_model.model.<module>.base_layer.weight    the frozen weight of an embedding
+base_model.model.<module>.token_adapter...     rows of one: see `peft_rows`
+base_model.model.<module>.base_layer.bias      one that trains: see `peft_biases`
 
 `peft_names` brings the other spellings that are found into this form.
 """
@@ -22,12 +24,13 @@ import jax
 import numpy as np
 
 from lorax import tree
-from lorax.interop import files, peft_names, peft_table
+from lorax.interop import files, peft_biases, peft_names, peft_rows, peft_table
 from lorax.interop.factors import Module
 from lorax.interop.peft_base import WEIGHT, Base
-from lorax.interop.peft_config import FormSettings, Settings, suffixes
+from lorax.interop.peft_config import B_BIAS, FormSettings, Settings, suffixes
 from lorax.interop.peft_forms import Place, Shapes
 from lorax.interop.peft_selection import PREFIX
+from lorax.types import Adapters
 
 FROZEN = ".base_layer."
 
@@ -41,11 +44,13 @@ class Read(NamedTuple):
     Attributes:
       modules: with their arrays.
       saved: tensors that are stored whole, by their keys.
+      rows: adapters of rows of embeddings, by path.
       frozen: arrays of `Base.frozen`, by name.
     """
 
     modules: list[Module]
     saved: dict[str, np.ndarray]
+    rows: Adapters
     frozen: dict[str, np.ndarray]
 
 
@@ -71,6 +76,8 @@ def read(
     """
     tensors, common = _shared(tensors, settings)
     named, names = peft_names.read(tensors, settings.suffixes, base)
+    named = peft_biases.renamed(named, settings, names)
+    tokens, named = _tokens(named)
     parts, rest = _sorted(named, settings.suffixes)
     places = {
         module: place_of(module, settings.given(names.of(module)), base, params)
@@ -84,12 +91,28 @@ def read(
         _check_shapes(own, settings.shapes(places[module]), asks)
     _check_frozen(rest, base, params)
     frozen = _frozen(common, settings, list(places.values()))
-    modules = [
-        settings.module({end: _float32(t) for end, t in own.items()}, places[module])
-        for module, own in parts.items()
-    ]
+    rows = peft_rows.modules(settings, base, names)
+    made = peft_rows.read(tokens, rows, base, params)
+    modules, biases = [], {}
+    for module, own in parts.items():
+        arrays = {end: _float32(t) for end, t in own.items()}
+        modules.append(settings.module(arrays, places[module]))
+        if settings.lora_bias:
+            biases[module] = modules[-1].scale, arrays[B_BIAS]
     saved = {k: tensor.read() for k, tensor in rest.items() if FROZEN not in k}
-    return Read(modules, saved, frozen)
+    saved |= peft_biases.folded(biases, saved, base, params)
+    return Read(modules, saved, made, frozen)
+
+
+def _tokens(named: Tensors) -> tuple[Tensors, Tensors]:
+    """Returns the tensors of rows of embeddings by module, and the others by name."""
+    found = {
+        name.removesuffix(peft_rows.END): tensor
+        for name, tensor in named.items()
+        if name.endswith(peft_rows.END)
+    }
+    rest = {name: t for name, t in named.items() if not name.endswith(peft_rows.END)}
+    return found, rest
 
 
 def _shared(
@@ -238,8 +261,14 @@ def _check_rest(
         base.require_one(key.rpartition(".")[0])
         module = names.of(key.rpartition(".")[0])
         tied = settings.tying and key == f"{base.head}{WEIGHT}"
-        if FROZEN not in name and not settings.saves(module) and not tied:
-            raise ValueError(f"{tensor.key!r}: modules_to_save does not name it")
+        bias = peft_biases.trains(key, settings, base, names)
+        frozen = FROZEN in name and not key.endswith(".bias")
+        if not frozen and not (settings.saves(module) or tied or bias):
+            raise ValueError(
+                f"{tensor.key!r}: modules_to_save does not name it"
+                + (", nor does bias" if key.endswith(".bias") else "")
+            )
+    peft_biases.require_all(rest, settings, base, names)
     for key in base.where:
         module = key.rpartition(".")[0]
         own = module.startswith(names.lacking) and settings.saves(names.of(module))

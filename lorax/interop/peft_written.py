@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lorax.interop import peft_config, peft_table
@@ -13,7 +13,7 @@ from lorax.interop.peft_base import Base, short_names
 from lorax.interop.peft_forms import Form, near_whole
 from lorax.interop.peft_selection import ALWAYS_HARMLESS
 
-FREE = peft_config.HARMLESS | {"lora_dropout"}
+FREE = peft_config.HARMLESS | {"lora_dropout", "layer_replication"}
 """Fields of LoRA and AdaLoRA that a caller may give."""
 
 
@@ -22,6 +22,8 @@ def fields(
     modules: Sequence[Module],
     *,
     saved: Sequence[str],
+    bias: str,
+    tokens: Mapping[str, list[int]],
     base: Base,
     rates: Collection[float],
     rank_stabilized: bool,
@@ -32,7 +34,9 @@ def fields(
     Args:
       kind: registered name of the adapters' class.
       modules: with their factors; of AdaLoRA one scale is made of all by the caller.
-      saved: keys of whole tensors.
+      saved: keys of modules' whole tensors.
+      bias: which biases are stored beside them.
+      tokens: rows of embeddings that are, by module.
       base: the model.
       rates: of dropout.
       rank_stabilized: for rsLoRA's scale.
@@ -52,6 +56,11 @@ def fields(
     if form and rank_stabilized:
         raise ValueError(
             f"rank_stabilized=True is LoRA's, and PEFT's {form.peft_type} has none"
+        )
+    if form and (bias != "none" or tokens):
+        raise ValueError(
+            f"PEFT's {form.peft_type} stores no biases and no rows of embeddings "
+            "beside its factors here; save them with Lora, or save the two sets apart"
         )
     if not dropout and any(rates):
         raise ValueError(
@@ -75,7 +84,8 @@ def fields(
         return {**found, **_listed(form, modules, base, found), **given}
     found |= {
         "peft_type": "LORA",
-        "bias": "none",
+        "bias": bias,
+        "trainable_token_indices": dict(tokens) or None,
         "init_lora_weights": True,
         "use_dora": kind == "dora",
         "use_rslora": rank_stabilized,

@@ -1,6 +1,7 @@
 """Tiny models of transformers, adapted by the real PEFT with everything perturbed."""
 
 import contextlib
+import copy
 import functools
 import tempfile
 import warnings
@@ -50,9 +51,9 @@ def torch_model(family, tied):
 def fresh(family, tied):
     """A copy of the base to adapt."""
     model = torch_model(family, tied)
-    copy = type(model)(model.config)
-    copy.load_state_dict(model.state_dict())
-    return copy.eval()
+    again = type(model)(copy.deepcopy(model.config))
+    again.load_state_dict(model.state_dict())
+    return again.eval()
 
 
 @functools.cache

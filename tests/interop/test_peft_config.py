@@ -67,14 +67,10 @@ def test_a_whole_file():
 OTHERS = {
     "alora_invocation_tokens": [3, 4],
     "arrow_config": {"top_k": 3},
-    "bias": "lora_only",
     "kasa_config": {"beta": 0.1},
-    "layer_replication": [[0, 2], [1, 3]],
-    "lora_bias": True,
     "megatron_config": {"tensor_model_parallel_size": 1},
     "monteclora_config": {"num_samples": 8},
     "target_parameters": ["mlp.experts.gate_up_proj"],
-    "trainable_token_indices": [1, 2],
     "use_bdlora": {"nblocks": 2},
     "use_qalora": True,
 }

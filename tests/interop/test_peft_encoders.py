@@ -155,3 +155,23 @@ def test_the_shared_embedding_of_t5_is_refused(tmp_path):
     lora = Lora(table[:, :2], table[:2], 1.0, lorax.Axes((0,), (1,)))
     with pytest.raises(ValueError, match="'shared' is an embedding that encoder"):
         ours.save(tmp_path, {"embed/embedding": lora}, config)
+
+
+def test_rows_of_the_shared_embedding_of_t5(tmp_path):
+    """Encoder, decoder and head follow it, in PEFT as here."""
+    given = peft.LoraConfig(target_modules=["q"], trainable_token_indices=[7, 3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(fresh("t5"), given)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p += 0.3 * torch.randn(p.shape, generator=generator)
+        model.save_pretrained(tmp_path / "theirs")
+    config, params = own("t5")
+    adapters = ours.load(tmp_path / "theirs", config, params)
+    assert adapters["embed/embedding"].rows == (3, 7)
+    ours.save(tmp_path / "ours", adapters, config, params=params)
+    for folder in ("theirs", "ours"):
+        compare_logits("t5", adapters, tmp_path / folder)

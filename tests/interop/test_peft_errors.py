@@ -130,7 +130,7 @@ OTHER = FRONT + "model.layers.{}.self_attn.{}.lora_A.weight"
             {"modules_to_save": ["0.input_layernorm"]},
             "1 of the 2 layers of 'layers/norm_attn/scale'.*scan=False",
         ),
-        (lambda _: None, {"bias": "all"}, "adapter_config.json: bias='all'"),
+        (lambda _: None, {"bias": "some"}, "adapter_config.json: bias='some'"),
         (lambda _: None, {"init_lora_weights": "pissa_niter_4"}, "residual=True"),
         (
             lambda _: None,

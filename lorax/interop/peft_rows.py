@@ -1,0 +1,174 @@
+"""Rows of embeddings that train alone: PEFT's `trainable_token_indices`, both ways.
+
+<module>.token_adapter.trainable_tokens_delta   [tokens, width]
+
+PEFT stores the rows themselves, whatever the tensor's name says; an adapter here holds
+what is added to the base's. Of tied weights PEFT stores the embedding's alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax.adapters import Rows
+from lorax.interop import factors, files
+from lorax.interop.peft_base import WEIGHT, Base
+from lorax.interop.peft_names import Names
+from lorax.interop.peft_selection import PREFIX, Selection
+from lorax.types import Adapters
+
+END = ".token_adapter.trainable_tokens_delta"
+FIELD = "trainable_token_indices"
+
+
+def modules(
+    settings: Selection, base: Base, names: Names
+) -> dict[str, tuple[int, ...]]:
+    """Returns the numbers of the rows that train, by module.
+
+    Raises:
+      ValueError: a name that is not one module's, a row that the vocabulary lacks, or
+        half of a tied pair.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name, rows in settings.tokens.items():
+        chosen = [
+            module
+            for module in base.modules
+            if module.startswith(names.lacking) and names.of(module).endswith(name)
+        ]
+        chosen = chosen if name else [base.words]
+        for module in chosen:
+            found[module] = rows
+            size = base.shape(base.matrix(module))[0]
+            if max(rows) >= size:
+                raise ValueError(
+                    f"{FIELD} has {max(rows)}, and {module!r} of this base has {size} "
+                    "rows; was the vocabulary grown? hf.resize_embeddings grows it here"
+                )
+        if not chosen:
+            raise ValueError(f"{FIELD} names {name!r}, and the base has no such module")
+    return _untied(found, base)
+
+
+def _untied(
+    found: dict[str, tuple[int, ...]], base: Base
+) -> dict[str, tuple[int, ...]]:
+    """The same without a tied head, which follows its embedding."""
+    head = found.pop(base.head, None) if base.head else None
+    if head is not None and found.get(base.embedding) != head:
+        raise ValueError(
+            f"{FIELD} has {base.head!r}, which is tied to {base.embedding!r}, and not "
+            "the same rows of both; load the base with tied=False, its head/kernel the "
+            "embedding transposed"
+        )
+    for module in found:
+        if module != base.embedding:
+            base.require_one(module)
+    return found
+
+
+def read(
+    tensors: Mapping[str, files.Tensor],
+    rows: Mapping[str, tuple[int, ...]],
+    base: Base,
+    params: Mapping[str, Any],
+) -> Adapters:
+    """Returns the adapters of the rows, by path.
+
+    Args:
+      tensors: `{module: tensor}`.
+      rows: what `modules` returned.
+      base: the model.
+      params: leaves by path.
+
+    Raises:
+      ValueError: tensors that are not there, left over or misshapen; no parameters.
+    """
+    if odd := sorted(tensors.keys() ^ rows.keys()):
+        there = odd[0] in tensors
+        raise ValueError(
+            f"{odd[0] + END!r} is {'there' if there else 'absent'}, and {FIELD} "
+            f"{'does not name' if there else 'names'} it"
+        )
+    if rows and not params:
+        raise ValueError(
+            f"{FIELD}: PEFT stores the rows, and an adapter here what is added to the "
+            "base's; pass params=, those of the base, to peft.load"
+        )
+    found: Adapters = {}
+    for module, tensor in tensors.items():
+        key = base.matrix(module)
+        size, width = base.shape(key)
+        if tensor.shape != (len(rows[module]), width):
+            raise ValueError(
+                f"{tensor.key!r} has shape {list(tensor.shape)}, and {FIELD} and the "
+                f"base ask for {[len(rows[module]), width]}"
+            )
+        tensor.require_floating()
+        values = tensor.read().astype(np.float32)
+        order = np.argsort(rows[module])
+        own = tuple(int(rows[module][i]) for i in order)
+        before = base.tensor(key, params)[list(own)].astype(np.float32)
+        found[base.where[key].path] = _made(key, own, values[order] - before, base)
+    return found
+
+
+def _made(key: str, rows: tuple[int, ...], delta: np.ndarray, base: Base) -> Rows:
+    """The adapter of a leaf; `delta` is `[rows, width]`."""
+    path, _, entry = base.where[key]
+    axes, shape = factors.axes_of(entry, stacked=False), base.shapes[path].shape
+    in_, out, _ = axes.sizes(shape)
+    if path.endswith("/embedding"):
+        value = jnp.asarray(delta.reshape(len(rows), *out))
+        return Rows(axes, rows, in_[0], embedding=value)
+    value = jnp.asarray(delta.T.reshape(*in_, len(rows)))
+    return Rows(axes, rows, out[0], head=value)
+
+
+class Written(NamedTuple):
+    """What a file has of rows.
+
+    Attributes:
+      tensors: by key.
+      rows: the config's `trainable_token_indices`; empty where there are none.
+    """
+
+    tensors: dict[str, np.ndarray]
+    rows: dict[str, list[int]]
+
+
+def write(adapters: Mapping[str, Rows], base: Base, params: Any) -> Written:
+    """Returns the tensors of adapters of rows, and the field of the config.
+
+    Args:
+      adapters: by path.
+      base: the model.
+      params: leaves by path; None: they are not known.
+
+    Raises:
+      ValueError: no parameters, or an embedding that torch has several times.
+    """
+    tensors, rows = {}, {}
+    keys = {location.path: key for key, location in base.where.items()}
+    for path, adapter in adapters.items():
+        key = keys[path]
+        module = key.removesuffix(WEIGHT)
+        if module != base.embedding:
+            base.require_one(module)
+        if params is None:
+            raise ValueError(
+                f"{path}: PEFT stores the rows themselves, the base's with what the "
+                "adapter adds; pass params=, those of the base"
+            )
+        whole: Any = adapter.merge(jnp.asarray(params[path], jnp.float32))
+        leaf = {path: np.asarray(jax.device_get(whole))}
+        own = base.tensor(key, leaf)[list(adapter.rows)]
+        tensors[PREFIX + module + END] = np.ascontiguousarray(own, np.float32)
+        rows[module] = list(adapter.rows)
+    return Written(tensors, rows)

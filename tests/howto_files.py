@@ -1,0 +1,47 @@
+"""What the how-to pages on other programs' files show: checks of `test_howto`."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+import lorax
+
+
+def peft(scope):
+    assert {a.rank for a in scope["loaded"].values()} == {4}  # twice the target's
+    folder = pathlib.Path(scope["folder"])
+    for file in ("adapter/adapter_config.json", "merged/config.json"):
+        assert (folder / file).exists()
+    moved, params = jax.tree.leaves(scope["moved"]), jax.tree.leaves(scope["params"])
+    assert any((new != old).any() for new, old in zip(moved, params))
+
+
+def peft_fields(scope):
+    assert scope["config"].layers == 4
+    assert scope["loaded"]["embed/embedding"].rows == (30, 31)
+    for path, adapter in scope["adapters"].items():
+        close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5)
+        jax.tree.map(close, adapter, scope["loaded"][path])
+
+
+def vocabulary(scope):
+    """Old tokens keep their logits; the mean of all is each new one's."""
+    start, old = np.asarray(scope["start"]), 30
+    means = np.broadcast_to(start[..., :old].mean(-1, keepdims=True), (1, 4, 2))
+    np.testing.assert_allclose(start[..., old:], means, atol=1e-5)
+    assert type(scope["loaded"]["head/kernel"]) is lorax.adapters.Rows
+    assert scope["merged"]["embed"]["embedding"].shape == (32, 16)
+
+
+def gguf(scope):
+    leaves = lorax.tree.flatten(scope["params"])
+    is_quantized = lorax.quantized.is_quantized
+    kept = {path for path, leaf in leaves.items() if is_quantized(leaf)}
+    assert kept == scope["adapters"].keys() == scope["again"].keys()
+    for path, adapter in scope["adapters"].items():
+        jax.tree.map(np.testing.assert_array_equal, adapter, scope["again"][path])
+    assert scope["files"]["tokenizer.json"]["model"]["type"] == "BPE"
+
+
+CHECKS = (peft, peft_fields, vocabulary, gguf)
