@@ -135,6 +135,7 @@ def _mesh(sharding: ml_collections.ConfigDict) -> None:
     """All 1: one device, and nothing is sharded. -1: what the others leave."""
     sharding.data = 1  # copies of the model
     sharding.fsdp = 1  # slices of leaves, gathered where they are used
+    sharding.expert = 1  # experts of a layer, and rows; of mixtures
     sharding.context = 1  # stretches of rows; with model.attention = "flash"
     sharding.tensor = 1  # slices of heads, hidden units and vocabulary
     sharding.rules = ()  # (regex of paths, mesh axes by dimension), first wins

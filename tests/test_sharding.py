@@ -25,7 +25,7 @@ def mesh():
         ({"data": -1, "fsdp": 2}, (4, 2, 1)),
         ({"fsdp": 2, "tensor": -1}, (1, 2, 4)),
         ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
-        ({"fsdp": -1, "context": 4}, (1, 2, 4, 1)),
+        ({"fsdp": -1, "expert": 2, "context": 2}, (1, 2, 2, 2, 1)),
     ],
 )
 def test_mesh_sizes(given, want):

@@ -53,10 +53,11 @@ class Place(NamedTuple):
             return slice(None)
         where = sharding.batch_sharding(self.mesh)
         shape = self.mesh.shape  # tensor and context devices have the same rows
-        parts = shape["data"] * shape["fsdp"]
+        parts = sharding.row_parts(shape)
         if rows % parts:
             raise ValueError(
-                f"a batch of {rows} rows cannot be split over data x fsdp = {parts} "
+                f"a batch of {rows} rows cannot be split over "
+                f"{' x '.join(a for a in sharding.ROWS if a in shape)} = {parts} "
                 "devices; set data.batch_size and eval.batch_size to multiples of it"
             )
         indices = where.addressable_devices_indices_map((rows,)).values()
@@ -105,7 +106,7 @@ def make_place(config: Mapping[str, Any] | None) -> Place:
     """Returns the place that `config.sharding` describes.
 
     Args:
-      config: sizes of the mesh, `data`, `fsdp`, `context` and `tensor` (-1: the rest),
+      config: sizes of the mesh by its axes, `sharding.AXES` (-1: what is left),
         all 1 or none of them for one device; and `may_replicate`, logical axes that
         stay whole where the mesh does not divide them.
 
@@ -119,6 +120,6 @@ def make_place(config: Mapping[str, Any] | None) -> Place:
     if jax.process_count() > 1:
         raise ValueError(
             f"{jax.process_count()} processes, but config.sharding asks for one device;"
-            " set data, fsdp, context or tensor (-1: all that the others leave)"
+            f" set one of {', '.join(sharding.AXES)} (-1: all that the others leave)"
         )
     return ALONE

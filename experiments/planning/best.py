@@ -16,7 +16,7 @@ import ml_collections
 
 from experiments.planning import estimates, program
 from experiments.planning import topology as topologies
-from lorax import analysis
+from lorax import analysis, sharding
 from lorax.interop import hf
 from lorax.models import remat
 
@@ -74,7 +74,8 @@ def candidates(
     (method,) = config.run.methods
     formats = FORMATS if method == "lora" else ("",)
     data = max(config.sharding.data, 1)
-    whole = data * config.sharding.get("context", 1)  # neither is searched
+    kept = [config.sharding.get(axis, 1) for axis in sharding.OPTIONAL]
+    whole = data * math.prod(kept)  # none of them is searched
     for tensor, quantize in itertools.product(TENSOR, formats):
         if topology.chips % (tensor * whole):
             continue
@@ -82,7 +83,7 @@ def candidates(
         other.sharding.data, other.sharding.tensor = data, tensor
         other.sharding.fsdp = topology.chips // (tensor * whole)
         other.model.quantize = quantize
-        other.data.batch_size = data * other.sharding.fsdp
+        other.data.batch_size = sharding.row_parts(other.sharding)
         other.eval.batch_size = other.data.batch_size
         try:
             built = program.build(other, devices)
@@ -176,7 +177,7 @@ def _sized(
       topology: to compile for.
     """
     model, mesh = program.make_model(config.model).config, built.placed.mesh.shape
-    parts = mesh["data"] * mesh["fsdp"]
+    parts = sharding.row_parts(mesh)
     held = estimates.shard_bytes((built.params, built.state))
     plain = program.build(
         program.without_remat(config), built.placed.mesh.devices.ravel()

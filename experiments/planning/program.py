@@ -144,7 +144,7 @@ def make_batch(
     """
     rows, length = config[section].batch_size, max(config.data.lengths)
     where = sharding.batch_sharding(mesh)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = sharding.row_parts(mesh.shape)
     if rows % parts:
         raise ValueError(
             f"{section}.batch_size={rows} is not divided by the {parts} devices of "

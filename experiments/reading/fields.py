@@ -107,7 +107,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"data\.packed", FLAG),
     (r"data\.(task|form|template|train|valid|name|root)", TEXT),
     # sharding
-    (r"sharding\.(data|fsdp|context|tensor)", AXIS),
+    (r"sharding\.(data|fsdp|expert|context|tensor)", AXIS),
     (r"sharding\.rules", pairs("(('.*/kernel', ('fsdp', 'tensor')),)")),
     (r"sharding\.may_replicate", such_as(listed(NAME), "('heads',)")),
     (r"sharding\.adapters", choice(*sharding.CUTS)),

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from lorax.sharding.mesh import ROWS
+
 Axes = tuple[str, ...]
 
 
@@ -46,7 +48,7 @@ def spread(
 
     These are repeated where there are fewer heads of them than devices that share them.
     """
-    rows, heads = cut(("data", "fsdp"), q.shape[0]), cut(("tensor",), q.shape[2])
+    rows, heads = cut(ROWS, q.shape[0]), cut(("tensor",), q.shape[2])
     shared = parts(heads) // math.gcd(parts(heads), k.shape[2])
     if shared > 1:
         k, v = (jnp.repeat(x, shared, axis=2) for x in (k, v))

@@ -214,6 +214,6 @@ def _exchanged(x: jax.Array, change: Any) -> jax.Array:
         return x
     if refused := _indivisible(x.shape[1]):
         raise ValueError(f"attention: {refused}")
-    rows = machine.cut(("data", "fsdp"), x.shape[0])
+    rows = machine.cut(machine.ROWS, x.shape[0])
     spec = PartitionSpec(rows or None, AXIS)
     return jax.shard_map(change, in_specs=spec, out_specs=spec, check_vma=False)(x)

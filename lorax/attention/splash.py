@@ -50,7 +50,7 @@ def attend(
 ) -> jax.Array:
     """Returns `plain.attend`.
 
-    Under `jax.set_mesh` every device takes its own rows of the batch ("data", "fsdp")
+    Under `jax.set_mesh` every device takes its own rows of the batch (`machine.ROWS`)
     and its own heads ("tensor"): the compiler cannot cut the kernel by itself.
     """
     q = (q * rule.scale).astype(q.dtype)

@@ -30,8 +30,13 @@ from typing import Any, NamedTuple, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from lorax.attention import machine
 from lorax.models import hf_config, layers, remat
+
+AXIS = "expert"
+"""The mesh axis along which devices share experts."""
 
 DISPATCHES = ("ragged", "dense")
 
@@ -112,10 +117,7 @@ class Experts(nn.Module):
         gate_up = Stack(shape, config, name="gate_up")()
         down = Stack((shape[0], shape[3], shape[1]), config, name="down")()
         run = {"dense": dense, "ragged": ragged}[config.dispatch]
-        activation = hf_config.ACTIVATIONS[config.activation]
-        tokens = x.reshape(-1, config.width)
-        flat = Routes(*(part.reshape(-1, config.chosen) for part in routes))
-        return run(tokens, flat, gate_up, down, activation).reshape(x.shape)
+        return run(x, routes, gate_up, down, hf_config.ACTIVATIONS[config.activation])
 
 
 class Stack(nn.Module):
@@ -141,37 +143,110 @@ def dense(
     """Every expert on every token; those that were not chosen have the weight zero.
 
     Args:
-      x: `[tokens, in]`.
+      x: `[batch, time, in]`.
       routes: of the tokens.
       gate_up: `[experts, in, 2, hidden]`.
       down: `[experts, hidden, out]`.
       activation: of the gates.
 
     Returns:
-      `[tokens, out]`.
+      `[batch, time, out]`.
     """
     count = gate_up.shape[0]
     of = jax.nn.one_hot(routes.experts, count, dtype=routes.weights.dtype)
-    weights = jnp.einsum("tk,tke->et", routes.weights, of)
+    weights = jnp.einsum("btk,btke->ebt", routes.weights, of)
     each = jnp.broadcast_to(x, (count, *x.shape))  # so that experts are a batch
-    both = remat.named(jnp.einsum("etd,edgf->etgf", each, gate_up), "gate_up")
-    h = activation(both[:, :, 0]) * both[:, :, 1]
-    y = remat.named(jnp.einsum("etf,efd->etd", h, down), "down")
-    return jnp.einsum("etd,et->td", y, weights.astype(y.dtype))
+    both = remat.named(jnp.einsum("ebtd,edgf->ebtgf", each, gate_up), "gate_up")
+    h = activation(both[..., 0, :]) * both[..., 1, :]
+    y = remat.named(jnp.einsum("ebtf,efd->ebtd", h, down), "down")
+    return jnp.einsum("ebtd,ebt->btd", y, weights.astype(y.dtype))
 
 
 def ragged(
     x: jax.Array, routes: Routes, gate_up: Any, down: Any, activation: Activation
 ) -> jax.Array:
-    """As `dense`: the rows of an expert lie together, and meet its kernels alone."""
-    count, tokens, chosen = gate_up.shape[0], *routes.experts.shape
-    own = routes.experts.reshape(-1)
+    """As `dense`: the rows of an expert lie together, and meet its kernels alone.
+
+    Under `jax.set_mesh` each device sorts the tokens that it has. Along the mesh axis
+    "expert" it has some of the experts; tokens of all go there, and come back as sums.
+    """
+    rows = machine.cut(machine.ROWS, x.shape[0])
+    time = machine.cut(("context",), x.shape[1])
+    own = machine.cut((AXIS,), gate_up.shape[0])
+    units = machine.cut(("tensor",), down.shape[1])
+    exchanged = own if AXIS in rows else ()
+
+    def local(
+        x: jax.Array, routes: Routes, gate_up: jax.Array, down: jax.Array
+    ) -> jax.Array:
+        if exchanged:
+            x, routes = jax.tree.map(
+                lambda part: jax.lax.all_gather(part, AXIS, axis=0, tiled=True),
+                (x, routes),
+            )
+        first = jax.lax.axis_index(AXIS) * gate_up.shape[0] if own else 0
+        y = _sorted(x, routes, gate_up, down, activation, first, machine.parts(own))
+        if exchanged:
+            y = jax.lax.psum_scatter(y, AXIS, tiled=True)
+        summed = units + (() if exchanged else own)
+        return jax.lax.psum(y, summed) if summed else y
+
+    if not rows + time + own + units:
+        return local(x, routes, gate_up, down)
+    spec = PartitionSpec
+    tokens = spec(rows or None, time or None)
+    kernels = (
+        spec(own or None, None, None, units or None),
+        spec(own or None, units or None),
+    )
+    run = jax.shard_map(
+        local, in_specs=(tokens, tokens, *kernels), out_specs=tokens, check_vma=False
+    )
+    return run(x, routes, gate_up, down)
+
+
+def _sorted(
+    x: jax.Array,
+    routes: Routes,
+    gate_up: jax.Array,
+    down: jax.Array,
+    activation: Activation,
+    first: Any,
+    shares: int,
+) -> jax.Array:
+    """What the experts from `first` on add to tokens, which may visit others as well.
+
+    Rows beyond an even share of the experts' load wait for their turn: memory is that
+    of one share, time that of the busiest device, and none is dropped.
+    """
+    count, chosen = gate_up.shape[0], routes.experts.shape[-1]
+    tokens = x.reshape(-1, x.shape[-1])
+    own = routes.experts.reshape(-1) - first
+    own = jnp.where((own >= 0) & (own < count), own, count)  # the others come last
     order = jnp.argsort(own)
-    sizes = jnp.bincount(own, length=count).astype(jnp.int32)
-    rows = x[order // chosen]
+    ends = jnp.cumsum(jnp.bincount(own, length=count + 1)[:count])
     wide = gate_up.reshape(*gate_up.shape[:2], -1)
-    both = remat.named(jax.lax.ragged_dot(rows, wide, sizes), "gate_up")
-    gate, up = jnp.split(both, 2, axis=-1)
-    y = jax.lax.ragged_dot(activation(gate) * up, down, sizes)
-    y = remat.named(y, "down")[jnp.argsort(order)].reshape(tokens, chosen, -1)
-    return jnp.einsum("tkd,tk->td", y, routes.weights.astype(y.dtype))
+
+    def share(begin: jax.Array, at: jax.Array) -> jax.Array:
+        sizes = jnp.diff(jnp.clip(ends - begin, 0, at.size), prepend=0)
+        sizes = sizes.astype(jnp.int32)
+        both = jax.lax.ragged_dot(tokens[at // chosen], wide, sizes)
+        gate, up = jnp.split(remat.named(both, "gate_up"), 2, axis=-1)
+        y = jax.lax.ragged_dot(activation(gate) * up, down, sizes)
+        real = begin + jnp.arange(at.size) < ends[-1]
+        return jnp.where(real[:, None], y, 0)
+
+    def turn(_: None, own: Any) -> tuple[None, jax.Array]:
+        begin, at = own
+        idle = jnp.zeros((at.size, down.shape[-1]), tokens.dtype)
+        return None, jax.lax.cond(begin < ends[-1], share, lambda *_: idle, begin, at)
+
+    turns = order.reshape(shares, -1)
+    begins = jnp.arange(shares) * turns.shape[1]
+    if shares == 1:
+        y = share(begins[0], turns[0])
+    else:
+        y = jax.lax.scan(jax.checkpoint(turn), None, (begins, turns))[1]
+    y = remat.named(y.reshape(order.size, -1), "down")[jnp.argsort(order)]
+    y = y.reshape(*routes.experts.shape, -1)
+    return jnp.einsum("btkd,btk->btd", y, routes.weights.astype(y.dtype))

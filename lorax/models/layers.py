@@ -170,10 +170,10 @@ def along_batch(x: jax.Array) -> jax.Array:
 
     Where parameters are cut along "fsdp" too, the compiler could as well cut the width
     of the activations, and then every device holds the whole batch. The batch is cut
-    along the axes "data" and "fsdp", the time along "context": where these are Auto
+    along the axes `machine.ROWS`, the time along "context": where these are Auto
     axes of the mesh, and divide it.
     """
-    rows = machine.cut(("data", "fsdp"), x.shape[0])
+    rows = machine.cut(machine.ROWS, x.shape[0])
     time = machine.cut(("context",), x.shape[1])
     if not rows + time:
         return x

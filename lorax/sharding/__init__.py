@@ -16,10 +16,13 @@ are cut along their batch (`lorax.models.layers.along_batch`), and it knows the 
 
 from lorax.sharding.mesh import (
     AXES,
+    OPTIONAL,
+    ROWS,
     batch_sharding,
     fetch,
     make_mesh,
     replicated,
+    row_parts,
 )
 from lorax.sharding.rules import LOGICAL, Placed, Row, of_arrays, place
 from lorax.sharding.states import (
@@ -36,6 +39,8 @@ __all__ = [
     "CUTS",
     "Cut",
     "LOGICAL",
+    "OPTIONAL",
+    "ROWS",
     "Placed",
     "Row",
     "adapter_specs",
@@ -46,6 +51,7 @@ __all__ = [
     "of_arrays",
     "place",
     "replicated",
+    "row_parts",
     "spread_specs",
     "state_shardings",
 ]

@@ -1,9 +1,9 @@
-"""The mesh: devices in three axes, data, fsdp and tensor, or in a fourth, context."""
+"""The mesh: devices in three axes, data, fsdp and tensor; and expert, and context."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,9 +11,15 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "context", "tensor")
-"""Copies of the model; slices of leaves, gathered where used; stretches of rows; slices
-of products."""
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+"""Copies of the model; slices of leaves, gathered where used; experts; stretches of
+rows; slices of products."""
+
+ROWS = ("data", "fsdp", "expert")
+"""Those that cut a batch into rows."""
+
+OPTIONAL = ("expert", "context")
+"""Those that a mesh lacks where their size is 1."""
 
 
 def make_mesh(
@@ -23,6 +29,7 @@ def make_mesh(
     devices: Sequence[Any] | None = None,
     *,
     context: int = 1,
+    expert: int = 1,
 ) -> Mesh:
     """Returns a mesh of Auto axes over all the devices.
 
@@ -34,11 +41,14 @@ def make_mesh(
       context: devices that split each row of the batch along its tokens, and share
         leaves as those of fsdp do. The keys and values of attention go round among
         them, `lorax.attention.ring`.
+      expert: devices that each hold some of a layer's experts, and split the batch and
+        share other leaves as those of fsdp do. Tokens go round among them,
+        `lorax.models.experts`.
       devices: None for all of `jax.devices()`; or those of a topology to compile for.
 
     Returns:
-      A mesh of the axes AXES, of which "context" is left out where it is 1. One size
-      may be -1: what the others leave.
+      A mesh of the axes AXES, of which those of OPTIONAL are left out where they are 1.
+      One size may be -1: what the others leave.
 
     Raises:
       ValueError: sizes that are none, or do not multiply to the number of devices.
@@ -48,11 +58,9 @@ def make_mesh(
       {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     found = list(jax.devices() if devices is None else devices)
-    sizes = dict(
-        zip(AXES, _sizes((data, fsdp, context, tensor), len(found)), strict=True)
-    )
-    if sizes["context"] == 1:
-        del sizes["context"]
+    given = data, fsdp, expert, context, tensor
+    sizes = dict(zip(AXES, _sizes(given, len(found)), strict=True))
+    sizes = {axis: n for axis, n in sizes.items() if n > 1 or axis not in OPTIONAL}
     shape = tuple(sizes.values())
     try:
         grid = mesh_utils.create_device_mesh(
@@ -79,13 +87,18 @@ def _sizes(given: tuple[int, ...], devices: int) -> tuple[int, ...]:
     return tuple(devices // known if n == -1 else n for n in given)
 
 
+def row_parts(sizes: Mapping[str, int]) -> int:
+    """Returns into how many parts a mesh of these axes cuts a batch."""
+    return math.prod(sizes.get(axis, 1) for axis in ROWS)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch's leading axis: over data and fsdp.
+    """Returns the sharding of a batch's leading axis: over data, fsdp and expert.
 
     Devices along tensor and context see the same examples: a model cuts their tokens
     itself, once it has embedded them. Every leaf of a batch has that axis.
     """
-    axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
+    axes = tuple(axis for axis in ROWS if axis in mesh.axis_names)
     return NamedSharding(mesh, PartitionSpec(axes))
 
 

@@ -19,12 +19,13 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from lorax import tree
 from lorax.quantized import Quantized
 from lorax.sharding import boxes
+from lorax.sharding import mesh as meshes
 from lorax.types import Base, PyTree
 
 LOGICAL: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,  # scanned: a slice of it is one layer
-    "embed": ("fsdp", "context"),
-    "experts": None,
+    "embed": ("fsdp", "expert", "context"),
+    "experts": "expert",
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -33,7 +34,7 @@ LOGICAL: dict[str, str | tuple[str, ...] | None] = {
 }
 """Mesh axes of every logical axis of the model families.
 
-"context" is left out where the mesh has no such axis.
+"expert" and "context" are left out where the mesh has no such axes.
 """
 
 
@@ -230,7 +231,7 @@ def _by_name(
                 f"{', '.join(table)}"
             )
         axes = () if name is None else as_axes(table[name])
-        absent = {"context"} - set(mesh.shape)
+        absent = {*meshes.OPTIONAL} - set(mesh.shape)
         axes = tuple(axis for axis in axes if axis not in taken | absent)
         whole = name in may_replicate and shape[dim] % axes_size(path, axes, mesh)
         entry = None if whole or not axes else axes[0] if len(axes) == 1 else axes
