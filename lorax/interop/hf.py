@@ -142,7 +142,8 @@ def save(
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = to_disk(config, params)
+    written = getattr(family_of(config.to_hf(), "config"), "WRITTEN", ())
+    tensors = {table.renamed(k, written): t for k, t in to_disk(config, params).items()}
     kinds = {str(tensor.dtype) for tensor in tensors.values()}
     written = dict(config.to_hf())
     if len(kinds) == 1:
@@ -271,8 +272,10 @@ def to_disk(config: Any, params: PyTree) -> dict[str, np.ndarray]:
 
 
 def example(model: Any) -> tuple[jax.Array, ...]:
-    """Returns the smallest input: tokens, for an encoder and decoder both's."""
+    """Returns the smallest input: tokens, twice for two stacks; or an image."""
     family = family_of(model.config.to_hf(), "config")
+    if hasattr(family, "example"):
+        return family.example(model.config)
     return (jnp.zeros((1, 1), jnp.int32),) * getattr(family, "INPUTS", 1)
 
 
@@ -291,9 +294,7 @@ def _dtype(tensors: Any) -> Any:
 
 def renamed(family: ModuleType, key: str) -> str:
     """Returns the present name of a tensor."""
-    for pattern, new in (*OLD_NAMES, *family.ALIASES):
-        key = re.sub(f"^{pattern}", new, key, count=1)
-    return key
+    return table.renamed(key, (*OLD_NAMES, *family.ALIASES))
 
 
 def _placed(

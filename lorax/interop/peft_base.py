@@ -42,7 +42,7 @@ class Base:
         shapes = hf.abstract(family.Model(config))
         self.shapes = flax.traverse_util.flatten_dict(shapes, sep="/")
         words = [k for k, v in self.where.items() if v.entry.axes == ("vocab", "embed")]
-        self.words = word = words[0].removesuffix(WEIGHT)
+        self.words = word = words[0].removesuffix(WEIGHT) if words else ""
         self.head = _tied_head(config, self.where, locate)
         self.embedding = word if self.head else ""
         self.shared = {word} if getattr(family, "INPUTS", 1) > 1 else set()
@@ -54,6 +54,7 @@ class Base:
             key.removesuffix(WEIGHT): location
             for key, location in self.where.items()
             if location.entry.inputs and key.endswith(WEIGHT)
+            if location.entry.order is None
         }
         if self.head:
             found[self.head] = found[self.embedding]
@@ -65,6 +66,16 @@ class Base:
             raise ValueError(
                 f"{module!r} is an embedding that encoder, decoder and head share: in "
                 "torch these are modules of their own, and PEFT has no adapter for all"
+            )
+
+    def require_matrix(self, module: str) -> None:
+        """Raises ValueError for a convolution, whose factors have axes of space."""
+        place = self.where.get(module + WEIGHT)
+        if place is not None and place.entry.order is not None:
+            raise ValueError(
+                f"{module!r} is not a matrix: PEFT's factors of a convolution are "
+                "neither read nor written here; leave it out, as by "
+                f"Target(..., exclude={place.path!r})"
             )
 
     def is_embedding(self, module: str) -> bool:

@@ -81,6 +81,7 @@ def split(adapters: Adapters, base: Base) -> tuple[list[Module], dict[str, np.nd
             for key in keys[path]:
                 saved[key] = base.tensor(key, leaves)
             continue
+        base.require_matrix(keys[path][0].removesuffix(WEIGHT))
         lora: Any = adapter
         entry, stacked = base.where[keys[path][0]].entry, len(lora.axes.batch) > 0
         want = factors.axes_of(entry, stacked)

@@ -202,6 +202,7 @@ def _check_modules(
 ) -> None:
     """Holds the modules that have factors against the base and the config."""
     for module, own in parts.items():
+        base.require_matrix(module)
         if module not in base.modules:
             key = next(iter(own.values())).key
             raise ValueError(f"{key!r}: {_unknown(module, base.modules)}")

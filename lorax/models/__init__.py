@@ -15,7 +15,9 @@ from lorax.models import (
     llama,
     mixture,
     roberta,
+    siglip,
     t5,
+    vit,
 )
 
 FAMILIES: dict[str, ModuleType] = {
@@ -33,7 +35,10 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3": llama,
     "qwen3_moe": mixture,
     "roberta": roberta,
+    "siglip": siglip,
+    "siglip_vision_model": siglip,
     "t5": t5,
+    "vit": vit,
 }
 """By `model_type` of a config.json."""
 

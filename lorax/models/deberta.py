@@ -121,7 +121,8 @@ class Model(nn.Module):
           deterministic: no dropout.
 
         Returns:
-          Float32 logits `[batch, labels]`; without a head `[batch, time, width]`.
+          Float32 logits `[batch, labels]`; without a head the hidden states `[batch,
+          time, width]`, in the computation's dtype.
         """
         config = self.config
         drop = nn.Dropout(config.dropout, deterministic=deterministic)
@@ -137,7 +138,7 @@ class Model(nn.Module):
             options=(deterministic,),
         )
         if config.head == "none":
-            return x.astype(jnp.float32)
+            return x
         activation = hf_config.ACTIVATIONS[config.pooled]
         return roberta.classify(x, real, config, drop, activation)
 

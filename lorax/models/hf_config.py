@@ -147,8 +147,10 @@ class Fields:
                     f"config.json: architectures={named}: this head is not "
                     f"implemented; choose head={choices} to put another on the encoder"
                 )
-            bare = found[0] == "none" and switches.get("labels")  # they want a head
-            if found[0] != "classification" and not bare:
+            bare = found[0] in ("none", "pooled")
+            if bare and switches.get("labels"):  # they want a head
+                return "classification"
+            if found[0] != "classification":
                 return found[0]
         return "classification"
 

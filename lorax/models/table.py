@@ -15,6 +15,7 @@ Several tensors may make one leaf, each a part of it: the layers of a stack, and
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -197,6 +198,26 @@ def linear(
     if not bias:
         return (kernel,)
     return kernel, Entry(f"{key}.bias", f"{path}/bias", tuple(outputs), inputs=0)
+
+
+def renamed(key: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """Returns a name on disk after each `(regex of a prefix, replacement)`."""
+    for pattern, new in pairs:
+        key = re.sub(f"^{pattern}", new, key, count=1)
+    return key
+
+
+def convolution(key: str, path: str) -> tuple[Entry, ...]:
+    """Returns the entries of a convolution of images: kernel and bias.
+
+    The kernel is `[height, width, in, out]`, on disk `[out, in, height, width]`.
+    """
+    axes = None, None, None, "embed"
+    order = 3, 2, 0, 1
+    return (
+        Entry(f"{key}.weight", f"{path}/kernel", axes, order=order, inputs=3),
+        Entry(f"{key}.bias", f"{path}/bias", axes[3:], inputs=0),
+    )
 
 
 def layer_norm(key: str, path: str) -> tuple[Entry, ...]:

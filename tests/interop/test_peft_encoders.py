@@ -36,6 +36,12 @@ def base(name):
         )
         model = transformers.T5ForConditionalGeneration(config)
         return cases.golden.redraw(model, size=5.0)
+    if name == "vit":
+        sizes = {k: n for k, n in SIZES.items() if k[0] not in "vm"}  # of no tokens
+        sizes |= {"image_size": 8, "patch_size": 4, "num_channels": 1}
+        config = transformers.ViTConfig(num_labels=3, **sizes)
+        made = transformers.ViTForImageClassification(config)
+        return cases.golden.redraw(made, size=2.0)
     if name == "deberta":
         distances = {"relative_attention": True, "pos_att_type": "p2c|c2p"}
         distances |= {"position_buckets": 4, "share_att_key": True}
@@ -78,6 +84,7 @@ CASES = {
         task_type="SEQ_CLS",
         modules_to_save=["classifier", "pooler"],
     ),
+    "vit": dict(r=2, target_modules="all-linear", modules_to_save=["classifier"]),
     "mlm": dict(r=2, target_modules=["output.dense", "word_embeddings", "decoder"]),
     "t5": dict(r=2, target_modules=["q", "v", "wo", "relative_attention_bias"]),
 }
@@ -118,12 +125,15 @@ def compare_logits(name, adapters, folder):
     config, params = own(name)
     family = hf.family_of(config.to_hf(), name)
     inputs = (TOKENS,) * getattr(family, "INPUTS", 1)  # of a decoder, the same
-    run = jax.jit(
-        lambda params: family.Model(config).apply({"params": params}, *inputs)
-    )
     told = {"input_ids": torch.tensor(TOKENS)}
     if name == "t5":
         told["decoder_input_ids"] = torch.tensor(TOKENS)
+    if name == "vit":
+        inputs = (np.random.default_rng(0).standard_normal((2, 8, 8, 1)),)
+        told = {"pixel_values": torch.tensor(inputs[0]).permute(0, 3, 1, 2)}
+    run = jax.jit(
+        lambda params: family.Model(config).apply({"params": params}, *inputs)
+    )
     with torch.no_grad():
         expected = model.eval().double()(**told).logits.numpy()
     cases.golden.assert_close(run(lorax.merge(adapters, params)), expected)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import lorax
 from lorax import compose
+from lorax.adapters import Lora
 from lorax.interop import peft
-from lorax.models import gpt2, llama
+from lorax.models import gpt2, llama, vit
 
 CONFIG = llama.Config(31, 64, 16, 2, 4, 2, 4, 24, tied=False)
 TIED = gpt2.Config(31, 16, 8, 2, 2, 32)
@@ -57,6 +59,23 @@ def test_a_model_without_its_head(tmp_path):
     write(tmp_path, arrays, target_modules="h.1.*c_attn")
     (lora,) = peft.load(tmp_path, TIED).values()
     assert lora.layers == (1,) and lora.b.shape == (1, 2, 3, 2, 4)
+
+
+def test_factors_of_a_convolution(tmp_path):
+    config = vit.Config("vit", 8, 4, 1, 16, 2, 2, 24)
+    module = "vit.embeddings.patch_embeddings.projection"
+    shapes = {"A": (2, 1, 4, 4), "B": (16, 2, 1, 1)}
+    arrays = {
+        f"{FRONT}{module}.lora_{x}.weight": np.ones(shape, np.float32)
+        for x, shape in shapes.items()
+    }
+    write(tmp_path, arrays, target_modules=["projection"])
+    with pytest.raises(ValueError, match=f"{module!r} is not a matrix.*leave it out"):
+        peft.load(tmp_path, config)
+    a, b = jnp.ones((4, 4, 1, 2)), jnp.ones((2, 16))
+    factors = {"patches/kernel": Lora(a, b, 1.0, lorax.Axes((0, 1, 2), (3,)))}
+    with pytest.raises(ValueError, match=r"Target\(..., exclude='patches/kernel'\)"):
+        peft.save(tmp_path, factors, config)
 
 
 def change(key, array):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import pytest
 
 import lorax
 from lorax import tree
+from lorax.interop import hf
 from lorax.models import deberta, table
 from tests.models import encoders_golden as tools
 
@@ -58,10 +58,10 @@ def batch():
 def golden(kind, head="classification"):
     """Config, variables, our arguments, and what `transformers` says, where."""
     torch = pytest.importorskip("torch", reason="needs the golden extra: transformers")
-    hf = pytest.importorskip("transformers", reason="needs the golden extra")
+    theirs = pytest.importorskip("transformers", reason="needs the golden extra")
     names = {"classification": "ForSequenceClassification", "none": "Model"}
-    build = getattr(hf, f"DebertaV2{names[head]}")
-    model = build(hf.DebertaV2Config(**TINY | KINDS[kind]))
+    build = getattr(theirs, f"DebertaV2{names[head]}")
+    model = build(theirs.DebertaV2Config(**TINY | KINDS[kind]))
     gains = {"classifier.weight": 3.0, "(query|key)_proj.weight": 0.5}
     tools.redraw(model, gains)
     tokens, types, real = batch()
@@ -74,21 +74,12 @@ def golden(kind, head="classification"):
     want = found.logits if head == "classification" else found.last_hidden_state
     raw = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     config = deberta.Config.from_hf(raw)
-    variables = tools.load(renamed(model.state_dict()), deberta, config, tokens)
+    tensors = {hf.renamed(deberta, k): t for k, t in model.state_dict().items()}
+    variables = tools.load(tensors, deberta, config, tokens)
     # transformers takes the first token even if it is padding; we the first real one
     where = np.array([True, False, True]) if head == "classification" else real
     options = {"types": types if config.types else None, "real": real}
     return config, variables, (tokens, options), want.numpy(), where
-
-
-def renamed(tensors):
-    """By the present names, as `interop.hf` gives them."""
-    found = {}
-    for key, tensor in tensors.items():
-        for pattern, new in deberta.ALIASES:
-            key = re.sub(f"^{pattern}", new, key)
-        found[key] = tensor
-    return found
 
 
 def run(config, variables, arguments):
