@@ -104,7 +104,7 @@ def joined(
     axes = axes_of(entry, stacked)
     in_, out, _ = axes.sizes(shape)
     own = sorted(modules, key=lambda pair: pair[0] or 0)
-    each = _alike([module for _, module in own])
+    each = alike([module for _, module in own])
     layers = tuple(layer for layer, _ in own if layer is not None)
     every = not stacked or layers == tuple(range(shape[0]))
     cls, tails = each[0].cls, {"in": in_, "out": out}
@@ -126,8 +126,8 @@ def joined(
     return cls(**arrays, **leaf, **each[0].statics)
 
 
-def _alike(modules: Sequence[Module]) -> list[Module]:
-    """The modules of one leaf with one rank, one scale, and the same statics."""
+def alike(modules: Sequence[Module]) -> list[Module]:
+    """Returns modules of one leaf with one rank and one scale; statics must agree."""
     first = modules[0]
     scale = next((m.scale for m in modules if m.scale), 0.0)
     rank = max(m.rank for m in modules)

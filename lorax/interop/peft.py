@@ -39,6 +39,7 @@ from lorax.interop import (
     peft_forms,
     peft_layers,
     peft_leaves,
+    peft_parameters,
     peft_rows,
     peft_table,
     peft_tensors,
@@ -151,7 +152,7 @@ def _load(
         peft_layers.require(settings.replicated, config, leaves)
         held = peft_tensors.read(tensors, settings, base, leaves)
         modules, saved = peft_leaves.untied(held.modules, held.saved, base)
-        found = assembly.adapters(modules, saved, base, settings.dropout) | held.rows
+        found = assembly.adapters(modules, saved, base, settings.dropout) | held.made
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not settings.moved:
@@ -221,6 +222,7 @@ def save(
         path: as_lora(a) if "slices" in vars(a) else a for path, a in adapters.items()
     }
     kind = peft_leaves.kind_of(adapters)
+    adapters, experts = _experts(adapters, kind, base)
     modules, saved = peft_leaves.split(adapters, base)
     if kind == "adalora":
         modules = factors.one_scale(modules)
@@ -232,7 +234,8 @@ def save(
         peft_biases.on_disk(key, adapted) if key in alone else PREFIX + key: tensor
         for key, tensor in saved.items()
     }
-    tensors |= _to_disk(modules, kind, base, params) | told.tensors
+    stacks = peft_parameters.write(experts, base)
+    tensors |= _to_disk(modules, kind, base, params) | told.tensors | stacks.tensors
     if odd := [key for key, tensor in tensors.items() if not files.is_finite(tensor)]:
         raise ValueError(f"{odd[0]!r} would hold NaN or infinity")
     written = peft_written.fields(
@@ -241,6 +244,7 @@ def save(
         saved=[key for key in saved if key not in alone],
         bias=bias,
         tokens=told.rows,
+        parameters=stacks.modules,
         base=base,
         rates=_rates(adapters),
         rank_stabilized=rank_stabilized,
@@ -273,6 +277,20 @@ def _to_disk(
             )
         tensors |= peft_tensors.to_disk(module, kind, place)
     return tensors | peft_tensors.common_to_disk(modules, places, kind, frozen)
+
+
+def _experts(
+    adapters: Adapters, kind: str, base: peft_base.Base
+) -> tuple[Adapters, dict[str, Any]]:
+    """Returns the adapters of modules, and those of the kernels of all experts."""
+    paths = {place.path for place in base.parameters.values()}
+    own = {p: a for p, a in adapters.items() if p in paths and not a.replaces}
+    if own and kind != "lora":
+        raise ValueError(
+            f"{min(own)}: PEFT adapts experts by plain Lora alone (target_parameters), "
+            f"and this is {kind}; merge it (lorax.merge) and save the model"
+        )
+    return {p: a for p, a in adapters.items() if p not in own}, own
 
 
 def _leaves(params: PyTree) -> dict[str, Any] | None:

@@ -34,9 +34,11 @@ class Base:
     def __init__(self, config: Any) -> None:
         """Reads the family's table."""
         family = hf.family_of(config.to_hf(), "config")
+        # of experts the names that transformers' modules have, not a checkpoint's
+        entries = getattr(family, "fused", family.entries)
 
         def locate(config: Any) -> dict[str, table.Location]:
-            return table.locate(family.entries(config), config.stacks, config.scan)
+            return table.locate(entries(config), config.stacks, config.scan)
 
         self.where = locate(config)
         shapes = hf.abstract(family.Model(config))
@@ -59,6 +61,14 @@ class Base:
         if self.head:
             found[self.head] = found[self.embedding]
         return found
+
+    @property
+    def parameters(self) -> dict[str, table.Location]:
+        """The kernels of all experts of a layer, by the names of the parameters."""
+        held = {key: place for key, place in self.where.items() if place.entry.order}
+        return {
+            k: place for k, place in held.items() if place.entry.axes[0] == "experts"
+        }
 
     def require_one(self, module: str) -> None:
         """Raises ValueError for a module that torch has several times."""

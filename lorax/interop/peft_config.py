@@ -25,6 +25,7 @@ from lorax.interop.peft_selection import (
     ALWAYS_HARMLESS,
     COMMON,
     PREFIX,
+    TEXTS,
     Fields,
     Selection,
     first,
@@ -35,7 +36,7 @@ IMPLEMENTED = frozenset(
     alpha_pattern bias ensure_weight_tying exclude_modules init_lora_weights init_r
     layer_replication layers_pattern layers_to_transform lora_alpha lora_bias
     lora_dropout modules_to_save peft_type r rank_pattern target_modules
-    trainable_token_indices use_dora use_rslora
+    target_parameters trainable_token_indices use_dora use_rslora
     """.split()
 )
 """Fields that decide the function; `r` does so for LoRA, `init_r` for AdaLoRA."""
@@ -60,7 +61,6 @@ DEFAULTS: dict[str, Any] = {
     "kasa_config": None,
     "megatron_config": None,
     "monteclora_config": None,
-    "target_parameters": None,
     "use_bdlora": None,
     "use_qalora": False,
 }
@@ -146,15 +146,23 @@ class Settings(Selection):
 
     def asks(self, module: str) -> str:
         """What a module's shapes follow from, in an error."""
-        return f"rank {self.kept(module)} (by r and rank_pattern, or init_r)"
+        return f"rank {self.given(module)['rank']} (by r and rank_pattern, or init_r)"
 
     def given(self, module: str) -> dict[str, Any]:
         """Rank and scale of one module."""
-        return {"rank": self.kept(module), "scale": self.scale(module)}
+        weight = f"{module}.weight"
+        name = weight if self.adapts(weight) else module  # as patterns mean it
+        return {"rank": self.kept(name), "scale": self.scale(name)}
 
     def require(self, module: str, base: Base) -> None:
-        """Takes every module of the base."""
-        del module, base
+        """Raises ValueError for a parameter that PEFT would read transposed."""
+        plain = base.modules[module].entry.transposed and module != base.head
+        if self.adapts(f"{module}.weight") and not plain:
+            raise ValueError(
+                f"target_parameters names {module + '.weight'!r}, an embedding or a "
+                "Conv1D, which PEFT takes for a matrix [out, in]; name the module in "
+                "target_modules"
+            )
 
     def shapes(self, place: Place) -> Shapes:
         """The shapes of a module's tensors, by suffix."""
@@ -272,6 +280,7 @@ def read(raw: Mapping[str, Any]) -> Settings | FormSettings:
         tokens=fields.tokens(),
         lora_bias=fields.lora_bias(lora and not dora),
         replicated=fields.replicated(),
+        parameters=fields.parameters(lora and not dora),
         **fields.selection("lora_dropout"),
     )
 
@@ -324,6 +333,13 @@ class _Older(Fields):
         given = self.take("lora_bias", untrusted.FLAG, False)
         if given and not has:
             raise self.error("lora_bias", "goes with plain LoRA only, here and in PEFT")
+        return given
+
+    def parameters(self, has: bool) -> tuple[str, ...]:
+        """The ends of names of parameters; PEFT has plain LoRA of them alone."""
+        given = tuple(self.take("target_parameters", TEXTS, ()))
+        if given and (not has or self.raw.get("lora_bias")):
+            raise self.error("target_parameters", "goes with plain LoRA only")
         return given
 
     def replicated(self) -> tuple[tuple[int, int], ...]:

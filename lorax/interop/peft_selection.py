@@ -60,6 +60,7 @@ class Selection:
       tokens: rows of embeddings that train, by the end of the module's name; under ""
         those of the input embedding.
       lora_bias: B has a bias of its own.
+      parameters: ends of names of parameters that have factors, and no module.
       replicated: ranges of the original's layers that make the base's; () for its own.
     """
 
@@ -77,6 +78,7 @@ class Selection:
     tokens: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     lora_bias: bool = False
     replicated: tuple[tuple[int, int], ...] = ()
+    parameters: tuple[str, ...] = ()
 
     def selects(self, module: str, linear: bool) -> bool:
         """True when PEFT puts factors on the module.
@@ -85,6 +87,8 @@ class Selection:
           module: its name in the base model.
           linear: it is a linear map; else an embedding.
         """
+        if self.adapts(f"{module}.weight"):
+            return True
         if _matches(self.exclude, module) or self.saves(module):
             return False
         if self.targets == EVERY_LINEAR:
@@ -94,6 +98,13 @@ class Selection:
         if self.layers is None or module in self.targets:
             return True
         return _layer(module, self.layers_pattern) in self.layers
+
+    def adapts(self, parameter: str) -> bool:
+        """True when PEFT puts factors on the parameter itself."""
+        return any(
+            parameter == name or parameter.endswith(f".{name}")
+            for name in self.parameters
+        )
 
     def saves(self, module: str) -> bool:
         """True when PEFT stores the module whole, or one that contains it."""

@@ -24,7 +24,14 @@ import jax
 import numpy as np
 
 from lorax import tree
-from lorax.interop import files, peft_biases, peft_names, peft_rows, peft_table
+from lorax.interop import (
+    files,
+    peft_biases,
+    peft_names,
+    peft_parameters,
+    peft_rows,
+    peft_table,
+)
 from lorax.interop.factors import Module
 from lorax.interop.peft_base import WEIGHT, Base
 from lorax.interop.peft_config import B_BIAS, FormSettings, Settings, suffixes
@@ -44,13 +51,13 @@ class Read(NamedTuple):
     Attributes:
       modules: with their arrays.
       saved: tensors that are stored whole, by their keys.
-      rows: adapters of rows of embeddings, by path.
+      made: adapters of rows of embeddings, and of experts' kernels, by path.
       frozen: arrays of `Base.frozen`, by name.
     """
 
     modules: list[Module]
     saved: dict[str, np.ndarray]
-    rows: Adapters
+    made: Adapters
     frozen: dict[str, np.ndarray]
 
 
@@ -78,6 +85,7 @@ def read(
     named, names = peft_names.read(tensors, settings.suffixes, base)
     named = peft_biases.renamed(named, settings, names)
     tokens, named = _tokens(named)
+    experts, named = peft_parameters.taken(named, base)
     parts, rest = _sorted(named, settings.suffixes)
     places = {
         module: place_of(module, settings.given(names.of(module)), base, params)
@@ -93,6 +101,8 @@ def read(
     frozen = _frozen(common, settings, list(places.values()))
     rows = peft_rows.modules(settings, base, names)
     made = peft_rows.read(tokens, rows, base, params)
+    if experts or settings.parameters:
+        made |= peft_parameters.read(experts, settings, base, names)
     modules, biases = [], {}
     for module, own in parts.items():
         arrays = {end: _float32(t) for end, t in own.items()}

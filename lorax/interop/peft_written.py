@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from lorax.interop import peft_config, peft_table
+from lorax.interop import peft_config, peft_parameters, peft_table
 from lorax.interop.factors import Module
-from lorax.interop.peft_base import Base, short_names
+from lorax.interop.peft_base import WEIGHT, Base, short_names
 from lorax.interop.peft_forms import Form, near_whole
 from lorax.interop.peft_selection import ALWAYS_HARMLESS
 
@@ -24,6 +25,7 @@ def fields(
     saved: Sequence[str],
     bias: str,
     tokens: Mapping[str, list[int]],
+    parameters: Sequence[Module],
     base: Base,
     rates: Collection[float],
     rank_stabilized: bool,
@@ -37,6 +39,7 @@ def fields(
       saved: keys of modules' whole tensors.
       bias: which biases are stored beside them.
       tokens: rows of embeddings that are, by module.
+      parameters: of which PEFT adapts the parameter, one module each.
       base: the model.
       rates: of dropout.
       rank_stabilized: for rsLoRA's scale.
@@ -76,6 +79,11 @@ def fields(
     found: dict[str, Any] = {"task_type": None, "inference_mode": True}
     if dropout:
         found[dropout] = rate
+    is_router = peft_parameters.is_router
+    routers = [m for m in modules if is_router(m.name, base)]
+    modules = [m for m in modules if not is_router(m.name, base)]
+    weights = [dataclasses.replace(m, name=m.name + WEIGHT) for m in routers]
+    parameters = [*parameters, *weights]
     found |= _selection([module.name for module in modules], saved, base)
     if form:
         conv1d = found.pop("fan_in_fan_out")
@@ -90,7 +98,15 @@ def fields(
         "use_dora": kind == "dora",
         "use_rslora": rank_stabilized,
     }
-    ranks = _adalora(modules) if kind == "adalora" else _lora(modules, rank_stabilized)
+    every = [*modules, *parameters]
+    ranks = _adalora(modules) if kind == "adalora" else _lora(every, rank_stabilized)
+    found["target_parameters"] = _parameters(parameters, base) or None
+    if found["target_parameters"] and (any(rates) or given.get("lora_dropout")):
+        raise ValueError(
+            "PEFT's target_parameters (experts, routers) go without lora_dropout, and "
+            f"the adapters have {sorted(set(rates))}; set dropout=0 by "
+            "adapter.replace(dropout=0.0)"
+        )
     return {**found, **ranks, **given}
 
 
@@ -112,6 +128,12 @@ def _selection(
     if base.head and {base.embedding, base.head} & {*names, *whole}:
         found["ensure_weight_tying"] = base.embedding.endswith("embed_tokens")
     return found
+
+
+def _parameters(parameters: Sequence[Module], base: Base) -> list[str]:
+    """The ends of the names of parameters that PEFT adapts."""
+    names = [module.name for module in parameters]
+    return short_names(names, base.where.keys() - set(names)) if names else []
 
 
 def _of_form(form: Form, modules: Sequence[Module]) -> dict[str, Any]:

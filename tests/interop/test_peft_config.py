@@ -70,7 +70,6 @@ OTHERS = {
     "kasa_config": {"beta": 0.1},
     "megatron_config": {"tensor_model_parallel_size": 1},
     "monteclora_config": {"num_samples": 8},
-    "target_parameters": ["mlp.experts.gate_up_proj"],
     "use_bdlora": {"nblocks": 2},
     "use_qalora": True,
 }
