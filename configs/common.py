@@ -62,6 +62,8 @@ def _run(run: ml_collections.ConfigDict) -> None:
     run.log_every = 100
     run.label_smoothing = 0.0
     run.loss_chunk = -1  # positions whose logits are made at a time; 0: all; -1: auto
+    run.router_loss = 0.0  # x a mixture's balance loss; -1: by the model's config.json
+    run.router_z_loss = 0.0  # x that of its routers' logits; ST-MoE has 0.001
     run.skip_nonfinite = 3  # steps in a row; then the run stops
     run.save_every = 0  # steps; 0: no checkpoints, a stop ends the run
     run.save_keep = 3  # of the newest, so that two may be damaged

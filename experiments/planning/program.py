@@ -90,7 +90,9 @@ def build(
     shapes = hf.abstract(model)
     placed = placement.place_params(mesh, config.sharding, model, shapes)
     batch, held_out = (make_batch(config, part, mesh) for part in ("data", "eval"))
-    how = config.run.label_smoothing, config.run.loss_chunk
+    run = config.run
+    routers = losses.Routers(run.router_loss, run.router_z_loss)
+    how = run.label_smoothing, run.loss_chunk, routers
     loss_fn = losses.make_causal(model, *how)
     state, params, tx = make_state(config, loss_fn, shapes, batch)
     where = sharding.state_shardings(state, placed, config.sharding.adapters)

@@ -53,6 +53,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"run\.(steps|log_every|save_keep)", whole(1)),
     (r"run\.label_smoothing", BELOW_ONE),
     (r"run\.loss_chunk", whole() | CHOSEN),
+    (r"run\.router_loss", number(0) | Rule("-1 for the model's", lambda v: v == -1)),
+    (r"run\.router_z_loss", number(0)),
     (r"run\.skip_nonfinite", whole()),
     (r"run\.save_every", whole()),
     (r"run\.save_deadline", POSITIVE),

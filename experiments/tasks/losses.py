@@ -1,13 +1,14 @@
 """Losses of models that write: cross-entropy of what is to be written."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import losses
+from lorax import attention, losses
+from lorax.models import experts, layers
 
 AUTO = -1
 """A chunk for `chunk_for` to choose."""
@@ -16,8 +17,23 @@ LARGE = 2**26
 """Logits of a batch that are worth chunks: 256 MiB of them, and as much of gradient."""
 
 
+class Routers(NamedTuple):
+    """Weights of what routers of a mixture of experts add to its loss.
+
+    Attributes:
+      balance: of `experts.balance_loss`; `AUTO`: as the model's config.json says.
+      z: of `experts.z_loss`.
+    """
+
+    balance: float = 0.0
+    z: float = 0.0
+
+
+UNWEIGHTED = Routers()
+
+
 def make_causal(
-    model: Any, smoothing: float = 0.0, chunk: int = AUTO
+    model: Any, smoothing: float = 0.0, chunk: int = AUTO, routers: Routers = UNWEIGHTED
 ) -> Callable[..., Any]:
     """Cross-entropy of the responses, `(params, batch) -> (mean nats, metrics)`.
 
@@ -25,7 +41,13 @@ def make_causal(
       model: tokens to logits, or to hidden states.
       smoothing: share of the target that is spread over the vocabulary.
       chunk: positions of every row whose logits are made at a time; 0: all; `AUTO`.
+      routers: weights of the losses of routers.
+
+    Raises:
+      ValueError: such weights, and a model without routers.
     """
+    if any(routers):
+        return _routed(model, smoothing, chunk, routers)
 
     def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         packed = {k: batch[k] for k in ("segments", "positions") if k in batch}
@@ -34,6 +56,43 @@ def make_causal(
             return model.apply({"params": params}, batch["inputs"], **packed, **how)
 
         return of_model(model, params, batch, read, smoothing, chunk)
+
+    return loss_fn
+
+
+def _routed(
+    model: Any, smoothing: float, chunk: int, routers: Routers
+) -> Callable[..., Any]:
+    """As `make_causal`, with the losses of routers on all tokens but padding."""
+    config = model.config
+    if not hasattr(config, "experts"):
+        raise ValueError(
+            f"config.run: router_loss={routers.balance}, router_z_loss={routers.z}: "
+            "the model has no routers; set both to 0.0"
+        )
+    balance = config.balance if routers.balance == AUTO else routers.balance
+
+    def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        packed = {k: batch[k] for k in ("segments", "positions") if k in batch}
+        seen: dict[str, Any] = {}
+
+        def read(**how: Any) -> jax.Array:
+            out, told = model.apply(
+                {"params": params},
+                batch["inputs"],
+                **packed,
+                **how,
+                mutable=[layers.ROUTING],
+            )
+            seen.update(told)
+            return out
+
+        loss, told = of_model(model, params, batch, read, smoothing, chunk)
+        logits = experts.recorded(seen[layers.ROUTING])
+        real = jnp.cumsum(batch["weights"][:, ::-1] > 0, axis=1)[:, ::-1] > 0
+        real = attention.stripe(real) if config.striped else real
+        loss += balance * experts.balance_loss(logits, config.chosen, real)
+        return loss + routers.z * experts.z_loss(logits, real), told
 
     return loss_fn
 

@@ -61,7 +61,12 @@ def make_respond(
         made = batches.training_batches(train, data.batch_size, lengths, pad, **how)
     return Task(
         made,
-        losses.make_causal(model, config.run.label_smoothing, chunk),
+        losses.make_causal(
+            model,
+            config.run.label_smoothing,
+            chunk,
+            losses.Routers(config.run.router_loss, config.run.router_z_loss),
+        ),
         lambda params: scored(params, some),
         report,
     )

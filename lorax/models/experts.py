@@ -18,8 +18,7 @@ The first is the second divided by its sum. All experts of a layer are one leaf:
 
 References:
   Shazeer et al., Outrageously Large Neural Networks, arXiv:1701.06538.
-  Fedus et al., Switch Transformers, arXiv:2101.03961. Jiang et al., Mixtral of Experts,
-  arXiv:2401.04088.
+  Jiang et al., Mixtral of Experts, arXiv:2401.04088.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from jax.sharding import PartitionSpec
 
 from lorax.attention import machine
 from lorax.models import hf_config, layers, remat
+from lorax.types import PyTree
 
 AXIS = "expert"
 """The mesh axis along which devices share experts."""
@@ -132,6 +132,70 @@ class Stack(nn.Module):
         draw = nn.initializers.normal(0.02)
         kernel = self.param("kernel", draw, self.shape, self.config.param_dtype)
         return kernel.astype(self.config.dtype)
+
+
+def record(layer: nn.Module, logits: jax.Array) -> None:
+    """Keeps a router's logits where `apply` has `mutable=[layers.ROUTING]`."""
+    if not layer.is_initializing():
+        layer.sow(layers.ROUTING, "logits", logits, reduce_fn=lambda _, new: new)
+
+
+def recorded(routing: PyTree) -> jax.Array:
+    """Returns what routers said, `[layers, batch, time, experts]`, float32.
+
+    Args:
+      routing: the collection `layers.ROUTING`, that `apply` returns.
+    """
+    found = [x.astype(jnp.float32) for x in jax.tree.leaves(routing)]
+    return found[0] if found[0].ndim == 4 else jnp.stack(found)
+
+
+def balance_loss(
+    logits: jax.Array, chosen: int, real: jax.Array | None = None
+) -> jax.Array:
+    """Returns the load-balancing loss of Switch Transformers, of all layers together.
+
+        E sum_e f_e p_e,    f_e = visits of expert e, p_e = its probability, per token
+
+    An even load gives `chosen`. The gradient reaches the router by p alone.
+
+    Args:
+      logits: of the routers, see `recorded`.
+      chosen: experts that a token visits.
+      real: bool `[batch, time]`, False for padding; None: all are real.
+
+    Example:
+      >>> float(balance_loss(jnp.zeros((1, 1, 5, 4)), 2))
+      2.0
+
+    References:
+      Fedus et al., Switch Transformers, arXiv:2101.03961, equations 4 to 6.
+    """
+    count, weights = logits.shape[-1], _weights(logits, real)
+    visited = jax.lax.top_k(logits, chosen)[1]
+    spread = jnp.broadcast_to(weights[..., None], visited.shape)
+    visits = jnp.zeros(count).at[visited].add(spread)
+    share = jnp.einsum("lbte,lbt->e", jax.nn.softmax(logits), weights)
+    return count * (visits * share).sum() / weights.sum() ** 2
+
+
+def z_loss(logits: jax.Array, real: jax.Array | None = None) -> jax.Array:
+    """Returns the mean square of `logsumexp` of a router's logits, which stay small.
+
+    Args:
+      logits: of the routers, see `recorded`.
+      real: bool `[batch, time]`, False for padding; None: all are real.
+
+    References:
+      Zoph et al., ST-MoE, arXiv:2202.08906, equation 5.
+    """
+    weights = _weights(logits, real)
+    return (jax.nn.logsumexp(logits, -1) ** 2 * weights).sum() / weights.sum()
+
+
+def _weights(logits: jax.Array, real: jax.Array | None) -> jax.Array:
+    ones = jnp.ones(logits.shape[:-1], logits.dtype)
+    return ones if real is None else ones * real
 
 
 Activation = Callable[[jax.Array], jax.Array]

@@ -41,6 +41,7 @@ class Block(llama.Block):
         del shared
         config = self.config
         logits = layers.projection(config.experts, "router", config)(x)
+        experts.record(self, logits)
         routes = experts.route(logits, config.chosen, config.renormalised)
         return experts.Experts(config, name="experts")(x, routes)
 

@@ -10,7 +10,7 @@ import pytest
 from configs import gpt2_e2e_lora
 from experiments.reading import fields
 from experiments.tasks import losses, text_to_text
-from lorax.models import gpt2, t5
+from lorax.models import experts, gpt2, layers, mixture, t5
 from tests import programs
 
 SIZES = {"vocabulary": 40, "width": 16, "layers": 1, "heads": 2, "hidden": 24}
@@ -69,3 +69,40 @@ def test_a_config_says_how_many_positions():
     with pytest.raises(ValueError, match=said) as error:
         fields.require(config)
     assert re.search("-1 to choose by the sizes", str(error.value))
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_routers_add_their_losses(chunk):
+    """On all tokens up to the last that has a weight; -1: by the model's config."""
+    config = mixture.Config(
+        vocabulary=40,
+        width=16,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        head_dim=8,
+        hidden=12,
+        experts=4,
+        balance=0.25,
+    )
+    model, batch = mixture.Model(config), batch_of()
+    batch["weights"] = batch["weights"].at[:, -2:].set(0).at[:, 0].set(1)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch["inputs"])
+    params = programs.filled(shapes)["params"]
+    _, kept = model.apply({"params": params}, batch["inputs"], mutable=[layers.ROUTING])
+    logits = experts.recorded(kept[layers.ROUTING])
+    last = [np.flatnonzero(row).max() for row in batch["weights"]]
+    real = np.arange(TIME) <= np.array(last)[:, None]
+    added = 0.25 * experts.balance_loss(logits, 2, real)
+    added += 0.5 * experts.z_loss(logits, real)
+    plain, told = losses.make_causal(model, 0.1, chunk)(params, batch)
+    own = losses.Routers(balance=losses.AUTO, z=0.5)
+    found, same = losses.make_causal(model, 0.1, chunk, own)(params, batch)
+    assert float(found) == pytest.approx(float(plain + added), rel=1e-5)
+    assert float(added) > 0.1
+    jax.tree.map(np.testing.assert_array_equal, same, told)
+
+
+def test_a_model_without_routers_refuses_their_weights():
+    with pytest.raises(ValueError, match="router_loss=-1.*the model has no routers"):
+        losses.make_causal(CASES["causal"][0], routers=losses.Routers(losses.AUTO))

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -10,7 +11,7 @@ from safetensors.numpy import load_file
 import lorax
 from lorax import models
 from lorax.interop import hf
-from lorax.models import experts, mixture, rope
+from lorax.models import experts, layers, mixture, rope
 from tests.models import golden
 
 transformers = pytest.importorskip("transformers", reason="needs the golden extra")
@@ -279,3 +280,40 @@ def test_configs_of_the_hub():
     )
     assert (config.experts, config.chosen, config.hidden) == (128, 8, 768)
     assert config.renormalised and config.windows == () and config.qk_norm
+
+
+@pytest.mark.parametrize("scan, remat", [(True, "full"), (False, "none")])
+def test_router_losses_are_those_of_transformers(case, scan, remat):
+    """Both losses, and logits that stay as they are, through scan, remat and adapt."""
+    from transformers.models.mixtral import modeling_mixtral as theirs
+
+    directory, reference, tokens, expected = case("mixtral")
+    real = golden.left_padded([24, 15], 24)
+    told = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(real)}
+    with torch.no_grad():
+        seen = reference(**told, output_router_logits=True).router_logits
+    want = theirs.load_balancing_loss_func(seen, 4, 2, told["attention_mask"]).item()
+    wide = torch.stack([x.reshape(*real.shape, 4) for x in seen]).numpy()
+    square = np.log(np.exp(wide).sum(-1)) ** 2
+    model, params = hf.load(directory, scan=scan, remat=remat)
+
+    def call(params):
+        given = {"real": jnp.asarray(real), "mutable": [layers.ROUTING]}
+        logits, kept = model.apply({"params": params}, tokens, **given)
+        return logits, experts.recorded(kept[layers.ROUTING])
+
+    def loss(params):
+        logits = call(params)[1]
+        return experts.balance_loss(logits, 2, real), experts.z_loss(logits, real)
+
+    kernels = lorax.discover(call, params)
+    adapters, _ = lorax.init(jax.random.key(0), params, TARGETS, kernels)
+    plain, found = jax.jit(lorax.adapt(call, on_merge="error"))(adapters, params)
+    np.testing.assert_allclose(found[:, real], wide[:, real], rtol=2e-3, atol=1e-3)
+    alone = apply(model, params, tokens, real=real)
+    np.testing.assert_allclose(plain[real], alone[real], atol=1e-4)
+    got = jax.jit(lorax.adapt(loss))(adapters, params)
+    assert float(got[0]) == pytest.approx(want, rel=1e-4)
+    assert float(got[1]) == pytest.approx(square[:, real].mean(), rel=1e-4)
+    slope = jax.jit(jax.grad(lambda p: loss(p)[0]))(params)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(slope["embed"]))
