@@ -85,6 +85,7 @@ def _model(model: ml_collections.ConfigDict) -> None:
     model.published = ml_collections.ConfigDict()  # of the source, for a plan
     model.quantize = ""  # "nf4", or pattern=format,...: a base in a few bits a weight
     model.labels = 0  # of a classification head; 0: none
+    model.head = ""  # of an encoder: "none" for hidden states; "" the checkpoint's
     model.dtype = ""  # of the computation; "" for the checkpoint's
     model.scan = True  # a loop over the layers; False compiles longer: faster on GPUs
     model.remat = "none"  # or "full", "dots", "save=q,k,v; offload=input"
@@ -126,6 +127,10 @@ def _optimizer(optimizer: ml_collections.ConfigDict) -> None:
 def _data(data: ml_collections.ConfigDict) -> None:
     """Which task, in batches of which size."""
     data.task = ""  # one of experiments.tasks.TASKS
+    data.train = ""  # a table below the folder of data sets, or a path
+    data.valid = ""
+    data.pooling = ""  # of task "pairs": "mean", "cls", ...; "" as modules.json says
+    data.scale = 20.0  # of its cosines
     data.train_rows = 0  # 0: all
     data.valid_rows = 0  # 0: all
     data.lengths = (128,)  # of the buckets, in tokens

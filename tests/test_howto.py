@@ -281,6 +281,23 @@ def haiku(scope):
     np.testing.assert_allclose(read(merged)[0], adapted, atol=1e-4)
 
 
+def einsums(scope):
+    adapters, params = scope["state"].adapters, scope["params"]
+    shapes = {p: (a.a.shape, a.b.shape) for p, a in adapters.items()}
+    assert shapes == {
+        "q_einsum/w": ((16, 4), (4, 4, 8)),
+        "kv_einsum/w": ((2, 16, 2), (2, 2, 1, 8)),
+        "attn_vec_einsum/w": ((4, 8, 4), (4, 16)),
+        "gating_einsum/w": ((16, 2), (2, 2, 24)),
+        "linear/w": ((24, 2), (2, 16)),
+    }
+    tokens, merged = scope["tokens"], scope["merged"]
+    before, after = (scope["loss_fn"](p, tokens) for p in (params, merged))
+    assert after < 0.8 * before
+    adapted = lorax.adapt(scope["loss_fn"])(adapters, params, tokens)
+    np.testing.assert_allclose(adapted, after, rtol=1e-4)
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -305,6 +322,7 @@ CHECKS = {
         nnx,
         equinox,
         haiku,
+        einsums,
     )
 }
 

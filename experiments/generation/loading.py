@@ -80,6 +80,8 @@ def load_base(
     quantize = "" if dense else config.quantize
     switches = {"labels": config.labels, "head": "classification"}
     switches = switches if config.labels else {}
+    if config.head:
+        switches |= {"head": config.head}
     switches |= {"scan": config.scan, "remat": config.remat}
     if config.attention != "plain":  # which not all families have
         switches |= {"attention": config.attention}

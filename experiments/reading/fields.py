@@ -14,6 +14,7 @@ from typing import Any
 import ml_collections
 
 from lorax import sharding
+from lorax.models import pooling
 from lorax.untrusted import FLAG, TEXT, Rule, check, choice, listed, number, whole
 
 SKIPPED = r"model\.(random|published)\..*"
@@ -69,6 +70,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"model\.source", TEXT),
     (r"model\.quantize", TEXT),
     (r"model\.labels", whole()),
+    (r"model\.head", choice("", "none", "classification", "mlm")),
     (r"model\.dtype", choice("", "float32", "bfloat16", "float16")),
     (r"model\.scan", FLAG),
     (r"model\.remat", TEXT),
@@ -107,6 +109,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"data\.lengths", such_as(listed(whole(1), 1), "(128, 256)")),
     (r"data\.(batch_size|length)", whole(1)),
     (r"data\.packed", FLAG),
+    (r"data\.pooling", choice("", *pooling.MODES)),
+    (r"data\.scale", POSITIVE),
     (r"data\.(task|form|template|train|valid|name|root)", TEXT),
     # sharding
     (r"sharding\.(data|fsdp|expert|context|tensor)", AXIS),

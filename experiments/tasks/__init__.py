@@ -2,6 +2,7 @@
 
 from experiments.tasks.base import Task
 from experiments.tasks.classify import make_classify
+from experiments.tasks.contrast import make_contrast
 from experiments.tasks.respond import make_respond
 from experiments.tasks.text_to_text import make_text_to_text
 
@@ -9,6 +10,7 @@ TASKS = {
     "e2e": make_respond,
     "instructions": make_respond,
     "classification": make_classify,
+    "pairs": make_contrast,
     "text_to_text": make_text_to_text,
 }
 """By `config.data.task`: `(config, model, tokenizer) -> Task`."""

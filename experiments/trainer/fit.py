@@ -173,7 +173,7 @@ class Report:
         values = {**found[0], "loss": statistics.fmean(map(float, found[1]))}
         seconds = self._clock.lap(step.number)
         pace = self._tokens / seconds
-        self._meter.update(step.number, values["loss"] * metrics.BITS, pace)
+        self._meter.update(step.number, values["loss"], pace)
         self._output.write(step.number, {**values, "step_ms": seconds * 1e3})
         self._losses = []
 

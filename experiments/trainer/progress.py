@@ -19,10 +19,10 @@ class Meter:
         self._bars = bars
         self._task = bars.add_task(name, total=steps, loss="-", speed="-")
 
-    def update(self, step: int, bits: float, speed: float) -> None:
-        """Moves the bar to `step`; `bits` per byte and `speed` in tokens a second."""
+    def update(self, step: int, loss: float, speed: float) -> None:
+        """Moves the bar to `step`; `loss` as in the log, `speed` in tokens a second."""
         self._bars.update(
-            self._task, completed=step, loss=f"{bits:.3f}", speed=f"{speed:,.0f}"
+            self._task, completed=step, loss=f"{loss:.3f}", speed=f"{speed:,.0f}"
         )
 
 
@@ -39,7 +39,7 @@ def bars(console: rich.console.Console) -> Iterator[rich.progress.Progress]:
         rich.progress.TextColumn("{task.description:>10}"),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn("loss {task.fields[loss]} bits/byte"),
+        rich.progress.TextColumn("loss {task.fields[loss]}"),
         rich.progress.TextColumn("{task.fields[speed]} tokens/s"),
         rich.progress.TextColumn("ETA"),
         rich.progress.TimeRemainingColumn(),

@@ -1,5 +1,6 @@
 """Losses: what a train step takes, and cross-entropy that never holds its logits."""
 
+from lorax.losses.contrastive import in_batch_negatives
 from lorax.losses.cross_entropy import (
     CrossEntropy,
     Head,
@@ -26,6 +27,7 @@ __all__ = [
     "checked",
     "chunk_of",
     "chunked_cross_entropy",
+    "in_batch_negatives",
     "simple_loss",
     "token_log_probs",
 ]

@@ -1,0 +1,112 @@
+"""Checkpoints by the names people give: directories, packages, the hub."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja", "LICENSE*")
+
+HUB = "hf:"
+"""Prefix of a name that is to be looked up on the hub, whatever lies here."""
+
+PACKAGE = "package:"
+"""Prefix of a folder in an installed Python package, "package:NAME/PATH"."""
+
+
+def locate(
+    source: str | pathlib.Path,
+    revision: str | None = None,
+    folders: Sequence[pathlib.Path] = (),
+) -> pathlib.Path:
+    """Returns the directory of a checkpoint, downloaded if `source` is a hub id.
+
+    Args:
+      source: a directory, a name below one of `folders`, "package:NAME/PATH" for a
+        folder in an installed Python package, or a hub id, which may start with "hf:".
+      revision: of a hub id.
+      folders: where relative names are looked up, before the working directory.
+
+    Raises:
+      FileNotFoundError: see `find_local`; or there is no huggingface_hub.
+    """
+    directory = find_local(source, folders)
+    if directory is not None:
+        return directory
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"there is no directory {source}; to have it looked up on the hub, "
+            "install lorax-flax[interop]"
+        ) from error
+    return pathlib.Path(
+        huggingface_hub.snapshot_download(
+            str(source).removeprefix(HUB),
+            revision=revision,
+            allow_patterns=list(HUB_FILES),
+        )
+    )
+
+
+def find_local(
+    source: str | pathlib.Path, folders: Sequence[pathlib.Path] = ()
+) -> pathlib.Path | None:
+    """Returns the directory that a name means; None for a hub id.
+
+    Raises:
+      FileNotFoundError: the name is a path that does not exist, or no such directory
+        exists and one of nearly that name does: it is not looked up on the hub.
+    """
+    text = str(source)
+    if text.startswith(HUB):
+        return None
+    if text.startswith(PACKAGE):
+        return _in_package(text.removeprefix(PACKAGE))
+    given = pathlib.Path(os.path.expanduser(source))  # never raises
+    places = [*(folder / given for folder in folders), given]
+    for place in places:
+        if place.is_dir():
+            return place
+    hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text) and not given.exists()
+    beside = [p for place in places for p in _siblings(place)]
+    names = dict.fromkeys(path.name for path in beside)
+    near = difflib.get_close_matches(given.name, names, cutoff=0.75)
+    local = given.parent != pathlib.Path() and bool(beside)
+    if hub_id and not near and not local:
+        return None
+    told = f"; near it: {', '.join(near or list(names)[:8])}" if names else ""
+    advice = f". For a model of that name on the hub, write {HUB}{text}"
+    raise FileNotFoundError(
+        f"there is no directory {text}{told}{advice if hub_id else ''}"
+    )
+
+
+def _in_package(name: str) -> pathlib.Path:
+    """Returns the folder "PACKAGE/PATH" of an installed package, which is not imported.
+
+    Raises:
+      FileNotFoundError: the package is not installed, or has no such folder.
+    """
+    package, _, path = name.partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    roots = (spec.submodule_search_locations if spec else None) or []
+    found = next(
+        (p for p in (pathlib.Path(r, path) for r in roots) if p.is_dir()), None
+    )
+    if found is None:
+        why = f"has no folder {path!r}" if roots else "is not installed here"
+        raise FileNotFoundError(f"package:{name}: the package {package!r} {why}")
+    return found
+
+
+def _siblings(path: pathlib.Path) -> list[pathlib.Path]:
+    """The directories beside a path, which need not exist."""
+    try:
+        return sorted(other for other in path.parent.iterdir() if other.is_dir())
+    except OSError:  # no such folder, or one that cannot be read
+        return []
