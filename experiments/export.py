@@ -3,13 +3,17 @@
     python -m experiments.export --base=stories260k --trained=runs/x/adapter \
         --form=merged --to=merged   # a checkpoint that transformers and lorax load
     python -m experiments.export --base=stories260k --trained=runs/x/adapter \
-        --form=peft --to=adapter    # for peft's PeftModel.from_pretrained
+        --form=peft --to=adapter --check  # for peft's PeftModel.from_pretrained
     python -m experiments.export --base=stories260k --trained=runs/x/adapter \
         --form=lorax --adalora_shrink --to=adapter   # AdaLoRA at the ranks it came to
 
 The tokenizer's files go along with a merged model. Where the init moved a part of the
 base (PiSSA, LoRA-GA and others), the run left `initial/` beside `adapter/`: it is found
 there, or given by `--initial`, and what is written is for the original base.
+
+`--check` says which engines take what `--form=peft` wrote (vLLM, SGLang, llama.cpp),
+with what flags, and why not. Most that read no patterns take it with `--uniform`: one
+rank and one alpha for all modules, the same function.
 
 Adapters of a class that lorax does not have need the module that registers it:
 `--plugins=my_package.methods`.
@@ -27,6 +31,7 @@ from absl import app, flags
 
 from experiments.generation import exporting
 from experiments.reading import command, plugins
+from lorax.interop import engines
 
 _MODEL = flags.DEFINE_string("base", None, "The checkpoint: a directory or a hub id.")
 _ADAPTER = flags.DEFINE_string("trained", None, "Folder of adapters, ours or PEFT's.")
@@ -38,6 +43,8 @@ _FORM = flags.DEFINE_enum(
 _QUANTIZE = flags.DEFINE_string("quantize", "", "The run's config.model.quantize.")
 _SCAN = flags.DEFINE_bool("scan", True, "The run's config.model.scan.")
 _PLUGINS = flags.DEFINE_list("plugins", [], "Modules that register its classes.")
+_CHECK = flags.DEFINE_bool("check", False, "Say which engines take --form=peft.")
+_UNIFORM = flags.DEFINE_bool("uniform", False, "One rank and alpha, by --form=peft.")
 _SHRINK = flags.DEFINE_bool("adalora_shrink", False, "Leave out pruned triplets.")
 
 
@@ -47,7 +54,9 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
     with command.refusing():
         plugins.import_all(_PLUGINS.value or [], "--plugins")
-    exporting.export(
+    if _FORM.value != "peft" and (_CHECK.value or _UNIFORM.value):
+        raise app.UsageError("--check and --uniform go with --form=peft")
+    config = exporting.export(
         _MODEL.value or "",
         _ADAPTER.value or "",
         _TO.value or "",
@@ -56,8 +65,11 @@ def main(argv: Sequence[str]) -> None:
         adalora_shrink=_SHRINK.value,
         quantize=_QUANTIZE.value,
         scan=_SCAN.value,
+        uniform=_UNIFORM.value,
     )
     print(f"{_FORM.value}: written to {_TO.value}")
+    for verdict in engines.check(_TO.value or "", config) if _CHECK.value else ():
+        print(verdict)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def export(
     adalora_shrink: bool = False,
     quantize: str = "",
     scan: bool = True,
-) -> None:
+    uniform: bool = False,
+) -> Any:
     """Writes a merged checkpoint, or an adapter.
 
     Args:
@@ -39,6 +40,10 @@ def export(
       quantize: `config.model.quantize` of the run. What is merged is dense, and holds
         the base as it was quantised; an adapter beside `initial/` is for the original.
       scan: `config.model.scan` of the run.
+      uniform: of an adapter for PEFT: one rank and one alpha for all modules.
+
+    Returns:
+      The config of the base.
 
     Raises:
       ValueError: `to` is the base's own folder, the adapters belong to another base, or
@@ -66,13 +71,15 @@ def export(
     if adalora_shrink:
         adapters = optim.adalora_shrink(adapters)
     if form == "peft":
-        peft.save(target, adapters, config, params=params, base_name=source)
-        return
+        named: Any = {"params": params, "base_name": source, "uniform": uniform}
+        peft.save(target, adapters, config, **named)
+        return config
     if form == "lorax":
         checkpoint.save_adapters(target, adapters, params)
-        return
+        return config
     hf.save(target, config, lorax.merge(adapters, params))
     _write_tokenizer(path, target)
+    return config
 
 
 def _moved(params: Any, start: Adapters) -> Any:

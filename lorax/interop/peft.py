@@ -175,6 +175,7 @@ def save(
     initial: Adapters | None = None,
     residual: bool = False,
     rank_stabilized: bool = False,
+    uniform: bool = False,
     fields: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes adapters for PEFT's `PeftModel.from_pretrained` and for `load`.
@@ -197,6 +198,9 @@ def save(
         that their init left.
       rank_stabilized: write alpha for rsLoRA's alpha / sqrt(rank); the function is the
         same.
+      uniform: write one rank and one alpha for all modules, the largest rank, zeros in
+        the others and ratios of scales in B: for engines that read no patterns (vLLM,
+        SGLang; see `lorax.interop.engines`). The function is the same.
       fields: of the config, that say nothing of the function (`task_type`,
         `total_step`, ...), `lora_dropout`, and of a base that `replicate_layers` made
         its `layer_replication`.
@@ -226,6 +230,8 @@ def save(
     modules, saved = peft_leaves.split(adapters, base)
     if kind == "adalora":
         modules = factors.one_scale(modules)
+    if uniform:
+        modules = _uniform(modules, kind, experts)
     told = peft_rows.write(rows, base, leaves)
     adapted = {module.name for module in modules}
     alone = peft_biases.lone(saved, base)
@@ -277,6 +283,19 @@ def _to_disk(
             )
         tensors |= peft_tensors.to_disk(module, kind, place)
     return tensors | peft_tensors.common_to_disk(modules, places, kind, frozen)
+
+
+def _uniform(
+    modules: list[Module], kind: str, experts: Mapping[str, Any]
+) -> list[Module]:
+    """Returns the modules with one rank and one scale."""
+    if kind not in ("lora", "dora") or experts:
+        what = f"{min(experts)}, experts," if experts else f"{kind}"
+        raise ValueError(
+            f"uniform=True gives modules of Lora or Dora one rank, and not {what}; "
+            "choose one rank and one alpha in the Targets"
+        )
+    return factors.alike(modules) if modules else modules
 
 
 def _experts(

@@ -12,6 +12,7 @@ import lorax
 from configs import common
 from experiments.generation import continuations, exporting, loading
 from lorax import checkpoint
+from lorax.interop import engines
 from lorax.models import sampling
 from tests import children
 from tests.data_paths import DATA, needs_data
@@ -82,6 +83,8 @@ def test_what_is_exported_writes_the_same(stories, adapters, tmp_path, form):
         np.testing.assert_array_equal(run(again), expected)
     else:
         read, _ = loading.load_adapters(str(target), model, params)
+        found = engines.check(target, model.config)
+        assert {verdict.engine for verdict in found} == {*engines.ENGINES}
         np.testing.assert_allclose(
             run(lorax.merge(read, params)), expected, rtol=1e-4, atol=1e-4
         )

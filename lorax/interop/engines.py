@@ -1,0 +1,244 @@
+"""Which engines take an adapter that PEFT's layout holds, and why others do not.
+
+    for verdict in engines.check("runs/x/peft", model.config):
+        print(verdict)
+
+PEFT's directory is the common tongue, and each engine reads a part of it. The rules are
+those of the engines' own loaders, said again here; engines change, and a rule is as old
+as its reference:
+
+vLLM: `vllm/lora/peft_helper.py`, `utils.py`, `lora_model.py` (commit 0306474) and
+`vllm/config/lora.py`. SGLang: `python/sglang/srt/lora/lora_config.py` (0ceb81f),
+`utils.py` (01235a1) and `lora.py`. llama.cpp: `src/llama-adapter.cpp`, and of lorax
+`gguf.save_adapters`, which writes its files.
+
+References:
+  Kwon et al., vLLM, https://github.com/vllm-project/vllm. Zheng et al., SGLang,
+  https://github.com/sgl-project/sglang. https://github.com/ggml-org/llama.cpp.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from lorax.interop import files, peft
+
+UNIFORM = "write it by peft.save(..., uniform=True)"
+MERGED = "merge it (lorax.merge, or --form=merged) and serve the model"
+
+
+class Verdict(NamedTuple):
+    """What an engine does with an adapter.
+
+    Attributes:
+      engine: its name.
+      reasons: why it does not take the adapter, and what to do; empty: it does.
+      flags: what the engine must be started with.
+    """
+
+    engine: str
+    reasons: tuple[str, ...]
+    flags: str = ""
+
+    @property
+    def takes(self) -> bool:
+        """True where the engine takes the adapter."""
+        return not self.reasons
+
+    def __str__(self) -> str:
+        """One line, and one more for every reason."""
+        if self.takes:
+            return f"{self.engine}: yes" + (
+                f", with {self.flags}" if self.flags else ""
+            )
+        return "\n  ".join([f"{self.engine}: no", *self.reasons])
+
+
+class Written(NamedTuple):
+    """An adapter on disk, as rules see it.
+
+    Attributes:
+      fields: of adapter_config.json.
+      shapes: of the tensors, by name.
+      family: the base's `model_type`.
+      tied: the base's head is its embedding.
+    """
+
+    fields: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    family: str
+    tied: bool
+
+    @property
+    def rank(self) -> int:
+        """The largest of the factors, of one expert."""
+        found = [shape[1] for n, shape in self.shapes.items() if n.endswith(B_ENDS)]
+        pattern = (self.fields.get("rank_pattern") or {}).values()
+        if self.fields.get("target_parameters"):
+            found = []
+        known = [self.fields.get("r", 0), *(n for n in pattern if isinstance(n, int))]
+        return max([*found, *known])
+
+    @property
+    def modules(self) -> set[str]:
+        """The last components of the names of modules with factors."""
+        names = (
+            name.partition(".lora_")[0] for name in self.shapes if ".lora_" in name
+        )
+        return {name.removesuffix(".base_layer").rpartition(".")[2] for name in names}
+
+
+B_ENDS = (".lora_B.weight", ".lora_embedding_B")
+
+
+def check(directory: str | pathlib.Path, config: Any) -> list[Verdict]:
+    """Says of each engine whether it takes an adapter.
+
+    Args:
+      directory: that `peft.save` wrote, or PEFT.
+      config: of the base, `model.config`.
+
+    Raises:
+      FileNotFoundError: no such files.
+      ValueError: files that are not sound.
+    """
+    folder = pathlib.Path(directory)
+    fields = files.read_json(files.inside(folder, peft.CONFIG))
+    tensors = files.open_tensors(files.inside(folder, peft.TENSORS))
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    family = config.to_hf()["model_type"]
+    written = Written(fields, shapes, family, bool(getattr(config, "tied", False)))
+    return [
+        Verdict(engine, tuple(rules(written)), flags(written))
+        for engine, (rules, flags) in ENGINES.items()
+    ]
+
+
+def _plain_lora(written: Written, engine: str) -> Iterator[str]:
+    """What every serving engine asks: factors of LoRA, and nothing beside them."""
+    fields = written.fields
+    if fields.get("peft_type") != "LORA":
+        yield (
+            f"peft_type={fields.get('peft_type')}: {engine} reads LORA; a product of "
+            f"factors becomes one by compose.to_lora, else {MERGED}"
+        )
+    if fields.get("use_dora"):
+        yield f"use_dora: {engine} has no magnitudes; {MERGED}"
+    if fields.get("modules_to_save"):
+        yield f"modules_to_save={fields['modules_to_save']}: whole modules; {MERGED}"
+    if fields.get("bias", "none") != "none" or fields.get("lora_bias"):
+        yield f"bias: {engine} reads no biases; {MERGED}"
+    if fields.get("trainable_token_indices"):
+        yield f"trainable_token_indices: rows of the embedding; {MERGED}"
+    if fields.get("layer_replication"):
+        yield f"layer_replication: {engine} does not copy layers; {MERGED}"
+
+
+def _one_rank(written: Written, engine: str) -> Iterator[str]:
+    """One rank and one alpha: the patterns are not read, or refused."""
+    for name, common in ("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"):
+        own = written.fields.get(name) or {}
+        if any(value != written.fields.get(common) for value in own.values()):
+            yield (
+                f"{name}: {engine} has one {common} for all modules, so scales would "
+                f"be wrong; {UNIFORM}"
+            )
+
+
+VLLM_FAMILIES = frozenset(
+    "gemma gemma2 gemma3_text llama mistral mixtral qwen2 qwen3 qwen3_moe".split()
+)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Of --max-lora-rank, `MaxLoRARanks` of `vllm/config/lora.py`; 16 by default."""
+
+
+def _vllm(written: Written) -> Iterator[str]:
+    yield from _plain_lora(written, "vLLM")
+    yield from _one_rank(written, "vLLM")
+    if written.family not in VLLM_FAMILIES:
+        yield f"vLLM serves no adapters of {written.family!r}; {MERGED}"
+    if written.rank > VLLM_RANKS[-1]:
+        yield (
+            f"rank {written.rank}: vLLM's largest is {VLLM_RANKS[-1]}; "
+            "compose.resize makes it smaller"
+        )
+    if "experts" in written.modules and not _both_kernels(written):
+        yield (
+            "target_parameters: vLLM takes <experts>.base_layer for gate_up_proj and "
+            "<experts> for down_proj, so that an adapter of one of the two would be "
+            f"taken for another; adapt both, or {MERGED}"
+        )
+
+
+def _both_kernels(written: Written) -> bool:
+    """True where every module of experts has factors for both of its kernels."""
+    own = {n.partition(".lora_")[0] for n in written.shapes if ".experts" in n}
+    outer = {name for name in own if not name.endswith(".base_layer")}
+    return own == outer | {f"{name}.base_layer" for name in outer}
+
+
+def _vllm_flags(written: Written) -> str:
+    rank = next((n for n in VLLM_RANKS if n >= written.rank), VLLM_RANKS[-1])
+    return f"--enable-lora --max-lora-rank={rank}"
+
+
+SGLANG_MODULES = frozenset(
+    """
+    q_proj k_proj v_proj o_proj gate_proj up_proj down_proj embed_tokens lm_head
+    """.split()
+)
+"""Of `_KNOWN_LORA_TARGET_MODULES` those of lorax's families, by PEFT's names."""
+
+
+def _sglang(written: Written) -> Iterator[str]:
+    yield from _plain_lora(written, "SGLang")
+    yield from _one_rank(written, "SGLang")
+    named = written.fields.get("target_modules")
+    if isinstance(named, str) and named not in ("all", "all-linear"):
+        yield f"target_modules={named!r}: SGLang reads lists of names, no expressions"
+    if written.fields.get("use_rslora"):
+        yield "use_rslora: SGLang's scale is alpha / r; write rank_stabilized=False"
+    if odd := sorted(written.modules - SGLANG_MODULES):
+        yield f"SGLang has no adapters of {', '.join(odd)}; {MERGED}"
+
+
+def _sglang_flags(written: Written) -> str:
+    names = sorted(written.modules)
+    return (
+        f"--enable-lora --max-lora-rank={written.rank} "
+        f"--lora-target-modules {' '.join(names)}"
+    )
+
+
+GGUF_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Those that `lorax.interop.gguf` writes."""
+
+
+def _llama_cpp(written: Written) -> Iterator[str]:
+    yield from _plain_lora(written, "llama.cpp")
+    if written.family not in GGUF_FAMILIES:
+        yield (
+            f"{written.family!r}: lorax writes GGUF adapters of "
+            f"{', '.join(GGUF_FAMILIES)}; {MERGED}"
+        )
+    if written.tied and {"embed_tokens", "lm_head"} & written.modules:
+        yield f"llama.cpp has no adapter of an embedding that is the head too; {MERGED}"
+    if written.fields.get("target_parameters"):
+        yield f"target_parameters: pairs of matrices alone; {MERGED}"
+
+
+def _no_rule(written: Written) -> Iterator[str]:
+    del written
+    yield from ()
+
+
+Rules = Callable[[Written], Iterator[str]]
+ENGINES: dict[str, tuple[Rules, Callable[[Written], str]]] = {
+    "PEFT": (_no_rule, lambda _: ""),
+    "vLLM": (_vllm, _vllm_flags),
+    "SGLang": (_sglang, _sglang_flags),
+    "llama.cpp": (_llama_cpp, lambda _: "a file of gguf.save_adapters, --lora"),
+}
+"""The rules of each engine, and the flags that it needs."""
