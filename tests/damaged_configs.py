@@ -19,6 +19,7 @@ from tests.damaged import Case, Source
 LARGEST = 2**31 - 1
 YARN = Rope(1e6, "yarn", 4.0, 32, 2.0, 16.0, 1.5)
 LLAMA3 = Rope(5e5, "llama3", 8.0, 32, 2.0, 4.0)
+LONGROPE = Rope(1e4, "longrope", 4.0, 16, short=(1.0, 1.5, 2.0), long=(2.0, 3.0, 4.0))
 SIZES = dict(positions=64, width=16, layers=2, heads=4, kv_heads=2, head_dim=6)
 CONFIGS: dict[str, Any] = {
     "gemma": gemma.Config(
@@ -59,6 +60,26 @@ CONFIGS: dict[str, Any] = {
     "llama": llama.Config(31, **SIZES, hidden=24, activation="gelu", rope=LLAMA3),
     "mistral": llama.Config(
         31, **SIZES, eps=1e-4, windows=(8, 8), model_type="mistral"
+    ),
+    "ministral": llama.Config(31, **SIZES, windows=(8, 0), model_type="ministral"),
+    "olmo2": llama.Config(
+        31,
+        **SIZES,
+        qk_norm=True,
+        all_heads=True,
+        post_norms=True,
+        model_type="olmo2",
+    ),
+    "phi3": llama.Config(
+        31, **SIZES, windows=(8, 8), fused=True, rope=LONGROPE, model_type="phi3"
+    ),
+    "smollm3": llama.Config(
+        31,
+        **SIZES,
+        turned=(True, False),
+        windows=(0, 8),
+        tied=True,
+        model_type="smollm3",
     ),
     "qwen2": llama.Config(
         31, **SIZES, qkv_bias=True, windows=(0, 9), model_type="qwen2", tied=True
@@ -136,6 +157,10 @@ MEANS = {
         "truncate": "truncate",
         "sliding_window absent": {"windows": ()},
     },
+    "ministral": {"layer_types absent": {"windows": (8, 8)}},
+    "olmo2": {"rms_norm_eps absent": {"eps": 1e-5}},
+    "phi3": {"rms_norm_eps absent": {"eps": 1e-5}},
+    "smollm3": {"no_rope_layers absent": {"turned": ()}},
     "roberta": {
         "hidden_act absent": {"activation": "gelu"},
         "layer_norm_eps absent": {"eps": 1e-12},
@@ -202,9 +227,7 @@ def _config_means(config: Any, params: Any, case: Case) -> Any:
 
 
 def _group(config: Any) -> dict[str, Any]:
-    if isinstance(config, gemma.Config | gemma4.Config):
-        return MEANS[config.to_hf()["model_type"]]
-    for name, module in {"gpt2": gpt2, "llama": llama, "t5": t5}.items():
-        if isinstance(config, module.Config):
-            return MEANS[name]
-    return MEANS["roberta"]
+    own = MEANS.get(config.to_hf()["model_type"])
+    if isinstance(config, llama.Config):
+        return MEANS["llama"] | (own or {})
+    return own or MEANS["roberta"]

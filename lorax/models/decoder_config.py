@@ -102,11 +102,14 @@ def layer_entries(
         *linear("self_attn.q_proj", "q", width, heads, **qkv),
         *linear("self_attn.k_proj", "k", width, kv, **qkv),
         *linear("self_attn.v_proj", "v", width, kv, **qkv),
-        *linear("self_attn.o_proj", "o", heads, width, bias=o_bias),
-        *mlp,
     ]
+    if getattr(config, "fused", False):
+        block = [*linear("self_attn.qkv_proj", "qkv", width, heads, **qkv)]
+    block += [*linear("self_attn.o_proj", "o", heads, width, bias=o_bias), *mlp]
     if config.qk_norm:
-        norms = {**norms, "self_attn.q_norm": "norm_q", "self_attn.k_norm": "norm_k"}
+        axes = 2 if getattr(config, "all_heads", False) else 1
+        block += table.rms_norm("self_attn.q_norm", "norm_q", axes)
+        block += table.rms_norm("self_attn.k_norm", "norm_k", axes)
     for key, name in norms.items():
         block += table.rms_norm(key, name)
     return block

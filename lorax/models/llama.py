@@ -1,16 +1,21 @@
-"""The Llama family by switches: Llama 2 and 3, Mistral, Qwen2, Qwen2.5, Qwen3, SmolLM.
+"""The Llama family by switches: decoders whose layers differ in little from Llama's.
 
 Pre-norm blocks with RMS norms, rotary positions, grouped queries and a gated MLP.
 
 | model_type | what differs from Llama |
 |---|---|
-| mistral | a sliding window in every layer |
+| mistral, ministral | a sliding window in every layer, or in some |
+| olmo2 | norms behind attention and MLP; RMS norms on q and k, over all heads |
+| phi3 | q, k and v are one kernel, gate and up another; longrope; partly turned heads |
 | qwen2 | biases on q, k and v; a window in some layers, if it is switched on |
 | qwen3 | no such biases; RMS norms over the size of a head on q and k |
+| smollm3 | some layers do not turn q and k |
 
 References:
   Touvron et al., Llama 2, arXiv:2307.09288. Jiang et al., Mistral 7B, arXiv:2310.06825.
-  Qwen2.5, arXiv:2412.15115. Qwen3, arXiv:2505.09388.
+  Qwen2.5, arXiv:2412.15115. Qwen3, arXiv:2505.09388. OLMo 2, arXiv:2501.00656. Phi-3,
+  arXiv:2404.14219. Phi-4-mini, arXiv:2503.01743. SmolLM3,
+  https://huggingface.co/blog/smollm3.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from lorax import attention, losses
 from lorax.models import (
@@ -50,40 +56,69 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
         """Maps the residual stream to the next, and the layer's cache."""
         x = remat.named(x, "input")
-        mixed, kept = self._attention(self._norm("norm_attn")(x), own, shared)
-        x = x + mixed
-        return x + self._mlp(self._norm("norm_mlp")(x), shared), kept
+        mixed, kept = self._attention(self._before("norm_attn", x), own, shared)
+        x = x + self._behind("norm_attn", mixed)
+        h = self._mlp(self._before("norm_mlp", x), shared)
+        return x + self._behind("norm_mlp", h), kept
 
     def _mlp(self, x: jax.Array, shared: Any) -> jax.Array:
         """What a layer adds behind attention; `mixture` has another."""
         del shared
         config = self.config
-        gate = self._linear(config.hidden, "gate", config.mlp_bias)(x)
-        up = self._linear(config.hidden, "up", config.mlp_bias)(x)
+        if config.fused:
+            both = self._linear((2, config.hidden), "gate_up", config.mlp_bias)(x)
+            gate, up = both[..., 0, :], both[..., 1, :]
+            gate, up = remat.named(gate, "gate"), remat.named(up, "up")
+        else:
+            gate = self._linear(config.hidden, "gate", config.mlp_bias)(x)
+            up = self._linear(config.hidden, "up", config.mlp_bias)(x)
         h = hf_config.ACTIVATIONS[config.activation](gate) * up
         return self._linear(config.width, "down", config.mlp_bias)(h)
 
     def _attention(self, x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
         config = self.config
-        shape, kv = (config.heads, config.head_dim), (config.kv_heads, config.head_dim)
-        q = self._linear(shape, "q", config.qkv_bias)(x)
-        k = self._linear(kv, "k", config.qkv_bias)(x)
-        v = self._linear(kv, "v", config.qkv_bias)(x)
+        q, k, v = self._qkv(x)
         if config.qk_norm:
-            q, k = self._norm("norm_q")(q), self._norm("norm_k")(k)
-        q, k = rope.rotate(q, shared["angles"]), rope.rotate(k, shared["angles"])
+            axes = (-2, -1) if config.all_heads else (-1,)
+            q, k = self._norm("norm_q", axes)(q), self._norm("norm_k", axes)(k)
+        angles = shared["angles"]
+        if config.turned:
+            cos, sin = angles
+            angles = jnp.where(own["turned"], cos, 1), jnp.where(own["turned"], sin, 0)
+        q, k = rope.rotate(q, angles), rope.rotate(k, angles)
         k, v, kept = layers.remember(k, v, own["cache"], shared["slot"])
         mixed = layers.attend(q, k, v, kept, own["window"], shared, config)
         mixed = remat.named(mixed, "attention")
         return self._linear(config.width, "o", config.o_bias, (-2, -1))(mixed), kept
+
+    def _qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        config, bias = self.config, self.config.qkv_bias
+        heads = {"q": config.heads, "k": config.kv_heads, "v": config.kv_heads}
+        if not config.fused:
+            q, k, v = (
+                self._linear((n, config.head_dim), name, bias)(x)
+                for name, n in heads.items()
+            )
+            return q, k, v
+        ends = config.heads, config.heads + config.kv_heads
+        rows = sum(heads.values()), config.head_dim
+        parts = jnp.split(self._linear(rows, "qkv", bias)(x), ends, axis=-2)
+        q, k, v = map(remat.named, parts, heads)
+        return q, k, v
 
     def _linear(
         self, features: Any, name: str, bias: bool, axis: Any = -1
     ) -> nn.Module:
         return layers.projection(features, name, self.config, use_bias=bias, axis=axis)
 
-    def _norm(self, name: str) -> nn.RMSNorm:
-        return layers.rms_norm(name, self.config)
+    def _before(self, name: str, x: jax.Array) -> jax.Array:
+        return x if self.config.post_norms else self._norm(name)(x)
+
+    def _behind(self, name: str, x: jax.Array) -> jax.Array:
+        return self._norm(name)(x) if self.config.post_norms else x
+
+    def _norm(self, name: str, axes: tuple[int, ...] = (-1,)) -> nn.RMSNorm:
+        return layers.rms_norm(name, self.config, axes=axes)
 
 
 class Model(nn.Module):
@@ -135,8 +170,10 @@ class Model(nn.Module):
         own = {
             "cache": seen.kept,
             "window": layers.windows(config),
+            "turned": jnp.array(config.turned) if config.turned else None,
         }
-        angles = config.rope.angles(positions, config.head_dim)
+        slots = None if cache is None else cache.length
+        angles = config.rope.angles(positions, config.head_dim, slots)
         shared = {"angles": angles, **seen.shared(segments)}
         x, kept = layers.run_layers(
             self.block,

@@ -8,14 +8,33 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lorax import untrusted
 from lorax.models import decoder_config, hf_config, rope, table
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
+    "ministral": "MinistralForCausalLM",
     "mistral": "MistralForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
 }
+
+USUAL: dict[str, dict[str, Any]] = {
+    "ministral": {"num_key_value_heads": 8},
+    "mistral": {"num_key_value_heads": 8},
+    "olmo2": {"rms_norm_eps": 1e-5},
+    "phi3": {"rms_norm_eps": 1e-5},
+    "smollm3": {
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "rope_theta": 2_000_000.0,
+        "tie_word_embeddings": True,
+    },
+}
+"""What transformers takes for an absent field, where not as for Llama."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +58,10 @@ class Config(decoder_config.Decoder):
       o_bias: o has one.
       mlp_bias: gate, up and down have them.
       qk_norm: q and k are normed.
+      all_heads: these norms are over all heads together.
+      post_norms: norms lie behind attention and MLP, and not in front of them.
+      fused: q, k and v are one kernel, and gate and up another.
+      turned: of every layer, whether q and k are turned. Empty: in every layer.
       windows: of every layer, the number of tokens it sees, itself included; 0 for
         all. Empty: every layer sees all.
       model_type: whose config.json `to_hf` writes.
@@ -66,6 +89,10 @@ class Config(decoder_config.Decoder):
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    all_heads: bool = False
+    post_norms: bool = False
+    fused: bool = False
+    turned: tuple[bool, ...] = ()
     windows: tuple[int, ...] = ()
     model_type: str = "llama"
     attention: str = "plain"
@@ -74,6 +101,14 @@ class Config(decoder_config.Decoder):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.turned and len(self.turned) != self.layers:
+            raise ValueError(
+                f"turned has {len(self.turned)} entries for {self.layers} layers; give "
+                "one each"
+            )
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
         """Returns what a config.json says; `switches` are scan, remat, dtype, ..."""
@@ -81,17 +116,22 @@ class Config(decoder_config.Decoder):
         if not isinstance(kind, str) or kind not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ValueError(f"config.json: model_type={kind!r} is not one of {known}")
-        fields = hf_config.Fields(config, kind)
+        fields, usual = hf_config.Fields(config, kind), USUAL.get(kind, {})
         width = fields.integer("hidden_size", 4096)
         depth = fields.layers("num_hidden_layers", 32)
-        heads = fields.integer("num_attention_heads", 32)
-        shared = 8 if kind == "mistral" else heads
-        shared = fields.integer("num_key_value_heads", shared)
+        heads = fields.integer(
+            "num_attention_heads", usual.get("num_attention_heads", 32)
+        )
+        shared = fields.integer(
+            "num_key_value_heads", usual.get("num_key_value_heads", heads)
+        )
         fields.divides(num_key_value_heads=shared, num_attention_heads=heads)
         positions = fields.integer("max_position_embeddings", 4096)
         biased = fields.flag("attention_bias", False)
-        if kind == "mistral" and biased:
-            raise ValueError("config.json: attention_bias=True: mistral has no biases")
+        if kind in ("mistral", "ministral", "phi3") and biased:
+            raise ValueError(f"config.json: attention_bias=True: {kind} has no biases")
+        head_dim = _head_dim(fields, heads, width)
+        turned = _turned(fields, depth) if kind == "smollm3" else ()
         own = cls(
             vocabulary=fields.integer("vocab_size", 32_000),
             positions=positions,
@@ -99,17 +139,23 @@ class Config(decoder_config.Decoder):
             layers=depth,
             heads=heads,
             kv_heads=shared,
-            head_dim=_head_dim(fields, heads, width),
+            head_dim=head_dim,
             hidden=fields.integer("intermediate_size", 11_008),
             activation=fields.activation("hidden_act", "silu"),
-            eps=fields.epsilon("rms_norm_eps", 1e-6),
-            rope=rope.from_hf(fields, positions),
-            tied=fields.flag("tie_word_embeddings", False),
+            eps=fields.epsilon("rms_norm_eps", usual.get("rms_norm_eps", 1e-6)),
+            rope=_rope(fields, kind, positions, head_dim),
+            tied=fields.flag(
+                "tie_word_embeddings", usual.get("tie_word_embeddings", False)
+            ),
             qkv_bias=biased or kind == "qwen2",
             o_bias=biased and kind != "qwen2",
-            mlp_bias=kind == "llama" and fields.flag("mlp_bias", False),
-            qk_norm=kind == "qwen3",
-            windows=_windows(fields, kind, depth),
+            mlp_bias=kind in MLP_BIASED and fields.flag("mlp_bias", False),
+            qk_norm=kind in ("qwen3", "olmo2"),
+            all_heads=kind == "olmo2",
+            post_norms=kind == "olmo2",
+            fused=kind == "phi3",
+            turned=() if all(turned) else turned,
+            windows=_windows(fields, kind, depth, turned),
             model_type=kind,
             **switches,
         )
@@ -134,11 +180,22 @@ class Config(decoder_config.Decoder):
             "tie_word_embeddings": self.tied,
             **rope.to_hf(self.rope),
         }
-        if self.model_type in ("llama", "qwen3"):
+        if self.model_type in ("llama", "qwen3", "olmo2", "smollm3"):
             written["attention_bias"] = self.qkv_bias
-        if self.model_type == "llama":
+        if self.model_type in MLP_BIASED:
             written["mlp_bias"] = self.mlp_bias
+        if self.model_type == "smollm3":
+            turned = self.turned or (True,) * self.layers
+            written["no_rope_layers"] = [int(own) for own in turned]
+        if self.rope.kind == "longrope":
+            written["original_max_position_embeddings"] = self.rope.original
+        if self.rope.part != 1:
+            written["partial_rotary_factor"] = self.rope.part
         return written | _windows_to_hf(self)
+
+
+MLP_BIASED = ("llama", "smollm3")
+"""Model types whose MLP may have biases."""
 
 
 def _head_dim(fields: hf_config.Fields, heads: int, width: int) -> int:
@@ -153,26 +210,99 @@ def _head_dim(fields: hf_config.Fields, heads: int, width: int) -> int:
     return size
 
 
-def _windows(fields: hf_config.Fields, kind: str, depth: int) -> tuple[int, ...]:
+def _turned(fields: hf_config.Fields, depth: int) -> tuple[bool, ...]:
+    """Which layers turn q and k; `no_rope_layers` has 1 for those that do."""
+    every = fields.integer("no_rope_layer_interval", 4)
+    rule = untrusted.listed(untrusted.whole(0, 1))
+    given = fields.take("no_rope_layers", rule, None)
+    if given is None:
+        return tuple(bool((layer + 1) % every) for layer in range(depth))
+    if len(given) != depth:
+        raise ValueError(
+            f"config.json: no_rope_layers has {len(given)} entries for "
+            f"num_hidden_layers={depth}"
+        )
+    return tuple(map(bool, given))
+
+
+def _rope(
+    fields: hf_config.Fields, kind: str, positions: int, head_dim: int
+) -> rope.Rope:
+    """The rotation; Phi-3 has some of its fields outside of the table."""
+    if kind != "phi3":
+        base = USUAL.get(kind, {}).get("rope_theta", 10_000.0)
+        return rope.from_hf(fields, positions, base=base)
+    given = fields.left.get("rope_parameters") or fields.left.get("rope_scaling") or {}
+    values = dict(
+        untrusted.check("config.json: rope_parameters", given, untrusted.TABLE)
+    )
+    for name in ("type", "rope_type"):
+        if values.get(name) in ("su", "yarn"):  # older names of the same
+            values[name] = "longrope"
+    outer = {
+        name: fields.take(name, rope.RULES[name], None)
+        for name in ("partial_rotary_factor", "original_max_position_embeddings")
+    }
+    if "longrope" not in (values.get("rope_type"), values.get("type")):
+        outer["original_max_position_embeddings"] = None  # which says nothing then
+    for name, value in outer.items():
+        if value is not None and (values.get(name) or value) != value:
+            raise ValueError(
+                f"config.json: {name} is {value}, and {untrusted.shown(values[name])} "
+                "among the fields of the rotation"
+            )
+        values |= {} if value is None else {name: value}
+    fields.left.pop("rope_scaling", None)
+    fields.left["rope_parameters"] = values
+    found = rope.from_hf(fields, positions, partial=True)
+    pairs = int(head_dim * found.part) // 2
+    for name, factors in {"short": found.short, "long": found.long}.items():
+        if found.kind == "longrope" and len(factors) != pairs:
+            raise ValueError(
+                f"config.json: {name}_factor has {len(factors)} entries, and of "
+                f"head_dim={head_dim} {pairs} pairs are turned"
+            )
+    if int(head_dim * found.part) % 2:
+        raise ValueError(
+            f"config.json: partial_rotary_factor={found.part} of head_dim={head_dim} "
+            "has to be an even number"
+        )
+    return found
+
+
+ALWAYS_WINDOWED = ("mistral", "ministral", "phi3")
+"""Model types all of whose layers have a window, if there is a size."""
+
+
+def _windows(
+    fields: hf_config.Fields, kind: str, depth: int, turned: tuple[bool, ...]
+) -> tuple[int, ...]:
     """The window of every layer, as each model_type spells it."""
-    size = fields.integer("sliding_window", None, 0)
-    switched = fields.flag("use_sliding_window", kind == "mistral")
-    first = fields.integer("max_window_layers", 0 if kind == "mistral" else 28, 0)
+    size, always = fields.integer("sliding_window", None, 0), kind in ALWAYS_WINDOWED
+    switched = fields.flag("use_sliding_window", always)
+    first = fields.integer("max_window_layers", 0 if always else 28, 0)
     slides = fields.windowed(depth)
+    if slides is None and kind == "smollm3":
+        slides = [switched and not own for own in turned]
     if slides is None:
         slides = [switched and layer >= first for layer in range(depth)]
-    if kind == "llama" or not size or not any(slides):
+    if kind in ("llama", "olmo2") or not size or not any(slides):
         return ()
     return tuple(size if own else 0 for own in slides)
 
 
 def _windows_to_hf(config: Config) -> dict[str, Any]:
     size = max(config.windows, default=0) or None
-    if config.model_type == "mistral":
+    if config.model_type in ("mistral", "phi3"):
         return {"sliding_window": size}
-    if config.model_type == "llama":
+    if config.model_type in ("llama", "olmo2"):
         return {}
     windows = config.windows or (0,) * config.layers
+    if config.model_type in ("ministral", "smollm3"):
+        kinds = hf_config.layer_types(windows)
+        told = {"sliding_window": size, "layer_types": kinds}
+        switched = {"use_sliding_window": size is not None}
+        return told if config.model_type == "ministral" else told | switched
     first = windows.index(size) if size else config.layers
     return {
         "sliding_window": size,
@@ -189,7 +319,23 @@ NORMS = {
 """Of a layer, by their names on disk."""
 
 
+POST_NORMS = {
+    "post_attention_layernorm": "norm_attn",
+    "post_feedforward_layernorm": "norm_mlp",
+}
+"""Likewise with `post_norms`."""
+
+
 def entries(config: Config) -> tuple[table.Entry, ...]:
     """Returns the table of parameters."""
-    mlp = decoder_config.gated_mlp(config.mlp_bias)
-    return decoder_config.entries(config, NORMS, mlp, o_bias=config.o_bias)
+    norms = POST_NORMS if config.post_norms else NORMS
+    mlp = _fused_mlp() if config.fused else decoder_config.gated_mlp(config.mlp_bias)
+    return decoder_config.entries(config, norms, mlp, o_bias=config.o_bias)
+
+
+def _fused_mlp() -> tuple[table.Entry, ...]:
+    width, hidden = ("embed",), ("mlp",)
+    return (
+        *table.linear("mlp.gate_up_proj", "gate_up", width, (None, *hidden)),
+        *table.linear("mlp.down_proj", "down", hidden, width),
+    )

@@ -8,11 +8,14 @@ Pairs `(x_i, x_{i + d/2})` are turned by the angle `position * rate_i` with
     llama3    long waves as linear, short ones as they are, between them a blend
     yarn      likewise by the number of turns in the original length, and all scores
               multiplied by the square of 0.1 ln(factor) + 1
+    longrope  rate_i / short_i, in sequences beyond the original length / long_i, and
+              all scores multiplied by 1 + ln(factor) / ln(original)
     proportional  the first part of the pairs as they are, the others not at all
 
 References:
   Su et al., RoFormer, arXiv:2104.09864. Chen et al., arXiv:2306.15595 (linear). Peng et
-  al., YaRN, arXiv:2309.00071. Llama 3.1's released code (llama3).
+  al., YaRN, arXiv:2309.00071. Ding et al., LongRoPE, arXiv:2402.13753. Llama 3.1's
+  released code (llama3).
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import numpy as np
 
 from lorax import untrusted
 
-KINDS = ("default", "linear", "llama3", "yarn", "proportional")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 _POSITIVE = untrusted.number(above=0)
 RULES = {
     "rope_theta": untrusted.number(most=1e30, above=1),
@@ -42,6 +45,8 @@ RULES = {
     "attention_factor": _POSITIVE,
     "truncate": untrusted.FLAG,
     "partial_rotary_factor": untrusted.number(above=0, most=1),
+    "short_factor": untrusted.listed(_POSITIVE),
+    "long_factor": untrusted.listed(_POSITIVE),
 }
 """What the fields of a rotation must be."""
 
@@ -58,9 +63,12 @@ class Rope:
       low: llama3: waves longer than `original / low` are stretched whole; yarn's
         beta_slow.
       high: llama3: waves shorter than `original / high` are left; yarn's beta_fast.
-      attention: yarn: factor on cosine and sine; None for `0.1 ln(factor) + 1`.
+      attention: yarn and longrope: factor on cosine and sine; None for what the factor
+        gives, `0.1 ln(factor) + 1` and `sqrt(1 + ln(factor) / ln(original))`.
       truncate: yarn: the bounds of the blend are rounded to whole pairs.
       part: of a head that is turned; proportional: of its pairs.
+      short: longrope: by which each pair's rate is divided.
+      long: longrope: likewise in sequences longer than `original`.
     """
 
     base: float = 10_000.0
@@ -72,9 +80,16 @@ class Rope:
     attention: float | None = None
     truncate: bool = True
     part: float = 1.0
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
 
-    def rates(self, size: int) -> np.ndarray:
-        """Returns radians a token, float64, of the pairs that are turned."""
+    def rates(self, size: int, *, long: bool = False) -> np.ndarray:
+        """Returns radians a token, float64, of the pairs that are turned.
+
+        Args:
+          size: of a head.
+          long: longrope: of a sequence longer than the original length.
+        """
         if self.kind == "proportional":
             rates = self.base ** (-np.arange(0, size, 2) / size)
             turned = np.arange(size // 2) < int(self.part * size // 2)
@@ -83,6 +98,8 @@ class Rope:
         rates = self.base ** (-np.arange(0, size, 2) / size)
         if self.kind == "linear":
             return rates / self.factor
+        if self.kind == "longrope":
+            return rates / np.array(self.long if long else self.short)
         if self.kind == "llama3":
             turns = self.original * rates / (2 * math.pi)  # in the original length
             keep = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
@@ -104,15 +121,33 @@ class Rope:
     @property
     def gain(self) -> float:
         """Factor on cosine and sine."""
-        if self.kind != "yarn":
+        if self.kind not in ("yarn", "longrope"):
             return 1.0
         if self.attention is not None:
             return self.attention
+        if self.kind == "longrope":
+            more = math.log(max(self.factor, 1)) / math.log(self.original)
+            return math.sqrt(1 + more)
         return 1.0 if self.factor <= 1 else 0.1 * math.log(self.factor) + 1
 
-    def angles(self, positions: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-        """Returns cosine and sine, float32 `[batch, time, 1, pairs]`."""
+    def angles(
+        self, positions: jax.Array, size: int, slots: int | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns cosine and sine, float32 `[batch, time, 1, pairs]`.
+
+        Args:
+          positions: int `[batch, time]`.
+          size: of a head.
+          slots: of the cache, if there is one. Rates of longrope depend on the length
+            of the sequence, and keys in a cache cannot be turned again: a cache with
+            more slots than the original length takes the long ones from its first
+            token on, as vLLM does by its longest sequence.
+        """
         rates = jnp.asarray(self.rates(size), jnp.float32)
+        if self.kind == "longrope":
+            length = jnp.max(positions) + 1 if slots is None else slots
+            long = jnp.asarray(self.rates(size, long=True), jnp.float32)
+            rates = jnp.where(length > self.original, long, rates)
         angle = (positions[..., None].astype(jnp.float32) * rates)[..., None, :]
         return self.gain * jnp.cos(angle), self.gain * jnp.sin(angle)
 
@@ -138,13 +173,16 @@ def _ramp(low: float, high: float, size: int, whole: bool) -> np.ndarray:
     return np.clip((np.arange(size // 2) - low) / span, 0, 1)
 
 
-def from_hf(fields: Any, positions: int, partial: bool = False) -> Rope:
+def from_hf(
+    fields: Any, positions: int, partial: bool = False, base: float = 10_000.0
+) -> Rope:
     """Reads `rope_parameters` (v5), or `rope_theta` and `rope_scaling` (v4).
 
     Args:
       fields: of the config.json.
       positions: its `max_position_embeddings`.
       partial: the family turns a part of a head, where its config says so.
+      base: for a config that has none.
 
     Raises:
       ValueError: a kind or a field that is not implemented, or one that is missing.
@@ -165,7 +203,7 @@ def from_hf(fields: Any, positions: int, partial: bool = False) -> Rope:
             f"config.json: {where}.{named}={kind!r} is not implemented; known are "
             f"{', '.join(KINDS)}"
         )
-    base = values.pop("rope_theta", None) or theta or 10_000.0
+    base = values.pop("rope_theta", None) or theta or base
     if theta is not None and base != theta:
         raise ValueError(f"config.json: rope_theta is {theta} and {base}")
     try:
@@ -180,6 +218,7 @@ def _read(
     original = values.pop("original_max_position_embeddings", None)
     need: dict[str, tuple[str, ...]] = {"linear": ("factor",), "yarn": ("factor",)}
     need["llama3"] = ("factor", "low_freq_factor", "high_freq_factor")
+    need["longrope"] = ("short_factor", "long_factor")
     missing = [n for n in need.get(kind, ()) if values.get(n) is None]
     if kind == "llama3" and original is None:
         missing.append("original_max_position_embeddings")
@@ -190,7 +229,16 @@ def _read(
         own["part"] = float(values.pop("partial_rotary_factor", None) or 1)
     if kind == "proportional":
         own["factor"] = float(values.pop("factor", None) or 1)
-    if kind in need:
+    if kind == "longrope":
+        original = int(original or positions)
+        own |= {n: tuple(values.pop(f"{n}_factor")) for n in ("short", "long")}
+        own["factor"] = float(values.pop("factor", None) or positions / original)
+        own["attention"] = values.pop("attention_factor", None)
+        if original < 2:
+            raise ValueError(
+                f"original_max_position_embeddings={original} is too short"
+            )
+    elif kind in need:
         own["factor"] = float(values.pop("factor"))
     if kind == "llama3":
         own |= {"low": values.pop("low_freq_factor")}
@@ -201,7 +249,7 @@ def _read(
         own |= {"attention": values.pop("attention_factor", None)}
         truncate = values.pop("truncate", None)
         own |= {"truncate": truncate is None or truncate}
-    if kind in ("llama3", "yarn"):
+    if kind in ("llama3", "yarn", "longrope"):
         own["original"] = int(original or positions)
     left = {n: v for n, v in values.items() if not untrusted.ZERO.fits(v)}
     if left:
@@ -218,6 +266,8 @@ def to_hf(rope: Rope) -> dict[str, Any]:
     values: dict[str, Any] = {"rope_type": rope.kind}
     if rope.kind != "default":
         values["factor"] = rope.factor
+    if rope.kind == "longrope":
+        values |= {"short_factor": [*rope.short], "long_factor": [*rope.long]}
     if rope.part != 1:
         values["partial_rotary_factor"] = rope.part
     if rope.kind == "llama3":
