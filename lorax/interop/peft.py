@@ -20,14 +20,14 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from lorax import compose, tree
-from lorax.adapters import Lora, as_lora
+from lorax import tree
+from lorax.adapters import as_lora
 from lorax.interop import (
     assembly,
     factors,
@@ -39,6 +39,7 @@ from lorax.interop import (
     peft_forms,
     peft_layers,
     peft_leaves,
+    peft_moved,
     peft_parameters,
     peft_rows,
     peft_table,
@@ -219,43 +220,20 @@ def save(
     given, leaves = dict(fields or {}), _leaves(params)
     peft_layers.require(given.get("layer_replication") or (), config, leaves or {})
     if initial is not None:
-        adapters = _on_original(adapters, initial)
+        adapters = peft_moved.on_original(adapters, initial)
     elif not residual:
-        _refuse_moved(adapters)
+        peft_moved.refuse(adapters)
     adapters = {  # PEFT has one adapter a module
         path: as_lora(a) if "slices" in vars(a) else a for path, a in adapters.items()
     }
-    kind = peft_leaves.kind_of(adapters)
-    adapters, experts = _experts(adapters, kind, base)
-    modules, saved = peft_leaves.split(adapters, base)
-    if kind == "adalora":
-        modules = factors.one_scale(modules)
-    if uniform:
-        modules = _uniform(modules, kind, experts)
     told = peft_rows.write(rows, base, leaves)
-    adapted = {module.name for module in modules}
-    alone = peft_biases.lone(saved, base)
-    bias = peft_biases.mode(alone, saved, adapted, base)
-    tensors = {
-        peft_biases.on_disk(key, adapted) if key in alone else PREFIX + key: tensor
-        for key, tensor in saved.items()
-    }
-    stacks = peft_parameters.write(experts, base)
-    tensors |= _to_disk(modules, kind, base, params) | told.tensors | stacks.tensors
+    if rows and not adapters and not uniform:
+        tensors, written = peft_rows.alone(told, base, given)
+    else:
+        form = _Form(base, params, rank_stabilized, uniform, given)
+        tensors, written = _with_factors(adapters, told, form)
     if odd := [key for key, tensor in tensors.items() if not files.is_finite(tensor)]:
         raise ValueError(f"{odd[0]!r} would hold NaN or infinity")
-    written = peft_written.fields(
-        kind,
-        modules,
-        saved=[key for key in saved if key not in alone],
-        bias=bias,
-        tokens=told.rows,
-        parameters=stacks.modules,
-        base=base,
-        rates=_rates(adapters),
-        rank_stabilized=rank_stabilized,
-        given=given,
-    )
     written["base_model_name_or_path"] = base_name
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -263,6 +241,51 @@ def save(
     safetensors.numpy.save_file(tensors, directory / TENSORS, {"format": "pt"})
     text = json.dumps(written, indent=2, sort_keys=True, allow_nan=False)
     (directory / CONFIG).write_text(text + "\n")
+
+
+class _Form(NamedTuple):
+    """How `save` was asked to write; see its arguments."""
+
+    base: peft_base.Base
+    params: PyTree
+    rank_stabilized: bool
+    uniform: bool
+    given: dict[str, Any]
+
+
+def _with_factors(
+    adapters: Adapters, rows: peft_rows.Written, form: _Form
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors and the config of adapters with factors, and of what is beside."""
+    base = form.base
+    kind = peft_leaves.kind_of(adapters)
+    adapters, experts = _experts(adapters, kind, base)
+    modules, saved = peft_leaves.split(adapters, base)
+    if kind == "adalora":
+        modules = factors.one_scale(modules)
+    if form.uniform:
+        modules = _uniform(modules, kind, experts)
+    adapted = {module.name for module in modules}
+    alone = peft_biases.lone(saved, base)
+    tensors = {
+        peft_biases.on_disk(key, adapted) if key in alone else PREFIX + key: tensor
+        for key, tensor in saved.items()
+    }
+    stacks = peft_parameters.write(experts, base)
+    tensors |= _to_disk(modules, kind, base, form.params)
+    written = peft_written.fields(
+        kind,
+        modules,
+        saved=[key for key in saved if key not in alone],
+        bias=peft_biases.mode(alone, saved, adapted, base),
+        tokens=rows.rows,
+        parameters=stacks.modules,
+        base=base,
+        rates=_rates(adapters),
+        rank_stabilized=form.rank_stabilized,
+        given=form.given,
+    )
+    return tensors | rows.tensors | stacks.tensors, written
 
 
 def _to_disk(
@@ -354,34 +377,3 @@ def _nothing(directory: pathlib.Path) -> str:
             "it in PEFT and call save_pretrained, which writes safetensors"
         )
     return told
-
-
-def _on_original(adapters: Adapters, initial: Adapters) -> Adapters:
-    """`compose.to_lora`, and DoRA by the same sum: its norm is of all the kernel."""
-
-    def plain(a: Any) -> Any:
-        if "magnitude" not in a.roles:
-            return a
-        return Lora(a.a, a.b, a.scale, a.axes, a.dropout, a.layers, a.moved_by)
-
-    found: dict[str, Any] = compose.to_lora(
-        {path: plain(a) for path, a in adapters.items()},
-        {path: plain(a) for path, a in initial.items() if path in adapters},
-    )
-    for path, own in dict[str, Any](adapters).items():
-        if "magnitude" in own.roles:
-            lora = found[path]
-            found[path] = own.replace(
-                a=lora.a, b=lora.b, scale=lora.scale, moved_by=lora.moved_by
-            )
-    return found
-
-
-def _refuse_moved(adapters: Adapters) -> None:
-    for path, adapter in adapters.items():
-        if moved_by := getattr(adapter, "moved_by", None):
-            raise ValueError(
-                f"{path}: {moved_by} moved a part of the base's kernel into this "
-                "adapter, so on the original base it is wrong; pass initial=, what "
-                "lorax.init returned, or residual=True to write it for the moved base"
-            )

@@ -25,6 +25,7 @@ from lorax.interop.peft_selection import (
     ALWAYS_HARMLESS,
     COMMON,
     PREFIX,
+    ROWS_TYPE,
     TEXTS,
     Fields,
     Selection,
@@ -258,10 +259,12 @@ def read(raw: Mapping[str, Any]) -> Settings | FormSettings:
       ValueError: a field that is unknown, not implemented, or out of range.
     """
     fields = _Older(raw)
-    kinds = *OLDER, *(form.peft_type for form in peft_table.FORMS.values())
+    kinds = *OLDER, ROWS_TYPE, *(form.peft_type for form in peft_table.FORMS.values())
     kind = fields.one_of("peft_type", kinds)
     if form := peft_table.of_type(kind):
         return _of_form(fields, form)
+    if kind == ROWS_TYPE:
+        return _of_rows(fields)
     fields.require_known(IMPLEMENTED | HARMLESS, DEFAULTS, INSTEAD)
     dora = fields.take("use_dora", untrusted.FLAG, False)
     if dora and kind == "ADALORA":
@@ -301,6 +304,29 @@ def _of_form(fields: Fields, form: Form) -> FormSettings:
     )
 
 
+def _of_rows(fields: _Older) -> Settings:
+    """The settings of PEFT's type whose rows of embeddings alone train."""
+    fields.require_known(
+        ALWAYS_HARMLESS | {"peft_type", "target_modules", "token_indices"}, {}
+    )
+    modules = fields.names("target_modules")
+    if isinstance(modules, str) and re.fullmatch(r"[\w.]+", modules):
+        modules = (modules,)  # PEFT has written the one name so
+    if isinstance(modules, str):
+        raise fields.error("target_modules", "is an expression; give a list of names")
+    rows = fields.rows("token_indices", fields.take("token_indices", ROWS, ()))
+    return Settings(
+        kind="lora",
+        rank=1,
+        alpha=1.0,
+        rank_stabilized=False,
+        ranks={},
+        alphas={},
+        tokens=dict.fromkeys(modules or ("",), rows),
+        **{**fields.selection(""), "targets": ()},
+    )
+
+
 class _Older(Fields):
     """Takes what LoRA and AdaLoRA have of their own."""
 
@@ -322,11 +348,14 @@ class _Older(Fields):
         name = "trainable_token_indices"
         given = self.take(name, TOKENS, {})
         table = given if isinstance(given, dict) else {"": given}
-        for key, rows in table.items():
-            untrusted.check(f"{name}.{key}" if key else name, rows, ROWS)
-            if len(set(rows)) < len(rows):
-                raise self.error(name, "names a token twice")
-        return {key: tuple(rows) for key, rows in table.items() if rows}
+        return {key: self.rows(name, rows) for key, rows in table.items() if rows}
+
+    def rows(self, name: str, given: Any) -> tuple[int, ...]:
+        """The numbers of tokens, each once."""
+        rows = tuple(untrusted.check(name, given, ROWS))
+        if len(set(rows)) < len(rows):
+            raise self.error(name, "names a token twice")
+        return rows
 
     def lora_bias(self, has: bool) -> bool:
         """True where B has a bias; PEFT has it of plain LoRA alone."""

@@ -1,6 +1,7 @@
 """Rows of embeddings that train alone: PEFT's `trainable_token_indices`, both ways.
 
-<module>.token_adapter.trainable_tokens_delta   [tokens, width]
+<module>.token_adapter.trainable_tokens_delta   [tokens, width]   beside factors
+<module>.trainable_tokens_delta                 likewise          alone, its own type
 
 PEFT stores the rows themselves, whatever the tensor's name says; an adapter here holds
 what is added to the base's. Of tied weights PEFT stores the embedding's alone.
@@ -19,10 +20,11 @@ from lorax.adapters import Rows
 from lorax.interop import factors, files
 from lorax.interop.peft_base import WEIGHT, Base
 from lorax.interop.peft_names import Names
-from lorax.interop.peft_selection import PREFIX, Selection
+from lorax.interop.peft_selection import ALWAYS_HARMLESS, PREFIX, ROWS_TYPE, Selection
 from lorax.types import Adapters
 
-END = ".token_adapter.trainable_tokens_delta"
+ALONE = ".trainable_tokens_delta"
+END = ".token_adapter" + ALONE
 FIELD = "trainable_token_indices"
 
 
@@ -54,6 +56,11 @@ def modules(
         if not chosen:
             raise ValueError(f"{FIELD} names {name!r}, and the base has no such module")
     return _untied(found, base)
+
+
+def module_of(name: str) -> str:
+    """Returns the module of a tensor's name."""
+    return name.removesuffix(ALONE).removesuffix(".token_adapter")
 
 
 def _untied(
@@ -90,6 +97,7 @@ def read(
     Raises:
       ValueError: tensors that are not there, left over or misshapen; no parameters.
     """
+    tensors = _without_head(tensors, base)
     if odd := sorted(tensors.keys() ^ rows.keys()):
         there = odd[0] in tensors
         raise ValueError(
@@ -117,6 +125,21 @@ def read(
         before = base.tensor(key, params)[list(own)].astype(np.float32)
         found[base.where[key].path] = _made(key, own, values[order] - before, base)
     return found
+
+
+def _without_head(
+    tensors: Mapping[str, files.Tensor], base: Base
+) -> dict[str, files.Tensor]:
+    """Drops the copy that PEFT's own type stores of a tied head."""
+    head, own = tensors.get(base.head), tensors.get(base.embedding)
+    if head is not None and own is not None:
+        if not np.array_equal(head.read(), own.read()):
+            raise ValueError(
+                f"{head.key!r} and {own.key!r} differ, and the two are tied; load the "
+                "base with tied=False, its head/kernel the embedding transposed"
+            )
+    twice = base.head if own is not None else None
+    return {module: t for module, t in tensors.items() if module != twice}
 
 
 def _made(key: str, rows: tuple[int, ...], delta: np.ndarray, base: Base) -> Rows:
@@ -172,3 +195,40 @@ def write(adapters: Mapping[str, Rows], base: Base, params: Any) -> Written:
         tensors[PREFIX + module + END] = np.ascontiguousarray(own, np.float32)
         rows[module] = list(adapter.rows)
     return Written(tensors, rows)
+
+
+def alone(
+    written: Written, base: Base, given: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns the tensors and the config of PEFT's own type, where only rows train.
+
+    Args:
+      written: the rows.
+      base: the model; PEFT's file has a tied head's rows, too.
+      given: fields of the config that say nothing of the function.
+
+    Raises:
+      ValueError: modules with other rows: the type has one list of them; other fields.
+    """
+    if odd := sorted(given.keys() - ALWAYS_HARMLESS):
+        raise ValueError(f"fields={odd}: PEFT's {ROWS_TYPE} has none of that name")
+    lists = list(written.rows.values())
+    if any(rows != lists[0] for rows in lists):
+        raise ValueError(
+            f"PEFT's {ROWS_TYPE} has one list of tokens, and the adapters have "
+            f"{written.rows}; give them the same rows, or adapt another kernel beside "
+            "them"
+        )
+    tensors = {module_of(key) + ALONE: rows for key, rows in written.tensors.items()}
+    embedding, head = (PREFIX + m + ALONE for m in (base.embedding, base.head))
+    if base.head and embedding in tensors:
+        tensors[head] = tensors[embedding].copy()
+    return tensors, {
+        "peft_type": ROWS_TYPE,
+        "target_modules": sorted(written.rows),
+        "token_indices": lists[0],
+        "init_weights": True,
+        "inference_mode": True,
+        "task_type": None,
+        **given,
+    }

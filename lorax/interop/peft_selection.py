@@ -32,6 +32,7 @@ ALWAYS_HARMLESS = frozenset(
 """Fields of every type that say nothing of it."""
 
 PREFIX = "base_model.model."  # of every name in PEFT
+ROWS_TYPE = "TRAINABLE_TOKENS"  # where rows of embeddings train and nothing else
 EVERY_LINEAR = "all-linear"
 RATE = untrusted.number(0, below=1)
 TEXTS = untrusted.listed(untrusted.TEXT)

@@ -116,13 +116,9 @@ def read(
 
 def _tokens(named: Tensors) -> tuple[Tensors, Tensors]:
     """Returns the tensors of rows of embeddings by module, and the others by name."""
-    found = {
-        name.removesuffix(peft_rows.END): tensor
-        for name, tensor in named.items()
-        if name.endswith(peft_rows.END)
-    }
-    rest = {name: t for name, t in named.items() if not name.endswith(peft_rows.END)}
-    return found, rest
+    own = {n: t for n, t in named.items() if n.endswith(peft_rows.ALONE)}
+    found = {peft_rows.module_of(name): tensor for name, tensor in own.items()}
+    return found, {name: t for name, t in named.items() if name not in own}
 
 
 def _shared(

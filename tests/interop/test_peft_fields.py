@@ -280,3 +280,37 @@ def test_the_page_says_of_every_field_what_the_code_does():
             assert field in peft_config.IMPLEMENTED, field
         if word == "harmless":
             assert field in peft_config.HARMLESS | {"peft_type"}, field
+
+
+@pytest.mark.parametrize(
+    "tied, modules", [(True, None), (False, ["lm_head", "embed_tokens"])]
+)
+def test_rows_alone_are_a_type_of_their_own(tied, modules, tmp_path):
+    config = peft.TrainableTokensConfig(token_indices=[7, 2], target_modules=modules)
+    model = cases.adapted("llama", tied, config)
+    cases.saved(model, tmp_path / "theirs")
+    expected = cases.logits(model)
+    base_config, params, _ = cases.own("llama", tied)
+    adapters = ours.load(tmp_path / "theirs", base_config, params)
+    assert {a.rows for a in adapters.values()} == {(2, 7)}
+    assert len(adapters) == (1 if tied else 2)
+    cases.assert_same(cases.here("llama", tied, adapters), expected, "llama", tied)
+    ours.save(tmp_path / "ours", adapters, base_config, params=params)
+    back = cases.in_peft("llama", tied, tmp_path / "ours")
+    cases.assert_same(back, expected, "llama", tied)
+    told = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    file = tmp_path / "ours" / "adapter_config.json"
+    file.write_text(json.dumps({**told, "token_indices": [2, 2]}))
+    with pytest.raises(ValueError, match="token_indices=.* names a token twice"):
+        ours.load(tmp_path / "ours", base_config, params)
+    file.write_text(json.dumps({**told, "target_modules": ".*"}))
+    with pytest.raises(ValueError, match="is an expression; give a list"):
+        ours.load(tmp_path / "ours", base_config, params)
+    with pytest.raises(ValueError, match="fields=.'r'.: PEFT's TRAINABLE_TOKENS"):
+        ours.save(tmp_path, adapters, base_config, params=params, fields={"r": 1})
+    if not tied:
+        head = adapters["head/kernel"].replace(rows=(1, 7))
+        with pytest.raises(ValueError, match="one list of tokens"):
+            ours.save(
+                tmp_path, {**adapters, "head/kernel": head}, base_config, params=params
+            )
