@@ -28,6 +28,7 @@ from lorax.models import context, deberta_config, hf_config, layers, roberta
 Config = deberta_config.Config
 entries = deberta_config.entries
 ALIASES = deberta_config.ALIASES
+FURTHER = deberta_config.FURTHER
 HEADS = deberta_config.HEADS
 IGNORED = deberta_config.IGNORED
 

@@ -218,7 +218,13 @@ the head that was not chosen."""
 
 
 def entries(config: Config) -> tuple[table.Entry, ...]:
-    """Returns the table of parameters."""
+    """Returns the table of parameters; a bare encoder's names lack the family's."""
+    whole = within(config)
+    return table.bare(whole, "deberta") if config.head == "none" else whole
+
+
+def within(config: Config) -> tuple[table.Entry, ...]:
+    """Returns the table of parameters, of an encoder as part of a model with a head."""
     width, at, encoder = ("embed",), "deberta.embeddings", "deberta.encoder"
     linear = functools.partial(table.linear, bias=True)
     block = roberta_config.block_entries("query_proj", "key_proj", "value_proj")
@@ -246,3 +252,7 @@ def entries(config: Config) -> tuple[table.Entry, ...]:
         whole += linear("pooler.dense", "classifier_dense", width, (None,))
         whole += linear("classifier", "classifier_out", width, (None,))
     return tuple(whole)
+
+
+FURTHER = (within,)
+"""Other tables that a checkpoint may have."""

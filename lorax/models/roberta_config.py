@@ -180,30 +180,28 @@ IGNORED = (
 nothing reads, and the head that was not chosen."""
 
 
-def entries(config: Config) -> tuple[table.Entry, ...]:
-    """Returns the table of parameters; a bare encoder's names lack the family's."""
-    return _entries(config, "" if config.head == "none" else f"{config.family}.")
-
-
 def within(config: Config) -> tuple[table.Entry, ...]:
-    """Returns the table of an encoder that is part of a model with a head."""
-    return _entries(config, f"{config.family}.")
-
-
-FURTHER = (within,)
-"""Other tables that a checkpoint may have."""
-
-
-def _entries(config: Config, root: str) -> tuple[table.Entry, ...]:
-    at = f"{root}embeddings"
+    """Returns the table of parameters, of an encoder as part of a model with a head."""
+    root = config.family
+    at = f"{root}.embeddings"
     return (
         table.embedding(f"{at}.word_embeddings", "embed"),
         table.embedding(f"{at}.position_embeddings", "embed_positions", rows=None),
         table.embedding(f"{at}.token_type_embeddings", "embed_types", rows=None),
         *table.layer_norm(f"{at}.LayerNorm", "norm_embed"),
-        *table.inside(f"{root}encoder.layer.{{}}", "layers{}", block_entries()),
+        *table.inside(f"{root}.encoder.layer.{{}}", "layers{}", block_entries()),
         *_head_entries(config),
     )
+
+
+def entries(config: Config) -> tuple[table.Entry, ...]:
+    """Returns the table of parameters; a bare encoder's names lack the family's."""
+    whole = within(config)
+    return table.bare(whole, config.family) if config.head == "none" else whole
+
+
+FURTHER = (within,)
+"""Other tables that a checkpoint may have."""
 
 
 def block_entries(

@@ -238,6 +238,11 @@ def embedding(key: str, path: str, rows: str | None = "vocab") -> Entry:
     return Entry(f"{key}.weight", f"{path}/embedding", (rows, "embed"))
 
 
+def bare(table: Sequence[Entry], root: str) -> tuple[Entry, ...]:
+    """Returns the table of a model without a head, which is not part of another."""
+    return tuple(e._replace(key=e.key.removeprefix(f"{root}.")) for e in table)
+
+
 def inside(key: str, path: str, block: Sequence[Entry]) -> list[Entry]:
     """Returns the entries of a module's parts with the module's own name in front."""
     return [e._replace(key=f"{key}.{e.key}", path=f"{path}/{e.path}") for e in block]

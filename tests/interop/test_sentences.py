@@ -31,6 +31,15 @@ SIZES = {
     "intermediate_size": 24,
     "max_position_embeddings": 32,
 }
+V3 = {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_buckets": 4,
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
 REAL = np.arange(9)[None] < np.array([[9], [5]])
 TOKENS = np.where(REAL, golden.tokens_of(41, time=9), 1)
 
@@ -42,7 +51,9 @@ def encoder(tmp_path_factory):
 
     def make(kind):
         if kind not in made:
-            config = getattr(transformers, f"{kind}Config")(**SIZES, pad_token_id=1)
+            own = V3 if kind == "DebertaV2" else {}
+            config = getattr(transformers, f"{kind}Config")
+            config = config(**SIZES, **own, pad_token_id=1)
             model = getattr(transformers, f"{kind}Model")(config)
             golden.redraw(model)
             directory = tmp_path_factory.mktemp(kind)
@@ -60,7 +71,7 @@ def hidden_of(theirs):
     return out.last_hidden_state.numpy()
 
 
-@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DebertaV2"])
 def test_hidden_states_are_those_of_transformers(encoder, kind, tmp_path):
     directory, theirs = encoder(kind)
     model, params = hf.load(directory)
@@ -87,11 +98,14 @@ def test_a_head_is_left_out_or_put_on(encoder, tmp_path):
         hf.load(directory, labels=5)
 
 
-@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DebertaV2"])
 def test_adapters_are_those_of_peft(encoder, kind, tmp_path):
     directory, theirs = encoder(kind)
     config = real_peft.LoraConfig(
-        r=2, lora_alpha=4, target_modules=["query", "value"], init_lora_weights=False
+        r=2,
+        lora_alpha=4,
+        target_modules=["query", "value", "query_proj", "value_proj"],
+        init_lora_weights=False,
     )
     theirs = real_peft.get_peft_model(theirs.float(), config)
     theirs.save_pretrained(tmp_path / "theirs")
