@@ -28,8 +28,10 @@ EXPERIMENTS = [
     "absl-py>=2.1",
     "grain>=0.2.10",
     "matplotlib>=3.9",
+    "pillow>=10",  # which matplotlib brings
     "rich>=13.7",
     "sacrebleu>=2.5",
+    "scikit-learn>=1.5",  # its digits are the images of a test
     "tensorboardX>=2.6",
 ]
 NOTEBOOKS = [*EXPERIMENTS, "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]

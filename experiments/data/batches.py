@@ -19,6 +19,10 @@ Classification (`labelled`):
     weights: float32 [batch]          0 on rows that only fill the last batch
     index:   int32 [batch]
 
+Images (`pictured`): as classification, but instead of tokens and real
+
+    pixels:  float32 [batch, height, width, channels]
+
 Padding is known by its weight alone, so any id may fill.
 """
 
@@ -58,8 +62,23 @@ def labelled(example: Example, length: int, pad_id: int) -> Batch:
     }
 
 
+def pictured(example: Example, length: int, pad_id: int) -> Batch:
+    """An image with one label; all are of one size, whatever the length."""
+    del length, pad_id
+    return {
+        "pixels": example["pixels"],
+        "labels": example["label"],
+        "weights": np.ones((), np.float32),
+    }
+
+
 def positions(example: Example) -> int:
-    """Model positions that an example takes: its last token may be a target only."""
+    """Model positions that an example takes: its last token may be a target only.
+
+    An image fills whatever its model reads, which is no matter of buckets: 0.
+    """
+    if "pixels" in example:
+        return 0
     return len(example["tokens"]) - ("loss_mask" in example)
 
 
@@ -85,7 +104,7 @@ def training_batches(
       lengths: of the buckets, in any order; the longest must hold every example.
       pad_id: fills rows; see `tokenization.padding_id`.
       seed: of the order.
-      collate: `next_token` or `labelled`.
+      collate: `next_token`, `labelled` or `pictured`.
       part: the rows of every batch that are made here, where several processes make
         one batch together.
 
@@ -123,7 +142,7 @@ def evaluation_batches(
       batch_size: rows.
       lengths: of the buckets.
       pad_id: fills rows.
-      collate: `next_token` or `labelled`.
+      collate: `next_token`, `labelled` or `pictured`.
       part: see `training_batches`.
     """
     made = []

@@ -20,7 +20,7 @@ from lorax.types import Adapters
 def load_model(
     source: str, quantize: str = "", **kwargs: Any
 ) -> tuple[Any, Any, tokenization.Tokenizer]:
-    """Returns the model, its parameters and its tokenizer.
+    """Returns the model, its parameters and its tokenizer; of one of images, of bytes.
 
     Args:
       source: a checkpoint below the folder of data sets, a directory, a GGUF file, or a
@@ -33,6 +33,8 @@ def load_model(
     """
     path = find(source)
     model, params = read(path, quantize, **kwargs)
+    if not hasattr(model.config, "vocabulary"):
+        return model, params, tokenization.ByteTokenizer()
     tokenizer = tokenization.load(path)
     vocabulary = model.config.vocabulary
     where = path.name if tokenization.is_gguf(path) else "config.json"

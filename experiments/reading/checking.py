@@ -181,7 +181,8 @@ def _checkpoint_run(config: ml_collections.ConfigDict) -> None:
     if data.task == "classification" and data.name in glue.TASKS and not data.root:
         raise ValueError("config.data.root='': give the folder of the GLUE tasks")
     _shared_rows(config)
-    if data.packed and data.task in ("classification", "text_to_text", "pairs"):
+    whole = "classification", "images", "pairs", "text_to_text"
+    if data.packed and data.task in whole:
         raise ValueError(
             f"config.data.packed=True: examples of {data.task!r} are not packed; set "
             "it to False"

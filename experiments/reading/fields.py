@@ -111,6 +111,9 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"data\.packed", FLAG),
     (r"data\.pooling", choice("", *pooling.MODES)),
     (r"data\.scale", POSITIVE),
+    (r"data\.classes", such_as(listed(whole()), "(0, 1, 2)")),
+    (r"data\.held_out", number(above=0, below=1)),
+    (r"data\.split_seed", whole()),
     (r"data\.(task|form|template|train|valid|name|root)", TEXT),
     # sharding
     (r"sharding\.(data|fsdp|expert|context|tensor)", AXIS),

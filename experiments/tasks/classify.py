@@ -33,12 +33,7 @@ def make_classify(
     data, lengths = config.data, config.data.lengths
     pad = tokenization.padding_id(tokenizer)
     found = {split: glue.load_split(data, split) for split in ("train", "valid")}
-    count = len(found["train"].labels) or 1
-    if model.config.labels != count:
-        raise ValueError(
-            f"the head has {model.config.labels} labels and {data.name} has {count}: "
-            f"set config.model.labels to {count}"
-        )
+    require_labels(model, len(found["train"].labels) or 1, data.name)
 
     def encoded(split: str, rows: int = 0) -> list[Any]:
         own = found[split]
@@ -73,6 +68,15 @@ def make_classify(
     )
 
 
+def require_labels(model: Any, count: int, name: str) -> None:
+    """Raises ValueError unless a model's head has the labels of a set."""
+    if model.config.labels != count:
+        raise ValueError(
+            f"the head has {model.config.labels} labels and {name} has {count}: "
+            f"set config.model.labels to {count}"
+        )
+
+
 def make_scores(
     model: Any, names: Sequence[str], place: placement.Place
 ) -> Callable[[Any, Sequence[Any]], Scores]:
@@ -90,7 +94,7 @@ def make_loss(model: Any) -> Any:
     """Cross-entropy of the labels; of one number its squared error."""
 
     def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits = model.apply({"params": params}, batch["tokens"], real=batch["real"])
+        logits = _logits(model, params, batch)
         if model.config.labels == 1:
             loss = jnp.square(logits[:, 0] - batch["labels"])
         else:
@@ -103,13 +107,20 @@ def make_loss(model: Any) -> Any:
     return loss_fn
 
 
+def _logits(model: Any, params: Any, batch: Any) -> jax.Array:
+    """Of sentences or of images, `[batch, labels]`."""
+    if "pixels" in batch:
+        return model.apply({"params": params}, batch["pixels"])
+    return model.apply({"params": params}, batch["tokens"], real=batch["real"])
+
+
 def make_predict(model: Any) -> Any:
     """Returns `(params, batch) -> the label or the number of every row`."""
 
     @jax.jit
     @unmerged.either
     def predict(params: Any, batch: Any) -> jax.Array:
-        logits = model.apply({"params": params}, batch["tokens"], real=batch["real"])
+        logits = _logits(model, params, batch)
         return logits[:, 0] if model.config.labels == 1 else logits.argmax(-1)
 
     return predict

@@ -1,0 +1,1 @@
+"""Images with labels, and how a model sees them."""
