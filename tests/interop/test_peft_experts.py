@@ -128,7 +128,9 @@ def loaded(family, folder):
     return model
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "one")) for n in CASES]
+)
 def test_both_ways(name, tmp_path):
     family, config, leaves = CASES[name]
     theirs = cases.saved(perturbed(family, config), tmp_path / "theirs")

@@ -110,7 +110,19 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+COMBINED = {  # of what the other cases show one by one
+    "all",
+    "lora_bias and lora_only",
+    "rows of gpt2, named",
+    "rows, untied",
+    "rows of a tied pair, both named",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in COMBINED)) for n in CASES],
+)
 def test_both_ways(name, tmp_path):
     family, tied, beside, config = CASES[name]
     model = cases.adapted(family, tied, config)
