@@ -50,7 +50,7 @@ def test_every_numeric_field_refuses_what_is_no_number():
     assert len(numeric) > 35
     allowed = [(f"sharding.{axis}", -1) for axis in sharding.AXES]
     allowed += [("eval.length_penalty", -1), ("optimizer.clip_norm", None)]
-    allowed += [("run.loss_chunk", -1)]
+    allowed += [("run.loss_chunk", -1), ("run.router_loss", -1)]
     for field in numeric:
         for bad in BAD_NUMBERS:
             if (field, bad) not in allowed:
