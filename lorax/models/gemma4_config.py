@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lorax import untrusted
-from lorax.models import decoder_config, hf_config, rope, table
+from lorax.models import decoder_config, gemma_config, hf_config, rope, table
 
 MODEL_TYPE = "gemma4_text"
 
@@ -278,19 +278,10 @@ def _ropes(fields: hf_config.Fields, positions: int) -> tuple[rope.Rope, rope.Ro
     return local, far
 
 
-NORMS = {
-    "input_layernorm": "norm_attn",
-    "post_attention_layernorm": "norm_attn_out",
-    "pre_feedforward_layernorm": "norm_mlp",
-    "post_feedforward_layernorm": "norm_mlp_out",
-}
-"""Of a layer, by their names on disk."""
-
-
 def entries(config: Config) -> tuple[table.Entry, ...]:
     """Returns the table of parameters."""
-    mlp = decoder_config.gated_mlp(False)
-    block = decoder_config.layer_entries(config, NORMS, mlp, o_bias=config.qkv_bias)
+    mlp, norms = decoder_config.gated_mlp(False), gemma_config.NORMS[True]
+    block = decoder_config.layer_entries(config, norms, mlp, o_bias=config.qkv_bias)
     block.append(table.Entry("layer_scalar", "scalar", (None,), inputs=0))
     whole: list[table.Entry] = []
     if config.extra:
