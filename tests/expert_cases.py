@@ -33,6 +33,8 @@ SIZES = {
     "hidden": 12,
     "experts": 8,
     "chosen": 2,
+    "expert_bias": True,
+    "model_type": "gpt_oss",  # whose table has biases of experts
 }
 TARGET = lorax.Target("all-linear", rank=2, dtype=jnp.float64)
 
@@ -67,7 +69,7 @@ def cases():
     model = mixture.Model(mixture.Config(**SIZES, **wide))
     tokens = np.random.default_rng(0).integers(0, 32, (8, 16))
     params = jax.jit(model.init)(jax.random.key(1), tokens)["params"]
-    params = jax.tree.map(lambda x: x * 8 if x.ndim > 2 else x, params)
+    params = jax.tree.map(lambda x: x * 8 + 0.1 if x.ndim > 2 else x, params)
     yield "even", params, tokens, model
     router = jax.tree.map(jnp.zeros_like, params["layers"]["router"])
     params = params | {"layers": params["layers"] | {"router": router}}

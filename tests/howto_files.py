@@ -44,4 +44,13 @@ def gguf(scope):
     assert scope["files"]["tokenizer.json"]["model"]["type"] == "BPE"
 
 
-CHECKS = (peft, peft_fields, vocabulary, gguf)
+def mixtures(scope):
+    pair = scope["adapters"]["layers/experts/gate_up/kernel"]
+    assert pair.a.shape == (2, 4, 16, 2) and pair.b.shape == (2, 4, 2, 2, 24)
+    assert len(scope["adapters"]) == 6
+    np.testing.assert_allclose(scope["shared"], scope["logits"], atol=1e-5)
+    for change in scope["slopes"].values():  # of a fresh pair one has a gradient
+        assert any(leaf.any() for leaf in jax.tree.leaves(change))
+
+
+CHECKS = (mixtures, peft, peft_fields, vocabulary, gguf)

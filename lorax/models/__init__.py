@@ -28,6 +28,7 @@ FAMILIES: dict[str, ModuleType] = {
     "gemma3_text": gemma,
     "gemma4_text": gemma4,
     "gpt2": gpt2,
+    "gpt_oss": mixture,
     "llama": llama,
     "ministral": llama,
     "mistral": llama,

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lorax.attention import machine
-from lorax.models import hf_config, layers, remat
+from lorax.models import layers, remat
 from lorax.types import PyTree
 
 AXIS = "expert"
@@ -64,12 +64,15 @@ class Sizes(layers.Sizes, Protocol):
         """The weights of a token's experts sum to one."""
 
     @property
-    def activation(self) -> str:
-        """Of the gate, by its Hugging Face name."""
+    def expert_bias(self) -> bool:
+        """Gate, up and down of every expert have biases."""
 
     @property
     def dispatch(self) -> str:
         """One of DISPATCHES."""
+
+    def gated(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """What an expert's down reads."""
 
 
 class Routes(NamedTuple):
@@ -117,21 +120,38 @@ class Experts(nn.Module):
         gate_up = Stack(shape, config, name="gate_up")()
         down = Stack((shape[0], shape[3], shape[1]), config, name="down")()
         run = {"dense": dense, "ragged": ragged}[config.dispatch]
-        return run(x, routes, gate_up, down, hf_config.ACTIVATIONS[config.activation])
+        return run(x, routes, gate_up, down, config.gated)
+
+
+class Linear(NamedTuple):
+    """A linear map of each expert.
+
+    Attributes:
+      kernel: `[experts, in, *out]`.
+      bias: `[experts, *out]`; None: they have none.
+    """
+
+    kernel: Any
+    bias: Any = None
 
 
 class Stack(nn.Module):
-    """A kernel `[experts, in, *out]`, drawn from N(0, 0.02^2)."""
+    """Linear maps, their kernels drawn from N(0, 0.02^2)."""
 
     shape: tuple[int, ...]
     config: Sizes
 
     @nn.compact
-    def __call__(self) -> jax.Array:
-        """Returns the kernel in the dtype of the computation."""
-        draw = nn.initializers.normal(0.02)
-        kernel = self.param("kernel", draw, self.shape, self.config.param_dtype)
-        return kernel.astype(self.config.dtype)
+    def __call__(self) -> Linear:
+        """Returns the maps in the dtype of the computation."""
+        config, draw = self.config, nn.initializers.normal(0.02)
+        kernel = self.param("kernel", draw, self.shape, config.param_dtype)
+        kernel = kernel.astype(config.dtype)
+        if not config.expert_bias:
+            return Linear(kernel)
+        shape, zeros = (self.shape[0], *self.shape[2:]), nn.initializers.zeros
+        bias = self.param("bias", zeros, shape, config.param_dtype)
+        return Linear(kernel, bias.astype(config.dtype))
 
 
 def record(layer: nn.Module, logits: jax.Array) -> None:
@@ -198,36 +218,43 @@ def _weights(logits: jax.Array, real: jax.Array | None) -> jax.Array:
     return ones if real is None else ones * real
 
 
-Activation = Callable[[jax.Array], jax.Array]
+Gated = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def dense(
-    x: jax.Array, routes: Routes, gate_up: Any, down: Any, activation: Activation
+    x: jax.Array, routes: Routes, gate_up: Linear, down: Linear, gated: Gated
 ) -> jax.Array:
     """Every expert on every token; those that were not chosen have the weight zero.
 
     Args:
       x: `[batch, time, in]`.
       routes: of the tokens.
-      gate_up: `[experts, in, 2, hidden]`.
-      down: `[experts, hidden, out]`.
-      activation: of the gates.
+      gate_up: its kernel is `[experts, in, 2, hidden]`.
+      down: its kernel is `[experts, hidden, out]`.
+      gated: from gates and ups to what `down` reads.
 
     Returns:
       `[batch, time, out]`.
     """
-    count = gate_up.shape[0]
+    count = gate_up.kernel.shape[0]
     of = jax.nn.one_hot(routes.experts, count, dtype=routes.weights.dtype)
     weights = jnp.einsum("btk,btke->ebt", routes.weights, of)
     each = jnp.broadcast_to(x, (count, *x.shape))  # so that experts are a batch
-    both = remat.named(jnp.einsum("ebtd,edgf->ebtgf", each, gate_up), "gate_up")
-    h = activation(both[..., 0, :]) * both[..., 1, :]
-    y = remat.named(jnp.einsum("ebtf,efd->ebtd", h, down), "down")
+    both = jnp.einsum("ebtd,edgf->ebtgf", each, gate_up.kernel)
+    if gate_up.bias is not None:
+        both += gate_up.bias[:, None, None]
+    both = remat.named(both, "gate_up")
+    y = jnp.einsum(
+        "ebtf,efd->ebtd", gated(both[..., 0, :], both[..., 1, :]), down.kernel
+    )
+    if down.bias is not None:
+        y += down.bias[:, None, None]
+    y = remat.named(y, "down")
     return jnp.einsum("ebtd,ebt->btd", y, weights.astype(y.dtype))
 
 
 def ragged(
-    x: jax.Array, routes: Routes, gate_up: Any, down: Any, activation: Activation
+    x: jax.Array, routes: Routes, gate_up: Linear, down: Linear, gated: Gated
 ) -> jax.Array:
     """As `dense`: the rows of an expert lie together, and meet its kernels alone.
 
@@ -236,20 +263,20 @@ def ragged(
     """
     rows = machine.cut(machine.ROWS, x.shape[0])
     time = machine.cut(("context",), x.shape[1])
-    own = machine.cut((AXIS,), gate_up.shape[0])
-    units = machine.cut(("tensor",), down.shape[1])
+    own = machine.cut((AXIS,), gate_up.kernel.shape[0])
+    units = machine.cut(("tensor",), down.kernel.shape[1])
     exchanged = own if AXIS in rows else ()
 
-    def local(
-        x: jax.Array, routes: Routes, gate_up: jax.Array, down: jax.Array
-    ) -> jax.Array:
+    def local(x: jax.Array, routes: Routes, gate_up: Linear, down: Linear) -> jax.Array:
         if exchanged:
             x, routes = jax.tree.map(
                 lambda part: jax.lax.all_gather(part, AXIS, axis=0, tiled=True),
                 (x, routes),
             )
-        first = jax.lax.axis_index(AXIS) * gate_up.shape[0] if own else 0
-        y = _sorted(x, routes, gate_up, down, activation, first, machine.parts(own))
+        first = jax.lax.axis_index(AXIS) * gate_up.kernel.shape[0] if own else 0
+        if units and down.bias is not None:  # of each device a part is summed
+            down = down._replace(bias=down.bias / machine.parts(units))
+        y = _sorted(x, routes, gate_up, down, gated, first, machine.parts(own))
         if exchanged:
             y = jax.lax.psum_scatter(y, AXIS, tiled=True)
         summed = units + (() if exchanged else own)
@@ -259,10 +286,13 @@ def ragged(
         return local(x, routes, gate_up, down)
     spec = PartitionSpec
     tokens = spec(rows or None, time or None)
+    experts, hidden = own or None, units or None
     kernels = (
-        spec(own or None, None, None, units or None),
-        spec(own or None, units or None),
+        Linear(spec(experts, None, None, hidden), spec(experts, None, hidden)),
+        Linear(spec(experts, hidden), spec(experts)),
     )
+    if gate_up.bias is None:
+        kernels = kernels[0]._replace(bias=None), kernels[1]._replace(bias=None)
     run = jax.shard_map(
         local, in_specs=(tokens, tokens, *kernels), out_specs=tokens, check_vma=False
     )
@@ -272,9 +302,9 @@ def ragged(
 def _sorted(
     x: jax.Array,
     routes: Routes,
-    gate_up: jax.Array,
-    down: jax.Array,
-    activation: Activation,
+    gate_up: Linear,
+    down: Linear,
+    gated: Gated,
     first: Any,
     shares: int,
 ) -> jax.Array:
@@ -283,26 +313,30 @@ def _sorted(
     Rows beyond an even share of the experts' load wait for their turn: memory is that
     of one share, time that of the busiest device, and none is dropped.
     """
-    count, chosen = gate_up.shape[0], routes.experts.shape[-1]
+    count, chosen = gate_up.kernel.shape[0], routes.experts.shape[-1]
     tokens = x.reshape(-1, x.shape[-1])
     own = routes.experts.reshape(-1) - first
     own = jnp.where((own >= 0) & (own < count), own, count)  # the others come last
     order = jnp.argsort(own)
     ends = jnp.cumsum(jnp.bincount(own, length=count + 1)[:count])
-    wide = gate_up.reshape(*gate_up.shape[:2], -1)
+    wide = jax.tree.map(lambda x: x.reshape(*x.shape[: x.ndim - 2], -1), gate_up)
+
+    def apply(rows: jax.Array, sizes: jax.Array, at: jax.Array, map_: Linear) -> Any:
+        y = jax.lax.ragged_dot(rows, map_.kernel, sizes)
+        return y if map_.bias is None else y + map_.bias[own[at]]  # clipped: not real
 
     def share(begin: jax.Array, at: jax.Array) -> jax.Array:
         sizes = jnp.diff(jnp.clip(ends - begin, 0, at.size), prepend=0)
         sizes = sizes.astype(jnp.int32)
-        both = jax.lax.ragged_dot(tokens[at // chosen], wide, sizes)
+        both = apply(tokens[at // chosen], sizes, at, wide)
         gate, up = jnp.split(remat.named(both, "gate_up"), 2, axis=-1)
-        y = jax.lax.ragged_dot(activation(gate) * up, down, sizes)
+        y = apply(gated(gate, up), sizes, at, down)
         real = begin + jnp.arange(at.size) < ends[-1]
         return jnp.where(real[:, None], y, 0)
 
     def turn(_: None, own: Any) -> tuple[None, jax.Array]:
         begin, at = own
-        idle = jnp.zeros((at.size, down.shape[-1]), tokens.dtype)
+        idle = jnp.zeros((at.size, x.shape[-1]), tokens.dtype)
         return None, jax.lax.cond(begin < ends[-1], share, lambda *_: idle, begin, at)
 
     turns = order.reshape(shares, -1)

@@ -87,7 +87,7 @@ class Block(nn.Module):
             angles = jnp.where(own["turned"], cos, 1), jnp.where(own["turned"], sin, 0)
         q, k = rope.rotate(q, angles), rope.rotate(k, angles)
         k, v, kept = layers.remember(k, v, own["cache"], shared["slot"])
-        mixed = layers.attend(q, k, v, kept, own["window"], shared, config)
+        mixed = self._attend(q, k, v, kept, own["window"], shared)
         mixed = remat.named(mixed, "attention")
         return self._linear(config.width, "o", config.o_bias, (-2, -1))(mixed), kept
 
@@ -105,6 +105,12 @@ class Block(nn.Module):
         parts = jnp.split(self._linear(rows, "qkv", bias)(x), ends, axis=-2)
         q, k, v = map(remat.named, parts, heads)
         return q, k, v
+
+    def _attend(
+        self, q: Any, k: Any, v: Any, kept: Any, window: Any, shared: Any
+    ) -> jax.Array:
+        """What the heads return; `mixture` has sinks beside the keys."""
+        return layers.attend(q, k, v, kept, window, shared, self.config)
 
     def _linear(
         self, features: Any, name: str, bias: bool, axis: Any = -1

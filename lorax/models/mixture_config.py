@@ -6,18 +6,48 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from lorax import untrusted
 from lorax.models import decoder_config, experts, hf_config, llama_config, table
 
 ARCHITECTURES = {
+    "gpt_oss": "GptOssForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
-LIKE = {"mixtral": "mistral", "qwen3_moe": "qwen3"}
+LIKE = {"gpt_oss": "llama", "mixtral": "mistral", "qwen3_moe": "qwen3"}
 """The models of the Llama family that have the other parts of a layer."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {
+        "attention_bias": True,
+        "vocab_size": 201_088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150_000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "sliding_window": 128,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+    },
     "mixtral": {
         "intermediate_size": 14_336,
         "max_position_embeddings": 131_072,
@@ -50,6 +80,10 @@ class Config(llama_config.Config):
       experts: how many there are.
       chosen: how many a token visits.
       renormalised: the weights of a token's experts sum to one.
+      sinks: every head has a score beside those of the keys, which has no value.
+      expert_bias: the router, and gate, up and down of every expert, have biases.
+      swiglu: alpha and limit of a gate `g sigmoid(alpha g)` and up + 1, where g is at
+        most the limit, and up is between it and its negative; None: by `activation`.
       balance: weight of the balance loss in training, by the model's own config.json.
       dispatch: how tokens meet experts, see `lorax.models.experts`.
     """
@@ -58,6 +92,9 @@ class Config(llama_config.Config):
     experts: int = 8
     chosen: int = 2
     renormalised: bool = True
+    sinks: bool = False
+    expert_bias: bool = False
+    swiglu: tuple[float, float] | None = None
     balance: float = 0.001
     model_type: str = "mixtral"
     dispatch: str = "ragged"
@@ -72,6 +109,18 @@ class Config(llama_config.Config):
         if self.dispatch not in experts.DISPATCHES:
             known = ", ".join(experts.DISPATCHES)
             raise ValueError(f"dispatch={self.dispatch!r}; choose one of {known}")
+        if self.sinks and self.attention != "plain":
+            raise ValueError(
+                f"attention={self.attention!r}: sinks are implemented for 'plain' alone"
+            )
+
+    def gated(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """What an expert's down reads."""
+        if self.swiglu is None:
+            return hf_config.ACTIVATIONS[self.activation](gate) * up
+        alpha, limit = self.swiglu
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
@@ -100,6 +149,16 @@ class Config(llama_config.Config):
             "num_experts_per_tok": self.chosen,
             "router_aux_loss_coef": self.balance,
         }
+        if self.swiglu is not None:
+            del written["mlp_bias"]
+            alpha, limit = self.swiglu
+            return written | {
+                "num_local_experts": self.experts,
+                "sliding_window": max(self.windows) or None,
+                "layer_types": hf_config.layer_types(self.windows),
+                "swiglu_alpha": alpha,
+                "swiglu_limit": limit,
+            }
         if self.model_type == "mixtral":
             return written | {"num_local_experts": self.experts}
         del written["intermediate_size"], written["layer_types"]
@@ -138,6 +197,8 @@ def _experts(fields: hf_config.Fields, kind: str) -> dict[str, Any]:
         "balance": fields.take("router_aux_loss_coef", untrusted.number(0), 0.001),
     }
     fields.flag("output_router_logits", False)  # an output more
+    if kind == "gpt_oss":
+        return own | _gpt_oss(fields)
     if kind == "mixtral":
         fields.expect(router_jitter_noise=0.0)
         return own | {"hidden": fields.integer("intermediate_size", None)}
@@ -149,13 +210,38 @@ def _experts(fields: hf_config.Fields, kind: str) -> dict[str, Any]:
     }
 
 
+def _gpt_oss(fields: hf_config.Fields) -> dict[str, Any]:
+    """What a config.json of GPT-OSS says beside the others'."""
+    depth = fields.layers("num_hidden_layers", 36)
+    fields.left["num_hidden_layers"] = depth
+    size, slides = fields.integer("sliding_window", 128), fields.windowed(depth)
+    if slides is None:
+        slides = [bool((layer + 1) % 2) for layer in range(depth)]
+    positive = untrusted.number(above=0)
+    alpha, limit = (
+        float(fields.take(f"swiglu_{name}", positive, None))
+        for name in ("alpha", "limit")
+    )
+    for name in ("experts_per_token", "initial_context_length"):
+        fields.integer(name, None)  # said by others
+    return {
+        "hidden": fields.integer("intermediate_size", None),
+        "windows": tuple(size if own else 0 for own in slides),
+        "sinks": True,
+        "expert_bias": True,
+        "swiglu": (alpha, limit),
+    }
+
+
 GATE_UP = "experts/gate_up/kernel", ("experts", "embed", None, "mlp")
 DOWN = "experts/down/kernel", ("experts", "mlp", "embed")
 """Paths and logical axes of the kernels of all experts of a layer."""
 
 
 def entries(config: Config) -> tuple[table.Entry, ...]:
-    """Returns the table of parameters, of which each expert has tensors of its own."""
+    """Returns the table of parameters, those of an expert apart but in GPT-OSS."""
+    if config.model_type == "gpt_oss":
+        return fused(config)
     mixtral = config.model_type == "mixtral"
     root = "block_sparse_moe" if mixtral else "mlp"
     gate, up = ("w1", "w3") if mixtral else ("gate_proj", "up_proj")
@@ -172,6 +258,22 @@ def entries(config: Config) -> tuple[table.Entry, ...]:
 def fused(config: Config) -> tuple[table.Entry, ...]:
     """Returns the table of transformers' own modules, where experts share tensors."""
     key = "mlp.experts"
+    if config.model_type == "gpt_oss":
+        of = "experts/gate_up/bias", ("experts", None, "mlp")
+        found = [
+            table.Entry(f"{key}.gate_up_proj", *GATE_UP, order=(0, 1, (3, 2))),
+            table.Entry(f"{key}.gate_up_proj_bias", *of, inputs=0, order=(0, (2, 1))),
+            table.Entry(f"{key}.down_proj", *DOWN, order=(0, 1, 2)),
+            table.Entry(
+                f"{key}.down_proj_bias",
+                "experts/down/bias",
+                ("experts", None),
+                inputs=0,
+                order=(0, 1),
+            ),
+            table.Entry("self_attn.sinks", "sinks", ("heads",), inputs=0),
+        ]
+        return _entries(config, "mlp", found)
     gate_up = table.Entry(f"{key}.gate_up_proj", *GATE_UP, order=(0, (2, 3), 1))
     down = table.Entry(f"{key}.down_proj", *DOWN, order=(0, 2, 1))
     return _entries(config, "mlp", [gate_up, down])
@@ -189,7 +291,10 @@ def _apart(
 def _entries(
     config: Config, root: str, found: Sequence[table.Entry]
 ) -> tuple[table.Entry, ...]:
-    router = table.linear(f"{root}.gate", "router", ("embed",), (None,))
+    name = "router" if config.model_type == "gpt_oss" else "gate"
+    router = table.linear(
+        f"{root}.{name}", "router", ("embed",), (None,), bias=config.expert_bias
+    )
     return decoder_config.entries(
         config, llama_config.NORMS, [*router, *found], o_bias=config.o_bias
     )

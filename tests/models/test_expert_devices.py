@@ -53,7 +53,8 @@ def test_tokens_go_round_and_no_kernel_does():
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=lies)
 
     def run(x, routes, gate_up, down):
-        return experts.ragged(x, routes, gate_up, down, jax.nn.silu)
+        gate_up, down = experts.Linear(gate_up), experts.Linear(down)
+        return experts.ragged(x, routes, gate_up, down, lambda g, u: jax.nn.silu(g) * u)
 
     given = (
         shape(rows, time, width),

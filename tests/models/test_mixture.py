@@ -35,6 +35,16 @@ QWEN = {"num_experts": 4, "moe_intermediate_size": 24}
 CASES = {
     "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 6}),
     "qwen3": ("Qwen3Moe", {**QWEN, "attention_bias": True}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "num_local_experts": 4,
+            "sliding_window": 6,
+            "swiglu_limit": 1.5,
+            "swiglu_alpha": 1.3,
+            "attn_implementation": "eager",
+        },
+    ),
     "qwen3-sum-to-one": ("Qwen3Moe", {**QWEN, "norm_topk_prob": True}),
 }
 
@@ -103,6 +113,12 @@ MUTATIONS = {
     "chosen": ("mixtral", {"chosen": 3}),
     "renormalised": ("qwen3", {"renormalised": True}),
     "not renormalised": ("qwen3-sum-to-one", {"renormalised": False}),
+    "sinks": ("gpt-oss", {"sinks": False}),
+    "gpt-oss's windows": ("gpt-oss", {"windows": (6, 6)}),
+    "expert_bias": ("gpt-oss", {"expert_bias": False}),
+    "alpha": ("gpt-oss", {"swiglu": (1.702, 1.5)}),
+    "limit": ("gpt-oss", {"swiglu": (1.3, 7.0)}),
+    "no clamp": ("gpt-oss", {"swiglu": None}),
     "activation": ("mixtral", {"activation": "gelu"}),
     "windows": ("mixtral", {"windows": ()}),
     "qk_norm": ("qwen3", {"qk_norm": False}),
@@ -122,7 +138,9 @@ def test_every_switch_matters(case, name):
     golden.assert_apart(found, expected[:1])
 
 
-@pytest.mark.parametrize("name, scan", [("mixtral", True), ("qwen3", False)])
+@pytest.mark.parametrize(
+    "name, scan", [("mixtral", True), ("qwen3", False), ("gpt-oss", True)]
+)
 def test_left_padding_and_cache(case, name, scan):
     directory, reference, tokens, _ = case(name)
     real = golden.left_padded([24, 15], 24)
