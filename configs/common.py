@@ -61,6 +61,9 @@ def _run(run: ml_collections.ConfigDict) -> None:
     run.steps = 1_000
     run.log_every = 100
     run.label_smoothing = 0.0
+    run.loss = ""  # the task's own; else "distillation", or of preferences
+    #   "dpo" (their own), "ipo", "orpo", "simpo", "kto"
+    run.loss_options = ()  # of that loss, such as (("beta", 0.1),)
     run.loss_chunk = -1  # positions whose logits are made at a time; 0: all; -1: auto
     run.router_loss = 0.0  # x a mixture's balance loss; -1: by the model's config.json
     run.router_z_loss = 0.0  # x that of its routers' logits; ST-MoE has 0.001
@@ -83,6 +86,7 @@ def _model(model: ml_collections.ConfigDict) -> None:
     model.source = ""  # a directory, a GGUF file, or a hub id
     model.random = ml_collections.ConfigDict()  # a config.json: drawn, no result
     model.published = ml_collections.ConfigDict()  # of the source, for a plan
+    model.teacher = ""  # as source, of run.loss = "distillation"
     model.quantize = ""  # "nf4", or pattern=format,...: a base in a few bits a weight
     model.labels = 0  # of a classification head; 0: none
     model.head = ""  # of an encoder: "none" for hidden states; "" the checkpoint's

@@ -30,7 +30,8 @@ def accumulated(micro: Callable[..., Gradients], count: int) -> Callable[..., An
     """Returns `micro` of a large batch: weighted means over `count` microbatches.
 
     Args:
-      micro: `(state, params, batch, key, pairs) -> Gradients`.
+      micro: `(state, batch, key, *known) -> Gradients`, with `known` what all
+        microbatches share.
       count: microbatches; row i of the batch goes to the (i % count)-th. At least 2.
 
     Returns:
@@ -38,14 +39,14 @@ def accumulated(micro: Callable[..., Gradients], count: int) -> Callable[..., An
     """
 
     def gradients(
-        state: Any, params: PyTree, batch: PyTree, key: Any, pairs: Any
+        state: Any, batch: PyTree, key: Any, *known: Any
     ) -> tuple[Gradients, MicrobatchNorms]:
         def body(carry: Any, inputs: Any) -> tuple[Any, Any]:
             total, model_state = carry
             index, rows = inputs
             now = dataclasses.replace(state, model_state=model_state)
             own = jax.random.fold_in(key, index)
-            values, model_state, grads = micro(now, params, rows, own, pairs)
+            values, model_state, grads = micro(now, rows, own, *known)
             weight = values.get("weight", 1.0)
             squared = optax.tree.norm(grads, squared=True)
             weighted = jax.tree.map(lambda g: _weighted(g, weight), grads)

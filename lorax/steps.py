@@ -41,6 +41,7 @@ class Work:
       params: the frozen base.
       batch: of this step.
       pairs: of a population's member, the scales and ranks that differ.
+      frozen: what a reference reads beside the base.
       key: of this step.
       values: loss and metrics.
       grads: of the adapters; after "update" no part reads them.
@@ -57,6 +58,7 @@ class Work:
     batch: PyTree
     pairs: Pairs
     key: jax.Array
+    frozen: PyTree = None
     values: Metrics = dataclasses.field(default_factory=dict)
     grads: Any = None
     norm: Any = None
@@ -84,7 +86,9 @@ class Part(NamedTuple):
 
 
 def join(parts: Sequence[Part]) -> Callable[..., Any]:
-    """Returns `step(state, params, batch, pairs=None) -> (state, metrics)` of parts.
+    """Returns `step(state, params, batch, pairs=None, frozen=None)` of parts.
+
+    It returns `(state, metrics)`.
 
     Raises:
       ValueError: two parts of one name, or no part that fills in what the state needs.
@@ -106,10 +110,14 @@ def join(parts: Sequence[Part]) -> Callable[..., Any]:
         )
 
     def step(
-        state: Any, params: PyTree, batch: PyTree, pairs: Pairs = None
+        state: Any,
+        params: PyTree,
+        batch: PyTree,
+        pairs: Pairs = None,
+        frozen: PyTree = None,
     ) -> tuple[Any, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        work = Work(state, params, batch, pairs, key)
+        work = Work(state, params, batch, pairs, key, frozen)
         for part in parts:
             work = part.run(work)
         skipped = state.skipped + jnp.where(work.ok, 0, 1)
@@ -129,16 +137,17 @@ def gradients(value_and_grad: Callable[..., Any], accumulate: int = 1) -> Part:
     """Returns the part that computes loss, gradients and the model's new state.
 
     Args:
-      value_and_grad: `(adapters, pairs, params, model_state, batch, key) -> ((loss,
-        (metrics, model_state)), grads)`; it takes `lora_key` where adapters drop.
+      value_and_grad: `(adapters, pairs, frozen, params, model_state, batch, key) ->
+        ((loss, (metrics, model_state)), grads)`; it takes `lora_key` where adapters
+        drop.
       accumulate: microbatches per step, one after the other.
     """
 
-    def micro(state: Any, params: PyTree, batch: PyTree, key: Any, pairs: Pairs) -> Any:
+    def micro(state: Any, batch: PyTree, key: Any, params: PyTree, *known: Any) -> Any:
         loss_key, lora_key = jax.random.split(key)
         extra = {"lora_key": lora_key} if _has_dropout(state.adapters) else {}
         (loss, (metrics, model_state)), grads = value_and_grad(
-            state.adapters, pairs, params, state.model_state, batch, loss_key, **extra
+            state.adapters, *known, params, state.model_state, batch, loss_key, **extra
         )
         return widen({**metrics, "loss": loss}), model_state, widen(grads)
 
@@ -148,7 +157,8 @@ def gradients(value_and_grad: Callable[..., Any], accumulate: int = 1) -> Part:
     found = whole if accumulate == 1 else accumulated(micro, accumulate)
 
     def run(work: Work) -> Work:
-        made, norms = found(work.state, work.params, work.batch, work.key, work.pairs)
+        known = work.params, work.pairs, work.frozen
+        made, norms = found(work.state, work.batch, work.key, *known)
         values, model_state, grads = made
         return work.replace(
             values=values, model_state=model_state, grads=grads, norms=norms

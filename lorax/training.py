@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from lorax import steps, transform
-from lorax.losses import LossFn, Metrics, checked, simple_loss
+from lorax.losses import LossFn, Metrics, Reference, checked, simple_loss
 from lorax.optim import order
 from lorax.steps import Pairs, Part, Work, join
 from lorax.types import Adapters, PyTree
@@ -27,6 +27,7 @@ __all__ = [
     "LossFn",
     "Metrics",
     "Part",
+    "Reference",
     "TrainState",
     "Work",
     "create_state",
@@ -118,6 +119,7 @@ def make_train_step(
     accumulate: int = 1,
     clip_norm: float | None = None,
     on_merge: Literal["warn", "error"] = "warn",
+    reference: Reference | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns `step(state, params, batch) -> (state, metrics)`, pure and donatable.
 
@@ -147,12 +149,18 @@ def make_train_step(
         batch sharded over devices stays so. `model_state` passes through them in turn.
       clip_norm: bound on the gradients' global norm; None for none.
       on_merge: what `lorax.adapt` does when it must form a merged kernel.
+      reference: `(frozen, params, batch) -> said`, what models that do not train say of
+        a batch: log-probabilities of the base, `lorax.adapt(fn)({}, params, batch)`, or
+        a teacher's hidden states. It runs outside of `adapt`, without gradients, once a
+        microbatch; `loss_fn` gets what it returns behind the key.
 
     Returns:
-      The step; its last argument, `pairs={path: PairStatics}`, overrides the scale and
-      rank of adapters, see `lorax.population`. Its metrics are the loss's own, averaged
-      with the weights `w_i` (equal where `loss_fn` gives none; "weight" itself is their
-      sum), and "loss", "grad_norm" (before clipping) and "skipped" (so far).
+      The step. It takes two more arguments: `pairs={path: PairStatics}` overrides the
+      scale and rank of adapters, see `lorax.population`; `frozen` is any tree of arrays
+      that the reference reads beside the base, None without any. Its metrics are the
+      loss's own, averaged with the weights `w_i` (equal where `loss_fn` gives none;
+      "weight" itself is their sum), and "loss", "grad_norm" (before clipping) and
+      "skipped" (so far).
 
     Raises:
       ValueError: `accumulate` below 1, or `clip_norm` not positive.
@@ -176,7 +184,12 @@ def make_train_step(
       Array([[0.5]], dtype=float32)
     """
     parts = train_parts(
-        loss_fn, tx, accumulate=accumulate, clip_norm=clip_norm, on_merge=on_merge
+        loss_fn,
+        tx,
+        accumulate=accumulate,
+        clip_norm=clip_norm,
+        on_merge=on_merge,
+        reference=reference,
     )
     return steps.join(parts)
 
@@ -188,6 +201,7 @@ def train_parts(
     accumulate: int = 1,
     clip_norm: float | None = None,
     on_merge: Literal["warn", "error"] = "warn",
+    reference: Reference | None = None,
 ) -> list[Part]:
     """Returns the parts that `make_train_step` joins, to be changed and joined again.
 
@@ -197,6 +211,7 @@ def train_parts(
       accumulate: microbatches per step.
       clip_norm: bound on the gradients' global norm; None for none.
       on_merge: what `lorax.adapt` does when it must form a merged kernel.
+      reference: what models that do not train say of a batch.
 
     Returns:
       A list of `Part`: "gradients", "check", "clip", "update", "guard".
@@ -219,7 +234,9 @@ def train_parts(
         raise ValueError(f"accumulate must be an int of at least 1; got {accumulate!r}")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, or None; got {clip_norm!r}")
-    value_and_grad = jax.value_and_grad(_adapted(loss_fn, on_merge), has_aux=True)
+    value_and_grad = jax.value_and_grad(
+        _adapted(loss_fn, on_merge, reference), has_aux=True
+    )
 
     parts = [
         steps.gradients(value_and_grad, accumulate),
@@ -232,7 +249,10 @@ def train_parts(
 
 
 def make_eval_step(
-    loss_fn: LossFn, *, on_merge: Literal["warn", "error"] = "warn"
+    loss_fn: LossFn,
+    *,
+    on_merge: Literal["warn", "error"] = "warn",
+    reference: Reference | None = None,
 ) -> Callable[..., Metrics]:
     """Returns `step(state, params, batch) -> metrics`: no dropout, nothing updated.
 
@@ -240,10 +260,11 @@ def make_eval_step(
       loss_fn: the loss given to `make_train_step`; it gets `key=None`, by which it
         knows to evaluate (running statistics, no dropout).
       on_merge: what `lorax.adapt` does when it must form a merged kernel.
+      reference: as for `make_train_step`.
 
     Returns:
-      The step, with `pairs` as the train step's; its metrics are the loss's own and
-      "loss". To average them over batches weigh them by "weight".
+      The step, with `pairs` and `frozen` as the train step's; its metrics are the
+      loss's own and "loss". To average them over batches weigh them by "weight".
 
     Raises:
       TypeError: `loss_fn` is not callable.
@@ -256,26 +277,43 @@ def make_eval_step(
       >>> float(step(state, {"w": jnp.asarray(1.0)}, 3.0)["loss"])
       6.0
     """
-    adapted = _adapted(loss_fn, on_merge)
+    adapted = _adapted(loss_fn, on_merge, reference)
 
     def step(
-        state: TrainState, params: PyTree, batch: PyTree, pairs: Pairs = None
+        state: TrainState,
+        params: PyTree,
+        batch: PyTree,
+        pairs: Pairs = None,
+        frozen: PyTree = None,
     ) -> Metrics:
-        args = (state.adapters, pairs, params, state.model_state, batch, None)
+        args = (state.adapters, pairs, frozen, params, state.model_state, batch, None)
         loss, (metrics, _) = adapted(*args)
         return {**metrics, "loss": loss}
 
     return step
 
 
-def _adapted(loss_fn: LossFn, on_merge: Literal["warn", "error"]) -> Callable[..., Any]:
-    """The checked loss of `(adapters, pairs, params, ...)`."""
+def _adapted(
+    loss_fn: LossFn, on_merge: Literal["warn", "error"], reference: Reference | None
+) -> Callable[..., Any]:
+    """The checked loss of `(adapters, pairs, frozen, params, ...)`."""
     adapted = transform.adapt(checked(loss_fn), on_merge=on_merge)
 
-    def scaled(adapters: Any, pairs: Pairs, *args: Any, **kwargs: Any) -> Any:
+    def scaled(
+        adapters: Any,
+        pairs: Pairs,
+        frozen: PyTree,
+        params: PyTree,
+        model_state: PyTree,
+        batch: PyTree,
+        key: Any,
+        **extra: Any,
+    ) -> Any:
         # Set in here, a traced scale is never a leaf of what is differentiated.
         own = {p: adapters[p].replace(scale=s.scale) for p, s in (pairs or {}).items()}
-        return adapted({**adapters, **own}, *args, **kwargs)
+        said = (reference(frozen, params, batch),) if reference else ()
+        args = params, model_state, batch, key, *said
+        return adapted({**adapters, **own}, *args, **extra)
 
     return scaled
 

@@ -17,6 +17,7 @@ from lorax.adapters import parametrisation
 from lorax.models import llama
 from tests import howto_files
 from tests.interop import gguf_files
+from tests.test_preferences import learned_preferences
 
 pytestmark = pytest.mark.once
 
@@ -299,11 +300,12 @@ def einsums(scope):
 
 
 CHECKS = {
-    check.__name__: check
+    check.__name__.removeprefix("learned_"): check
     for check in (
         *howto_files.CHECKS,
         own_model,
         losses,
+        learned_preferences,
         own_method,
         targets,
         experts,
@@ -345,7 +347,7 @@ def test_the_code_does_what_the_page_says(name, capsys, tmp_path, monkeypatch):
     if name in FOREIGN:
         pytest.importorskip(name, reason="needs the golden extra")
     if name not in CHECKS:
-        assert name in ("runs", "quantized_runs"), (
+        assert name in ("runs", "quantized_runs", "preference_runs"), (
             "a page without a check of what it shows"
         )
         return

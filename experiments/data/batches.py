@@ -41,12 +41,12 @@ Collate = Callable[[Example, int, int], Batch]
 
 
 def next_token(example: Example, length: int, pad_id: int) -> Batch:
-    """A row that predicts each token from those before it."""
+    """A row that predicts each token from those before it, on every side."""
     tokens, mask = example["tokens"], example["loss_mask"]
     return {
-        "inputs": _padded(tokens[:-1], length, pad_id),
-        "targets": _padded(tokens[1:], length, pad_id),
-        "weights": _padded(mask[1:], length, 0),
+        "inputs": _padded(tokens[..., :-1], length, pad_id),
+        "targets": _padded(tokens[..., 1:], length, pad_id),
+        "weights": _padded(mask[..., 1:], length, 0),
         "bytes": example["bytes"],
     }
 
@@ -79,7 +79,7 @@ def positions(example: Example) -> int:
     """
     if "pixels" in example:
         return 0
-    return len(example["tokens"]) - ("loss_mask" in example)
+    return example["tokens"].shape[-1] - ("loss_mask" in example)
 
 
 def training_batches(
@@ -204,5 +204,6 @@ def _filler(row: Batch) -> Batch:
 
 
 def _padded(values: np.ndarray, length: int, fill: int) -> np.ndarray:
-    """`[n]` -> `[length]`."""
-    return np.pad(values, (0, length - len(values)), constant_values=fill)
+    """`[..., n]` -> `[..., length]`."""
+    border = [(0, 0)] * (values.ndim - 1) + [(0, length - values.shape[-1])]
+    return np.pad(values, border, constant_values=fill)

@@ -5,6 +5,8 @@ An example is a dict of numpy arrays:
     tokens:    int32 [length]    BOS (if the tokenizer opens with one), text, EOS
     loss_mask: float32 [length]  1 where the token is to be predicted
     bytes:     int32 []          UTF-8 bytes of the text trained on, EOS not counted
+
+Examples that are compared are one, `[sides, length]`, see `together`.
 """
 
 import warnings
@@ -104,10 +106,10 @@ def truncate(examples: Iterable[Example], max_length: int, source: str) -> Encod
     for example in examples:
         cut = _cut(example, max_length + 1)
         # the first token is no target: nothing comes before it
-        if not cut["loss_mask"][1:].any():
+        if not cut["loss_mask"][..., 1:].any(-1).all():
             dropped += 1
             continue
-        truncated += len(cut["tokens"]) < len(example["tokens"])
+        truncated += cut["tokens"].shape[-1] < example["tokens"].shape[-1]
         kept.append(cut)
     if not kept:
         raise ValueError(
@@ -133,6 +135,21 @@ def make(tokens: Sequence[int], loss_mask: Sequence[int], text: str) -> Example:
     }
 
 
+def together(sides: Sequence[Example]) -> Example:
+    """One example of several, filled up to the longest with what nothing trains on."""
+    longest = max(len(side["tokens"]) for side in sides)
+
+    def filled(name: str) -> np.ndarray:
+        found = [side[name] for side in sides]
+        return np.stack([np.pad(x, (0, longest - len(x))) for x in found])
+
+    return {
+        "tokens": filled("tokens"),
+        "loss_mask": filled("loss_mask"),
+        "bytes": np.stack([side["bytes"] for side in sides]),
+    }
+
+
 def trained_text(tokenizer: tokenization.Tokenizer, example: Example) -> Iterator[str]:
     """The runs of tokens that an example trains on, decoded one by one."""
     mask = np.concatenate([[0], example["loss_mask"] > 0, [0]])
@@ -144,11 +161,12 @@ def trained_text(tokenizer: tokenization.Tokenizer, example: Example) -> Iterato
 def _cut(example: Example, length: int) -> Example:
     """The first `length` tokens."""
     mask = example["loss_mask"]
-    if len(mask) <= length:
+    if mask.shape[-1] <= length:
         return example
-    share = mask[:length].sum() / max(mask.sum(), 1)
+    share = mask[..., :length].sum(-1) / np.maximum(mask.sum(-1), 1)
     return {
-        "tokens": example["tokens"][:length],
-        "loss_mask": mask[:length],
-        "bytes": np.asarray(round(int(example["bytes"]) * share), np.int32),
+        **example,
+        "tokens": example["tokens"][..., :length],
+        "loss_mask": mask[..., :length],
+        "bytes": np.round(example["bytes"] * share).astype(np.int32),
     }

@@ -14,10 +14,16 @@ class Unmerged(NamedTuple):
     Attributes:
       adapters: by path; {} for the base alone.
       params: the base, some leaves of which may be quantised.
+      start: the adapters that training began with; {} where they changed nothing.
     """
 
     adapters: Adapters
     params: Any
+    start: Adapters = {}
+
+    def at_start(self) -> "Unmerged":
+        """The model that training began with, on the same base."""
+        return Unmerged(self.start, self.params)
 
 
 def either(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,7 +33,7 @@ def either(fn: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(params, Unmerged):
-            return adapted(*params, *args, **kwargs)
+            return adapted(params.adapters, params.params, *args, **kwargs)
         return fn(params, *args, **kwargs)
 
     return call

@@ -85,6 +85,11 @@ def build(
       ValueError: a mesh that does not divide the devices, the batch or an axis of a
         leaf; a task that has no such batch.
     """
+    if config.run.get("loss"):
+        raise ValueError(
+            f"config.run.loss={config.run.loss!r}: a plan knows the step of next "
+            "tokens alone; give '' and a task that responds"
+        )
     mesh = make_mesh(config.sharding, devices)
     model = make_model(config.model)
     shapes = hf.abstract(model)

@@ -17,6 +17,7 @@ from experiments.data import tokenization
 from experiments.data.sources import e2e, glue
 from experiments.generation import loading, quantizing
 from experiments.reading import fields, plugins
+from experiments.tasks import distillation, prefer
 from experiments.trainer import objects, optimizers
 from lorax import attention, inits
 from lorax.models import remat
@@ -147,6 +148,53 @@ def _shared_rows(config: ml_collections.ConfigDict) -> None:
             )
 
 
+def _loss(config: ml_collections.ConfigDict) -> None:
+    """The loss, that the task has it, and its options."""
+    run, task, teacher = config.run, config.data.task, config.model.teacher
+    own = {"preferences": tuple(prefer.METHODS)}
+    own |= dict.fromkeys(("e2e", "instructions"), (distillation.NAME,))
+    known = own.get(task, ())
+    if run.loss not in ("", *known):
+        raise ValueError(
+            f"config.run.loss={run.loss!r}: the task {task!r} has its own, ''"
+            + "".join(f", or {name!r}" for name in known)
+        )
+    if bool(teacher) != (run.loss == distillation.NAME):
+        raise ValueError(
+            f"config.model.teacher={teacher!r} and config.run.loss={run.loss!r}: "
+            f"{distillation.NAME!r} needs a teacher, and no other loss has one"
+        )
+    if teacher:
+        try:
+            loading.check(teacher)
+        except FileNotFoundError as error:
+            raise ValueError(f"config.model.teacher: {error}") from None
+    if not run.loss and task != "preferences":
+        if run.loss_options:
+            raise ValueError(
+                f"config.run.loss_options={run.loss_options!r}: the own loss of the "
+                f"task {task!r} has none; give ()"
+            )
+        return
+    if run.label_smoothing:
+        raise ValueError(
+            f"config.run.label_smoothing={run.label_smoothing}: it is of next tokens, "
+            "and this loss has no such thing; give 0.0. That of DPO is one of "
+            "config.run.loss_options"
+        )
+    if run.router_loss or run.router_z_loss:
+        raise ValueError(
+            f"config.run.router_loss={run.router_loss}, router_z_loss="
+            f"{run.router_z_loss}: they are added to the loss of next tokens, and this "
+            "is another one; give 0.0"
+        )
+    make = distillation if run.loss == distillation.NAME else prefer
+    try:
+        make.loss_of(run)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config.run.loss_options: {error}") from None
+
+
 def _checkpoint_run(config: ml_collections.ConfigDict) -> None:
     """What `experiments.recipes.finetune` needs beside its fields."""
     if len(config.run.methods) != 1:
@@ -181,7 +229,8 @@ def _checkpoint_run(config: ml_collections.ConfigDict) -> None:
     if data.task == "classification" and data.name in glue.TASKS and not data.root:
         raise ValueError("config.data.root='': give the folder of the GLUE tasks")
     _shared_rows(config)
-    whole = "classification", "images", "pairs", "text_to_text"
+    _loss(config)
+    whole = "classification", "images", "pairs", "preferences", "text_to_text"
     if data.packed and data.task in whole:
         raise ValueError(
             f"config.data.packed=True: examples of {data.task!r} are not packed; set "

@@ -56,6 +56,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"run\.loss_chunk", whole() | CHOSEN),
     (r"run\.router_loss", number(0) | Rule("-1 for the model's", lambda v: v == -1)),
     (r"run\.router_z_loss", number(0)),
+    (r"run\.loss", TEXT),
+    (r"run\.loss_options", pairs("(('beta', 0.1),)")),
     (r"run\.skip_nonfinite", whole()),
     (r"run\.save_every", whole()),
     (r"run\.save_deadline", POSITIVE),
@@ -67,7 +69,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"distributed\.process", whole() | None),
     (r"distributed\.heartbeat", whole(1)),
     # model
-    (r"model\.source", TEXT),
+    (r"model\.(source|teacher)", TEXT),
     (r"model\.quantize", TEXT),
     (r"model\.labels", whole()),
     (r"model\.head", choice("", "none", "classification", "mlm")),

@@ -81,6 +81,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
                 optimizers.make_optimizer(rate, config.run.steps, config.optimizer),
                 task.train,
                 quantizing.rules(config.model.quantize) if late else None,
+                task.reference,
+                task.frozen,
             ),
             clip_norm=config.optimizer.clip_norm,
             calibration=prepare.calibration_of(config.adapter),

@@ -130,6 +130,26 @@ def of_model(
     return found.mean, _told(found.weight, found.nats, batch)
 
 
+def log_probs(model: Any, params: Any, batch: Any, chunk: int) -> jax.Array:
+    """The log-probability of every target, `[rows, positions]`.
+
+    Args:
+      model: tokens to logits, or to hidden states.
+      params: of the model.
+      batch: with `inputs` and `targets`.
+      chunk: positions of every row whose logits are made at a time; 0: all; `AUTO`.
+    """
+    inputs, targets = batch["inputs"], batch["targets"]
+    if chunk == AUTO:
+        chunk = chunk_for(targets.shape, model.config)
+    if not chunk:
+        logits = model.apply({"params": params}, inputs)
+        return -optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    hidden = model.apply({"params": params}, inputs, hidden=True)
+    head = model.head_of(params)
+    return losses.token_log_probs(hidden, head, targets, chunk=chunk)
+
+
 def chunk_for(shape: tuple[int, int], config: Any) -> int:
     """The chunk of a batch `[rows, positions]`; 0 where all logits are few."""
     if shape[0] * shape[1] * config.vocabulary < LARGE:

@@ -18,7 +18,7 @@ from experiments.data import batches, examples, packing, tokenization
 from experiments.data.sources import e2e, instruction, paths
 from experiments.generation import continuations, unmerged
 from experiments.machine import disk, distributed, placement
-from experiments.tasks import base, losses
+from experiments.tasks import base, distillation, losses
 from experiments.tasks.base import Scores, Task
 from experiments.tasks.scoring import bits, overlap
 from lorax.models import sampling
@@ -36,6 +36,11 @@ def make_respond(
     valid = encode(data, tokenizer, "valid", data.valid_rows)
     chunk = config.run.loss_chunk
     judged, own = config.eval.batch_size, place.part(config.eval.batch_size)
+    routers = losses.Routers(config.run.router_loss, config.run.router_z_loss)
+    loss_fn = losses.make_causal(model, config.run.label_smoothing, chunk, routers)
+    teacher = distillation.Teacher()
+    if config.run.loss == distillation.NAME:
+        loss_fn, teacher = distillation.make(config, model, tokenizer, place)
 
     def held_out(rows: int) -> list[batches.Batch]:
         return batches.evaluation_batches(valid[:rows], judged, lengths, pad, part=own)
@@ -59,17 +64,7 @@ def make_respond(
         made = packing.packed_batches(train, data.batch_size, max(lengths), pad, **how)
     else:
         made = batches.training_batches(train, data.batch_size, lengths, pad, **how)
-    return Task(
-        made,
-        losses.make_causal(
-            model,
-            config.run.label_smoothing,
-            chunk,
-            losses.Routers(config.run.router_loss, config.run.router_z_loss),
-        ),
-        lambda params: scored(params, some),
-        report,
-    )
+    return Task(made, loss_fn, lambda params: scored(params, some), report, *teacher)
 
 
 def encode(

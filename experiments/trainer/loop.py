@@ -51,13 +51,18 @@ class Clock:
 class Compiled:
     """A train step, compiled once for every shape of a batch."""
 
-    def __init__(self, step: Callable[..., Any], lies: Any = None) -> None:
+    def __init__(
+        self, step: Callable[..., Any], lies: Any = None, rest: Sequence[Any] = ()
+    ) -> None:
         """Compiles nothing yet.
 
         Args:
-          step: `(state, params, batch) -> (state, metrics)`; the state is donated.
+          step: `(state, params, batch, *rest) -> (state, metrics)`; the state is
+            donated.
           lies: shardings of the state that it returns; None: as they come.
+          rest: what the step takes behind the batch, the same every time.
         """
+        self._rest = tuple(rest)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(lies, None))
         self._by_shapes: dict[Any, Any] = {}
 
@@ -68,9 +73,9 @@ class Compiled:
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._by_shapes:
             with clock.paused() if clock else contextlib.nullcontext():
-                lowered = self._step.lower(state, params, batch)
+                lowered = self._step.lower(state, params, batch, *self._rest)
                 self._by_shapes[shapes] = lowered.compile()
-        return self._by_shapes[shapes](state, params, batch)
+        return self._by_shapes[shapes](state, params, batch, *self._rest)
 
 
 MERGED = jax.jit(lorax.merge)

@@ -1,5 +1,6 @@
 """From what is to be fitted to a run that can make its first step."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,13 +22,18 @@ class Problem(NamedTuple):
     """What is fitted.
 
     Attributes:
-      loss_fn: `(params, batch) -> (loss, metrics)`, written for plain parameters.
+      loss_fn: `(params, batch) -> (loss, metrics)`, written for plain parameters; with
+        a reference `(params, batch, said)`.
       params: the parameters to start from; left as they are.
       targets: what trains.
       tx: any optax transformation.
       batches: indexed by step.
       quantize: rules of `lorax.quantize` for the base that an init leaves, so that what
         it moves into the adapters is not rounded; None: the base stays as it is.
+      reference: `(frozen, params, batch) -> said`, as `training.make_train_step` takes
+        it; None: the loss needs none.
+      frozen: what the reference reads beside the base; None: the adapters that training
+        begins with, {} where they change nothing.
     """
 
     loss_fn: Callable[..., Any]
@@ -36,6 +42,15 @@ class Problem(NamedTuple):
     tx: Any
     batches: grain.MapDataset
     quantize: Any = None
+    reference: training.Reference | None = None
+    frozen: Any = None
+
+    def given(self, batch: Any) -> tuple[Any, ...]:
+        """What the loss takes behind the base: a batch, and what is said of it."""
+        if self.reference is None:
+            return (batch,)
+        frozen = {} if self.frozen is None else self.frozen
+        return batch, jax.jit(self.reference)(frozen, self.params, batch)
 
 
 class Calibration(NamedTuple):
@@ -86,7 +101,8 @@ def prepare(
       tell: gets what the targets adapt and leave out, unless all train whole leaves.
     """
     example = place.put(problem.batches[0])  # of all processes together
-    kernels = lorax.discover(problem.loss_fn, problem.params, example)
+    said = jax.eval_shape(problem.given, example)[1:]
+    kernels = lorax.discover(problem.loss_fn, problem.params, example, *said)
     targets, stats = calibrated(key, problem, kernels, calibration, place)
     problem = problem._replace(targets=targets)
     whole = (adapter_classes.get(target.adapter).replaces for target in targets)
@@ -96,22 +112,25 @@ def prepare(
     moved = tree.split(params)[0] is not tree.split(problem.params)[0]
     if problem.quantize:
         params = lorax.quantize(params, problem.quantize, kernels)
-    initial = jax.tree.map(jnp.copy, state.adapters) if moved else None  # not donated
     lies = None
     if placed:
         cut = place.config.get("adapters", "auto")
         lies = sharding.state_shardings(state, placed, cut)
         state, params = laid_out(state, params, lies, placed)
+    same = all(inits.of_target(target).keeps_base for target in targets)
+    start = {} if same else jax.tree.map(jnp.copy, state.adapters)  # not donated
     if quantizing.packed(params):
         merge = unmerged.Unmerged
+    if problem.reference:  # what it says is of the model at the start
+        merge = functools.partial(unmerged.Unmerged, start=start)
     return Prepared(
         state,
         params,
-        make_step(problem, clip_norm, lies),
+        make_step(problem, clip_norm, lies, start),
         place,
         merge,
         tokens=max(leaf.size for leaf in jax.tree.leaves(example)),
-        initial=initial,
+        initial=start if moved else None,
     )
 
 
@@ -131,10 +150,15 @@ def calibrated(
       calibration: what of the data is looked at.
       place: where batches lie.
     """
-    loss_fn, params, targets = problem.loss_fn, problem.params, problem.targets
+    params, targets = problem.params, problem.targets
     if not any(inits.of_target(target).stats for target in targets):
         return targets, None
-    first = [place.put(problem.batches[i]) for i in range(calibration.batches)]
+
+    def loss_fn(params: Any, given: tuple[Any, ...]) -> Any:
+        return problem.loss_fn(params, *given)
+
+    batches = map(problem.batches.__getitem__, range(calibration.batches))
+    first = [problem.given(place.put(batch)) for batch in batches]
     init_key, _ = jax.random.split(key)
     stats = lorax.calibrate(init_key, loss_fn, params, targets, first, kernels)
     rho = calibration.redistribute
@@ -162,12 +186,27 @@ def begin(
 
 
 def make_step(
-    problem: Problem, clip_norm: float | None = None, lies: Any = None
+    problem: Problem,
+    clip_norm: float | None = None,
+    lies: Any = None,
+    start: Any = None,
 ) -> Compiled:
-    """Returns the train step of a problem; `lies` as for `Compiled`."""
-    loss_fn = training.simple_loss(problem.loss_fn)
-    step = training.make_train_step(loss_fn, problem.tx, clip_norm=clip_norm)
-    return Compiled(step, lies)
+    """Returns the train step of a problem.
+
+    Args:
+      problem: what is fitted.
+      clip_norm: bound on the gradients' global norm, None for none.
+      lies: as for `Compiled`.
+      start: adapters that training begins with, for a reference that has nothing else.
+    """
+    loss_fn, reference = training.simple_loss(problem.loss_fn), problem.reference
+    step = training.make_train_step(
+        loss_fn, problem.tx, clip_norm=clip_norm, reference=reference
+    )
+    if reference is None:
+        return Compiled(step, lies)
+    frozen = start if problem.frozen is None else problem.frozen
+    return Compiled(step, lies, (None, frozen))  # no pairs of a population
 
 
 def laid_out(

@@ -3,8 +3,10 @@
     loss_fn(params, model_state, batch, key) -> (loss, (metrics, model_state))
 
 with `model_state` what the model carries from step to step without training it
-(BatchNorm statistics, `nnx` counts) and `key` None at evaluation. `metrics["weight"]`,
-where given, is the number of target tokens that `loss` is the mean over.
+(BatchNorm statistics, `nnx` counts) and `key` None at evaluation. Where a train step
+has a reference, what that says of the batch is one more argument behind the key.
+`metrics["weight"]`, where given, is the number of target tokens (or of pairs, ...) that
+`loss` is the mean over.
 """
 
 from __future__ import annotations
@@ -17,17 +19,20 @@ import jax.numpy as jnp
 
 from lorax.types import PyTree
 
-LossFn = Callable[[PyTree, PyTree, PyTree, jax.Array | None], tuple[jax.Array, Any]]
+LossFn = Callable[..., tuple[jax.Array, Any]]
+Reference = Callable[[PyTree, PyTree, PyTree], Any]
+"""`(frozen, params, batch) -> what models that do not train say of the batch`."""
 Metrics = dict[str, Any]
 
 RESERVED = ("loss", "grad_norm", "skipped")
 
 
-def simple_loss(fn: Callable[[PyTree, PyTree], Any]) -> LossFn:
+def simple_loss(fn: Callable[..., Any]) -> LossFn:
     """Turns `fn(params, batch) -> loss` or `(loss, metrics)` into the full protocol.
 
     Args:
-      fn: a loss that needs no key and carries no model state.
+      fn: a loss that needs no key and carries no model state; with a reference,
+        `fn(params, batch, said)`.
 
     Returns:
       A loss in the protocol of `make_train_step`.
@@ -38,9 +43,11 @@ def simple_loss(fn: Callable[[PyTree, PyTree], Any]) -> LossFn:
       (6.0, ({}, {}))
     """
 
-    def loss_fn(params: PyTree, model_state: PyTree, batch: PyTree, key: Any) -> Any:
+    def loss_fn(
+        params: PyTree, model_state: PyTree, batch: PyTree, key: Any, *said: Any
+    ) -> Any:
         del key
-        out = fn(params, batch)
+        out = fn(params, batch, *said)
         loss, metrics = out if isinstance(out, tuple) else (out, {})
         return loss, (metrics, model_state)
 
@@ -52,10 +59,10 @@ def checked(loss_fn: LossFn) -> LossFn:
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function; got {loss_fn!r}")
 
-    def checked(params: PyTree, model_state: PyTree, batch: PyTree, key: Any) -> Any:
+    def checked(params: PyTree, model_state: PyTree, *args: Any) -> Any:
         # Rebuilt here, nnx Variables belong to this trace and may be written to.
         fresh = jax.tree.map(lambda leaf: leaf, model_state)
-        out = loss_fn(params, fresh, batch, key)
+        out = loss_fn(params, fresh, *args)
         try:
             loss, (metrics, new_state) = out
         except (TypeError, ValueError):

@@ -332,6 +332,7 @@ def encode_chat(
     template: ChatTemplate,
     messages: Sequence[Message],
     ends: Ends | None = None,
+    after: int = 0,
 ) -> examples.Example:
     """One example: the whole chat, the assistant's turns and their ends in the loss.
 
@@ -342,6 +343,7 @@ def encode_chat(
       template: of the chats.
       messages: in order.
       ends: from `turn_ends`, which None calls.
+      after: so many messages are only read, what the assistant says in them too.
 
     Raises:
       ChatTemplateError: if the template does not fit the chat, or a turn never ends.
@@ -349,8 +351,16 @@ def encode_chat(
     ends = ends or turn_ends(tokenizer, template)
     text, spans = closed_spans(tokenizer, template, messages, ends)
     ids, places = tokenizer.encode_spans(text)
-    written = (m["content"] for m in messages if m["role"] == "assistant")
-    return examples.make(ids, list(_inside(places, spans)), "".join(written))
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if len(turns) != len(spans):
+        raise ChatTemplateError(
+            f"{template.name}: the assistant has {len(turns)} turns and the template "
+            f"marks {len(spans)}; put {{% generation %}} around each turn once"
+        )
+    kept = [(i, span) for i, span in zip(turns, spans, strict=True) if i >= after]
+    mask = _inside(places, [span for _, span in kept])
+    written = "".join(messages[i]["content"] for i, _ in kept)
+    return examples.make(ids, list(mask), written)
 
 
 def encode_chats(

@@ -85,7 +85,11 @@ def read_chats(
 
     def use(row: records.Row) -> records.Row:
         if form == "messages" or (form is None and "messages" in row.values):
-            messages = _messages(row.values.get("messages"))
+            messages = read_messages(row.values.get("messages"))
+            if not any(message["role"] == "assistant" for message in messages):
+                raise records.MalformedRow(
+                    "no message of the assistant: nothing to train on"
+                )
         else:
             prompt, response = _pair(row.values, form)
             messages = [
@@ -137,12 +141,12 @@ def _pair(values: dict[str, Any], form: str | None) -> tuple[str, str]:
     raise records.MalformedRow(f"columns {sorted(values)} are of no form in {known}")
 
 
-def _messages(found: Any) -> Chat:
-    """Checks a chat."""
+def read_messages(found: Any, column: str = "messages") -> Chat:
+    """Returns a chat, or raises MalformedRow for what is none."""
     if not isinstance(found, list) or not found:
-        raise records.MalformedRow("'messages' is no list of messages")
+        raise records.MalformedRow(f"{column!r} is no list of messages")
     for i, message in enumerate(found):
-        at = f"messages[{i}]"
+        at = f"{column}[{i}]"
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise records.MalformedRow(
                 f"{at}: expected an object with a role of {ROLES}"
@@ -151,6 +155,4 @@ def _messages(found: Any) -> Chat:
         written = message["role"] == "assistant"
         if not isinstance(content, str) or (written and not content.strip()):
             raise records.MalformedRow(f"{at}: 'content' is {content!r}, expected text")
-    if not any(message["role"] == "assistant" for message in found):
-        raise records.MalformedRow("no message of the assistant: nothing to train on")
     return found
