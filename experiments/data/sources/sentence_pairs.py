@@ -73,25 +73,22 @@ def _joined(texts: Sequence[tuple[str, str]]) -> list[int]:
 def of_labels(data: classification.Data) -> list[Pair]:
     """Pairs each sentence with the next of its label; the label is the group.
 
-    Labels with one sentence have no pair.
+    A sentence is in one pair, so that none is looked up among positives that it is one
+    of; the last of an odd number is in none.
 
     Raises:
       ValueError: labels that are numbers.
     """
     if not data.labels:
         raise ValueError("numbers are no groups: give a set with labels")
-    members: dict[int, list[str]] = {}
-    for row in data.rows:
-        members.setdefault(int(row.label), []).append(row.first)
-    following = {label: texts[1:] + texts[:1] for label, texts in members.items()}
-    place = dict.fromkeys(members, 0)
+    waiting: dict[int, str] = {}
     made = []
-    for row in data.rows:  # in the order of the rows, which is mixed
+    for row in data.rows:
         label = int(row.label)
-        other = following[label][place[label]]
-        place[label] += 1
-        if len(members[label]) > 1:
-            made.append(Pair(row.first, other, label))
+        if label in waiting:
+            made.append(Pair(waiting.pop(label), row.first, label))
+        else:
+            waiting[label] = row.first
     return made
 
 
