@@ -7,10 +7,11 @@ PEFT's directory is the common tongue, and each engine reads a part of it. The r
 those of the engines' own loaders, said again here; engines change, and a rule is as old
 as its reference:
 
-vLLM: `vllm/lora/peft_helper.py`, `utils.py`, `lora_model.py` (commit 0306474) and
-`vllm/config/lora.py`. SGLang: `python/sglang/srt/lora/lora_config.py` (0ceb81f),
-`utils.py` (01235a1) and `lora.py`. llama.cpp: `src/llama-adapter.cpp`, and of lorax
-`gguf.save_adapters`, which writes its files.
+vLLM: `vllm/lora/lora_model.py` (commit 0306474), `peft_helper.py` (0214369), `utils.py`
+(001e63a), `vllm/config/lora.py` (01230b4), `docs/models/supported_models.md` (0046f77).
+SGLang: `python/sglang/srt/lora/lora_config.py` (0ceb81f), `utils.py` (01235a1) and
+`lora.py` (002c60a). llama.cpp: `src/llama-adapter.cpp` (0650ea8), and of lorax
+`gguf.save_adapters`, which writes its files. No engine was run.
 
 References:
   Kwon et al., vLLM, https://github.com/vllm-project/vllm. Zheng et al., SGLang,
@@ -148,8 +149,12 @@ def _one_rank(written: Written, engine: str) -> Iterator[str]:
 
 
 VLLM_FAMILIES = frozenset(
-    "gemma gemma2 gemma3_text llama mistral mixtral qwen2 qwen3 qwen3_moe".split()
+    """
+    gemma gemma2 gemma3_text gemma4_text gpt_oss llama ministral mistral mixtral olmo2
+    phi3 qwen2 qwen3 qwen3_moe smollm3
+    """.split()
 )
+"""Those with a mark under "LoRA" in its list of models."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Of --max-lora-rank, `MaxLoRARanks` of `vllm/config/lora.py`; 16 by default."""
 
