@@ -8,7 +8,9 @@ config.sharding.expert=4.
 
 Claimed: nothing; the shapes are those of its config.json. Never run at full size:
 neither the checkpoint nor a TPU can be had here. What is known is what the compiler
-says. Every expert has a pair of its own; the router stays as it is.
+says: of `jax.lax.ragged_dot` at this width, that its kernel needs more than 16 MiB of
+VMEM, so that neither plan compiles with libtpu yet. Every expert has a pair of its own;
+the router stays as it is.
 
 `:runlocal` shrinks the shapes, for a plan on `cpu:8`.
 """
