@@ -107,9 +107,8 @@ def layer_entries(
         block = [*linear("self_attn.qkv_proj", "qkv", width, heads, **qkv)]
     block += [*linear("self_attn.o_proj", "o", heads, width, bias=o_bias), *mlp]
     if config.qk_norm:
-        axes = 2 if getattr(config, "all_heads", False) else 1
-        block += table.rms_norm("self_attn.q_norm", "norm_q", axes)
-        block += table.rms_norm("self_attn.k_norm", "norm_k", axes)
+        block += table.rms_norm("self_attn.q_norm", "norm_q")
+        block += table.rms_norm("self_attn.k_norm", "norm_k")
     for key, name in norms.items():
         block += table.rms_norm(key, name)
     return block

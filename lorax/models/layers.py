@@ -329,13 +329,9 @@ def layer_norm(name: str, config: Sizes) -> nn.LayerNorm:
     )
 
 
-def rms_norm(
-    name: str, config: Sizes, *, use_scale: bool = True, axes: tuple[int, ...] = (-1,)
-) -> nn.RMSNorm:
-    """An RMS norm over some axes, with a scale or without."""
+def rms_norm(name: str, config: Sizes, *, use_scale: bool = True) -> nn.RMSNorm:
+    """An RMS norm with a scale, or without."""
     return nn.RMSNorm(
-        reduction_axes=axes,
-        feature_axes=axes,
         use_scale=use_scale,
         epsilon=config.eps,
         dtype=config.dtype,

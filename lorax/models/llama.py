@@ -79,8 +79,7 @@ class Block(nn.Module):
         config = self.config
         q, k, v = self._qkv(x)
         if config.qk_norm:
-            axes = (-2, -1) if config.all_heads else (-1,)
-            q, k = self._norm("norm_q", axes)(q), self._norm("norm_k", axes)(k)
+            q, k = self._normed("norm_q", q), self._normed("norm_k", k)
         angles = shared["angles"]
         if config.turned:
             cos, sin = angles
@@ -117,14 +116,18 @@ class Block(nn.Module):
     ) -> nn.Module:
         return layers.projection(features, name, self.config, use_bias=bias, axis=axis)
 
+    def _normed(self, name: str, x: jax.Array) -> jax.Array:
+        flat = x.reshape(*x.shape[:-2], -1) if self.config.all_heads else x
+        return self._norm(name)(flat).reshape(x.shape)
+
     def _before(self, name: str, x: jax.Array) -> jax.Array:
         return x if self.config.post_norms else self._norm(name)(x)
 
     def _behind(self, name: str, x: jax.Array) -> jax.Array:
         return self._norm(name)(x) if self.config.post_norms else x
 
-    def _norm(self, name: str, axes: tuple[int, ...] = (-1,)) -> nn.RMSNorm:
-        return layers.rms_norm(name, self.config, axes=axes)
+    def _norm(self, name: str) -> nn.RMSNorm:
+        return layers.rms_norm(name, self.config)
 
 
 class Model(nn.Module):

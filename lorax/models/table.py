@@ -228,9 +228,9 @@ def layer_norm(key: str, path: str) -> tuple[Entry, ...]:
     )
 
 
-def rms_norm(key: str, path: str, axes: int = 1) -> tuple[Entry, ...]:
-    """Returns the entry of an RMS norm over so many axes: its scale."""
-    return (Entry(f"{key}.weight", f"{path}/scale", (None,) * axes, inputs=0),)
+def rms_norm(key: str, path: str) -> tuple[Entry, ...]:
+    """Returns the entry of an RMS norm: its scale."""
+    return (Entry(f"{key}.weight", f"{path}/scale", (None,), inputs=0),)
 
 
 def embedding(key: str, path: str, rows: str | None = "vocab") -> Entry:

@@ -265,7 +265,8 @@ def test_an_adapter_of_the_layers_embedding_is_that_of_peft(case, tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(
         directory, attn_implementation="eager"
     )
-    fields = {"r": 2, "lora_alpha": 5, "init_lora_weights": False}
+    torch.manual_seed(0)
+    fields = {"r": 2, "lora_alpha": 1, "init_lora_weights": False}
     config = theirs.LoraConfig(target_modules=["embed_tokens_per_layer"], **fields)
     adapted = theirs.get_peft_model(base, config).eval()
     adapted.save_pretrained(tmp_path)
