@@ -8,12 +8,13 @@ their padding is marked as not real.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lorax import attention
 from lorax.types import PyTree
 
 
@@ -194,3 +195,58 @@ def of(
     cache = announced(cache, tokens, real)
     mask, back = causal_mask(tokens.shape[1], real, segments, cache)
     return Context(positions, mask, back, cache, slot)
+
+
+class Stripable(Protocol):
+    """What `rows` reads of a family's Config."""
+
+    @property
+    def striped(self) -> bool:
+        """Devices along a mesh axis "context" share rows, see `attention.stripe`."""
+
+
+class Rows(NamedTuple):
+    """What a decoder's first layer reads, in stripes where devices share rows.
+
+    Attributes:
+      tokens: int `[batch, time]`.
+      positions: likewise.
+      shared: what every layer is told.
+      seen: of the tokens in their own order.
+      striped: they are in stripes.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    shared: dict[str, Any]
+    seen: Context
+    striped: bool
+
+    def result(self, x: jax.Array, last_only: bool) -> jax.Array:
+        """Returns what the last layer returned in the order of the tokens.
+
+        Args:
+          x: `[batch, time, width]`.
+          last_only: of the last token alone.
+        """
+        x = attention.unstripe(x) if self.striped else x
+        return x[:, -1:] if last_only else x
+
+
+def rows(
+    tokens: jax.Array,
+    config: Stripable,
+    *,
+    positions: jax.Array | None,
+    real: jax.Array | None,
+    segments: jax.Array | None,
+    cache: Cache | None,
+) -> Rows:
+    """Returns what the first layer reads; the arguments are those of the models."""
+    seen = of(tokens, positions=positions, real=real, segments=segments, cache=cache)
+    own = tokens, seen.positions, attention.segments_of(real, segments)
+    striped = config.striped and cache is None and tokens.shape[1] > 1
+    if striped:
+        own = jax.tree.map(attention.stripe, own)
+    tokens, places, segments = own
+    return Rows(tokens, places, seen.shared(segments), seen, striped)

@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax import attention, losses
+from lorax import losses
 from lorax.models import (
     context,
     decoder_config,
@@ -138,34 +138,33 @@ class Model(nn.Module):
         """Reads tokens; arguments and result are those of `llama.Model`."""
         del deterministic
         config = self.config
-        seen = context.of(
-            tokens, positions=positions, real=real, segments=segments, cache=cache
+        rows = context.rows(
+            tokens,
+            config,
+            positions=positions,
+            real=real,
+            segments=segments,
+            cache=cache,
         )
-        positions, segments = seen.positions, attention.segments_of(real, segments)
-        striped = config.striped and cache is None and tokens.shape[1] > 1
-        if striped:
-            given = tokens, positions, segments
-            tokens, positions, segments = jax.tree.map(attention.stripe, given)
         embed = layers.embedding(config.vocabulary, "embed", config)
         root = jnp.asarray(config.width**0.5, config.param_dtype)  # rounded, as theirs
-        own = {"cache": seen.kept, "window": layers.windows(config)}
+        own = {"cache": rows.seen.kept, "window": layers.windows(config)}
         ropes = config.local_rope, config.rope
-        angles = tuple(r.angles(positions, config.head_dim) for r in ropes)
+        angles = tuple(r.angles(rows.positions, config.head_dim) for r in ropes)
         x, kept = layers.run_layers(
             Block,
             config,
-            embed(tokens) * root.astype(config.dtype),
+            embed(rows.tokens) * root.astype(config.dtype),
             own,
-            {"angles": angles, **seen.shared(segments)},
+            {"angles": angles, **rows.shared},
             length=config.layers,
             names=NAMES,
         )
-        x = attention.unstripe(x) if striped else x
-        x = Norm(config, name="norm_out")(x[:, -1:] if last_only else x)
+        x = Norm(config, name="norm_out")(rows.result(x, last_only))
         if hidden:
-            return seen.result(x, kept)
+            return rows.seen.result(x, kept)
         logits = layers.capped(layers.head(x, embed, config), config.logit_cap)
-        return seen.result(logits, kept)
+        return rows.seen.result(logits, kept)
 
     def head_of(self, params: Any) -> losses.Head:
         """Returns the head among the parameters."""

@@ -28,7 +28,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax import attention, losses
+from lorax import losses
 from lorax.models import (
     context,
     decoder_config,
@@ -180,29 +180,28 @@ class Model(nn.Module):
         """Reads tokens; arguments and result are those of `llama.Model`."""
         del deterministic
         config = self.config
-        seen = context.of(
-            tokens, positions=positions, real=real, segments=segments, cache=cache
+        rows = context.rows(
+            tokens,
+            config,
+            positions=positions,
+            real=real,
+            segments=segments,
+            cache=cache,
         )
-        positions, segments = seen.positions, attention.segments_of(real, segments)
-        striped = config.striped and cache is None and tokens.shape[1] > 1
-        if striped:
-            given = tokens, positions, segments
-            tokens, positions, segments = jax.tree.map(attention.stripe, given)
         embed = layers.embedding(config.vocabulary, "embed", config)
-        x = _scaled(embed(tokens), config.width**0.5, config)
-        extra = self._extra(tokens, x) if config.extra else None
+        x = _scaled(embed(rows.tokens), config.width**0.5, config)
+        extra = self._extra(rows.tokens, x) if config.extra else None
         angles = {
-            True: config.local_rope.angles(positions, config.head_dim),
-            False: config.rope.angles(positions, config.far_head_dim),
+            True: config.local_rope.angles(rows.positions, config.head_dim),
+            False: config.rope.angles(rows.positions, config.far_head_dim),
         }
-        shared = {"angles": angles, **seen.shared(segments)}
+        shared = {"angles": angles, **rows.shared}
         x, kept = self._run(x, extra, cache, shared)
-        x = attention.unstripe(x) if striped else x
-        x = layers.rms_norm("norm_out", config)(x[:, -1:] if last_only else x)
+        x = layers.rms_norm("norm_out", config)(rows.result(x, last_only))
         if hidden:
-            return seen.result(x, kept)
+            return rows.seen.result(x, kept)
         logits = layers.capped(layers.head(x, embed, config), config.logit_cap)
-        return seen.result(logits, kept)
+        return rows.seen.result(logits, kept)
 
     def _run(
         self, x: jax.Array, extra: Any, cache: context.Cache | None, shared: Any

@@ -26,7 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax import attention, losses
+from lorax import losses
 from lorax.models import (
     context,
     decoder_config,
@@ -167,35 +167,34 @@ class Model(nn.Module):
         """
         del deterministic
         config = self.config
-        seen = context.of(
-            tokens, positions=positions, real=real, segments=segments, cache=cache
+        rows = context.rows(
+            tokens,
+            config,
+            positions=positions,
+            real=real,
+            segments=segments,
+            cache=cache,
         )
-        positions, segments = seen.positions, attention.segments_of(real, segments)
-        striped = config.striped and cache is None and tokens.shape[1] > 1
-        if striped:
-            given = tokens, positions, segments
-            tokens, positions, segments = jax.tree.map(attention.stripe, given)
         embed = layers.embedding(config.vocabulary, "embed", config)
         own = {
-            "cache": seen.kept,
+            "cache": rows.seen.kept,
             "window": layers.windows(config),
             "turned": jnp.array(config.turned) if config.turned else None,
         }
         slots = None if cache is None else cache.length
-        angles = config.rope.angles(positions, config.head_dim, slots)
-        shared = {"angles": angles, **seen.shared(segments)}
+        angles = config.rope.angles(rows.positions, config.head_dim, slots)
+        shared = {"angles": angles, **rows.shared}
         x, kept = layers.run_layers(
             self.block,
             config,
-            embed(tokens),
+            embed(rows.tokens),
             own,
             shared,
             length=config.layers,
             names=self.names,
         )
-        x = attention.unstripe(x) if striped else x
-        x = layers.rms_norm("norm_out", config)(x[:, -1:] if last_only else x)
-        return seen.result(x if hidden else layers.head(x, embed, config), kept)
+        x = layers.rms_norm("norm_out", config)(rows.result(x, last_only))
+        return rows.seen.result(x if hidden else layers.head(x, embed, config), kept)
 
     def head_of(self, params: Any) -> losses.Head:
         """Returns the head among the parameters."""
