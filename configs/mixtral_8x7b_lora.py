@@ -7,10 +7,10 @@ For 4 chips of a v5p set config.sharding.topology=v5p:2x2x1 and
 config.sharding.expert=4.
 
 Claimed: nothing; the shapes are those of its config.json. Never run at full size:
-neither the checkpoint nor a TPU can be had here. What is known is what the compiler
-says: of `jax.lax.ragged_dot` at this width, that its kernel needs more than 16 MiB of
-VMEM, so that neither plan compiles with libtpu yet. Every expert has a pair of its own;
-the router stays as it is.
+neither the checkpoint nor a TPU can be had here. On the v5p the plan compiles with
+LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=32768, on the v5e not yet: the kernel
+of `jax.lax.ragged_dot` needs more VMEM at this width. Every expert has a pair of its
+own; the router stays as it is.
 
 `:runlocal` shrinks the shapes, for a plan on `cpu:8`.
 """
