@@ -25,7 +25,15 @@ import numpy as np
 import safetensors.numpy
 
 from lorax import models, tree, untrusted
-from lorax.interop import bitsandbytes, files, leaves, multimodal, packed, sources
+from lorax.interop import (
+    bitsandbytes,
+    files,
+    leaves,
+    multimodal,
+    mxfp4,
+    packed,
+    sources,
+)
 from lorax.interop.vocabulary import resize_embeddings as resize_embeddings
 from lorax.models import table
 from lorax.quantization import Rules
@@ -80,7 +88,9 @@ def load(
     family = family_of(raw, directory)
     try:
         text = multimodal.text_tensors(files.open_checkpoint(directory), whole)
-        tensors = bitsandbytes.gathered(text, raw)
+        tensors: Mapping[str, Any] | None = mxfp4.gathered(text, raw)
+        if tensors is None:
+            tensors = bitsandbytes.gathered(text, raw)
         stored = _dtype(tensors.values())
         config = family.Config.from_hf(
             {name: raw[name] for name in raw if name != "quantization_config"},
@@ -94,7 +104,10 @@ def load(
     shapes = abstract(model)
     try:
         found = _placed(family, config, tensors, shapes, draws_heads=key is not None)
-        plans: dict[str, Any] = {**bitsandbytes.plans(found, _flat(shapes))}
+        plans: dict[str, Any] = {
+            **bitsandbytes.plans(found, _flat(shapes)),
+            **mxfp4.plans(found, _flat(shapes)),
+        }
     except ValueError as error:
         raise ValueError(f"{directory}: {error}; {_sizes(raw, config)}") from error
     if quantize is not None:

@@ -1,4 +1,4 @@
-"""The tables that codes point into: NF4's sixteen values, and the 8-bit dynamic map.
+"""The tables that codes point into: NF4, MXFP4, and the 8-bit dynamic map.
 
 References:
   Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314,
@@ -25,13 +25,16 @@ NF4 = np.array(
     ],
     np.float32,
 )
-BOOKS = {"nf4": NF4}
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # floats of four bits
+MXFP4 = np.array([*(-value for value in _E2M1[:0:-1]), *_E2M1], np.float32)
+BOOKS = {"nf4": NF4, "mxfp4": MXFP4}
+"""In rising order; MXFP4 has 15, for its two zeros are one."""
 
 
 def scaled(book: str, codes: jax.Array, scales: jax.Array) -> jax.Array:
     """Returns `table[codes] * scales` of 4-bit codes, in the dtype of the scales.
 
-    One select after another between the sixteen multiples of a scale: elementwise, a
+    One select after another between the multiples of a scale: elementwise, a
     single chain, so that XLA fuses it into what reads the values. A gather is fused on
     no backend, a tree of selects keeps its leaves, and constants in place of multiples
     are spread outside of a loop over layers, each to the size of a kernel.

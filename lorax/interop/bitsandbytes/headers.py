@@ -82,8 +82,8 @@ def _require_method(told: Any) -> None:
     if method != "bitsandbytes":
         raise ValueError(
             f"{where}.quant_method={untrusted.shown(method)} is not read, only "
-            "'bitsandbytes'; load the model as it was before and quantise that, "
-            "hf.load(..., quantize='nf4'), or write it dense with transformers "
+            "'bitsandbytes' and 'mxfp4'; load the model as it was before and quantise "
+            "that, hf.load(..., quantize='nf4'), or write it dense with transformers "
             "(model.dequantize(), save_pretrained)"
         )
 
