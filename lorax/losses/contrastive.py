@@ -40,8 +40,9 @@ def in_batch_negatives(
       ValueError: other shapes.
 
     Example:
-      >>> in_batch_negatives(jnp.eye(2), jnp.eye(2), scale=1.0)
-      Array([0.31326166, 0.31326166], dtype=float32)
+      >>> loss = in_batch_negatives(jnp.eye(2), jnp.eye(2), scale=1.0)
+      >>> [f"{nats:.4f}" for nats in loss]
+      ['0.3133', '0.3133']
     """
     if anchors.ndim != 2 or anchors.shape != positives.shape:
         raise ValueError(

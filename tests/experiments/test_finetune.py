@@ -83,6 +83,7 @@ def test_a_real_checkpoint_learns_and_writes(tmp_path):
 
 
 @needs_data
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_batch_size(tmp_path):
     fields = {"data.train_rows": 8, "data.valid_rows": 33, "data.lengths": (344,)}
     scores = []

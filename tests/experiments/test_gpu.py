@@ -14,6 +14,7 @@ from tests import children
 pytestmark = pytest.mark.once
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch_peft.available(), reason="torch or peft is not installed")
 def test_steps_beside_peft(tmp_path):
     size, steps = sizes.SIZES["toy"], {}

@@ -101,7 +101,10 @@ def test_a_broken_cache_is_trained_anew(run, tmp_path, caplog):
 @pytest.mark.once
 @pytest.mark.parametrize(
     "adapter,init,options",
-    [("dora", "lora_ga", (("scale", "gd"),)), ("adalora", "pissa", ())],
+    [
+        pytest.param("dora", "lora_ga", (("scale", "gd"),), marks=pytest.mark.slow),
+        ("adalora", "pissa", ()),
+    ],
 )
 def test_other_adapters_and_inits_by_config_alone(
     run, tmp_path, adapter, init, options

@@ -61,7 +61,9 @@ def drawn(family, config):
 
 @pytest.mark.once
 @pytest.mark.parametrize(
-    "name, tokens", zip(FAMILIES, [None, 25] * 3, strict=True), ids=FAMILIES
+    "name, tokens",
+    list(zip(FAMILIES, [None, 25] * 3, strict=True)),
+    ids=FAMILIES,
 )
 def test_every_leaf_along_the_vocabulary(name, tokens):
     family, config, along = FAMILIES[name]

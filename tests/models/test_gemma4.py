@@ -229,7 +229,7 @@ def test_remat_changes_no_gradient(case, remat):
 
 
 @pytest.mark.parametrize(
-    "name, leaves", [("e2b", 33), pytest.param("31b", 20, marks=pytest.mark.slow)]
+    "name, leaves", [pytest.param("e2b", 33, marks=pytest.mark.slow), ("31b", 20)]
 )
 def test_adapters_are_those_of_peft(case, name, leaves, tmp_path):
     theirs = pytest.importorskip("peft", reason="needs the golden extra")
