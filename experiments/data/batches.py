@@ -75,7 +75,7 @@ def pictured(example: Example, length: int, pad_id: int) -> Batch:
 def positions(example: Example) -> int:
     """Model positions that an example takes: its last token may be a target only.
 
-    An image fills whatever its model reads, which is no matter of buckets: 0.
+    An image has one size, and buckets do not apply to it: 0.
     """
     if "pixels" in example:
         return 0

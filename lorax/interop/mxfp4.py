@@ -148,7 +148,7 @@ def gathered(
         scales = tensors.get(name + SCALES)
         where = f"{blocks.path.name}: {key!r}"
         if scales is None:
-            raise ValueError(f"{where}: there is no {name + SCALES!r} beside it")
+            raise ValueError(f"{where}: {name + SCALES!r} is missing beside it")
         _require(blocks, scales, where)
         experts, outputs, count, _ = blocks.shape
         shape = experts, count * BLOCK, outputs

@@ -60,7 +60,7 @@ def pooling(directory: str | pathlib.Path) -> Pooling:
                 "Transformer, Pooling behind it, and Normalize"
             )
     if found is None:
-        raise ValueError(f"{at}: there is no Pooling among the modules")
+        raise ValueError(f"{at}: a Pooling is missing among the modules")
     return Pooling(found, normalize)
 
 

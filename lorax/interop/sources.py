@@ -41,7 +41,7 @@ def locate(
         import huggingface_hub
     except ImportError as error:
         raise FileNotFoundError(
-            f"there is no directory {source}; to have it looked up on the hub, "
+            f"the directory {source} does not exist; to have it looked up on the hub, "
             "install lorax-flax[interop]"
         ) from error
     return pathlib.Path(
@@ -82,7 +82,7 @@ def find_local(
     told = f"; near it: {', '.join(near or list(names)[:8])}" if names else ""
     advice = f". For a model of that name on the hub, write {HUB}{text}"
     raise FileNotFoundError(
-        f"there is no directory {text}{told}{advice if hub_id else ''}"
+        f"the directory {text} does not exist{told}{advice if hub_id else ''}"
     )
 
 

@@ -133,7 +133,12 @@ REFUSED = [
     ),
     (CHECKPOINT, "model.quantize", "a=nf4,b=c", "the format 'c' is not one of int8, "),
     (CHECKPOINT, "model.quantize", "file", "keeps the codes of a GGUF file"),
-    (CHECKPOINT, "model.source", "./nowhere/x", "there is no directory ./nowhere/x"),
+    (
+        CHECKPOINT,
+        "model.source",
+        "./nowhere/x",
+        "the directory ./nowhere/x does not exist",
+    ),
     (CHECKPOINT, "adapter.redistribute", 2.5, "adapter.redistribute=2.5; it must be"),
     (CHECKPOINT, "adapter.redistribute", 2.0, "the init is 'standard'; give 1.0, or"),
     (CHECKPOINT, "sharding.data", 0, "or -1 for what the other axes leave"),

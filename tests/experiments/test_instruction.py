@@ -54,7 +54,7 @@ BROKEN = [
     ({"prompt": "p", "response": 3}, "are str and int, expected two texts"),
     ({"instruction": ["i"], "output": "o"}, "'instruction' or 'input' is no text"),
     ({"text": "t"}, "columns .'text'. are of no form in"),
-    ({"messages": []}, "'messages' is no list of messages"),
+    ({"messages": []}, "'messages' is not a list of messages"),
     ({"messages": CHAT[:1]}, "no message of the assistant: nothing to train on"),
     ({"messages": [{"role": "bot", "content": "x"}]}, r"messages\[0\]: .*'assistant'"),
     (
@@ -82,7 +82,7 @@ def test_options_are_checked(tmp_path):
         instruction.read_pairs(path, form="gsm8k")
     with pytest.raises(ValueError, match="no usable row"):
         instruction.read_pairs(path, form="question")
-    with pytest.raises(ValueError, match="'messages' is no list"):
+    with pytest.raises(ValueError, match="'messages' is not a list"):
         instruction.read_chats(path, form="messages")
 
 

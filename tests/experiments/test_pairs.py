@@ -78,7 +78,7 @@ def test_sentences_of_one_label():
     )
     want = [("a", "c", 0), ("b", "f", 1)]
     assert sentence_pairs.of_labels(data) == [Pair(*row) for row in want]
-    with pytest.raises(ValueError, match="numbers are no groups"):
+    with pytest.raises(ValueError, match="numbers do not make groups"):
         sentence_pairs.of_labels(data._replace(labels=()))
 
 

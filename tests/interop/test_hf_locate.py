@@ -43,11 +43,11 @@ def test_what_is_here_is_found_in_order(folder, asked):
     [
         ("stories26k", "near it: stories260k.* on the hub, write hf:stories26k"),
         ("megred", "near it: merged"),
-        ("./merge", "there is no directory ./merge; near it: merged$"),
+        ("./merge", "the directory ./merge does not exist; near it: merged$"),
         ("../data/gsm9k", "near it: gsm8k$"),
-        ("../data/a/b", "there is no directory ../data/a/b$"),
-        ("~no/such", "there is no directory"),
-        ("/nowhere/at/all", "there is no directory /nowhere/at/all$"),
+        ("../data/a/b", "the directory ../data/a/b does not exist$"),
+        ("~no/such", "the directory ~no/such does not exist"),
+        ("/nowhere/at/all", "the directory /nowhere/at/all does not exist$"),
     ],
 )
 def test_a_mistyped_name_is_not_looked_up_on_the_hub(folder, asked, source, told):

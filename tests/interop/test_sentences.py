@@ -193,7 +193,7 @@ def test_modules(tmp_path, modules, config, want):
     "modules, config, match",
     [
         ([*STACK, "Dense"], {"pooling_mode": "cls"}, "Dense' is not implemented"),
-        (["Transformer"], {}, "no Pooling among"),
+        (["Transformer"], {}, "a Pooling is missing among"),
         (STACK, {"pooling_mode": ["max", "cls"]}, r"\['max', 'cls'\]; one of mean"),
         (STACK, {"pooling_mode_lasttoken": False}, "the modes .*; one of"),
         (STACK, {"pooling_mode": "cls", "include_prompt": False}, "include_prompt"),

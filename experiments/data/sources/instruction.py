@@ -144,7 +144,7 @@ def _pair(values: dict[str, Any], form: str | None) -> tuple[str, str]:
 def read_messages(found: Any, column: str = "messages") -> Chat:
     """Returns a chat, or raises MalformedRow for what is none."""
     if not isinstance(found, list) or not found:
-        raise records.MalformedRow(f"{column!r} is no list of messages")
+        raise records.MalformedRow(f"{column!r} is not a list of messages")
     for i, message in enumerate(found):
         at = f"{column}[{i}]"
         if not isinstance(message, dict) or message.get("role") not in ROLES:

@@ -80,7 +80,7 @@ def of_labels(data: classification.Data) -> list[Pair]:
       ValueError: labels that are numbers.
     """
     if not data.labels:
-        raise ValueError("numbers are no groups: give a set with labels")
+        raise ValueError("numbers do not make groups: give a set with labels")
     waiting: dict[int, str] = {}
     made = []
     for row in data.rows:
