@@ -118,7 +118,7 @@ def here(family, tied, adapters, scan=True):
 
 def assert_same(found, expected, family, tied):
     """Close to each other, and both at least 100 tolerances away from the base."""
-    golden.assert_close(found, expected)
+    golden.assert_same(found, expected)
     golden.assert_apart(base_logits(family, tied), expected)
 
 

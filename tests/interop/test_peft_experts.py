@@ -138,14 +138,14 @@ def test_both_ways(name, tmp_path):
     model, params, run = own(family)
     adapters = ours.load(theirs, model.config)
     assert adapters.keys() == leaves
-    golden.assert_close(run(lorax.merge(adapters, params)), expected)
+    golden.assert_same(run(lorax.merge(adapters, params)), expected)
     golden.assert_apart(cases.logits(fresh(family)), expected)
     forward = lambda params: model.apply({"params": params}, cases.TOKENS)
     adapted = jax.jit(lorax.adapt(forward))(adapters, params)
-    golden.assert_close(adapted, expected)
+    golden.assert_same(adapted, expected)
 
     ours.save(tmp_path / "ours", adapters, model.config)
-    golden.assert_close(cases.logits(loaded(family, tmp_path / "ours")), expected)
+    golden.assert_same(cases.logits(loaded(family, tmp_path / "ours")), expected)
 
 
 def test_what_peft_merges(tmp_path):
@@ -168,9 +168,9 @@ def test_layers_that_are_leaves_of_their_own(tmp_path):
     model, params, run = own(family, scan=False)
     adapters = ours.load(theirs, model.config)
     assert adapters["layers_2/experts/down/kernel"].a.shape == (4, 24, 2)
-    golden.assert_close(run(lorax.merge(adapters, params)), expected)
+    golden.assert_same(run(lorax.merge(adapters, params)), expected)
     ours.save(tmp_path / "ours", adapters, model.config)
-    golden.assert_close(cases.logits(loaded(family, tmp_path / "ours")), expected)
+    golden.assert_same(cases.logits(loaded(family, tmp_path / "ours")), expected)
 
 
 def test_adapters_made_here(tmp_path):
@@ -185,7 +185,7 @@ def test_adapters_made_here(tmp_path):
     ours.save(tmp_path, adapters, model.config)
     expected = run(lorax.merge(adapters, params))
     found = cases.logits(loaded("mixtral", tmp_path))
-    golden.assert_close(expected, found)
+    golden.assert_same(expected, found)
 
     dropped = {GATE_UP: adapters[GATE_UP].replace(dropout=0.1)}
     with pytest.raises(ValueError, match="drop no inputs, .*dropout=0.1"):

@@ -177,7 +177,9 @@ def test_adapters_are_those_of_peft(case, name, tmp_path):
         jax.random.key(0), params, target, lorax.discover(call, params)
     )
     assert len(made) == 7
-    made = jax.tree.map(lambda x: x + 0.05, made)
+    draw = np.random.default_rng(0)
+    moved = lambda x: x + 0.1 * draw.standard_normal(x.shape, np.float32)
+    made = jax.tree.map(moved, made)
     found = jax.jit(lorax.adapt(call, on_merge="error"))(made, params)
     peft.save(tmp_path / "own", made, model.config)
     base = transformers.AutoModelForCausalLM.from_pretrained(
@@ -185,7 +187,8 @@ def test_adapters_are_those_of_peft(case, name, tmp_path):
     )
     adapted = theirs.PeftModel.from_pretrained(base, tmp_path / "own").eval()
     expected = golden.reference(adapted, tokens)
-    golden.assert_close(found, expected)
+    # a few logits of Gemma 2 are 2e-5 away, as torch's own float32 is
+    golden.assert_same(found, expected, each=name == "gemma3")
     golden.assert_apart(plain, expected)
     adapted.save_pretrained(tmp_path / "theirs")
     again = peft.load(tmp_path / "theirs", model.config, params)
