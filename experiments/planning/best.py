@@ -179,14 +179,13 @@ def _sized(
     model, mesh = program.make_model(config.model).config, built.placed.mesh.shape
     parts = sharding.row_parts(mesh)
     held = estimates.shard_bytes((built.params, built.state))
-    plain = program.build(
-        program.without_remat(config), built.placed.mesh.devices.ravel()
-    )
+    one = built.placed.mesh.devices.ravel()[:1]
+    plain = program.build(program.without_remat(config), one)
     operations = analysis.operations(plain.trace().jaxpr) / plain.tokens
     gathered = estimates.shard_bytes(built.params) * (mesh["fsdp"] - 1)
     chip = topology.chip or topologies.CHIPS["v5e"]
     names = hf.family_of(model.to_hf(), "config.model").NAMES
-    layer, depth, found = _layer(model), math.fsum(model.stacks.values()), []
+    layer, depth, found = _layer(model), model.layers, []
     for policy, times in itertools.product(REMAT, BATCHES):
         kept = _kept(policy)
         named = kept if remat.parse(policy) else ()
@@ -218,10 +217,11 @@ def _layer(model: Any) -> Layer:
     kv = getattr(model, "kv_heads", model.heads)
     size = getattr(model, "head_dim", model.width // model.heads)
     mixed, shared, width = model.heads * size, kv * size, model.width
+    hidden = model.hidden * getattr(model, "chosen", 1)  # of all experts it visits
     sizes = {"input": width, "q": mixed, "k": shared, "v": shared, "attention": mixed}
-    sizes |= {"o": width, "gate": model.hidden, "up": model.hidden, "down": width}
+    sizes |= {"o": width, "gate": hidden, "up": hidden, "down": width}
     read = dict.fromkeys(("q", "k", "v", "gate", "up"), width)
-    read |= {"o": mixed, "down": model.hidden}
+    read |= {"o": mixed, "down": hidden}
     return Layer(sizes, {name: 2 * n * sizes[name] for name, n in read.items()})
 
 
@@ -247,7 +247,7 @@ def _each(
         name: 1 if name in ("input", "o", "down") else tensor for name in layer.sizes
     }
     elements = {name: size / cut[name] for name, size in layer.sizes.items()}
-    stack = math.fsum(model.stacks.values()) * sum(elements[name] for name in kept)
+    stack = model.layers * sum(elements[name] for name in kept)
     scores = 0.0
     if config.model.attention == "plain":  # in float32, and their gradient
         scores = 3 * 4 * model.heads / tensor * max(config.data.lengths)

@@ -134,7 +134,7 @@ def make_plan(
     built = program.build(config, devices, form)
     traced = built.trace()
     spelled, plain = (
-        program.build(other, devices, form).trace()
+        program.build(other, devices[:1], form).trace()
         for other in (program.spelled_out(config), program.without_remat(config))
     )
     platform = "cpu" if topology.chip is None else "tpu"

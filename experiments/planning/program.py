@@ -238,12 +238,15 @@ def make_step(
 
 
 def spelled_out(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The same run with plain attention, whose operations can be counted.
+    """The same run with plain attention and on one device, to count its operations.
 
-    What a Pallas kernel does in its grid cannot.
+    What a Pallas kernel does in its grid cannot be counted, nor how many of its turns a
+    device takes when others send it their tokens.
     """
     other = config.copy_and_resolve_references()  # ConfigDict(config) shares sections
     other.model.attention = "plain"
+    for axis in sharding.AXES:
+        other.sharding[axis] = 1
     return other
 
 

@@ -14,7 +14,9 @@ def operations(jaxpr: Any) -> int:
     """Returns the operations of all matrix products and convolutions.
 
     A multiplication and an addition are two. A `while` loop whose trips are not known
-    counts once; of a `cond` the dearest branch counts.
+    counts once; of a `cond` the dearest branch counts. A `shard_map`'s body counts on
+    every device along its axes, and the rest of a program once, however it is cut: the
+    sum is that of all devices. A `ragged_dot` counts every row, whatever its groups.
 
     Args:
       jaxpr: `jax.jit(f).trace(*args).jaxpr`.
@@ -35,6 +37,8 @@ def _equation(eqn: Any) -> int:
         (read, _), _ = eqn.params["dimension_numbers"]
         inner = math.prod(eqn.invars[0].aval.shape[d] for d in read)
         return 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+    if name == "ragged_dot_general":
+        return _ragged(eqn)
     if name == "conv_general_dilated":
         kernel = eqn.invars[1].aval.shape
         out = eqn.params["dimension_numbers"].rhs_spec[0]
@@ -51,4 +55,24 @@ def _equation(eqn: Any) -> int:
     ]
     if name == "cond":
         return max(inside, default=0)
-    return sum(inside) * (eqn.params["length"] if name == "scan" else 1)
+    return sum(inside) * _times(eqn)
+
+
+def _ragged(eqn: Any) -> int:
+    """Every row meets the kernel of one group; or is in the sum of one group."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (read, _), _ = numbers.dot_dimension_numbers
+    inner = math.prod(eqn.invars[0].aval.shape[d] for d in read)
+    out = eqn.outvars[0].aval.shape
+    summed = {*numbers.lhs_ragged_dimensions} <= {*read}  # `out` has the groups first
+    return 2 * inner * math.prod(out[1:] if summed else out)
+
+
+def _times(eqn: Any) -> int:
+    """How often the bodies of an equation run, on all devices together."""
+    if eqn.primitive.name == "scan":
+        return eqn.params["length"]
+    if eqn.primitive.name == "shard_map":
+        sizes = eqn.params["mesh"].shape
+        return math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
+    return 1

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import llama3_8b_lora, llama3_70b_lora, llama3_405b_lora
+from configs import (
+    gemma4_31b_lora,
+    llama3_8b_lora,
+    llama3_70b_lora,
+    llama3_405b_lora,
+    mixtral_8x7b_lora,
+)
 from experiments.planning import (
     best,
     estimates,
@@ -18,7 +24,7 @@ from experiments.planning import (
     traffic,
 )
 from experiments.planning import topology as topologies
-from lorax import analysis
+from lorax import analysis, sharding
 
 pytestmark = pytest.mark.once
 
@@ -94,6 +100,43 @@ def test_operations_by_hand():
     # convolution, whose kernel is a constant, one
     traced = jax.jit(jax.grad(loss)).trace(*args)
     assert analysis.operations(traced.jaxpr) >= 4 * 6 * 2 * 7 * 4 * 4
+
+
+def test_operations_of_experts_and_of_shared_programs_by_hand():
+    rows, kernels, sizes = jnp.ones((9, 4)), jnp.ones((3, 4, 5)), jnp.array([2, 0, 7])
+    ragged = lambda x, w: jax.lax.ragged_dot(x, w, sizes).sum()
+    count = lambda f, *args: analysis.operations(jax.jit(f).trace(*args).jaxpr)
+    assert count(ragged, rows, kernels) == 2 * 9 * 4 * 5
+    assert count(jax.grad(ragged), rows, kernels) == 2 * 2 * 9 * 4 * 5
+    assert count(jax.grad(ragged, argnums=1), rows, kernels) == 2 * 2 * 9 * 4 * 5
+
+    mesh, P = sharding.make_mesh(fsdp=4, tensor=2), jax.sharding.PartitionSpec
+    cut = {"mesh": mesh, "in_specs": (P("fsdp"), P()), "out_specs": P("fsdp")}
+    shared = jax.shard_map(jnp.matmul, axis_names={"fsdp"}, **cut)
+    assert count(shared, jnp.ones((8, 3)), jnp.ones((3, 5))) == 2 * 8 * 3 * 5
+    # along "tensor" both devices do the same
+    shared = jax.shard_map(jnp.matmul, check_vma=False, **cut)
+    assert count(shared, jnp.ones((8, 3)), jnp.ones((3, 5))) == 2 * 2 * 8 * 3 * 5
+
+
+def test_a_step_of_a_mixture_by_hand():
+    """Experts on eight devices, of which each may get all tokens: counted on one."""
+    config = mixtral_8x7b_lora.get_config("runlocal")
+    assert config.sharding.expert == 8
+    plain = program.without_remat(config)
+    devices = topologies.devices(topologies.parse("cpu:8"))[:1]
+    found = analysis.operations(program.build(plain, devices).trace().jaxpr)
+    batch, time, width, hidden, rank, vocabulary, layers = 8, 32, 64, 96, 4, 256, 2
+    tokens, visits = batch * time, 2 * batch * time
+    linear = [(tokens, width, width)] * 4  # q, k, v, o: rows, in, out
+    linear += [(visits, width, 2 * hidden), (visits, hidden, width)]
+    router, gathered = 2 * tokens * width * 8, 2 * visits * width
+    frozen = sum(2 * rows * n * m for rows, n, m in linear) + router
+    thin = sum(2 * rows * rank * (n + m) for rows, n, m in linear)
+    scores = 2 * 2 * batch * time * time * width
+    head = 2 * tokens * width * vocabulary
+    layer = 2 * frozen + 3 * (thin + gathered + scores)
+    assert found == layers * layer + 2 * head
 
 
 def test_operations_as_xla_counts_them():
@@ -316,6 +359,20 @@ def test_a_search_ranks_by_time_and_compiles_what_should_fit(searched, monkeypat
     assert told[0].startswith(f"{len(searched)} settings") and len(told) == 5
     # the most tokens a second first, and what does not fit last
     assert [row.split()[-1] for row in rows[1:5]] == ["3", "2", "1", "17"]
+
+
+def test_a_search_counts_layers_where_a_stack_holds_periods_of_them(monkeypatch):
+    config = gemma4_31b_lora.get_config("runlocal")
+    model = program.make_model(config.model).config
+    assert sum(model.stacks.values()) < model.layers
+    for name, few in {"TENSOR": (1,), "FORMATS": ("",), "BATCHES": (1,)}.items():
+        monkeypatch.setattr(best, name, few)
+    monkeypatch.setattr(best, "REMAT", ("full", "save=attention"))
+    found = best.candidates(config, topologies.parse("cpu:8"))
+    full, saved = sorted(one.memory for one in found)
+    tokens = config.data.batch_size * max(config.data.lengths) / 8
+    kept = tokens * model.layers * model.heads * model.head_dim * 2  # bfloat16
+    assert saved - full == kept
 
 
 def test_a_search_without_a_setting(searched, monkeypatch):
