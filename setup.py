@@ -1,7 +1,8 @@
-"""The distribution `lorax-flax`: the package `lorax` alone.
+"""The distribution `lorax-flax`: the package `lorax`, and the command of that name.
 
-`experiments/` and `configs/` are run from the root of the repository; the extra
-"experiments" installs what they import.
+The command is `lorax_cli`, inside which a wheel has `experiments/` and `configs/`; the
+extra "experiments" installs what they import. Benchmarks and studies stay in the
+repository: they write its pages.
 """
 
 import pathlib
@@ -58,7 +59,17 @@ GOLDEN = [
     "transformers>=4.55",
 ]
 DOCS = ["mkdocs==1.6.1", "mkdocstrings==1.0.8", "mkdocstrings-python==2.0.11"]
-LINT = ["mypy==2.4.1", "ruff==0.17.6"]  # pinned, as DOCS: they decide what passes
+LINT = [  # pinned, as DOCS: they decide what passes
+    "build==1.6.1",
+    "mypy==2.4.1",
+    "ruff==0.17.6",
+    "twine==7.0.0",
+]
+
+PROGRAMS = setuptools.find_packages(
+    include=["experiments", "experiments.*", "configs"],
+    exclude=["experiments.benchmarks*", "experiments.studies*"],
+)
 
 setuptools.setup(
     name="lorax-flax",
@@ -68,8 +79,13 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=setuptools.find_packages(include=["lorax", "lorax.*"]),
+    packages=[
+        *setuptools.find_packages(include=["lorax", "lorax.*", "lorax_cli"]),
+        *(f"lorax_cli.{name}" for name in PROGRAMS),
+    ],
+    package_dir={f"lorax_cli.{name}": name.replace(".", "/") for name in PROGRAMS},
     package_data={"lorax": ["py.typed"]},
+    entry_points={"console_scripts": ["lorax=lorax_cli.__main__:main"]},
     python_requires=">=3.11",
     install_requires=CORE,
     extras_require={

@@ -184,7 +184,7 @@ def shrink(config: ml_collections.ConfigDict, fields: dict) -> None:
 
 
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> dict:
-    """Reads what follows the colon of `--config=configs/x.py:runlocal,seed=3`.
+    """Reads what follows the colon of `--config=x:runlocal,seed=3`.
 
     Args:
       arg: comma-separated `name=value`; a bare `name` is `name=True`. None or "" for

@@ -1,6 +1,6 @@
 """DeBERTaV3-base on a GLUE task with AdaLoRA: a total rank that goes where it is felt.
 
-    python -m experiments.main --config=configs/deberta_v3_glue_adalora.py \
+    lorax run --config=deberta_v3_glue_adalora \
         --config.data.root=/path/to/glue_data
 
 Claimed: MNLI accuracy 90.76 (mismatched 90.79) with 1.27 M parameters, GLUE average

@@ -1,6 +1,6 @@
 """DeBERTaV3-base on a GLUE task with LoRA, after the AdaLoRA paper's comparison.
 
-    python -m experiments.main --config=configs/deberta_v3_glue_lora.py \
+    lorax run --config=deberta_v3_glue_lora \
         --config.data.root=/path/to/glue_data
 
 Claimed: MNLI accuracy 90.65 (mismatched 90.69) with 1.33 M parameters, GLUE average

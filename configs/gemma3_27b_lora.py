@@ -1,7 +1,7 @@
 """Gemma 3 27B on chat, LoRA on every linear kernel, on 4 chips of a v5p.
 
-    python -m experiments.plan --config=configs/gemma3_27b_lora.py
-    python -m experiments.plan --config=configs/gemma3_27b_lora.py --quantize=nf4
+    lorax plan --config=gemma3_27b_lora
+    lorax plan --config=gemma3_27b_lora --quantize=nf4
 
 Claimed: nothing; the shapes are those of the text model in its config.json. Never run
 at full size: neither the checkpoint nor a TPU can be had here. What is known is what

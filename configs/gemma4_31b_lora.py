@@ -1,7 +1,7 @@
 """Gemma 4 31B on chat, LoRA on every linear kernel, on 4 chips of a v5p.
 
-    python -m experiments.plan --config=configs/gemma4_31b_lora.py
-    python -m experiments.plan --config=configs/gemma4_31b_lora.py --quantize=nf4
+    lorax plan --config=gemma4_31b_lora
+    lorax plan --config=gemma4_31b_lora --quantize=nf4
 
 Claimed: nothing. The setting, LoRA on v5p:2x2x1 (8 cores), is that in which tunix and
 qwix are reported at 763 tokens a second (arXiv 2605.25645). Never run at full size:

@@ -1,7 +1,7 @@
 """GPT-2 medium on the E2E NLG challenge with LoRA, after the LoRA paper.
 
-    python -m experiments.main --config=configs/gpt2_e2e_lora.py
-    python -m experiments.main --config=configs/gpt2_e2e_lora.py:runlocal
+    lorax run --config=gpt2_e2e_lora
+    lorax run --config=gpt2_e2e_lora:runlocal
 
 Claimed: BLEU 70.4 +- 0.1 with 0.35 M parameters (Hu et al., arXiv:2106.09685, table 3,
 row "GPT-2 M (LoRA)"; full fine-tuning 68.2). Never run at full size: the checkpoint

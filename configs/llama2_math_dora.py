@@ -1,6 +1,6 @@
 """Llama 2 7B on grade-school mathematics with DoRA.
 
-    python -m experiments.main --config=configs/llama2_math_dora.py
+    lorax run --config=llama2_math_dora
 
 Claimed: GSM8K accuracy 53.07 at rank 8, by a reproduction (the LoRA-MGPO paper's table;
 LoRA 42.08 there, at one learning rate for all). Never run at full size; see

@@ -1,6 +1,6 @@
 """Llama 2 7B on grade-school mathematics with PiSSA.
 
-    python -m experiments.main --config=configs/llama2_math_pissa.py
+    lorax run --config=llama2_math_pissa
 
 Claimed: GSM8K accuracy 44.54 at rank 8, by a reproduction (the LoRA-MGPO paper's table;
 LoRA 42.08, full fine-tuning 59.36 there). Never run at full size: the checkpoint

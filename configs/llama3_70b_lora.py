@@ -1,7 +1,7 @@
 """Llama 3 70B on chat, LoRA on every linear kernel, on 256 chips of a v5e.
 
-    python -m experiments.plan --config=configs/llama3_70b_lora.py
-    python -m experiments.plan --config=configs/llama3_70b_lora.py:v5p
+    lorax plan --config=llama3_70b_lora
+    lorax plan --config=llama3_70b_lora:v5p
 
 Claimed: nothing; the shapes are those that its config.json publishes. Never run at full
 size: neither the checkpoint nor a TPU can be had here. What is known is what the

@@ -1,6 +1,6 @@
 """Llama 3 8B on chat, LoRA on every linear kernel, on 16 chips of a v5e.
 
-    python -m experiments.plan --config=configs/llama3_8b_lora.py
+    lorax plan --config=llama3_8b_lora
 
 Claimed: nothing; the shapes are those that its config.json publishes. Never run at full
 size: neither the checkpoint nor a TPU can be had here. What is known is what the

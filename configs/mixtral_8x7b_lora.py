@@ -1,7 +1,7 @@
 """Mixtral 8x7B on chat, LoRA on attention and experts, on 16 chips of a v5e.
 
-    python -m experiments.plan --config=configs/mixtral_8x7b_lora.py
-    python -m experiments.plan --config=configs/mixtral_8x7b_lora.py --quantize=nf4
+    lorax plan --config=mixtral_8x7b_lora
+    lorax plan --config=mixtral_8x7b_lora --quantize=nf4
 
 For 4 chips of a v5p set config.sharding.topology=v5p:2x2x1 and
 config.sharding.expert=4.

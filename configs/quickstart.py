@@ -1,13 +1,13 @@
 """Quickstart: a byte model of Python source, adapted to the English of its manual.
 
-    python -m experiments.main --config=configs/quickstart.py
+    lorax run --config=quickstart
 
 A decoder of 1.4 M parameters is pretrained on the source code of the standard library
 (cached), then adapted to the language reference in `pydoc_data.topics` with LoRA and
 with full fine-tuning. No paper claims a number here; the aim is that LoRA gains 80 % of
 what full fine-tuning gains, with less than 5 % of the parameters trained.
 
-Learning rates were tuned by `python -m experiments.tune --config=configs/quickstart.py`
+Learning rates were tuned by `lorax tune --config=quickstart`
 on documents apart from those reported (bits per byte there; the best is bracketed):
 LoRA 5e-3 2.154, 1e-2 2.123, 2e-2 2.140; full fine-tuning 1e-3 2.056, 2e-3 2.052, 4e-3
 2.104. One seed each. LoRA's share falls as training goes on, for full fine-tuning has
@@ -102,7 +102,7 @@ def _optimizer(optimizer: ml_collections.ConfigDict) -> None:
     optimizer.clip_norm = 1.0
     optimizer.tuned = (
         "Tuned to a factor of 2 at this config's rank and steps, on other held-out "
-        "documents: `python -m experiments.tune`."
+        "documents: `lorax tune`."
     )
 
 

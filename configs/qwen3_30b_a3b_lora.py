@@ -1,7 +1,7 @@
 """Qwen3-30B-A3B on chat, LoRA on attention and experts, on 16 chips of a v5e.
 
-    python -m experiments.plan --config=configs/qwen3_30b_a3b_lora.py
-    python -m experiments.plan --config=configs/qwen3_30b_a3b_lora.py --quantize=nf4
+    lorax plan --config=qwen3_30b_a3b_lora
+    lorax plan --config=qwen3_30b_a3b_lora --quantize=nf4
 
 For 4 chips of a v5p set config.sharding.topology=v5p:2x2x1 and
 config.sharding.expert=4.

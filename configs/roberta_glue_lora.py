@@ -1,6 +1,6 @@
 """RoBERTa-base on a GLUE task with LoRA, after the LoRA paper.
 
-    python -m experiments.main --config=configs/roberta_glue_lora.py \
+    lorax run --config=roberta_glue_lora \
         --config.data.root=/path/to/glue_data
 
 Claimed: MNLI accuracy 87.5 with 0.3 M parameters (Hu et al., arXiv:2106.09685, table 2,

@@ -1,6 +1,6 @@
 """RoBERTa-base on a GLUE task with LoRA+: b learns 16 times as fast as a.
 
-    python -m experiments.main --config=configs/roberta_glue_lora_plus.py \
+    lorax run --config=roberta_glue_lora_plus \
         --config.data.root=/path/to/glue_data
 
 Claimed: 1 to 2 % better and up to twice as fast as LoRA over its tasks (Hayou et al.,

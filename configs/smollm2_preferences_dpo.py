@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct prefers short descriptions: DPO with LoRA, on a CPU.
 
     python -m experiments.studies.shorter_answers --study_rows=preferences
-    python -m experiments.main --config=configs/smollm2_preferences_dpo.py
-    python -m experiments.main --config=configs/smollm2_preferences_dpo.py:runlocal
+    lorax run --config=smollm2_preferences_dpo
+    lorax run --config=smollm2_preferences_dpo:runlocal
 
 No paper claims a number here; what came of it is in docs/results/preferences.md. The
 first command writes the rows: of two references of E2E that say all there is to say,

@@ -1,6 +1,6 @@
 """T5-base on a GLUE task, text to text, with LoRA-GA.
 
-    python -m experiments.main --config=configs/t5_glue_lora_ga.py \
+    lorax run --config=t5_glue_lora_ga \
         --config.data.root=/path/to/glue_data
 
 Claimed: SST-2 accuracy 94.11, five tasks on average 87.77, after one epoch (Wang et

@@ -1,6 +1,6 @@
 """T5-base on a GLUE task, text to text, with LoRA-Pro.
 
-    python -m experiments.main --config=configs/t5_glue_lora_pro.py \
+    lorax run --config=t5_glue_lora_pro \
         --config.data.root=/path/to/glue_data
 
 Claimed: five tasks on average 88.44 (Wang et al., arXiv:2407.18242, table 1, row

@@ -1,6 +1,6 @@
 """ViT-base on scikit-learn's digits with LoRA on queries and values.
 
-    python -m experiments.main --config=configs/vit_digits_lora.py
+    lorax run --config=vit_digits_lora
 
 Never run at full size: the checkpoint cannot be had here, and nobody publishes a number
 for these digits. Rank, rate and what trains whole are those of PEFT's own example,

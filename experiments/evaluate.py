@@ -1,6 +1,6 @@
-"""Scores a checkpoint, with or without adapters, on the task of a config.
+r"""Scores a checkpoint, with or without adapters, on the task of a config.
 
-    python -m experiments.evaluate --config=configs/gpt2_e2e_lora.py:runlocal \
+    lorax evaluate --config=gpt2_e2e_lora:runlocal \
         --evaluated=runs/gpt2_e2e_lora/adapter
 
 Every validation example counts once, whatever the batch size; the test set is touched
@@ -19,7 +19,7 @@ from experiments.machine import disk
 from experiments.reading import checking, command
 from experiments.recipes import finetune
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, command.CONFIG)
 _ADAPTER = flags.DEFINE_string("evaluated", None, "Folder of adapters; none: the base.")
 _SCORES = flags.DEFINE_string("scores", None, "Where to write the scores as JSON.")
 

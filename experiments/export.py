@@ -1,10 +1,10 @@
-"""Writes an adapted model for other programs: merged, or as an adapter.
+r"""Writes an adapted model for other programs: merged, or as an adapter.
 
-    python -m experiments.export --base=stories260k --trained=runs/x/adapter \
+    lorax export --base=stories260k --trained=runs/x/adapter \
         --form=merged --to=merged   # a checkpoint that transformers and lorax load
-    python -m experiments.export --base=stories260k --trained=runs/x/adapter \
+    lorax export --base=stories260k --trained=runs/x/adapter \
         --form=peft --to=adapter --check  # for peft's PeftModel.from_pretrained
-    python -m experiments.export --base=stories260k --trained=runs/x/adapter \
+    lorax export --base=stories260k --trained=runs/x/adapter \
         --form=lorax --adalora_shrink --to=adapter   # AdaLoRA at the ranks it came to
 
 The tokenizer's files go along with a merged model. Where the init moved a part of the

@@ -1,6 +1,6 @@
-"""Continues a prompt with a checkpoint, and a lorax or PEFT adapter on it.
+r"""Continues a prompt with a checkpoint, and a lorax or PEFT adapter on it.
 
-    python -m experiments.generate --model=../shared/data/stories260k \
+    lorax generate --model=../shared/data/stories260k \
         --prompt="Once upon a time" --max_tokens=200
 
 A prompt is encoded as in training: the tokenizer's BOS once, then the text. Greedy by

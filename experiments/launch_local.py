@@ -1,7 +1,7 @@
-"""Runs a command as several processes of one program on this machine, for tests.
+r"""Runs a command as several processes of one program on this machine, for tests.
 
     python -m experiments.launch_local --processes=2 --devices-per-process=4 -- \
-        python -m experiments.main --config=configs/gpt2_e2e_lora.py:runlocal \
+        lorax run --config=gpt2_e2e_lora:runlocal \
         --config.sharding.data=-1
 
 Every process gets so many devices of the CPU. Output is prefixed by the process; when

@@ -1,7 +1,11 @@
-"""Command line: `python -m experiments.main --config=configs/quickstart.py`.
+"""Trains as a config says.
 
-Any value of the config can be overridden, as in `--config.adapter.rank=8`; a name that
-the config lacks is refused.
+    lorax run --config=quickstart
+    lorax run --config=my_config.py --config.adapter.rank=16 --workdir=runs/mine
+
+A config is a Python file, or the name of one that comes with lorax. Any value of it can
+be overridden; a name that it lacks is refused. In a checkout `python -m
+experiments.main` is the same command.
 """
 
 import pathlib
@@ -12,9 +16,7 @@ from ml_collections import config_flags
 
 from experiments.reading import command
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Path of a config file, such as configs/quickstart.py."
-)
+_CONFIG = config_flags.DEFINE_config_file("config", None, command.CONFIG)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for what the run writes; `runs/<run.name>` by default."
 )

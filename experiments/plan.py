@@ -1,6 +1,6 @@
 """Plans a run for machines that are not there: compiles its train step, runs nothing.
 
-    python -m experiments.plan --config=configs/llama3_70b_lora.py --topology=v5e:16x16
+    lorax plan --config=llama3_70b_lora --topology=v5e:16x16
 
 Reports what every chip would hold, whether it fits, and how long a step would take.
 `--quantize=nf4` plans a quantised base; `--search` finds the best mesh, remat, batch
@@ -17,9 +17,7 @@ from ml_collections import config_flags
 from experiments.planning import topology as topologies
 from experiments.reading import command
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Path of a config file, such as configs/llama3_70b_lora.py."
-)
+_CONFIG = config_flags.DEFINE_config_file("config", None, command.CONFIG)
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "v5e:4x4, v5p-128, cpu:8, ...; config.sharding.topology if not."
 )
@@ -49,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         raise app.UsageError(str(error)) from None
     if topologies.needs_child(topology):
-        again = [sys.executable, "-m", "experiments.plan", *sys.argv[1:]]
+        again = [sys.executable, "-m", "lorax_cli", "plan", *sys.argv[1:]]
         sys.exit(topologies.run_with_devices(again, topology.chips))
     if _QUANTIZE.value is not None:
         config.model.quantize = _QUANTIZE.value

@@ -1,6 +1,6 @@
-"""Runs a config over a grid of its fields, and tables what comes out.
+r"""Runs a config over a grid of its fields, and tables what comes out.
 
-    python -m experiments.sweep --config=configs/quickstart.py --workdir=runs/sweep \
+    lorax sweep --config=quickstart --workdir=runs/sweep \
         --grid="adapter.rank=2,8; optimizer.learning_rate.lora=5e-3,1e-2" --jobs=2
 
 `--dry_run` lists the runs and how they are grouped into processes. What is finished
@@ -24,7 +24,7 @@ from ml_collections import config_flags
 from experiments.reading import checking, command
 from experiments.search import combinations, grid, jobs
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, command.CONFIG)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of all runs; `runs/<run.name>-sweep` by default."
 )

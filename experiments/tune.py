@@ -1,4 +1,4 @@
-"""Finds each method's learning rate: `python -m experiments.tune --config=...`.
+"""Finds each method's learning rate: `lorax tune --config=...`.
 
 A geometric sweep at the config's own length of training, judged on the `selection`
 documents, which no reported figure uses. A sweep whose best lies at an end is extended
@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from experiments.reading import command
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, command.CONFIG)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for `sweep.json`; `runs/<run.name>-tune` by default."
 )

@@ -15,9 +15,10 @@ pytestmark = pytest.mark.once
 ROOT = pathlib.Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "lorax").rglob("*.py"))
 PROGRAMS = sorted((ROOT / "experiments").rglob("*.py"))
+COMMAND = sorted((ROOT / "lorax_cli").glob("*.py"))
 EVERYTHING = sorted(
     path
-    for folder in ("lorax", "experiments", "configs", "tests")
+    for folder in ("lorax", "lorax_cli", "experiments", "configs", "tests")
     for path in (ROOT / folder).rglob("*.py")
 )
 
@@ -35,7 +36,8 @@ FLOORS = """
 paired machine data generation tasks trainer reading recipes planning search
 benchmarks studies
 """.split()
-CATALOGUE = ROOT / "experiments" / "studies" / "questions"  # a file a question
+COMMANDS = ROOT / "experiments"  # a file a command
+CATALOGUE = COMMANDS / "studies" / "questions"  # a file a question
 FORBIDDEN = (
     "absl argparse clu datasets experiments grain matplotlib ml_collections rich "
     "tensorboardX tensorflow tokenizers torch tqdm transformers wandb"
@@ -129,7 +131,7 @@ def test_floors_of_experiments(path):
 
 def test_rooms_of_experiments_are_small_and_names_unique():
     modules = [path for path in PROGRAMS if path.name != "__init__.py"]
-    for folder in {path.parent for path in modules} - {CATALOGUE}:
+    for folder in {path.parent for path in modules} - {CATALOGUE, COMMANDS}:
         files = [path.name for path in modules if path.parent == folder]
         assert len(files) <= 10, f"{folder.relative_to(ROOT)}: {len(files)} files"
     names = [name_of(path).split(".")[-1] for path in PROGRAMS]
@@ -223,7 +225,7 @@ def inherited(node):
     )
 
 
-@ids([*LIBRARY, *PROGRAMS])
+@ids([*LIBRARY, *PROGRAMS, *COMMAND])
 def test_public_names_are_documented(path):
     module = parsed(path)
     assert ast.get_docstring(module), "the module has no docstring"
@@ -236,7 +238,7 @@ def test_public_names_are_documented(path):
     assert not bare, f"no docstring: {bare}"
 
 
-@ids([*LIBRARY, *PROGRAMS])
+@ids([*LIBRARY, *PROGRAMS, *COMMAND])
 def test_public_arguments_are_annotated(path):
     bare = []
     for name, node in public(parsed(path).body):

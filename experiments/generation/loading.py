@@ -1,6 +1,7 @@
 """Checkpoints and adapters by the names people give: folders, data sets, the hub."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -122,11 +123,16 @@ def load_base(
     )
 
 
-def find(source: str) -> pathlib.Path:
-    """Returns the directory or the GGUF file of a checkpoint, see `load_model`."""
+def find(source: str, files: Sequence[str] = hf.HUB_FILES) -> pathlib.Path:
+    """Returns the directory or the GGUF file of a checkpoint.
+
+    Args:
+      source: as for `load_model`.
+      files: patterns of what is downloaded of a hub id.
+    """
     if tokenization.is_gguf(source):
         return _file(source)
-    return hf.locate(source, folders=(paths.root(),))
+    return hf.locate(source, folders=(paths.root(),), files=files)
 
 
 def check(source: str) -> None:

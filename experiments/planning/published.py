@@ -1,6 +1,6 @@
 """Runs whose speed others published, planned here: how far an estimate is off.
 
-    python -m experiments.plan --published
+    lorax plan --published
 
 They are MaxText's full fine-tuning on whole slices, with the batches, lengths and remat
 of its recipes (github.com/AI-Hypercomputer/tpu-recipes, `training/trillium`, v0.1.4;

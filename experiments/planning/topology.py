@@ -161,7 +161,7 @@ def devices(topology: Topology) -> list[Any]:
             raise ValueError(
                 f"{topology.name}: this process has {len(found)} CPU devices; set "
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.chips}, "
-                "as `python -m experiments.plan` does for its child"
+                "as `lorax plan` does for its child"
             )
         return found[: topology.chips]
     if importlib.util.find_spec("libtpu") is None:

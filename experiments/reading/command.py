@@ -13,13 +13,22 @@ import ast
 import contextlib
 import difflib
 import pathlib
+import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
+
+import lorax_cli
+
+CONFIG = "A config file, or the name of one that comes with lorax; see lorax --help."
+"""The help of `--config`."""
+_OF_ABSL = re.compile(r"^<[^>]*>: |;\s+repeat this option to specify a list of values")
+"""What absl adds to the help of a flag."""
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> None:
@@ -29,17 +38,20 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Turns a ValueError about what was typed into one sentence and an exit."""
+    """Turns an error about what was typed into one sentence and an exit."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         sys.exit(f"{_name()}: {error}")
 
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; what is wrong with them is one sentence."""
+    if {"--help", "-h", "-help"} & set(argv):
+        print(_help())
+        sys.exit()
     try:
-        left = flags.FLAGS(argv)
+        left = flags.FLAGS(_with_configs(argv))
         _require_file()
         return left
     except flags.Error as error:
@@ -57,8 +69,51 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(f"{_name()}: the config has no field {name}{told}")
 
 
+def _help() -> str:
+    """The program's docstring, and a line or two for each of its flags."""
+    lines = [(sys.modules["__main__"].__doc__ or "").strip(), ""]
+    for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
+        choices = getattr(flag.parser, "enum_values", None)
+        default = str(flag.default_as_str).strip("'") if flag.default else ""
+        value = "|".join(choices) if choices else default
+        name = f"  --{flag.name}{'=' if value else ''}{value}"
+        told = _OF_ABSL.sub("", flag.help or "")
+        lines += textwrap.wrap(f"{name:<22} {told}", 88, subsequent_indent=" " * 23)
+    return "\n".join(lines)
+
+
+def _with_configs(argv: Sequence[str]) -> list[str]:
+    """The arguments, the names of lorax's own configs replaced by their files."""
+    found = []
+    for before, given in zip(["", *argv], argv, strict=False):
+        flag, equals, value = given.partition("=")
+        if flag in ("--config", "-config") and equals:
+            found.append(f"{flag}={find_config(value)}")
+        else:
+            is_value = before in ("--config", "-config")
+            found.append(find_config(given) if is_value else given)
+    return found
+
+
+def find_config(given: str) -> str:
+    """Returns the file of a config and its argument.
+
+    Args:
+      given: a file, or the name of one of lorax's configs, `configs/quickstart.py` or
+        `quickstart`; an argument may follow, as in `quickstart:runlocal`. What is
+        neither is returned as it is.
+    """
+    name, colon, argument = given.partition(":")
+    own = (lorax_cli.ROOT / name, lorax_cli.CONFIGS / f"{name}.py")
+    places = (pathlib.Path(name), *own)
+    found = next((place for place in places if place.is_file()), name)
+    return f"{found}{colon}{argument}"
+
+
 def _of_a_flag(text: str) -> str:
     """The sentence in an error of absl's; an error of a config's code stays whole."""
+    if missing := re.search(r"Flag (--\w+) must have a value", text):
+        return f"give {missing[1]}, see {_name()} --help"
     *before, last = text.strip().splitlines()
     if before and "in parse_arg" in text:
         return f"--config: {last.partition(': ')[2]}"
@@ -73,15 +128,19 @@ def _require_file() -> None:
     path = pathlib.Path(given.partition(":")[0])
     if path.exists():
         return
-    known = sorted(file.name for file in path.parent.glob("*.py"))
-    near = difflib.get_close_matches(path.name, known, n=3) or known
+    beside = sorted(str(file) for file in path.parent.glob("*.py") if path.suffix)
+    known = [*beside, *lorax_cli.configs()]
+    near = difflib.get_close_matches(str(path), known, n=3, cutoff=0.5)
     sys.exit(
-        f"{_name()}: there is no config file {path}; near it: "
-        f"{', '.join(near) or 'none'}"
+        f"{_name()}: the config {path} does not exist. Give a file, or the name of one "
+        f"of lorax's configs: {', '.join(near or known)}"
     )
 
 
 def _name() -> str:
-    """The command as it was typed: `experiments.main`."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    """The command as it was typed: `lorax run`, or `experiments.main`."""
+    main = sys.modules["__main__"]
+    if hasattr(main, "COMMAND"):  # of `lorax_cli`
+        return main.COMMAND
+    spec = getattr(main, "__spec__", None)
     return spec.name if spec else pathlib.Path(sys.argv[0]).stem

@@ -1,6 +1,6 @@
 """Adapts a Hugging Face checkpoint to a task, and reports what the task is judged by.
 
-    python -m experiments.main --config=configs/gpt2_e2e_lora.py:runlocal
+    lorax run --config=gpt2_e2e_lora:runlocal
 
 In the workdir: `metrics.jsonl`, `adapter/` (`lorax.checkpoint.load_adapters`),
 `results.json`, and what the task writes; beside `adapter/`, if the init moved a part of

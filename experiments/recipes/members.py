@@ -1,6 +1,6 @@
 """Trains many LoRA adapters at once on one base: what `config.population` zips.
 
-    python -m experiments.main --config=configs/quickstart.py \
+    lorax run --config=quickstart \
         --config.population.learning_rate="(5e-3, 1e-2, 2e-2)"
 
 One compiled step trains all members on the same batches, in the order of `run.seed`; a

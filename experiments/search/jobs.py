@@ -75,7 +75,7 @@ def make_command(config: str) -> Callable[[Job, pathlib.Path], list[str]]:
     """Returns `(job, its folder) -> the command line`, for the file of a config."""
 
     def command(job: Job, folder: pathlib.Path) -> list[str]:
-        main = [sys.executable, "-m", "experiments.main", f"--config={config}"]
+        main = [sys.executable, "-m", "lorax_cli", "run", f"--config={config}"]
         return [*main, *job.flags, f"--workdir={folder}"]
 
     return command

@@ -40,6 +40,7 @@ from lorax.quantization import Rules
 from lorax.types import PyTree
 
 OLD_NAMES = ((r"(.*)\.gamma$", r"\1.weight"), (r"(.*)\.beta$", r"\1.bias"))
+HUB_FILES = sources.HUB_FILES
 locate, find_local = sources.locate, sources.find_local
 
 
@@ -92,15 +93,11 @@ def load(
         if tensors is None:
             tensors = bitsandbytes.gathered(text, raw)
         stored = _dtype(tensors.values())
-        config = family.Config.from_hf(
-            {name: raw[name] for name in raw if name != "quantization_config"},
-            dtype=stored if dtype is None else dtype,
-            param_dtype=stored,
-            **switches,
-        )
+        dtype = stored if dtype is None else dtype
+        model = configured(raw, directory, dtype=dtype, param_dtype=stored, **switches)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
-    model = family.Model(config)
+    config = model.config
     shapes = abstract(model)
     try:
         found = _placed(family, config, tensors, shapes, draws_heads=key is not None)
@@ -162,6 +159,23 @@ def save(
         stale.unlink()
     _write(directory, tensors, file_bytes)
     (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+
+
+def configured(config: Mapping[str, Any], directory: Any, **switches: Any) -> nn.Module:
+    """Returns the Flax module that the fields of a config.json describe, unread.
+
+    Args:
+      config: the fields; of a multimodal model those of its text model are taken.
+      directory: where they are from, for errors.
+      **switches: as for `load`, and the dtypes, which are the tensors' own there.
+
+    Raises:
+      ValueError: an architecture or a field that is not implemented.
+    """
+    raw = multimodal.text_config(config, directory)
+    family = family_of(raw, directory)
+    fields = {name: raw[name] for name in raw if name != "quantization_config"}
+    return family.Model(family.Config.from_hf(fields, **switches))
 
 
 def family_of(config: Mapping[str, Any], directory: Any) -> ModuleType:

@@ -22,6 +22,7 @@ def locate(
     source: str | pathlib.Path,
     revision: str | None = None,
     folders: Sequence[pathlib.Path] = (),
+    files: Sequence[str] = HUB_FILES,
 ) -> pathlib.Path:
     """Returns the directory of a checkpoint, downloaded if `source` is a hub id.
 
@@ -30,6 +31,7 @@ def locate(
         folder in an installed Python package, or a hub id, which may start with "hf:".
       revision: of a hub id.
       folders: where relative names are looked up, before the working directory.
+      files: patterns of the files to download.
 
     Raises:
       FileNotFoundError: see `find_local`; or there is no huggingface_hub.
@@ -48,7 +50,7 @@ def locate(
         huggingface_hub.snapshot_download(
             str(source).removeprefix(HUB),
             revision=revision,
-            allow_patterns=list(HUB_FILES),
+            allow_patterns=list(files),
         )
     )
 

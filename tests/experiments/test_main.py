@@ -37,7 +37,8 @@ CONFIG = "--config=configs/quickstart.py"
         ),
         ([CONFIG, "--config.adapter.init=pisa"], "init='pisa'; choose one of"),
         ([f"{CONFIG}:runlocl"], "'runlocl' is no argument of this config"),
-        (["--config=configs/quickstrt.py"], "near it: quickstart.py"),
+        (["--config=configs/quickstrt.py"], "lorax's configs: configs/quickstart.py"),
+        (["--config=quikstart"], "Give a file, or the name of one of lorax's configs"),
     ],
 )
 def test_what_is_mistyped_is_one_sentence_at_once(flags, told):
