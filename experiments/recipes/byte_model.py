@@ -1,6 +1,6 @@
 """Pretrains a base, adapts it by every method of the config, and reports.
 
-Everything lands in the workdir: `metrics.jsonl`, `tensorboard/`, `curves.png`,
+Everything lands in the workdir: `metrics.jsonl`, `tensorboard/`, `curves.svg`,
 `results.json` and `adapter/`, which `lorax.checkpoint.load_adapters` reads back.
 """
 
@@ -97,9 +97,7 @@ def train(
     if "lora" in fits:
         done = fits["lora"]
         keeping.save_and_verify(folder / "adapter", done.adapters, done.params)
-    curves.draw_curves(
-        metric_log.read(folder), results["base"]["test_bpb"], folder / "curves.png"
-    )
+    curves.draw_curves(metric_log.read(folder), results["base"]["test_bpb"], folder)
     disk.replace(folder / "results.json", json.dumps(results, indent=2) + "\n")
     labelled = {LABELS[name]: values for name, values in results.items()}
     console.print(metrics.summary_table(labelled, caption=describe_tuning(config)))
@@ -107,7 +105,7 @@ def train(
         show_sample(console, config, model, models[name], LABELS[name])
     console.rule()
     console.print(
-        f"Written to {folder}: adapter/ curves.png metrics.jsonl results.json"
+        f"Written to {folder}: adapter/ curves.svg metrics.jsonl results.json"
     )
     return results
 

@@ -1,4 +1,4 @@
-"""Figures, drawn without a display and readable without colour."""
+"""Figures of a run, drawn without a display and readable without colour."""
 
 import pathlib
 from collections.abc import Sequence
@@ -9,48 +9,65 @@ from experiments.trainer import metrics
 
 # Okabe and Ito's colour-blind-safe palette; the marker tells the runs apart in grey.
 STYLE = {"lora": ("#0072B2", "o", "LoRA"), "full": ("#D55E00", "s", "full fine-tuning")}
+DARK = {"lora": "#56B4E9", "full": "#E69F00"}
+"""The palette's lighter colours, for a dark page."""
+
+INK = {False: "#24292f", True: "#d0d7de"}
+"""Of text and axes, on a light page and on a dark one."""
 
 
 def draw_curves(
-    rows: Sequence[dict[str, Any]], base: float, path: str | pathlib.Path
+    rows: Sequence[dict[str, Any]], base: float, folder: str | pathlib.Path
 ) -> None:
-    """Draws bits per byte against step: training as lines, held out as markers.
+    """Draws bits per byte against step: training as thin lines, held out with markers.
+
+    Writes `curves.svg` and, for a dark page, `curves-dark.svg`. Both are transparent.
 
     Args:
-      rows: the lines of `metrics.jsonl`, of which those with `loss` (nats) and
-        `test_bpb` are drawn.
+      rows: the lines of `metrics.jsonl`. Those with `loss` (in nats) or `test_bpb` are
+        drawn.
       base: bits per byte of the model before adaptation, a dashed line.
-      path: the image to write.
+      folder: where to write the figures.
     """
-    import matplotlib.figure  # imported here: a second, and an optional extra
+    for dark, name in ((False, "curves.svg"), (True, "curves-dark.svg")):
+        figure = _figure(rows, base, dark)
+        path = pathlib.Path(folder) / name
+        with disk.failing(path):
+            figure.savefig(path, transparent=True, metadata={"Date": None})
 
-    figure = matplotlib.figure.Figure(figsize=(6.4, 4.0), layout="constrained")
+
+def _figure(rows: Sequence[dict[str, Any]], base: float, dark: bool) -> Any:
+    """The figure in the colours of one page; small, so that its text stays large."""
+    import matplotlib.figure  # imported here: a second, and an optional extra
+    from matplotlib import ticker
+
+    figure = matplotlib.figure.Figure(figsize=(5.2, 3.5), layout="constrained")
     axes = figure.subplots()
+    axes.axhline(base, color=INK[dark], ls="--", lw=1, label="base")
     for run, (colour, marker, label) in STYLE.items():
         mine = [row for row in rows if row["run"] == run]
-        train = [r for r in mine if r.get("loss")]
-        axes.plot(
-            [r["step"] for r in train],
-            [r["loss"] * metrics.BITS for r in train],
-            color=colour,
-            alpha=0.45,
-            lw=1,
-            label=f"{label}, training",
-        )
-        test = [r for r in mine if r.get("test_bpb")]
-        axes.plot(
-            [0, *(r["step"] for r in test)],
-            [base, *(r["test_bpb"] for r in test)],
-            color=colour,
-            marker=marker,
-            lw=1.5,
-            label=f"{label}, held out",
-        )
-    axes.axhline(base, color="0.4", ls="--", lw=1, label="base, held out")
-    axes.set_xlabel("adaptation step")
-    axes.set_ylabel("loss (bits per byte)")
-    axes.set_title("Adapting a model of Python source to the English of its manual")
-    axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.97))
+        look: dict[str, Any] = {"color": DARK[run] if dark else colour}
+        train = [(r["step"], r["loss"] * metrics.BITS) for r in mine if r.get("loss")]
+        axes.plot(*zip(*train, strict=True), alpha=0.6, lw=1, **look)
+        test = [(r["step"], r["test_bpb"]) for r in mine if r.get("test_bpb")]
+        points = zip((0, base), *test, strict=True)
+        axes.plot(*points, marker=marker, lw=2, label=label, **look)
+    axes.plot([], [], color=INK[dark], alpha=0.6, lw=1, label="in training")
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    axes.set_xlabel("step of adaptation")
+    axes.set_ylabel("bits per byte, held out")
+    _paint(axes, INK[dark])
+    return figure
+
+
+def _paint(axes: Any, ink: str) -> None:
+    """Puts the legend above the lines, and everything but the lines in one colour."""
     axes.spines[["top", "right"]].set_visible(False)
-    with disk.failing(path):
-        figure.savefig(path, dpi=150)
+    axes.spines[["left", "bottom"]].set_color(ink)
+    axes.tick_params(colors=ink, labelsize=11)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=ink, fontsize=12)
+    axes.legend(
+        frameon=False, labelcolor=ink, fontsize=11, ncols=2,
+        loc="lower center", bbox_to_anchor=(0.5, 1.0),
+    )  # fmt: skip

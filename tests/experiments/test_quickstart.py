@@ -27,7 +27,9 @@ def run(tmp_path_factory):
 
 def test_every_artefact_is_there(run):
     folder, _, (results, _) = run
-    assert (folder / "cold" / "curves.png").stat().st_size > 10_000
+    for name in ("curves.svg", "curves-dark.svg"):
+        drawn = (folder / "cold" / name).read_text()
+        assert 'id="legend_1"' in drawn and len(drawn) > 10_000
     assert json.loads((folder / "cold" / "results.json").read_text()) == results
     assert list((folder / "cold" / "tensorboard").glob("lora/events*"))
     runs = {row["run"] for row in metric_log.read(folder / "cold")}
