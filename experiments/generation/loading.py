@@ -13,7 +13,7 @@ from experiments.data.sources import paths
 from experiments.generation import quantizing
 from experiments.machine import placement
 from lorax import checkpoint
-from lorax.interop import hf, peft
+from lorax.interop import hf, peft, sources
 from lorax.quantized import FORMATS
 from lorax.types import Adapters
 
@@ -24,8 +24,8 @@ def load_model(
     """Returns the model, its parameters and its tokenizer; of one of images, of bytes.
 
     Args:
-      source: a checkpoint below the folder of data sets, a directory, a GGUF file, or a
-        hub id.
+      source: a checkpoint below the folder of data sets, a directory, a GGUF file,
+        either of these in a package, "package:NAME/PATH", or a hub id.
       quantize: as `config.model.quantize`, see `quantizing.rules`.
       **kwargs: of `lorax.interop.hf.load`, or of `lorax.interop.gguf.load`.
 
@@ -145,6 +145,8 @@ def check(source: str) -> None:
 
 def _file(source: str) -> pathlib.Path:
     """The GGUF file of a name, which is never looked up on the hub."""
+    if source.startswith(sources.PACKAGE):
+        return sources.in_package(source, file=True)
     given = pathlib.Path(source).expanduser()
     places = (paths.root() / given, given)
     found = next((place for place in places if place.is_file()), None)

@@ -77,6 +77,10 @@ class Compiled:
                 self._by_shapes[shapes] = lowered.compile()
         return self._by_shapes[shapes](state, params, batch, *self._rest)
 
+    def traced(self, state: Any, params: Any, batch: Any) -> Any:
+        """Returns the jaxpr of a step, which is neither compiled nor made."""
+        return self._step.trace(state, params, batch, *self._rest).jaxpr
+
 
 MERGED = jax.jit(lorax.merge)
 """`(adapters, params) -> plain parameters`, jitted."""

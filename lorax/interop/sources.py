@@ -15,7 +15,7 @@ HUB = "hf:"
 """Prefix of a name that is to be looked up on the hub, whatever lies here."""
 
 PACKAGE = "package:"
-"""Prefix of a folder in an installed Python package, "package:NAME/PATH"."""
+"""Prefix of a folder or a file in an installed Python package, "package:NAME/PATH"."""
 
 
 def locate(
@@ -68,7 +68,7 @@ def find_local(
     if text.startswith(HUB):
         return None
     if text.startswith(PACKAGE):
-        return _in_package(text.removeprefix(PACKAGE))
+        return in_package(text)
     given = pathlib.Path(os.path.expanduser(source))  # never raises
     places = [*(folder / given for folder in folders), given]
     for place in places:
@@ -88,21 +88,25 @@ def find_local(
     )
 
 
-def _in_package(name: str) -> pathlib.Path:
-    """Returns the folder "PACKAGE/PATH" of an installed package, which is not imported.
+def in_package(source: str, file: bool = False) -> pathlib.Path:
+    """Returns what "package:NAME/PATH" means; the package is not imported.
+
+    Args:
+      source: such a name.
+      file: whether it means a file; else a folder.
 
     Raises:
-      FileNotFoundError: the package is not installed, or has no such folder.
+      FileNotFoundError: the package is not installed, or has no such folder or file.
     """
-    package, _, path = name.partition("/")
+    package, _, path = source.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     roots = (spec.submodule_search_locations if spec else None) or []
-    found = next(
-        (p for p in (pathlib.Path(r, path) for r in roots) if p.is_dir()), None
-    )
+    places = (pathlib.Path(root, path) for root in roots)
+    found = next((p for p in places if (p.is_file() if file else p.is_dir())), None)
     if found is None:
-        why = f"has no folder {path!r}" if roots else "is not installed here"
-        raise FileNotFoundError(f"package:{name}: the package {package!r} {why}")
+        kind = "file" if file else "folder"
+        why = f"has no {kind} {path!r}" if roots else "is not installed here"
+        raise FileNotFoundError(f"{source}: the package {package!r} {why}")
     return found
 
 

@@ -14,7 +14,7 @@ from experiments.generation import loading
 from experiments.recipes import finetune
 from experiments.tasks import contrast
 from lorax import losses
-from lorax.interop import hf
+from lorax.interop import hf, sources
 
 SPLITS = ("train", "valid")
 
@@ -145,3 +145,6 @@ def test_folders_of_packages():
         hf.locate("package:lorax/model")
     with pytest.raises(FileNotFoundError, match="'gt_none' is not installed here"):
         hf.locate("package:gt_none/model")
+    assert sources.in_package("package:lorax/py.typed", file=True).is_file()
+    with pytest.raises(FileNotFoundError, match="'lorax' has no file 'x.gguf'"):
+        loading.find("package:lorax/x.gguf")

@@ -1,0 +1,1 @@
+"""The benchmark on real pretrained models: arms, tasks, costs, outcomes and page."""
