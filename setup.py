@@ -58,7 +58,13 @@ GOLDEN = [
     "torch>=2.7",
     "transformers>=4.55",
 ]
-DOCS = ["mkdocs==1.6.1", "mkdocstrings==1.0.8", "mkdocstrings-python==2.0.11"]
+DOCS = [
+    "latex2mathml==3.81.1",  # equations without a script in the page
+    "mkdocs==1.6.1",
+    "mkdocs-material==9.8.2",  # search, dark mode, narrow screens
+    "mkdocstrings==1.0.8",
+    "mkdocstrings-python==2.0.11",
+]
 LINT = [  # pinned, as DOCS: they decide what passes
     "build==1.6.1",
     "mypy==2.4.1",

@@ -4,6 +4,8 @@ kernels = lorax.discover(loss_fn, params, batch)
 adapters, params = lorax.init(key, params, [lorax.Target("all-linear")], kernels)
 loss = lorax.adapt(loss_fn)                 # (adapters, params, batch)
 merged = lorax.merge(adapters, params)      # plain Flax params again
+
+What the words mean: `docs/concepts`.
 """
 
 from lorax import analysis, compose, optim, quantized, scaling

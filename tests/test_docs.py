@@ -17,12 +17,18 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 AT_THE_ROOT = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
 
 
-@pytest.fixture(scope="module")
-def site():
-    spec = importlib.util.spec_from_file_location("site_of", ROOT / "docs" / "site.py")
+def hook(name):
+    """A hook of mkdocs.yml as a module."""
+    path = ROOT / "docs" / "hooks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"hook_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def site():
+    return hook("site")
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +36,91 @@ def api(site):
     return site.api_pages()
 
 
-def test_every_page_is_in_the_nav(site, api):
+@pytest.fixture(scope="module")
+def methods():
+    return hook("method_pages")
+
+
+def leaves(entries):
+    """The pages in a part of the nav."""
+    for entry in entries:
+        target = entry if isinstance(entry, str) else next(iter(entry.values()))
+        yield from [target] if isinstance(target, str) else leaves(target)
+
+
+def test_every_page_is_in_the_nav(site, api, methods):
     written = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES]
-    pages = sorted([*written, *site.COPIED.values(), *api])
+    made = [*api, *methods.method_pages(), *hook("notebook_pages").notebook_pages()]
+    pages = [*written, *site.COPIED, *made]
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    reached = []
-    for entry in nav:
-        (target,) = site.nav_entry(entry, pages).values()
-        reached += [target] if isinstance(target, str) else target
-    assert sorted(reached) == pages
+    filled = [each for entry in nav for each in site.nav_entry(entry, pages)]
+    assert sorted(leaves(filled)) == sorted(pages)
 
 
 def test_an_entry_with_a_star_stands_for_the_pages_below_it(site):
     pages = ["a.md", "results.md", "results/x/y.md", "results/z.md"]
-    assert site.nav_entry({"R": "results*"}, pages) == {"R": pages[1:]}
-    assert site.nav_entry({"A": "a.md"}, pages) == {"A": "a.md"}
+    assert site.nav_entry({"R": "results*"}, pages) == [{"R": pages[1:]}]
+    assert site.nav_entry({"A": "a.md"}, pages) == [{"A": "a.md"}]
+    nested = {"B": ["a.md", {"C": "results/*"}, "results.*"]}
+    inside = ["a.md", {"C": pages[2:]}, "results.md"]
+    assert site.nav_entry(nested, pages) == [{"B": inside}]
+
+
+def test_every_method_has_a_page(methods):
+    from experiments.trainer import optimizers
+    from lorax import adapters, inits
+
+    pages = {name.removeprefix("methods/") for name in methods.method_pages()}
+    plain = {"adamw", "sgd", "muon", "muon_factors"}  # of optax; "muon" is muon_factors
+    wanted = {f"adapters/{name}.md" for name in adapters.REGISTRY}
+    wanted |= {f"inits/{name}.md" for name in inits.REGISTRY}
+    wanted |= {f"optim/{name}.md" for name in {*optimizers.READY} - plain}
+    assert wanted | {"optim/muon.md"} <= pages
+
+
+def test_a_method_page_takes_what_is_written_elsewhere(methods):
+    page = methods.method_pages()["methods/optim/lora_plus.md"]
+    assert "| `ratio` | `16.0` | see `scale_by_lora_plus`. |" in page
+    assert "[arXiv:2402.12354](https://arxiv.org/abs/2402.12354)" in page
+    assert "](../../results/optimizers.md)" in page and "| LoRA+ |" in page
+    assert "[lorax.optim.lora_plus]" in page
+    pissa = methods.method_pages()["methods/inits/pissa.md"]
+    assert "| `iterations` | `None` |" in pissa and "`stats`" not in pissa
+
+
+def test_one_name_is_not_found_in_another(methods):
+    assert methods.named("LoRA", "LoRA, rank 8") and methods.named("LoRA+", "LoRA+")
+    for other in ("LoRA+", "LoRA-GA", "AdaLoRA", "rsLoRA"):
+        assert not methods.named("LoRA", other)
+
+
+def test_a_notebook_is_a_page_with_its_outputs():
+    pages = hook("notebook_pages")
+    cell = {"cell_type": "code", "source": ["x\n", "y"], "outputs": []}
+    shown = [
+        {"output_type": "stream", "text": ["1\n", "2\n"]},
+        {"output_type": "display_data", "data": {"image/png": "QUJD\n"}},
+        {"output_type": "execute_result", "data": {"text/plain": "```"}},
+        {"output_type": "display_data", "data": {"image/svg+xml": ["<svg/>"]}},
+    ]
+    told = {"cell_type": "markdown", "source": "# Title"}
+    cells = [told, cell | {"outputs": shown}]
+    text = "\n".join(pages.blocks({"cells": cells}))
+    assert text.startswith("# Title\n") and "```python\nx\ny\n```" in text
+    assert "```text\n1\n2\n```" in text and "````text\n```\n````" in text
+    assert "(data:image/png;base64,QUJD)" in text
+    assert "(data:image/svg+xml;base64,PHN2Zy8+)" in text
+
+
+def test_equations_are_drawn_without_a_script():
+    pytest.importorskip("latex2mathml", reason="needs the docs extra")
+    drawn = hook("maths").on_page_content(
+        '<div class="arithmatex">\\[a &lt; b\\]</div>'
+        '<span class="arithmatex">\\(c\\)</span>',
+        *[None] * 3,
+    )
+    assert drawn.count("<math") == 2 and 'display="block"' in drawn
+    assert "&lt;" in drawn or "&#x0003C;" in drawn
 
 
 def packages():
@@ -128,7 +204,8 @@ def test_links_lead_somewhere(page):
 def test_links_keep_their_meaning_in_the_site(site):
     class Files:
         def get_file_from_path(self, path):
-            return path if path in ("index.md", "pods.md", "results/plan.md") else None
+            there = ("index.md", "pods.md", "results/plan.md", "notebooks/a.md")
+            return path if path in there else None
 
     def page(uri):
         file = type("File", (), {"src_uri": uri})
@@ -137,20 +214,27 @@ def test_links_keep_their_meaning_in_the_site(site):
     def turned(uri, text):
         return site.on_page_markdown(text, page(uri), None, Files())
 
-    assert turned("index.md", "[a](docs/pods.md)") == "[a](pods.md)"
-    assert turned("index.md", "[a](docs/results/plan.md#x)") == "[a](results/plan.md#x)"
+    assert turned("index.md", "[a](results/plan.md#x)") == "[a](results/plan.md#x)"
+    assert turned("CHANGELOG.md", "[a](docs/pods.md)") == "[a](pods.md)"
+    assert turned("index.md", "[a](../notebooks/a.ipynb)") == "[a](notebooks/a.md)"
+    assert turned("notebooks/a.md", "[a](../docs/pods.md)") == "[a](../pods.md)"
     assert turned("results/plan.md", "[a](../pods.md)") == "[a](../pods.md)"
-    assert turned("results/plan.md", "[a](../../README.md)") == "[a](../index.md)"
+    assert turned("results/plan.md", "[a](../../README.md)") == "a"
     assert turned("pods.md", "see [a](../setup.py)!") == "see a!"  # not of the site
     assert turned("pods.md", "[a](https://b.org/c.md)") == "[a](https://b.org/c.md)"
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
-    for tool in ("mkdocs", "mkdocstrings"):
+    for tool in ("mkdocs", "mkdocstrings", "material", "latex2mathml"):
         if importlib.util.find_spec(tool) is None:
             pytest.skip(f"no {tool}: pip install -e '.[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "-d", str(tmp_path / "site")]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    page = (tmp_path / "site" / "api" / "optim" / "index.html").read_text()
+    page = (tmp_path / "site" / "api" / "optim.html").read_text()
     assert 'id="lorax.optim.lora_plus"' in page and "arXiv:2402.12354" in page
+    assert 'href="#lorax.optim.lora_plus"' in page  # from the table of names
+    page = (tmp_path / "site" / "methods" / "adapters" / "dora.html").read_text()
+    assert "<math" in page and "arithmatex" not in page
+    quickstart = (tmp_path / "site" / "results" / "quickstart.html").read_text()
+    assert "curves.svg#only-light" in quickstart and "<picture" not in quickstart

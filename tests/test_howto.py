@@ -1,4 +1,4 @@
-"""The how-to pages are true: their code runs, and does what the page says."""
+"""Pages are true: their code runs, and does what how-to, start and concepts say."""
 
 import dataclasses
 import importlib.util
@@ -12,19 +12,27 @@ import numpy as np
 import pytest
 
 import lorax
+import lorax_cli
+from experiments.reading import command
 from lorax import checkpoint, compose
 from lorax.adapters import parametrisation
 from lorax.models import llama
-from tests import howto_files
+from tests import concept_pages, howto_files
 from tests.interop import gguf_files
 from tests.test_preferences import learned_preferences
 
 pytestmark = pytest.mark.once
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs" / "howto").glob("*.md"))
+PAGES = sorted(
+    page
+    for folder in ("howto", "start", "concepts")
+    for page in (ROOT / "docs" / folder).glob("*.md")
+)
 EVERYWHERE = [*PAGES, *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
-COMMAND = re.compile(r"^(?: {4})?python -m (experiments\S*(?:.*\\\n)*.*)$", re.M)
+COMMAND = re.compile(
+    r"^(?: {4}|.* && )?(?:python -m (?=experiments)|lorax (?=\w))((?:.*\\\n)*.*)$", re.M
+)
 
 
 def blocks(page, language):
@@ -41,7 +49,7 @@ def quick_compilation():
 
 
 def run(name):
-    page = ROOT / "docs" / "howto" / f"{name}.md"
+    (page,) = [page for page in PAGES if page.stem == name]
     scope: dict = {}
     exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), scope)
     return scope
@@ -244,17 +252,6 @@ def own_method(scope):
     np.testing.assert_allclose(apply(adapters, base, np.eye(6)), want, rtol=1e-5)
 
 
-def nnx(scope):
-    adapted, merged, tokens = (scope[n] for n in ("adapted", "merged", "tokens"))
-    found = {p: type(a).__name__ for p, a in adapted.adapters.get_value().items()}
-    attention = [f"attention/{name}/kernel" for name in ("query", "value")]
-    low_rank = {"up/kernel": "Dora", "down/kernel": "Dora"}
-    assert found == low_rank | dict.fromkeys(attention, "Lora")
-    assert scope["losses"][-1] < 0.8 * scope["losses"][0]
-    assert type(merged) is scope["Model"]
-    np.testing.assert_allclose(merged(tokens), adapted(tokens), atol=1e-4)
-
-
 def equinox(scope):
     found = {p: type(a).__name__ for p, a in scope["adapters"].items()}
     attention = [f"attention/{name}_proj/weight" for name in ("query", "value")]
@@ -303,6 +300,7 @@ CHECKS = {
     check.__name__.removeprefix("learned_"): check
     for check in (
         *howto_files.CHECKS,
+        *concept_pages.CHECKS,
         own_model,
         losses,
         learned_preferences,
@@ -321,7 +319,6 @@ CHECKS = {
         population,
         sharding,
         long_context,
-        nnx,
         equinox,
         haiku,
         einsums,
@@ -347,9 +344,8 @@ def test_the_code_does_what_the_page_says(name, capsys, tmp_path, monkeypatch):
     if name in FOREIGN:
         pytest.importorskip(name, reason="needs the golden extra")
     if name not in CHECKS:
-        assert name in ("runs", "quantized_runs", "preference_runs"), (
-            "a page without a check of what it shows"
-        )
+        (page,) = [page for page in PAGES if page.stem == name]
+        assert not blocks(page, "python"), "a page without a check of what it shows"
         return
     scope = run(name)
     printed = capsys.readouterr().out
@@ -365,13 +361,13 @@ def commands():
     """(page, words) of every command of ours that a page shows."""
     for page in EVERYWHERE:
         for block in re.findall(r"```(?:bash|text)\n(.*?)```", page.read_text(), re.S):
-            for command in COMMAND.findall(block):
-                text = command.replace("\\\n", " ").split(" && ")[0]
+            for shown in COMMAND.findall(block):
+                text = shown.replace("\\\n", " ").split(" && ")[0]
                 yield pytest.param(shlex.split(text), id=f"{page.stem}: {text[:60]}")
 
 
 def config_of(value):
-    path, _, argument = value.partition(":")
+    path, _, argument = command.find_config(value).partition(":")
     spec = importlib.util.spec_from_file_location("shown", ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -380,7 +376,8 @@ def config_of(value):
 
 @pytest.mark.parametrize("words", list(commands()))
 def test_commands_name_programs_configs_and_fields_that_exist(words):
-    program = ROOT / (words[0].replace(".", "/") + ".py")
+    named = words[0] if "." in words[0] else lorax_cli.module(words[0])
+    program = ROOT / (named.replace(".", "/") + ".py")
     known = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', program.read_text()))
     config = None
     for word in words[1:]:
