@@ -58,6 +58,7 @@ def _run(run: ml_collections.ConfigDict) -> None:
     run.seed = 0
     run.methods = ("lora",)  # or ("full",)
     run.plugins = ()  # modules that register methods of your own
+    run.wandb = ""  # a project of Weights & Biases, to which metrics are sent too
     run.steps = 1_000
     run.log_every = 100
     run.label_smoothing = 0.0

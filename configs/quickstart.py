@@ -45,6 +45,7 @@ def _run(run: ml_collections.ConfigDict) -> None:
     run.seed = 0
     run.methods = ("lora", "full")  # in order; LoRA is held to "full"
     run.plugins = ()  # modules that register methods of your own
+    run.wandb = ""  # a project of Weights & Biases, to which metrics are sent too
     run.steps = 90
     run.log_every = 10
     run.cache_dir = ""  # "" for $XDG_CACHE_HOME/lorax, else ~/.cache/lorax

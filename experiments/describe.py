@@ -9,7 +9,7 @@ package, or a hub id, of which the config.json is downloaded. No weights are rea
 
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from experiments.reading import command
 
@@ -24,7 +24,6 @@ def main(argv: Sequence[str]) -> None:
     """Describes the model that the arguments name."""
     if len(argv) != 2:
         raise app.UsageError("give one model: a directory, a GGUF file or a hub id")
-    logging.set_verbosity(logging.WARNING)  # libraries announce what they lack at INFO
     import lorax
     from experiments.planning import outline
 

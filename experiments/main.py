@@ -11,7 +11,7 @@ experiments.main` is the same command.
 import pathlib
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from experiments.reading import command
@@ -26,9 +26,8 @@ def main(argv: Sequence[str]) -> None:
     """Trains as the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)  # libraries announce what they lack at INFO
     # jax and flax load only once the flags are right
-    from experiments.machine import distributed, memory
+    from experiments.machine import distributed, memory, record
     from experiments.reading import fields
 
     config = _CONFIG.value
@@ -45,6 +44,8 @@ def main(argv: Sequence[str]) -> None:
     with command.refusing():
         checking.check(config)
         folders.require_directory(pathlib.Path(workdir))
+    if distributed.is_primary():
+        record.write(pathlib.Path(workdir), config)
     run = finetune.run if "source" in config.model else members.run
     run(config, workdir)
 

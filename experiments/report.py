@@ -1,25 +1,38 @@
-"""Writes the pages of results that are written from runs; nothing is pasted by hand.
+"""Draws what a run did: results, curves, spectra and ranks of its updates, config.
 
-`docs/results.md` is of the studies on the quickstart's text, and
-`docs/results/benchmark/README.md` of the methods on real pretrained models.
+    lorax report runs/quickstart
 
-python -m experiments.report
+Writes `report.html` into the folder of the run, one file that needs no other. Without a
+folder, in a checkout, writes the pages of results from the runs of the studies:
+`docs/results.md` and `docs/results/benchmark/README.md`; nothing is pasted by hand.
 """
 
+import pathlib
 from collections.abc import Sequence
 
 from absl import app
 
-from experiments.studies.method import findings
-from experiments.studies.pretrained import leaderboard
+import lorax_cli
+from experiments.reading import command
 
 
 def main(argv: Sequence[str]) -> None:
-    """Writes the pages."""
-    del argv
-    print(findings.write())
-    print(leaderboard.write(findings.DOCS))
+    """Writes the page, or those of the studies."""
+    studies = lorax_cli.ROOT / "experiments" / "studies"
+    if len(argv) > 2 or (len(argv) == 1 and not studies.is_dir()):
+        raise app.UsageError("give the folder of one run, such as runs/quickstart")
+    if len(argv) == 1:
+        from experiments.studies.method import findings
+        from experiments.studies.pretrained import leaderboard
+
+        print(findings.write())
+        print(leaderboard.write(findings.DOCS))
+        return
+    from experiments.pages import run_page
+
+    with command.refusing():
+        print(f"Written: {run_page.write(pathlib.Path(argv[1]))}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "merge adapters, or write them for PEFT, vLLM and llama.cpp",
     "describe": "say what adapters would train in a model, and what they leave out",
     "plan": "say what a run needs on a TPU that is not here",
+    "report": "draw what a run did as one HTML page",
 }
 """What each subcommand does."""
 

@@ -50,7 +50,7 @@ def test_usage_has_every_command_and_config():
         assert name in text
     programs = {path.stem for path in (lorax_cli.ROOT / "experiments").glob("*.py")}
     modules = {lorax_cli.module(name).split(".")[1] for name in lorax_cli.COMMANDS}
-    assert programs - modules == {"__init__", "launch_local", "paired", "report"}
+    assert programs - modules == {"__init__", "launch_local", "paired"}
 
 
 @pytest.mark.parametrize(

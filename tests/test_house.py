@@ -33,7 +33,7 @@ compensation accumulation steps training population checkpoint interop
 """.split()
 # bottom first; the commands stand on all of them
 FLOORS = """
-paired machine data generation tasks trainer reading recipes planning search
+paired machine data generation tasks trainer pages reading recipes planning search
 benchmarks studies
 """.split()
 COMMANDS = ROOT / "experiments"  # a file a command

@@ -1,10 +1,13 @@
-"""Memory that XLA frees on a CPU and asks for again at every step."""
+"""How much is held, and what XLA frees on a CPU and asks for again at every step."""
 
 import ctypes
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import sys
+
+import jax
 
 # What `mallopt` sets, by its number in glibc's malloc.h.
 _SETTINGS = {
@@ -13,6 +16,20 @@ _SETTINGS = {
     -1: -1,  # free bytes at the top that are handed back: never
     -2: 2**28,  # bytes to ask the kernel for beside those that are needed
 }
+
+
+def peak() -> int:
+    """Returns the most bytes held so far: of the fullest device, on a CPU in all."""
+    told = [device.memory_stats() or {} for device in jax.local_devices()]
+    found = [stats.get("peak_bytes_in_use", 0) for stats in told]
+    if any(found):
+        return max(found)
+    try:
+        import resource  # of Unix
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def keep() -> bool:

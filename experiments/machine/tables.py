@@ -1,7 +1,6 @@
 """Tables and figures: markdown, colours, and what they are of."""
 
 import datetime
-import importlib.metadata
 import os
 import pathlib
 import platform
@@ -10,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+
+from experiments.machine import record
 
 COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
@@ -24,19 +25,11 @@ def about(packages: Sequence[str]) -> dict[str, Any]:
     Args:
       packages: names of distributions; those that are not installed are left out.
     """
-    versions = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    called = f"python -m {spec.name}" if spec else "python"
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join([called, *sys.argv[1:]]),
+        "command": " ".join([record.program(), *sys.argv[1:]]),
         "device": _device(),
-        "versions": versions,
+        "versions": record.versions(packages),
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
     }
 

@@ -20,10 +20,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 import lorax_cli
+from experiments.machine import record
 
 CONFIG = "A config file, or the name of one that comes with lorax; see lorax --help."
 """The help of `--config`."""
@@ -52,6 +53,8 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit()
     try:
         left = flags.FLAGS(_with_configs(argv))
+        if not flags.FLAGS["verbosity"].present:  # libraries say at INFO what they lack
+            logging.set_verbosity(logging.WARNING)
         _require_file()
         return left
     except flags.Error as error:
@@ -138,9 +141,5 @@ def _require_file() -> None:
 
 
 def _name() -> str:
-    """The command as it was typed: `lorax run`, or `experiments.main`."""
-    main = sys.modules["__main__"]
-    if hasattr(main, "COMMAND"):  # of `lorax_cli`
-        return main.COMMAND
-    spec = getattr(main, "__spec__", None)
-    return spec.name if spec else pathlib.Path(sys.argv[0]).stem
+    """The program, for the front of an error."""
+    return record.program().removeprefix("python -m ")

@@ -61,7 +61,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"run\.skip_nonfinite", whole()),
     (r"run\.save_every", whole()),
     (r"run\.save_deadline", POSITIVE),
-    (r"run\.cache_dir", TEXT),
+    (r"run\.(cache_dir|wandb)", TEXT),
     (r"run\.plugins", such_as(listed(NAME), "('my_package.methods',)")),
     # distributed
     (r"distributed\.coordinator", TEXT),

@@ -72,7 +72,8 @@ def train(
     def evaluate(params: Any) -> dict[str, float]:
         return {"test_bpb": bits_per_byte(params, test)}
 
-    with metric_log.Writer(folder) as log, progress.bars(console) as bars:
+    written = metric_log.Writer(folder, project=config.run.wandb)
+    with written as log, progress.bars(console) as bars:
         base = load_or_train(config, model, bars, log)
         results = {"base": evaluate(base)}
 

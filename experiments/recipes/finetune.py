@@ -66,8 +66,13 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
     keep = keeping.make_keep(config, folder)
     fresh = keep is None
-    opened = metric_log.Writer(folder, fresh) if primary else contextlib.nullcontext()
-    with place.scope(), opened as log, progress.bars(console) as bars:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(place.scope())
+        log = None
+        if primary:
+            writer = metric_log.Writer(folder, fresh, config.run.wandb)
+            log = stack.enter_context(writer)
+        bars = stack.enter_context(progress.bars(console))
         before = task.evaluate(unmerged.Unmerged({}, base))
 
         # ----------------------------------------------------------- training

@@ -129,7 +129,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     loss_fn = objects.make_loss(model)
     bits_per_byte = metrics.make_bits_per_byte(loss_fn)
 
-    with metric_log.Writer(folder) as log, progress.bars(console) as bars:
+    written = metric_log.Writer(folder, project=config.run.wandb)
+    with written as log, progress.bars(console) as bars:
         base = load_or_train(config, model, bars, log)
 
         # ----------------------------------------------------------- training

@@ -1,4 +1,4 @@
-"""Metrics on disk: JSON lines, and TensorBoard where tensorboardX is installed.
+"""Metrics: JSON lines, TensorBoard where tensorboardX is installed, W&B if asked.
 
 Both are written before `write` returns, so that a disk that fails ends the run there
 and then. tensorboardX's own `SummaryWriter` has a thread for it: it dies of the first
@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import pathlib
+import secrets
 import socket
 import time
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from typing import Any, Self
 
 from absl import logging
 
-from experiments.machine import disk
+from experiments.machine import disk, record
 from lorax.checkpoint import folders
 
 SYNC_SECONDS = 30
@@ -33,13 +34,17 @@ class Writer:
     Args:
       workdir: folder to write to, made if need be.
       fresh: an earlier run's metrics are replaced; False: they stay, see `rewind`.
+      project: of Weights & Biases, to which everything is sent as well; "": to none.
 
     Raises:
-      ValueError: the workdir is a file, or a link to nothing.
+      ValueError: the workdir is a file, or a link to nothing; a project is given and
+        wandb is not installed.
       OSError: it cannot be written to; names the path, here and in every method.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, fresh: bool = True) -> None:
+    def __init__(
+        self, workdir: str | pathlib.Path, fresh: bool = True, project: str = ""
+    ) -> None:
         """Opens the files."""
         self._workdir = pathlib.Path(workdir)
         folders.require_directory(self._workdir)
@@ -52,6 +57,7 @@ class Writer:
             self._lines = open(self._path, "w" if fresh else "a", encoding="utf-8")
         self._boards: dict[str, _Board] = {}
         self._start = time.monotonic()
+        self._wandb = _Wandb(self._workdir, project, fresh) if project else None
         try:
             import tensorboardX  # imported here: it is an optional extra
 
@@ -83,12 +89,16 @@ class Writer:
                 folder = self._workdir / "tensorboard" / run
                 self._boards[run] = _Board(self._tensorboard, folder, self._from)
             self._boards[run].write(step, values)
+        if self._wandb is not None:
+            self._wandb.write(run, step, values)
 
     def close(self) -> None:
         """Flushes and closes every file."""
         with contextlib.ExitStack() as files:  # all, though one fail
             for board in self._boards.values():
                 files.callback(board.close)
+            if self._wandb is not None:
+                files.callback(self._wandb.close)
             with disk.failing(self._path):
                 self._lines.close()
 
@@ -142,6 +152,48 @@ class _Board:
         """Sees the file onto the disk and closes it."""
         with disk.failing(self._path), contextlib.closing(self._file):
             self._file.flush()
+
+
+class _Wandb:
+    """A run of Weights & Biases, of the folder's name; of a run that goes on, the same.
+
+    Steps are metrics of their own, "lora/step": W&B's may not fall, and where "full"
+    follows "lora" they do.
+    """
+
+    def __init__(self, workdir: pathlib.Path, project: str, fresh: bool) -> None:
+        try:
+            import wandb  # imported here: nothing else needs it
+        except ImportError as error:
+            raise ValueError(
+                f"config.run.wandb={project!r}: the package of Weights & Biases is not "
+                "installed; pip install wandb, or give ''"
+            ) from error
+        told = workdir / record.FILE
+        known = workdir / "wandb_id"
+        if fresh or not known.exists():
+            disk.replace(known, secrets.token_hex(8))
+        self._run = wandb.init(
+            project=project,
+            name=workdir.name,
+            id=known.read_text(),
+            resume="allow",
+            dir=str(workdir),
+            config=json.loads(told.read_text())["config"] if told.exists() else None,
+        )
+        self._known: set[str] = set()
+
+    def write(self, run: str, step: int, values: Mapping[str, float]) -> None:
+        """Sends scalars."""
+        if run not in self._known:
+            self._run.define_metric(f"{run}/*", step_metric=f"{run}/step")
+            self._known.add(run)
+        scalars = {f"{run}/{name}": value for name, value in values.items()}
+        self._run.log({**scalars, f"{run}/step": int(step)})
+
+    def close(self) -> None:
+        """Waits until everything is sent."""
+        self._run.finish()
 
 
 def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:

@@ -49,6 +49,9 @@ def recovered(base: float, adapted: float, full: float) -> float:
     return (base - adapted) / (base - full) if base > full else math.nan
 
 
+NO_SHARE = "Full fine-tuning gained less than LoRA here, so no share of it is given."
+
+
 def summary_table(
     results: Mapping[str, Mapping[str, float]], caption: str
 ) -> rich.table.Table:
@@ -77,11 +80,15 @@ def summary_table(
         table.add_column(header, justify="right", no_wrap=True)
     for name, values in results.items():
         table.add_row(name, *(_cell(form, values) for form in columns.values()))
+    if any(values.get("recovered", 0) > 1 for values in results.values()):
+        table.caption = f"{caption} {NO_SHARE}".strip()
     return table
 
 
 def _cell(form: str, values: Mapping[str, float]) -> str:
-    """The formatted values, or blank if the row lacks one."""
+    """The formatted values, or blank if the row lacks one or it says nothing."""
+    if "recovered" in form and not values.get("recovered", 0) <= 1:
+        return ""
     try:
         return form.format_map(values)
     except KeyError:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 
 import pytest
 
@@ -36,3 +38,49 @@ def test_without_tensorboard_lines_are_still_written(tmp_path, monkeypatch):
         writer.write("lora", 1, {"loss": 1.0})
     assert len(metric_log.read(tmp_path)) == 1
     assert not (tmp_path / "tensorboard").exists()
+
+
+class StandIn(types.ModuleType):
+    """What is used of wandb, noted down."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.begun, self.told, self.finished = [], [], 0
+
+    def init(self, **given):
+        self.begun.append(given)
+        return self
+
+    def define_metric(self, name, step_metric):
+        self.told.append((name, step_metric))
+
+    def log(self, values):
+        self.told.append(values)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_gets_every_scalar_and_a_run_that_goes_on_its_old_id(
+    tmp_path, monkeypatch
+):
+    wandb = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "run.json").write_text('{"config": {"run": {"steps": 3}}}')
+    for fresh in (True, False):
+        with metric_log.Writer(tmp_path, fresh, "mine") as writer:
+            writer.write("lora", 10, {"loss": 2.5})
+    first, second = wandb.begun
+    assert first == second and len(first["id"]) == 16 and first["project"] == "mine"
+    assert first["name"] == tmp_path.name and first["config"] == {"run": {"steps": 3}}
+    assert wandb.told[:2] == [
+        ("lora/*", "lora/step"),
+        {"lora/loss": 2.5, "lora/step": 10},
+    ]
+    assert wandb.finished == 2
+
+
+def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="run.wandb='mine'.*pip install wandb"):
+        metric_log.Writer(tmp_path, project="mine")
