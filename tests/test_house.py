@@ -288,3 +288,12 @@ def test_methods_are_not_told_apart_by_class_or_name(path):
     told = re.findall(rf"isinstance\([^)]*\b(?:{names})\b[^)]*\)", text)
     told += re.findall(r"\.adapter\s*[!=]=\s*\S+", text)
     assert not told, told
+
+
+def test_actions_are_pinned_by_hash():
+    """A tag can be moved to other code; a commit cannot."""
+    files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    used = [u for f in files for u in re.findall(r"uses: *(.+)", f.read_text())]
+    assert len(used) >= 4
+    for action in used:
+        assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v[\d.]+", action), action
