@@ -224,6 +224,22 @@ def test_links_keep_their_meaning_in_the_site(site):
     assert turned("pods.md", "[a](https://b.org/c.md)") == "[a](https://b.org/c.md)"
 
 
+def test_a_name_of_the_api_is_a_link_to_it(site):
+    link = "[`lorax.adapt`][lorax.adapt]"
+    assert site.linked("a `lorax.adapt`, b") == f"a {link}, b"
+    assert site.linked("`lorax.adapt(fn)`") == "[`lorax.adapt(fn)`][lorax.adapt]"
+    for plain in ("`lorax.nothing`", "[`lorax.adapt`](a.md)", "`adapt`", "lorax.adapt"):
+        assert site.linked(plain) == plain
+    code = "```python\n`lorax.adapt`\n```\n    `lorax.adapt`\n"
+    assert site.linked(code + "`lorax.adapt`") == code + link
+
+
+def test_a_bare_table_has_a_title(site):
+    told = site.titled("| a |", "results/two_words/table.md")
+    assert told == "# Two words: the table\n\n| a |"
+    assert site.titled("# A\n", "results/a/table.md") == "# A\n"
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     for tool in ("mkdocs", "mkdocstrings", "material", "latex2mathml"):
         if importlib.util.find_spec(tool) is None:

@@ -22,6 +22,8 @@ COPIED = ("CONTRIBUTING.md", "CHANGELOG.md")
 """Pages from the root of the repository."""
 
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+SYMBOL = re.compile(r"(\[?)`(lorax(?:\.\w+)+)((?:\([^`]*\))?)`")
+FENCED = re.compile(r"(^```.*?^```|^    [^\n]*$)", re.DOTALL | re.MULTILINE)
 PICTURE = re.compile(
     r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="([^"]+)">'
     r'\s*<img alt="([^"]+)"\s+src="([^"]+)".*?</picture>',
@@ -137,6 +139,9 @@ def prose(name: str) -> str:
     )
 
 
+MEMBER = r"^::: (\S+)\n    options: {heading_level: 3}$"
+
+
 def members(prefix: str, names: list[str]) -> list[str]:
     """A directive for each name, under a heading of the third level."""
     options = "    options: {heading_level: 3}\n"
@@ -219,10 +224,39 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+@functools.cache
+def symbols() -> frozenset[str]:
+    """The dotted names under which the API documents something but modules."""
+    pages = "\n".join(api_pages().values())
+    return frozenset(re.findall(MEMBER, pages, re.MULTILINE))
+
+
+def linked(text: str) -> str:
+    """Makes each `lorax.name` in the text of a page a link to the API."""
+
+    def link(match: re.Match[str]) -> str:
+        name = match[2]
+        found = name in symbols() and not match[1]
+        return f"[`{match[2]}{match[3]}`][{name}]" if found else match[0]
+
+    parts = FENCED.split(text)
+    return "".join(
+        part if i % 2 else SYMBOL.sub(link, part) for i, part in enumerate(parts)
+    )
+
+
 def in_site(source: str) -> str:
     """The page, or the file, of the site that is made from one of the repository."""
     page = source.removeprefix("docs/")
     return re.sub(r"^(notebooks/.*)\.ipynb$", r"\1.md", page)
+
+
+def titled(text: str, uri: str) -> str:
+    """A page with a title: a bare table is named for its folder."""
+    if text.startswith("|") or text.startswith("## "):
+        folder = posixpath.basename(posixpath.dirname(uri)).replace("_", " ")
+        return f"# {folder.capitalize()}: the table\n\n{text}"
+    return text
 
 
 def on_page_markdown(text: str, page: Any, config: Any, files: Any) -> str:
@@ -246,5 +280,5 @@ def on_page_markdown(text: str, page: Any, config: Any, files: Any) -> str:
         site = posixpath.relpath(site, posixpath.dirname(uri) or ".")
         return f"{image}[{label}]({site}{anchor})"
 
-    text = PICTURE.sub(r"![\2](\3#only-light)![\2](\1#only-dark)", text)
-    return LINK.sub(follow, text)
+    text = PICTURE.sub(r"![\2](\3#only-light)![\2](\1#only-dark)", titled(text, uri))
+    return LINK.sub(follow, linked(text) if not uri.startswith("api/") else text)
