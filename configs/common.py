@@ -133,7 +133,7 @@ def _data(data: ml_collections.ConfigDict) -> None:
     """Which task, in batches of which size."""
     data.task = ""  # one of experiments.tasks.TASKS
     data.train = ""  # a table below the folder of data sets, or a path
-    data.valid = ""
+    data.valid = ""  # likewise; of task "instructions" "": the last tenth of train
     data.pooling = ""  # of task "pairs": "mean", "cls", ...; "" as modules.json says
     data.scale = 20.0  # of its cosines
     data.train_rows = 0  # 0: all

@@ -6,6 +6,7 @@ and the references.
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -82,14 +83,26 @@ def encode(
 
 
 def read_pairs(data: ml_collections.ConfigDict, split: str) -> Sequence[examples.Pair]:
-    """The prompts and responses of a split, "train" or "valid"."""
+    """The prompts and responses of a split, "train" or "valid".
+
+    Where the table of the second is "", it is the last tenth of the first's.
+    """
     if data.task == "e2e":
         found: Any = e2e.load(split, data.form)
     else:
-        found = instruction.read_pairs(paths.find(data[split]), data.template)
+        path = paths.find(data[split] or data.train)
+        found = instruction.read_pairs(path, data.template)
     if found.malformed:
         logging.warning("%s: %d malformed rows", split, len(found.malformed))
-    return found.pairs
+    if data.task == "e2e" or data.valid:
+        return found.pairs
+    kept = len(found.pairs) - math.ceil(len(found.pairs) / 10)
+    if not kept:
+        raise ValueError(
+            f"{path} has one good row, and a tenth of the rows is held out; give more, "
+            "or data.valid"
+        )
+    return found.pairs[:kept] if split == "train" else found.pairs[kept:]
 
 
 def make_bits_per_byte(

@@ -1,12 +1,15 @@
 """Instructions and chats as JSON lines, and plain text in windows."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
+from configs import common
 from experiments.data import examples, tokenization
 from experiments.data.sources import instruction, paths, plain_text
+from experiments.tasks import respond
 
 BYTES = tokenization.ByteTokenizer()
 
@@ -175,3 +178,24 @@ def test_real_text():
     assert np.concatenate([e["tokens"][1:] for e in made]).size == (
         sum(len(story.encode()) + 2 for story in repaired[:9]) - 1
     )
+
+
+def test_a_table_without_another_holds_out_its_last_tenth(tmp_path, monkeypatch):
+    """Looked up in the working directory, where there is no such data set."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"p{i}", "response": f"r{i}"} for i in range(15)]
+    mine = pathlib.Path("mine.jsonl")
+    mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = common.checkpoint_run().data
+    data.update(task="instructions", template="{prompt}: ", train="mine.jsonl")
+    train, valid = (respond.read_pairs(data, split) for split in ("train", "valid"))
+    assert [pair.response for pair in train] == [f"r{i}" for i in range(13)]
+    assert [pair.prompt for pair in valid] == ["p13: ", "p14: "]
+    data.valid = "mine.jsonl"
+    assert len(respond.read_pairs(data, "train")) == 15
+    mine.write_text(json.dumps(rows[0]) + "\n")
+    data.valid = ""
+    with pytest.raises(ValueError, match="one good row, and a tenth"):
+        respond.read_pairs(data, "train")
+    with pytest.raises(FileNotFoundError, match=r"nor at .*/other.jsonl"):
+        paths.find("other.jsonl")

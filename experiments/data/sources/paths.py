@@ -16,23 +16,21 @@ def root() -> pathlib.Path:
 
 
 def find(name: str | os.PathLike[str]) -> pathlib.Path:
-    """A path as given if it is absolute, else below the folder of data sets.
+    """A name below the folder of data sets, else below the working directory.
 
     Args:
-      name: such as "e2e_nlg/lora_format/test.txt.gz". A part may be a zip archive:
-        "e2e_nlg/e2e-dataset.zip/e2e-dataset/devset.csv".
+      name: such as "e2e_nlg/lora_format/test.txt.gz", or an absolute path. A part may
+        be a zip archive: "e2e_nlg/e2e-dataset.zip/e2e-dataset/devset.csv".
 
     Raises:
       FileNotFoundError: if neither the path nor an archive on the way to it exists.
     """
-    path = root() / name
-    if not any(
-        p.exists() and (p == path or p.is_file()) for p in (path, *path.parents)
-    ):
-        raise FileNotFoundError(
-            f"No data at {path}. Relative names are looked up in ${VARIABLE} (now "
-            f"{os.environ.get(VARIABLE)!r}), else in `../shared/data` beside the "
-            f"repository: set {VARIABLE} to the folder that holds "
-            f"{pathlib.Path(name).parts[0]!r}, or give an absolute path."
-        )
-    return path
+    places = (root() / name, pathlib.Path(name))
+    for path in places:
+        if path.exists() or any(above.is_file() for above in path.parents):
+            return path
+    raise FileNotFoundError(
+        f"No data at {places[0]}, nor at {places[1].absolute()}. Names are looked up "
+        f"in the folder of data sets, ${VARIABLE} (now {os.environ.get(VARIABLE)!r}) or "
+        "`../shared/data` beside the repository, and then in the working directory."
+    )
