@@ -29,8 +29,9 @@ def find(name: str | os.PathLike[str]) -> pathlib.Path:
     for path in places:
         if path.exists() or any(above.is_file() for above in path.parents):
             return path
+    given = os.environ.get(VARIABLE)
     raise FileNotFoundError(
         f"No data at {places[0]}, nor at {places[1].absolute()}. Names are looked up "
-        f"in the folder of data sets, ${VARIABLE} (now {os.environ.get(VARIABLE)!r}) or "
-        "`../shared/data` beside the repository, and then in the working directory."
+        f"in the folder of data sets, ${VARIABLE} (now {given!r}) or `../shared/data` "
+        "beside the repository, and then in the working directory."
     )
