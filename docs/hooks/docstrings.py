@@ -1,7 +1,7 @@
 """Our docstrings as griffe reads them: an extension for `mkdocs.yml`.
 
 We write `Example:`, because there is one. griffe knows `Examples:`, and would read a
-doctest under the other title as prose, in which `[x][0]` is a link.
+doctest under the other title as prose, in which `[x][0]` is a link. Papers are linked.
 """
 
 import re
@@ -10,12 +10,15 @@ from typing import Any
 import griffe
 
 TITLE = re.compile(r"^(\s*)Example:$", re.MULTILINE)
+ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
-class Titles(griffe.Extension):
-    """Makes `Example:` the title that griffe knows."""
+class Docstrings(griffe.Extension):
+    """Makes `Example:` the title that griffe knows, and each arXiv number a link."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Rewrites the docstring of one object before it is parsed."""
         if obj.docstring is not None:
-            obj.docstring.value = TITLE.sub(r"\1Examples:", obj.docstring.value)
+            text = TITLE.sub(r"\1Examples:", obj.docstring.value)
+            link = r"[arXiv:\1](https://arxiv.org/abs/\1)"
+            obj.docstring.value = ARXIV.sub(link, text)
