@@ -18,6 +18,12 @@ def standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Returns the mean of `values: [seeds]` and half its 95 % interval."""
+    half = STUDENT_T.get(len(values), 1.96) * standard_error(values)
+    return float(values.mean()), half
+
+
 def difference(off: np.ndarray, digits: int = 4) -> str:
     """Returns a paired difference with its 95 % interval, and whether it covers 0.
 
@@ -27,12 +33,11 @@ def difference(off: np.ndarray, digits: int = 4) -> str:
       off: `[seeds]`, one value minus the other, seed by seed.
       digits: behind the point.
     """
-    n = len(off)
     if not np.isfinite(off).all():
         return "not finite"
-    half = STUDENT_T.get(n, 1.96) * standard_error(off)
-    told = f"{off.mean():+.{digits}f} +- {half:.{digits}f}"
-    return told + ("" if abs(off.mean()) > half else ": no difference shown")
+    mean, half = interval(off)
+    told = f"{mean:+.{digits}f} +- {half:.{digits}f}"
+    return told + ("" if abs(mean) > half else ": no difference shown")
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:

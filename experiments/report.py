@@ -4,7 +4,8 @@
 
 Writes `report.html` into the folder of the run, one file that needs no other. Without a
 folder, in a checkout, writes the pages of results from the runs of the studies:
-`docs/results.md` and `docs/results/benchmark/README.md`; nothing is pasted by hand.
+`docs/results.md`, `docs/results/claims.md` and `docs/results/benchmark/README.md`;
+nothing is pasted by hand.
 """
 
 import pathlib
@@ -22,10 +23,11 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 2 or (len(argv) == 1 and not studies.is_dir()):
         raise app.UsageError("give the folder of one run, such as runs/quickstart")
     if len(argv) == 1:
-        from experiments.studies.method import findings
+        from experiments.studies.method import findings, scorecard
         from experiments.studies.pretrained import leaderboard
 
         print(findings.write())
+        print(scorecard.write(findings.DOCS))
         print(leaderboard.write(findings.DOCS))
         return
     from experiments.pages import run_page

@@ -13,7 +13,7 @@ import pytest
 
 from experiments import paired
 from experiments.studies.method import comparison, findings, panels, shared, text, trial
-from experiments.studies.questions import batch_sizes, widths
+from experiments.studies.questions import batch_sizes
 from experiments.trainer import loop
 from lorax import training
 from lorax.adapters import Full
@@ -45,14 +45,6 @@ def test_every_arm_is_a_config_with_rates_of_one_budget(name):
         assert config.run.steps == study.steps
         assert len(text.grid_of(study, arm, False)) == len(text.GRID)
     digests = {text.digest(study, f, False) for f in study.arms.values()}
-    assert len(digests) == len(study.arms)
-
-
-def test_toy_models_of_a_study_of_widths_differ_too():
-    study = widths.STUDY
-    sizes = [text.configured(study, f, True).model.width for f in study.arms.values()]
-    assert sorted(set(sizes)) == [8, 16, 32, 64]
-    digests = {text.digest(study, f, True) for f in study.arms.values()}
     assert len(digests) == len(study.arms)
 
 
@@ -170,30 +162,6 @@ def test_a_law_is_found_again():
     constant, scale, error = batch_sizes.fit(sizes, surge, "surge")
     assert (constant, scale) == pytest.approx((0.008, 16.0)) and error < 1e-6
     assert batch_sizes.fit(sizes, surge, "sqrt")[2] > 0.5
-
-
-def test_the_exponent_of_a_known_growth_is_found_again():
-    # values with their minimum at the ratio n^(1/2) / 4: 2, 2.83, 4, 5.66
-    best = {n: n**0.5 / 4 for n in widths.WIDTHS}
-    arms = {
-        widths.name(n, ratio): arm([[9.0, np.log2(ratio / best[n]) ** 2]] * 2)
-        for n in widths.WIDTHS
-        for ratio in widths.RATIOS
-    }
-    found = widths.bests(results(arms))
-    for n, values in found.items():
-        np.testing.assert_allclose(values, best[n], rtol=1e-6)
-    np.testing.assert_allclose(widths.exponents(found), 0.5, rtol=1e-6)
-    told = widths.notes(results(arms))
-    assert "2 at n = 64" in told[0] and "+0.50 +- 0.00" in told[1]
-    del arms[widths.name(64, 4)]
-    assert sorted(widths.bests(results(arms))) == [128, 256, 512]
-
-
-def test_a_best_ratio_stays_within_what_was_tried():
-    assert widths.best_ratio([9.0, 4.0, 1.0, 0.0]) == pytest.approx(64.0)
-    assert widths.best_ratio([4.0, 1.0, 0.0, 1.0]) == pytest.approx(16.0)
-    assert widths.best_ratio([0.0, 2.0, 3.0, 3.5]) == 1.0  # a maximum: the better end
 
 
 def test_pairs_are_told_at_equal_steps_and_at_equal_wall_time():

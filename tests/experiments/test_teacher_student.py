@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from experiments.studies import lora_pro_modes
 from experiments.studies import teacher_student as study
 from experiments.studies.method import comparison
 
@@ -26,11 +25,3 @@ def test_a_sweep_learns_and_its_table_says_what_is_shown(tmp_path):
     assert [row[0] for row in rows] == ["LoRA", "LoRA+"] and rows[0][4] == "60"
     comparison.draw({"toy": results}, tmp_path / "curves.png", study.AXES)
     assert (tmp_path / "curves.png").stat().st_size > 5_000
-
-
-def test_the_forms_of_lora_pro_learn():
-    problem = study.Problem((12, 8), (2,), 0.1)
-    for name in ("factor, 0.1", "rowcol, 0.01"):
-        arm = lora_pro_modes.ARMS[name]
-        result = study.sweep(problem, arm, steps=60, seeds=2, count=3)
-        assert np.array(result["curves"])[:, -1].mean() < 0.1

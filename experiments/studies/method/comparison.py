@@ -183,6 +183,18 @@ def summary(
     return rows
 
 
+def heading(docstring: str, figure: str | None = None) -> str:
+    """The head of a study's page: what its module says of it, and its figure.
+
+    Args:
+      docstring: the module's; indented lines are its command.
+      figure: a path from the page.
+    """
+    title, _, text = docstring.strip().partition("\n")
+    picture = [f"![{title}]({figure})\n"] if figure else []
+    return "\n".join([f"# {title}", text, "", *picture])
+
+
 def draw(
     results: Mapping[str, Mapping[str, Any]],
     path: pathlib.Path,

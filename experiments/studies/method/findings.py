@@ -26,7 +26,6 @@ STUDIES = (
     "muon",
     "batch_sizes",
     "epsilon",
-    "widths",
     "prefix",
 )
 """In the order of the page; each a module of `experiments.studies.questions`."""

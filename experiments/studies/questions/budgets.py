@@ -1,7 +1,10 @@
 """AdaLoRA against LoRA at equal budgets of rank.
 
 LoRA gives every matrix rank r; AdaLoRA starts at 1.5 r and ends with r on average,
-where it thinks them needed. The scale stays what LoRA's is at r = 8.
+where it thinks them needed. The scale stays what LoRA's is at r = 8. At r = 4 the
+penalty's form and the steps between two choices vary, one at a time: the default pulls
+p and q to orthonormality after Adam's step, "released" adds the authors' 0.1 of the
+mean norm to the loss.
 
 References:
   Zhang et al., AdaLoRA, arXiv:2303.10512, tables 1 and 2, figure 3 (the rank map).
@@ -11,29 +14,48 @@ from typing import Any
 
 import numpy as np
 
-from experiments.studies.method import panels, shared, text
+from experiments.studies.method import panels, scorecard, shared, text
 from lorax import analysis, optim
 
+PAPER = "2303.10512"
 BUDGETS = (2, 4, 8)
 MATRICES = 13  # six in each of two layers, and the head
 STEPS = 90
+PENALTIES = {
+    "default": ("decoupled", 0.3),
+    "no penalty": ("decoupled", 0.0),
+    "released": ("norm", 0.1),
+}
+"""Form and weight by name."""
 
 
-def _lora(rank: int) -> dict[str, Any]:
+def lora(rank: int) -> dict[str, Any]:
+    """The fields of an arm of LoRA."""
     return {"adapter.rank": rank, "adapter.alpha": 2.0 * rank}
 
 
-def _adalora(rank: int) -> dict[str, Any]:
-    start = 3 * rank // 2
+def adalora(
+    rank: int, penalty: str = "default", interval: int = 3, steps: int = STEPS
+) -> dict[str, Any]:
+    """The fields of an arm of AdaLoRA.
+
+    Args:
+      rank: the average at the end.
+      penalty: of PENALTIES.
+      interval: steps between two choices of triplets.
+      steps: of the run.
+    """
+    form, weight = PENALTIES[penalty]
     budget: dict[str, Any] = {
         "target_budget": rank * MATRICES,
-        "initial_warmup": STEPS // 10,
+        "initial_warmup": steps // 10,
+        "final_steps": steps // 3,
+        "interval": interval,
     }
-    budget |= {"final_steps": STEPS // 3, "interval": 3}
     # Part of the config, so that runs of another default are never taken for these.
-    budget |= {"orthogonal_form": "decoupled", "orthogonal_weight": 0.3}
+    budget |= {"orthogonal_form": form, "orthogonal_weight": weight}
     fields = {"adapter.adapter": "adalora", "optimizer.wrap": (("adalora", budget),)}
-    return {**_lora(start), **fields}
+    return {**lora(3 * rank // 2), **fields}
 
 
 def watch(setting: shared.Setting, chosen: Any) -> Any:
@@ -49,21 +71,53 @@ def watch(setting: shared.Setting, chosen: Any) -> Any:
     return ranks
 
 
+VARIANTS = {
+    "AdaLoRA r = 4, no penalty": adalora(4, "no penalty"),
+    "AdaLoRA r = 4, released": adalora(4, "released"),
+    "AdaLoRA r = 4, interval 10": adalora(4, interval=10),
+    "AdaLoRA r = 4, interval 30": adalora(4, interval=30),
+}
+"""What differs from "AdaLoRA r = 4" in one thing."""
+ARMS = {
+    **{f"LoRA r = {r}": lora(r) for r in BUDGETS},
+    **{f"AdaLoRA r = {r}": adalora(r) for r in BUDGETS},
+    **VARIANTS,
+}
+# its singular values start at zero and learn by a larger rate
+HIGHER = tuple(10**0.5 * rate for rate in text.GRID)
 STUDY = text.Study(
     "budgets",
     "Does AdaLoRA make more of the same budget of rank?",
-    {
-        **{f"LoRA r = {r}": _lora(r) for r in BUDGETS},
-        **{f"AdaLoRA r = {r}": _adalora(r) for r in BUDGETS},
-    },
+    ARMS,
     "LoRA r = 4",
-    # its singular values start at zero and learn by a larger rate
-    grids={f"AdaLoRA r = {r}": tuple(10**0.5 * g for g in text.GRID) for r in BUDGETS},
+    grids={arm: HIGHER for arm in ARMS if arm.startswith("AdaLoRA")},
     steps=STEPS,
     watch=watch,
 )
-PAIRS = tuple((f"AdaLoRA r = {r}", f"LoRA r = {r}") for r in BUDGETS)
+PAIRS = (
+    *((f"AdaLoRA r = {r}", f"LoRA r = {r}") for r in BUDGETS),
+    *((arm, "AdaLoRA r = 4") for arm in VARIANTS),
+)
 """Further pairs that the table holds against each other."""
+
+CLAIMS = (
+    *(
+        scorecard.Lower(
+            "At an equal budget of rank AdaLoRA learns more than LoRA",
+            PAPER,
+            f"AdaLoRA r = {r}",
+            f"LoRA r = {r}",
+        )
+        for r in BUDGETS
+    ),
+    scorecard.Lower(
+        "The penalty helps AdaLoRA",
+        PAPER,
+        "AdaLoRA r = 4, released",
+        "AdaLoRA r = 4, no penalty",
+    ),
+)
+"""Of the paper."""
 
 
 def by_budget(axis: Any, results: Any) -> None:
@@ -95,3 +149,8 @@ def rank_map(axis: Any, results: Any) -> None:
 
 
 PANELS = (by_budget, rank_map)
+
+
+def claims(results: Any) -> list[scorecard.Claim]:
+    """What the paper claims of the arms."""
+    return scorecard.of_arms(results, CLAIMS)

@@ -8,7 +8,7 @@ References:
 
 from typing import Any
 
-from experiments.studies.method import panels, text
+from experiments.studies.method import panels, scorecard, text
 
 RANKS = (1, 2, 4)
 
@@ -35,6 +35,17 @@ STUDY = text.Study(
 PAIRS = tuple((name("DoRA", rank), name("LoRA", rank)) for rank in RANKS)
 """Further pairs that the table holds against each other."""
 
+CLAIMS = tuple(
+    scorecard.Lower(
+        "At a low rank DoRA learns more than LoRA",
+        "2402.09353",
+        name("DoRA", rank),
+        name("LoRA", rank),
+    )
+    for rank in RANKS
+)
+"""Of the paper."""
+
 
 def by_rank(axis: Any, results: Any) -> None:
     """The final value by rank."""
@@ -48,3 +59,8 @@ def by_rank(axis: Any, results: Any) -> None:
 
 
 PANELS = (by_rank, panels.curves)
+
+
+def claims(results: Any) -> list[scorecard.Claim]:
+    """What the paper claims of the arms."""
+    return scorecard.of_arms(results, CLAIMS)

@@ -5,7 +5,9 @@ References:
   arXiv:2406.01775; Wang et al., LoRA-GA, arXiv:2407.05000, figure 1.
 """
 
-from experiments.studies.method import panels, text
+from typing import Any
+
+from experiments.studies.method import panels, scorecard, text
 
 STUDY = text.Study(
     "inits",
@@ -26,3 +28,17 @@ STUDY = text.Study(
 )
 
 PANELS = (panels.rates, panels.curves)
+CLAIMS = tuple(
+    scorecard.Lower(f"From {arm}'s start a run learns faster than from LoRA's", *rest)
+    for arm, *rest in (
+        ("PiSSA", "2404.02948", "PiSSA", "LoRA"),
+        ("OLoRA", "2406.01775", "OLoRA", "LoRA"),
+        ("LoRA-GA", "2407.05000", "LoRA-GA", "LoRA"),
+    )
+)
+"""Of the papers."""
+
+
+def claims(results: Any) -> list[scorecard.Claim]:
+    """What the papers claim of the arms."""
+    return scorecard.of_arms(results, CLAIMS)

@@ -9,7 +9,7 @@ References:
 
 from typing import Any
 
-from experiments.studies.method import panels, text
+from experiments.studies.method import panels, scorecard, text
 
 PARAMETERS = 8_192  # of a layer; the model is 256 wide, its MLP 768
 SIZES = {"q": 512, "k": 512, "v": 512, "o": 512, "up": 1_024, "down": 1_024}
@@ -36,3 +36,17 @@ STUDY = text.Study(
 PAIRS = (("q k v o up down", "up down"), ("q k v o up down", "q k v o"))
 """Further pairs that the table holds against each other."""
 PANELS = (panels.curves, panels.rates)
+CLAIMS = tuple(
+    scorecard.Lower(claimed, "2106.09685", arm, other)
+    for claimed, arm, other in (
+        ("One budget does more on q and v than on q alone", "q v", "q"),
+        ("One budget does more on q and v than on q and k", "q v", "q k"),
+        ("One budget does more on all of attention than on q and v", "q k v o", "q v"),
+    )
+)
+"""Of the paper, its table 5."""
+
+
+def claims(results: Any) -> list[scorecard.Claim]:
+    """What the paper claims of the arms."""
+    return scorecard.of_arms(results, CLAIMS)

@@ -12,7 +12,7 @@ References:
 from typing import Any
 
 from experiments.machine import tables
-from experiments.studies.method import panels, text
+from experiments.studies.method import panels, scorecard, text
 
 RANKS = (2, 8, 32, 128)
 FORMS = {"standard": "alpha / r", "rank_stabilized": "alpha / sqrt(r)"}
@@ -36,6 +36,17 @@ STUDY = text.Study(
 
 PAIRS = tuple((name(r, "rank_stabilized"), name(r, "standard")) for r in RANKS)
 """Further pairs that the table holds against each other."""
+
+CLAIMS = tuple(
+    scorecard.Lower(
+        "A large rank learns more under alpha / sqrt(r) than under alpha / r",
+        "2312.03732",
+        name(r, "rank_stabilized"),
+        name(r, "standard"),
+    )
+    for r in RANKS[2:]
+)
+"""Of the paper."""
 
 
 def by_rank(axis: Any, results: Any) -> None:
@@ -73,3 +84,8 @@ def at_one_rate(axis: Any, results: Any) -> None:
 
 
 PANELS = (by_rank, at_one_rate)
+
+
+def claims(results: Any) -> list[scorecard.Claim]:
+    """What the paper claims of the arms."""
+    return scorecard.of_arms(results, CLAIMS)

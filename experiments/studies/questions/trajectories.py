@@ -31,6 +31,7 @@ def _lora_pro(mode: str, damping: float, b1: float | None) -> dict[str, Any]:
 ARMS: dict[str, dict[str, Any]] = {
     "full": {"run.methods": ("full",)},
     "LoRA": {},
+    "LoRA-Pro, full": _lora_pro("full", 0.01, None),
     "LoRA-Pro, factor": _lora_pro("factor", 0.1, 0.9),
     "LoRA-Pro, rowcol": _lora_pro("rowcol", 0.01, None),
     "LoRA-Pro, rowcol 0.1 with momentum": _lora_pro("rowcol", 0.1, 0.9),
@@ -78,12 +79,14 @@ def watch(setting: shared.Setting, chosen: Any) -> Any:
     return measure
 
 
+LOWER = tuple(rate / 10**0.5 for rate in text.GRID)
+"""Rates of full fine-tuning's size."""
 STUDY = text.Study(
     "trajectories",
     "Does LoRA-Pro follow full fine-tuning more closely than LoRA does?",
     ARMS,
     "LoRA",
-    grids={"full": tuple(rate / 10**0.5 for rate in text.GRID)},
+    grids={arm: LOWER for arm in ("full", "LoRA-Pro, full")},
     seeds=(1, 2, 3),
     watch=watch,
 )

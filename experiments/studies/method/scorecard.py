@@ -1,0 +1,160 @@
+"""The page `docs/results/claims.md`: what papers claim, and what was found here.
+
+A claim predicts in which range a number lies, and a study measures that number with its
+95 % interval. It is "shown" where the interval lies in the range, "contradicted" where
+it lies outside, and else "not shown".
+"""
+
+import importlib
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import paired
+from experiments.machine import tables
+
+SOURCES = {
+    "claims/projected_steps": "experiments.studies.claims.projected_steps",
+    "claims/width_exponent": "experiments.studies.claims.width_exponent",
+    "claims/unequal_ranks": "experiments.studies.claims.unequal_ranks",
+    **{
+        f"studies/{name}": f"experiments.studies.questions.{name}"
+        for name in ("budgets", "ranks", "matrices", "dora_ranks", "inits")
+    },
+}
+"""Modules by their folder below `docs/results`, with `claims(results) -> [Claim]`."""
+
+HEAD = """# What papers claim, and what was found here
+
+Written by `python -m experiments.report` from the results of the studies; the last
+column has the runs. A number is a mean over seeds with its 95 % interval (Student's t).
+Differences are paired, and each arm has the best of its own learning rates unless a row
+says otherwise; a figure behind LoRA-Pro is its damping. **Shown**: the interval lies
+where the claim puts the number. **Contradicted**: it lies outside. **Not shown**: it
+covers both. The problems are small or exact, and named in each row: a verdict is about
+them.
+
+"""
+
+
+class Claim(NamedTuple):
+    """What a paper claims of one number.
+
+    Attributes:
+      claimed: a sentence.
+      paper: its arXiv number, or a page's address.
+      number: what was measured, and where.
+      values: of it, `[seeds]`.
+      low, high: the range that the claim predicts.
+    """
+
+    claimed: str
+    paper: str
+    number: str
+    values: Sequence[float] | np.ndarray
+    low: float = -math.inf
+    high: float = math.inf
+
+
+class Lower(NamedTuple):
+    """A claim that an arm of the byte model ends lower than another."""
+
+    claimed: str
+    paper: str
+    arm: str
+    other: str
+
+
+def of_arms(results: Mapping[str, Any], pairs: Sequence[Lower]) -> list[Claim]:
+    """The claims whose two arms are there: bits per byte, one minus the other.
+
+    Args:
+      results: as `text.results` returns them.
+      pairs: what is claimed.
+    """
+    arms, found = results["arms"], []
+    for claimed, paper, arm, other in pairs:
+        if arm in arms and other in arms:
+            ends = [np.array(arms[name]["curves"])[:, -1] for name in (arm, other)]
+            told = f"bits per byte, {arm} minus {other}; byte model"
+            number = f"{told}, {results['steps']} steps"
+            found.append(Claim(claimed, paper, number, ends[0] - ends[1], high=0.0))
+    return found
+
+
+def verdict(claim: Claim) -> str:
+    """Says "shown", "not shown" or "contradicted"."""
+    mean, half = paired.interval(np.asarray(claim.values))
+    if not math.isfinite(half):
+        return "not shown"
+    if claim.low <= mean - half and mean + half <= claim.high:
+        return "shown"
+    apart = mean + half < claim.low or claim.high < mean - half
+    return "contradicted" if apart else "not shown"
+
+
+def row(claim: Claim, runs: str) -> list[str]:
+    """The cells of a claim's row; `runs` is the path of the runs from the page."""
+    mean, half = paired.interval(np.asarray(claim.values))
+    page = (
+        claim.paper if "//" in claim.paper else f"https://arxiv.org/abs/{claim.paper}"
+    )
+    return [
+        f"{claim.claimed} ([{claim.paper.rpartition('//')[2]}]({page}))",
+        claim.number,
+        f"{mean:+.3f}",
+        f"{mean - half:+.3f} to {mean + half:+.3f}",
+        verdict(claim),
+        f"[runs]({runs})",
+    ]
+
+
+def cost(folder: str, module: Any, found: Mapping[str, Any]) -> str:
+    """The line of a study: its page, its CPU-seconds, and the command that goes on."""
+    what = module.__doc__.splitlines()[0].rstrip(".")
+    parent, _, name = folder.partition("/")
+    if parent == "studies":  # of the byte model: one command, one page
+        page, seconds = "../results.md", 3600 * found["cpu_hours"]
+        command = (
+            f"experiments.studies.run --study={name} --study_dir=docs/results/studies"
+        )
+    else:
+        page, seconds = f"{folder}/table.md", found["cpu_seconds"]
+        command = f"{module.__name__} --study_dir=docs/results/{folder}"
+    return f"- [{what}]({page}): {seconds:.0f} CPU-seconds, `python -m {command}`"
+
+
+def read(results: pathlib.Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Yields (folder, module, results) of every source that has results.
+
+    Args:
+      results: the folder `docs/results`.
+
+    Raises:
+      ValueError: results of toy sizes.
+    """
+    for folder, name in SOURCES.items():
+        path = results / folder / "results.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            if found.get("smoke"):
+                raise ValueError(f"{path} is of toy sizes: run {name} in full")
+            yield folder, importlib.import_module(name), found
+
+
+def write(docs: pathlib.Path) -> pathlib.Path:
+    """Writes `results/claims.md` into the folder of documents and returns its path."""
+    rows, costs = [], []
+    for folder, module, found in read(docs / "results"):
+        claims = module.claims(found)
+        rows += [row(claim, f"{folder}/runs.jsonl") for claim in claims]
+        costs.append(cost(folder, module, found))
+    header = ["claimed", "number", "found", "95 % interval", "verdict", "file"]
+    path = docs / "results" / "claims.md"
+    table = tables.markdown(header, rows)
+    path.write_text(f"{HEAD}{table}\n\n## The studies\n\n" + "\n".join(costs) + "\n")
+    return path
