@@ -172,7 +172,8 @@ def study(cell: Cell, runs: comparison.Runs) -> dict[str, dict[str, Any]]:
         return made(np.asarray(seeds), cell.noise, rate, arm.damping, reference)
 
     def chosen(name: str, arm: Arm) -> tuple[float, dict[str, float]]:
-        key, scores = (name, optimizer, cell.problem, cell.noise), {}
+        key = name, optimizer, cell.problem, cell.noise
+        scores: dict[str, float] = {}
 
         def errors(rate: float) -> Any:
             return walk(arm, CHOOSE, rate, _nothing(cell, len(CHOOSE))).error
@@ -190,7 +191,7 @@ def study(cell: Cell, runs: comparison.Runs) -> dict[str, dict[str, Any]]:
     reference = functools.cache(lambda few: _whole(cell, few, common))
     found = {}
     for name, arm in arms.items():
-        rate, scores = common, {}
+        rate, scores = common, dict[str, float]()
         if cell.rule == optimizer:
             rate, scores = chosen(name, arm)
 

@@ -88,7 +88,9 @@ def make_run(arm: Arm, steps: int) -> Any:
             shape = len(changes), BATCH, PROBLEM.shape[1]
             noise = PROBLEM.noise * jax.random.normal(own[1], shape)
             off = [
-                jnp.sum((_product(x, adapters[k]) - x @ changes[k] - noise[i]) ** 2)
+                jnp.sum(
+                    (_product(arm, x, adapters[k]) - x @ changes[k] - noise[i]) ** 2
+                )
                 for i, k in enumerate(sorted(changes))
             ]
             return 0.5 * jnp.sum(jnp.stack(off)) / BATCH
@@ -103,7 +105,8 @@ def make_run(arm: Arm, steps: int) -> Any:
         (adapters, state), _ = jax.lax.scan(step, start, jnp.arange(steps))
         unit = jnp.eye(PROBLEM.shape[0])
         away = [
-            jnp.sum((_product(unit, adapters[k]) - d) ** 2) for k, d in changes.items()
+            jnp.sum((_product(arm, unit, adapters[k]) - d) ** 2)
+            for k, d in changes.items()
         ]
         size = sum(PROBLEM.ranks)
         counted = {} if arm.form is None else optim.adalora_effective_ranks(state)
@@ -112,11 +115,11 @@ def make_run(arm: Arm, steps: int) -> Any:
     return jax.jit(run)
 
 
-def _product(x: jax.Array, adapter: Any) -> jax.Array:
-    """What an adapter adds to the kernel's output."""
-    if isinstance(adapter, lorax.AdaLora):
-        return adapter.scale * ((x @ adapter.p) * adapter.lam) @ adapter.q
-    return adapter.scale * (x @ adapter.a) @ adapter.b
+def _product(arm: Arm, x: jax.Array, adapter: Any) -> jax.Array:
+    """What an arm's adapter adds to the kernel's output."""
+    if arm.form is None:
+        return adapter.scale * (x @ adapter.a) @ adapter.b
+    return adapter.scale * ((x @ adapter.p) * adapter.lam) @ adapter.q
 
 
 def _optimizer(arm: Arm, rate: Any, steps: int) -> optax.GradientTransformation:

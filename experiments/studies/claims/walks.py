@@ -23,7 +23,6 @@ import optax
 import lorax
 from experiments.studies import teacher_student
 from lorax import _lapack
-from lorax.adapters import Full
 
 RANK, BATCH, HELD_OUT = 4, 32, 256
 Shapes = tuple[tuple[int, int], ...]
@@ -167,7 +166,7 @@ def reachable(adapters: Mapping[str, Any], dense: Mapping[str, jax.Array]) -> ja
       adapters: by kernel; 1 is returned for those that hold the kernel itself.
       dense: the step of every kernel.
     """
-    if any(isinstance(adapter, Full) for adapter in adapters.values()):
+    if any(adapter.replaces for adapter in adapters.values()):
         return jnp.ones(())
     left = {}
     for name, adapter in adapters.items():
