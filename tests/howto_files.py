@@ -53,4 +53,14 @@ def mixtures(scope):
         assert any(leaf.any() for leaf in jax.tree.leaves(change))
 
 
-CHECKS = (mixtures, peft, peft_fields, vocabulary, gguf)
+def maxtext_tunix(scope):
+    params, adapters = scope["params"], scope["adapters"]
+    close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5)
+    jax.tree.map(close, params, scope["start"])
+    merged = lorax.merge(adapters, params)
+    jax.tree.map(close, lorax.merge(scope["back"], params), merged)
+    jax.tree.map(close, lorax.merge(scope["same"], params), merged)
+    assert (scope["rule"].rank, scope["wide"].rank) == (2, 4)
+
+
+CHECKS = (mixtures, peft, peft_fields, vocabulary, gguf, maxtext_tunix)
