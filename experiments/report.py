@@ -26,6 +26,7 @@ def main(argv: Sequence[str]) -> None:
         from experiments.studies.method import findings, scorecard
         from experiments.studies.pretrained import leaderboard
 
+        findings.draw()
         print(findings.write())
         print(scorecard.write(findings.DOCS))
         print(leaderboard.write(findings.DOCS))

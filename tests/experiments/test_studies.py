@@ -6,6 +6,7 @@ import json
 import grain
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import ml_collections
 import numpy as np
 import optax
@@ -196,3 +197,16 @@ def test_the_page_refuses_toy_results_and_names_what_was_not_run(tmp_path):
     (folder / "results.json").write_text(json.dumps({**told, "smoke": True}))
     with pytest.raises(ValueError, match="of toy sizes"):
         findings.write(tmp_path)
+
+
+def test_a_legend_lies_below_its_panel_and_steps_are_whole():
+    figure = matplotlib.figure.Figure()
+    axis = figure.subplots()
+    axis.plot([1, 2, 3], [3, 2, 1], label="LoRA")
+    axis.set(xlabel="step")
+    axis.legend()
+    panels._tidy(axis)
+    figure.canvas.draw()
+    legend = axis.get_legend().get_window_extent()
+    assert legend.y1 < axis.get_window_extent().y0
+    assert all(tick == round(tick) for tick in axis.get_xticks())

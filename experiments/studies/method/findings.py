@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments import paired
 from experiments.machine import tables
+from experiments.studies.method import panels
 
 STUDIES = (
     "lora_plus_grid",
@@ -151,6 +152,13 @@ def _at(arm: dict[str, Any], limit: float, every: int) -> np.ndarray:
     curves = np.array(arm["curves"])
     times = arm["ms"] * every * np.arange(1, curves.shape[1] + 1)
     return np.array([np.interp(limit, times, curve) for curve in curves])
+
+
+def draw(docs: pathlib.Path = DOCS) -> None:
+    """Draws the figure of every study that has results, beside them."""
+    folder = docs / "results" / "studies"
+    for module, results in read(folder):
+        panels.figure(results, folder / results["study"] / "figure.png", *module.PANELS)
 
 
 def write(docs: pathlib.Path = DOCS) -> pathlib.Path:

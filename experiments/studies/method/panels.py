@@ -28,10 +28,11 @@ def figure(results: Results, path: pathlib.Path, *panels: Panel) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    made, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.5))
+    size = (4.4 * len(panels), 4.2)
+    made, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
     for axis, panel in zip(np.atleast_1d(axes), panels, strict=True):
         panel(axis, results)
-    made.tight_layout()
+        _tidy(axis)
     if results["smoke"]:
         made.text(
             0.5, 0.5, "toy sizes: no result", fontsize=30, color="red", alpha=0.4,
@@ -39,6 +40,20 @@ def figure(results: Results, path: pathlib.Path, *panels: Panel) -> None:
         )  # fmt: skip
     made.savefig(path, dpi=110)
     plt.close(made)
+
+
+def _tidy(axis: Any) -> None:
+    """Puts the legend below the panel, and whole numbers on an axis of steps."""
+    from matplotlib import ticker
+
+    if axis.get_legend() is not None:
+        axis.legend(
+            fontsize=8, ncols=2, frameon=False,
+            loc="upper center", bbox_to_anchor=(0.5, -0.17),
+        )  # fmt: skip
+    if axis.get_xlabel() == "step":
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def styles(results: Results) -> dict[str, dict[str, Any]]:
