@@ -84,6 +84,8 @@ def test_a_method_page_takes_what_is_written_elsewhere(methods):
     assert "[arXiv:2402.12354](https://arxiv.org/abs/2402.12354)" in page
     assert "](../../results/optimizers.md)" in page and "| LoRA+ |" in page
     assert "[lorax.optim.lora_plus]" in page
+    here, _, published = page.partition("## In published comparisons")
+    assert "at one rate of a" in published and "at one rate of a" not in here
     pissa = methods.method_pages()["methods/inits/pissa.md"]
     assert "| `iterations` | `None` |" in pissa and "`stats`" not in pissa
 

@@ -22,6 +22,7 @@ ROOT = DOCS.parent
 TITLE = re.compile(r"^([A-Z]\w+):$", re.MULTILINE)
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 LINK = re.compile(r"\]\((?!https?:|#)")
+PUBLISHED = "## Reading published comparisons"
 LEAD = re.compile(r"^- \*\*(.+?)\*\*.*(?:\n(?!- |#|\|).+)*", re.MULTILINE)
 
 
@@ -141,7 +142,12 @@ def measured(names: list[str]) -> Iterator[str]:
         own = [row for row in rows if any(named(n, row.split("|")[1]) for n in names)]
         if own:
             yield "\n".join([head, rule, *own]) + "\n"
-    for match in LEAD.finditer(compared()):
+    yield from paragraphs(names, compared().partition(PUBLISHED)[0])
+
+
+def paragraphs(names: list[str], text: str) -> Iterator[str]:
+    """The paragraphs that begin with the name of a method."""
+    for match in LEAD.finditer(text):
         if any(named(name, match[1]) for name in names):
             yield match[0] + "\n"
 
@@ -171,6 +177,7 @@ def page(name: str, told: dict[str, Any]) -> str:
     docstring = sections(ast.get_docstring(module) or "")
     prose = docstring[""].partition("\n")[2].strip("\n")
     found = told.get("result") or "\n".join(measured(told["found"]))
+    elsewhere = "\n".join(paragraphs(told["found"], compared().partition(PUBLISHED)[2]))
     api = symbol(name, module.body, told)
     papers = told.get("paper", docstring.get("References", ""))
     parts = [
@@ -181,6 +188,7 @@ def page(name: str, told: dict[str, Any]) -> str:
         "## What was found here\n",
         LINK.sub("](../../", found or "Not compared here.\n"),
         "How methods were compared: [which method when](../../methods.md).\n",
+        f"## In published comparisons\n\n{elsewhere}" if elsewhere else "",
         settings(name, told, module.body),
         f"## Reference\n\nIn the API: [`{api}`][{api}].\n",
         ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", papers),
