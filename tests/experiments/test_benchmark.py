@@ -7,6 +7,7 @@ import pytest
 from configs import minilm_banking_lora
 from experiments.studies import benchmark
 from experiments.studies.pretrained import (
+    accounting,
     arms,
     bases,
     leaderboard,
@@ -106,6 +107,15 @@ def test_every_method_takes_its_steps(name):
     assert 0 <= line["curve"][-1] <= 100
 
 
+@needs_data
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*cut .* of .* examples")
+def test_steps_are_timed_side_by_side():
+    task = toy("LoRA", "PiSSA", "full")
+    ms = accounting.times(task, bases.make_setting(task), rounds=2)
+    assert set(ms) == {"LoRA", "PiSSA", "full"} and min(ms.values()) > 0
+
+
 def outcome(*scores, rate=1e-3):
     return outcomes.Outcome(rate, np.array(scores))
 
@@ -154,9 +164,9 @@ def test_the_share_of_fulls_gain_by_hand():
 
 
 def test_what_has_not_been_run_has_its_row():
-    standing = outcomes.Standing({}, {"LoRA": "choose 0 0.001"}, None, {}, 0, 0.0)
+    standing = outcomes.Standing({}, {"LoRA": 0}, None, {}, 0, 0.0)
     (row,) = leaderboard.table(toy("LoRA"), standing, {}, {}).splitlines()[2:]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == ["LoRA", "-", "-", "not run yet", *"----", "not measured"]
-    begun = standing._replace(missing={"LoRA": "report 2 0.001"})
-    assert "not complete yet" in leaderboard.table(toy("LoRA"), begun, {}, {})
+    begun = standing._replace(missing={"LoRA": 5})
+    assert "5 runs so far" in leaderboard.table(toy("LoRA"), begun, {}, {})

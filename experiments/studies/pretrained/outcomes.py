@@ -60,7 +60,7 @@ class Standing(NamedTuple):
 
     Attributes:
       finished: arms by name, in the task's order.
-      missing: of the others, the run that comes next.
+      missing: of the others, how many runs are there.
       base: score of the base before it learns, where it was taken.
       bleu: by arm, where its texts were written.
       runs: their number.
@@ -68,7 +68,7 @@ class Standing(NamedTuple):
     """
 
     finished: dict[str, Outcome]
-    missing: dict[str, str]
+    missing: dict[str, int]
     base: float | None
     bleu: dict[str, float]
     runs: int
@@ -81,8 +81,8 @@ def standing(task: bases.Task, runs: comparison.Runs) -> Standing:
     for name, arm in bases.arms_of(task).items():
         try:
             finished[name] = finish(name, arm, runs)
-        except comparison.NotRun as error:
-            missing[name] = str(error)
+        except comparison.NotRun:
+            missing[name] = sum(key[0] == name for key in runs.lines)
     last = {key: line["curve"][-1] for key, line in runs.lines.items()}
     base = next((score for key, score in last.items() if key[0] == BASE), None)
     bleu = {str(key[0]): score for key, score in last.items() if key[1] == "write"}
