@@ -27,6 +27,7 @@ from lorax.models import hf_config, layers, remat, vit_config
 Config = vit_config.Config
 entries = vit_config.entries
 ALIASES = vit_config.ALIASES
+FURTHER = vit_config.FURTHER
 HEADS = vit_config.HEADS
 IGNORED = vit_config.IGNORED
 WRITTEN = vit_config.WRITTEN

@@ -210,7 +210,7 @@ ALIASES = (
 """Names on disk that modules do not have, as `(regex of a prefix, replacement)`."""
 
 WRITTEN = tuple(
-    (rf"vit\.layers\.(\d+)\.{new}\.", rf"vit.encoder.layer.\1.{old}.")
+    (rf"(vit\.)?layers\.(\d+)\.{new}\.", rf"\1encoder.layer.\2.{old}.")
     for old, new in OLDER.items()
 )
 """From the names of modules to those on disk, which every version reads."""
@@ -227,12 +227,22 @@ AXES = (None, None, "embed")
 _linear = functools.partial(table.linear, bias=True)
 
 
-def entries(config: Config) -> tuple[table.Entry, ...]:
-    """Returns the table of parameters."""
+def within(config: Config) -> tuple[table.Entry, ...]:
+    """Returns the table of parameters, of a tower as part of a model with a head."""
     whole = _vit_entries(config) if config.family == "vit" else _siglip_entries(config)
     if config.head == "classification":
         whole += _linear("classifier", "classifier_out", ("embed",), (None,))
     return tuple(whole)
+
+
+def entries(config: Config) -> tuple[table.Entry, ...]:
+    """Returns the table of parameters; a bare ViT's names lack the family's."""
+    bare = config.family == "vit" and config.head == "none"
+    return table.bare(within(config), "vit") if bare else within(config)
+
+
+FURTHER = (within,)
+"""Other tables that a checkpoint may have."""
 
 
 def _vit_entries(config: Config) -> list[table.Entry]:

@@ -52,7 +52,8 @@ def load(tensors, module, config, *example):
     """
     init = functools.partial(module.Model(config).init, jax.random.key(0))
     leaves = tree.flatten(jax.eval_shape(init, *example))
-    places = table.locate(module.entries(config), config.stacks, config.scan)
+    tables = [of(config) for of in (module.entries, *getattr(module, "FURTHER", ()))]
+    places = table.nearest(tables, config.stacks, config.scan, tensors)
     found = {}
     for key, place in places.items():
         tensor, shape = tensors[key].numpy(), leaves[place.path].shape

@@ -198,6 +198,7 @@ def test_an_untied_head_is_its_own(case):
         ("qwen2-window", False),
         ("phi3", True),
         ("smollm3", True),
+        ("ministral", True),
         pytest.param("olmo2", True, marks=pytest.mark.slow),
     ],
 )
