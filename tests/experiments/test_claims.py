@@ -14,6 +14,7 @@ import lorax
 from experiments import paired
 from experiments.studies.claims import (
     projected_steps,
+    subspaces,
     unequal_ranks,
     walks,
     width_exponent,
@@ -226,3 +227,40 @@ def test_a_study_of_ranks_learns_counts_and_resumes(tmp_path, monkeypatch):
     assert [row.number for row in rows] == [
         "relative distance, AdaLoRA minus LoRA; 120 steps"
     ]
+
+
+def test_directions_and_amplification_by_hand(tmp_path, monkeypatch):
+    """Updates of one direction each: e0 e0^T of size 4, and e1 e0^T beside it."""
+
+    def one_direction(place):
+        a = jnp.zeros((2, 10, 8)).at[:, place, 0].set(2.0)
+        b = jnp.zeros((2, 8, 10)).at[:, 0, 0].set(2.0)
+        return {"k": lorax.Lora(a, b, 1.0, lorax.Axes((1,), (2,), (0,)))}
+
+    base = {"k": jnp.zeros((2, 10, 10)).at[:, 0, 0].set(jnp.array([0.5, 1.0]))}
+    places = {(8, 1): 0, (64, 1): 0, (64, 2): 1}
+
+    def train(setting, rank, seed):
+        return one_direction(places[rank, seed]), base
+
+    monkeypatch.setattr(subspaces, "train", train)
+    monkeypatch.setattr(subspaces, "PAIRS", ((1, 2),))
+    monkeypatch.setattr(subspaces, "WHICH", ((1, 1), (8, 8)))
+    path = tmp_path / "runs.jsonl"
+    runs = comparison.Runs(path, {"MiniLM": subspaces.digest()})
+    numbers = subspaces.study(lambda: None, runs)
+    assert numbers["rank 8 and 64: phi(1, 1)"] == pytest.approx(
+        {"k, layer 0": 1.0, "k, layer 1": 1.0}
+    )
+    assert numbers["two seeds: phi(1, 1)"]["k, layer 0"] == pytest.approx(0, abs=1e-6)
+    own = numbers["amplification, rank 8"]
+    assert own == pytest.approx({"k, layer 0": 8.0, "k, layer 1": 4.0}, rel=1e-4)
+    late = comparison.Runs(path, {"MiniLM": subspaces.digest()}, minutes=-1)
+    found = {"numbers": subspaces.study(lambda: None, late), "cpu_seconds": 3}
+    assert found["numbers"] == numbers
+    assert "| amplification, rank 8 | 6.000 +- 25.412 | 4.000 | 8.000 |" in (
+        subspaces.page(found)
+    )
+    rows = subspaces.claims(found)
+    np.testing.assert_allclose(rows[2].values, [3.0, 2.0], rtol=1e-4)  # log2 of 8, 4
+    np.testing.assert_allclose(rows[3].values, 0.0, atol=1e-4)

@@ -21,9 +21,12 @@ SOURCES = {
     "claims/projected_steps": "experiments.studies.claims.projected_steps",
     "claims/width_exponent": "experiments.studies.claims.width_exponent",
     "claims/unequal_ranks": "experiments.studies.claims.unequal_ranks",
+    "claims/subspaces": "experiments.studies.claims.subspaces",
     **{
         f"studies/{name}": f"experiments.studies.questions.{name}"
-        for name in ("budgets", "ranks", "matrices", "dora_ranks", "inits")
+        for name in (
+            *("trajectories", "budgets", "ranks", "matrices", "dora_ranks", "inits"),
+        )
     },
 }
 """Modules by their folder below `docs/results`, with `claims(results) -> [Claim]`."""
@@ -31,12 +34,12 @@ SOURCES = {
 HEAD = """# What papers claim, and what was found here
 
 Written by `python -m experiments.report` from the results of the studies; the last
-column has the runs. A number is a mean over seeds with its 95 % interval (Student's t).
-Differences are paired, and each arm has the best of its own learning rates unless a row
-says otherwise; a figure behind LoRA-Pro is its damping. **Shown**: the interval lies
-where the claim puts the number. **Contradicted**: it lies outside. **Not shown**: it
-covers both. The problems are small or exact, and named in each row: a verdict is about
-them.
+column has the runs. A number is a mean over seeds, or over kernels where its row says
+so, with its 95 % interval (Student's t). Differences are paired, and each arm has the
+best of its own learning rates unless a row says otherwise; a figure behind LoRA-Pro is
+its damping. **Shown**: the interval lies where the claim puts the number.
+**Contradicted**: it lies outside. **Not shown**: it covers both. The problems are small
+or exact, and named in each row: a verdict is about them.
 
 """
 

@@ -71,6 +71,9 @@ def configured(study: Study, fields: Fields, toy: bool) -> ml_collections.Config
 def digest(study: Study, fields: Fields, toy: bool) -> str:
     """Of all that a run of the arm depends on."""
     config = configured(study, fields, toy).to_dict()
+    # Where a run is kept, how it is told of and who tuned it change nothing in it.
+    config["run"] = {name: config["run"][name] for name in ("seed", "steps", "methods")}
+    del config["optimizer"]["tuned"]
     told = [config, study.every, jax.__version__]
     line = json.dumps(told, default=str, sort_keys=True)
     return hashlib.sha256(line.encode()).hexdigest()[:16]

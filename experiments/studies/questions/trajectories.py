@@ -15,9 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import lorax
-from experiments.studies.method import panels, shared, text, trial
+from experiments.studies.method import panels, scorecard, shared, text, trial
 from lorax import tree
 
 GA = {"adapter.init": "lora_ga", "adapter.options": (("scale", "stable"),)}
@@ -97,3 +98,31 @@ PANELS = (
     panels.watched("cosine", "cosine to full's change", "full"),
     panels.watched("distance", "distance to full's change / its norm", "full"),
 )
+CLAIMS = (
+    scorecard.Lower(
+        "LoRA-Pro ends lower than LoRA", "2407.18242", "LoRA-Pro, full", "LoRA"
+    ),
+)
+"""Of the paper, whose algorithm "full" is."""
+
+
+def claims(results: Any) -> list[scorecard.Claim]:
+    """What the paper claims of the losses, and of the changes."""
+    found = scorecard.of_arms(results, CLAIMS)
+    if not found:
+        return []
+
+    def cosines(arm: str, point: int) -> np.ndarray:
+        runs = results["arms"][arm]["watched"]
+        return np.array([run[point]["cosine"] for run in runs])
+
+    for point, claimed in (
+        (0, "LoRA-Pro follows full fine-tuning from the start"),
+        (-1, "LoRA-Pro ends closer to full fine-tuning than LoRA does"),
+    ):
+        step = panels.steps_of(results)[point]
+        told = f"cosine of the changes after {step} steps, LoRA-Pro, full minus LoRA"
+        off = cosines("LoRA-Pro, full", point) - cosines("LoRA", point)
+        number = f"{told}; byte model"
+        found.append(scorecard.Claim(claimed, "2407.18242", number, off, low=0.0))
+    return found
