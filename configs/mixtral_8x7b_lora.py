@@ -8,9 +8,9 @@ config.sharding.expert=4.
 
 Claimed: nothing; the shapes are those of its config.json. Never run at full size:
 neither the checkpoint nor a TPU can be had here. On the v5p the plan compiles with
-LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=32768, on the v5e not yet: the kernel
-of `jax.lax.ragged_dot` needs more VMEM at this width. Every expert has a pair of its
-own; the router stays as it is.
+LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=32768; what `jax.lax.ragged_dot` asks
+for on the v5e is in docs/results/planner.md. Every expert has a pair of its own; the
+router stays as it is.
 
 `:runlocal` shrinks the shapes, for a plan on `cpu:8`.
 """
