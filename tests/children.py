@@ -1,13 +1,18 @@
 """How jax starts for the tests, in their own process and in those that they start."""
 
+import importlib.metadata
 import os
 import pathlib
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 # Most of what the tests spend is compiling programs that run for milliseconds, so LLVM
-# does not optimise them. The passes over HLO, and what they count, are the same.
-QUICK = "--xla_backend_optimization_level=0"
+# does not optimise them, and gets each in one piece. The passes over HLO, and what they
+# count, are the same.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+# XLA's older emitters of loops compile twice as fast; later versions refuse the flag.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
 
 
 def flags(devices):

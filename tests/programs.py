@@ -39,20 +39,23 @@ def program(factory: Callable[[], Program]) -> Callable[[], Program]:
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    """Numpy draws: no compilation, and tests of random keys do not rest on them."""
+    """Numpy draws: tests of random keys do not rest on them.
+
+    Nor is anything compiled; jnp.asarray would compile a program for every new shape.
+    """
     draw = np.random.default_rng(seed).standard_normal(shape)
-    return jnp.asarray(draw, jnp.float32)
+    return jax.device_put(draw.astype(np.float32))
 
 
 def filled(abstract: Any, scale: float = 0.5) -> Any:
     """A tree of the given shapes with every leaf drawn, biases and norms included."""
     leaves, treedef = jax.tree.flatten(abstract)
-    return treedef.unflatten(
-        [
-            (scale * normal(i, *leaf.shape)).astype(leaf.dtype)
-            for i, leaf in enumerate(leaves)
-        ]
-    )
+
+    def draw(seed: int, leaf: Any) -> jax.Array:
+        draw = scale * np.asarray(normal(seed, *leaf.shape))
+        return jax.device_put(draw.astype(leaf.dtype))
+
+    return treedef.unflatten([draw(i, leaf) for i, leaf in enumerate(leaves)])
 
 
 def linen(module: nn.Module, x: jax.Array, *targets: lorax.Target) -> Program:
@@ -374,8 +377,12 @@ def definition(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 def perturbed(adapters: Any, size: float = 0.3) -> Any:
     """Adapters away from their init, so that b is not zero."""
-    noise = filled(adapters, size)
-    return jax.tree.map(jnp.add, adapters, noise)
+
+    def moved(leaf: jax.Array, noise: jax.Array) -> jax.Array:
+        total = np.asarray(leaf) + np.asarray(noise)
+        return jax.device_put(total, leaf.sharding if leaf.committed else None)
+
+    return jax.tree.map(moved, adapters, filled(adapters, size))
 
 
 def counted(fn: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:

@@ -7,7 +7,6 @@ its size.
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import lorax
@@ -22,8 +21,8 @@ def adapter_of(dims, rank, seed):
     in_, out, batch = axes.sizes(tuple(size for _, size in dims))
     draw = np.random.RandomState(seed).randn
     return lorax.Lora(
-        jnp.asarray(draw(*batch, *in_, rank)),
-        jnp.asarray(draw(*batch, rank, *out)),
+        jax.device_put(draw(*batch, *in_, rank)),
+        jax.device_put(draw(*batch, rank, *out)),
         0.5,
         axes,
     )
@@ -66,5 +65,5 @@ def made(kind, dims, rank, seed):
     in_, out, batch = plain.axes.sizes(tuple(size for _, size in dims))
     draw = np.random.RandomState(seed).randn
     each = [arrays_of(kind, in_, out, draw) for _ in range(math.prod(batch))]
-    stack = lambda *x: jnp.asarray(np.stack(x).reshape(*batch, *x[0].shape))
+    stack = lambda *x: jax.device_put(np.stack(x).reshape(*batch, *x[0].shape))
     return FORMS[kind](jax.tree.map(stack, *each), plain.axes)

@@ -269,6 +269,7 @@ def stacked(*shape):
     return jnp.ones((2, *shape))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "adapter",
     [

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,13 @@ KEY = jax.random.key(0)
 pytestmark = pytest.mark.filterwarnings("ignore:.*RandLora has no form")
 
 
+# Of every class the first row.
+FIRST = list({adapter_classes.of_target(r[4]): r for r in ADAPTERS[::-1]}.values())
+
+
 def every_version(row):
     """On the second version one row of a class stands for all but LoRA's and DoRA's."""
-    cls = adapter_classes.of_target(row[4])
-    first = next(r for r in ADAPTERS if adapter_classes.of_target(r[4]) is cls)
-    return row is first or row[4].adapter in ("lora", "dora")
+    return row in FIRST or row[4].adapter in ("lora", "dora")
 
 
 rows = pytest.mark.parametrize(
@@ -104,10 +107,23 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
-@rows
+def covering():
+    """Each transformation of a class's first row; of its further rows one, in turn.
+
+    So every class and every program of the table meets every transformation.
+    """
+    classes, turns = set(), itertools.cycle(("vmap", "scan", "remat"))
+    for row in ADAPTERS:
+        cls = adapter_classes.of_target(row[4])
+        for name in (next(turns),) if cls in classes else TRANSFORMS:
+            marks = () if every_version(row) else pytest.mark.once
+            yield pytest.param(row, name, id=f"{row[0]}-{name}", marks=marks)
+        classes.add(cls)
+
+
+@pytest.mark.parametrize("row,name", [*covering()])
 def test_adapt_is_merge_then_apply(row, name):
-    """In value and gradient, under every transformation, and nothing is merged."""
+    """In value and gradient, under transformations and jit, and nothing is merged."""
     fn, adapters, params = make(row)
     sides = adapt(row, loss_of(fn)), programs.definition(loss_of(fn))
 
@@ -118,7 +134,7 @@ def test_adapt_is_merge_then_apply(row, name):
     assert_close(*compiled(both, adapters, params, X))
 
 
-@rows
+@pytest.mark.parametrize("row", FIRST, ids=[row[0] for row in FIRST])
 def test_adapt_is_merge_then_apply_eagerly(row):
     fn, adapters, params = make(row)
     got = adapt(row, fn)(adapters, params, X)
@@ -134,16 +150,13 @@ def test_bf16_is_as_good_as_merging(row):
     both = lambda *args: [side(*args) for side in sides]
     adapted, merged = compiled(both, adapters, params, x)
     assert adapted.dtype == merged.dtype == jnp.bfloat16
+    wide = lambda v: (
+        np.asarray(v, np.float64) if jnp.issubdtype(v.dtype, jnp.floating) else v
+    )
     with jax.enable_x64(True):
-        wide = lambda v: (
-            v.astype(jnp.float64) if jnp.issubdtype(v.dtype, jnp.floating) else v
-        )
-        exact = fn(
-            *jax.tree.map(
-                wide, (lorax.merge(*jax.tree.map(wide, (adapters, params))), x)
-            )
-        )
-        error = lambda y: np.abs(np.asarray(y, np.float64) - np.asarray(exact)).max()
+        args = jax.tree.map(wide, (adapters, params, x))
+        exact = np.asarray(compiled(programs.definition(fn), *args))
+    error = lambda y: np.abs(np.asarray(y, np.float64) - exact).max()
     ulp = 2.0 ** (np.floor(np.log2(np.abs(exact).max())) - 7)
     assert error(adapted) <= 1.5 * error(merged) + ulp
 
@@ -285,7 +298,12 @@ def fits(row, name):
 @pytest.mark.parametrize(
     "row,name,options,moves",
     [
-        pytest.param(row, *init, id=f"{row[0]}-{init[0]}{i}")
+        pytest.param(
+            row,
+            *init,
+            id=f"{row[0]}-{init[0]}{i}",
+            marks=() if row in FIRST else pytest.mark.once,
+        )
         for row in KERNEL_ROWS
         for i, init in enumerate(INITS)
         if fits(row, init[0])
@@ -293,7 +311,7 @@ def fits(row, name):
 )
 def test_at_init_the_merged_kernel_is_the_given_one(row, name, options, moves):
     params, (adapters, after) = initialised(row, (name, options))
-    merged = lorax.merge(adapters, after)
+    merged = jax.jit(lorax.merge)(adapters, after)
     off = np.abs(merged["w"] - params["w"]).max() / np.abs(params["w"]).max()
     assert tree.flatten(after)["w"].dtype == params["w"].dtype
     assert (off > 1e-4) if moves else (off <= 1e-6)

@@ -41,7 +41,8 @@ def filled(seed, step, like=None):
     def draw(leaf):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.key(seed, impl=str(jax.random.key_impl(leaf)))
-        return jnp.asarray(100 * rng.standard_normal(leaf.shape), leaf.dtype)
+        drawn = 100 * rng.standard_normal(leaf.shape)
+        return jax.device_put(drawn.astype(leaf.dtype))
 
     state = jax.tree.map(draw, like or fresh())
     return state.replace(step=jnp.asarray(step, jnp.int32))

@@ -103,6 +103,7 @@ def test_retrieval():
     assert found["valid_recall_1"] == 1
 
 
+@pytest.mark.once
 def test_a_run_learns(tmp_path):
     rng = np.random.default_rng(0)
     words = ["red", "blue", "green", "loud", "soft", "quick", "late", "warm"]

@@ -71,6 +71,7 @@ def test_a_config_says_how_many_positions():
     assert re.search("-1 to choose by the sizes", str(error.value))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("chunk", [0, 3])
 def test_routers_add_their_losses(chunk):
     """On all tokens up to the last that has a weight; -1: by the model's config."""

@@ -18,7 +18,8 @@ ours = pytest.importorskip("lorax.interop.qwix")
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    draw = np.random.default_rng(seed).standard_normal(shape)
+    return jax.device_put(draw.astype(np.float32))
 
 
 TILES = {"tiled_axes": {0: 32}, "channelwise_axes": [1]}

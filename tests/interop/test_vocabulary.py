@@ -55,7 +55,7 @@ def drawn(family, config):
     draw = np.random.default_rng(0)
     shapes = hf.abstract(model)
     return model, jax.tree.map(
-        lambda s: jnp.asarray(draw.standard_normal(s.shape), s.dtype), shapes
+        lambda s: jax.device_put(draw.standard_normal(s.shape).astype(s.dtype)), shapes
     )
 
 

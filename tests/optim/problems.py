@@ -44,7 +44,7 @@ class Own(Parametrisation):
 
 def draw(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
     """Normal numbers by numpy: no compilation."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
 def lora(leaf: str = "dense", rank: int = 2, seed: int = 0, b: float = 1.0) -> Lora:

@@ -24,7 +24,8 @@ FORMS = {
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    draw = np.random.default_rng(seed).standard_normal(shape)
+    return jax.device_put(draw.astype(np.float32))
 
 
 def packed(name):
