@@ -86,7 +86,21 @@ def methods(steps: int, matrices: int) -> dict[str, Arm]:
     unscaled = {"adapter.alpha": float(RANK)}
     return {
         "LoRA": Arm({}, LORA, "-"),
-        "full": Arm({"run.methods": ("full",)}, FULL, "every parameter trains"),
+        "full": Arm(
+            {"run.methods": ("full",)}, FULL, "every parameter trains, at one rate"
+        ),
+        "full, head x 32": Arm(
+            {
+                "run.methods": ("full",),
+                "optimizer.name": "chain",
+                "optimizer.chain": (
+                    ("adam", {"b1": 0.9, "b2": 0.999}),
+                    ("scale_by_path", (("classifier_.*", 32.0),)),
+                ),
+            },
+            FULL,
+            "every parameter trains, a fresh head at 32 times the rate",
+        ),
         "head only": Arm({"adapter.patterns": ()}, LORA, "no adapter"),
         "rsLoRA": Arm(
             {"adapter.scaling": "rank_stabilized"}, BOTH, "scale 16 / sqrt(8)"
