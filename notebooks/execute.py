@@ -38,8 +38,9 @@ def execute(path: pathlib.Path) -> nbformat.NotebookNode:
     """
     notebook = nbformat.read(path, as_version=4)
     title = notebook.cells[0]
-    lines = [line for line in title.source.splitlines() if COLAB not in line]
-    title.source = "\n".join([*lines[:1], "", badge(path.name), *lines[1:]])
+    name, *rest = [line for line in title.source.splitlines() if COLAB not in line]
+    text = "\n".join(rest).strip()
+    title.source = f"{name}\n\n{badge(path.name)}\n\n{text}"
     client = nbclient.NotebookClient(
         notebook,
         timeout=900,  # a cell, on a machine with more to do

@@ -311,12 +311,14 @@ def fits(row, name):
 )
 def test_at_init_the_merged_kernel_is_the_given_one(row, name, options, moves):
     params, (adapters, after) = initialised(row, (name, options))
-    merged = jax.jit(lorax.merge)(adapters, after)
+    exact = not row[0].startswith("hra")  # there two reflections cancel, to rounding
+    exact = exact and name in ("standard", "gaussian")
+    # under jit XLA takes a DoRA's quotient of norms apart, to rounding
+    merged = (lorax.merge if exact else jax.jit(lorax.merge))(adapters, after)
     off = np.abs(merged["w"] - params["w"]).max() / np.abs(params["w"]).max()
     assert tree.flatten(after)["w"].dtype == params["w"].dtype
     assert (off > 1e-4) if moves else (off <= 1e-6)
-    exact = not row[0].startswith("hra")  # there two reflections cancel, to rounding
-    if name in ("standard", "gaussian") and exact:
+    if exact:
         np.testing.assert_array_equal(merged["w"], params["w"])
     leaves = jax.tree.leaves(adapters)
     if not any(map(np.any, leaves)):  # at zero a rotation has a gradient
