@@ -48,8 +48,10 @@ def execute(path: pathlib.Path) -> nbformat.NotebookNode:
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
     )
-    paths = [str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]
-    client.execute(env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+    # as a reader would: whatever flags of XLA the caller has
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    paths = [str(FOLDER.parent), environment.get("PYTHONPATH", "")]
+    client.execute(env=environment | {"PYTHONPATH": os.pathsep.join(paths)})
     for cell in notebook.cells:
         if "outputs" in cell:  # stderr has warnings, with paths of this machine
             kept = [out for out in cell.outputs if out.get("name") != "stderr"]
