@@ -19,8 +19,11 @@ runs = [
 
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:e-?\d+)?%?")
 CLOSE = 0.3
-"""How far a number may be from the committed one, relative: machines add in other orders,
-and training grows what that changes. What a notebook claims, its own asserts hold."""
+"""How far a number may be from the committed one, relative.
+
+Machines add in other orders, and training grows what that changes. What a notebook
+claims, its own asserts hold.
+"""
 
 
 def test_all_are_there():
