@@ -25,7 +25,11 @@ CORE = [
     "orbax-checkpoint>=0.12",
     "safetensors>=0.5",
 ]
-EXPERIMENTS = [
+CHECKPOINT_TEXT = ["jinja2>=3.1.6", "tokenizers>=0.21"]
+GGUF = ["gguf>=0.19"]
+EXPERIMENTS = [  # and what reads a checkpoint's text, or a model in one file
+    *CHECKPOINT_TEXT,
+    *GGUF,
     "absl-py>=2.1",
     "grain>=0.2.10",
     "matplotlib>=3.9",
@@ -36,14 +40,10 @@ EXPERIMENTS = [
     "tensorboardX>=2.6",
 ]
 NOTEBOOKS = [*EXPERIMENTS, "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
-CHECKPOINT_TEXT = ["jinja2>=3.1.6", "tokenizers>=0.21"]  # light enough for the tests
-GGUF = ["gguf>=0.19"]
 INTEROP = [*CHECKPOINT_TEXT, *GGUF, "datasets>=3", "huggingface_hub>=0.30"]
 XDIST = "pytest-xdist>=3.6"  # the suite is compilations: twice as fast on two cores
 TEST = [
     *EXPERIMENTS,
-    *CHECKPOINT_TEXT,
-    *GGUF,
     "hypothesis>=6.100",
     "pytest>=8.4",
     XDIST,
