@@ -16,7 +16,7 @@ from lorax import analysis, checkpoint, compose
 from lorax.types import Adapters
 
 NAME = "report.html"
-LEFT_OUT = ("run", "step", "time", "weight", "skipped")
+LEFT_OUT = ("run", "step", "time", "weight", "skipped", "bytes", "nats")
 """Of a line of metrics.jsonl, what has no curve."""
 
 PAGE = """<!doctype html>
