@@ -41,7 +41,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 def commit(folder: pathlib.Path) -> str | None:
     """The commit of a checkout, with a "+" behind it where files have changed since.
 
-    None where there is no repository, or no git.
+    None outside a repository, or without git.
     """
 
     def git(*arguments: str) -> str:
@@ -75,6 +75,6 @@ def write(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
             "lorax": commit(lorax_cli.ROOT),
             "working directory": commit(pathlib.Path.cwd()),
         },
-        "config": json.loads(config.to_json()),
+        "config": json.loads(config.to_json_best_effort()),
     }
     disk.replace(folder / FILE, json.dumps(told, indent=2) + "\n")

@@ -1,6 +1,5 @@
 """A model as its config.json or the header of its GGUF file describes it, unread."""
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import lorax
 import lorax.description
 from experiments.data import tokenization
 from experiments.generation import loading, quantizing
-from lorax.interop import hf
+from lorax.interop import files, hf
 
 
 def read(source: str, labels: int = 0) -> Any:
@@ -38,7 +37,7 @@ def read(source: str, labels: int = 0) -> Any:
             metadata.config(header.read(loading.find(source)), **switches)
         )
     path = loading.find(source, files=("config.json",)) / "config.json"
-    fields = json.loads(path.read_text())
+    fields = files.read_json(path)
     dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
     return hf.configured(fields, path, dtype=dtype, param_dtype=dtype, **switches)
 

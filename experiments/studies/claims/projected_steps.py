@@ -35,7 +35,7 @@ from absl import app, flags
 
 import lorax
 from experiments import paired
-from experiments.machine import disk, tables
+from experiments.machine import tables
 from experiments.studies.claims import walks
 from experiments.studies.method import comparison, scorecard
 from lorax import optim
@@ -237,12 +237,12 @@ def _measured(cell: Cell, walk: walks.Walk, arm: Arm) -> dict[str, Any]:
             ]
         )
     return {
-        "curve": np.asarray(walk.error).tolist(),
-        "step": step[:, LATER].mean(1).tolist(),
-        "reachable": np.asarray(walk.reachable)[:, LATER].mean(1).tolist(),
-        "early": change[:, EARLY].mean(1).tolist(),
-        "end": change[:, -1].tolist(),
-        "path": change[:, DRAWN].round(4).tolist(),
+        "curve": _short(walk.error),
+        "step": _short(step[:, LATER].mean(1)),
+        "reachable": _short(np.asarray(walk.reachable)[:, LATER].mean(1)),
+        "early": _short(change[:, EARLY].mean(1)),
+        "end": _short(change[:, -1]),
+        "path": _short(change[:, DRAWN]),
     }
 
 
@@ -263,6 +263,11 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
             ]
         )
     return tables.markdown(header, rows)
+
+
+def _short(values: Any) -> list[Any]:
+    """Numbers of five digits, so that the file of the runs stays small."""
+    return np.vectorize(lambda x: float(f"{x:.5g}"))(np.asarray(values)).tolist()
 
 
 def digest(arm: Arm) -> str:
@@ -343,10 +348,8 @@ def main(argv: Sequence[str]) -> None:
     digests = {name: digest(arm) for name, arm in (SGD | ADAM).items()}
     runs = comparison.Runs(folder / "runs.jsonl", digests, _MINUTES.value)
     found = results(runs)
-    disk.replace(folder / "results.json", json.dumps(found) + "\n")
-    disk.replace(folder / "table.md", page(found))
+    comparison.publish(folder, found, page)
     draw(found, folder / "figure.png")
-    print(page(found))
 
 
 if __name__ == "__main__":

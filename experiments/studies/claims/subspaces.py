@@ -26,7 +26,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import paired
-from experiments.machine import disk, tables
+from experiments.machine import tables
 from experiments.studies.method import comparison, scorecard, trial
 from experiments.studies.pretrained import arms, bases
 from lorax import analysis
@@ -182,9 +182,7 @@ def main(argv: Sequence[str]) -> None:
     numbers = study(lambda: bases.make_setting(bases.TASKS["banking77"]), runs)
     seconds = sum(line["cpu_seconds"] for line in runs.lines.values())
     found = {"numbers": numbers, "cpu_seconds": round(seconds)}
-    disk.replace(folder / "results.json", json.dumps(found) + "\n")
-    disk.replace(folder / "table.md", page(found))
-    print(page(found))
+    comparison.publish(folder, found, page)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from absl import app, flags
 
 import lorax
 from experiments import paired
-from experiments.machine import disk, tables
+from experiments.machine import tables
 from experiments.studies import teacher_student
 from experiments.studies.method import comparison, scorecard
 from lorax import optim
@@ -238,9 +238,7 @@ def main(argv: Sequence[str]) -> None:
                 print(f"CUT SHORT, not run: {name}, {steps} steps: {error}")
     seconds = sum(line["cpu_seconds"] for line in runs.lines.values())
     found = {"lengths": lengths, "cpu_seconds": round(seconds)}
-    disk.replace(folder / "results.json", json.dumps(found) + "\n")
-    disk.replace(folder / "table.md", page(found))
-    print(page(found))
+    comparison.publish(folder, found, page)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from absl import app, flags
 
 import lorax
 from experiments import paired
-from experiments.machine import disk, tables
+from experiments.machine import tables
 from experiments.studies.method import comparison, scorecard
 from lorax import _lapack, optim
 
@@ -246,10 +246,8 @@ def main(argv: Sequence[str]) -> None:
     regimes = {regime: study(regime, runs) for regime in REGIMES}
     seconds = sum(line["cpu_seconds"] for line in runs.lines.values())
     found = {"regimes": regimes, "cpu_seconds": round(seconds)}
-    disk.replace(folder / "results.json", json.dumps(found) + "\n")
-    disk.replace(folder / "table.md", page(found))
+    comparison.publish(folder, found, page)
     draw(found, folder / "figure.png")
-    print(page(found))
 
 
 if __name__ == "__main__":

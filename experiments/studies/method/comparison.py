@@ -4,6 +4,7 @@ A result is `{"rate": learning rate, "curves": [seed][point]}`, what falls being
 "LoRA" is the method that the others are held to.
 """
 
+import json
 import math
 import pathlib
 import time
@@ -30,6 +31,21 @@ def folder(name: str) -> pathlib.Path:
     folders.require_directory(made)
     made.mkdir(parents=True, exist_ok=True)
     return made
+
+
+def publish(
+    folder: pathlib.Path, found: Mapping[str, Any], page: Callable[[Any], str]
+) -> None:
+    """Writes `results.json` and `table.md`, and prints the table.
+
+    Args:
+      folder: of the study.
+      found: its results, JSON.
+      page: the markdown of results.
+    """
+    disk.replace(folder / "results.json", json.dumps(found) + "\n")
+    disk.replace(folder / "table.md", page(found))
+    print(page(found))
 
 
 class NotRun(Exception):

@@ -67,7 +67,7 @@ def _prepared(
 ) -> tuple[loop.Prepared, Any]:
     """An arm before its first step, and a batch of the middle length.
 
-    It starts as LoRA does: a start is no part of a step.
+    It starts as LoRA does, since the start does not count in a step.
     """
     fields: Mapping[str, Any] = dict(arm.fields)
     if fields.get("adapter.init"):
