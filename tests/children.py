@@ -20,10 +20,21 @@ def flags(devices):
     return f"{QUICK} --xla_force_host_platform_device_count={devices}"
 
 
+def threads(devices):
+    """Threads of XLA's pool, as `NPROC` says it.
+
+    A collective holds a thread on every device until all have come. By default there
+    are as many threads as devices, so devices that come to collectives of different
+    axes in a different order can wait for each other for ever.
+    """
+    return str(4 * devices)
+
+
 def environment(devices=1, **more):
     """The variables for a child process that runs the checkout's lorax on the CPU."""
     start = {
         "XLA_FLAGS": flags(devices),
+        "NPROC": threads(devices),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

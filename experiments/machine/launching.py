@@ -14,6 +14,10 @@ from collections.abc import Sequence
 
 from experiments.machine import distributed
 
+_THREADS = 4
+"""Of XLA's pool, a device. With one each, devices that come to the collectives of
+different axes in a different order wait for each other for ever."""
+
 
 def environment(process: int, processes: int, devices: int, port: int) -> dict:
     """Returns the environment variables of one process."""
@@ -24,6 +28,7 @@ def environment(process: int, processes: int, devices: int, port: int) -> dict:
     )
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "NPROC": str(_THREADS * devices),
         "XLA_FLAGS": f"{rest} --xla_force_host_platform_device_count={devices}".strip(),
         distributed.COORDINATOR: f"localhost:{port}",
         distributed.COUNT: str(processes),
