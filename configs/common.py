@@ -95,6 +95,7 @@ def _model(model: ml_collections.ConfigDict) -> None:
     model.scan = True  # a loop over the layers; False compiles longer: faster on GPUs
     model.remat = "none"  # or "full", "dots", "save=q,k,v; offload=input"
     model.attention = "plain"  # "flash": in linear memory, of the Llama family
+    model.dispatch = ""  # "dense": every expert of a mixture on every token
 
 
 def _adapter(adapter: ml_collections.ConfigDict) -> None:

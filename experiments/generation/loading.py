@@ -85,13 +85,10 @@ def load_base(
     switches = switches if config.labels else {}
     if config.head:
         switches |= {"head": config.head}
-    switches |= {"scan": config.scan, "remat": config.remat}
-    if config.attention != "plain":  # which not all families have
-        switches |= {"attention": config.attention}
+    switches |= computing(config)
     if config.random:
         fields = config.random.to_dict()
-        family = hf.family_of(fields, "config.model.random")
-        model = family.Model(family.Config.from_hf(fields, **switches))
+        model = hf.configured(fields, "config.model.random", **switches)
         tokens = hf.example(model)
 
         def draw(key: jax.Array) -> Any:
@@ -121,6 +118,19 @@ def load_base(
         shardings=shardings,
         **switches,
     )
+
+
+def computing(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns the switches of `config.model` that change no result.
+
+    Those that only some families have are there where they are not the default.
+    """
+    switches = {"scan": config.scan, "remat": config.remat}
+    if config.attention != "plain":
+        switches["attention"] = config.attention
+    if config.dispatch:
+        switches["dispatch"] = config.dispatch
+    return switches
 
 
 def find(source: str, files: Sequence[str] = hf.HUB_FILES) -> pathlib.Path:

@@ -16,7 +16,7 @@ import optax
 from absl import logging
 
 import lorax
-from experiments.generation import quantizing, unmerged
+from experiments.generation import loading, quantizing, unmerged
 from experiments.machine import placement
 from experiments.tasks import losses
 from experiments.trainer import objects, optimizers
@@ -130,13 +130,9 @@ def make_model(config: ml_collections.ConfigDict) -> Any:
             "a plan needs the shapes alone: give the fields of the checkpoint's "
             "config.json as config.model.published"
         )
-    family = hf.family_of(fields, "config.model.published")
     dtype = jnp.dtype(config.dtype or "float32")
-    switches: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype}
-    switches |= {"scan": config.scan, "remat": config.remat}
-    if config.attention != "plain":  # which not all families have
-        switches["attention"] = config.attention
-    return family.Model(family.Config.from_hf(fields, **switches))
+    switches = loading.computing(config) | {"dtype": dtype, "param_dtype": dtype}
+    return hf.configured(fields, "config.model.published", **switches)
 
 
 def make_batch(

@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 
 from lorax import sharding
-from lorax.models import pooling
+from lorax.models import experts, pooling
 from lorax.untrusted import FLAG, TEXT, Rule, check, choice, listed, number, whole
 
 SKIPPED = r"model\.(random|published)\..*"
@@ -76,6 +76,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"model\.dtype", choice("", "float32", "bfloat16", "float16")),
     (r"model\.scan", FLAG),
     (r"model\.remat", TEXT),
+    (r"model\.dispatch", choice("", *experts.DISPATCHES)),
     (r"model\.attention", choice("plain", "flash", "lean", "splash", "cudnn", "tiles")),
     (r"model\.(vocabulary|layers|width|heads|hidden)", whole(1)),
     # adapter

@@ -10,6 +10,7 @@ that can be known from headers is checked before the first weight is read.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -170,11 +171,17 @@ def configured(config: Mapping[str, Any], directory: Any, **switches: Any) -> nn
       **switches: as for `load`, and the dtypes, which are the tensors' own there.
 
     Raises:
-      ValueError: an architecture or a field that is not implemented.
+      ValueError: an architecture, a field or a switch that is not implemented.
     """
     raw = multimodal.text_config(config, directory)
     family = family_of(raw, directory)
     fields = {name: raw[name] for name in raw if name != "quantization_config"}
+    known = [field.name for field in dataclasses.fields(family.Config)]
+    if unknown := sorted(set(switches) - set(known)):
+        raise ValueError(
+            f"{directory}: {family.__name__}.Config has no field {unknown[0]!r}; its "
+            f"fields are {', '.join(known)}"
+        )
     return family.Model(family.Config.from_hf(fields, **switches))
 
 

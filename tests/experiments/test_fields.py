@@ -124,6 +124,7 @@ REFUSED = [
     ),
     (CHECKPOINT, "model.dtype", "int8", "dtype='int8'; it must be one of"),
     (CHECKPOINT, "model.attention", "fast", "must be one of 'plain', 'flash', 'lean'"),
+    (CHECKPOINT, "model.dispatch", "sparse", "must be one of '', 'ragged', 'dense'"),
     (CHECKPOINT, "model.source", "", "give a directory or a hub id"),
     (
         CHECKPOINT,

@@ -119,15 +119,17 @@ def test_operations_of_experts_and_of_shared_programs_by_hand():
     assert count(shared, jnp.ones((8, 3)), jnp.ones((3, 5))) == 2 * 2 * 8 * 3 * 5
 
 
-def test_a_step_of_a_mixture_by_hand():
+@pytest.mark.parametrize("dispatch, visited", [("ragged", 2), ("dense", 8)])
+def test_a_step_of_a_mixture_by_hand(dispatch, visited):
     """Experts on eight devices, of which each may get all tokens: counted on one."""
     config = mixtral_8x7b_lora.get_config("runlocal")
+    config.model.dispatch = dispatch
     assert config.sharding.expert == 8
     plain = program.without_remat(config)
     devices = topologies.devices(topologies.parse("cpu:8"))[:1]
     found = analysis.operations(program.build(plain, devices).trace().jaxpr)
     batch, time, width, hidden, rank, vocabulary, layers = 8, 32, 64, 96, 4, 256, 2
-    tokens, visits = batch * time, 2 * batch * time
+    tokens, visits = batch * time, visited * batch * time
     linear = [(tokens, width, width)] * 4  # q, k, v, o: rows, in, out
     linear += [(visits, width, 2 * hidden), (visits, hidden, width)]
     router, gathered = 2 * tokens * width * 8, 2 * visits * width
@@ -136,6 +138,8 @@ def test_a_step_of_a_mixture_by_hand():
     scores = 2 * 2 * batch * time * time * width
     head = 2 * tokens * width * vocabulary
     layer = 2 * frozen + 3 * (thin + gathered + scores)
+    if dispatch == "dense":  # the weight of each expert, zero for most
+        layer += 2 * 2 * tokens * 2 * 8
     assert found == layers * layer + 2 * head
 
 

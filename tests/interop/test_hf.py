@@ -325,6 +325,12 @@ def test_what_is_not_implemented_is_said(tmp_path, fields, message):
         hf.load(source)
 
 
+def test_a_switch_that_the_family_lacks(tmp_path):
+    source = write(tmp_path / "x", SMALL, tensors_of(SMALL))
+    with pytest.raises(ValueError, match="no field 'dispatch'; its fields are .*scan"):
+        hf.load(source, dispatch="dense")
+
+
 def test_unknown_fields_that_switch_nothing_on_are_harmless(tmp_path):
     off = {"logit_softcap": False, "extra": [], "other": {}, "more": ""}
     source = write(tmp_path / "x", SMALL, tensors_of(SMALL), **off)
