@@ -29,6 +29,7 @@ class Base:
       embedding: name of the module whose matrix is the head's too, or "".
       head: name of that tied head, which has no leaf of its own, or "".
       shared: modules that torch has several times, one in encoder and decoder each.
+      older: `(older name, present name)` of modules that transformers has renamed.
     """
 
     def __init__(self, config: Any) -> None:
@@ -48,6 +49,7 @@ class Base:
         self.head = _tied_head(config, self.where, locate)
         self.embedding = word if self.head else ""
         self.shared = {word} if getattr(family, "INPUTS", 1) > 1 else set()
+        self.older: tuple[tuple[str, str], ...] = getattr(family, "OLDER_MODULES", ())
 
     @property
     def modules(self) -> dict[str, table.Location]:

@@ -10,13 +10,15 @@ PEFT writes `base_model.model.<module>.lora_A.weight`. Files in the wild also ha
     layers.0.self_attn.q_proj                     a model without its head (AutoModel)
     model.model.layers.0.self_attn.q_proj         a prefix twice
     model.language_model.layers.0.self_attn...    the text model in a multimodal one
+    vit.encoder.layer.0.attention.attention.query a module that transformers 5 renamed
 
 Each means one tensor of the base only, or it is an error that says what was seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,14 +48,16 @@ class Names(NamedTuple):
       lacking: what they lack in front of the base's own names.
       outer: what they begin with in a multimodal model around the base, by what the
         base's own names begin with.
+      older: `(present name, older name)` of modules, where PEFT has the older ones.
     """
 
     lacking: str
     outer: Mapping[str, str]
+    older: Sequence[tuple[str, str]] = ()
 
     def of(self, name: str) -> str:
         """Returns PEFT's name of a module or a parameter of the base."""
-        name = name.removeprefix(self.lacking)
+        name = _exchanged(name.removeprefix(self.lacking), self.older)
         inner = next((front for front in self.outer if name.startswith(front)), "")
         return self.outer.get(inner, "") + name.removeprefix(inner)
 
@@ -74,10 +78,14 @@ def read(
         that may mean several modules or none.
     """
     named: dict[str, files.Tensor] = {}
+    older: list[tuple[str, str]] = []
     adapters: dict[str, str] = {}
     outer: dict[str, str] = {}
     for key, tensor in tensors.items():
-        name, adapter = _plain(key, suffixes, base)
+        written, adapter = _plain(key, suffixes, base)
+        name = _exchanged(written, base.older)
+        if name != written:
+            older = [(new, old) for old, new in base.older]
         if whole := multimodal.prefix(name):
             outer[multimodal.PREFIXES[whole]] = whole
             name = multimodal.inner(name, whole)
@@ -95,7 +103,16 @@ def read(
         )
     drop, front = _prefix(named, base)
     found = {_with(_without(name, drop), front): t for name, t in named.items()}
-    return found, Names(front and f"{front}.", outer)
+    return found, Names(front and f"{front}.", outer, older)
+
+
+def _exchanged(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """The name with one module in place of another; `{}` is a number in both."""
+    for old, new in pairs:
+        pattern = re.escape(old).replace(r"\{\}", r"(\d+)")
+        put = new.replace("{}", r"\g<1>")
+        name = re.sub(rf"(?<![^.]){pattern}(?![^.])", put, name, count=1)
+    return name
 
 
 def _plain(key: str, suffixes: Collection[str], base: Base) -> tuple[str, str]:

@@ -30,6 +30,7 @@ ALIASES = vit_config.ALIASES
 FURTHER = vit_config.FURTHER
 HEADS = vit_config.HEADS
 IGNORED = vit_config.IGNORED
+OLDER_MODULES = vit_config.OLDER_MODULES
 WRITTEN = vit_config.WRITTEN
 
 NAMES = ("input", "q", "k", "v", "attention", "o", "up", "down")

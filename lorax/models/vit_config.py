@@ -200,6 +200,11 @@ OLDER = {
 }
 """Parts of a ViT's layer by their names on disk; transformers 5 has other modules."""
 
+OLDER_MODULES = tuple(
+    (f"encoder.layer.{{}}.{old}", f"layers.{{}}.{new}") for old, new in OLDER.items()
+)
+"""Modules of transformers 4, and what they are now; `{}` is a layer's number."""
+
 ALIASES = (
     (r"(embeddings|encoder|layers|layernorm|pooler)\.", r"vit.\1."),
     *(

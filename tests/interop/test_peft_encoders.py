@@ -1,12 +1,14 @@
 """Encoders and T5: what PEFT merges into its weights is what we merge into ours."""
 
 import functools
+import json
 import tempfile
 import warnings
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import lorax
 from lorax.adapters import Lora
@@ -122,6 +124,39 @@ def test_logits_and_merged_weights(name, tmp_path):
         # PEFT merges the two halves of what is tied into one weight: twice too much
         if name != "mlm":
             compare(name, adapters, tmp_path / folder)
+
+
+OLD_MODULES = {  # of transformers 4, as its modeling_vit.py has them
+    "vit.layers.0.attention.q_proj": "vit.encoder.layer.0.attention.attention.query",
+    "vit.layers.1.attention.q_proj": "vit.encoder.layer.1.attention.attention.query",
+    "vit.layers.0.attention.o_proj": "vit.encoder.layer.0.attention.output.dense",
+    "vit.layers.1.attention.o_proj": "vit.encoder.layer.1.attention.output.dense",
+    "vit.layers.0.mlp.fc1": "vit.encoder.layer.0.intermediate.dense",
+    "vit.layers.1.mlp.fc1": "vit.encoder.layer.1.intermediate.dense",
+    "vit.layers.0.mlp.fc2": "vit.encoder.layer.0.output.dense",
+    "vit.layers.1.mlp.fc2": "vit.encoder.layer.1.output.dense",
+}
+
+
+def test_the_modules_of_older_transformers(tmp_path):
+    config, _ = own("vit")
+    modules = ["q_proj", "o_proj", "fc1", "fc2"]
+    made = peft.LoraConfig(r=2, target_modules=modules, init_lora_weights=False)
+    peft.get_peft_model(fresh("vit"), made).save_pretrained(tmp_path)
+    adapters = ours.load(tmp_path, config)
+    file = tmp_path / "adapter_model.safetensors"
+    told = tmp_path / "adapter_config.json"
+    tensors = safetensors.numpy.load_file(file)
+    for new, old in OLD_MODULES.items():
+        tensors = {key.replace(f"{new}.", f"{old}."): x for key, x in tensors.items()}
+    assert len([key for key in tensors if "encoder.layer" in key]) == len(tensors) == 16
+    safetensors.numpy.save_file(tensors, file)
+    asked = json.loads(told.read_text()) | {"target_modules": ["query", "dense"]}
+    told.write_text(json.dumps(asked))
+    jax.tree.map(np.testing.assert_array_equal, ours.load(tmp_path, config), adapters)
+    told.write_text(json.dumps(asked | {"target_modules": ["query", "key", "dense"]}))
+    with pytest.raises(ValueError, match=r"no factors for '.*k_proj'"):
+        ours.load(tmp_path, config)
 
 
 def compare_logits(name, adapters, folder):
