@@ -6,6 +6,7 @@ prints as JSON how far each mesh is from one device.
 """
 
 import contextlib
+import dataclasses
 import json
 import sys
 
@@ -64,7 +65,7 @@ def losses(mesh, params, tokens, model):
 
 
 def cases():
-    """Parameters: as they are drawn, and with a router that sends all to two."""
+    """Parameters: drawn ones; a router that sends all to two experts; so by "dense"."""
     wide = {"dtype": jnp.float64, "param_dtype": jnp.float64}
     model = mixture.Model(mixture.Config(**SIZES, **wide))
     tokens = np.random.default_rng(0).integers(0, 32, (8, 16))
@@ -74,6 +75,8 @@ def cases():
     router = jax.tree.map(jnp.zeros_like, params["layers"]["router"])
     params = params | {"layers": params["layers"] | {"router": router}}
     yield "uneven", params, tokens, model
+    config = dataclasses.replace(model.config, dispatch="dense")
+    yield "dense", params, tokens, mixture.Model(config)
 
 
 if __name__ == "__main__":

@@ -226,6 +226,8 @@ def dense(
 ) -> jax.Array:
     """Every expert on every token; those that were not chosen have the weight zero.
 
+    Experts may lie on several devices, as those of `ragged`.
+
     Args:
       x: `[batch, time, in]`.
       routes: of the tokens.
@@ -236,21 +238,7 @@ def dense(
     Returns:
       `[batch, time, out]`.
     """
-    count = gate_up.kernel.shape[0]
-    of = jax.nn.one_hot(routes.experts, count, dtype=routes.weights.dtype)
-    weights = jnp.einsum("btk,btke->ebt", routes.weights, of)
-    each = jnp.broadcast_to(x, (count, *x.shape))  # so that experts are a batch
-    both = jnp.einsum("ebtd,edgf->ebtgf", each, gate_up.kernel)
-    if gate_up.bias is not None:
-        both += gate_up.bias[:, None, None]
-    both = remat.named(both, "gate_up")
-    y = jnp.einsum(
-        "ebtf,efd->ebtd", gated(both[..., 0, :], both[..., 1, :]), down.kernel
-    )
-    if down.bias is not None:
-        y += down.bias[:, None, None]
-    y = remat.named(y, "down")
-    return jnp.einsum("ebtd,ebt->btd", y, weights.astype(y.dtype))
+    return _exchanged(_every, x, routes, gate_up, down, gated)
 
 
 def ragged(
@@ -260,6 +248,21 @@ def ragged(
 
     Under `jax.set_mesh` each device sorts the tokens that it has. Along the mesh axis
     "expert" it has some of the experts; tokens of all go there, and come back as sums.
+    """
+    return _exchanged(_sorted, x, routes, gate_up, down, gated)
+
+
+def _exchanged(
+    own_experts: Callable[..., jax.Array],
+    x: jax.Array,
+    routes: Routes,
+    gate_up: Linear,
+    down: Linear,
+    gated: Gated,
+) -> jax.Array:
+    """What all experts add to tokens, `own_experts` being what those of a device do.
+
+    Its arguments are those of `_sorted`, with whose result it agrees.
     """
     rows = machine.cut(machine.ROWS, x.shape[0])
     time = machine.cut(("context",), x.shape[1])
@@ -276,7 +279,7 @@ def ragged(
         first = jax.lax.axis_index(AXIS) * gate_up.kernel.shape[0] if own else 0
         if units and down.bias is not None:  # of each device a part is summed
             down = down._replace(bias=down.bias / machine.parts(units))
-        y = _sorted(x, routes, gate_up, down, gated, first, machine.parts(own))
+        y = own_experts(x, routes, gate_up, down, gated, first, machine.parts(own))
         if exchanged:
             y = jax.lax.psum_scatter(y, AXIS, tiled=True)
         summed = units + (() if exchanged else own)
@@ -297,6 +300,34 @@ def ragged(
         local, in_specs=(tokens, tokens, *kernels), out_specs=tokens, check_vma=False
     )
     return run(x, routes, gate_up, down)
+
+
+def _every(
+    x: jax.Array,
+    routes: Routes,
+    gate_up: Linear,
+    down: Linear,
+    gated: Gated,
+    first: Any,
+    shares: int,
+) -> jax.Array:
+    """As `_sorted`; an expert that is not here is a row of zeros, and adds nothing."""
+    del shares  # all tokens are taken at once
+    count = gate_up.kernel.shape[0]
+    of = jax.nn.one_hot(routes.experts - first, count, dtype=routes.weights.dtype)
+    weights = jnp.einsum("btk,btke->ebt", routes.weights, of)
+    each = jnp.broadcast_to(x, (count, *x.shape))  # so that experts are a batch
+    both = jnp.einsum("ebtd,edgf->ebtgf", each, gate_up.kernel)
+    if gate_up.bias is not None:
+        both += gate_up.bias[:, None, None]
+    both = remat.named(both, "gate_up")
+    y = jnp.einsum(
+        "ebtf,efd->ebtd", gated(both[..., 0, :], both[..., 1, :]), down.kernel
+    )
+    if down.bias is not None:
+        y += down.bias[:, None, None]
+    y = remat.named(y, "down")
+    return jnp.einsum("ebtd,ebt->btd", y, weights.astype(y.dtype))
 
 
 def _sorted(

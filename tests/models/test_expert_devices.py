@@ -37,13 +37,14 @@ def test_shared_experts_train_as_on_one_device_in_float64(mesh, record_property)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     record_property("rows", rows)
-    assert [row["load"] for row in rows] == ["even", "uneven"]
+    assert [row["load"] for row in rows] == ["even", "uneven", "dense"]
     for row in rows:
         assert row["plain"] < 1e-13 and row["adapted"] < 1e-12, row
         assert row["moved"] > 0.01, row
 
 
-def test_tokens_go_round_and_no_kernel_does():
+@pytest.mark.parametrize("dispatch", [experts.ragged, experts.dense])
+def test_tokens_go_round_and_no_kernel_does(dispatch):
     """What is sent: tokens and routes to all that share experts, and sums back."""
     count, width, hidden, rows, time = 8, 16, 24, 8, 4
     mesh = sharding.make_mesh(fsdp=1, expert=8)
@@ -54,7 +55,7 @@ def test_tokens_go_round_and_no_kernel_does():
 
     def run(x, routes, gate_up, down):
         gate_up, down = experts.Linear(gate_up), experts.Linear(down)
-        return experts.ragged(x, routes, gate_up, down, lambda g, u: jax.nn.silu(g) * u)
+        return dispatch(x, routes, gate_up, down, lambda g, u: jax.nn.silu(g) * u)
 
     given = (
         shape(rows, time, width),
