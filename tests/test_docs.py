@@ -102,6 +102,16 @@ def test_every_equation_is_drawn_whole(methods):
         assert "\\" not in drawn, name  # else a command that it does not know
 
 
+def test_every_equation_stands_in_the_api(methods):
+    pytest.importorskip("griffe", reason="of docs")
+    found = hook("docstrings").equations()
+    assert len(found) == len(methods.methods()) - 1
+    lora = ROOT / "lorax" / "adapters" / "lora.py"
+    assert "sqrt" not in found[lora, "Lora"]
+    for file, name in found:
+        assert re.search(rf"^(def|class) {name}\b", file.read_text(), re.MULTILINE)
+
+
 def test_one_name_is_not_found_in_another(methods):
     assert methods.named("LoRA", "LoRA, rank 8") and methods.named("LoRA+", "LoRA+")
     for other in ("LoRA+", "LoRA-GA", "AdaLoRA", "rsLoRA"):

@@ -4,6 +4,7 @@ import datetime
 import os
 import pathlib
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,6 +56,15 @@ def _device() -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table; the first column left, the others right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    """A markdown table; columns of numbers are aligned to the right."""
+    columns = zip(*rows, strict=True)
+    aligned = ["---:" if _is_numbers(column) else "---" for column in columns]
+    lines = [header, aligned or ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _is_numbers(cells: Sequence[str]) -> bool:
+    """Whether every cell of a column that says something begins with a number."""
+    words = [cell.strip("*` ") for cell in cells]
+    told = [word for word in words if word.strip("-") and not word.startswith("not ")]
+    return bool(told) and all(re.match(r"[-+<>~]?\d", word) for word in told)
