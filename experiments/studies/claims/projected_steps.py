@@ -37,7 +37,7 @@ import lorax
 from experiments import paired
 from experiments.machine import tables
 from experiments.studies.claims import walks
-from experiments.studies.method import comparison, scorecard
+from experiments.studies.method import comparison, panels, scorecard
 from lorax import optim
 
 _MINUTES = flags.DEFINE_float("projected_minutes", None, "Begin no run after as many.")
@@ -325,7 +325,8 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(DREW), figsize=(4.6 * len(DREW), 3.6))
+    size = (4.6 * len(DREW), 4.2)
+    figure, axes = plt.subplots(1, len(DREW), figsize=size, layout="constrained")
     for axis, (cell, names) in zip(np.atleast_1d(axes), DREW.items(), strict=True):
         for colour, name in zip(tables.COLOURS, names, strict=False):
             curve = found["cells"][str(cell)][name]["path"]
@@ -335,8 +336,8 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
             look = {"color": "black", "linestyle": ":"} if whole else {"color": colour}
             axis.plot(steps, curve, label=label, **look)
         axis.set(title=cell, xlabel="step", ylabel="cosine to full's change")
-        axis.legend(fontsize=7)
-    figure.tight_layout()
+        axis.legend()
+        panels.tidy(axis)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

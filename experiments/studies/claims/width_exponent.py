@@ -45,7 +45,7 @@ from absl import app, flags
 import lorax
 from experiments import paired
 from experiments.machine import tables
-from experiments.studies.method import comparison, scorecard
+from experiments.studies.method import comparison, panels, scorecard
 from lorax import _lapack, optim
 
 _MINUTES = flags.DEFINE_float("width_minutes", None, "Begin no run after as many.")
@@ -224,15 +224,16 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(REGIMES), figsize=(4.2 * len(REGIMES), 3.5))
+    size = (4.2 * len(REGIMES), 4.0)
+    figure, axes = plt.subplots(1, len(REGIMES), figsize=size, layout="constrained")
     for axis, (regime, own) in zip(axes, found["regimes"].items(), strict=True):
         shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(WIDTHS)))
         for n, shade, values in zip(WIDTHS, shades, own["profiles"], strict=True):
             axis.plot(RATIOS, values, color=shade, label=f"n = {n}")
         axis.set(title=regime, xlabel="log2 of lr of b / lr of a")
         axis.set(ylabel="log2 of the relative error")
-    np.atleast_1d(axes)[0].legend(fontsize=7)
-    figure.tight_layout()
+        axis.legend()
+        panels.tidy(axis, columns=4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -16,6 +16,7 @@ from absl import flags
 
 from experiments import paired
 from experiments.machine import disk, tables
+from experiments.studies.method import panels
 from lorax.checkpoint import folders
 
 _FOLDER = flags.DEFINE_string("study_dir", None, "Where results and figures go.")
@@ -230,7 +231,8 @@ def draw(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(results), figsize=(4.5 * len(results), 3.4))
+    size = (4.5 * len(results), 4.2)
+    figure, axes = plt.subplots(1, len(results), figsize=size, layout="constrained")
     for axis, (title, methods) in zip(
         np.atleast_1d(axes), results.items(), strict=True
     ):
@@ -241,7 +243,7 @@ def draw(
             steps = every * np.arange(1, len(curve) + 1)
             axis.semilogy(steps, curve, label=name, color=colour)
         axis.set(title=title, xlabel=labels[0], ylabel=labels[1])
-        axis.legend(fontsize=7)
-    figure.tight_layout()
+        axis.legend()
+        panels.tidy(axis)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -32,7 +32,7 @@ def figure(results: Results, path: pathlib.Path, *panels: Panel) -> None:
     made, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
     for axis, panel in zip(np.atleast_1d(axes), panels, strict=True):
         panel(axis, results)
-        _tidy(axis)
+        tidy(axis)
     if results["smoke"]:
         made.text(
             0.5, 0.5, "toy sizes: no result", fontsize=30, color="red", alpha=0.4,
@@ -42,13 +42,18 @@ def figure(results: Results, path: pathlib.Path, *panels: Panel) -> None:
     plt.close(made)
 
 
-def _tidy(axis: Any) -> None:
-    """Puts the legend below the panel, and whole numbers on an axis of steps."""
+def tidy(axis: Any, columns: int = 2) -> None:
+    """Puts the legend below the panel, and whole numbers on an axis of steps.
+
+    Args:
+      axis: of a figure whose layout is "constrained".
+      columns: of the legend.
+    """
     from matplotlib import ticker
 
     if axis.get_legend() is not None:
         axis.legend(
-            fontsize=8, ncols=2, frameon=False,
+            fontsize=8, ncols=columns, frameon=False,
             loc="upper center", bbox_to_anchor=(0.5, -0.17),
         )  # fmt: skip
     if axis.get_xlabel() == "step":

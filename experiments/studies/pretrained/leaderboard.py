@@ -161,14 +161,15 @@ def draw(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    made, axes = plt.subplots(1, len(standings), figsize=(6.4 * len(standings), 4.4))
+    size = (6.4 * len(standings), 5.6)
+    made, axes = plt.subplots(1, len(standings), figsize=size, layout="constrained")
     for axis, (name, (task, own)) in zip(
         np.atleast_1d(axes), standings.items(), strict=True
     ):
         panel(axis, own, read(folder / name / "costs.json"))
         axis.set(title=name, xscale="log", xlabel="parameters that train")
         axis.set_ylabel(f"{task.score}, held out (95 % of the mean)")
-    made.tight_layout()
+        panels.tidy(axis, columns=4)
     made.savefig(folder / "figure.png", dpi=110)
     plt.close(made)
 
@@ -189,4 +190,4 @@ def panel(axis: Any, own: outcomes.Standing, costs: Mapping[str, Any]) -> None:
     ranks: Sequence[str] = [n for n in known if n == "LoRA" or n.startswith("LoRA r")]
     points = sorted((costs[n]["trained"], known[n].scores.mean()) for n in ranks)
     axis.plot(*zip(*points, strict=True), color="black", linewidth=0.7)
-    axis.legend(fontsize=6, ncols=2)
+    axis.legend()
