@@ -16,7 +16,7 @@ import nbclient
 import nbformat
 
 REPOSITORY = "lorax-flax/lorax"
-"""Where the notebooks are hosted, on GitHub: change it in a fork and run this script."""
+"""Where the notebooks are hosted, on GitHub: change it in a fork, and run this."""
 FOLDER = pathlib.Path(__file__).parent
 COLAB = "https://colab.research.google.com"
 LARGEST = 300 * 1024

@@ -1,7 +1,8 @@
 """Adapts our docstrings to griffe: an extension for `mkdocs.yml`.
 
-We write `Example:`, because there is one. griffe only knows `Examples:`, and would read
-a doctest under any other title as prose, in which `[x][0]` is a link. Papers are linked.
+We write `Example:`, because there is one. griffe only knows `Examples:`, and would
+read a doctest under any other title as prose, in which `[x][0]` is a link. Papers are
+linked.
 """
 
 import re
@@ -14,7 +15,7 @@ ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
 class Docstrings(griffe.Extension):
-    """Turns `Example:` into the title that griffe knows, and arXiv numbers into links."""
+    """Turns `Example:` into griffe's title, and arXiv numbers into links."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Rewrites the docstring of one object before it is parsed."""

@@ -77,7 +77,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def parameters(body: list[ast.stmt], function: str) -> str:
-    """A table of a function's arguments and defaults, "" if there is no such function."""
+    """A table of a function's arguments and defaults, "" if it does not exist."""
     for node in body:
         if isinstance(node, ast.FunctionDef) and node.name == function:
             told = arguments(sections(ast.get_docstring(node) or "").get("Args", ""))

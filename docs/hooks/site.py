@@ -75,7 +75,7 @@ def is_text(node: ast.stmt | None) -> bool:
 
 
 def imported(path: pathlib.Path) -> dict[str, list[str]]:
-    """{lorax module: the names, other than modules, that a file imports from it}."""
+    """{lorax module: the names, other than modules, that a file imports}."""
     taken: dict[str, list[str]] = {}
     for node in parsed(path).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lorax"):
@@ -120,7 +120,7 @@ def known(module: pathlib.Path) -> dict[str, str]:
 
 
 def summary(prefix: str, names: list[str], told: dict[str, str]) -> str:
-    """A table of names, each a link to its documentation below, with their summaries."""
+    """A table of names, linked to their documentation below, with their summaries."""
     if not names:
         return ""
     rows = [
