@@ -105,7 +105,7 @@ def test_at_the_start_every_loss_is_log_2_and_then_falls(start):
     assert found[0]["rewards/rejected"] == pytest.approx(0, abs=1e-6)
     margin = found[-1]["rewards/chosen"] - found[-1]["rewards/rejected"]
     assert found[-1]["loss"] < math.log(2) - 1e-3 and margin > 1e-3
-    # evaluation knows the initial adapters, which only LoRA-One stores beside the base
+    # evaluation uses the initial model, which differs from the base only for LoRA-One
     model = prepared.merge(state.adapters, prepared.params)
     said = reference(model.start, model.params, batch(0)).total
     base = SCORE(own.params, batch(0)).total
