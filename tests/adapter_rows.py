@@ -1,4 +1,4 @@
-"""One row for what each adapter class can be: the table of `test_protocols`."""
+"""One row per variant of each adapter class: the table for `test_protocols`."""
 
 import functools
 
@@ -138,7 +138,7 @@ ADAPTERS = [
     ),
     ("full", matrix, (IN, OUT), OUT, FULL()),
     ("full_stacked", layers, (3, IN, IN), IN, FULL()),
-    # of a package of its own, tests/plugin
+    # from a package of its own, tests/plugin
     ("walsh", matrix, (IN, OUT), OUT, WALSH()),
     ("walsh_stacked", layers, (3, IN, IN), IN, WALSH()),
     ("walsh_layer_subset", layers, (3, IN, IN), IN, WALSH(layers=(0, 2))),

@@ -1,4 +1,4 @@
-"""Small adapters of every kind, and their updates by the equations in numpy."""
+"""Small adapters of every kind, and their updates computed in numpy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.programs import normal
 
 
 def axes_of(in_, out, batch):
-    """The leaf is `[*batch, *in, *out]`."""
+    """Axes of a leaf `[*batch, *in, *out]`."""
     n, i, o = len(batch), len(in_), len(out)
     places = iter(range(n + i + o))
     first = tuple(next(places) for _ in range(n))
@@ -53,7 +53,7 @@ def delta(adapter) -> np.ndarray:
 
 
 def close(got, want, tolerance=1e-5):
-    """Entries agree to a share of the largest."""
+    """Asserts that entries agree, relative to the largest."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     assert np.abs(got - want).max() <= tolerance * max(np.abs(want).max(), 1e-3)

@@ -1,4 +1,4 @@
-"""How jax starts for the tests, in their own process and in those that they start."""
+"""How JAX is configured for the tests, in their own process and in child processes."""
 
 import importlib.metadata
 import os
@@ -6,9 +6,8 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# Most of what the tests spend is compiling programs that run for milliseconds, so LLVM
-# does not optimise them, and gets each in one piece. The passes over HLO, and what they
-# count, are the same.
+# The tests mostly compile programs that run for milliseconds, so LLVM does not optimise
+# them, and gets each in one piece. The HLO passes, and what they count, are unchanged.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 # XLA's older emitters of loops compile twice as fast; later versions refuse the flag.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
@@ -16,22 +15,22 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 
 
 def flags(devices):
-    """XLA's flags for so many CPU devices."""
+    """XLA's flags for this many CPU devices."""
     return f"{QUICK} --xla_force_host_platform_device_count={devices}"
 
 
 def threads(devices):
-    """Threads of XLA's pool, as `NPROC` says it.
+    """The number of threads in XLA's pool, for `NPROC`.
 
-    A collective holds a thread on every device until all have come. By default there
-    are as many threads as devices, so devices that come to collectives of different
-    axes in a different order can wait for each other for ever.
+    A collective holds a thread on every device until all have arrived. By default there
+    are as many threads as devices, so devices that reach collectives over different
+    axes in different orders can wait for each other for ever.
     """
     return str(4 * devices)
 
 
 def environment(devices=1, **more):
-    """The variables for a child process that runs the checkout's lorax on the CPU."""
+    """Environment of a child process that runs this checkout's lorax on the CPU."""
     start = {
         "XLA_FLAGS": flags(devices),
         "NPROC": threads(devices),

@@ -1,4 +1,4 @@
-"""What the pages of Start and Concepts show: checks of `test_howto`."""
+"""Checks for `test_howto` of the Start and Concepts pages."""
 
 import jax
 import numpy as np

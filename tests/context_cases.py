@@ -1,4 +1,4 @@
-"""A tiny Llama on packed rows, on one device and on meshes that cut the rows.
+"""A tiny Llama on packed rows, on one device and on meshes that split the rows.
 
     python -m tests.context_cases MESHES     with JAX_ENABLE_X64, in float64
 
@@ -103,13 +103,13 @@ def run(mesh):
 
 
 def apart(x, y):
-    """The distance of two trees, over the size of the first."""
+    """The distance between two trees, relative to the first."""
     norm = lambda tree: sum((leaf**2).sum() for leaf in jax.tree.leaves(tree)) ** 0.5
     return float(norm(jax.tree.map(lambda a, b: a - b, x, y)) / norm(x))
 
 
 def bent():
-    """By how much the loss is another without segments and windows."""
+    """How much the loss changes without segments and windows."""
     model, given = model_of("plain"), batch()
     params = jax.jit(model.init)(jax.random.key(0), given["inputs"])["params"]
     params = jax.tree.map(lambda x: x * 5 if x.ndim > 2 else x, params)
@@ -124,7 +124,7 @@ def bent():
 
 if __name__ == "__main__":
     assert jax.device_count() == 8 and jax.config.jax_enable_x64
-    # a cast to float32 on the way would turn 1e-16 into 1e-7 wherever it flips
+    # a cast to float32 on the way would turn 1e-16 into 1e-7 wherever rounding flips
     layers.head = lambda x, embed, config: layers.projection(
         config.vocabulary, "head", config
     )(x)

@@ -1,8 +1,8 @@
-"""Files with one field changed, of every format that lorax reads: the cases of a fuzz.
+"""Files with one field changed, for every format that lorax reads: cases of a fuzz.
 
-A `Source` writes a sound directory and loads it. A `Case` is one change of it. What
-loads afterwards must be what the sound files give, but for what `legal` says that the
-change means; what does not load must say in which file, and at which key, it is wrong.
+A `Source` writes a sound directory and loads it. A `Case` is one change to it. What
+loads afterwards must equal what the sound files give, except where `legal` says what
+the change means; an error must name the file and the key that are wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KINDS = {
     "missing": [None],
     "empty list": [[]],
 }
-"""What a field becomes; one of several values is drawn."""
+"""What a field becomes; if there are several values, one is drawn."""
 
 
 class Case(NamedTuple):
@@ -38,8 +38,8 @@ class Case(NamedTuple):
     Attributes:
       source: name of the source.
       key: path of the field in the JSON, or name of a tensor.
-      kind: of the change.
-      value: what the field becomes; of "missing" nothing.
+      kind: the kind of change.
+      value: what the field becomes; unused for "missing".
     """
 
     source: str
@@ -53,12 +53,12 @@ class Source:
     """A sound directory.
 
     Attributes:
-      folder: with the files.
-      file: name of the JSON that is changed, or of the safetensors.
-      load: of a folder, to a tree of arrays and plain values.
-      legal: `(case) -> result`, of cases that may load and mean something else.
-      keys: of the fields; None: all that there are.
-      resealed: what makes a changed JSON sound again but for the change.
+      folder: the folder with the files.
+      file: name of the changed JSON or safetensors file.
+      load: maps a folder to a tree of arrays and plain values.
+      legal: `(case) -> result`, for cases that may load and mean something else.
+      keys: of the fields; None for all.
+      resealed: makes a changed JSON file sound again except for the change.
     """
 
     folder: Any
@@ -70,7 +70,7 @@ class Source:
 
 
 def keys_of(told: Any, front: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The paths of all fields, inner ones too."""
+    """The paths of all fields, nested ones included."""
     if isinstance(told, dict):
         for key, value in told.items():
             yield (*front, key)
@@ -78,7 +78,7 @@ def keys_of(told: Any, front: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]
 
 
 def json_cases(name: str, source: Source, seed: int) -> list[Case]:
-    """Each field as each kind."""
+    """Each field with each kind of change."""
     draw = np.random.default_rng(seed)
     told = json.loads((source.folder / source.file).read_text())
     keys = list(keys_of(told)) if source.keys is None else source.keys
@@ -104,7 +104,7 @@ TENSORS = {
 
 
 def tensor_cases(name: str, source: Source) -> list[Case]:
-    """Each tensor as each kind."""
+    """Each tensor with each kind of change."""
     tensors = safetensors.numpy.load_file(source.folder / source.file)
     return [Case(name, (key,), kind, None) for key in tensors for kind in TENSORS]
 
@@ -135,7 +135,7 @@ def write(source: Source, case: Case, folder: Any) -> None:
 
 
 def same(left: Any, right: Any) -> bool:
-    """Same structure, plain values, dtypes and bits."""
+    """Whether structure, plain values, dtypes and bits are the same."""
     leaves, structure = jax.tree.flatten(left)
     others, other = jax.tree.flatten(right)
     if structure != other:
@@ -153,7 +153,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def outcome(source: Source, case: Case, sound: Any, folder: Any) -> str:
-    """Returns "loaded" or "refused"; else what is wrong."""
+    """Returns "loaded" or "refused", or else what is wrong."""
     write(source, case, folder)
     try:
         found = source.load(folder)

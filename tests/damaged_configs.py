@@ -1,4 +1,4 @@
-"""The fuzz's config.json of every family, and what a change of it may legally mean."""
+"""A config.json of every family for the fuzz, and what changes may legally mean."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ GENERIC = {
     "temperature": 1.0,
     "use_something_new": False,
 }
-"""What real files hold beside the fields that a family reads."""
+"""What real files hold besides the fields that a family reads."""
 
 MEANS = {
     "gemma": {"max_position_embeddings absent": {"positions": 8192}},
@@ -172,8 +172,8 @@ MEANS = {
         "scale_decoder_outputs": "tied",
     },
 }
-"""By `<field> absent | huge` what the sizes become, by field what a switch sets; the
-defaults are those of transformers' config classes."""
+"""Under `<field> absent | huge`, what the sizes become; under a field, what a switch
+sets. Defaults are those of transformers' config classes."""
 
 
 def config_source(family: str, folder: pathlib.Path) -> Source:

@@ -1,4 +1,4 @@
-"""The sound directories of the fuzz, and what a change of them may legally mean."""
+"""The sound directories of the fuzz, and what changes to them may legally mean."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def peft_folder(folder: pathlib.Path, kind: str) -> pathlib.Path:
 
 
 def peft_source(folder: pathlib.Path, kind: str, file: str) -> Source:
-    """PEFT's directory, of which one of the two files is changed."""
+    """PEFT's directory, in which one of the two files is changed."""
     load = functools.partial(peft.load, config=BASE)
     sound = peft.load(peft_folder(folder, kind), BASE)
     legal = functools.partial(_peft_means, sound)
@@ -105,7 +105,7 @@ def peft_source(folder: pathlib.Path, kind: str, file: str) -> Source:
 
 
 def _peft_means(sound: Any, case: Case) -> Any:
-    """The scale, alpha / r, and the dropout; layer 0 has an alpha of its own."""
+    """The scale, alpha / r, and the dropout; layer 0 has its own alpha."""
     field, value = case.key[-1], case.value
     absent = case.kind in ("null", "missing")
     if case.key[0].startswith("base_model"):
@@ -198,7 +198,7 @@ def params() -> dict[str, Any]:
 
 
 def adapters_source(folder: pathlib.Path, sealed: bool) -> Source:
-    """`adapters.json`, with its digests or, as older ones, without."""
+    """`adapters.json`, with digests or, like older files, without."""
     checkpoint.save_adapters(folder, adapters(), params())
     file = folder / "adapters.json"
     if not sealed:
@@ -211,13 +211,13 @@ def adapters_source(folder: pathlib.Path, sealed: bool) -> Source:
     load = functools.partial(checkpoint.load_adapters, params=params())
     legal = (lambda case: None) if sealed else _adapter_means
     keys = list(keys_of(json.loads(file.read_text())))
-    if sealed:  # two of the adapters stand for all
+    if sealed:  # two adapters stand for all
         keys = [key for key in keys if key[1:2] not in (("svd",), ("fused",))]
     return Source(folder, "adapters.json", lambda folder: load(folder), legal, keys)
 
 
 def _adapter_means(case: Case) -> Any:
-    """A finite scale, a rate below 1, a switch, a name mean what they say."""
+    """A finite scale, a rate below 1, a switch and a name are taken literally."""
     found = adapters()
     if len(case.key) != 4 or case.key[2] != "static":
         return None
@@ -241,7 +241,7 @@ CONFIG = {"run": {"seed": 3}, "rate": 0.1}
 
 
 def run_source(folder: pathlib.Path, sealed: bool) -> Source:
-    """The record of a run's step; resealed, so that only the rules can tell."""
+    """The record of a run's step; resealed, so that only validation can tell."""
     state = states.filled(7, 6)
     with RunCheckpoints(folder, states.base(), source="base", config=CONFIG) as run:
         run.save(state, {"position": 1, "order": [2, 3]}, {"loss": 0.5, "best": 1.0})
@@ -254,7 +254,7 @@ def run_source(folder: pathlib.Path, sealed: bool) -> Source:
         told |= record.seal(told["payload"])
 
     def legal(case: Case) -> Any:
-        """The user's own data mean what they say."""
+        """The user's own data may be anything."""
         if case.key[:1] != ("payload",) or len(case.key) < 2 or sealed:
             return None
         if case.key[1] not in ("data", "config", "metrics"):
@@ -273,7 +273,7 @@ def run_source(folder: pathlib.Path, sealed: bool) -> Source:
 
     file = "6/run/metadata"
     told = json.loads((folder / file).read_text())
-    keys = [  # two of the leaves stand for all
+    keys = [  # two leaves stand for all
         key
         for key in keys_of(told)
         if key[1:2] != ("leaves",) or {"adapters/dense/kernel/a", "key"} & {*key[2:]}

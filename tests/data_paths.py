@@ -1,4 +1,4 @@
-"""Where the real data lies; tests that need it skip where it does not."""
+"""Where the real data is; tests that need it skip if it is missing."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Gradients by central differences in float64: references that derive nothing."""
+"""Gradients by central differences in float64: references without derivations."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ import numpy as np
 def gradient(
     loss: Callable[[np.ndarray], float], at: np.ndarray, step: float = 1e-5
 ) -> np.ndarray:
-    """The gradient of a scalar function, entry by entry; good to about 1e-9."""
+    """The gradient of a scalar function, entry by entry, accurate to about 1e-9."""
     at = np.asarray(at, np.float64)
     found = np.zeros_like(at)
     for place in np.ndindex(at.shape):

@@ -1,4 +1,4 @@
-"""A tiny mixture of experts on one device and on meshes that share its experts.
+"""A tiny mixture of experts on one device and on meshes that split its experts.
 
     python -m tests.expert_cases MESHES     with JAX_ENABLE_X64, in float64
 
@@ -35,13 +35,13 @@ SIZES = {
     "experts": 8,
     "chosen": 2,
     "expert_bias": True,
-    "model_type": "gpt_oss",  # whose table has biases of experts
+    "model_type": "gpt_oss",  # its parameter table has expert biases
 }
 TARGET = lorax.Target("all-linear", rank=2, dtype=jnp.float64)
 
 
 def losses(mesh, params, tokens, model):
-    """Losses and gradients of the parameters, and of adapters."""
+    """Losses, and gradients of the parameters and of adapters."""
 
     def loss(params, tokens):
         logits = model.apply({"params": params}, tokens)

@@ -17,7 +17,7 @@ from tests.programs import normal
 
 
 class Sharded(NamedTuple):
-    """A function of (params, x), its arguments, and how each of them lies."""
+    """A function of (params, x), its arguments, and how each is sharded."""
 
     fn: Callable[[Any, jax.Array], jax.Array]
     params: dict[str, tuple[jax.Array, P]]
@@ -47,7 +47,7 @@ X = normal(0, 8, 8)
 
 @program
 def gathered() -> Sharded:
-    """FSDP: every kernel is whole where it is used; and a kernel that is not."""
+    """FSDP: each kernel is gathered where it is used; and one kernel that is not."""
 
     def fn(params: Any, x: jax.Array) -> jax.Array:
         h = jnp.tanh(x @ reshard(params["w"], P()) + params["bias"])
@@ -117,7 +117,7 @@ def heads() -> Sharded:
 
 @program
 def fused() -> Sharded:
-    """Kernels joined, and the join sharded across the seam."""
+    """Kernels concatenated, and the result sharded across the seam."""
 
     def fn(params: Any, x: jax.Array) -> jax.Array:
         w = jnp.concatenate([params["w"], params["v"]], axis=1)
@@ -147,7 +147,7 @@ def layers() -> Sharded:
 
 @program
 def control_flow() -> Sharded:
-    """Loops, branches and jitted functions whose results lie as they are told."""
+    """Loops, branches and jitted functions whose results are sharded as specified."""
 
     def fn(params: Any, x: jax.Array) -> jax.Array:
         w = jax.lax.with_sharding_constraint(params["w"], P("x", "y"))
@@ -164,7 +164,7 @@ def control_flow() -> Sharded:
 
 @program
 def automatic_part() -> Sharded:
-    """A part of the program leaves shardings to the compiler."""
+    """Part of the program leaves shardings to the compiler."""
 
     def fn(params: Any, x: jax.Array) -> jax.Array:
         part = lambda w, x: jnp.tanh(x @ w) @ w.T
@@ -226,7 +226,7 @@ def convolution() -> Sharded:
 
 @program
 def mapped_shards() -> Sharded:
-    """`shard_map` over Explicit axes: what comes in has to lie as the specs say."""
+    """`shard_map` over Explicit axes: inputs must be sharded as the specs say."""
 
     def fn(params: Any, x: jax.Array) -> jax.Array:
         def gather(w: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """A model of two kernels and a bias, by the method of `tests/plugin`.
 
-Its frozen arrays are random signs, which kernels of one input size share, and the norms
-of every kernel's own columns.
+Its frozen arrays are random signs, shared by kernels with the same input size, and the
+column norms of every kernel.
 """
 
 import jax
@@ -12,7 +12,7 @@ import lorax
 from tests import programs
 from tests.plugin import methods
 
-assert methods.Walsh  # registered by being imported
+assert methods.Walsh  # importing it registers it
 
 KEY = jax.random.key(0)
 IN, HIDDEN, OUT = 8, 8, 16

@@ -1,4 +1,4 @@
-"""What the how-to pages on other programs' files show: checks of `test_howto`."""
+"""Checks for `test_howto` of the how-to pages on other programs' files."""
 
 import pathlib
 
@@ -26,7 +26,7 @@ def peft_fields(scope):
 
 
 def vocabulary(scope):
-    """Old tokens keep their logits; the mean of all is each new one's."""
+    """Old tokens keep their logits; each new token's logit is their mean."""
     start, old = np.asarray(scope["start"]), 30
     means = np.broadcast_to(start[..., :old].mean(-1, keepdims=True), (1, 4, 2))
     np.testing.assert_allclose(start[..., old:], means, atol=1e-5)
@@ -49,7 +49,7 @@ def mixtures(scope):
     assert pair.a.shape == (2, 4, 16, 2) and pair.b.shape == (2, 4, 2, 2, 24)
     assert len(scope["adapters"]) == 6
     np.testing.assert_allclose(scope["shared"], scope["logits"], atol=1e-5)
-    for change in scope["slopes"].values():  # of a fresh pair one has a gradient
+    for change in scope["slopes"].values():  # in a fresh pair one factor has a gradient
         assert any(leaf.any() for leaf in jax.tree.leaves(change))
 
 

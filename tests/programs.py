@@ -1,4 +1,4 @@
-"""Programs that use kernels in every way lorax promises to follow.
+"""Programs that use kernels in every way that lorax promises to follow.
 
 Each entry of PROGRAMS is `factory() -> Program`; none of them may merge a kernel.
 """
@@ -39,16 +39,16 @@ def program(factory: Callable[[], Program]) -> Callable[[], Program]:
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    """Numpy draws: tests of random keys do not rest on them.
+    """Draws with numpy, so tests of random keys do not depend on these numbers.
 
-    Nor is anything compiled; jnp.asarray would compile a program for every new shape.
+    Nothing is compiled either; jnp.asarray would compile a program for every new shape.
     """
     draw = np.random.default_rng(seed).standard_normal(shape)
     return jax.device_put(draw.astype(np.float32))
 
 
 def filled(abstract: Any, scale: float = 0.5) -> Any:
-    """A tree of the given shapes with every leaf drawn, biases and norms included."""
+    """A tree of the given shapes with random leaves, biases and norms included."""
     leaves, treedef = jax.tree.flatten(abstract)
 
     def draw(seed: int, leaf: Any) -> jax.Array:
@@ -120,7 +120,7 @@ def tied_embedding() -> Program:
 
 
 class Block(nn.Module):
-    """A residual layer in the shape that nn.scan wants."""
+    """A residual layer in the form that nn.scan expects."""
 
     @nn.compact
     def __call__(self, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
@@ -311,7 +311,7 @@ def views() -> Program:
 
 @program
 def layers_by_index() -> Program:
-    """A stack indexed inside fori_loop, the kernels carried round the loop."""
+    """A stack indexed inside fori_loop, with the kernels carried through the loop."""
 
     def fn(params: Any, x: jax.Array) -> jax.Array:
         def layer(i: jax.Array, state: Any) -> Any:
@@ -371,7 +371,7 @@ def loss_and_grad(
 
 
 def definition(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The function whose value `adapt(fn)` must have."""
+    """The function that `adapt(fn)` must equal."""
     return lambda adapters, params, *args: fn(lorax.merge(adapters, params), *args)
 
 
@@ -386,7 +386,7 @@ def perturbed(adapters: Any, size: float = 0.3) -> Any:
 
 
 def counted(fn: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
-    """The function, and a list that grows by one whenever jax traces it."""
+    """The function, and a list that grows by one whenever JAX traces it."""
     traces: list[int] = []
 
     @functools.wraps(fn)

@@ -1,6 +1,6 @@
-"""One mixture of experts in every written form: the value is the same in all of them.
+"""One mixture of experts, written in many ways that all give the same value.
 
-Each of T tokens goes to one of E experts, a two-layer network; `CHOICE` says to which.
+Each of T tokens goes to one of E experts, two-layer networks; `CHOICE` says which.
 `FORMS` maps a name to `fn(params, x)`, `up: [E, D, F]` and `down: [E, F, D]`.
 """
 

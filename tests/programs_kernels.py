@@ -1,4 +1,4 @@
-"""More views of kernels that must not be merged: stacks, vectors, borders, sums."""
+"""More kernel views that must not be merged: stacks, vectors, padding, sums."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from tests.programs import Program, normal, program
 
 @program
 def stacked_then_scanned() -> Program:
-    """Layers kept apart and stacked for a scan; one of them is not adapted."""
+    """Layers kept separately and stacked for a scan; one of them is not adapted."""
 
     def fn(params: Any, x: jax.Array) -> jax.Array:
         layer = lambda x, w: (x + jnp.tanh(x @ w), None)
@@ -41,7 +41,7 @@ def stacked_heads() -> Program:
 
 @program
 def stacked_unlike() -> Program:
-    """A kernel beside a joined one: a term for each."""
+    """A kernel beside a concatenated one: one term for each."""
 
     def fn(params: Any, x: jax.Array) -> jax.Array:
         pair = jnp.concatenate([params["w1"], params["w2"]], axis=1)
@@ -93,7 +93,7 @@ def padded_and_flipped() -> Program:
 
 @program
 def repeated() -> Program:
-    """The same kernel for every member of a batch, written out."""
+    """The same kernel repeated for every member of a batch."""
 
     def fn(params: Any, x: jax.Array) -> jax.Array:
         w = jnp.broadcast_to(params["w"], (3, 4, 6))

@@ -1,6 +1,6 @@
 """More programs for `tests.programs`: layers that return their kernels.
 
-`nnx.scan` and `nnx.remat` hand all of a layer's state back, changed or not.
+`nnx.scan` and `nnx.remat` return all of a layer's state, changed or not.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def nnx_scan_of_jit_and_cond() -> Program:
 
 @program
 def nnx_loop() -> Program:
-    """A layer carried round `nnx.fori_loop`."""
+    """A layer carried through `nnx.fori_loop`."""
 
     def forward(layer: Layer, x: jax.Array) -> jax.Array:
         body = lambda i, state: (state[0], rematerialised(*state))
@@ -74,7 +74,7 @@ def nnx_loop() -> Program:
 
 @program
 def kernels_handed_back() -> Program:
-    """Kernels that every kind of body returns, used inside it and after it."""
+    """Kernels returned by every kind of body, and used inside and after it."""
 
     def fn(params: Any, x: jax.Array) -> jax.Array:
         step = lambda x, w: (jnp.tanh(x @ w), jax.checkpoint(lambda w: w)(w))

@@ -1,7 +1,7 @@
-"""Adapters of every form for random kernels, drawn by numpy.
+"""Adapters of every form for random kernels, drawn with numpy.
 
-A kernel is given by `dims`: for each dimension what it is ("in", "out", "batch"), and
-its size.
+A kernel is described by `dims`: the kind ("in", "out", "batch") and the size of each
+dimension.
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 import lorax
 from lorax.adapters import Hra, Ia3, LoKr, Oft, lokr
 
-PLAIN = ["lora", "lora"]  # one for each leaf
+PLAIN = ["lora", "lora"]  # one per leaf
 
 
 def adapter_of(dims, rank, seed):
@@ -29,7 +29,7 @@ def adapter_of(dims, rank, seed):
 
 
 def arrays_of(kind, in_, out, draw):
-    """The arrays of an adapter of one kernel, its in and out axes flattened or not."""
+    """The arrays of one kernel's adapter, with in and out axes flattened or not."""
     n, m = math.prod(in_), math.prod(out)
     near_one = lambda *shape: 1 + 0.3 * draw(*shape)
     if kind == "hra":
@@ -54,11 +54,11 @@ FORMS = {
     "ia3 on both": lambda arrays, axes: Ia3(axes, **arrays),
     "dora": lambda arrays, axes: lorax.Dora(**arrays, scale=0.5, axes=axes),
 }
-"""Forms beside the thin product: maps of inputs, a structured branch, gains."""
+"""Forms besides the thin product: maps of inputs, a structured branch, gains."""
 
 
 def made(kind, dims, rank, seed):
-    """An adapter of any form; its arrays are stacked over the batch axes."""
+    """An adapter of any form, with its arrays stacked over the batch axes."""
     plain = adapter_of(dims, rank, seed)
     if kind == "lora":
         return plain

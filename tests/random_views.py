@@ -1,8 +1,8 @@
 """What a random program does to a kernel before it uses it, for numpy and jax alike.
 
 An edit is `(xp, w, dims, i, j) -> (w, dims)`: `dims` has a kind and a size for each
-dimension ("in", "out", "batch"; "taken" for a stack that the program made; "unit"), i
-and j pick among what is possible.
+dimension ("in", "out", "batch"; "taken" for a stack that the program made; "unit");
+i and j choose among the possible edits.
 """
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def view(xp, w, dims, instructions):
-    """Edits an array as a program may edit a kernel; returns it and its dimensions."""
+    """Edits an array as a program may edit a kernel; returns it with its dimensions."""
     for code, i, j in instructions:
         w, dims = EDITS[code % len(EDITS)](xp, w, list(dims), i, j)
     return w, list(dims)
@@ -51,7 +51,7 @@ def squeeze(xp, w, dims, i, j):
 
 
 def cut(xp, w, dims, i, j):
-    """A slice; in and out axes keep at least two entries."""
+    """Takes a slice; in and out axes keep at least two entries."""
     d = i % len(dims)
     kind, size = dims[d]
     least = 1 if kind == "batch" else min(2, size)
@@ -62,7 +62,7 @@ def cut(xp, w, dims, i, j):
 
 
 def index(xp, w, dims, i, j):
-    """One of a stack: the dimension goes."""
+    """Takes one of a stack, dropping the dimension."""
     stacks = [d for d, (kind, _) in enumerate(dims) if kind == "batch"]
     if not stacks:
         return w, dims
@@ -78,7 +78,7 @@ def scale(xp, w, dims, i, j):
 
 
 def vector(xp, w, dims, i, j):
-    """Times a vector along one dimension, or divided by it."""
+    """Multiplies or divides by a vector along one dimension."""
     d = i % len(dims)
     v = xp.arange(1.0, 1 + dims[d][1]).reshape([-1] + [1] * (len(dims) - 1 - d))
     return (w * v if j % 2 else w / v), dims
@@ -89,7 +89,7 @@ def flip(xp, w, dims, i, j):
 
 
 def take(xp, w, dims, i, j):
-    """Kernels of a stack by index: experts, chosen token by token."""
+    """Takes kernels of a stack by index, like experts chosen token by token."""
     stacks = [d for d, (kind, _) in enumerate(dims) if kind == "batch"]
     if not stacks:
         return w, dims
@@ -101,13 +101,13 @@ def take(xp, w, dims, i, j):
 
 
 def doubled(xp, w, dims, i, j):
-    """Stacked with a scaled copy of itself."""
+    """Stacks it with a scaled copy of itself."""
     d = i % (len(dims) + 1)
     return xp.stack([w, w * 0.5], axis=d), [*dims[:d], ("taken", 2), *dims[d:]]
 
 
 def halves(xp, w, dims, i, j):
-    """Split, and joined the other way round."""
+    """Splits it and concatenates the halves in reverse order."""
     d = i % len(dims)
     if dims[d][0] not in ("in", "out") or dims[d][1] % 2:
         return w, dims
@@ -116,7 +116,7 @@ def halves(xp, w, dims, i, j):
 
 
 def pad_out(xp, w, dims, i, j):
-    """Joined with constants, as fused kernels with one frozen part are."""
+    """Concatenates it with constants, like a fused kernel with a frozen part."""
     d = i % len(dims)
     kind, size = dims[d]
     if kind not in ("in", "out"):

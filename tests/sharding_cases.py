@@ -21,13 +21,13 @@ from lorax import optim, sharding, training
 from lorax.models import layers, llama, table
 
 STEPS = 20
-EPS = 1e-4  # Adam's 1e-8 would divide rounding errors by gradients that small
+EPS = 1e-4  # Adam's 1e-8 would divide rounding errors by equally small gradients
 MESHES = {
     "data": {"data": 8, "fsdp": 1, "tensor": 1},
     "fsdp": {"data": 1, "fsdp": 8, "tensor": 1},
     "tensor": {"data": 1, "fsdp": 1, "tensor": 8},
     "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
-    "spread": {"data": 2, "fsdp": 2, "tensor": 2},  # adapters cut, kernels gathered
+    "spread": {"data": 2, "fsdp": 2, "tensor": 2},  # adapters sharded, kernels gathered
 }
 SIZES = {"vocabulary": 48, "width": 32, "layers": 2, "heads": 16, "kv_heads": 8}
 
@@ -53,7 +53,7 @@ METHODS = {
 
 
 def cut_of(mesh):
-    """How adapters lie in a case."""
+    """How adapters are sharded in a case."""
     return "all" if mesh == "spread" else "kernels"
 
 
@@ -107,7 +107,7 @@ def batches():
 
 
 def train(method, mesh, dtype, cut="kernels"):
-    """Losses, adapters before and after, AdaLoRA's choices; None is one device."""
+    """Losses, adapters before and after, AdaLoRA's choices; None means one device."""
     model, loss_fn, params, adapters, tx = problem(method, dtype)
     if cut == "all":  # and each layer gathers its kernels itself
         gathering = dataclasses.replace(model.config, remat="gather; save=q")
@@ -141,7 +141,7 @@ def train(method, mesh, dtype, cut="kernels"):
 
 
 def compare(one, many):
-    """How far the runs are apart, and how far the first one moved."""
+    """How far apart the runs are, and how far the first one moved."""
     norm = lambda x: float(np.linalg.norm(np.asarray(x, np.float64)))
     # lam of a kernel that AdaLoRA has emptied is exactly zero
     apart = jax.tree.map(lambda x, y: norm(x - y) / (norm(x) or 1.0), one[2], many[2])

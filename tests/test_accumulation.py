@@ -14,7 +14,7 @@ from tests.test_training import KEY, masked, one_step, product, regression, smal
 
 
 def test_accumulation_by_hand():
-    # Two microbatches (rows 0, 2 and 1, 3) of 3 and 1 target tokens: losses 1 and 5.
+    # Two microbatches (rows 0, 2 and 1, 3) with 3 and 1 target tokens: losses 1 and 5.
     def loss_fn(params, batch):
         loss = params["w"] * batch["loss"][0]
         return loss, {"weight": batch["tokens"].sum(), "value": batch["loss"][0]}
@@ -48,7 +48,7 @@ def test_accumulation_is_the_large_batch(accumulate, dtype, tolerance):
                 loss_fn, tx, adapters, params, batch, accumulate=count
             )
             assert state.skipped == 0
-            metrics.pop("largest")  # a maximum is no mean over tokens
+            metrics.pop("largest")  # a maximum is not a mean over tokens
             results.append((state.adapters, metrics))
         for one, many in zip(*map(jax.tree.leaves, results), strict=True):
             assert one.dtype == many.dtype
@@ -104,11 +104,11 @@ def test_a_batch_that_does_not_divide_is_named():
         step(state, params, uneven)
 
 
-# What the optimiser is told of the microbatches
+# What the optimiser is told about the microbatches
 
 
 def recorder():
-    """A transformation that keeps what it was given, and plain SGD's sign."""
+    """A transformation that records its extra arguments, with plain SGD's sign."""
     names = ("small", "large", "small_batch", "large_batch")
 
     def update(updates, state, params=None, *, microbatch, **extra):

@@ -1,4 +1,4 @@
-"""What kernels read, summed by gradients, against rows written down by hand."""
+"""The inputs of kernels, accumulated through gradients, against rows by hand."""
 
 import functools
 
@@ -20,7 +20,7 @@ CORDA = functools.partial(EVA, init="corda")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """Half of the time of these toys would go into optimising their programs."""
+    """Half the time of these toys would go into optimising their programs."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -33,7 +33,7 @@ def calibrated(fn, params, target, *batches, **options):
 
 
 def check(stats, rows, atol=1e-5):
-    """The covariance of one kernel, against its rows in float64."""
+    """Compares the covariance of one kernel with its rows in float64."""
     x = np.asarray(rows, np.float64)
     assert stats.tokens == len(x)
     np.testing.assert_allclose(stats.matrix, x.T @ x / len(x), atol=atol, rtol=1e-5)
@@ -47,7 +47,7 @@ def principal(rows):
 
 
 def chain(params, x):
-    """Two layers; the loss is of the sum of both uses of the first."""
+    """Two layers; the loss reads the sum of both uses of the first."""
     h = jnp.tanh(x @ params["w"])
     return jnp.sum(jnp.tanh(h @ params["v"] + jnp.sin(x) @ params["w"]) ** 2)
 
@@ -82,7 +82,7 @@ def test_components_are_those_of_all_batches_together(method):
 
 
 def test_every_layer_of_a_scan_has_its_own():
-    """Scanned and rematerialised, for a subset of the layers too."""
+    """Scanned and rematerialised, and for a subset of the layers."""
     w = programs.normal(1, 3, 4, 4) / 2
 
     @jax.checkpoint
@@ -107,7 +107,7 @@ def test_every_layer_of_a_scan_has_its_own():
 
 
 def test_a_token_counts_for_the_expert_that_gets_it():
-    """Every expert sees every token, and the gate drops all but one's result."""
+    """Every expert sees every token, and the gate drops all results but one."""
     w, x = programs.normal(1, 3, 4, 5), programs.normal(0, 8, 4)
     gate = jax.nn.one_hot(jnp.array([0, 2, 0, 2, 2, 0, 0, 2]), 3)
 
@@ -127,7 +127,7 @@ def test_a_token_counts_for_the_expert_that_gets_it():
 
 
 def test_padding_counts_only_where_all_tokens_do():
-    """Behind a causal attention nothing attends to it and the loss leaves it out."""
+    """After causal attention, nothing attends to it and the loss ignores it."""
     names = "q k v o".split()
     params = {name: programs.normal(i, 4, 4) for i, name in enumerate(names)}
 
@@ -146,7 +146,7 @@ def test_padding_counts_only_where_all_tokens_do():
     for name in "kv":
         check(stats[name], kept)
     assert stats["o"].tokens == 9 and stats["q"].tokens == 7
-    # alone with one key, the first position's query decides nothing
+    # with a single key, the first position's query decides nothing
     later = (np.arange(6) > 0) & (np.asarray(weights) > 0)
     check(stats["q"], np.asarray(x)[later])
     every = calibrated(fn, params, CORDA("[qkvo]"), (x, weights), tokens="all")
@@ -178,7 +178,7 @@ def test_groups_of_a_ragged_dot():
 
 
 def test_a_kernel_scaled_along_its_inputs_reads_them_scaled():
-    """x @ (v * w) is (x * v) @ w; along its outputs, and by a number, it is x @ w."""
+    """x @ (v * w) is (x * v) @ w; scaled along outputs or by a number, it reads x."""
     v = jnp.array([2.0, 0.5, 0.0, 1.0])
     fn = lambda params, x: jnp.sum(
         jnp.tanh(x @ (v[:, None] * params["w"] * 3 * jnp.arange(1.0, 6)))
@@ -193,7 +193,7 @@ def test_a_kernel_scaled_along_its_inputs_reads_them_scaled():
 
 
 def test_fused_kernels_and_transposed_uses():
-    """One product for two kernels; a use that reads what the kernel writes is none."""
+    """One product for two kernels; a transposed use reads outputs and is left out."""
     params = {"q": programs.normal(1, 4, 4), "v": programs.normal(2, 4, 3)}
 
     def fn(params, x):
@@ -204,7 +204,7 @@ def test_fused_kernels_and_transposed_uses():
     x = programs.normal(0, 9, 4)
     stats = calibrated(fn, params, CORDA("[qv]"), x)
     check(stats["q"], x)
-    check(stats["v"], x[:5])  # the loss sees these rows of its part of the product
+    check(stats["v"], x[:5])  # the rows of its part that the loss sees
 
 
 def test_low_precision_is_summed_in_float32():
@@ -243,13 +243,13 @@ def test_tokens_on_a_mesh(kind):
         batch = put(x, "x")
         moments = calibrated(fn, params, CORDA("w"), batch)["w"]
         found = calibrated(fn, params, EVA("w"), batch)["w"]
-    copies = 2 if kind == "unchecked" else 1  # the types do not tell them apart
+    copies = 2 if kind == "unchecked" else 1  # the types do not distinguish them
     check(moments._replace(tokens=moments.tokens / copies), x)
     np.testing.assert_allclose(found.s, principal(x)[1][:4], rtol=1e-4)
 
 
 def test_one_pass_needs_the_memory_of_a_lora_backward():
-    """No array of the covariance's size, and none of the kernel's besides it."""
+    """No array of the covariance's size, and none of the kernel's but the kernel."""
     n, rank = 512, 4
     params = {"w1": jnp.ones((n, n)), "w2": jnp.ones((n, n))}
     loss = lambda params, x: jnp.sum(jnp.tanh(x @ params["w1"]) @ params["w2"])

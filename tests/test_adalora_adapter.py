@@ -101,7 +101,7 @@ def test_unknown_options_and_inits_are_refused():
 
 
 def test_weights_as_peft_has_them():
-    """A forward pass of PEFT's SVDLinear: lora_A is p^T, lora_B q^T, lora_E lam."""
+    """PEFT's SVDLinear, forward: lora_A is p^T, lora_B q^T, lora_E lam."""
     torch = pytest.importorskip("torch", reason="needs the golden extra: torch, peft")
     peft = pytest.importorskip("peft", reason="needs the golden extra: torch, peft")
     adapter, kernel, x = triplets(), programs.normal(3, 6, 5), programs.normal(4, 2, 6)

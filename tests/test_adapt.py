@@ -1,4 +1,4 @@
-"""adapt is what merge defines, at the price of hand-written LoRA."""
+"""adapt computes what merge defines, at the cost of hand-written LoRA."""
 
 import inspect
 
@@ -23,7 +23,7 @@ def setup(name):
 
 
 def assert_close(got, want, tolerance=1e-5):
-    """Relative to the norm of the whole tree: some gradients are zero by symmetry."""
+    """Compares relative to the tree's norm: some gradients are zero by symmetry."""
     got, want = (jax.tree.leaves(tree) for tree in (got, want))
     assert [g.dtype for g in got] == [w.dtype for w in want]
     got, want = ([np.asarray(v, np.float64) for v in tree] for tree in (got, want))
@@ -176,7 +176,7 @@ def test_the_step_compiles_once_and_the_base_is_no_constant():
         step(adapters, params, scale * jnp.ones((4, 256)))
     assert len(traces) == 1
     text = step.lower(adapters, params, jnp.ones((4, 256))).as_text()
-    assert len(text) < 10_000  # 256 x 256 numbers are not written into the program
+    assert len(text) < 10_000  # the 256 x 256 numbers are not constants of the program
     assert "256x256" not in text.split("return")[-1]
 
 

@@ -40,7 +40,7 @@ MORE = [case for case in CASES if case not in ("encoder", "all")]
 
 @functools.cache
 def inputs(kv=KV, dtype="float32"):
-    """q, k, v, and what the loss multiplies the result with."""
+    """q, k, v, and what the loss multiplies the result by."""
     rng = np.random.default_rng(0)
     shapes = [(B, T, n, DIM) for n in (HEADS, kv, kv, HEADS)]
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
@@ -65,7 +65,7 @@ def reference(q, k, v, c, *, causal=False, window=None, soft_cap=None, **more):
         seen &= back < window
     if "segments" in more:
         seen &= more["segments"][:, :, None] == more["segments"][:, None]
-    if "real" in more:  # what padding itself sees is of no interest
+    if "real" in more:  # what padding itself attends to does not matter
         seen &= more["real"][:, None] | ~more["real"][:, :, None]
     scores = np.where(seen[:, None], scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
@@ -107,7 +107,7 @@ def agrees(name, case, dtype, tolerance):
 def test_attention_is_its_definition(name, case, monkeypatch):
     if name == "tiles" and case == "encoder":
         pytest.skip("tiles are causal")
-    monkeypatch.setattr(lean, "CHUNK", 48)  # which does not divide the time
+    monkeypatch.setattr(lean, "CHUNK", 48)  # does not divide the time
     monkeypatch.setattr(tiles, "TILE", 32)
     agrees(name, case, "float32", 2e-6)
 

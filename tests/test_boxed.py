@@ -1,4 +1,4 @@
-"""Boxed parameters: linen's `Partitioned` and nnx's metadata stay, and place leaves."""
+"""Boxed parameters: linen's `Partitioned` and nnx metadata stay, and place leaves."""
 
 import flax.linen as nn
 import jax

@@ -27,7 +27,7 @@ def linear_loss(params, pair):
 
 
 def pair_of(gradient):
-    """A batch whose gradient is the given matrix, by two thin factors of it."""
+    """A batch whose gradient is the given matrix, as two thin factors of it."""
     u, s, vt = np.linalg.svd(np.asarray(gradient, np.float64), full_matrices=False)
     root = np.sqrt(s)[:, None]
     return jnp.asarray(root * u.T, jnp.float32), jnp.asarray(root * vt, jnp.float32)
@@ -65,7 +65,7 @@ def test_the_gradient_is_the_mean_over_batches():
 
 
 def test_scanned_and_rematerialised_layers_as_the_dense_route():
-    """All kernels at once, a loss with an auxiliary output, one compilation."""
+    """All kernels at once, a loss with an auxiliary output, and one compilation."""
     program = programs.PROGRAMS["scanned_remat"]()
     traces = []
 
@@ -93,7 +93,7 @@ def test_scanned_and_rematerialised_layers_as_the_dense_route():
 
 
 def test_kernels_of_every_shape():
-    """Convolutions, embeddings, heads: flattened by the axes that discover reads."""
+    """Convolutions, embeddings, heads: flattened by the axes that discover finds."""
     targets = [lorax.Target(".*(kernel|embedding)", rank=1, init="lora_one")]
     for name in ("conv", "tied_embedding", "einsum"):
         program = programs.PROGRAMS[name]()
@@ -121,14 +121,14 @@ def test_sharded_parameters():
 
 
 def test_a_pass_needs_the_memory_of_a_lora_backward_of_its_rank(monkeypatch):
-    """And no array of the kernel's size beyond the kernel."""
+    """And no array of the kernel's size but the kernel."""
     n, rank = 512, 4
     params = {"w1": jnp.ones((n, n)), "w2": jnp.ones((n, n))}
     loss = lambda params, x: jnp.sum(jnp.tanh(x @ params["w1"]) @ params["w2"])
     x, temps, jit = jnp.ones((64, n)), [], jax.jit
 
     def spying(fn):
-        """jax.jit that notes the temporary memory of what it compiles."""
+        """jax.jit that records the temporary memory of what it compiles."""
         jitted = jit(fn)
 
         def call(*args):

@@ -1,4 +1,4 @@
-"""Adapters on disk: the files by hand, bits, interruption, templates, bases."""
+"""Adapters on disk: files by hand, exact bits, interruption, templates, bases."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def blake2b(text):
 
 
 def edit(path, change):
-    """Passes the index through `change` and writes it back, as before the digests."""
+    """Passes the index through `change` and writes it back, without digests."""
     index = json.loads((path / "adapters.json").read_text())
     del index["digests"]
     change(index)
@@ -173,7 +173,7 @@ def test_statics_survive(tmp_path, scale):
     assert loaded.scale == exact and type(loaded.scale) is type(exact)
     assert loaded.axes == stacked.axes and type(loaded.axes) is Axes
     assert (loaded.dropout, loaded.layers) == (0.1, (0, 7))
-    hash(jax.tree.structure(loaded))  # every static field still hashes
+    hash(jax.tree.structure(loaded))  # every static field is still hashable
 
 
 def test_paths_that_look_alike_stay_apart(tmp_path):
@@ -187,7 +187,7 @@ def test_paths_that_look_alike_stay_apart(tmp_path):
 
 @flax.struct.dataclass
 class Odd(adapter_classes.Parametrisation):
-    """A class with an optional array, an optional static field, and a text."""
+    """A class with an optional array, an optional static field, and a string."""
 
     u: jax.Array
     gate: jax.Array | None = None
@@ -253,7 +253,7 @@ def test_an_interrupted_save_leaves_no_checkpoint_or_the_old(
     with pytest.raises((ValueError, FileNotFoundError), match="fresh"):
         checkpoint.load_adapters(fresh)
     assert_same(checkpoint.load_adapters(tmp_path / "old"), old)
-    for path in (fresh, tmp_path / "old"):  # what was left over is no hindrance
+    for path in (fresh, tmp_path / "old"):  # leftovers do no harm
         checkpoint.save_adapters(path, both(), overwrite=path != fresh)
         assert_same(checkpoint.load_adapters(path), both())
         left = {p.name for p in path.iterdir()}
@@ -313,7 +313,7 @@ def test_a_template_of_other_paths_is_named(tmp_path):
 def test_the_base_is_recognised(tmp_path):
     checkpoint.save_adapters(tmp_path, both(), base())
     params = base()
-    params["dense"]["bias"] += 1.0  # not adapted, so free to differ
+    params["dense"]["bias"] += 1.0  # not adapted, so it may differ
     abstract = jax.eval_shape(base)
     for tree in (
         params,

@@ -1,4 +1,4 @@
-"""Adapters on disk, gone wrong: what cannot be saved, no checkpoint, a damaged one."""
+"""Adapters on disk, errors: what cannot be saved, missing and damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_damaged_index_is_named(tmp_path, text):
 
 def test_adapters_that_are_not_finite_replace_none(tmp_path):
     bad = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan), both())
-    checkpoint.save_adapters(tmp_path / "new", bad)  # bits are bits
+    checkpoint.save_adapters(tmp_path / "new", bad)  # any bits can be saved
     checkpoint.save_adapters(tmp_path / "old", both())
     with pytest.raises(ValueError, match=r"is not finite, and .*/old holds adapters"):
         checkpoint.save_adapters(tmp_path / "old", bad, overwrite=True)
@@ -150,7 +150,7 @@ IMPOSSIBLE = [
 
 @functools.cache
 def index_of_both():
-    """The index alone: none of the arrays is read before all of it is right."""
+    """The index alone: no array is read before all of it has been validated."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save_adapters(folder, both(), base())
         return pathlib.Path(folder, "adapters.json").read_text()
@@ -236,7 +236,7 @@ AXES = """"in_": [
     ],
 )
 def test_a_changed_letter_is_never_silent(tmp_path, old, new, told):
-    """Possible values in place of others, by hand: only the digest can tell them."""
+    """Valid values swapped for others by hand: only the digest can tell."""
     square = Lora(jnp.ones((4, 1)), jnp.ones((1, 4)), 2.5, SQUARE)
     kernel = jnp.zeros((4, 4)).at[0, 0].set(2)  # its content begins with f
     checkpoint.save_adapters(tmp_path, {"w": square}, {"w": kernel})

@@ -1,4 +1,4 @@
-"""The command `lorax` runs its programs from anywhere, and says what it was asked."""
+"""The command `lorax` runs its programs from anywhere, with clear messages."""
 
 import os
 import pathlib
@@ -29,7 +29,7 @@ def launch(*arguments, cwd):
 
 @pytest.fixture
 def theirs(tmp_path):
-    """A working directory with an `experiments` of its own, which breaks."""
+    """A working directory with its own, broken `experiments` package."""
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "__init__.py").write_text("1 / 0\n")
     return tmp_path
@@ -74,7 +74,7 @@ def test_a_config_is_a_file_or_one_of_ours(tmp_path, monkeypatch):
     assert command.find_config("quickstart") == ours
     assert command.find_config("quickstart:runlocal") == f"{ours}:runlocal"
     assert command.find_config("configs/quickstart.py:runlocal") == f"{ours}:runlocal"
-    pathlib.Path("quickstart").write_text("")  # a file of that name goes first
+    pathlib.Path("quickstart").write_text("")  # a file of that name takes precedence
     assert command.find_config("quickstart:a") == "quickstart:a"
     assert command.find_config("nothing:a") == "nothing:a"
 

@@ -1,7 +1,7 @@
 """Concrete arrays closed over by a jitted function: everything works there too.
 
-Inside `jax.jit` an operation on a known array gives a tracer, so what reads values must
-say that it reads them now. Each row gives the same inside of jit as outside.
+Inside `jax.jit` an operation on a known array gives a tracer, so code that reads values
+must evaluate them eagerly. Each row gives the same result inside jit as outside.
 """
 
 import jax
@@ -84,7 +84,7 @@ def test_inside_of_jit_as_outside(name):
 
     want, fixed = run(KEY), list(kept)
     got = jax.jit(run)(KEY)
-    assert kept == fixed  # the structure, numbers and texts
+    assert kept == fixed  # the structure, numbers and strings
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Linear combinations: exact in the updates, and what they refuse."""
+"""Linear combinations: exact updates, and what is refused."""
 
 import functools
 
@@ -56,7 +56,7 @@ def test_an_adapter_less_itself_is_exactly_nothing(maker, weight, jit):
 
 
 def test_equal_a_is_read_once():
-    """Sets trained with a frozen: the rank of the sum is the rank of one."""
+    """Sets trained with a frozen `a`: the rank of the sum is that of one set."""
     x, y = make.lora(1, 2, 1.5), make.lora(2, 2, 0.5)
     y = y.replace(a=jnp.array(x.a))
     adapters, _ = compose.combine([{"w": x}, {"w": y}], [2, 3])

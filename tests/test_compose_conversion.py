@@ -1,4 +1,4 @@
-"""Adapters in another form: scaled, resized, as plain Lora, from two checkpoints."""
+"""Adapters converted: scaled, resized, to plain Lora, from two checkpoints."""
 
 import jax
 import jax.numpy as jnp
@@ -130,13 +130,13 @@ def test_resize_of_dora_full_layers_and_bf16():
     make.close(make.delta(got["l"]), best(make.delta(layered), 2)[0])
     assert got["h"].a.dtype == jnp.bfloat16
     miss = np.linalg.norm(make.delta(got["h"]) - make.delta(half))
-    lost = miss / np.linalg.norm(make.delta(half))  # the cast included
+    lost = miss / np.linalg.norm(make.delta(half))  # including the cast
     np.testing.assert_allclose(error["h"], lost, rtol=1e-3)
     assert all(a.rank == 2 for p, a in got.items() if p != "f")
 
 
 def test_a_fresh_adapter_stays_trainable():
-    """b = 0: a must not be cut to zero as well, or no gradient ever comes back."""
+    """b = 0: a must not be cut to zero too, or no gradient would ever come back."""
     fresh = make.lora(1, 4)
     got, error = compose.resize({"w": fresh.replace(b=0 * fresh.b)}, 2)
     assert float(error["w"]) == 0 and not got["w"].b.any()
@@ -162,7 +162,7 @@ def test_to_lora_of_each_class():
 
 
 def pissa(kernel, rank, scale):
-    """The leading part of the kernel as factors, and what is left, in numpy."""
+    """The principal part of the kernel as factors, and the residual, in numpy."""
     u, s, vt = np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
     root = np.sqrt(s[..., :rank] / scale)
     a = (u[..., :rank] * root[..., None, :]).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Adapters read off two checkpoints."""
+"""Adapters extracted from two checkpoints."""
 
 import functools
 
@@ -41,7 +41,7 @@ def kernels():
 
 @functools.cache
 def trained(adapter, layers=None):
-    """Adapters of rank 2 away from their start, and the targets that made them."""
+    """Perturbed adapters of rank 2, and the targets that made them."""
     low = LOW(adapter=adapter)
     targets = [FULL, low]
     if layers:
@@ -61,7 +61,7 @@ def test_extract_gives_back_what_was_merged(kind, layers):
     assert got.keys() == adapters.keys() == error.keys()
     for path, adapter in got.items():
         assert type(adapter) is type(adapters[path])
-        if kind != "dora" or path == "bias":  # Dora's change has the kernel's rank
+        if kind != "dora" or path == "bias":  # Dora's change has the kernel's full rank
             make.close(adapter.merge(PARAMS[path]), tuned[path])
             assert float(error[path]) < 1e-5
     if kind == "lora":
@@ -101,7 +101,7 @@ def best(matrix, rank):
 
 
 def test_dora_by_way_of_its_merged_kernel_joins_a_combination():
-    """What the refusal of Dora tells one to do."""
+    """What the error about Dora suggests."""
     dora, lora = {"w": make.dora(1)}, {"w": make.lora(2)}
     params = {"w": PARAMS["w"]}
     tuned = lorax.merge(dora, params)

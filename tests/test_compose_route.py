@@ -1,4 +1,4 @@
-"""A different adapter for every example, at the price of thin products."""
+"""A different adapter for every example, at the cost of thin products."""
 
 import functools
 
@@ -59,7 +59,7 @@ def quick(function, *args):
 
 @functools.cache
 def routed():
-    """The routed function, compiled; and how often it was traced for that."""
+    """The routed function, compiled, and how often it was traced."""
     before = len(TRACES)
     routed = compose.route(fn, on_merge="error")
     compiled = quick(routed, population(0)[1], INDEX, PARAMS, X)
@@ -147,7 +147,7 @@ def test_the_frozen_product_is_done_once_and_the_norm_once_per_adapter(maker):
 
 @pytest.mark.parametrize("maker", [make.lora, make.dora])
 def test_more_adapters_cost_no_more_operations(maker):
-    """Nor do they change what an example gets, or that a bad index gives NaN."""
+    """Nor do they change an example's result, or the NaN from a bad index."""
     n, m, batch = 32, 16, 8
     sets = [{"w": maker(i, 2, 0.5, (n,), (m,))} for i in range(64)]
     routed = compose.route(lambda params, x: x @ params["w"], on_merge="error")

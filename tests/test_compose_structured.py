@@ -1,4 +1,4 @@
-"""Updates of another form than a b as plain Lora: LoHa, MiSS and LoKr, by numpy."""
+"""Updates not of the form a b, as plain Lora: LoHa, MiSS and LoKr, by numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def loha_update(adapter):
 
 
 def miss(seed, rank=4):
-    """The rank divides the six inputs or not: rows i mod r."""
+    """Rows i mod r, whether or not the rank divides the six inputs."""
     found = arrays(seed, {"block": (*BATCH, rank, *OUT)})
     return MiSS(**found, **STATIC, in_sizes=IN)
 
@@ -73,7 +73,7 @@ def arrays(seed, shapes):
     return {n: normal(seed + i, *shape) for i, (n, shape) in enumerate(shapes.items())}
 
 
-# (adapter, its update, the rank of the Lora, that of a sum of two)
+# (adapter, its update, the rank of its Lora, the rank of a sum of two)
 FORMS = {
     "loha": (loha, loha_update, 4, 8),
     "miss": (miss, miss_update, 4, 4),
@@ -97,7 +97,7 @@ def test_as_lora_is_the_same_update(maker, update, rank, both):
 
 @forms
 def test_sums_are_those_of_the_updates(maker, update, rank, both):
-    """Two MiSS read by one constant: the sum has the rank of one."""
+    """Two MiSS adapters share a constant `a`: their sum has the rank of one."""
     one, two = {"w": maker(1)}, {"w": maker(7)}
     got, error = compose.combine([one, two], [1.0, -0.5])
     want = update(one["w"]) - 0.5 * update(two["w"])
@@ -119,7 +119,7 @@ def test_they_are_cut_as_lora():
 
 @pytest.mark.parametrize("maker", [miss, thick])
 def test_without_the_sizes_of_the_leaf_it_is_refused(maker):
-    """Files of before have none: the axes of the leaf cannot be made up."""
+    """Older files have none: the leaf's axes cannot be guessed."""
     adapter = maker(1).replace(in_sizes=None)
     with pytest.raises(ValueError, match=r"\['w'\] are (MiSS|LoKr).*compose.extract"):
         compose.to_lora({"w": adapter})

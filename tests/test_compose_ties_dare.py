@@ -1,4 +1,4 @@
-"""TIES and DARE against numpy written from the papers, and TIES against PEFT."""
+"""TIES and DARE against numpy versions of the papers, and TIES against PEFT."""
 
 import functools
 
@@ -23,7 +23,7 @@ def sets_of(shape, maker=make.lora):
 
 
 def trimmed(delta, density):
-    """The largest entries by magnitude, the rest zero."""
+    """Keeps the largest entries by magnitude and zeros the rest."""
     kept = np.argsort(-np.abs(delta), axis=None)[: round(density * delta.size)]
     out = np.zeros(delta.size)
     out[kept] = delta.ravel()[kept]
@@ -68,7 +68,7 @@ def test_ties_by_hand():
         # 4 - 3 > 0 but 4 - 6 < 0; -1 + 2 > 0 and -1 + 4 > 0
         ([1.0, 2.0], [-6.0, 4.0], [4.0, 4.0]),
         ([1.0, 0.0], [4.0, -1.0], [4.0, 0.0]),
-        # with the sign of the second turned: (4 + 3) / 2, (-1 - 2) / 2
+        # with the second's sign flipped: (4 + 3) / 2, (-1 - 2) / 2
         ([1.0, -1.0], [3.5, -1.5], [4.0, -2.0]),
     ],
 )
@@ -189,7 +189,7 @@ def test_dare_keeps_or_drops_each_entry(method, election, shape):
     got, options, subsets = survivors(method, shape, election)
     miss = np.abs(options - got)
     assert miss.min(0).max() < 1e-5 * np.abs(got).max()
-    if method == "dare_linear":  # there the subset can be read off
+    if method == "dare_linear":  # there the subset can be inferred
         kept = subsets[miss.argmin(0)].reshape(-1, 3).mean(0)
         assert (np.abs(kept - 0.5) < 0.25).all()
         rows = subsets[miss.argmin(0)].reshape(-1, 30, 3)

@@ -1,6 +1,6 @@
-"""Rows that devices share: a ring trains as one device does, and what it sends.
+"""Rows split over devices: a ring trains like one device, and what it sends.
 
-In float64, in a child process, what differs is rounding alone.
+In float64, in a child process, only rounding differs.
 """
 
 import functools
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devi
 
 
 def in_float64(meshes):
-    """What `tests.context_cases` prints of each mesh."""
+    """What `tests.context_cases` prints for each mesh."""
     env = children.environment(devices=8, JAX_ENABLE_X64="1")
     command = [sys.executable, "-m", "tests.context_cases", meshes]
     done = subprocess.run(
@@ -75,7 +75,7 @@ def test_what_goes_round_the_ring():
 
 
 def test_a_recomputed_layer_holds_one_tile_of_scores_at_a_time(monkeypatch):
-    """`jax.checkpoint` takes what it can out of a loop, and would take all masks."""
+    """`jax.checkpoint` hoists what it can out of a loop, and would hoist all masks."""
     monkeypatch.setattr(tiles, "TILE", 4)
 
     def loss(x):

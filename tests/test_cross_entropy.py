@@ -75,7 +75,7 @@ EVERYTHING = {"soft_cap": 3.0, "label_smoothing": 0.1, "z_loss": 1e-2}
 ALONE = [({name: value}, 5) for name, value in EVERYTHING.items()]
 
 
-# of 10 positions: two chunks; one; four, the last of them filled up
+# 10 positions: in two chunks; in one; in four, the last one padded
 @pytest.mark.parametrize(
     ("options", "chunk"), [({}, 3), ({}, TIME), *ALONE, (EVERYTHING, 3)]
 )
@@ -222,7 +222,7 @@ def test_a_quantised_head_gives_what_it_gives_all_at_once(form, trained):
 
 @pytest.mark.parametrize("init", ["eva", "lora_ga"])
 def test_inits_read_the_same_of_a_head_in_chunks(init):
-    """Its activations, and its gradient, from the pass over all chunks."""
+    """Its activations and its gradient, from the pass over all chunks."""
 
     def chunked(params, x):
         return of(params["head"], jnp.tanh(x @ params["w"]), chunk=5).mean
@@ -324,6 +324,6 @@ def test_what_does_not_fit_is_refused(message):
 
 
 def test_the_chunk_that_is_chosen():
-    assert losses.chunk_of((16, 4096, 4096), 128_256) == 523  # 4 logits an entry
+    assert losses.chunk_of((16, 4096, 4096), 128_256) == 523  # 4 logits per entry
     assert losses.chunk_of((8, 2048, 64), 50_000) == math.ceil(1024 / 8)
     assert losses.chunk_of((8, 100, 64), 50_000) == 100

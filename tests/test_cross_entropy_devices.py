@@ -1,4 +1,4 @@
-"""What chunked cross-entropy costs: products, memory, and transfers between devices."""
+"""The cost of chunked cross-entropy: products, memory, transfers between devices."""
 
 import contextlib
 
@@ -19,7 +19,7 @@ from tests.test_cross_entropy import close
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_logits_are_made_once_and_a_chunk_at_a_time(devices):
-    """Two products with a frozen head, forward and back; no temporaries of its size."""
+    """Two products with a frozen head, forward and backward; no large temporaries."""
     tokens, width, words, chunk = 512, 16, 4096, 32
     hidden, kernel = normal(0, 1, tokens, width), normal(1, width, words)
     targets = jnp.zeros((1, tokens), int)
@@ -42,7 +42,7 @@ def compiled(step, mesh, *args):
 
 
 def test_eight_devices_gather_a_head_once_and_agree_with_one():
-    """On a mixed mesh: width cut by fsdp, vocabulary by tensor."""
+    """On a mixed mesh: width sharded by fsdp, vocabulary by tensor."""
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     hidden, kernel = normal(0, 8, 16, 32), normal(1, 32, 64)
     targets = jnp.asarray(np.random.default_rng(0).integers(0, 64, (8, 16)))

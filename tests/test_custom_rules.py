@@ -1,4 +1,4 @@
-"""Kernels inside functions with derivative rules of their own."""
+"""Kernels inside functions with custom derivative rules."""
 
 import re
 from typing import Any
@@ -17,7 +17,7 @@ KEY = jax.random.key(0)
 
 
 def program() -> Program:
-    """Products with backward passes of their own, a bias and a cast inside."""
+    """Products with custom backward passes, with a bias and a cast inside."""
 
     @jax.custom_vjp
     def product(x: jax.Array, w: jax.Array, bias: jax.Array) -> jax.Array:
@@ -84,7 +84,7 @@ def scaled_rule(rule):
 
 
 def test_the_rule_stays_for_the_frozen_kernel():
-    """By hand: dx = 10 g W0^T of the rule and g (s a b)^T of the branch."""
+    """By hand: dx = 10 g W0^T from the rule plus g (s a b)^T from the branch."""
     product = scaled_rule(10.0)
     fn = lambda params, x: product(x, params["w"])
     params, x, g = {"w": normal(1, 4, 3)}, normal(0, 2, 4), normal(2, 2, 3)

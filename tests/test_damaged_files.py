@@ -1,4 +1,4 @@
-"""Each field of each file, made null, text, huge, NaN, ...: never raw or silent.
+"""Each field of each file set to null, text, huge, NaN, ...: never raw or silent.
 
 `python -m tests.test_damaged_files` prints the table of all cases.
 """
@@ -21,7 +21,7 @@ SEED = 16
 
 
 def cases_of(sources):
-    """All cases in an order drawn once, so that every tenth is a fair tenth."""
+    """All cases in a fixed random order, so that every tenth is a fair sample."""
     found = []
     for name, source in sources.items():
         if source.file.endswith(".safetensors"):
@@ -33,7 +33,7 @@ def cases_of(sources):
 
 
 def run(folder, every=1, start=0):
-    """Returns `{source: Counter of outcomes}` and the cases that went wrong."""
+    """Returns `{source: Counter of outcomes}` and the failed cases."""
     sources = damaged_sources.every(folder)
     sound = {name: source.load(source.folder) for name, source in sources.items()}
     table = {name: collections.Counter() for name in sources}

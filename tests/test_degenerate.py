@@ -1,7 +1,7 @@
 """DoRA's gradients where a kernel or a magnitude degenerates, in every dtype and use.
 
 The loss is linear in the outputs, `sum(t * y)`, so that the kernel's gradient is
-exactly `x^T t` and every column of the magnitude's can be told by hand, in float64:
+exactly `x^T t` and the magnitude's can be computed by hand, in float64:
 
     v = w + s a b,   d m_j = sum_i (x^T t)_ij v_ij / c_j,   d v = (x^T t) m / c
 """
@@ -18,7 +18,7 @@ from tests import programs
 
 IN, OUT, RANK, SCALE = 8, 6, 2, 0.5
 AXES = lorax.Axes((0,), (1,))
-# The read-off may lose three bits: 8 roundings of 2^-11, 2^-9 and 2^-24.
+# Reading off the gradient may lose three bits: 8 roundings of 2^-11, 2^-9 and 2^-24.
 LIMIT = {"float16": 4e-3, "bfloat16": 1.6e-2, "float32": 1e-6}
 
 
@@ -49,7 +49,7 @@ def large_bias(w, b, m, bias):
 
 
 def dead_column(w, b, m, bias):
-    """Nothing in the kernel, nothing in the factor."""
+    """A column of zeros in the kernel and in the factor."""
     w[:, 5], b[:, 5] = 0, 0
 
 
@@ -58,7 +58,7 @@ KINDS += [large_bias, dead_column]
 
 
 def drawn(kind, dtype):
-    """Arrays in float64 whose values the dtype has."""
+    """Float64 arrays whose values the dtype can represent."""
     draw = np.random.default_rng(0).normal
     w, b, bias = 0.3 * draw(size=(IN, OUT)), draw(size=(RANK, OUT)), draw(size=OUT)
     m = np.sqrt((w**2).sum(0)) * (1 + 0.1 * draw(size=OUT))
@@ -105,7 +105,7 @@ def test_gradients_by_hand(dtype, biased, kind):
     # a column of zeros has the norm that `column_norm` documents
     c = np.maximum(np.sqrt((v**2).sum(0)), np.sqrt(np.finfo(np.float32).tiny))
     dv = dw * m / c
-    size = np.abs(dw).max() * np.abs(v).sum(0) / c  # of the terms that are summed
+    size = np.abs(dw).max() * np.abs(v).sum(0) / c  # size of the summed terms
     error = np.abs(np.asarray(got.magnitude, np.float64) - (dw * v / c).sum(0))
     assert (error <= LIMIT[dtype] * size + 1e-30).all(), error / size
     terms = SCALE * np.abs(dv) @ np.abs(b.T), SCALE * np.abs(a.T) @ np.abs(dv)
@@ -136,7 +136,7 @@ USES = [conv, lookup, left, tied]
 
 @pytest.mark.parametrize("use", USES)
 def test_other_uses_are_those_of_merge_in_float32(use):
-    """Of the same numbers: kernels in float16, then held in float32 and merged."""
+    """With the same numbers: kernels in float16, then in float32 and merged."""
 
     def loss(params, x, t):
         return jnp.sum(use(params, x, t).astype(jnp.float32) * t)

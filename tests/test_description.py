@@ -1,4 +1,4 @@
-"""What targets adapt and leave out is said, leaf by leaf, with the reason."""
+"""The description says, leaf by leaf, what targets adapt and leave out, and why."""
 
 import re
 import warnings
@@ -147,7 +147,7 @@ def test_low_rank_layers_of_the_model_itself_are_left_out():
         "hidden/lora/lora_a": theirs,
         "hidden/lora/lora_b": theirs,
     }
-    named = lorax.Target("hidden/lora/lora_a", rank=1)  # by name they may be had
+    named = lorax.Target("hidden/lora/lora_a", rank=1)  # they can be selected by name
     assert [leaf.path for leaf in lorax.describe(state, named, kernels).adapted]
 
 

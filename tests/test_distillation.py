@@ -1,4 +1,4 @@
-"""Distillation: the divergence by hand and as TRL has it, its gradients, its memory."""
+"""Distillation: the divergence by hand and as in TRL, its gradients, its memory."""
 
 import json
 
@@ -24,7 +24,7 @@ def softmax(x):
 
 
 def by_hand(student, teacher, beta, temperature):
-    """The mean, and its slope for the student's logits."""
+    """The mean, and its gradient with respect to the student's logits."""
     q, p = (softmax(np.float64(x) / temperature) for x in (student, teacher))
     m = beta * p + (1 - beta) * q
     kl = lambda x, y: (x * np.log(x / y)).sum(-1, keepdims=True)

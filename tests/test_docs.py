@@ -1,4 +1,4 @@
-"""The documentation is whole: every page is reached, every link leads somewhere."""
+"""The documentation is complete: every page is in the nav, every link resolves."""
 
 import importlib
 import importlib.util
@@ -18,7 +18,7 @@ AT_THE_ROOT = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANG
 
 
 def hook(name):
-    """A hook of mkdocs.yml as a module."""
+    """Imports a hook of mkdocs.yml as a module."""
     path = ROOT / "docs" / "hooks" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"hook_{name}", path)
     module = importlib.util.module_from_spec(spec)
@@ -99,7 +99,7 @@ def test_every_equation_is_drawn_whole(methods):
     converter = pytest.importorskip("latex2mathml.converter", reason="of docs")
     for name, told in methods.methods().items():
         drawn = converter.convert(told["equation"])
-        assert "\\" not in drawn, name  # else a command that it does not know
+        assert "\\" not in drawn, name  # otherwise it does not know a command
 
 
 def test_every_equation_stands_in_the_api(methods):
@@ -244,7 +244,7 @@ def test_links_keep_their_meaning_in_the_site(site):
     assert turned("notebooks/a.md", "[a](../docs/pods.md)") == "[a](../pods.md)"
     assert turned("results/plan.md", "[a](../pods.md)") == "[a](../pods.md)"
     assert turned("results/plan.md", "[a](../../README.md)") == "a"
-    assert turned("pods.md", "see [a](../setup.py)!") == "see a!"  # not of the site
+    assert turned("pods.md", "see [a](../setup.py)!") == "see a!"  # not in the site
     assert turned("pods.md", "[a](https://b.org/c.md)") == "[a](https://b.org/c.md)"
 
 

@@ -16,7 +16,7 @@ from tests.test_protocols import compiled
 
 KEY = jax.random.key(0)
 AXES = lorax.Axes((0,), (1,))
-# no gain factors out of kernels joined along their inputs, padded there, or added
+# no gain factors out of kernels concatenated or padded along inputs, or added
 MERGED = {"views", "padded_and_flipped", "sums_of_kernels"}
 
 
@@ -88,7 +88,7 @@ def test_a_cancelled_column_stays_finite():
 
 @pytest.mark.parametrize("detach", [True, False])
 def test_gradients_are_those_of_the_equations(detach):
-    """dV = (m/c) dW, without the projection (I - v v^T) when the norm is detached."""
+    """dV = (m/c) dW, without the projection (I - v v^T) if the norm is detached."""
     w, x = programs.normal(0, 6, 5), programs.normal(1, 4, 6)
     a, b, m = (
         programs.normal(2, 6, 2),
@@ -137,7 +137,7 @@ def test_where_the_gain_does_not_factor_out_the_kernel_is_merged(name):
 
 @pytest.mark.parametrize("detach", [True, False])
 def test_forward_mode_and_second_derivatives(detach):
-    """The rule by which the gain's gradient is read off the result is exact."""
+    """The rule that reads the gain's gradient off the result is exact."""
     fn = lambda params, x: jnp.sum(
         jnp.tanh(jnp.tanh(x @ params["w1"] + params["bias"]) @ params["w2"])
     )

@@ -1,6 +1,6 @@
-"""Kernels in 8-bit floats are refused by what would write into them.
+"""Kernels in 8-bit floats are refused by whatever would write into them.
 
-Beside them adapters go where `discover` has seen the program: `quantized/own_code.py`.
+Adapters beside them need `discover` to see the program: `quantized/own_code.py`.
 """
 
 import jax
@@ -18,7 +18,7 @@ SAYS = "w: the (leaf|base) is quantised .float8.*dequantise"
 
 
 def scaled_after(params, x):
-    """The product in 8 bits; its scale follows."""
+    """A product in 8 bits, with its scale after it."""
     y = x @ params["w"].astype(x.dtype)
     return jnp.sum((y * params["scale"]) ** 2)
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: one adapter whatever the written form, at the price of LoRA."""
+"""Mixtures of experts: the same adapter however they are written, at LoRA's cost."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """Half of the time of these toys would go into optimising their programs."""
+    """Half the time of these toys would go into optimising their programs."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -44,7 +44,7 @@ def merged_then_applied():
 
 
 def by_hand(adapters, params, x):
-    """Every token by its expert's merged kernels, in numpy's float64."""
+    """Every token through its expert's merged kernels, in numpy's float64."""
     merged = {}
     for path, adapter in adapters.items():
         a, b = (np.asarray(leaf, np.float64) for leaf in (adapter.a, adapter.b))
@@ -62,7 +62,7 @@ def test_one_adapter_and_one_value_in_every_form(form):
     adapters, wanted = adapters_of(form), adapters_of("ragged")
     assert adapters["up"].axes == lorax.Axes((1,), (2,), (0,))
     assert adapters["up"].a.shape == (E, D, 2) and adapters["up"].b.shape == (E, 2, F)
-    jax.tree.map(np.testing.assert_array_equal, adapters, wanted)  # statics as well
+    jax.tree.map(np.testing.assert_array_equal, adapters, wanted)  # static fields too
     adapted = lorax.adapt(FORMS[form], on_merge="error")
     got = programs.loss_and_grad(adapted, adapters, params, x)
     assert_close(got, merged_then_applied())
@@ -113,7 +113,7 @@ def dots(jaxpr, trips=1):
     "form", ["read_and_summed", "kernel_first", "vmapped", "scanned"]
 )
 def test_the_cost_is_that_of_lora(form):
-    """No gradient of a kernel's size, and three thin products for each forward one."""
+    """No gradient of a kernel's size, and three thin products per forward one."""
     params, x, rank = experts.params(), experts.tokens(), 2
     adapters = adapters_of(form)
     grad = jax.grad(lorax.adapt(FORMS[form], on_merge="error"))
@@ -149,7 +149,7 @@ def test_kernels_taken_by_index_are_a_batch_without_being_told():
 
 
 def lookups():
-    """Tables whose rows are taken: [vocabulary, width], whatever becomes of them."""
+    """Tables whose rows are looked up: [vocabulary, width], however they are used."""
     ids, other = jnp.array([[0, 3, 6], [1, 1, 5]]), jnp.ones((4, 5))
     table = {"w": programs.normal(1, 7, 4)}
     yield "returned", table, lambda p: p["w"][ids]

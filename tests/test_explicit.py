@@ -1,4 +1,4 @@
-"""Explicit meshes: adapt is merge-then-apply, and everything lies as it is told."""
+"""Explicit meshes: adapt is merge-then-apply, and shardings are as specified."""
 
 import warnings
 
@@ -29,7 +29,7 @@ def put(mesh, x, spec):
 
 
 def problem(name, kind, mesh):
-    """A function, adapters away from their init, its arguments, how it uses them."""
+    """A function, perturbed adapters, its arguments, and how it uses them."""
     fn, params, x, x_spec = explicit_programs.PROGRAMS[name]()
     params = {path: put(mesh, leaf, spec) for path, (leaf, spec) in params.items()}
     x = put(mesh, x, x_spec)
@@ -89,7 +89,7 @@ def test_merge_by_hand(kind, layers, mesh):
 
 
 def test_a_mesh_of_one_device():
-    """Flattening on a single CPU device names that its result is whole."""
+    """Flattening on a single CPU device states that its result is replicated."""
     one = jax.make_mesh(
         (1, 1),
         ("x", "y"),
@@ -115,7 +115,7 @@ def test_a_mesh_of_one_device():
 
 
 def test_the_model_sees_the_shardings_of_its_leaves(mesh):
-    """`discover` traces a function whose shard_map asks for its kernel's sharding."""
+    """`discover` traces a function whose shard_map requires its kernel's sharding."""
     seen = []
 
     def fn(params, x):
@@ -146,14 +146,14 @@ SPECS |= {"q": SPECS["b"], "lam": P(), "magnitude": P(None, None, "y")}
 
 
 def sharded(mesh, adapters):
-    """Adapters whose factors lie as a kernel of specs (-, x, -, y) would have them."""
+    """Adapters whose factors are sharded like a kernel with specs (-, x, -, y)."""
     where = lambda keys, x: put(mesh, x, SPECS[jax.tree_util.keystr(keys[-1:])[1:]])
     return jax.tree_util.tree_map_with_path(where, adapters)
 
 
 @pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.name)
 def test_optimisers_step_as_on_one_device(row, mesh):
-    """Values, and the types of updates and state, which a step leaves as they are."""
+    """Values, and the types of updates and state, which a step does not change."""
     a, b = programs.normal(1, 3, 8, 2), programs.normal(2, 3, 2, 2, 6)
     adapters = {"lora": Lora(a, b, 2.0, STACK)}
     adapters["dora"] = Dora(a, b, 1 + programs.normal(3, 3, 2, 6) ** 2, 2.0, STACK)
@@ -190,7 +190,7 @@ def test_optimisers_step_as_on_one_device(row, mesh):
     ],
 )
 def test_inits_read_sharded_kernels(init, kind, options, mesh):
-    """The same adapter as on one device; merging gives the kernel back where it lay."""
+    """The same adapter as on one device; merging restores kernel and sharding."""
     leaf = programs.normal(1, 3, 8, 2, 6)
     target = lorax.Target("w", 2, adapter=kind, init=init, options=dict(options))
 
@@ -265,7 +265,7 @@ def test_dropout_on_a_mesh(kind):
         x = put(mesh, jnp.ones((8, 16)), P("x"))
         params = {"w": put(mesh, params["w"], P())}
         run = jax.jit(lambda a, p, x: lorax.adapt(fn)(a, p, x, lora_key=key))
-        found = np.asarray(run({"w": copies}, params, x))  # a row for each device
+        found = np.asarray(run({"w": copies}, params, x))  # a row per device
     assert set(np.unique(found)) == {0.0, 2.0}
     assert len(np.unique(found, axis=0)) == 8
     if kind is not AxisType.Manual:

@@ -1,4 +1,4 @@
-"""A method's frozen arrays lie on the second argument, wherever parameters go."""
+"""A method's frozen arrays belong to the second argument, wherever parameters go."""
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +139,7 @@ def test_a_placement_says_what_places_a_base():
 
 
 def test_training_and_what_reads_the_base_beside_it():
-    """One step of SGD with decay to the base: by hand, from jax.grad of merge."""
+    """One step of SGD with decay towards the base: by hand, from jax.grad of merge."""
     adapters, base = trained()
     tx = optax.chain(optim.add_decayed_weights(0.1, full=True), optax.sgd(0.01))
     step = training.make_train_step(training.simple_loss(loss_fn), tx)
@@ -158,7 +158,7 @@ def test_training_and_what_reads_the_base_beside_it():
 
 
 def test_merged_decay_and_analysis_beside_a_base():
-    """Products of factors read their base through it, frozen arrays or not."""
+    """Products of factors find their base in it, with frozen arrays or without."""
     target = [lorax.Target("down", rank=2), TARGETS[0]]
     adapters, base = lorax.init(KEY, plain(), target)
     lora = {"down": programs.perturbed(adapters, 0.3)["down"]}
@@ -199,7 +199,7 @@ def test_reports_count_and_measure_a_base():
 
 
 def test_a_population_shares_one_base():
-    """Each member trains as it would alone, scales folded in by the static of each."""
+    """Each member trains as it would alone, with its own static scale."""
     first, base = started()
     second, again = lorax.init(
         jax.random.key(1), base, [lorax.Target("up|down", adapter="walsh", alpha=9)]

@@ -1,4 +1,4 @@
-"""The same adapter in PEFT: equal outputs and gradients, for every layer both know.
+"""The same adapter in PEFT: equal outputs and gradients, for every layer both support.
 
 PEFT's `lora_A.weight` is our `a` transposed and `lora_B.weight` our `b` transposed.
 """
@@ -129,7 +129,7 @@ def test_the_standard_init_has_the_bounds_of_pefts():
 
 
 def test_dora():
-    """PEFT detaches the norm, as we do by default; the bias is added unscaled."""
+    """PEFT detaches the norm, as we do by default; the bias is not scaled."""
     kernel, x = programs.normal(0, 6, 5), programs.normal(1, 4, 6)
     a, b = programs.normal(2, 6, 3), programs.normal(3, 3, 5)
     magnitude, bias = 1 + programs.normal(4, 5) / 4, programs.normal(5, 5)

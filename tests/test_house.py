@@ -1,4 +1,4 @@
-"""The house stays true: imports point down, files are short, names are documented."""
+"""House rules: imports point down, files are short, names are documented."""
 
 import ast
 import inspect
@@ -31,13 +31,13 @@ losses kernels targets selection quantization notices inits optim analysis shard
 attention models computed transform description activations calibration compose merging
 compensation accumulation steps training population checkpoint interop
 """.split()
-# bottom first; the commands stand on all of them
+# bottom first; the commands are above all of them
 FLOORS = """
 paired machine data generation tasks trainer pages reading recipes planning search
 benchmarks studies
 """.split()
-COMMANDS = ROOT / "experiments"  # a file a command
-CATALOGUE = COMMANDS / "studies" / "questions"  # a file a question
+COMMANDS = ROOT / "experiments"  # one file per command
+CATALOGUE = COMMANDS / "studies" / "questions"  # one file per question
 FORBIDDEN = (
     "absl argparse clu datasets experiments grain matplotlib ml_collections rich "
     "tensorboardX tensorflow tokenizers torch tqdm transformers wandb"
@@ -156,7 +156,7 @@ def test_only_public_jax(path):
 
 
 def test_an_underscored_file_is_private_to_its_folder():
-    """Such as lorax/optim/_gram.py to lorax/optim, and lorax/_checks.py to lorax."""
+    """Like lorax/optim/_gram.py to lorax/optim, and lorax/_checks.py to lorax."""
     for path in LIBRARY:
         for name in imports(ast.walk(parsed(path))):
             parts = resolved(name).split(".")
@@ -172,8 +172,8 @@ def test_no_import_cycles():
         & MODULES - {name_of(path)}
         for path in [*LIBRARY, *PROGRAMS]
     }
-    # a package imports its children and they import one another through it: leave out
-    # the edge from a child to its own package, which is always loaded first
+    # a package imports its children, and they import one another through it: ignore the
+    # edge from a child to its own package, which is always loaded first
     graph = {
         name: {other for other in needs if not name.startswith(f"{other}.")}
         for name, needs in graph.items()
@@ -218,7 +218,7 @@ def public(body, prefix=""):
 
 
 def inherited(node):
-    """True for methods that a decorator gives their documentation elsewhere."""
+    """True for methods that a decorator documents elsewhere."""
     return any(
         ast.unparse(d) in ("nn.compact", "overload", "typing.overload")
         for d in getattr(node, "decorator_list", ())
@@ -258,7 +258,7 @@ def test_the_front_door():
     assert len(names) <= 30 and sorted(names) == list(names)
     assert all(hasattr(lorax, name) for name in names)
     undocumented = [n for n in names if not inspect.getdoc(getattr(lorax, n))]
-    assert undocumented in ([], ["Adapters"])  # an alias carries no docstring
+    assert undocumented in ([], ["Adapters"])  # an alias has no docstring
     files = {name_of(path).split(".")[-1] for path in LIBRARY}
     modules = {name for name in names if inspect.ismodule(getattr(lorax, name))}
     assert not files & (set(names) - modules), "a module has the name of a public name"
@@ -282,7 +282,7 @@ def test_nothing_is_left_unfinished(path):
 
 @ids([p for p in LIBRARY + PROGRAMS if p.parent.name != "adapters"])
 def test_methods_are_not_told_apart_by_class_or_name(path):
-    """What is above a parametrisation reads its declaration: methods may join."""
+    """Code above the parametrisations reads their declarations, so others can join."""
     text = path.read_text()
     names = "|".join(cls.__name__ for cls in lorax.adapters.REGISTRY.values())
     told = re.findall(rf"isinstance\([^)]*\b(?:{names})\b[^)]*\)", text)

@@ -1,4 +1,4 @@
-"""Pages are true: their code runs, and does what how-to, start and concepts say."""
+"""How-to, start and concept pages are true: their code does what they say."""
 
 import dataclasses
 import importlib.util
@@ -41,7 +41,7 @@ def blocks(page, language):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """Half of the time of these toys would go into optimising their programs."""
+    """Half the time of these toys would go into optimising their programs."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -84,7 +84,7 @@ def losses(scope):
     )
     told = scope["metrics"]["nats"] / scope["metrics"]["weight"]
     assert after < told < 0.7 * before  # told: before the last update
-    for change in scope["change"].values():  # of a fresh pair one has a gradient
+    for change in scope["change"].values():  # in a fresh pair one factor has a gradient
         assert any(leaf.any() for leaf in jax.tree.leaves(change))
 
 
@@ -180,7 +180,7 @@ def quantized_inits(scope):
 
 
 def own_codes(scope):
-    """The comment is right, and the scale does not touch the branch."""
+    """The comment is right, and the scale does not affect the branch."""
     q = scope["kernels"]["q"]
     assert (q.shape, q.dtype, q.stored.dtype) == ((3, 64, 64), np.float32, np.int8)
     own, x = scope["own"], scope["x"]
@@ -224,7 +224,7 @@ def sharding(scope):
 
 
 def long_context(scope):
-    """Loss and gradients are those of plain attention and of logits of all tokens."""
+    """Loss and gradients equal those with plain attention and all logits at once."""
     model = llama.Model(dataclasses.replace(scope["config"], attention="plain"))
     params, inputs = jax.device_get((scope["params"], scope["inputs"]))
 
@@ -241,7 +241,7 @@ def long_context(scope):
 
 
 def own_method(scope):
-    """What adapt and merge make of the page's class, by its formula in numpy."""
+    """Checks adapt and merge of the page's class against its formula in numpy."""
     adapters, base = scope["adapters"], scope["base"]
     assert set(base.frozen) == {"along/6"} and adapters["up"].d.shape == (2,)
     adapters = {p: a.replace(d=a.d + np.arange(1.0, 3.0)) for p, a in adapters.items()}
@@ -327,12 +327,12 @@ CHECKS = {
 
 
 FOREIGN = ("equinox", "haiku")
-"""Pages named for the library that they need."""
+"""Pages named after the library that they need."""
 
 
 @pytest.fixture(autouse=True)
 def no_class_stays(monkeypatch):
-    """What a page registers is gone after it."""
+    """Removes what a page registers."""
     monkeypatch.setattr(parametrisation, "REGISTRY", dict(parametrisation.REGISTRY))
 
 
@@ -358,7 +358,7 @@ def test_pages_are_short(page):
 
 
 def commands():
-    """(page, words) of every command of ours that a page shows."""
+    """(page, words) of every command of ours shown on a page."""
     for page in EVERYWHERE:
         for block in re.findall(r"```(?:bash|text)\n(.*?)```", page.read_text(), re.S):
             for shown in COMMAND.findall(block):

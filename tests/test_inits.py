@@ -17,7 +17,7 @@ AXES = lorax.Axes((0,), (1,))
 
 
 def made(kernel, stats=None, **fields):
-    """The adapter of one kernel and the kernel after its init."""
+    """The adapter of one kernel, and the kernel after the init."""
     target = lorax.Target("w", **{"rank": 3, "alpha": 6, **fields})
     stats = None if stats is None else {"w": stats}
     adapters, params = lorax.init(KEY, {"w": kernel}, target, stats=stats)
@@ -74,7 +74,7 @@ def test_pissa_by_a_randomised_decomposition_captures_the_exact_energy():
 
 @pytest.mark.parametrize("init,stats", [("pissa", False), ("lora_ga", True)])
 def test_the_residual_is_taken_from_the_cast_factors(init, stats):
-    """bf16 factors: what merges is nearer the kernel than if exact ones were taken."""
+    """bf16 factors: the merged kernel is closer than with exact factors subtracted."""
     kernel = programs.normal(0, 48, 32)
     stats = exact(programs.normal(1, 48, 32)) if stats else None
     cast, rest = made(kernel, stats, init=init, dtype=jnp.bfloat16)
@@ -101,7 +101,7 @@ def test_milora_is_the_minor_part_in_balance():
 
 @pytest.mark.parametrize("rank", [0, 2, 7])
 def test_milora_leaves_no_pair_dead(rank):
-    """Where the kernel has fewer directions than the adapter, b alone is zero."""
+    """Where the kernel has fewer directions than the adapter, only b is zero."""
     thin = programs.normal(0, 12, rank) @ programs.normal(1, rank, 9)
     lora, rest = made(thin, init="milora")
     lost = min(9 - rank, 3)
@@ -178,7 +178,7 @@ def best(gradient, rank):
     ],
 )
 def test_the_first_step_of_lora_ga_is_the_best_of_rank_2r(options, multiplier):
-    """(s c)^2 times it, with s = 2."""
+    """It is (s c)^2 times that, with s = 2."""
     gradient = programs.normal(0, 48, 32)
     lora, _ = made(
         programs.normal(1, 48, 32), exact(gradient, 8), init="lora_ga", options=options
@@ -189,11 +189,11 @@ def test_the_first_step_of_lora_ga_is_the_best_of_rank_2r(options, multiplier):
 
 
 def test_a_real_step_of_sgd_on_both_factors_is_that_step():
-    """Full-batch, through adapt: W moves by -lr (s c)^2 times it, up to lr^2."""
+    """Full-batch, through adapt: W moves by -lr (s c)^2 times that, up to lr^2."""
     gradient, kernel = programs.normal(0, 16, 12), programs.normal(1, 16, 12)
     lora, rest = made(kernel, exact(gradient), init="lora_ga", options={"scale": "gd"})
     loss = lorax.adapt(lambda params, g: jnp.sum(params["w"] * g))
-    with pytest.warns(lorax.MergeWarning):  # the kernel meets a plain product
+    with pytest.warns(lorax.MergeWarning):  # the kernel meets an elementwise product
         grads = jax.grad(loss)({"w": lora}, {"w": rest}, gradient)["w"]
     lr = 1e-4
     moved = lora.replace(a=lora.a - lr * grads.a, b=lora.b - lr * grads.b)
@@ -214,7 +214,7 @@ def test_lora_ga_clips_a_product_that_outgrows_the_kernel():
 
 
 def test_lora_one_has_moved_down_the_gradient():
-    """s a b = -s g / S_1 times the best rank-r part; the kernel itself stays."""
+    """s a b = -s g / S_1 times the best rank-r part; the kernel is unchanged."""
     gradient, kernel = programs.normal(0, 16, 12), programs.normal(1, 16, 12)
     lora, after = made(kernel, exact(gradient), init="lora_one")
     assert after is kernel
@@ -263,7 +263,7 @@ def test_a_subset_of_a_stack_moves_only_its_layers(init):
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "lora_ga", "milora"])
 def test_to_lora_brings_a_moved_start_back_to_the_original_base(init):
-    """Rank 2r, the same scale, the same trained kernel on the given one."""
+    """Rank 2r, the same scale, and the same trained kernel on the given base."""
     kernel = programs.normal(0, 16, 12)
     gradient = exact(programs.normal(1, 16, 12))
     first, rest = made(kernel, gradient if init == "lora_ga" else None, init=init)

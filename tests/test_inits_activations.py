@@ -1,4 +1,4 @@
-"""EVA and CorDA by their own equations, in float64 and with the inverse written out."""
+"""EVA and CorDA by their own equations, in float64, with the inverse written out."""
 
 import functools
 import re
@@ -50,7 +50,7 @@ def test_eva_reads_the_components_and_starts_from_zero():
 
 
 def test_no_other_start_gives_the_first_step_of_b_more_in_expectation():
-    """E |a^T X^T D|^2 of centred inputs, D drawn: a^T C a, the most for components."""
+    """E |a^T X^T D|^2 for centred inputs, random D: a^T C a, largest for components."""
     x = rows()
     x = x - x.mean(0)
     gain = lambda a: np.trace(a.T @ x.T @ x @ a)
@@ -78,7 +78,7 @@ SHARES = {
 
 
 def test_ranks_go_where_components_explain_most():
-    """Of 6: v 0.9, u 0.5, w 0.4, u 0.3, w 0.25, w 0.2."""
+    """The best 6: v 0.9, u 0.5, w 0.4, u 0.3, w 0.25, w 0.2."""
     found = eva.redistribute(THREE, EVA("[uvw]"), SHARES)
     assert {t.pattern: t.rank for t in found} == {"u": 2, "v": 1, "w": 3}
     assert {t.scale for t in found} == {2.0}
@@ -99,7 +99,7 @@ def test_a_kernel_without_a_rank_is_left_to_no_other_target():
     found = eva.redistribute(THREE, targets, shares)
     adapters, _ = lorax.init(KEY, THREE, found, stats=shares)
     assert {path: a.rank for path, a in adapters.items()} == {"u": 1, "w": 4}
-    assert len(found) == 2  # the last rule had nothing left before, too
+    assert len(found) == 2  # the last rule had nothing left before either
 
 
 def test_a_stack_pays_for_all_of_its_layers():
@@ -118,13 +118,13 @@ def test_a_stack_pays_for_all_of_its_layers():
     }
     found = eva.redistribute(params, EVA("[uvw]", rank=1), shares, kernels)
     assert {t.pattern: t.rank for t in found} == {"u": 1, "v": 1, "w": 1}
-    shares["w"] = stats_of(layers / 10)  # the rest, 1 of 5, buys no layer of three
+    shares["w"] = stats_of(layers / 10)  # the remaining 1 of 5 buys no layer of three
     found = eva.redistribute(params, EVA("[uvw]", rank=1), shares, kernels)
     assert {t.pattern: t.rank for t in found} == {"u": 2, "v": 2}
 
 
 def corda_part(w, c, rank, mode, damp=0.01):
-    """The authors' code in float64: w is [out, in] there."""
+    """The authors' code in float64, where w is [out, in]."""
     weight = np.asarray(w, np.float64).T
     c = c / np.mean(np.diag(c))
     c = c + damp * np.eye(len(c))
@@ -143,7 +143,7 @@ def test_corda_is_the_authors_decomposition(mode, shape):
     a, b = corda_part(kernel, x.T @ x / len(x), 3, mode)
     np.testing.assert_allclose(2 * lora.a @ lora.b, a @ b, atol=1e-4)
     np.testing.assert_allclose(rest, kernel - a @ b, atol=1e-4)
-    # the balance too: each triplet's share of a and b, by its norms
+    # the balance too: each triplet's share of a and b, by norms
     size = lambda v, axis: np.linalg.norm(v, axis=axis) / np.sqrt(2)
     np.testing.assert_allclose(np.linalg.norm(lora.a, axis=0), size(a, 0), rtol=2e-3)
     np.testing.assert_allclose(np.linalg.norm(lora.b, axis=1), size(b, 1), rtol=2e-3)
@@ -157,7 +157,7 @@ def test_corda_is_the_authors_decomposition(mode, shape):
 
 
 def test_what_is_moved_to_keep_knowledge_weighs_least_there():
-    """Of all the orthogonal projections on 3 outputs, in the norm |C part|."""
+    """Against random orthogonal projections onto 3 outputs, in the norm |C part|."""
     x = rows()
     c = x.T @ x / len(x)
     c = c / np.mean(np.diag(c)) + 0.01 * np.eye(12)
@@ -173,7 +173,7 @@ def test_what_is_moved_to_keep_knowledge_weighs_least_there():
 
 
 def test_no_inverse_no_error_where_the_inputs_are_few():
-    """Ten rows of forty inputs, hardly damped: the float32 inverse is far off."""
+    """Ten rows of forty inputs, barely damped: a float32 inverse would be far off."""
     x = rows(10, 40, 2.0)
     kernel = programs.normal(1, 40, 30)
     options = {"damp": 1e-6, "mode": "instruction"}
@@ -198,7 +198,7 @@ def test_experts_without_tokens_and_kernels_of_lower_rank():
     adapters, _ = lorax.init(KEY, {"w": kernel}, target, stats={"w": both})
     lora = adapters["w"]
     u, s, vt = np.linalg.svd(np.asarray(kernel[1], np.float64), full_matrices=False)
-    want = u[:, :3] * s[:3] @ vt[:3]  # as PiSSA: all that it may read is alike
+    want = u[:, :3] * s[:3] @ vt[:3]  # as PiSSA: all possible inputs weigh the same
     np.testing.assert_allclose(2 * lora.a[1] @ lora.b[1], want, atol=1e-4)
     thin = W[:, :4] @ programs.normal(2, 4, 9)
     for kernel, zero in ((thin, 3), (jnp.zeros((12, 9)), 3)):

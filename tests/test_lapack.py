@@ -1,4 +1,4 @@
-"""Decompositions matrix by matrix: the same values, derivatives, and no hang."""
+"""Decompositions matrix by matrix: the same values and derivatives, and no hang."""
 
 import subprocess
 import sys

@@ -12,7 +12,7 @@ from tests import programs
 
 
 def spectrum(n, m, power, seed=0):
-    """A matrix with the singular values i^-power."""
+    """A matrix with singular values i^-power."""
     rng = np.random.default_rng(seed)
     k = min(n, m)
     u, v = (np.linalg.qr(rng.standard_normal((d, k)))[0] for d in (n, m))
@@ -21,7 +21,7 @@ def spectrum(n, m, power, seed=0):
 
 
 def captured(matrix, u):
-    """Share of the squared norm in the span of u."""
+    """The share of the squared norm in the span of u."""
     matrix, u = np.asarray(matrix, np.float64), np.asarray(u, np.float64)
     return np.linalg.norm(u.T @ matrix) ** 2 / np.linalg.norm(matrix) ** 2
 

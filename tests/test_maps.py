@@ -1,6 +1,6 @@
-"""Maps of whole inputs wherever a kernel is used: what follows, and what merges.
+"""Maps of whole inputs wherever a kernel is used: what is followed, and what merges.
 
-HRA is a map D of the inputs, LoKr a branch C; their values are those of merging.
+HRA is a map D of the inputs, LoKr a branch C; their values must equal merging's.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ HRA, LOKR = "hra", "lokr"
 
 
 def both(fn, adapters, params, *args):
-    """Value and gradient of adapt and of the definition; where adapt merged."""
+    """Value and gradient of adapt and of the definition, and where adapt merged."""
     sides = lorax.adapt(fn), programs.definition(fn)
     run = lambda *args: [jax.value_and_grad(side)(*args) for side in sides]
     with warnings.catch_warnings(record=True) as told:
@@ -61,7 +61,7 @@ PROGRAMS: dict[str, tuple[set[str], set[str]]] = {
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("kind", [HRA, LOKR])
 def test_adapt_is_merge_then_apply(name, kind):
-    """Dots on either side, stacks, experts, scans, remat, tied heads; and the rest."""
+    """Dots on either side, stacks, experts, scans, remat, tied heads, and the rest."""
     program = programs.PROGRAMS[name]()
     kernels = lorax.discover(program.fn, program.params, *program.args)
     lookups = [re.escape(path) for path, k in kernels.items() if k.op == "gather"]
@@ -155,7 +155,7 @@ def test_views_that_leave_the_inputs_whole_follow(name, kind):
 
 
 def test_parts_of_a_fused_kernel_read_inputs_of_their_own():
-    """At what separate kernels cost; gains beside maps, a frozen part between."""
+    """At the cost of separate kernels; gains beside maps, a frozen part between."""
     gains = {n: 1 + 0.3 * programs.normal(i, s) for i, (n, s) in enumerate(SIDES)}
     adapters = {"w": hra(6), "v": Ia3(AXES, **gains)}
     parts = lambda p: (p["v"], jnp.ones((6, 3)), p["w"])
@@ -171,7 +171,7 @@ def test_parts_of_a_fused_kernel_read_inputs_of_their_own():
 
 
 def numbers(p, x):
-    """A kernel times numbers, known or of another leaf, negated and divided."""
+    """A kernel times numbers, constant or from another leaf, negated and divided."""
     w = (2.5 * (-p["w"] / 3) * jnp.sum(p["v"]))[None]
     return jnp.tanh(x @ w[0]).sum()
 
@@ -249,7 +249,7 @@ def test_maps_compute_at_the_precision_of_the_product(kind):
 
 @flax.struct.dataclass
 class Scaled(Parametrisation):
-    """W0 times a number: a class without a form for linear operations."""
+    """W0 times a number: a class with no form for linear operations."""
 
     by: jax.Array
     axes: lorax.Axes = flax.struct.field(pytree_node=False, default=AXES)
@@ -300,7 +300,7 @@ SPECS = {"whole": P(), "outputs": P(None, "x"), "inputs": P("x")}
     [(HRA, "outputs"), (HRA, "inputs"), (LOKR, "whole"), (LOKR, "outputs")],
 )
 def test_inside_shard_map(kind, cut):
-    """D follows a kernel cut along its outputs, C one that every shard has whole."""
+    """D follows a kernel split along its outputs, C one that every shard has whole."""
     mesh = jax.make_mesh((MESH,), ("x",), axis_types=(AxisType.Auto,))
     params, x = {"w": programs.normal(0, 8, 8)}, programs.normal(1, 4, 8)
     adapters = {"w": hra(8) if kind == HRA else lokr(8, 8)}
@@ -327,7 +327,7 @@ def test_inside_shard_map(kind, cut):
     "kind,cut", [("oft", "outputs"), (HRA, "inputs"), (LOKR, "outputs")]
 )
 def test_on_an_explicit_mesh(kind, cut):
-    """The maps run where the compiler places them; results lie as without them."""
+    """The compiler places the maps; results are sharded as without them."""
     mesh = jax.make_mesh((MESH,), ("x",), axis_types=(AxisType.Explicit,))
     put = lambda x, spec: jax.device_put(np.asarray(x), NamedSharding(mesh, spec))
     out = P(None, "x") if cut == "outputs" else P()

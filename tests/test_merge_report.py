@@ -96,7 +96,7 @@ def test_a_quantised_base_is_refused(params, message):
 @pytest.mark.parametrize("name", ["int8", "int4", "nf4", "fp8"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_what_the_codes_of_a_quantised_base_lose(name, dtype):
-    """No more than all of the update; a dtype asks for the dense merge."""
+    """No more than the whole update; passing a dtype means the dense merge."""
     dense = {"w": normal(2, 64, 5).astype(dtype)}
     params = lorax.quantize(dense, [("w", name)])
     adapter = make.lora(1, scale=0.05, in_=(64,))

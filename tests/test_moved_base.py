@@ -1,4 +1,4 @@
-"""Adapters whose init moved a part of the base say so, and mix with no others."""
+"""Adapters whose init moved part of the base say so, and mix with no others."""
 
 import json
 
@@ -21,7 +21,7 @@ TX = optax.adamw(1e-2, mask=lorax.optim.decay_mask)
 
 
 def start(init="pissa", rank=2, seed=0, **fields):
-    """Adapters of one leaf at init, and what the init left of the base."""
+    """Initial adapters of one leaf, and what the init left of the base."""
     u, s, vt = np.linalg.svd(programs.normal(9, 6, 5), full_matrices=False)
     stats = {"w": GradSketch(*(jnp.asarray(part) for part in (u, s, vt)))}
     target = lorax.Target("w", rank=rank, alpha=4, init=init, **fields)
@@ -29,7 +29,7 @@ def start(init="pissa", rank=2, seed=0, **fields):
 
 
 def trained(adapters, seed=1):
-    """The same adapters after some updates, drawn."""
+    """The same adapters after some random updates."""
     return jax.tree.map(lambda v: v + 0.1 * programs.normal(seed, *v.shape), adapters)
 
 
@@ -90,7 +90,7 @@ def test_every_way_an_adapter_takes_keeps_the_record(tmp_path):
     ):
         assert adapters["w"].moved_by == "pissa(rank=2)"
     tuned = lorax.merge(trained(PISSA), REST)
-    target = lorax.Target("w", rank=5, init="pissa")  # of which the init does not count
+    target = lorax.Target("w", rank=5, init="pissa")  # the init does not matter here
     assert compose.extract(PARAMS, tuned, target).adapters["w"].moved_by is None
 
 

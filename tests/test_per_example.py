@@ -1,6 +1,6 @@
 """Per-example gradients: `vmap(grad(adapt(f)))` compiles on a CPU, and is right.
 
-In a child process: jaxlib 0.10.2 aborts on some forms of these programs.
+In a child process, because jaxlib 0.10.2 aborts on some forms of these programs.
 """
 
 import itertools
@@ -33,13 +33,13 @@ def loss(params, x):
 
 
 def scanned(params, x):
-    """The same, row by row."""
+    """The same function, row by row."""
     step = lambda total, row: (total + loss(params, row[None]), None)
     return jax.lax.scan(step, jnp.zeros((), x.dtype), x)[0]
 
 
 def by_hand(a, b, w, x):
-    """The gradients of a and b, through that of the kernel."""
+    """The gradients of a and b, through the kernel's."""
     x = x.reshape(-1, WIDTH)
     y = np.tanh(x @ (w + SCALE * a @ b))
     kernel = x.T @ (2 * y * (1 - y**2))

@@ -1,4 +1,4 @@
-"""Populations: by hand, every member against its own run, padding."""
+"""Populations: by hand, each member against its own run, padding."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def train(loss_fn, tx, members, steps=STEPS, hyperparams=None, state=None, **opt
 
 
 def train_alone(loss_fn, tx, members, k, steps=STEPS, state=None, **options):
-    """The k-th member in a run of its own."""
+    """The k-th member in its own run."""
     params, _, batch = problem(str(members[0]["bias"].value.dtype))
     alone = training.create_state(keys_of(len(members))[k], members[k], tx, state)
     step = training.make_train_step(loss_fn, tx, **options)
@@ -166,7 +166,7 @@ def test_lora_members_of_unequal_rank_alpha_seed_rate_and_ratio():
 
 
 def scaled_by_statics(learning_rate):
-    """A pair transform that reads scale and rank, as LoRA-Pro and others do."""
+    """A pair transformation that reads scale and rank, like LoRA-Pro."""
 
     def update(updates, state, params=None, *, pairs=None, **extra):
         del extra
@@ -184,7 +184,7 @@ def counting(params, model_state, batch, key):
     return loss, ({"noise": jnp.sum(noise)}, {"n": model_state["n"] + 1})
 
 
-# (name, ranks, alphas, what else the target says, optimiser, options of the step)
+# (name, ranks, alphas, other fields of the target, optimiser, options of the step)
 CASES = [
     ("pair", (1, 3), (2.0, 12.0), {}, scaled_by_statics, {}),
     ("dora", (3, 1), (6.0, 3.0), {"adapter": "dora"}, optax.adam, {}),
@@ -202,8 +202,8 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
 def test_members_equal_their_own_runs(case):
-    # In float64: any difference but that of rounding shows, and Adam makes none of it
-    # large, as it does in float32 of gradients that cancel.
+    # In float64 any difference beyond rounding shows, and Adam does not amplify
+    # rounding, as it does in float32 for gradients that cancel.
     with jax.enable_x64(True):
         _, ranks, alphas, spec, make_tx, options = case
         make = functools.partial(member_of, dtype="float64", **spec)
@@ -242,7 +242,7 @@ def test_evaluation_sees_each_members_own_scale_as_the_merge_does():
 
 
 def noisy(learning_rate):
-    """SGD that moves every entry, zeros too."""
+    """SGD that moves every entry, including zeros."""
     return optax.noisy_sgd(learning_rate, eta=0.1, key=jax.random.key(7))
 
 

@@ -69,7 +69,7 @@ def test_counts_that_depend_on_the_gradients_are_each_members_own():
     members, tx = [member_of(0), member_of(1)], optax.apply_if_finite(optax.adam(1), 3)
     population = pop.create_population(keys_of(2), members, tx, params)
     assert {count.shape for count in integers(population)} == {(2,)}
-    assert population.pairs == {}  # for the members' scales and ranks are the same
+    assert population.pairs == {}  # because the members' scales and ranks are the same
 
 
 def test_inside_multi_steps():
@@ -113,7 +113,7 @@ def test_a_member_that_diverges_leaves_the_others_alone():
     alone, _ = train_alone(LOSS, optax.adam(0.1), members, 1, steps=3)
     assert_same(pop.member(population, 1), alone.adapters)
     assert [int(count) for count in integers(population)] == [3]
-    # Where every member skips, no count goes on.
+    # If every member skips, no count advances.
     population, _ = train(LOSS, optax.adam(0.1), [members[0]] * 2, steps=3)
     assert [int(count) for count in integers(population)] == [0]
     assert population.state.step == 3
@@ -155,7 +155,7 @@ def test_donated_steps_spare_what_the_caller_holds():
 
 
 def uneven():
-    """Members of two ranks, one with a scale that float32 does not hold."""
+    """Members of two ranks, one with a scale that float32 cannot represent."""
     return [member_of(0, 1, 1.0), member_of(1, 3, 8.0)]
 
 
@@ -205,7 +205,7 @@ def test_the_state_of_a_population_is_saved_like_a_runs(tmp_path):
 def test_a_population_is_read_from_dicts_of_today_and_of_before():
     population = created(uneven())
     today = flax.serialization.to_state_dict(population)
-    bits = {  # scales 1 and 8 / 3 in float64, the lower half of the bits first
+    bits = {  # scales 1 and 8 / 3 in float64, the low half of the bits first
         "head": np.array([[0, 0x3FF00000], [0x55555555, 0x40055555]], np.uint32),
         "layers": np.array([[0, 0x3FF00000], [0x55555555, 0x40055555]], np.uint32),
     }

@@ -1,4 +1,4 @@
-"""Losses of preferences: by hand, by formulae in numpy, and as TRL computes them."""
+"""Preference losses: by hand, by formulae in numpy, and as TRL computes them."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def log_s(x):
 
 
 def wanted(name, beta=0.1, e=0.0, gamma=0.5, average=True):
-    """The formulae of the module's docstring, over its own letters."""
+    """The formulae of the module's docstring, in its own letters."""
     chosen, rejected, m, n = sides("policy")
     r, q = chosen - sides("reference")[0], rejected - sides("reference")[1]
     if name == "dpo":
@@ -111,7 +111,7 @@ def test_smoothed_dpo_orpo_and_simpo_are_those_of_trl():
             1e-6,
         ),
         (preferences.simpo(policy), RECORDED["simpo"], 1e-6),
-        # of float32 numbers, for TRL casts them
+        # float32, because TRL casts
         (preferences.orpo(policy, jnp.zeros(ROWS)), RECORDED["orpo"]["default"], 1e-6),
         (
             preferences.orpo(policy, jnp.zeros(()), beta=0.25),
@@ -140,7 +140,7 @@ def test_kto_and_its_baseline_are_those_of_trl(key):
     def mean(policy):
         desirable = jnp.asarray(VALUES["desirable"])
         reference = given("reference").chosen
-        # the baseline of the policy itself, which must have no gradient
+        # the policy's own baseline, which must have no gradient
         own = baseline + 0 * preferences.kto_baseline(policy, reference)
         loss, rewards = preferences.kto(policy, reference, desirable, own, **options)
         return loss.mean(), rewards

@@ -1,4 +1,4 @@
-"""What all adapters and all inits share: one row each, the same tests for every row."""
+"""What all adapters and all inits share: the same tests for every row."""
 
 import dataclasses
 import functools
@@ -21,12 +21,12 @@ KEY = jax.random.key(0)
 pytestmark = pytest.mark.filterwarnings("ignore:.*RandLora has no form")
 
 
-# Of every class the first row.
+# The first row of every class.
 FIRST = list({adapter_classes.of_target(r[4]): r for r in ADAPTERS[::-1]}.values())
 
 
 def every_version(row):
-    """On the second version one row of a class stands for all but LoRA's and DoRA's."""
+    """On the second version, one row per class suffices, except for LoRA and DoRA."""
     return row in FIRST or row[4].adapter in ("lora", "dora")
 
 
@@ -44,7 +44,7 @@ X = programs.normal(9, BATCH, IN)
 
 @functools.cache
 def make(row, dtype=jnp.float32, size=0.3):
-    """The program's function, perturbed adapters, and params with biases on."""
+    """The program's function, perturbed adapters, and params with nonzero biases."""
     _, fn, shape, bias, target = row
     params = {
         "w": (programs.normal(1, *shape) / 2).astype(dtype),
@@ -65,7 +65,7 @@ def in_place(adapters, params):
 
 
 def adapt(row, fn):
-    """Nothing is merged, but of the classes that have no form, which say so."""
+    """Nothing is merged, except for classes that have no form, which say so."""
     cls = adapter_classes.of_target(row[4])
     dense = cls.factors is adapter_classes.Parametrisation.factors
     return lorax.adapt(fn, on_merge="warn" if dense else "error")
@@ -108,7 +108,7 @@ TRANSFORMS = {
 
 
 def covering():
-    """Each transformation of a class's first row; of its further rows one, in turn.
+    """Every transformation for a class's first row; one each, in turn, for the others.
 
     So every class and every program of the table meets every transformation.
     """
@@ -239,7 +239,7 @@ def test_abstract_init_has_the_real_shapes(row):
     assert shapes(abstract) == shapes(adapters)
 
 
-# (name, options, moves) of every init; the kernel may move, the merged kernel may not
+# (name, options, moves) of every init: the kernel may move, the merged kernel not
 INITS = [
     ("standard", (), False),
     ("gaussian", (), False),
@@ -280,13 +280,13 @@ def test_every_init_has_a_row():
     assert {row[0] for row in INITS} == set(inits.REGISTRY)
 
 
-# Of flattened matrices: a stack, a window and each class that they know show the rest.
+# These work on flattened matrices: a stack, a window and each known class suffice.
 FLAT = ("eva", "corda", "milora", "orthogonal", "cosines")
 FEW = ("lora", "lora_stacked", "lora_conv", "dora", "adalora")
 
 
 def fits(row, name):
-    """Whether an init has a meaning for a row's adapter, and room for its rank."""
+    """Whether an init applies to a row's adapter, with room for its rank."""
     room = name != "lora_ga" or row[4].rank <= 2
     room &= name != "orthogonal" or row[4].rank % 2 == 0
     room &= name == "standard" or row[4].slices is None
@@ -311,9 +311,9 @@ def fits(row, name):
 )
 def test_at_init_the_merged_kernel_is_the_given_one(row, name, options, moves):
     params, (adapters, after) = initialised(row, (name, options))
-    exact = not row[0].startswith("hra")  # there two reflections cancel, to rounding
+    exact = not row[0].startswith("hra")  # its reflections cancel up to rounding
     exact = exact and name in ("standard", "gaussian")
-    # under jit XLA takes a DoRA's quotient of norms apart, to rounding
+    # under jit XLA rewrites DoRA's quotient of norms, up to rounding
     merged = (lorax.merge if exact else jax.jit(lorax.merge))(adapters, after)
     off = np.abs(merged["w"] - params["w"]).max() / np.abs(params["w"]).max()
     assert tree.flatten(after)["w"].dtype == params["w"].dtype
@@ -321,7 +321,7 @@ def test_at_init_the_merged_kernel_is_the_given_one(row, name, options, moves):
     if exact:
         np.testing.assert_array_equal(merged["w"], params["w"])
     leaves = jax.tree.leaves(adapters)
-    if not any(map(np.any, leaves)):  # at zero a rotation has a gradient
+    if not any(map(np.any, leaves)):  # a zero rotation has a gradient
         loss = lorax.adapt(loss_of(row[1]))
         leaves = jax.tree.leaves(jax.grad(loss)(adapters, after, X))
     assert any(map(np.any, leaves)), "a dead start"
@@ -353,7 +353,7 @@ def test_the_same_key_gives_the_same_adapter_whatever_else_is_adapted(
         "standard",
         "gaussian",
         "orthogonal",
-    ):  # the others draw nothing that shows
+    ):  # the others draw nothing visible
         _, (other, _) = init(key=jax.random.key(1))
         leaves = zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
         assert any(np.any(one != two) for one, two in leaves)
@@ -368,7 +368,7 @@ def test_two_kernels_of_one_shape_differ():
 
 
 def test_the_standard_init_by_its_moments():
-    """a uniform within 1/sqrt(in), b zero; an embedding mirrored: a zero, b normal."""
+    """a uniform within 1/sqrt(in), b zero; for embeddings a is zero, b normal."""
     params = {"w": jnp.ones((400, 300)), "table": jnp.ones((300, 400))}
     fn = lambda params, ids: params["table"][ids] @ params["w"]
     kernels = lorax.discover(fn, params, jnp.arange(3))

@@ -15,7 +15,7 @@ from tests.test_random_programs import SETTINGS
 
 @st.composite
 def convolutions(draw):
-    """Groups, inputs and outputs of a group, window, and how the window moves."""
+    """Draws groups, inputs and outputs per group, the window, and how it moves."""
     of = lambda *choices: draw(st.sampled_from(choices))
     groups, in_, out = of(1, 2, 3), of(1, 2, 3), of(1, 2)
     how = {
@@ -28,7 +28,7 @@ def convolutions(draw):
 
 
 def check_convolution(drawn, rank, edit):
-    """A kernel `[window, in, out]`, edited, laid out as drawn, and convolved."""
+    """Checks a kernel `[window, in, out]`, edited, laid out as drawn, and convolved."""
     groups, in_, out, window, how = drawn
     order = ["WIO".index(letter) for letter in how["dimension_numbers"][1]]
 

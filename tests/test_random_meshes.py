@@ -1,8 +1,8 @@
 """The random programs on a mesh: Auto, Explicit or Manual, by `shard_map` over either.
 
-Each leaf lies sharded along up to two of its axes. Under Explicit axes it is gathered
-where it is used, as FSDP is written, and both operands of its product are resharded as
-drawn; under Manual ones the shards are gathered inside.
+Each leaf is sharded along up to two of its axes. Under Explicit axes it is gathered
+where it is used, as in FSDP, and both operands of its product are resharded as drawn;
+under Manual axes the shards are gathered inside.
 """
 
 import math
@@ -31,7 +31,7 @@ def mesh_of(kind):
 
 
 def spec_of(shape, i, j):
-    """Up to two even dimensions, cut over the axes of the mesh."""
+    """Shards up to two even dimensions over the axes of the mesh."""
     found = [None] * len(shape)
     for axis, draw in (("x", i), ("y", j)):
         free = [d for d, n in enumerate(shape) if n % 2 == 0 and found[d] is None]
@@ -41,7 +41,7 @@ def spec_of(shape, i, j):
 
 
 def explicitly(i, j):
-    """A product whose operands are resharded, and whose result is whole."""
+    """A product whose operands are resharded and whose result is replicated."""
 
     def dot(x, y, numbers):
         x = reshard(x, spec_of(x.shape, j, i))
@@ -52,7 +52,7 @@ def explicitly(i, j):
 
 
 def on_mesh(kind, leaves, instructions, specs, i, j):
-    """The program of the instructions as it is written for a mesh of this kind."""
+    """The program of the instructions, written for this kind of mesh."""
     if kind == "explicit":
         fn = random.program(leaves, instructions, dot=explicitly(i, j))
         whole = lambda params: {path: reshard(w, P()) for path, w in params.items()}
@@ -77,7 +77,7 @@ def on_mesh(kind, leaves, instructions, specs, i, j):
 
 
 def check(kind, leaves, instructions, i, j):
-    # jax 0.10 cannot map a product with an out_sharding, whoever writes it
+    # jax 0.10 cannot map any product with an out_sharding
     mapped = {
         random.WRAPPERS[wrap % len(random.WRAPPERS)] for _, wrap, *_ in instructions
     }
@@ -98,7 +98,7 @@ def check(kind, leaves, instructions, i, j):
         adapted = lorax.adapt(fn, custom_rules="branch")
         plain = random.program(leaves, instructions)
         alone = lorax.discover(plain, host, np.asarray(x))
-        for path, kernel in kernels.items():  # what a mesh changes nothing about
+        for path, kernel in kernels.items():  # what a mesh does not change
             assert kernel.op == alone[path].op
             fast = [use.fast for use in kernel.uses]
             assert all(fast) == all(use.fast for use in alone[path].uses)

@@ -1,8 +1,8 @@
 """Random programs over random adapted kernels: adapt is merge-then-apply, exactly.
 
-A drawn program is data: leaves with an axis kind per dimension, and instructions of
-small integers that always mean something (each picks among what is possible), so that
-hypothesis can shrink them. All in float64, where the two sides differ by rounding only.
+A random program is data: leaves with an axis kind per dimension, and instructions of
+small integers that are always valid (each picks among what is possible), so hypothesis
+can shrink them. All in float64, where the two sides differ only by rounding.
 """
 
 import functools
@@ -37,7 +37,7 @@ edits = st.lists(st.tuples(small, small, small), max_size=4)
 
 @st.composite
 def leaves(draw):
-    """A shape, and what each of its dimensions is: one in, one out at least."""
+    """A shape with the kind of each dimension: at least one in and one out."""
     kinds = [
         "in",
         "out",
@@ -51,7 +51,7 @@ def leaves(draw):
 
 
 class Record:
-    """A visitor that keeps views and counts merges."""
+    """A visitor that follows views and counts merges."""
 
     merges = 0
 
@@ -61,7 +61,7 @@ class Record:
 
 
 def update(adapter, shape):
-    """scale * a @ b in the leaf's layout, by numpy alone."""
+    """scale * a @ b in the leaf's layout, in numpy alone."""
     letters = "abcdefgh"[: len(shape)]
     in_, out, batch = ("".join(letters[d] for d in group) for group in adapter.axes)
     sums = f"{batch}{in_}r,{batch}r{out}->{letters}"
@@ -87,7 +87,7 @@ def test_views_carry_their_factors(dims, instructions, joins):
         jaxpr = jax.make_jaxpr(lambda w: edited(jnp, w))(leaf)
         record = Record()
 
-        @jax.jit  # one program, not one for every edit
+        @jax.jit  # one program instead of one per edit
         def walked(leaf, adapter):
             kernel = interpret.watch("w", leaf)
             kernel = kernel.adapted(adapter.factors(leaf), adapter.axes)
@@ -106,7 +106,7 @@ EXPERTS = 7  # above this `order`, a stack may be summed or written
 
 
 def with_a_rule(dot):
-    """The same product, its derivative a rule of the program's own."""
+    """The same product with a custom derivative rule."""
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
     def product(x, w, numbers):
@@ -122,8 +122,8 @@ def with_a_rule(dot):
 def contract(x, w, dims, tied, left, order, dot=jax.lax.dot_general):
     """One dot of an activation [T, WIDTH] with a view; returns [T, WIDTH].
 
-    Where `order` is high, an axis of stacked kernels may be summed or written, as in
-    mixtures of experts; where it is odd, the dot has a backward pass of its own.
+    If `order` is high, an axis of stacked kernels may be summed or written, as in
+    mixtures of experts; if it is odd, the dot has its own backward pass.
     """
     read = "out" if tied else "in"
     draw = np.random.RandomState(order)
@@ -188,12 +188,12 @@ def barred(use, w, x):
 
 
 def layered(use, w, x):
-    """A scan over the first axis, if that is a stack of kernels: see `program`."""
+    """Scans over the first axis if that is a stack of kernels: see `program`."""
     return jax.lax.scan(lambda x, w: (use(w, x), None), x, w)[0]
 
 
 def handed_back(use, w, x):
-    """As `nnx.scan(nnx.remat(...))`: the layer returns its kernel, which is used on."""
+    """Like `nnx.scan(nnx.remat(...))`: the layer returns its kernel for later use."""
     layer = jax.checkpoint(lambda x, w: (use(w, x), w))
     return layered(use, *reversed(jax.lax.scan(layer, x, w)))
 
@@ -240,14 +240,14 @@ def program(leaves, instructions, curved=None, dot=jax.lax.dot_general):
             if curved is not None and n == 0:
                 w = curved(w)
             x = x + wrapper(use, w, x)
-        wide = jnp.promote_types(x.dtype, jnp.float32)  # a half would round the sum
+        wide = jnp.promote_types(x.dtype, jnp.float32)  # half would round the sum
         return jnp.sum(jnp.sin(x), dtype=wide)
 
     return fn
 
 
 def compared(leaves, instructions, curved=None, on_merge="error", kinds=PLAIN):
-    """Runs a program both ways; returns what discover said of its kernels."""
+    """Runs a program both ways; returns what discover said about its kernels."""
     with jax.enable_x64(True):
         fn = program(leaves, instructions, curved)
         shapes = [tuple(size for _, size in dims) for dims in leaves]
@@ -270,9 +270,9 @@ def compared(leaves, instructions, curved=None, on_merge="error", kinds=PLAIN):
 
 
 def parts_an_axis(instructions):
-    """An axis of experts may be split, and one part be summed, the other written.
+    """Whether an axis of experts may be split, one part summed and the other written.
 
-    Its factors would be read in part and written in part: such a kernel is merged.
+    Its factors would be partly read and partly written: such a kernel is merged.
     """
     split = EDITS.index(view_split)
     return any(
@@ -282,7 +282,7 @@ def parts_an_axis(instructions):
 
 
 def check_linear(leaves, instructions, kinds):
-    """Thin products follow everywhere; gains and maps merge where they cannot."""
+    """Thin products follow everywhere; gains and maps are merged where they cannot."""
     if parts_an_axis(instructions) or kinds[: len(leaves)] != PLAIN[: len(leaves)]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", lorax.MergeWarning)
@@ -308,10 +308,10 @@ def check_curved(leaves, instructions, curved):
 
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype")  # 64 bits, of an edit
 def check_half(leaves, instructions):
-    """In float16 adapt is as near to float64 as merging is, over draws of the numbers.
+    """In float16 adapt is as close to float64 as merging is, over draws of the numbers.
 
-    One draw says little: a sum of few terms that cancel rounds well or badly by luck.
-    The mean square over draws may be half as far again, and one unit of the last place.
+    One draw says little: a sum of few cancelling terms rounds well or badly by luck.
+    The root mean square over draws may be half as large again, plus one ulp.
     """
     fn = program(leaves, instructions)
     shapes = [tuple(size for _, size in dims) for dims in leaves]

@@ -1,4 +1,4 @@
-"""The README and the page on other models keep their promises: their examples run."""
+"""The examples of the README and of the page on other models run."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""Names and classes: what registers, what a target takes, what is refused and how."""
+"""Names and classes: registration, what a target accepts, what is refused and how."""
 
 import flax.struct
 import jax

@@ -1,4 +1,4 @@
-"""The learning-rate laws against literals by hand and against Monte-Carlo."""
+"""The learning-rate laws against literals by hand and against Monte Carlo."""
 
 import math
 
@@ -20,7 +20,7 @@ RULES = [
 
 
 def quadratic(n=24, seed=0):
-    """Gradient, per-example deviations of one signal-to-noise ratio, a Hessian."""
+    """A gradient, per-example deviations with one signal-to-noise ratio, a Hessian."""
     rng = np.random.default_rng(seed)
     sigma = np.exp(0.5 * rng.standard_normal(n))
     g = 0.1 * sigma * rng.choice([-1, 1], n)
@@ -184,7 +184,7 @@ def test_the_first_step_lowers_the_loss_alike_at_any_rank(kind, optimizer):
         step = lr * (np.sign(slope) if optimizer == "adam" else slope)
         return np.mean(np.sum(gradient * (s * a @ step), (1, 2)))
 
-    # 4000 rows of a^T G in each mean, of which 16 entries are nearly independent
+    # 4000 rows of a^T G in each mean; their 16 entries are nearly independent
     for rank in (8, 32):
         assert decrease(rank) == pytest.approx(decrease(4), rel=0.05)
 

@@ -10,7 +10,7 @@ import pytest
 
 from lorax import scaling
 
-RATIOS = {  # signal over the noise of one example, for 24 parameters
+RATIOS = {  # signal over single-example noise, for 24 parameters
     "alike": np.full(24, 0.1),
     "spread": np.exp(1.5 * np.random.default_rng(3).standard_normal(24) - 2),
     "two kinds": np.repeat([3.0, 0.003], 12),
@@ -25,7 +25,7 @@ def softsign(x, eps):
 
 
 def problem(kind):
-    """A gradient, deviations of one example, a Hessian with a common direction."""
+    """A gradient, single-example deviations, a Hessian with a common direction."""
     rng = np.random.default_rng(0)
     sigma = np.exp(0.5 * rng.standard_normal(24))
     g = RATIOS[kind] * sigma * rng.choice([-1, 1], 24)
@@ -34,14 +34,14 @@ def problem(kind):
 
 
 def steps(g, sigma, batch, eps, draws=20_000):
-    """Steps `[draws, n]` of pairs of batches with opposite noise."""
+    """Steps `[draws, n]` for pairs of batches with opposite noise."""
     noise = np.random.default_rng(1).standard_normal((draws // 2, g.size))
     noise = np.concatenate([noise, -noise])
     return softsign(g + sigma / np.sqrt(batch) * noise, eps)
 
 
 def closed_form(g, sigma, hessian, batch, eps):
-    """The rate with the closed forms that the module names."""
+    """The rate by the closed forms that the module gives."""
     t2 = sigma**2 / batch
     mean = g / np.sqrt(g**2 + eps**2 + math.pi * t2 / 2)
     square = (g**2 + t2) / (g**2 + t2 + eps**2)
@@ -51,7 +51,7 @@ def closed_form(g, sigma, hessian, batch, eps):
 
 @pytest.mark.parametrize("kind", RATIOS)
 def test_the_rate_and_the_shrinkage_against_monte_carlo(kind):
-    """25 pairs of epsilon and batch each; the closed form is what the text says."""
+    """25 pairs of epsilon and batch each, against the documented closed form."""
     g, sigma, hessian = problem(kind)
     for eps, batch in itertools.product(EPSILONS, BATCHES):
         u = steps(g, sigma, batch, eps)
@@ -64,7 +64,7 @@ def test_the_rate_and_the_shrinkage_against_monte_carlo(kind):
         beta = scaling.adam_epsilon_shrinkage(g, sigma, batch, eps)
         spread = u.std(0) / math.sqrt(len(u))  # of the mean; opposite noise helps
         away = np.abs(beta * softsign(g, eps) - u.mean(0))
-        rare = 20 / len(u)  # a sign that no draw turned over has no spread
+        rare = 20 / len(u)  # a sign that no draw flipped has no spread
         assert (away < 5 * spread + rare).all(), (eps, batch)
 
 
@@ -96,7 +96,7 @@ def test_the_mean_of_a_step(g, t, eps, mean):
     ],
 )
 def test_the_rate_of_one_parameter(g, t, eps, mean, square):
-    """mu g / (H m), which the moments by hand make a literal; H = 1/2."""
+    """mu g / (H m), a literal from moments computed by hand; H = 1/2."""
     arrays = jnp.float32([g]), jnp.float32([2 * t])
     want = mean * g / (0.5 * square)
     for hessian in (jnp.float32([[0.5]]), jnp.float32([0.5])):
@@ -105,7 +105,7 @@ def test_the_rate_of_one_parameter(g, t, eps, mean, square):
 
 
 def test_each_parameter_has_its_own_signal_to_noise():
-    """A dead parameter says nothing of the others: an average put 171 x between."""
+    """A dead parameter says nothing about the others: averaging would be 171 x off."""
     g, sigma = np.array([1.0, 1e-6]), np.ones(2)
     beta = scaling.adam_epsilon_shrinkage(g, sigma, 16, 1e-8)
     assert float(beta[0]) == pytest.approx(math.erf(4 / math.sqrt(2)), rel=1e-6)

@@ -53,7 +53,7 @@ def test_meshes_that_are_none(given, said):
 
 
 def test_explicit_axes_are_placed_by_the_same_rules():
-    """A step under them leaves adapters and state where `state_shardings` puts them."""
+    """A step under them keeps adapters and state where `state_shardings` puts them."""
     types = (AxisType.Explicit,) * 3
     explicit = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=types)
     params = {"w": jnp.linspace(-1.0, 1.0, 48).reshape(8, 6)}
@@ -169,7 +169,7 @@ def test_every_family_has_a_mesh_axis_for_all_its_logical_axes():
 def test_activations_are_cut_along_their_batch_under_a_mesh(mesh):
     cut = jax.jit(layers.along_batch)
     x = jnp.ones((8, 6))
-    assert cut(x).sharding.is_fully_replicated  # no mesh is set: nothing
+    assert cut(x).sharding.is_fully_replicated  # no mesh is set: does nothing
     placed = jax.device_put(x, NamedSharding(mesh, P(None, "fsdp")))
     with jax.set_mesh(mesh):
         assert cut(placed).sharding.spec == P(("data", "fsdp"))

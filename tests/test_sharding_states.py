@@ -1,4 +1,4 @@
-"""Where adapters and the optimiser's state lie, against specs written by hand."""
+"""Shardings of adapters and optimiser state, against specs written by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def test_factors_lie_as_their_kernel(name, want):
     ("name", "want"),
     [
         # a [3, 8, 2]: 8 rows over fsdp, then data and tensor; b [3, 2, 4, 6]: 4 heads
-        # over tensor, then 6 over data; fsdp goes where the most is left
+        # over tensor, then 6 over data; of what is left, fsdp divides only the heads
         (
             "lora",
             [
@@ -110,7 +110,7 @@ def test_how_a_state_is_cut(mesh, monkeypatch):
     assert cuts["auto"] == cuts["kernels"] != cuts["all"]  # it is small
     assert cuts["all"].opt_state[0].mu == cuts["all"].adapters
     assert cuts["whole"].adapters["w"].a.spec == P()
-    # of 48 and 144 elements, and two moments of each, in float32
+    # 48 and 144 elements, each with two moments, in float32
     held = lambda where: states._held(state, where)
     assert held(cuts["whole"]) == 3 * 4 * (48 + 144) + 4
     assert held(cuts["kernels"]) == 3 * 4 * (48 // 2 + 144 // 2) + 4

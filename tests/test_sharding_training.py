@@ -1,7 +1,7 @@
-"""Eight devices train as one does, and exchange no more than the base model must.
+"""Eight devices train like one, and exchange no more than the base model requires.
 
-In float64, in a child process, what differs is rounding alone; in float32, here, it is
-what users see.
+In float64, in a child process, only rounding differs; in float32, here, it is what
+users see.
 """
 
 import json
@@ -80,7 +80,7 @@ def test_every_mesh_trains_as_one_device_in_float32(method, mesh):
 
 
 def gathered(mesh, method):
-    """Shapes that devices gather, and how often, with adapters and without."""
+    """The shapes that devices gather, and how often, with adapters and without."""
     _, loss_fn, params, adapters, _ = cases.problem(method, jnp.float32)
     placed = cases.place(cases.model_of(jnp.float32), params, mesh)
     abstract = placed.abstract(params)
@@ -135,5 +135,5 @@ def test_no_frozen_kernel_is_gathered_for_the_adapters(mesh, method):
     assert base or mesh == "tensor"
     more = {s: n - base.get(s, 0) for s, n in adapted.items() if n > base.get(s, 0)}
     print(json.dumps({"mesh": mesh, "method": method, "base": base, "more": more}))
-    # a half of the smallest kernel, v's [32, 8, 4], has 512; a factor at most 4 x 64
+    # half of the smallest kernel, v's [32, 8, 4], is 512; a factor at most 4 x 64
     assert all(size(shape) <= 256 for shape in more), more

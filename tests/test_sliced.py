@@ -81,14 +81,14 @@ def test_as_one_lora_of_the_summed_rank():
     ids=["lora_plus", "lora_pro", "muon", "rowcol", "spectral"],
 )
 def test_optimisers_see_each_slice_as_a_kernel_of_its_own(tx):
-    """Two slices move as two Lora on two kernels would."""
+    """Two slices move like two Loras on two kernels."""
     adapters, params, _ = made()
     adapter = adapters["w"]
     grads = {"w": programs.perturbed(adapters, 0.5)["w"]}
     flat = lorax.Axes((1,), (2,), (0,))
 
     def apart(sliced):
-        """One Lora for each slice."""
+        """One Lora per slice."""
         return {
             f"w{j}": lorax.adapters.Lora(sliced.a[:, j], sliced.b[:, j], 1.5, flat)
             for j in range(2)

@@ -1,4 +1,4 @@
-"""JAX's strict settings: what lorax computes passes under each, on a bfloat16 base.
+"""JAX's strict settings: lorax's computations pass under each, on a bfloat16 base.
 
 Under "strict" promotion and "raise" of ranks every line is traced: adapters, inits,
 optimisers and the train step. (optax's own Adam raises an int32 count to a float power,
@@ -22,7 +22,7 @@ from tests.optim.rows import ROWS
 
 @contextlib.contextmanager
 def strict():
-    """Neither dtypes nor ranks are promoted: either raises while tracing."""
+    """Promotes neither dtypes nor ranks: both raise while tracing."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
 
@@ -85,7 +85,7 @@ def train(mode, target, tx, whole=True, **options):
         step = training.make_train_step(
             training.simple_loss(loss_fn), tx, clip_norm=1.0, **options
         )
-        if mode == "strict":  # which raises while tracing
+        if mode == "strict":  # raises while tracing
             after, metrics = jax.eval_shape(step, state, params, batch)
             merged = jax.eval_shape(lorax.merge, after.adapters, params)
         else:
@@ -139,7 +139,7 @@ def spectral(target):
 
 
 def optimiser(row):
-    """The row's optimiser, of which nothing but lorax is strict."""
+    """The row's optimiser, with only lorax's parts under strict settings."""
     kwargs = dict(row.kwargs)
     if row.name.startswith("spectral"):
         return spectral(kwargs["target"])

@@ -1,4 +1,4 @@
-"""Selection: which leaves get which adapter, and every way to be told no."""
+"""Selection: which leaves get which adapter, and every refusal."""
 
 import functools
 import re
@@ -154,7 +154,7 @@ def test_a_bad_field_is_refused_at_construction(fields, message):
 
 LEAVES = [
     ("block/q/kernal", "'block/q/kernal' matches no leaf; nearest.*'block/q/kernel'"),
-    ("kernel", "matches no leaf"),  # the match is of the whole path
+    ("kernel", "matches no leaf"),  # patterns match the whole path
     (Target("head/.*", exclude=".*"), "matches no leaf outside its exclude"),
     ("steps", "steps: matched by 'steps', but its dtype is int32"),
     ("block/q/bias", "no linear operation uses it .*adapter='full'.*nearest paths"),

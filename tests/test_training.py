@@ -25,7 +25,7 @@ def regression(params, batch):
 
 
 def small(rows=8, dtype=jnp.float32, seed=0):
-    """A rank-2 adapter away from its start, its kernel, and a batch."""
+    """A perturbed rank-2 adapter, its kernel, and a batch."""
     draw = np.random.default_rng(seed).normal
     array = lambda *shape: jnp.asarray(draw(size=shape), dtype)
     adapters = {"w": Lora(array(4, 2), array(2, 3), 0.5, DENSE)}
@@ -48,7 +48,7 @@ def product(params, batch):
 
 
 def leaves_equal(left, right):
-    """True where two trees hold the same bits (keys compared as their data)."""
+    """Whether two trees hold the same bits (keys are compared by their data)."""
     raw = lambda x: (
         jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     )
@@ -91,7 +91,7 @@ def test_clipping_by_hand():
         )
         np.testing.assert_allclose(state.adapters["w"].value, want, rtol=1e-6)
         assert metrics["grad_norm"] == 5.0
-    zero = jnp.zeros(2)  # no gradient is no 0 / 0
+    zero = jnp.zeros(2)  # zero gradients do not give 0 / 0
     _, state, _ = one_step(product, tx, adapters, params, zero, clip_norm=1.0)
     np.testing.assert_array_equal(state.adapters["w"].value, [0.0, 0.0])
     assert state.skipped == 0
@@ -101,7 +101,7 @@ def test_clipping_by_hand():
 
 
 def fragile(params, model_state, batch, key):
-    """NaN loss, or finite loss with NaN gradient, as the batch asks."""
+    """A NaN loss, or a finite loss with a NaN gradient, as the batch says."""
     del key
     loss = params["w"] * batch["loss"] + jnp.sqrt(params["w"] * batch["root"])
     return loss, ({"value": batch["loss"]}, {"count": model_state["count"] + 1})
@@ -157,8 +157,8 @@ def once_inf(count):
     return jnp.where(count == 2, jnp.inf, 0.1)
 
 
-# Loss and gradient are finite, and what the optimiser makes of them is not: how many of
-# four steps it takes before that.
+# Loss and gradient are finite but the optimiser's result is not: how many of four steps
+# it takes before that.
 SPOILT = {
     "rate": (optax.adam(jnp.nan), jnp.float32, 0),
     "schedule": (optax.adam(once_inf), jnp.float32, 2),
@@ -198,7 +198,7 @@ def test_an_update_that_is_not_finite_changes_nothing(name, accumulate):
 
 def test_what_was_infinite_from_the_start_stops_nothing():
     adapters, params, batch = small()
-    best = optax.contrib.reduce_on_plateau()  # of whose best value the first is inf
+    best = optax.contrib.reduce_on_plateau()  # whose best value starts at inf
     tx = optax.chain(optax.sgd(0.01), best)
 
     def update(updates, state, params=None, **extra):
@@ -212,7 +212,7 @@ def test_what_was_infinite_from_the_start_stops_nothing():
 
 
 def test_the_guard_costs_a_reduction_over_the_state(monkeypatch):
-    """By XLA's own counts: the same products, and a few operations a number."""
+    """By XLA's own counts: the same products, and a few operations per number."""
     params = {f"layer_{i}": jnp.ones((64, 64)) for i in range(3)}
     tx, batch = optax.adamw(0.1), jnp.ones((32, 64))
 
@@ -237,7 +237,7 @@ def test_the_guard_costs_a_reduction_over_the_state(monkeypatch):
     count = lambda step, op: step.as_text().count(f" {op}(")
     for op in ("dot", "custom-call", "while", "all-reduce", "convolution"):
         assert count(guarded, op) == count(plain, op), op
-    # One reduction for a factor and both its moments, in each of two stages.
+    # One reduction per factor and both its moments, in each of two stages.
     assert count(guarded, "reduce") <= count(plain, "reduce") + 2 * 6
     flops = lambda step: step.cost_analysis()["flops"]
     assert 0 < flops(guarded) - flops(plain) <= 20 * size  # Adam itself takes 14

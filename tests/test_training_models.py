@@ -30,7 +30,7 @@ def regression(params, batch):
 
 
 def small():
-    """A rank-2 adapter away from its start, its kernel, and a batch."""
+    """A perturbed rank-2 adapter, its kernel, and a batch."""
     draw = np.random.default_rng(0).normal
     array = lambda *shape: jnp.asarray(draw(size=shape), jnp.float32)
     lora = Lora(array(4, 2), array(2, 3), 0.5, Axes((0,), (1,)))
@@ -38,7 +38,7 @@ def small():
 
 
 def leaves_equal(left, right):
-    """True where two trees of arrays hold the same numbers."""
+    """Whether two trees of arrays hold the same numbers."""
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, left, right)))
 
 
@@ -103,7 +103,7 @@ class ConvNet(nn.Module):
 
 
 def classify(params, model_state, batch, key):
-    """Cross-entropy of ConvNet; evaluates with running statistics without a key."""
+    """Cross-entropy of ConvNet; without a key, uses running statistics."""
     variables = {**params, **model_state}
     logits, new_state = ConvNet().apply(
         variables, batch["image"], train=key is not None, mutable=["batch_stats"]

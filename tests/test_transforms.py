@@ -153,7 +153,7 @@ def sharded_program(check_vma):
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(check_vma, adapter):
-    """DoRA's norm is of the whole column though a shard holds some of its inputs."""
+    """DoRA's norm is of the whole column although a shard holds only some inputs."""
     fn, params, args, _ = sharded_program(check_vma)
     kernels = lorax.discover(fn, params, *args)
     assert {path: k.op for path, k in kernels.items()} == dict.fromkeys(params, "dot")
@@ -316,7 +316,7 @@ def test_a_convolution_of_grouped_batches_merges():
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (see conftest)")
 @pytest.mark.parametrize("name", ["attention", "kernel_on_the_left", "dense_general"])
 def test_on_a_mesh_activations_keep_their_axes(name):
-    """Under a mesh no reshape merges axes; the values are those of one device."""
+    """Under a mesh no reshape merges axes; values are the same as on one device."""
     program, _, adapters, params = setup(name)
     mesh = jax.make_mesh(
         (2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
@@ -337,7 +337,7 @@ def test_on_a_mesh_activations_keep_their_axes(name):
 
 
 def test_kernels_handed_back_by_loops_and_shards_are_not_merged():
-    """By a while loop, an outer scan, a shard; used after it, with dropout on."""
+    """Returned by a while loop, an outer scan, a shard; then used, with dropout on."""
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
 
     def fn(params, x):

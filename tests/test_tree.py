@@ -21,7 +21,7 @@ class Layer:
 
 
 class Boxed(nn.Module):
-    """A layer whose kernel is born in a sharding box."""
+    """A layer whose kernel is created in a sharding box."""
 
     @nn.compact
     def __call__(self, x):
@@ -76,7 +76,7 @@ def test_paths(name):
 
 @pytest.mark.parametrize("name", [name for name in TREES if name != "empty"])
 def test_the_verbs_keep_the_kind_of_every_tree(name):
-    """Boxes, states, dataclasses and frozen dicts come back as they went in."""
+    """Boxes, states, dataclasses and frozen dicts keep their types."""
     params, paths = TREES[name]
     kernel = next(p for p in sorted(paths) if tree.flatten(params)[p].ndim == 2)
     fn = lambda params, x: x @ tree.flatten(params)[kernel]

@@ -1,11 +1,11 @@
-"""What TRL's own trainers make of given log-probabilities: writes trl_losses.json.
+"""What TRL's own trainers compute from log-probabilities: writes trl_losses.json.
 
     pip install trl==1.16.0
     python -m tests.trl_losses
 
-TRL brings pyarrow and pandas, 300 MB that no test needs again: the values are recorded.
-Each loss is that of the trainer's method, called with what it reads of a trainer and of
-a model; float64 throughout.
+TRL depends on pyarrow and pandas, 300 MB that no test needs again, so the values are
+recorded. Each loss comes from the trainer's method, called with what it reads from a
+trainer and a model; float64 throughout.
 """
 
 import json
@@ -37,7 +37,7 @@ def draws():
 
 
 def output(log_probs):
-    """What a model of TRL's returns, with zeros where only metrics read them."""
+    """What TRL's models return, with zeros where only metrics read them."""
     import torch
 
     zeros = torch.zeros(log_probs.shape, dtype=log_probs.dtype)
@@ -55,7 +55,7 @@ class Metrics(dict):
 
 
 def trainer(**fields):
-    """What the methods read of a trainer."""
+    """What the methods read from a trainer."""
     import torch
 
     both = lambda x: x
@@ -106,8 +106,8 @@ def dpo(values, loss_type, **options):
 def kto(values, nearer=False, **options):
     """Loss and baseline of `KTOTrainer`, on the first half of the completions.
 
-    `nearer`: the policy likes completions of other prompts less than the reference
-    does, and the baseline is cut off at 0.
+    With `nearer`, the policy likes completions of other prompts less than the reference
+    does, and the baseline is clipped at 0.
     """
     import torch
     from trl.trainer.kto_trainer import KTOTrainer
@@ -146,7 +146,7 @@ def means(values):
 def orpo(values, **options):
     """Losses of `ORPOTrainer` without its cross-entropy, and rewards.
 
-    It computes in float32: the values are as near as that.
+    It computes in float32, so the values are only that accurate.
     """
     from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 
@@ -173,7 +173,7 @@ def cpo(first, second, **options):
 
 
 def gkd(values, **options):
-    """The divergence of `GKDTrainer`, a mean over the tokens of the mask."""
+    """The divergence of `GKDTrainer`, averaged over the masked tokens."""
     import torch
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 

@@ -1,8 +1,8 @@
-"""Our docstrings as griffe reads them: an extension for `mkdocs.yml`.
+"""Adapts our docstrings to griffe: an extension for `mkdocs.yml`.
 
-We write `Example:`, because there is one. griffe knows `Examples:`, and would read a
-doctest under the other title as prose, in which `[x][0]` is a link. Papers are linked,
-and a method has the equation of its page behind its first paragraph.
+We write `Example:`, because there is one. griffe only knows `Examples:`, and would
+read a doctest under any other title as prose, in which `[x][0]` is a link. Papers are
+linked, and a method gets the equation of its page after its first paragraph.
 """
 
 import ast
@@ -20,7 +20,7 @@ PAGES = pathlib.Path(__file__).with_name("method_pages.py")
 
 
 class Docstrings(griffe.Extension):
-    """Makes `Example:` the title that griffe knows, and each arXiv number a link."""
+    """Turns `Example:` into griffe's title, and arXiv numbers into links."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Rewrites the docstring of one object before it is parsed."""

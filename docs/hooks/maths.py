@@ -1,6 +1,6 @@
 """Equations as MathML, made when the site is built: a hook of mkdocs.
 
-Browsers draw MathML themselves, so no page needs a script or a font from elsewhere.
+Browsers draw MathML themselves, so no page needs an external script or font.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A page for each method: a hook of mkdocs.
 
-What is written by hand stands in `docs/methods/*.yml`: how the method is called, its
+The hand-written part is in `docs/methods/*.yml`: how the method is called, its
 equation, when to use it. The derivation, the options and the paper come from the
-docstrings, and what was measured from `docs/methods.md`, so that nothing is told twice.
+docstrings, and the measurements from `docs/methods.md`, so nothing is written twice.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEAD = re.compile(r"^- \*\*(.+?)\*\*.*(?:\n(?!- |#|\|).+)*", re.MULTILINE)
 
 
 def methods() -> dict[str, dict[str, Any]]:
-    """{"optim/muon": what is written of it}, in the order of the files."""
+    """{"optim/muon": what is written about it}, in the order of the files."""
     return {
         f"{path.stem}/{key}": {"found": [told["name"]]} | told
         for path in sorted((DOCS / "methods").glob("*.yml"))
@@ -43,7 +43,7 @@ def source(name: str, told: dict[str, Any]) -> pathlib.Path:
 
 
 def sections(docstring: str) -> dict[str, str]:
-    """A Google docstring by its titles; what comes before them has the title ""."""
+    """{title: text} of a Google docstring; text before the first has the title ""."""
     found, title = {}, ""
     for i, part in enumerate(TITLE.split(inspect.cleandoc(docstring))):
         if i % 2:
@@ -61,7 +61,7 @@ def arguments(text: str) -> dict[str, str]:
 
 
 def defaults(function: ast.FunctionDef) -> dict[str, str]:
-    """{argument: its default as code}, "" for one that has none."""
+    """{argument: its default as code}, "" for one without a default."""
     spec = function.args
     rest = len(spec.args) - len(spec.defaults)
     values = [*[None] * rest, *spec.defaults, *spec.kw_defaults]
@@ -77,7 +77,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def parameters(body: list[ast.stmt], function: str) -> str:
-    """The arguments of a function with their defaults, "" where it is not there."""
+    """A table of a function's arguments and defaults, "" if it does not exist."""
     for node in body:
         if isinstance(node, ast.FunctionDef) and node.name == function:
             told = arguments(sections(ast.get_docstring(node) or "").get("Args", ""))
@@ -121,12 +121,12 @@ def symbol(name: str, body: list[ast.stmt], told: dict[str, Any]) -> str:
 
 @functools.cache
 def compared() -> str:
-    """The text of the page that says which method when."""
+    """The text of `docs/methods.md`."""
     return (DOCS / "methods.md").read_text(encoding="utf-8")
 
 
 def named(name: str, text: str) -> bool:
-    """Whether a text names a method, and not another of which its name is a part."""
+    """Whether a text names this method, not one whose name merely contains it."""
     return bool(re.search(rf"(?<![\w+-]){re.escape(name)}(?![\w+-])", text))
 
 
@@ -137,7 +137,7 @@ def tables() -> Iterator[list[str]]:
 
 
 def measured(names: list[str]) -> Iterator[str]:
-    """The rows and paragraphs of `docs/methods.md` on what a method was seen to do."""
+    """The rows and paragraphs of `docs/methods.md` on what was measured of a method."""
     for head, rule, *rows in tables():
         own = [row for row in rows if any(named(n, row.split("|")[1]) for n in names)]
         if own:
@@ -153,7 +153,7 @@ def paragraphs(names: list[str], text: str) -> Iterator[str]:
 
 
 def declared(key: str) -> str:
-    """What `docs/methods.md` says of a parametrisation's parameters and defaults."""
+    """What `docs/methods.md` says about a parametrisation's parameters and defaults."""
     for head, rule, *rows in tables():
         for row in rows:
             if row.startswith(f'| `"{key}"`'):
@@ -162,7 +162,7 @@ def declared(key: str) -> str:
 
 
 def settings(name: str, told: dict[str, Any], body: list[ast.stmt]) -> str:
-    """The section on options of one method, "" for one that has none."""
+    """The section on a method's options, "" if it has none."""
     folder, _, key = name.partition("/")
     if folder == "optim" or "function" in told:
         found = parameters(body, told.get("function", key))

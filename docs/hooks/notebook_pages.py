@@ -1,6 +1,6 @@
-"""Notebooks as pages of the site, with the outputs that they were committed with.
+"""Notebooks as pages of the site, with their committed outputs.
 
-A hook of mkdocs. Nothing is run: a test runs the notebooks.
+A hook of mkdocs. Nothing is run here: a test runs the notebooks.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ IMAGES = ("image/svg+xml", "image/png")
 
 
 def joined(text: str | list[str]) -> str:
-    """The text of a field, which a notebook may keep line by line."""
+    """The text of a field, which a notebook may store line by line."""
     return text if isinstance(text, str) else "".join(text)
 
 
 def fenced(text: str, language: str) -> str:
-    """A block of code, with more backticks than the text has."""
+    """A fenced block, with more backticks than the text contains."""
     fence = "````" if "```" in text else "```"
     return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"
 
 
 def output(cell_output: dict[str, Any]) -> str:
-    """Markdown of one output: an image where there is one, else its text."""
+    """Markdown of one output: its image if there is one, else its text."""
     data = cell_output.get("data", {})
     for kind in IMAGES:
         if kind in data:

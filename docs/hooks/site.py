@@ -1,10 +1,10 @@
-"""Pages of the site that nobody writes: hooks of mkdocs.
+"""Generated pages of the site: hooks of mkdocs.
 
 The API has a page for each public package and module of `lorax`, made from what is in
-the folder, so a new one is documented by being there. CONTRIBUTING and CHANGELOG stand
-at the root of the repository, where people look for them, and are copied in. Links keep
-their meaning: a link to a page leads to that page, and one to a file without a page is
-left as text.
+the folder, so a new one is documented automatically. CONTRIBUTING and CHANGELOG live at
+the root of the repository, where people look for them, and are copied in. Links keep
+their meaning: a link to a page leads to that page, and a link to a file without a page
+becomes plain text.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def parsed(module: pathlib.Path) -> ast.Module:
 
 
 def dotted(module: pathlib.Path) -> str:
-    """`lorax.inits.pissa` of its file."""
+    """The dotted name of a file, such as `lorax.inits.pissa`."""
     return ".".join(module.relative_to(ROOT).with_suffix("").parts)
 
 
 def modules(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The public packages and modules in a package, by name."""
+    """The public packages and modules of a package, sorted by name."""
     return [
         path
         for path in sorted(folder.iterdir())
@@ -53,7 +53,7 @@ def modules(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def described(module: pathlib.Path) -> dict[str, str]:
-    """{name: its first lines} of functions, classes and documented values, in order."""
+    """{name: summary} of functions, classes and documented values, in order."""
     told, body = {}, parsed(module).body
     for node, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -70,12 +70,12 @@ def defined(module: pathlib.Path) -> list[str]:
 
 
 def is_text(node: ast.stmt | None) -> bool:
-    """Whether a statement is the docstring of what stands before it."""
+    """Whether a statement is the docstring of the one before it."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def imported(path: pathlib.Path) -> dict[str, list[str]]:
-    """{module of ours: the names, modules left out, that a file takes from it}."""
+    """{lorax module: the names, other than modules, that a file imports}."""
     taken: dict[str, list[str]] = {}
     for node in parsed(path).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lorax"):
@@ -104,14 +104,14 @@ def handed_on(package: pathlib.Path) -> dict[str, list[str]]:
 
 
 def title(module: pathlib.Path) -> str:
-    """What comes before the colon, or the stop, of the module's first line."""
+    """The first line of a module's docstring, up to a colon or full stop."""
     line = (ast.get_docstring(parsed(module)) or module.stem).splitlines()[0]
     return re.split(r"[:.](?:\s|$)", line)[0]
 
 
 @functools.cache
 def known(module: pathlib.Path) -> dict[str, str]:
-    """{name: its first lines} of what a module defines or takes from others of ours."""
+    """{name: summary} of what a module defines or imports from `lorax`."""
     told = {}
     for source, names in imported(module).items():
         there = known(file_of(source))
@@ -120,7 +120,7 @@ def known(module: pathlib.Path) -> dict[str, str]:
 
 
 def summary(prefix: str, names: list[str], told: dict[str, str]) -> str:
-    """A table of names, each a link to its documentation below, and what they are."""
+    """A table of names, linked to their documentation below, with their summaries."""
     if not names:
         return ""
     rows = [
@@ -131,7 +131,7 @@ def summary(prefix: str, names: list[str], told: dict[str, str]) -> str:
 
 
 def prose(name: str) -> str:
-    """The directive for the docstring of a module alone."""
+    """The directive for a module's docstring alone."""
     return (
         f"::: {name}\n    options:\n"
         "      {members: false, show_root_heading: false, show_root_toc_entry: false,"
@@ -149,10 +149,10 @@ def members(prefix: str, names: list[str]) -> list[str]:
 
 
 def section(module: pathlib.Path, prefix: str, names: list[str]) -> list[str]:
-    """A module of a page: its title, its docstring, and names as found below prefix.
+    """A module's part of a page: its title, its docstring, and its names under prefix.
 
-    A module that is public by its own name has a table of its names; those of others
-    are in the table at the top of the page.
+    A module that is public under its own name gets a table of its names; the names of
+    other modules are in the table at the top of the page.
     """
     public = prefix == dotted(module)
     heading = f"`{prefix}`" if public else title(module)
@@ -176,8 +176,8 @@ def api_page(path: pathlib.Path) -> str:
     parts += members(name, own)
     for module, names in taken.items():
         parts += section(file_of(module), name, names)
-    # Where a package hands on the names of its modules, those are what is public.
-    # Where it does not, the modules are.
+    # If a package re-exports names of its modules, those names are what is public;
+    # otherwise the modules are.
     if path.is_dir() and path != ROOT / "lorax" and not taken:
         for module in modules(path):
             parts += section(module, dotted(module), defined(module))
@@ -185,9 +185,9 @@ def api_page(path: pathlib.Path) -> str:
 
 
 def api_pages() -> dict[str, str]:
-    """{page: Markdown}: the front door, then the packages and modules behind it.
+    """{page: Markdown}: `lorax` itself, then its packages and modules.
 
-    A module whose names the front door hands on is on its page and has none of its own.
+    A module whose names `lorax` re-exports is on that page and has none of its own.
     """
     front = ROOT / "lorax"
     taken = handed_on(front)
@@ -199,7 +199,7 @@ def api_pages() -> dict[str, str]:
 
 
 def nav_entry(entry: Any, pages: list[str]) -> list[Any]:
-    """What an entry of the nav stands for: `*` is the pages that begin as it does."""
+    """The pages of a nav entry: `x*` stands for all pages that begin with `x`."""
     if isinstance(entry, str):
         found = [page for page in pages if page.startswith(entry[:-1])]
         return found if entry.endswith("*") else [entry]
@@ -211,7 +211,7 @@ def nav_entry(entry: Any, pages: list[str]) -> list[Any]:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds the pages, then fills the nav from all there are."""
+    """Adds the pages, then fills the nav from all pages."""
     from mkdocs.structure.files import File
 
     for page in COPIED:
@@ -226,7 +226,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 @functools.cache
 def symbols() -> frozenset[str]:
-    """The dotted names under which the API documents something but modules."""
+    """The dotted names that the API documents, without modules."""
     pages = "\n".join(api_pages().values())
     return frozenset(re.findall(MEMBER, pages, re.MULTILINE))
 
@@ -246,13 +246,13 @@ def linked(text: str) -> str:
 
 
 def in_site(source: str) -> str:
-    """The page, or the file, of the site that is made from one of the repository."""
+    """The page or file of the site that is made from a file of the repository."""
     page = source.removeprefix("docs/")
     return re.sub(r"^(notebooks/.*)\.ipynb$", r"\1.md", page)
 
 
 def titled(text: str, uri: str) -> str:
-    """A page with a title: a bare table is named for its folder."""
+    """A page with a title: a bare table is named after its folder."""
     if text.startswith("|") or text.startswith("## "):
         folder = posixpath.basename(posixpath.dirname(uri)).replace("_", " ")
         return f"# {folder.capitalize()}: the table\n\n{text}"
@@ -262,8 +262,8 @@ def titled(text: str, uri: str) -> str:
 def on_page_markdown(text: str, page: Any, config: Any, files: Any) -> str:
     """Turns links, relative to the repository, into links within the site.
 
-    A `<picture>` with a figure for dark pages becomes both figures, of which the theme
-    shows the one that suits the colours that the reader chose.
+    A `<picture>` with a figure for dark pages becomes both figures; the theme shows the
+    one that suits the reader's colour scheme.
     """
     del config
     uri = page.file.src_uri

@@ -1,4 +1,4 @@
-"""One kernel met by one product, so that its gradient is known: numpy in float64."""
+"""One kernel used in one product, so its gradient is known: numpy in float64."""
 
 from typing import Any, NamedTuple
 
@@ -12,14 +12,14 @@ from tests import programs
 
 
 class Case(NamedTuple):
-    """What an adapter of one kernel makes, beside what a reference needs.
+    """What an adapter does to one kernel, and what a reference needs.
 
     Attributes:
-      adapter: perturbed.
-      params: as from `lorax.init`.
+      adapter: the adapter, perturbed.
+      params: as returned by `lorax.init`.
       fields: the adapter's arrays and frozen ones, by field, in float64.
       kernel: `[in, out]`, in float64.
-      delta: what merging adds to it.
+      delta: what merging adds to the kernel.
       cotangent: G = dL/dW of the loss.
       gradients: by field, from `jax.grad` of the adapted loss.
     """
@@ -38,7 +38,7 @@ def wide(x):
 
 
 def case(target, shape=(7, 6), size=0.4, on_merge="error"):
-    """The loss is sum(C * (x W)), so G = x^T C whatever the adapter."""
+    """Builds a case: the loss is sum(C * (x W)), so G = x^T C for any adapter."""
     params = {"w": programs.normal(1, *shape)}
     x, c = programs.normal(2, 5, shape[0]), programs.normal(3, 5, shape[1])
     adapters, params = lorax.init(jax.random.key(0), params, target)
@@ -62,7 +62,7 @@ def case(target, shape=(7, 6), size=0.4, on_merge="error"):
 
 
 def assert_close(found, expected, rtol=2e-5):
-    """Relative to the largest entry."""
+    """Compares, relative to the largest entry."""
     expected = np.asarray(expected)
     off = np.abs(found - expected).max()
     assert off <= rtol * np.abs(expected).max(), off
@@ -70,7 +70,7 @@ def assert_close(found, expected, rtol=2e-5):
 
 
 def assert_gradients(case, expected):
-    """Every field's gradient against the reference's."""
+    """Compares every field's gradient with the reference's."""
     assert set(case.gradients) == set(expected)
     for name, gradient in expected.items():
         assert_close(case.gradients[name], gradient)

@@ -1,4 +1,4 @@
-"""DeLoRA: the bounded sum in numpy, its gradients by differences, and its start."""
+"""DeLoRA: the bounded sum in numpy, gradients by finite differences, its init."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ TARGET = lorax.Target("w", rank=2, alpha=3, adapter="delora")
 
 
 def update(fields, kernel):
-    """Term k is lam / r of unit vectors' outer product, in the kernel's row norms."""
+    """Term k: lam / r times an outer product of unit vectors, scaled by row norms."""
     total = np.zeros_like(kernel)
     a, b, lam = fields["a"], fields["b"], fields["lam"]
     for k in range(a.shape[1]):

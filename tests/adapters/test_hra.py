@@ -1,4 +1,4 @@
-"""HRA: reflections by hand, in numpy one after the other, and their start."""
+"""HRA: reflections by hand, one after the other in numpy, and their initialisation."""
 
 import functools
 
@@ -17,7 +17,7 @@ HRA = functools.partial(lorax.Target, "w", adapter="hra")
 
 
 def reflected(u, kernel, gram_schmidt=False):
-    """`H_r ... H_1 W0`, a reflection at a time, in float64."""
+    """`H_r ... H_1 W0`, one reflection at a time, in float64."""
     u, w = np.array(u, np.float64), np.asarray(kernel, np.float64)
     for i in range(u.shape[1]):
         if gram_schmidt:

@@ -27,7 +27,7 @@ def test_gains_by_hand():
 
 @pytest.mark.parametrize("name,size", [("gain", 4), ("input_gain", 6)])
 def test_kernel_and_gradient_are_those_of_the_equations(name, size):
-    """tanh after the kernel and a bias between; a gain of zero learns as well."""
+    """With a bias and tanh after the kernel; a gain of zero learns too."""
     kernel, bias = programs.normal(0, 6, 4), programs.normal(1, 4)
     x, gain = programs.normal(2, 5, 6), programs.normal(3, size).at[1].set(0.0)
     wide = lambda v: np.asarray(v, np.float64)

@@ -1,4 +1,4 @@
-"""LoKr: Kronecker products by hand and by numpy's, never formed by the program."""
+"""LoKr: Kronecker products by hand and by numpy; the program never forms them."""
 
 import functools
 
@@ -63,7 +63,7 @@ def test_a_tied_kernel_has_the_transposed_product():
 
 
 def test_the_product_is_never_formed():
-    """No array of the kernel's size but the kernel in the program's gradient."""
+    """The gradient program has no array of the kernel's size but the kernel itself."""
     params, x = {"w": jnp.ones((64, 96))}, jnp.ones((4, 64))
     adapters, params = lorax.init(KEY, params, LOKR(rank=2))
     fn = lorax.adapt(lambda params, x: jnp.sum(jnp.tanh(x @ params["w"])))
@@ -73,7 +73,7 @@ def test_the_product_is_never_formed():
 
 
 def test_the_start_is_that_of_peft():
-    """w1 zero; w2 uniform within 1 / sqrt(what it reads): n, then the rank."""
+    """w1 is zero; w2 is uniform within 1 / sqrt(fan-in): n, then the rank."""
     params = {"w": jnp.ones((4096, 1024))}
     adapter = lorax.init(KEY, params, LOKR(rank=4))[0]["w"]
     assert adapter.sides == ((64, 32), (64, 32)) and not adapter.w1.any()

@@ -1,4 +1,4 @@
-"""LoRA-XS and LoRA-SB: cores between singular vectors, numpy's; moments of a core."""
+"""LoRA-XS and LoRA-SB: cores between numpy's singular vectors; moments of a core."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def gradient_start(step=None, rank=2):
 
 
 def test_lora_sb_starts_with_the_best_first_step():
-    """By the default 1/128 along the best rank-r part of -G, G = x^T C."""
+    """A step of 1/128, the default, along the best rank-r part of -G, G = x^T C."""
     adapter, base, moved, g = gradient_start()
     u, s, vt = np.linalg.svd(g)
     best = u[:, :2] * s[:2] @ vt[:2] / s[0]

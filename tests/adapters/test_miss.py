@@ -1,4 +1,4 @@
-"""MiSS: shards written out in numpy, of inputs that the rank divides and does not."""
+"""MiSS: shards written out in numpy, whether or not the rank divides the inputs."""
 
 import jax
 import jax.numpy as jnp

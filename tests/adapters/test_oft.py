@@ -1,4 +1,4 @@
-"""OFT: a turn by hand, the Cayley transform in numpy, and what it does to a program."""
+"""OFT: a rotation by hand, the Cayley transform in numpy, and its use in programs."""
 
 import functools
 
@@ -31,7 +31,7 @@ def rotation(skew, size, terms):
 
 
 def turned_kernel(skew, kernel, size, terms, eps=None):
-    """`diag(R_1, ..) W0`; one block in `skew` turns all parts."""
+    """`diag(R_1, ..) W0`; a single block in `skew` rotates all parts."""
     skew = np.asarray(skew, np.float64)
     if eps is not None:
         bound = eps / np.sqrt(len(skew))
@@ -92,7 +92,7 @@ def test_the_inverse_is_orthogonal_and_the_series_nearly():
 
 
 def test_at_zero_nothing_turns_and_everything_learns():
-    """The bound of coft has no root of zero in its gradient."""
+    """The gradient of coft's bound takes no square root at zero."""
     params = {"w": programs.normal(0, 8, 3)}
     target = OFT(options={"block_size": 4, "coft": True, "cayley_terms": None})
     adapters, params = lorax.init(KEY, params, target)

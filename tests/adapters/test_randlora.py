@@ -14,7 +14,7 @@ TARGET = lorax.Target("w", rank=2, alpha=3, adapter="randlora")
 
 
 def bases(fields, n, m):
-    """B_j as PEFT's flattening pairs them with A's rows: by number, base first."""
+    """B_j in the order in which PEFT's flattening pairs them with A's rows."""
     rank, count = fields["lam"].shape
     columns = fields["large"][: max(n, m), :count].reshape(max(n, m), -1)
     return [columns[:, [i * count + j for i in range(rank)]] for j in range(count)]
@@ -22,7 +22,7 @@ def bases(fields, n, m):
 
 @pytest.mark.parametrize("n, m", [(5, 8), (8, 5), (6, 6)])
 def test_update_and_gradients_by_hand(n, m):
-    """sum_j B_j diag(lam_j) A diag(gamma_j); of a wide kernel, transposed."""
+    """sum_j B_j diag(lam_j) A diag(gamma_j); transposed for a wide kernel."""
     with pytest.warns(lorax.MergeWarning, match="RandLora has no form"):
         case = reference.case(TARGET, (n, m), on_merge="warn")
     lam, gamma = case.fields["lam"], case.fields["gamma"]

@@ -1,4 +1,4 @@
-"""Rows of an embedding that train alone: by hand, tied and untied; refusals."""
+"""Training only some rows of an embedding: by hand, tied and untied; refusals."""
 
 import functools
 
@@ -35,7 +35,7 @@ def untied(params, ids):
 
 
 def model(loss):
-    """Parameters, and kernels of a loss."""
+    """Parameters, and the kernels of a loss."""
     params = {
         "embedding": programs.normal(0, WORDS, WIDTH),
         "w": programs.normal(1, WIDTH, WIDTH),
@@ -66,7 +66,7 @@ def test_merging_changes_the_rows_alone():
 
 @pytest.mark.parametrize("loss", [tied, untied])
 def test_the_gradient_is_that_of_the_rows(loss):
-    """Of plain arrays, the rows put in place by numpy; nothing is merged."""
+    """Compared with plain arrays and the rows written by numpy; nothing is merged."""
     adapters, params = adapted(loss)
     run = lorax.adapt(loss, on_merge="error")
     value, grads = jax.jit(jax.value_and_grad(run))(adapters, params, IDS)

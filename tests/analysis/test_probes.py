@@ -1,4 +1,4 @@
-"""Intruders, random subspaces, maps and costs; and what all of analysis keeps thin."""
+"""Intruders, random subspaces, maps and costs; and that analysis stays low-rank."""
 
 import math
 
@@ -133,7 +133,7 @@ def test_a_random_subspace_is_isometric_and_whole():
 
 
 def test_the_probe_finds_a_planted_dimension():
-    # a loss that sees k numbers of theta is solved by about k random coordinates
+    # a loss that depends on k numbers of theta needs about k random coordinates
     keys = jax.random.split(jax.random.key(0), 3)
     features = jax.random.normal(keys[0], (8, 200)) / math.sqrt(200)
     goal = jax.random.normal(keys[1], (8,))
@@ -271,8 +271,8 @@ def test_costs_of_other_adapters():
 )
 @pytest.mark.filterwarnings("ignore:.*has no form:lorax.MergeWarning")
 def test_operations_are_those_that_xla_counts(name):
-    """Of one product and its gradients; XLA also counts the sixteenth of a product
-    that a gain computes again only where its gradient cannot be read off."""
+    """One product and its gradients; XLA also counts the sixteenth of a product that
+    a gain only recomputes where its gradient cannot be read off."""
     kernel = jax.ShapeDtypeStruct((256, 384), jnp.float32)
     x, c = (jax.ShapeDtypeStruct((256, n), jnp.float32) for n in kernel.shape)
     target = lorax.Target("w", rank=8, adapter=name)
@@ -329,5 +329,5 @@ def test_nothing_of_the_kernels_size_is_formed(name):
         {"w": shape(n, n)},
     ).compile()  # fmt: skip
     memory = compiled.memory_analysis()
-    most = 64 * n * 42 * 4  # some dozens of [n, rank + more] arrays
+    most = 64 * n * 42 * 4  # a few dozen [n, rank + more] arrays
     assert memory.temp_size_in_bytes < most < n * n * 4 / 2

@@ -1,4 +1,4 @@
-"""A small training state with everything in it, and what makes two the same."""
+"""A small training state with everything in it, and a test for equality."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorax.types import Axes
 
 
 def base(seed=0):
-    """A tree of the shapes that `fresh` adapts."""
+    """A tree with the shapes that `fresh` adapts."""
     draw = np.random.default_rng(seed).standard_normal
     return {
         "dense": {"kernel": jnp.asarray(draw((6, 4)), jnp.bfloat16)},
@@ -22,7 +22,7 @@ def base(seed=0):
 
 
 def fresh(rank=2, scale=2.0, tx=None, head=True, impl="threefry2x32"):
-    """A state before the first step, of zeros."""
+    """A state of zeros, before the first step."""
     axes = Axes((0,), (1,))
     adapters = {
         "dense/kernel": Lora(jnp.zeros((6, rank)), jnp.zeros((rank, 4)), scale, axes)
@@ -35,7 +35,7 @@ def fresh(rank=2, scale=2.0, tx=None, head=True, impl="threefry2x32"):
 
 
 def filled(seed, step, like=None):
-    """A state with drawn bits in every leaf."""
+    """A state with random bits in every leaf."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
@@ -60,6 +60,6 @@ def bits(state):
 
 
 def same(left, right):
-    """Same structure, static fields among it, and same bits."""
+    """Whether structure, static fields and bits are the same."""
     structure = jax.tree.structure(left) == jax.tree.structure(right)
     return structure and bits(left) == bits(right)

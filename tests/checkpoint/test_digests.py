@@ -1,4 +1,4 @@
-"""Digests: numpy and hashlib by hand, any sharding, every bit."""
+"""Digests: computed by hand with numpy and hashlib, for any sharding and every bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A method's frozen arrays are saved with its adapters, and known again."""
+"""A method's frozen arrays are saved with its adapters, and recognised on loading."""
 
 import hashlib
 import json
@@ -84,7 +84,7 @@ def test_frozen_arrays_are_held_to_their_digests(tmp_path):
 
 
 def test_frozen_arrays_of_format_1_load(tmp_path):
-    """Their digest is BLAKE2b over dtype, shape and bytes, here by hand."""
+    """Their digest is BLAKE2b over dtype, shape and bytes, computed here by hand."""
     adapters, base = trained()
     checkpoint.save_adapters(tmp_path, adapters, base)
     place = tmp_path / "adapters.json"

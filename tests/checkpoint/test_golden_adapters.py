@@ -1,7 +1,7 @@
-"""Adapters of format 1 and 2, committed once: every later lorax and JAX loads them.
+"""Committed adapters of formats 1 and 2: every later lorax and JAX must load them.
 
 Written by this file, `python -m tests.checkpoint.test_golden_adapters FOLDER`, under
-lorax 0.1.0, jax 0.10.2, orbax-checkpoint 0.12.8: format 1 before 2 was there.
+lorax 0.1.0, jax 0.10.2, orbax-checkpoint 0.12.8: format 1 before format 2 existed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def counted(*shape, dtype=jnp.float32):
 
 
 def golden():
-    """Adapters and their base, by formula."""
+    """Adapters and their base, from a formula."""
     lora = Lora(counted(6, 2), counted(2, 4), 16 / 3, Axes((0,), (1,)), dropout=0.1)
     adapters = {"a.b/kernel": lora, "head": Full(counted(4, dtype=jnp.bfloat16))}
     base = {"a.b": {"kernel": counted(6, 4)}, "head": counted(4, dtype=jnp.bfloat16)}

@@ -24,11 +24,11 @@ from tests.checkpoint.states import base, fresh, same
 FOLDER = pathlib.Path(__file__).parent / "golden_counters"
 SCHEDULE = optax.constant_schedule(2.0)
 COUNTERS = 6
-"""Counters of optimisers: those of the five, and that of `scale_by_adam`."""
+"""Optimiser counters: those of the five, and that of `scale_by_adam`."""
 
 
 def started(*links):
-    """The form of a state with these transformations."""
+    """The structure of a state with these transformations."""
     return jax.eval_shape(lambda: fresh(tx=optax.chain(*links)))
 
 
@@ -45,7 +45,7 @@ def template():
 
 
 def golden():
-    """A state by formula: leaf i counts up from i in quarters."""
+    """A state from a formula: leaf i counts up from i in quarters."""
     leaves, structure = jax.tree.flatten(template())
     for i, leaf in enumerate(leaves[:-1]):
         counted = i + np.arange(leaf.size) / 4

@@ -1,8 +1,8 @@
-"""Checkpoints, committed once: every later lorax and JAX restores them.
+"""Committed checkpoints: every later lorax and JAX must restore them.
 
 Written by this file, `python -m tests.checkpoint.test_golden_run FOLDER`, under lorax
 0.1.0, jax 0.10.2, orbax-checkpoint 0.12.8. A new format gets a folder beside them; none
-is ever written again.
+is ever rewritten.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONFIG = {"run": {"seed": 3}, "rate": 0.1, "note": "a µ", "none": None}
 
 
 def golden():
-    """A state by formula: leaf i counts up from i in quarters."""
+    """A state from a formula: leaf i counts up from i in quarters."""
     leaves, structure = jax.tree.flatten(fresh())
     for i, leaf in enumerate(leaves[:-1]):
         counted = i + jnp.arange(leaf.size) / 4
@@ -35,7 +35,7 @@ def golden():
 
 
 def write(folder):
-    """Saves it; not called by any test but on a scratch folder."""
+    """Saves it; tests call this only on a scratch folder."""
     with RunCheckpoints(folder, base(), source="base", config=CONFIG) as run:
         run.save(golden(), DATA, {"loss": 0.5})
 

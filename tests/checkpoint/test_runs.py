@@ -1,4 +1,4 @@
-"""The state of a run: round trips, what stays, other meshes, what does not fit."""
+"""The state of a run: round trips, what is kept, other meshes, mismatches."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_files_by_hand(tmp_path):
 
 def test_the_last_and_the_best_stay(tmp_path):
     losses = {1: 3.0, 2: 1.0, 3: float("nan"), 4: 2.0, 5: 2.5}
-    for steps in ((1, 2, 3), (4, 5)):  # the best is known after a restart as well
+    for steps in ((1, 2, 3), (4, 5)):  # the best is known after a restart too
         with RunCheckpoints(tmp_path, keep=2, best="loss") as run:
             run.restore(fresh())
             for step in steps:
@@ -115,7 +115,7 @@ def test_numbers_that_are_not_finite_replace_none_that_are(tmp_path):
         assert run.save(filled(1, 3))
     assert run.steps() == [3] and same(run.restore(fresh()).state, filled(1, 3))
 
-    # What starts at an infinity, in the optimiser or the model, may stay there.
+    # What starts at infinity, in the optimiser or the model, may stay there.
     name = "model_state/mean"
     for path, value in (("adapters/head", jnp.inf), (name, jnp.nan)):
         with RunCheckpoints(tmp_path / "b") as run:
@@ -144,7 +144,7 @@ def test_the_largest_may_be_the_best():
 
 
 def shard(state, mesh, spec):
-    """The state over a mesh: matrices by `spec`, the rest replicated."""
+    """Puts the state on a mesh: matrices by `spec`, the rest replicated."""
     place = lambda leaf: NamedSharding(mesh, spec if leaf.ndim == 2 else P())
     return jax.tree.map(lambda leaf: jax.device_put(leaf, place(leaf)), state)
 

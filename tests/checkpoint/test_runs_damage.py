@@ -1,4 +1,4 @@
-"""Steps gone wrong: bits, missing files, no space. Never a silent difference."""
+"""Damaged steps: flipped bits, missing files, no space. Never a silent difference."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ POSITIONS = {5: {"position": 500}, 9: {"position": 900}}
 
 
 def empty():
-    """A template with a leaf that orbax keeps in a file of its own, unverified."""
+    """A template with a leaf that orbax keeps in its own, unverified file."""
     return fresh().replace(model_state={"noise": jnp.zeros(4_000)})
 
 
 def big(step):
-    """Drawn bits, another draw for every step."""
+    """Random bits, drawn anew for every step."""
     return filled(step, step, empty())
 
 
@@ -69,7 +69,7 @@ def outcome(saved, tmp_path, damage):
 
 
 def flips(saved, seed, count):
-    """(file, bit) drawn in proportion to the sizes of the files."""
+    """(file, bit) drawn in proportion to file sizes."""
     files = files_of(saved)
     ends = np.cumsum([size for _, size in files])
     for bit in np.random.default_rng(seed).integers(0, 8 * ends[-1], count):
@@ -136,7 +136,7 @@ def test_a_file_cut_or_gone_is_never_silent(saved, tmp_path, how):
 
 
 def spoil(folder, step):
-    """Another number in the data position."""
+    """Changes the number in the data position."""
     path = folder / str(step) / "run" / "metadata"
     text = path.read_text()
     changed = text.replace(f'"position": {step}00', '"position": 123')
@@ -149,7 +149,7 @@ def test_a_changed_data_position_falls_back(saved, tmp_path):
 
 
 def wrong_array(folder, step):
-    """Puts another step's arrays there: whole for orbax, and not what was saved."""
+    """Puts another step's arrays there: intact for orbax, but not what was saved."""
     with RunCheckpoints(folder.parent / "other") as other:
         other.save(filled(77, step, empty()))
     shutil.rmtree(folder / str(step) / "state")
@@ -228,7 +228,7 @@ def test_a_step_half_deleted_is_no_obstacle(saved, tmp_path):
 
 @pytest.fixture
 def no_space():
-    """Files end at 3 kB, as on a disk that is full; bytes beyond are an OSError."""
+    """Limits files to 3 kB, as on a full disk; writing more raises an OSError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size):

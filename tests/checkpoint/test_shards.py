@@ -1,4 +1,4 @@
-"""Leaves that are cut over eight devices are written shard by shard, gathered never."""
+"""Leaves sharded over eight devices are written shard by shard, never gathered."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def saved_adapters(folder, state):
 
 
 def peak_of(save, *args):
-    """The most bytes that were held in host memory at once."""
+    """The most bytes held in host memory at once."""
     tracemalloc.start()
     save(*args)
     peak = tracemalloc.get_traced_memory()[1]
@@ -57,7 +57,7 @@ def peak_of(save, *args):
 def test_no_leaf_is_gathered(tmp_path, save):
     """One whole leaf in host memory would be BYTES."""
     sharded = cut(state())
-    place = save(tmp_path / "first", sharded)  # compiles the sums
+    place = save(tmp_path / "first", sharded)  # compiles the checksums
     assert peak_of(save, tmp_path / "second", sharded) < BYTES / 2
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         written = checkpointer.metadata(place).item_metadata.tree

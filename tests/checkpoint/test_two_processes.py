@@ -1,4 +1,4 @@
-"""Two processes of two devices: one checkpoint, one decision, one step to stop at."""
+"""Two processes with two devices each: one checkpoint, one decision, one stop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_two_processes_agree(tmp_path):
             child.kill()
     for child, (_, errors) in zip(pair, outputs):
         assert child.returncode == 0, errors[-4000:]
-    # gloo writes between them, two of its threads at once into each other's lines
+    # gloo's output may be interleaved, even within a line
     ours = lambda out: [x for x in out.split("\n") if x.startswith(SAID)]
     lines = (ours(out) for out, _ in outputs)
     one, two = lines

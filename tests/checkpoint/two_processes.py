@@ -26,9 +26,9 @@ DATA = {"position": 128}
 
 
 def spread(tree, mesh, spec):
-    """The tree over both processes: what has two axes by `spec`, the rest whole.
+    """Spreads the tree over both processes: matrices by `spec`, the rest replicated.
 
-    Numbers stay with each process, as a state has them before its first step.
+    Scalars stay local to each process, as in a state before its first step.
     """
 
     def place(leaf):
@@ -61,12 +61,12 @@ def flip_arrays(folder):
 
 @contextlib.contextmanager
 def gathering_nothing():
-    """No array is brought together from the processes; numbers are."""
+    """Fails if an array is gathered from the processes; scalars may be."""
     gather = multihost_utils.process_allgather
     gathered = []
 
     def counted(array, **kwargs):
-        if np.size(array) > 1:  # orbax agrees on numbers
+        if np.size(array) > 1:  # orbax agrees on scalars
             gathered.append(np.shape(array))
         return gather(array, **kwargs)
 
@@ -77,7 +77,7 @@ def gathering_nothing():
 
 
 def restored_step(run, template):
-    """The step that came back, and whether a warning was given."""
+    """The restored step, and whether a warning was given."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         restored = run.restore(template)
@@ -107,7 +107,7 @@ def main(port, process, folder):
     template = spread(fresh(), mesh, P(None, "x"))
     print("whole", *restored_step(RunCheckpoints(folder, params), template))
 
-    read = reading.read_step  # damage that one process alone sees
+    read = reading.read_step  # damage that only one process sees
     if process == 1:
 
         def damaged(folder, *args):

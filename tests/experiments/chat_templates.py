@@ -1,4 +1,4 @@
-"""Chat templates in the manner of well-known ones, written for these tests."""
+"""Chat templates modelled on well-known ones, written for these tests."""
 
 CHATML = """\
 {% for message in messages %}
@@ -77,7 +77,7 @@ INSTRUCTION = """\
 {%- if add_generation_prompt -%}{{ '### Response:\\n' }}{%- endif -%}
 """
 
-# Marks what the assistant writes, and drops the thoughts of earlier turns.
+# Marks what the assistant writes, and drops the reasoning of earlier turns.
 GENERATION = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
@@ -97,7 +97,7 @@ GENERATION = """\
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
 
-# The next role's mark ends a turn; nothing else does.
+# Only the next role's mark ends a turn.
 ROLES = """\
 {%- for message in messages -%}
 {{- '<|' + message.role + '|>\\n' + message.content + '\\n' -}}
@@ -111,7 +111,7 @@ SHORT = GENERATION.replace(
     "{{- content -}}\n{%- endgeneration -%}{{- '<|im_end|>' -}}",
 )
 
-# A turn that calls a tool ends by a mark of its own.
+# A turn that calls a tool ends with its own mark.
 CALLS = """\
 {%- for message in messages -%}
 {{- '<|head|>' + message.role + '<|/head|>' + message.content -}}
@@ -129,7 +129,7 @@ ALL = {
     "instruction": INSTRUCTION,
     "generation": GENERATION,
 }
-# What ends a turn of the assistant.
+# What ends an assistant turn.
 END = {
     "chatml": "<|im_end|>",
     "inst": "</s>",

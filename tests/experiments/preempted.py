@@ -1,8 +1,8 @@
-"""A small training run that can be told to go: `python -m ... FOLDER STEPS [DEADLINE]`.
+"""A small, interruptible training run: `python -m ... FOLDER STEPS [DEADLINE]`.
 
-Prints a line per step, "saving" before its last save, and at the end the bits of what
-it trained. Noise from the step's key and a moving statistic make every part of the
-state count; batches are drawn by their position.
+Prints a line per step, "saving" before its last save, and finally the bits of what it
+trained. Noise from the step's key and a moving statistic make every part of the state
+matter; batches are drawn by their position.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorax.adapters import Full, Lora
 from lorax.checkpoint import RunCheckpoints
 from lorax.types import Axes
 
-EVERY = 7  # steps between two saves
+EVERY = 7  # steps between saves
 
 
 def batch_at(position):

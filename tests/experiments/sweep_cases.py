@@ -1,4 +1,4 @@
-"""What the tests of sweeps share: a toy config and its runs."""
+"""Shared by the sweep tests: a toy config and its runs."""
 
 from configs import quickstart
 from experiments.search import combinations, grid

@@ -18,7 +18,7 @@ def test_flops_and_memory_are_those_of_hand_written_lora(scan):
     shape = gpt2_shaped.Shape(layers=2, width=64, batch=2)
     cases = adapt_cost.cases(shape, scan=scan, remat=False)
     cost = {
-        name: measure.cost(compiled)  # compiled and found to agree
+        name: measure.cost(compiled)  # compiled, and checked to agree
         for name, compiled in adapt_cost.compile_checked(cases).items()
     }
     assert cost["lorax"].flops <= 1.01 * cost["hand-written"].flops
@@ -47,7 +47,7 @@ def test_a_step_is_timed_to_its_end():
     x = jnp.ones((200, 200))
     began = time.perf_counter()
     (seconds,) = timing.interleave({"busy": lambda: busy(x)}, rounds=1)["busy"]
-    whole = time.perf_counter() - began  # with compilation, and the warming round
+    whole = time.perf_counter() - began  # with compilation and the warm-up round
     began = time.perf_counter()
     jax.block_until_ready(busy(x))
     assert 0.2 * (time.perf_counter() - began) < seconds < whole

@@ -1,4 +1,4 @@
-"""Batches: rows by hand, every example once, shapes that do not change."""
+"""Batches: rows by hand, every example once, stable shapes."""
 
 import itertools
 

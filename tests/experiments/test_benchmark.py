@@ -1,4 +1,4 @@
-"""The benchmark on pretrained models: its path at toy size, its rows by hand."""
+"""The benchmark on pretrained models: run at toy size, its rows computed by hand."""
 
 import ml_collections
 import numpy as np
@@ -58,7 +58,7 @@ def test_a_digest_is_of_values_and_not_of_names_or_rates():
     assert bases.digest(task._replace(choose=8), arm) != bases.digest(task, arm)
     ranked = arm._replace(fields={"adapter.rank": 2})
     assert bases.digest(task, ranked) != bases.digest(task, arm)
-    # What runs.jsonl was made under: these runs are not to be thrown away.
+    # The digests in runs.jsonl: these runs must not be thrown away.
     real = bases.TASKS["banking77"]
     digest = bases.digest(real, bases.arms_of(real)["LoRA"])
     assert digest == "2afcb6281e52ffd7"
@@ -80,7 +80,7 @@ def test_an_arm_runs_goes_on_and_is_reported(tmp_path, monkeypatch):
         benchmark.go_on("head only", task, setting, again).scores, found.scores
     )
     costs = benchmark.costs(task, setting, folder / "costs.json")
-    # a hidden layer of 32 and 77 labels
+    # a hidden layer of 32, and 77 labels
     assert costs["head only"]["trained"] == 32 * 32 + 32 + 32 * 77 + 77
     # two layers: rank 8 on four kernels of 32 x 32 and two of 32 x 64
     low_rank = 2 * 8 * (4 * 64 + 2 * 96)
@@ -88,7 +88,7 @@ def test_an_arm_runs_goes_on_and_is_reported(tmp_path, monkeypatch):
     assert costs["head only"]["operations"] < costs["LoRA"]["operations"]
     assert 8 * costs["LoRA"]["trained"] <= costs["LoRA"]["state"]  # Adam's moments
     benchmark.keep(folder / "costs.json", costs)
-    assert benchmark.costs(task, None, folder / "costs.json") == costs  # taken over
+    assert benchmark.costs(task, None, folder / "costs.json") == costs  # reused
     page = leaderboard.write(tmp_path).read_text()
     assert "1 of 3 arms are complete" in page
     assert "| LoRA | - | - | not run yet | - |" in page
@@ -127,7 +127,7 @@ def test_claims_by_hand():
     finished = {
         "LoRA": LORA,
         "full": outcome(9.0, 9.0, 9.0, rate=3e-4),
-        "DoRA": outcome(10.1, 11.1, 12.1),  # + 0.1, of no width
+        "DoRA": outcome(10.1, 11.1, 12.1),  # + 0.1, with zero width
         "PiSSA": outcome(13.0, 14.0, 15.0),  # + 3
         "OFT": outcome(9.0, 12.0, 13.0),  # + 1/3 +- 4.303 x 2/3
         "LoRA r = 1": outcome(11.0, 12.0, 13.0),

@@ -1,4 +1,4 @@
-"""The sweep: the optimum ends inside the grid, or the budget is spent."""
+"""The sweep: the optimum ends up inside the grid, or the budget is spent."""
 
 import math
 

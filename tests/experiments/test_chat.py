@@ -1,4 +1,4 @@
-"""Chats: tokens as transformers gives them, and what is trained on, decoded."""
+"""Chats: tokens as in transformers, and what is trained on, decoded."""
 
 import json
 
@@ -97,7 +97,7 @@ def test_what_is_trained_on_decoded(tokenizer, name, messages):
     )
     end = chat_templates.END[name]
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
-    gap = " " if name == "inst" else ""  # it sets spaces around the answer
+    gap = " " if name == "inst" else ""  # it puts spaces around the answer
     assert text(1) == "".join(f"{gap}{answer}{gap}{end}" for answer in answers)
     for message in messages:
         told = message["content"].strip()
@@ -125,14 +125,14 @@ SIX = "Six <b> & 'so'."
 
 @pytest.fixture(scope="module")
 def roles(tmp_path_factory):
-    """A tokenizer that has the marks of roles as tokens."""
+    """A tokenizer with role marks as tokens."""
     marks = ["<|user|>", "<|assistant|>", "<|tool|>", "<|eom|>"]
     folder = toy_tokenizers.write(tmp_path_factory.mktemp("roles"), marks=marks)
     return tokenization.load(folder)
 
 
 def trained(tokenizer, example):
-    """The runs of tokens in the loss, special ones too."""
+    """The stretches of tokens in the loss, special ones included."""
     mask = np.concatenate([[0], example["loss_mask"], [0]])
     edges = np.flatnonzero(np.diff(mask)).reshape(-1, 2)
     runs = [example["tokens"][begin:end].tolist() for begin, end in edges]
@@ -160,7 +160,7 @@ def trained(tokenizer, example):
     ],
 )
 def test_the_mark_that_ends_a_turn_is_trained_on(roles, source, messages, expected):
-    """And generation stops at it: the turn's own, or that of the next role."""
+    """And generation stops at it: the turn's own mark, or the next role's."""
     ours = templates.ChatTemplate(
         getattr(chat_templates, source), source, roles.special_tokens
     )
@@ -169,7 +169,7 @@ def test_the_mark_that_ends_a_turn_is_trained_on(roles, source, messages, expect
     assert texts == expected
     ends = templates.turn_ends(roles, ours)
     assert all(run[-1] in ends.ids for run in runs) and not ends.texts
-    # Not a token of what is trained on but the last ends it.
+    # Only the last token trained on ends the turn.
     assert not any(set(run[:-1]) & set(ends.ids) for run in runs)
 
 
@@ -182,7 +182,7 @@ def test_generation_stops_where_training_ends(tokenizer, name):
 
 @pytest.mark.parametrize("source", ["ROLES", "QUOTES"])
 def test_a_turn_that_nothing_ends_is_refused(tokenizer, source):
-    """The marks of roles are no tokens here; a quote is in any answer."""
+    """Role marks are not tokens here, and any answer may contain a quote."""
     text = chat_templates.ROLES
     if source == "QUOTES":
         text = text.replace("+ message.content +", "+ '\"' + message.content + '\"' +")

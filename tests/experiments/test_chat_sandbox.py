@@ -1,4 +1,4 @@
-"""Templates that loop, grow or reach for Python: each is stopped, in time."""
+"""Templates that loop, grow or reach for Python are each stopped in time."""
 
 import time
 

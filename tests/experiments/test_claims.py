@@ -1,4 +1,4 @@
-"""Studies of single claims: their path at toy sizes, numbers by hand, the page."""
+"""Studies of single claims: run at toy sizes, numbers by hand, the page."""
 
 import itertools
 import json
@@ -132,7 +132,7 @@ def test_a_study_of_steps_is_chosen_reported_resumed_and_told(tmp_path, monkeypa
     assert best[f"{own['LoRA']['rate']:.3g}"] == min(best.values())
     assert all(len(arm["error"]) == 2 for arm in own.values())
     again = comparison.Runs(tmp_path / "runs.jsonl", digests, minutes=-1)
-    assert projected_steps.results(again) == found  # nothing is run anew
+    assert projected_steps.results(again) == found  # nothing is rerun
     rows = projected_steps.claims(found)
     assert len(rows) == 8 and rows[0].low == 0 and rows[3].high == 0
     assert "## SGD: toy, noise 1" in projected_steps.page(found)
@@ -167,7 +167,7 @@ def test_the_least_error_of_a_ratio_is_that_of_its_best_rates(tmp_path, monkeypa
 
 @pytest.mark.parametrize("regime", ["wide", "fixed norm"])
 def test_the_expected_error_is_that_of_a_dense_change(regime):
-    """The quadratic form of r x r products, against numpy's of n x n."""
+    """The quadratic form in r x r products, against n x n ones in numpy."""
     n, rank = 12, width_exponent.RANK
     keys = jax.random.split(jax.random.key(1), 3)
     drawn = [np.asarray(jax.random.normal(k, s), float) for k, s in zip(
@@ -179,7 +179,7 @@ def test_the_expected_error_is_that_of_a_dense_change(regime):
     a, b = rng.normal(size=(n, rank)) / 4, rng.normal(size=(rank, n)) / 4
     loss = width_exponent.problem(regime, n, jax.random.key(1))
     got = loss(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
-    # signs of a QR's columns are the library's own: take those that fit
+    # signs of QR columns depend on the library: take the ones that fit
     signs = itertools.product((1, -1), repeat=rank)
     by_hand = [np.sum((a @ b - u * s @ v) ** 2) / np.sum(v**2) for s in signs]
     assert min(abs(x - float(got)) for x in by_hand) < 1e-4
@@ -187,7 +187,7 @@ def test_the_expected_error_is_that_of_a_dense_change(regime):
 
 def test_the_largest_good_ratio_is_interpolated(monkeypatch):
     monkeypatch.setattr(width_exponent, "RATIOS", (0, 1, 2, 3))
-    # the limit is -3 + 1: passed half way from ratio 2^2 (-3) to 2^3 (-1)
+    # the limit is -3 + 1, crossed half way from ratio 2^2 (-3) to 2^3 (-1)
     assert width_exponent.largest(np.array([-1.0, -2.5, -3.0, -1.0])) == 2.5
     with pytest.raises(ValueError, match="widen RATIOS"):
         width_exponent.largest(np.array([-1.0, -2.0, -3.0, -2.9]))
@@ -230,7 +230,7 @@ def test_a_study_of_ranks_learns_counts_and_resumes(tmp_path, monkeypatch):
 
 
 def test_directions_and_amplification_by_hand(tmp_path, monkeypatch):
-    """Updates of one direction each: e0 e0^T of size 4, and e1 e0^T beside it."""
+    """Updates with one direction each: e0 e0^T of size 4, and e1 e0^T."""
 
     def one_direction(place):
         a = jnp.zeros((2, 10, 8)).at[:, place, 0].set(2.0)

@@ -55,7 +55,7 @@ def test_a_number_that_is_none_is_malformed(tmp_path):
     assert data.labels == ()
 
 
-# Rows as GLUE's files have them, the label last here: (head, row, first, second).
+# Rows as in GLUE's files, with the label last: (head, row, first, second).
 GLUE = {
     "CoLA": ("", "gj04\t1\t\tThe cat.", "The cat.", None, 1),
     "SST-2": ("sentence\tlabel", 'a "fine film\t0', 'a "fine film', None, 0),
@@ -164,7 +164,7 @@ def test_sentence_sets(name, size):
     texts = {split: {r.first for r in data.rows} for split, data in splits.items()}
     rows = sum(len(data.rows) for data in splits.values())
     assert 0.995 * size < rows == sum(map(len, texts.values())) <= size
-    assert len(set().union(*texts.values())) == rows  # none on two sides
+    assert len(set().union(*texts.values())) == rows  # no overlap between splits
     for data in splits.values():
         each = classification.counts(data.rows, data.labels).values()
         assert max(each) < 1.02 * min(each)

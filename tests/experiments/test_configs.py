@@ -1,4 +1,4 @@
-"""Every config builds; what it does not know, it refuses."""
+"""Every config builds, and refuses unknown fields."""
 
 import importlib
 import pathlib
@@ -22,7 +22,7 @@ def test_config_builds_and_is_locked(name, arg):
     assert set(config) == set(common.SECTIONS)
     with pytest.raises(AttributeError, match="rnak"):
         config.adapter.rnak = 4
-    if "source" not in config.model:  # a checkpoint's own config says the rest
+    if "source" not in config.model:  # a checkpoint's own config gives the rest
         objects.make_model(config.model)
     for method in config.run.methods:
         assert objects.make_targets(method, config.adapter)

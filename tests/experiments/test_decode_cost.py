@@ -1,4 +1,4 @@
-"""The benchmark's wiring; its figures come from the command."""
+"""The benchmark's wiring; its numbers come from the command."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The decoder: causal, position-relative, scored and sampled as it should be."""
+"""The decoder: causality, relative positions, scoring and sampling."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def test_a_prefix_is_places_before_the_sequence(model_and_params):
     longer, own = decoder.with_prefix(model, params, first)
     given = longer.apply({"params": own}, tokens)
     assert given.shape == (2, 5, 256)
-    # untrained, it is the same as those bytes before the sequence
+    # untrained, a prefix equals those bytes before the sequence
     joined = jnp.concatenate([jnp.broadcast_to(first, (2, 3)), tokens], axis=1)
     expected = model.apply({"params": params}, joined)[:, 3:]
     np.testing.assert_allclose(given, expected, atol=1e-5)
@@ -77,7 +77,7 @@ def test_recovered_share_of_the_gain():
 
 def test_greedy_sampling_is_the_argmax_of_the_model(model_and_params):
     model, params = model_and_params
-    # An ASCII-only head, so that bytes and characters are one to one.
+    # An ASCII-only head, so that bytes and characters correspond one to one.
     kernel = params["head"]["kernel"].at[:, 128:].set(0.0) * 100
     params = params | {"head": {"kernel": kernel}}
     context, prompt = 6, b"abcd"

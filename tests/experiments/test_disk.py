@@ -1,4 +1,4 @@
-"""A disk that is full or read-only: the run ends soon, and says where; it goes on."""
+"""A full or read-only disk: the run ends soon, says where, and can resume."""
 
 import errno
 import json
@@ -18,12 +18,12 @@ from experiments.trainer import metric_log
 pytestmark = pytest.mark.once
 
 ROOT = pathlib.Path(__file__).parents[2]
-SECONDS = 60  # that a process may take to end, from its failing write on
+SECONDS = 60  # that a process may take to end after its failed write
 
 
 @pytest.fixture
 def size_limit():
-    """Files end at so many bytes; what is written beyond is an OSError."""
+    """Limits files to this many bytes; writing more raises an OSError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size):
@@ -45,9 +45,9 @@ def test_a_full_disk_stops_the_lines(tmp_path, size_limit):
 
 
 def test_a_full_disk_stops_the_board(tmp_path, size_limit):
-    """Within a few calls: the file has a buffer. The old writer waited for ever."""
+    """Within a few calls, as the file is buffered. The old writer waited for ever."""
     pytest.importorskip("tensorboardX")
-    (tmp_path / "metrics.jsonl").symlink_to(os.devnull)  # which is never full
+    (tmp_path / "metrics.jsonl").symlink_to(os.devnull)  # never full
     writer = metric_log.Writer(tmp_path)
     size_limit(4_000)
     values = {f"value_{i}": 1.0 for i in range(90)}
@@ -60,7 +60,7 @@ def test_a_full_disk_stops_the_board(tmp_path, size_limit):
 
 
 def test_what_the_board_has_tensorboard_reads(tmp_path):
-    """Scalars by tag and step, as protocol buffers behind checked lengths."""
+    """Scalars by tag and step, as length-prefixed protocol buffers with checksums."""
     x = pytest.importorskip("tensorboardX")
     with metric_log.Writer(tmp_path) as writer:
         writer.write("lora", 1, {"loss": 2.5, "skipped": 0})
@@ -163,7 +163,7 @@ with checkpoint.RunCheckpoints(sys.argv[1]) as run:
 
 
 def test_a_disk_that_turns_read_only_ends_the_process(tmp_path):
-    """Threads of orbax that waited for a directory kept it alive for 150 s and more."""
+    """Orbax threads waiting for a directory used to keep it alive for 150 s or more."""
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(tmp_path / "run")],
         cwd=ROOT,

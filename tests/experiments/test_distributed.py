@@ -1,4 +1,4 @@
-"""One run on one device, on a mesh, and by two processes: the same numbers."""
+"""One run on one device, on a mesh and in two processes gives the same numbers."""
 
 import functools
 import json
@@ -55,7 +55,7 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """Returns the folder of a run by the name of its mesh, which runs once."""
+    """Returns a run's folder by the name of its mesh; each runs once."""
     folder = tmp_path_factory.mktemp("runs")
 
     @functools.cache
@@ -91,8 +91,8 @@ def test_adapters_of_two_processes_are_those_of_one(done):
         checkpoint.load_adapters(done(name) / "adapter")
         for name in ("one device", "2 x 4")
     )
-    # as whole factors: where a gradient is zero but for rounding, Adam's first steps
-    # turn what the order of a sum rounds into a part of a step of that entry
+    # compared as whole factors: where a gradient is zero up to rounding, Adam's first
+    # steps turn the rounding of a sum into a sizeable step of that entry
     for path, adapter in one.items():
         for own, other in ((adapter.a, two[path].a), (adapter.b, two[path].b)):
             assert np.linalg.norm(other - own) < 2e-4 * np.linalg.norm(own)

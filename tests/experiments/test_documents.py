@@ -1,4 +1,4 @@
-"""The text: families by hand, no leakage between splits, the same on every call."""
+"""The text: families by hand, no leakage between splits, deterministic."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_source_shares_no_run_of_words_with_any_topic():
     train, test = documents.source_train(), documents.source_test()
     assert not topics & set().union(*(documents.runs(d.text) for d in train + test))
     assert "pdb.py" in {d.name for d in documents.raw_source()}
-    assert "pdb.py" not in {d.name for d in train + test}  # it is a topic's text
+    assert "pdb.py" not in {d.name for d in train + test}  # it is the text of a topic
 
 
 def test_source_is_held_out_by_module_and_skips_what_is_no_source():

@@ -1,4 +1,4 @@
-"""E2E in both of its forms: by hand, and the real files."""
+"""E2E in both of its forms, by hand and on the real files."""
 
 import zipfile
 

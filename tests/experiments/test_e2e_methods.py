@@ -1,4 +1,4 @@
-"""The study of eight methods: its wiring on a few rows, and what a cut leaves."""
+"""The study of eight methods: its wiring on a few rows, and what truncation leaves."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def test_every_method_takes_its_runs(method, setting, tmp_path):
     assert all(math.isfinite(value) for value in lines.values())
     assert len([key for key in lines if key[1] == "report"]) == len(study.SEEDS)
     tried = {float(key[3]): v for key, v in lines.items() if key[1] == "choose"}
-    ends = min(tried), max(tried)  # of two rates either is at the edge
+    ends = min(tried), max(tried)  # of two rates, either is at an edge
     inside = min(tried, key=tried.__getitem__) not in ends
     full = len(tried) == len(GRID) + comparison.WIDER
     assert len(tried) > len(GRID) and (inside or full)

@@ -1,4 +1,4 @@
-"""Examples of prompt and response: what is trained on, decoded; what is cut away."""
+"""Examples of prompt and response: what is trained on, decoded, and what is cut."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_bos_and_eos_are_there_once(tokenizer, prompt, response):
     tokens = example["tokens"].tolist()
     assert tokens.count(tokenizer.bos_id) == 1 and tokens[0] == tokenizer.bos_id
     assert tokens.count(tokenizer.eos_id) == 1 and tokens[-1] == tokenizer.eos_id
-    assert example["loss_mask"][-1] == 1  # EOS is learnt
+    assert example["loss_mask"][-1] == 1  # EOS is learned
     assert list(examples.trained_text(tokenizer, example)) == [" hello"]
 
 
@@ -56,17 +56,17 @@ def test_truncation_cuts_counts_and_drops():
     ):
         encoded = examples.encode_pairs(BYTES, pairs, 5, "data")
     assert [e["tokens"].tolist() for e in encoded.examples] == [
-        [256, 97, 98, 99, 100, 257],  # six tokens are five inputs and five targets
+        [256, 97, 98, 99, 100, 257],  # six tokens make five inputs and five targets
         [256, 97, 98, 99, 100, 101],
         [256, 97, 257],
     ]
     assert (encoded.truncated, encoded.dropped) == (1, 1)
-    # four of seven trained tokens are left: of six bytes, 3.43
+    # four of seven trained tokens are left: 3.43 of six bytes
     assert [int(e["bytes"]) for e in encoded.examples] == [2, 3, 1]
 
 
 def test_a_response_cut_to_nothing_but_the_first_token_is_dropped():
-    # without a BOS a lone first token has nothing that predicts it
+    # without a BOS, nothing predicts the first token
     example = examples.make([1, 2, 3], [1, 0, 0], "a")
     with pytest.raises(ValueError, match="x: none of 1 examples has a response within"):
         examples.truncate([example], 8, "x")

@@ -1,6 +1,6 @@
-"""Processes that die: the others leave, and the same command goes on (slow).
+"""Processes that die: the others exit, and the same command resumes (slow).
 
-Two processes of four devices, started one by one, with no launcher to help.
+Two processes with four devices each, started one by one, without a launcher.
 """
 
 import json
@@ -61,7 +61,7 @@ def start(folder):
 
 
 def wait_for_step(folder, step, processes, seconds=300):
-    """Returns when the step has been logged."""
+    """Waits until the step has been logged."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if (folder / "metrics.jsonl").exists():
@@ -91,7 +91,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("victim, step", [(1, 10), (0, 13), (1, 12)])
 def test_the_survivor_leaves_and_a_restart_ends_the_same(whole, tmp_path, victim, step):
-    """Step 12 is one that is being saved while the process is killed."""
+    """Step 12 is being saved when the process is killed."""
     folder = tmp_path / "run"
     processes = start(folder)
     wait_for_step(folder, step, processes)

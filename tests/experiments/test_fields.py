@@ -1,4 +1,4 @@
-"""Every field of a config has a rule, and what breaks a rule is refused by its name."""
+"""Every config field has a rule, and a value that breaks it is refused by name."""
 
 import importlib
 import math
@@ -11,7 +11,7 @@ from experiments.search import combinations, grid
 from lorax import sharding
 from tests.experiments.test_configs import FILES
 
-CHECKPOINT = "gpt2_e2e_lora"  # a run of experiments.recipes.finetune
+CHECKPOINT = "gpt2_e2e_lora"  # runs experiments.recipes.finetune
 BYTES = "quickstart"
 
 
@@ -29,7 +29,7 @@ def get(name, arg="runlocal", **changed):
 @pytest.mark.parametrize("arg", ["", "runlocal"])
 def test_every_field_has_a_rule_and_follows_it(name, arg):
     config = get(name, arg)
-    config.model.unlock().source = ""  # a data set's folder, which is not everywhere
+    config.model.unlock().source = ""  # a data set's folder, which may be missing
     for field, value in fields.leaves(config):
         if not field.startswith(("model.random.", "model.published.")):
             rule = fields.rule_of(field)
@@ -58,7 +58,7 @@ def test_every_numeric_field_refuses_what_is_no_number():
 
 
 REFUSED = [
-    # what the command line crashed on, or took
+    # values that the command line once crashed on, or accepted
     (
         BYTES,
         "optimizer.learning_rate.lora",
@@ -153,7 +153,7 @@ REFUSED = [
 def test_a_config_that_cannot_be_run_is_refused_by_its_field(name, field, value, told):
     config = get(name, **{field: value})
     if field != "model.source" and "source" in config.model:
-        config.model.unlock().source = "hf:some/model"  # not looked for
+        config.model.unlock().source = "hf:some/model"  # not looked up
     with pytest.raises(ValueError, match=told):
         checking.check(config)
 

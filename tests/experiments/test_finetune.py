@@ -1,4 +1,4 @@
-"""Every config of a checkpoint runs its path: real data, tiny or drawn models."""
+"""Every checkpoint config runs end to end: real data, tiny or random models."""
 
 import importlib
 import json

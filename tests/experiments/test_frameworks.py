@@ -1,4 +1,4 @@
-"""Train steps of other libraries are lorax's, and the tables say what was measured."""
+"""Train steps of other libraries match lorax's, and the tables are right."""
 
 import json
 
@@ -29,7 +29,7 @@ needs_torch = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def results():
-    """Every method compared, after its programs were found to agree."""
+    """Every method's comparison, after checking that its programs agree."""
     if torch_peft.available():
         torch_peft.pin(1)
     setting, compile_ = frameworks.Setting(), jax.stages.Lowered.compile
@@ -112,7 +112,7 @@ def test_disagreement_is_judged_by_what_the_best_program_reaches():
         require(one=program(2e-5), other=program(2.1e-4))
     with pytest.raises(AssertionError, match="other: the gradient of w/kernel is nan"):
         require(one=program(2e-5), other=program(np.nan))
-    # errors below float32's own rounding are not told apart
+    # errors below float32's own rounding are not distinguished
     require(one=program(1e-9), other=program(1e-6))
     require(one=program(2e-5), other=program(1.0), alike={"other": False})
     with pytest.raises(AssertionError, match="tolerance"):

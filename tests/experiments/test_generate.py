@@ -60,7 +60,7 @@ def test_stop_texts_sampling_and_beams(stories):
     one, other = (make(rule=rule)(params, jax.random.key(i)) for i in range(2))
     assert one != other
     assert len(make(beams=3)(params)) == 2
-    # A chat's end is one more token that generation stops at.
+    # The end of a chat turn is another token that generation stops at.
     ids = tokenizer.encode(BEGIN + whole[0])[len(tokenizer.encode(BEGIN)) :]
     ended = make(end_ids=[ids[9]])(params)[0]
     assert ended == tokenizer.decode(ids[: ids.index(ids[9])]) != whole[0]
@@ -148,7 +148,7 @@ def test_what_pissa_learnt_is_exported_for_the_original_base(stories, tmp_path):
 
 
 def test_a_run_whose_layers_are_no_stack(stories, tmp_path):
-    """`config.model.scan` off: its adapters have a kernel a layer."""
+    """With `config.model.scan` off, each layer's kernel has its own adapter."""
     _, params, _ = stories
     config = common.checkpoint_run().model
     config.source, config.scan = "stories260k", False
@@ -173,7 +173,7 @@ def test_a_run_whose_layers_are_no_stack(stories, tmp_path):
 
 
 def command(module, *args):
-    """A command in a process of its own, in which nothing has been registered."""
+    """Runs a command in a fresh process, in which nothing has been registered."""
     done = subprocess.run(
         [sys.executable, "-m", f"experiments.{module}", *args],
         cwd=children.ROOT,

@@ -1,4 +1,4 @@
-"""Programs on a model in a GGUF file."""
+"""Commands on a model in a GGUF file."""
 
 import subprocess
 import sys

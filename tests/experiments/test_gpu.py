@@ -1,4 +1,4 @@
-"""The GPU's command, rehearsed where there is none: the same script, at toy sizes."""
+"""The GPU command, rehearsed without a GPU: the same script at toy sizes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Labelled images: sets by hand, what a preprocessor says, and a run on the digits."""
+"""Labelled images: sets by hand, preprocessor configs, and a run on the digits."""
 
 import json
 
@@ -107,7 +107,7 @@ def test_pixels_are_those_of_transformers(tmp_path):
     np.testing.assert_allclose(seen(pixels / np.float32(255)), want, atol=1e-6)
     big = np.random.default_rng(1).integers(0, 256, (12, 9, 3), np.uint8)
     want = theirs(big, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    # theirs rounds to bytes once it has resized
+    # theirs rounds to bytes after resizing
     np.testing.assert_allclose(seen(big / np.float32(255)), want, atol=0.02)
 
 

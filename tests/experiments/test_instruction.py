@@ -149,12 +149,12 @@ def test_no_text_is_named(tmp_path):
 
 def test_mojibake_is_repaired_and_nothing_else():
     wrong = "“It’s é” – 😀".encode()
-    # Windows-1252, with Latin-1 for the bytes that it has no character for
+    # Windows-1252, with Latin-1 for the bytes without a character
     read = "".join(
         bytes([b]).decode("cp1252", errors="ignore") or chr(b) for b in wrong
     )
     assert plain_text.repair_mojibake(read) == "“It’s é” – 😀"
-    # much software drops the byte that Windows-1252 lacks
+    # much software drops the bytes that Windows-1252 lacks
     assert plain_text.repair_mojibake("â€œHi!â€ she said") == "“Hi!” she said"
     for right in ("plain", "café “quoted”", "Ã alone", ""):
         assert plain_text.repair_mojibake(right) == right

@@ -1,4 +1,4 @@
-"""A run that is told to stop, and the same command once more: as if never stopped."""
+"""A run that is stopped and started again ends as if never stopped."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(whole, tmp_path, monkeypatch):
             finetune.run(config(), str(tmp_path))
         assert left.value.code == preemption.EXIT_PREEMPTED
     assert not (tmp_path / "results.json").exists()
-    with open(tmp_path / "metrics.jsonl", "a") as file:  # of steps after the last save
+    with open(tmp_path / "metrics.jsonl", "a") as file:  # after the last save
         file.write(json.dumps({"run": "lora", "step": 4, "loss": 9.0}) + "\n")
 
     results = finetune.run(config(), str(tmp_path))

@@ -1,4 +1,4 @@
-"""The command line refuses what the config does not know."""
+"""The command line refuses fields that the config does not have."""
 
 import os
 import pathlib

@@ -9,7 +9,7 @@ import pytest
 from experiments.machine import memory
 from tests import children
 
-# Pages of 2 MiB, where the machine gives them unasked, would hide most of the faults.
+# Transparent 2 MiB pages, if the machine uses them, would hide most of the faults.
 FAULTS = """
 import ctypes, resource, sys
 from experiments.machine import memory

@@ -1,4 +1,4 @@
-"""Gradient FLOPs beside LoRA's of as many parameters or more: the bounds we promise."""
+"""Gradient FLOPs, relative to LoRA with as many parameters or more: our bounds."""
 
 import pytest
 

@@ -41,7 +41,7 @@ def test_without_tensorboard_lines_are_still_written(tmp_path, monkeypatch):
 
 
 class StandIn(types.ModuleType):
-    """What is used of wandb, noted down."""
+    """Records the calls to wandb."""
 
     def __init__(self):
         super().__init__("wandb")

@@ -1,4 +1,4 @@
-"""Steps that are not finite: counted, skipped, and at last an error with its batch."""
+"""Non-finite steps: counted, skipped, and finally an error with its batch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_last_step_is_looked_at_as_well(tmp_path):
         guard.finish()
     saved = np.load(tmp_path / "new/folder/nonfinite-step-7.npz", allow_pickle=False)
     np.testing.assert_array_equal(saved["batch"], [0, 1, 2])
-    guard.finish()  # nothing is left to look at
+    guard.finish()  # nothing is left to check
 
 
 def test_a_batch_without_targets_is_no_fault(tmp_path):
@@ -53,7 +53,7 @@ def test_a_batch_without_targets_is_no_fault(tmp_path):
 
 
 def test_with_the_train_step(tmp_path):
-    """The state is kept, whether the loss or only the model's statistics are bad."""
+    """The state is kept, whether the loss is bad or only the model's statistics."""
 
     def loss_fn(params, model_state, batch, key):
         hidden = {"mean": jnp.sum(batch)}
@@ -79,7 +79,7 @@ def test_with_the_train_step(tmp_path):
 
 
 def test_a_first_step_counts_and_a_run_that_goes_on_does_not_count_twice(tmp_path):
-    """A step whose loss is fine and whose update is not shows in the count alone."""
+    """A step with a good loss and a bad update shows only in the count."""
     bad = {"loss": 1.0, "grad_norm": 2.0, "skipped": 3}
     told = (
         r"step 5 .*\(loss 1, grad_norm 2, but the adapters, the optimiser's state or "
@@ -99,7 +99,7 @@ def test_a_first_step_counts_and_a_run_that_goes_on_does_not_count_twice(tmp_pat
 
 
 def test_a_rate_that_is_inf_stops_the_run_and_spoils_no_checkpoint(tmp_path):
-    """A good gradient, an update of NaN: of all that is kept nothing is NaN."""
+    """With a good gradient and a NaN update, nothing that is kept is NaN."""
     rate = lambda count: jnp.where(count == 2, jnp.inf, 0.1)
     loss_fn = lambda params, x: (jnp.mean((x @ params["w"] - 1) ** 2), {})
     config = ml_collections.ConfigDict(
@@ -137,7 +137,7 @@ def test_a_rate_that_is_inf_stops_the_run_and_spoils_no_checkpoint(tmp_path):
             assert int(state.step) - int(state.skipped) == 2
             leaves += jax.tree.leaves((state.adapters, state.opt_state))
     assert all(np.isfinite(leaf).all() for leaf in leaves)
-    with pytest.raises(NonFiniteError, match="of 2 in a row"):  # taken up once more
+    with pytest.raises(NonFiniteError, match="of 2 in a row"):  # resumed
         run()
 
 

@@ -1,4 +1,4 @@
-"""State sizes of the optimisers, by count; times are the benchmark's."""
+"""State sizes of the optimisers, counted; times come from the benchmark."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_state_bytes_are_what_each_optimiser_promises():
     triplets = kernels * shape.rank
     adamw = rows["adamw on AdaLora"]["state"]
     assert rows["adalora"]["state"] <= 2 * adamw + triplets + 64 + 8 * 1000
-    widths = 4 * (8 * 32 + 2 * 32 + 2 * 128)  # n + m floats a kernel
+    widths = 4 * (8 * 32 + 2 * 32 + 2 * 128)  # n + m floats per kernel
     assert rows["lora_pro rowcol"]["state"] <= widths + 64
     assert "share of a train step" in optimizer_cost.table(rows, 100.0)
 

@@ -1,4 +1,4 @@
-"""Every optimiser by its name, chains by list, and the orders that are refused."""
+"""Every optimiser by name, chains as lists, and the orders that are refused."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def config_of(**fields):
 
 
 def step(tx, adapters):
-    """Updates of gradients equal to the parameters."""
+    """Updates for gradients equal to the parameters."""
     if isinstance(tx, optax.MultiSteps):
         tx = tx.gradient_transformation()
     tx = optax.with_extra_args_support(tx)
@@ -58,7 +58,7 @@ def test_every_name_makes_an_optimiser(name):
 
 
 def test_the_factory_reaches_every_chainable_transformation():
-    """What lorax.optim makes is a link, a name or a wrapper."""
+    """Everything that lorax.optim makes is a link, a name or a wrapper."""
     reached = {link.make for link in optimizers.LINKS.values()}
     reached |= {*optimizers.READY.values(), *optimizers.WRAPPERS.values()}
     made = [
@@ -148,7 +148,7 @@ def test_paths_may_have_rates_of_their_own():
         make(name="chain", chain=[links[0], ("scale_by_path", (("kernel", 9.0),))]),
         LORA,
     )
-    jax.tree.map(np.testing.assert_array_equal, part, plain)  # whole paths alone
+    jax.tree.map(np.testing.assert_array_equal, part, plain)  # only whole paths match
 
 
 def test_wrappers_go_around_the_first_innermost():

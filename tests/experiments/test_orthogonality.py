@@ -41,7 +41,7 @@ def test_every_arm_is_chosen_reported_and_resumed(tmp_path, monkeypatch):
     assert "| none |" in study.table(found)
     lines = path.read_text().splitlines()
     assert all(json.loads(line)["seconds"] >= 0 for line in lines)
-    again = comparison.Runs(path, digests, minutes=0)  # nothing may be run anew
+    again = comparison.Runs(path, digests, minutes=0)  # nothing may be rerun
     assert study.study("toy", "none", again) == found["none"]
     with pytest.raises(comparison.NotRun):
         study.study("toy", "none", comparison.Runs(path, {"none": "other"}, minutes=0))

@@ -1,4 +1,4 @@
-"""What `lorax describe` says of a model, none of whose weights are read."""
+"""What `lorax describe` says about a model without reading its weights."""
 
 import json
 
@@ -30,7 +30,7 @@ RANK_2 = 2 * ((8 + 8) + 2 * (8 + 4) + (8 + 8) + 3 * (8 + 16))
 @pytest.fixture
 def checkpoint(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(FIELDS))
-    return str(tmp_path)  # a checkpoint without its tensors
+    return str(tmp_path)  # a checkpoint without tensors
 
 
 def test_counts_and_bytes(checkpoint):
@@ -51,9 +51,9 @@ def test_counts_and_bytes(checkpoint):
 def test_a_quantised_base_is_smaller(checkpoint):
     model, targets = outline.read(checkpoint), [lorax.Target(".*/q/kernel")]
     dense, packed = (outline.make(model, targets, q) for q in ("", ".*/down.*=int8"))
-    codes = 8 * 16 * (2 - 1)  # a byte a weight instead of two
+    codes = 8 * 16 * (2 - 1)  # one byte per weight instead of two
     left = dense.nbytes["base"] - packed.nbytes["base"]
-    assert 0 < left < codes  # scales take a part of what is won
+    assert 0 < left < codes  # scales take part of what is saved
 
 
 def test_a_head_is_drawn_for_labels_and_a_gguf_file_is_read_by_its_header(tmp_path):

@@ -1,4 +1,4 @@
-"""Packed rows: every example once an epoch, and the loss that it has alone."""
+"""Packed rows: every example once per epoch, with the loss it has alone."""
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ def loud(params):
 
 
 def ids_of(batch):
-    """Examples of a batch, each as often as it occurs."""
+    """The examples of a batch, each as often as it occurs."""
     found = []
     for index, segments in zip(batch["index"], batch["segments"]):
         for segment in range(1, segments.max() + 1):
@@ -63,7 +63,7 @@ def test_an_epoch_packs_every_example_once_and_little_is_padding():
     numbers = rows._ends[0]
     for epoch in range(3):
         start = rows._ends[epoch - 1] if epoch else 0
-        rows[start]  # plans it
+        rows[start]  # makes the plan
         own = [rows[i] for i in range(start, rows._ends[epoch])]
         assert sorted(sum(own, [])) == list(range(200))
     padding = 1 - sum(map(batches.positions, given)) / (16 * numbers)
@@ -73,7 +73,7 @@ def test_an_epoch_packs_every_example_once_and_little_is_padding():
 
 @pytest.mark.parametrize("counts", [(2, 1, 2), (1, 4, 2)])
 def test_no_example_is_lost_or_repeated_when_processes_come_and_go(counts):
-    """Batches of 4 rows, read in turn by so many processes, each its part."""
+    """Batches of 4 rows, read by changing numbers of processes, each its part."""
     given = made(60)
     together, whole = [], packing.packed_batches(given, 4, 16, 0, seed=1)
     for step in range(12):
@@ -113,7 +113,7 @@ def test_packing_changes_no_loss(family):
 
 
 def test_without_segments_documents_would_see_each_other():
-    """The mask and the positions do something: a mutation moves the loss."""
+    """The mask and the positions matter: without them the loss changes."""
     model = gpt2.Model(gpt2.Config(29, 32, 16, 2, 2, 24))
     params = loud(model.init(jax.random.key(0), np.zeros((1, 4), int))["params"])
     batch = packing.packed_batches(made(20), 2, 16, 0, seed=0)[0]

@@ -1,4 +1,4 @@
-"""The page of the benchmarks is what their JSON files say."""
+"""The benchmarks' page matches their JSON files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Pairs of sentences: what is read, the loss by its formula, and a run that learns."""
+"""Sentence pairs: reading, the loss by its formula, and a run that learns."""
 
 import json
 
@@ -24,7 +24,7 @@ def runlocal():
 
 
 def in_numpy(anchors, positives, scale, groups, symmetric):
-    """Row by row."""
+    """The loss, row by row."""
     scores = scale * anchors @ positives.T
 
     def one(scores, i):

@@ -1,4 +1,4 @@
-"""What a program's text says: how often it runs what, what it moves, how long."""
+"""Reading a program's text: how often each part runs, what it moves, how long."""
 
 import types
 
@@ -67,7 +67,7 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
 
 def test_hlo_by_hand():
     found = traffic.read(HLO)
-    # the fusion's own estimate, 5 in each of 6 x 10 trips, not those inside of it
+    # the fusion's own estimate, 5 in each of 6 x 10 trips, not those inside it
     assert found.cycles == 5 * 60 + 7 and found.opaque == 1
     assert found.bytes_by_kind() == {
         "all-gather": 60 * 64 * 4 * 4 + 64 * 4,
@@ -132,7 +132,7 @@ def test_what_a_program_moves_by_hand():
     # and written; negated: read and written; sent to the host: read; gathered: written
     assert found.hbm == 2 * layer + layer + 2 * layer + 2 * 32 + layer + all_of_it
     assert found.host == layer
-    # one transfer, though three instructions have a part in it
+    # one transfer, though three instructions take part in it
     (gathered,) = found.collectives
     assert gathered == ("all-gather", "bf16[16,128]", all_of_it, 1, (0, 1, 2, 3))
 
@@ -156,7 +156,7 @@ def test_links_by_hand():
     assert roofline.links(square, (16, 16), 16) == 4  # both ways along both dimensions
     assert roofline.links(square[:16], (16, 16), 16) == 2
     assert roofline.links(square[:4], (16, 16), 16) == 1  # a line, not a ring
-    # every fourth column, and all rows of those
+    # every fourth column, with all its rows
     spread = [(x, y) for x in range(0, 16, 4) for y in range(16)]
     assert roofline.links(spread, (16, 16), 16) == 3
     cube = [(x, y, z) for x in range(4) for y in range(4) for z in range(8)]
@@ -187,7 +187,7 @@ def test_a_step_is_its_longest_term_or_their_sum():
 
 
 def test_published_runs_have_the_published_utilisation():
-    """From the shapes alone: 6 operations a weight, 12 a pair of tokens and width."""
+    """From the shapes alone: 6 operations per weight, 12 per token pair and width."""
     for run in published.RUNS:
         config, topology = run.config(), topologies.parse(run.topology)
         fields = config.model.published

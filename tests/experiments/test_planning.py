@@ -96,8 +96,8 @@ def test_operations_by_hand():
     args = jnp.ones((6, 4, 4)), jnp.ones((7, 4))
     forward = 6 * 2 * 7 * 4 * 4 + 2 * 7 * 5 * 3 * 4
     assert analysis.operations(jax.jit(loss).trace(*args).jaxpr) == forward
-    # backwards: every product again, and two more for its two arguments; of the
-    # convolution, whose kernel is a constant, one
+    # backwards: every product again, plus one for each of its two arguments; only one
+    # for the convolution, whose kernel is a constant
     traced = jax.jit(jax.grad(loss)).trace(*args)
     assert analysis.operations(traced.jaxpr) >= 4 * 6 * 2 * 7 * 4 * 4
 
@@ -114,14 +114,14 @@ def test_operations_of_experts_and_of_shared_programs_by_hand():
     cut = {"mesh": mesh, "in_specs": (P("fsdp"), P()), "out_specs": P("fsdp")}
     shared = jax.shard_map(jnp.matmul, axis_names={"fsdp"}, **cut)
     assert count(shared, jnp.ones((8, 3)), jnp.ones((3, 5))) == 2 * 8 * 3 * 5
-    # along "tensor" both devices do the same
+    # along "tensor" both devices do the same work
     shared = jax.shard_map(jnp.matmul, check_vma=False, **cut)
     assert count(shared, jnp.ones((8, 3)), jnp.ones((3, 5))) == 2 * 2 * 8 * 3 * 5
 
 
 @pytest.mark.parametrize("dispatch, visited", [("ragged", 2), ("dense", 8)])
 def test_a_step_of_a_mixture_by_hand(dispatch, visited):
-    """Experts on eight devices, of which each may get all tokens: counted on one."""
+    """Experts on eight devices, each of which may get all tokens: counted on one."""
     config = mixtral_8x7b_lora.get_config("runlocal")
     config.model.dispatch = dispatch
     assert config.sharding.expert == 8
@@ -290,7 +290,7 @@ def test_inits_that_look_at_data_are_planned_by_their_shapes():
 
 
 def made(total, seconds, settings, refused="", opaque=0):
-    """A plan of 16 chips: products that take a second, and twice that in all."""
+    """A plan for 16 chips: products take a second, everything takes twice that."""
     memory = estimates.Memory(0, 0, 0, 0, 0, 0, 2**30, total, 15.75 * 2**30)
     gathered = traffic.Collective("all-gather", "bf16[1]", 2**30, 1)
     return estimates.Plan(

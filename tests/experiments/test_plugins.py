@@ -1,4 +1,4 @@
-"""A package of somebody else's joins by its name in a config, and by nothing else."""
+"""A third-party package joins by its name in a config, and nothing else."""
 
 import json
 import re
@@ -122,7 +122,7 @@ def test_a_run_by_config_is_the_member_and_loads_with_its_frozen_arrays(swept):
     config = configs.get_config()
     config.run.cache_dir, config.eval.source_bytes = str(folder / "cache"), 256
     results = byte_model.train(config, str(folder / "alone"))
-    member = runs.RunTable(folder / "sweep").lines[1]["results"]  # alpha 16 is its own
+    member = runs.RunTable(folder / "sweep").lines[1]["results"]  # alpha 16
     np.testing.assert_allclose(
         results["lora"]["test_bpb"], member["lora"]["test_bpb"], rtol=1e-5
     )

@@ -29,7 +29,7 @@ def config_of(**given):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A population of two, then its second member in a run of its own."""
+    """A population of two, then its second member in its own run."""
     folder = tmp_path_factory.mktemp("population")
     config = config_of(**GIVEN)
     config.run.cache_dir = str(folder / "cache")
@@ -51,8 +51,8 @@ def test_a_member_is_the_run_of_its_own(run):
     both = [folder / "both" / "members" / "1", folder / "alone" / "adapter"]
     ours, theirs = map(checkpoint.load_adapters, both)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    # Relative to the whole tree: where a gradient is nothing but rounding, Adam still
-    # makes a step of it (in float64 members are exact, tests/test_population.py).
+    # Relative to the whole tree: where a gradient is pure rounding, Adam still makes a
+    # step of it (in float64 members are exact: tests/test_population.py).
     norm = np.sqrt(sum(np.sum(np.square(y)) for y in jax.tree.leaves(theirs)))
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * norm)

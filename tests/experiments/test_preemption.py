@@ -1,4 +1,4 @@
-"""SIGTERM: saved where it was, and the end is that of a run nobody stopped."""
+"""SIGTERM: the run saves where it is, and ends like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_ten_times_at_a_random_step(tmp_path, uninterrupted, seed):
 
 
 def test_a_run_that_is_killed_ends_alike(tmp_path, uninterrupted):
-    """At the step whose save has just begun: it goes on from that one or one before."""
+    """When a save has just begun: it resumes from that one or the one before."""
     code, _ = run(tmp_path, 14, by=signal.SIGKILL)
     assert code == -signal.SIGKILL
     code, lines = run(tmp_path)
@@ -116,7 +116,7 @@ def test_the_handler_before_it_comes_back():
 
 
 def test_several_processes_ask_jax(monkeypatch):
-    """Then JAX has the signal, and every process asks at every step until the one."""
+    """Then JAX has the signal, and every process asks at every step until it stops."""
     asked = []
     reached = lambda step: bool(asked.append(step)) or step == 3
     monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)

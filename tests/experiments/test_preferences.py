@@ -1,4 +1,4 @@
-"""Tasks of preferences and of a teacher: rows, batches, losses, whole runs."""
+"""Preference and distillation tasks: rows, batches, losses, whole runs."""
 
 import json
 from types import SimpleNamespace
@@ -174,7 +174,7 @@ DRAWN = {
 
 
 def config_of(loss, folder, rows):
-    """A run of a drawn model on rows of a file."""
+    """A config that runs a random model on rows of a file."""
     config = common.checkpoint_run()
     config.run.name, config.run.loss, config.run.steps = "toy", loss, 16
     config.run.log_every = 8
@@ -266,7 +266,7 @@ def test_losses_and_options_that_a_task_has_not_are_named(tmp_path):
 
 
 def taught(tmp_path, monkeypatch, **teacher):
-    """The config of a student with a drawn teacher, read from `model.teacher`."""
+    """The config of a student with a random teacher, read from `model.teacher`."""
     rows = [{"prompt": r["prompt"], "response": r["chosen"]} for r in PAIRS]
     config = config_of("distillation", tmp_path, rows).unlock()
     config.data.task = "instructions"

@@ -41,7 +41,7 @@ def test_a_run_keeps_its_base_packed(init, tmp_path):
     adapters = checkpoint.load_adapters(tmp_path / "adapter")
     assert (tmp_path / "initial").exists() == (init == "pissa")
     model, dense, tokenizer = loading.load_model(config.model.source)
-    if init == "standard":  # the packed base is the source's, quantised
+    if init == "standard":  # the packed base is the source, quantised
         again = finetune.score(config, str(tmp_path / "adapter"), tmp_path)
         assert again["valid_bpb_8"] == pytest.approx(results["valid_bpb_8"], rel=1e-5)
         _, base, _ = loading.load_model(config.model.source, "int8")

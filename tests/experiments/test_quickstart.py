@@ -1,4 +1,4 @@
-"""The quickstart end to end at toy size: cold, then with the cached base."""
+"""The quickstart end to end at toy size: cold, then with a cached base."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Reading rows: every kind of file, and every kind of damage named by file and line."""
+"""Reading rows: every kind of file; errors name the file and the line."""
 
 import gzip
 import zipfile

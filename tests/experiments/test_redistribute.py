@@ -1,4 +1,4 @@
-"""EVA's ranks by config: the same sum, more of it where components explain most."""
+"""EVA's ranks from a config: the same sum, more where components explain most."""
 
 import grain
 import jax

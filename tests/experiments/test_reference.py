@@ -1,4 +1,4 @@
-"""The reference of a loss: the model at the start, whatever the init, on one base."""
+"""The reference model of a loss: the initial model for any init, on one base."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ ROWS, TIME, WORDS = 4, 6, 16
 
 
 class Model(nn.Module):
-    """Each next token from the one before."""
+    """Predicts each token from the one before."""
 
     width: int = 8
 
@@ -105,7 +105,7 @@ def test_at_the_start_every_loss_is_log_2_and_then_falls(start):
     assert found[0]["rewards/rejected"] == pytest.approx(0, abs=1e-6)
     margin = found[-1]["rewards/chosen"] - found[-1]["rewards/rejected"]
     assert found[-1]["loss"] < math.log(2) - 1e-3 and margin > 1e-3
-    # what is evaluated knows the start, which LoRA-One alone puts beside the base
+    # evaluation uses the initial model, which differs from the base only for LoRA-One
     model = prepared.merge(state.adapters, prepared.params)
     said = reference(model.start, model.params, batch(0)).total
     base = SCORE(own.params, batch(0)).total
@@ -117,7 +117,7 @@ def size(step, *args):
 
 
 def test_a_step_holds_one_base():
-    """Arguments are those of supervised training, and nothing of the base is copied."""
+    """Arguments are those of supervised training, and the base is not copied."""
     model, tx = Model(512), optax.adam(1e-2)
     score = prefer.make_score(model, 0, pairs=True)
     params = model.init(jax.random.key(0), TOKENS)["params"]

@@ -1,4 +1,4 @@
-"""The page of a run: every file of the folder is on it, in figures or in words."""
+"""A run's page shows every file of the folder, in figures or words."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def run(tmp_path, base):
 
 
 def figures(page):
-    """The texts of every figure, which must be sound XML."""
+    """The texts of every figure, which must be valid XML."""
     found = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     return [xml.etree.ElementTree.fromstring(figure) for figure in found]
 

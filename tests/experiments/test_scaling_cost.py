@@ -1,4 +1,4 @@
-"""Adapters cost what their arithmetic says, by XLA's own counts."""
+"""Adapters cost what arithmetic predicts, by XLA's own counts."""
 
 import jax
 import pytest
@@ -29,7 +29,7 @@ def test_arguments_grow_by_the_adapters_and_their_moments(rows):
     extra = lambda row: (
         row["adapted"]["argument_bytes"] - row["without"]["argument_bytes"]
     )
-    # without adapters three biases are trained, their moments beside them
+    # without adapters three biases are trained, with their moments
     assert extra(by["rank", 4]) - extra(by["rank", 2]) == three * 2
     index = 4 * BASE.batch
     assert extra(by["adapters", 2]) - extra(by["rank", 2]) == three * 2 + index

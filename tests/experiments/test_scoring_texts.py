@@ -18,7 +18,7 @@ REFERENCES = [["a b c d", "a b d"], ["x y z", "y x"], ["a b", "a c b b"]]
 
 
 def test_bleu_by_hand():
-    # matches of n words, clipped:  8/9 (the second a of the third is clipped)
+    # matches of n words, clipped:  8/9 (the second a of the third text is clipped)
     #   ab bc cd xy ab = 5/6;  abc bcd = 2/3;  abcd = 1/1
     # closest reference lengths 4, 2 and, of 2 and 4 as near to 3, the shorter 2: 8 < 9,
     # no penalty
@@ -33,7 +33,7 @@ def test_nist_by_hand():
     # Words in all references: 4 + 3 + 3 + 2 + 2 + 4 = 18: 4 a, 5 b, 2 c, 2 d, 2 x, 2 y.
     # n = 1, nine words: matched a b c d, x y, a b (the other a is clipped):
     #   2 log2(18/4) + 2 log2(18/5) + 4 log2(18/2) = 4.33985 + 3.69599 + 12.67970
-    # n = 2, six pairs: ab, bc, cd; xy; ab. Pair ab stands three times in references:
+    # n = 2, six pairs: ab, bc, cd; xy; ab. Pair ab occurs three times in references:
     #   2 log2(4/3) + log2(5/1) + log2(2/1) + log2(2/1) = 0.83007 + 2.32193 + 1 + 1
     # n = 3, three triples: abc, bcd:  log2(3/1) + log2(1/1) = 1.58496
     # n = 4, one: abcd, log2(1/1) = 0.  n = 5: none.

@@ -1,4 +1,4 @@
-"""The studies on the quickstart's text: their path at toy sizes, their report."""
+"""The studies on the quickstart's text: run at toy sizes, and their report."""
 
 import importlib
 import json
@@ -111,7 +111,7 @@ def test_the_table_by_hand():
 
 
 def test_a_stalled_run_has_no_value(monkeypatch):
-    """Its adapters are finite, for the step left the updates out."""
+    """Its adapters are finite, because the step skipped the updates."""
     rate = lambda count: jnp.where(count == 3, jnp.inf, 0.1)
     loss_fn = training.simple_loss(lambda params, x: jnp.sum(params["w"] * x))
     tx = optax.sgd(rate)

@@ -42,7 +42,7 @@ def test_the_table_resumes_and_tolerates_a_cut_off_line(tmp_path):
     again.add([line_of(second, 0.5)])
     assert table.path.read_text().startswith(whole)
     assert len(table.path.read_text().splitlines()) == 3
-    again.add([line_of(second, ok=False)])  # what is finished stays finished
+    again.add([line_of(second, ok=False)])  # finished runs stay finished
     assert runs.RunTable(tmp_path).finished(second)
     # the same fields of another config are another run
     (other,) = runs_of("adapter.rank=2", config_of(run__steps=3))
@@ -64,7 +64,7 @@ def test_a_member_counts_for_what_a_population_reports(tmp_path):
     table.add([line_of(run, member=0, population=2)])
     assert table.finished(run) and table.finished(run, "lora.test_bpb")
     assert not table.finished(run, "full.test_bpb")
-    table.add([line_of(run)])  # a run of its own has what it has
+    table.add([line_of(run)])  # a separate run is finished whatever it reports
     assert table.finished(run, "full.test_bpb")
 
 
@@ -280,7 +280,7 @@ def test_a_sweep_and_a_member_is_its_run(tmp_path):
         np.testing.assert_allclose(
             lines[1]["results"][name]["test_bpb"], results[name]["test_bpb"], rtol=1e-5
         )
-    # nothing is left to do; what a population lacks is run
+    # nothing is left to do; missing members of a population are run
     again = launch(*both)
     assert "2 finished before, 0 to do in 0 processes" in again.stdout
     assert again.returncode == 0

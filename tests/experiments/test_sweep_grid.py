@@ -1,4 +1,4 @@
-"""Sweeps: the grid as text, its runs, and which of them go as one."""
+"""Sweeps: the grid as text, its runs, and which of them run together."""
 
 import pathlib
 
@@ -102,7 +102,7 @@ def test_every_combination_is_a_run_with_a_hash_of_all_its_values():
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """The config that the flags of a job make, by the parser of experiments.main."""
+    """The config that a job's flags give, by the parser of experiments.main."""
 
     def parse(job, name):
         path = ROOT / "configs" / f"{name}.py"
@@ -159,7 +159,7 @@ def test_runs_that_differ_in_members_values_alone_are_a_population():
     assert sizes(text, metric="lora.test_bpb") == [4, 1, 1, 1, 1]
     assert sizes(text, metric="full.test_bpb") == [1] * 8
     assert sizes("adapter.rank=1,2,3,4,5", most=2) == [2, 2, 1]
-    # run.seed is the base's and the batches' too
+    # run.seed also seeds the base and the batches
     assert sizes("run.seed=0,1; adapter.alpha=1,2") == [2, 2]
     assert sizes(f"{RATE}=0,1e-3,1e-2") == [1, 2]
     assert sizes("adapter.rank=1,2", config_of(run__methods=("full", "lora"))) == [1, 1]

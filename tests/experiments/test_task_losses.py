@@ -1,4 +1,4 @@
-"""The losses of tasks: in chunks as all at once, and when they are in chunks."""
+"""The tasks' losses: equal in chunks and all at once, and when chunks are used."""
 
 import re
 
@@ -74,7 +74,7 @@ def test_a_config_says_how_many_positions():
 @pytest.mark.once
 @pytest.mark.parametrize("chunk", [0, 3])
 def test_routers_add_their_losses(chunk):
-    """On all tokens up to the last that has a weight; -1: by the model's config."""
+    """On all tokens up to the last with a weight; -1 means the model's config."""
     config = mixture.Config(
         vocabulary=40,
         width=16,

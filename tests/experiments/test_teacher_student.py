@@ -1,4 +1,4 @@
-"""The study's wiring at toy size; its figures come from the command."""
+"""The study's wiring at toy size; its numbers come from the command."""
 
 import numpy as np
 import pytest

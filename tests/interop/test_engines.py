@@ -1,4 +1,4 @@
-"""Adapters as they are written, against the rules of the engines that load them."""
+"""Adapters as written, against the rules of the engines that load them."""
 
 import json
 
@@ -16,7 +16,7 @@ OTHERS = ("vLLM", "SGLang", "llama.cpp")
 
 
 def adapters(*targets, config=CONFIG, family=llama):
-    """Perturbed adapters of a model that is drawn, and its parameters."""
+    """Perturbed adapters of a random model, and its parameters."""
     model = family.Model(config)
     draw = np.random.default_rng(0)
     params = jax.tree.map(
@@ -46,7 +46,7 @@ def test_plain_lora_goes_everywhere(tmp_path):
 
 
 def test_names_are_what_the_loaders_split(tmp_path):
-    """vLLM: two words in front, the module, lora_A or lora_B, weight."""
+    """vLLM: two leading words, the module, lora_A or lora_B, weight."""
     made, _ = adapters(T("all-linear", rank=2), T("embed/embedding", rank=2))
     peft.save(tmp_path, made, CONFIG)
     tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
@@ -64,7 +64,7 @@ def test_names_are_what_the_loaders_split(tmp_path):
         assert module[:2] == ["model", "layers"] or module[-1] == "embed_tokens"
 
 
-# What is beside plain factors, and the word of the reason.
+# What there is besides plain factors, and a word of the reason.
 BESIDE = {
     "use_dora": [T("layers/q/kernel", 2, adapter="dora")],
     "modules_to_save": [T("layers/q/kernel", 2), T("norm_out/scale", adapter="full")],
@@ -154,7 +154,7 @@ def test_a_tied_embedding(tmp_path):
     "pattern, taken", [("(gate_up|down)", True), ("gate_up", False)]
 )
 def test_experts(pattern, taken, tmp_path):
-    """One kernel alone has the name that vLLM gives the other one."""
+    """A single kernel has the name that vLLM gives the other one."""
     config = mixture.Config(
         vocabulary=31,
         width=16,

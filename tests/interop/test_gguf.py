@@ -26,7 +26,7 @@ FAMILY = {
 
 
 def expected(path, architecture="llama"):
-    """The leaves of a scanned model, by the format's own decoder."""
+    """The leaves of a scanned model, from the format's own decoder."""
     held = made.weights(path)
     leaves = {
         "embed/embedding": held["token_embd.weight"],
@@ -140,7 +140,7 @@ def test_types_without_codes_are_decoded_and_named(tmp_path):
 
 @pytest.mark.parametrize("width", [96, 160])
 def test_blocks_that_reach_across_heads(tmp_path, width):
-    """Heads of 48 and 80 inputs of o: a scale for 16, which divides both."""
+    """Heads of 48 and 80 inputs of o: one scale per 16, which divides both."""
     sizes = {"embedding_length": width, "attention.head_count": 2}
     sizes |= {"attention.head_count_kv": 1}
     held = made.tensors(lambda name: Type.Q4_1, **sizes)
@@ -217,7 +217,7 @@ def test_leaves_are_read_into_their_shards(tmp_path, quantize):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_a_transformers_model_of_the_same_file(tmp_path, architecture):
-    """Its own reader of GGUF: another table of names, keys and turned rows."""
+    """Its GGUF reader has its own table of names, keys and reordered rows."""
     torch, transformers = (
         pytest.importorskip(name) for name in ("torch", "transformers")
     )

@@ -1,4 +1,4 @@
-"""GGUF LoRA files: what llama.cpp makes of them, in float64, and back."""
+"""GGUF LoRA files: what llama.cpp computes from them, in float64, and back."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def adapted(config, *targets, **fields):
 
 
 def meant(path):
-    """`{tensor: W's change}` by llama.cpp's rule, from the format's own reader."""
+    """`{tensor: change of W}` by llama.cpp's rule, using the format's own reader."""
     reader = library.GGUFReader(path)
     (alpha,) = reader.fields["adapter.lora.alpha"].parts[-1]
     held = {t.name: np.float64(t.data) for t in reader.tensors}
@@ -54,7 +54,7 @@ def meant(path):
 
 
 def changes(config, adapters, base):
-    """The same by `lorax.merge`, in the names and the order of a GGUF file."""
+    """The same from `lorax.merge`, with the names and row order of a GGUF file."""
     zeros = jax.tree.map(np.zeros_like, base)
     delta = lorax.tree.flatten(lorax.merge(adapters, zeros))
     found = {}
@@ -148,7 +148,7 @@ def test_ranks_and_scales_that_differ(tmp_path):
 
 
 def test_scales_that_are_all_zero(tmp_path):
-    """llama.cpp takes an alpha of 0 for a scale of 1."""
+    """llama.cpp reads an alpha of 0 as a scale of 1."""
     adapters = compose.scale(adapted(SMALL)[0], 0.0)
     gguf.save_adapters(tmp_path / "x.gguf", adapters, SMALL)
     assert not any(rows.any() for rows in meant(tmp_path / "x.gguf").values())
@@ -203,7 +203,7 @@ def test_what_a_file_of_pairs_cannot_hold(tmp_path):
 
 
 def lora_file(path, tensors, **fields):
-    """A file by the format's own package."""
+    """A file written by the format's own package."""
     told = {"general.type": "adapter", "adapter.type": "lora"}
     told |= {"adapter.lora.alpha": 4.0} | fields
     file = library.GGUFWriter(path, told.pop("general.architecture", "llama"))
@@ -309,7 +309,7 @@ def test_the_adapter_of_a_tied_embedding_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_llama_cpp_computes_the_same(tmp_path):
-    """Base, and base with the adapter, through `pip install llama-cpp-python`."""
+    """The base, and the base with the adapter; needs `pip install llama-cpp-python`."""
     llama_cpp = pytest.importorskip("llama_cpp")
     sizes = {"embedding_length": 64, "feed_forward_length": 96, "tied": False}
     words = [f"<{i}>" for i in range(made.VOCABULARY)]

@@ -1,4 +1,4 @@
-"""GGUF files that are cut short, lie, or say what is not implemented."""
+"""GGUF files that are truncated, wrong, or need what is not implemented."""
 
 import struct
 import time
@@ -29,7 +29,7 @@ def tensor(name, dims=(32,), kind=0, offset=0):
 
 
 def file(entries=(), tensors=(), *, magic=b"GGUF", version=3, counts=None, data=128):
-    """A file by hand, in the words of the specification."""
+    """A file written by hand, in the specification's terms."""
     count = (len(tensors), len(entries)) if counts is None else counts
     head = magic + struct.pack("<IQQ", version, *count)
     head += b"".join(entries) + b"".join(tensors)
@@ -159,7 +159,7 @@ HUGE = [0, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]
 
 
 def outcome(path, content):
-    """What comes of a changed file: "loaded", or "refused" by name."""
+    """The outcome for a changed file: "loaded", or "refused" by name."""
     path.write_bytes(content)
     begun = time.perf_counter()
     try:
@@ -175,7 +175,7 @@ def outcome(path, content):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_any_change_of_the_header_loads_or_is_refused(tmp_path, sound, seed):
-    """Bytes drawn anew, counts that are huge, and files cut short."""
+    """Random bytes, huge counts, and truncated files."""
     sound, begin = sound
     draw = np.random.default_rng(seed)
     found = []

@@ -1,4 +1,4 @@
-"""Reading a GGUF file takes little more memory than what is read."""
+"""Reading a GGUF file takes little more memory than its contents."""
 
 import subprocess
 import sys
@@ -44,7 +44,7 @@ def file(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "most"), [("", 1.3), ("file", 1.5)])
 def test_peak_memory_is_the_size_of_the_model(file, form, most):
-    """Of codes the leaves are smaller, beside the largest matrix taken apart."""
+    """With codes the leaves are smaller; the largest matrix is unpacked at a time."""
     run = subprocess.run(
         [sys.executable, "-c", CHILD, str(file), form],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What GGUF's keys say of a model: by the names and the rules of llama.cpp."""
+"""What GGUF's keys say about a model, by llama.cpp's names and rules."""
 
 import math
 

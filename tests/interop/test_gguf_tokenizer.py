@@ -22,7 +22,7 @@ KINDS = [1] * (len(TOKENS) - 3) + [3, 3, 4]
 
 
 def written(path, **fields):
-    """A file of a tokenizer alone; None leaves a key out."""
+    """A file with only a tokenizer; None omits a key."""
     told = {
         "model": "gpt2",
         "pre": "gpt-2",
@@ -136,7 +136,7 @@ def test_what_is_not_a_tokenizer_is_said(tmp_path, fields, message):
 
 
 def by_scores(text, scores):
-    """SentencePiece's BPE: of all pairs that are a token the best is joined."""
+    """SentencePiece's BPE: repeatedly joins the best pair that forms a token."""
     left = list("▁" + text.replace(" ", "▁"))
     while True:
         joins = [
@@ -155,7 +155,7 @@ def by_scores(text, scores):
 
 
 def sentencepiece_model(path):
-    """`(piece, score, kind)` of a .model file: protobuf, read by hand."""
+    """`(piece, score, kind)` from a .model file: protobuf, parsed by hand."""
     raw, at, found = path.read_bytes(), 0, []
     while at < len(raw) and raw[at] == 0x0A:  # field 1, a message
         size, at = raw[at + 1], at + 2
@@ -180,7 +180,7 @@ STORIES = DATA / "stories260k"
 
 
 def stories_file(path):
-    """The real model of stories, as llama.cpp's converter writes it, in float32."""
+    """The real stories model, as llama.cpp's converter writes it, in float32."""
     model, params = hf.load(STORIES, scan=False)
     held = {}
     for key, rows in hf.to_disk(model.config, params).items():
@@ -248,6 +248,6 @@ def test_a_real_sentencepiece_tokenizer_and_its_model(tmp_path):
         ids = tokenizer.encode(text)
         assert ids == [places[piece] for piece in by_scores(text, scores)] or not text
         assert tokenizer.decode(ids) == text
-        short = " ".join(text.split())  # as this model's own tokenizer has it
+        short = " ".join(text.split())  # as this model's own tokenizer does
         assert tokenizer.encode(short) == theirs.encode(text)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)

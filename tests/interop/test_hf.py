@@ -1,4 +1,4 @@
-"""Checkpoints on disk: layouts, round trips, shards, and files that are not sound."""
+"""Checkpoints on disk: layouts, round trips, shards, and damaged files."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SMALL = llama.Config(61, 64, 32, 2, 4, 2, 8, 48, tied=False, qkv_bias=True, o_bi
 
 
 def tensors_of(config, seed=0, dtype=np.float32):
-    """A random checkpoint of this config: `{key: tensor}`."""
+    """A random checkpoint for this config: `{key: tensor}`."""
     family = hf.family_of(config.to_hf(), "")
     shapes = hf.abstract(family.Model(config))
     draw = np.random.default_rng(seed)
@@ -29,7 +29,7 @@ def tensors_of(config, seed=0, dtype=np.float32):
 
 
 def write(directory, config, tensors, **fields):
-    """A checkpoint directory by hand."""
+    """A checkpoint directory, written by hand."""
     directory.mkdir(exist_ok=True)
     told = {**config.to_hf(), **fields}
     told = {name: value for name, value in told.items() if value is not None}

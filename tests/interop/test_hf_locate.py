@@ -1,4 +1,4 @@
-"""A name of a checkpoint is a directory here, or a hub id; never a guess."""
+"""A checkpoint's name is a local directory or a hub id, never a guess."""
 
 import sys
 import types
@@ -19,7 +19,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
-    """What goes to the hub, which answers with a folder."""
+    """The requests to a fake hub, which answers with a folder."""
     names = []
 
     def download(name, **options):

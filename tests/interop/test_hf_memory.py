@@ -1,4 +1,4 @@
-"""Reading two gigabytes takes little more memory than two gigabytes."""
+"""Reading two gigabytes takes little more than two gigabytes of memory."""
 
 import json
 import subprocess
@@ -60,7 +60,7 @@ def test_peak_memory_is_the_size_of_the_model(checkpoint, layout):
 
 @pytest.mark.slow
 def test_a_quantised_model_takes_no_dense_one(checkpoint):
-    """Two gigabytes, of which a quarter of one is an embedding, in NF4."""
+    """Two gigabytes, a quarter of a gigabyte of it an embedding, read as NF4."""
     command = [sys.executable, "-c", CHILD, str(checkpoint), "scan", "nf4"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     ratio, size = map(float, run.stdout.split())
@@ -106,7 +106,7 @@ print("FOUND", read[0] / own, peak / (1.3 * held + largest), held, flush=True)
 
 @pytest.mark.slow
 def test_each_process_reads_and_holds_its_slices(checkpoint, capfd):
-    """Two processes of four devices, every leaf cut eightfold."""
+    """Two processes with four devices each, every leaf sharded eightfold."""
     command = [sys.executable, "-c", SHARDED, str(checkpoint)]
     assert launch_local.launch(command, 2, 4) == 0
     lines = [

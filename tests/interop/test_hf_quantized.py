@@ -49,7 +49,7 @@ def test_the_leaves_are_those_of_quantize(tmp_path, rules, scan):
 
 
 def test_wide_kernels_and_fused_ones(tmp_path):
-    """Means of many scales, and GPT-2's kernels, which lie the other way on disk."""
+    """Means over many scales, and GPT-2's kernels, which are transposed on disk."""
     wide = llama.Config(61, 64, 512, 2, 8, 2, 64, 1536, tied=True)
     for config, rules in ((wide, [(".*/up/kernel", "nf4")]), (GPT2, "int8")):
         source = write(
@@ -82,7 +82,7 @@ def test_codes_lie_where_their_kernel_would(tmp_path):
     assert up.codes.sharding.spec == PartitionSpec(None, "x", "y")
     assert up.codes.addressable_shards[0].data.shape == (2, 8, 24)
 
-    # a sharding of each kernel, as for the dense model
+    # one sharding per kernel, as for the dense model
     spec = lambda shape: PartitionSpec() if shape.ndim < 3 else PartitionSpec(None, "x")
     place = lambda shape: NamedSharding(mesh_of(2, 1), spec(shape))
     given = jax.tree.map(place, hf.abstract(llama.Model(SMALL)))
@@ -94,7 +94,7 @@ def test_codes_lie_where_their_kernel_would(tmp_path):
 
 
 def test_no_more_than_a_layer_is_dense(tmp_path, monkeypatch):
-    """Arrays of JAX and of numpy, whenever a tensor is read."""
+    """Measures JAX's arrays at every tensor read, and numpy's peak."""
     config = llama.Config(16, 64, 256, 12, 4, 4, 64, 768, tied=True)
     source = write(tmp_path / "a", config, tensors_of(config))
     before = sum(array.nbytes for array in jax.live_arrays())

@@ -1,6 +1,6 @@
 """MaxText's trees, as MaxText writes them with Orbax: weights and LoRA, both ways.
 
-Names, axes and values are spelled out here by hand, from MaxText's sources.
+Names, axes and values are written out here by hand, from MaxText's sources.
 """
 
 import json
@@ -44,7 +44,7 @@ MODELS = {
 
 
 def drawn(config, seed=0):
-    """Parameters: numpy's."""
+    """Random numpy parameters."""
     shapes = hf.abstract(hf.family_of(config.to_hf(), "").Model(config))
     draw = np.random.default_rng(seed).standard_normal
     return jax.tree.map(lambda s: draw(s.shape).astype(np.float32), shapes)
@@ -58,12 +58,12 @@ def layer_of(config, params, i):
 
 
 def side_by_side(x):
-    """The two of a pair, which here lie half a head apart, one behind the other."""
+    """Puts the two of a rotary pair, half a head apart here, next to each other."""
     return np.stack([x[..., :3], x[..., 3:]], axis=-1).reshape(x.shape)
 
 
 def maxtext_layer(config, layer):
-    """Leaves of one layer by MaxText's names."""
+    """Leaves of one layer under MaxText's names."""
     kernel = {name: part["kernel"] for name, part in layer.items() if "kernel" in part}
     scale = {name: part["scale"] for name, part in layer.items() if "scale" in part}
     found = {
@@ -94,7 +94,7 @@ def maxtext_layer(config, layer):
 
 
 def stacks(config):
-    """With scan_layers: the layers that lie below each name."""
+    """With scan_layers: the layers stored under each name."""
     if config.model_type != "gemma3_text":
         return {"layers": [0, 1, 2]}
     blocks = {f"layers/layers_{i}": [i] for i in range(6)}
@@ -102,7 +102,7 @@ def stacks(config):
 
 
 def maxtext_tree(config, params, scanned=True):
-    """`{name: leaf}` below params/params."""
+    """`{name: leaf}` under params/params."""
     embedding, norm = params["embed"]["embedding"], params["norm_out"]["scale"]
     if config.model_type == "gemma3_text":
         embedding, norm = embedding * np.float32(4.0), norm + 1  # sqrt(16)
@@ -124,7 +124,7 @@ def maxtext_tree(config, params, scanned=True):
 
 
 def written(folder, leaves, **beside):
-    """As MaxText's `save_checkpoint`: Linen's collections, in items of step 0."""
+    """Like MaxText's `save_checkpoint`: Linen collections, in the items of step 0."""
     whole: dict = {"params": {"params": {}}, "step": 0, "opt_state": {}, **beside}
     for name, leaf in leaves.items():
         inner = whole["params"]["params"]
@@ -170,7 +170,7 @@ def test_weights_both_ways(name, scanned, tmp_path):
 
 
 def scores_of_maxtext(q, k):
-    """q and k `[time, head_dim]` turned as complex numbers of neighbours, unscaled."""
+    """q and k `[time, head_dim]` rotated as complex pairs of neighbours, unscaled."""
     turn = np.exp(1j * np.outer(np.arange(5), [1.0, 0.1, 0.01]))
     q, k = ((x[:, ::2] + 1j * x[:, 1::2]) * turn for x in (q, k))
     return (q @ k.conj().T).real
@@ -230,7 +230,7 @@ def test_shardings_and_the_checkpoints_dtype(tmp_path):
 
 
 def lora_tree(config, leaves, modules, rank=2, seed=3):
-    """qwix's leaves beside kernels, and the kernels with their product, alpha = 5."""
+    """qwix's leaves beside kernels, and the kernels plus their product; alpha = 5."""
     draw = np.random.default_rng(seed).standard_normal
     lora, moved = {}, dict(leaves)
     for name, leaf in leaves.items():
@@ -254,7 +254,7 @@ def lora_tree(config, leaves, modules, rank=2, seed=3):
 @pytest.mark.parametrize("scanned", [True, APART])
 @pytest.mark.parametrize("name", ["llama 3.1", "mistral", "gemma 3"])
 def test_lora_both_ways(name, scanned, tmp_path):
-    """What the factors add in MaxText's layout is what they add here."""
+    """The factors add the same in MaxText's layout as here."""
     config = MODELS[name]
     params = drawn(config)
     leaves = maxtext_tree(config, params, scanned)
@@ -278,7 +278,7 @@ def test_lora_both_ways(name, scanned, tmp_path):
 
 
 def test_nnx_trees_and_lora_that_maxtext_converted(tmp_path):
-    """Variables' values one key deeper, lists by number, other collections or none."""
+    """Variables' values one key deeper, numbered lists, other collections or none."""
     config = MODELS["mistral"]
     leaves = maxtext_tree(config, drawn(config), scanned=False)
     lora, _ = lora_tree(config, leaves, ["wi_0"])

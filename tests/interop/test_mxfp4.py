@@ -1,4 +1,4 @@
-"""GPT-OSS in MXFP4: codes are kept, and stand for what transformers decodes."""
+"""GPT-OSS in MXFP4: codes are kept, and decode to what transformers decodes."""
 
 import json
 
@@ -62,7 +62,7 @@ def coded(tmp_path_factory):
 
 
 def rewritten(coded, folder, change):
-    """The checkpoint with other tensors."""
+    """The checkpoint with changed tensors."""
     for file in coded[0].iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     tensors = load_file(folder / FILE)

@@ -1,4 +1,4 @@
-"""The bridge to nnx: a user's own loop on an adapted module, against the pure form."""
+"""The nnx bridge: a user's own loop on an adapted module, against the pure form."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ TOKENS = (jnp.arange(12)[None] * jnp.array([[1], [3], [5]])) % 16
 
 
 class Model(nnx.Module):
-    """With every kind of state: parameters, a tied one, statistics and a count."""
+    """A model with every kind of state: parameters, a tied one, statistics, a count."""
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(16, 8, rngs=rngs)

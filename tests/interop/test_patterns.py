@@ -1,4 +1,4 @@
-"""The matcher against `re`, and what `re` cannot do in time."""
+"""The matcher against `re`, and patterns on which `re` takes too long."""
 
 import re
 import time

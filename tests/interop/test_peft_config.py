@@ -1,4 +1,4 @@
-"""Every field of PEFT's config: implemented, harmless, or an error off its default."""
+"""Every PEFT config field is implemented, harmless, or an error off its default."""
 
 import dataclasses
 
@@ -63,7 +63,7 @@ def test_a_whole_file():
     assert read({"peft_type": "LORA"}).rank == 8  # older versions write fewer
 
 
-# Of each field that is not implemented, a value that PEFT takes.
+# For each field that is not implemented, a value that PEFT accepts.
 OTHERS = {
     "alora_invocation_tokens": [3, 4],
     "arrow_config": {"top_k": 3},
@@ -197,7 +197,7 @@ def test_which_modules(fields, want):
     chosen = [i for i, n in enumerate(NAMES) if found.selects(n, "embed" not in n)]
     assert chosen == want
     peft = pytest.importorskip("peft", reason="needs the golden extra: torch, peft")
-    if fields["target_modules"] != "all-linear":  # expanded before, in PEFT
+    if fields["target_modules"] != "all-linear":  # PEFT expands it earlier
         from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 
         config = peft.LoraConfig(**fields)

@@ -1,4 +1,4 @@
-"""Encoders and T5: what PEFT merges into its weights is what we merge into ours."""
+"""Encoders and T5: PEFT's merged weights equal ours."""
 
 import functools
 import json
@@ -39,7 +39,7 @@ def base(name):
         model = transformers.T5ForConditionalGeneration(config)
         return cases.golden.redraw(model, size=5.0)
     if name.startswith("vit"):
-        sizes = {k: n for k, n in SIZES.items() if k[0] not in "vm"}  # of no tokens
+        sizes = {k: n for k, n in SIZES.items() if k[0] not in "vm"}  # no token sizes
         sizes |= {"image_size": 8, "patch_size": 4, "num_channels": 1}
         config = transformers.ViTConfig(num_labels=3, **sizes)
         if name == "vit bare":
@@ -101,14 +101,14 @@ CASES = {
 def test_logits_and_merged_weights(name, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(0)  # of PEFT's own draws
+        torch.manual_seed(0)  # for PEFT's own draws
         model = peft.get_peft_model(fresh(name), peft.LoraConfig(**CASES[name]))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad:
                     p += 0.3 * torch.randn(p.shape, generator=generator)
-            if name == "mlm":  # one leaf here: the head's factors are the embedding's
+            if name == "mlm":  # one leaf here: the head shares the embedding's factors
                 parts = model.base_model.model
                 table = parts.roberta.embeddings.word_embeddings
                 head = parts.lm_head.decoder
@@ -119,7 +119,7 @@ def test_logits_and_merged_weights(name, tmp_path):
     adapters = ours.load(tmp_path / "theirs", config)
     ours.save(tmp_path / "ours", adapters, config)
     for folder in ("theirs", "ours"):
-        if name != "vit bare":  # which has none
+        if name != "vit bare":  # it has none
             compare_logits(name, adapters, tmp_path / folder)
         # PEFT merges the two halves of what is tied into one weight: twice too much
         if name != "mlm":
@@ -160,13 +160,13 @@ def test_the_modules_of_older_transformers(tmp_path):
 
 
 def compare_logits(name, adapters, folder):
-    """PEFT's logits beside ours; the adapter moves them."""
+    """Compares PEFT's logits with ours, and checks that the adapter changes them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.PeftModel.from_pretrained(fresh(name), folder)
     config, params = own(name)
     family = hf.family_of(config.to_hf(), name)
-    inputs = (TOKENS,) * getattr(family, "INPUTS", 1)  # of a decoder, the same
+    inputs = (TOKENS,) * getattr(family, "INPUTS", 1)  # a decoder gets the same
     told = {"input_ids": torch.tensor(TOKENS)}
     if name == "t5":
         told["decoder_input_ids"] = torch.tensor(TOKENS)
@@ -183,7 +183,7 @@ def compare_logits(name, adapters, folder):
 
 
 def compare(name, adapters, folder):
-    """PEFT's merged weights beside ours, in the modules that moved and all others."""
+    """Compares PEFT's merged weights with ours, in all modules."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         model = peft.PeftModel.from_pretrained(fresh(name), folder)
@@ -210,7 +210,7 @@ def test_the_shared_embedding_of_t5_is_refused(tmp_path):
 
 
 def test_rows_of_the_shared_embedding_of_t5(tmp_path):
-    """Encoder, decoder and head follow it, in PEFT as here."""
+    """Encoder, decoder and head follow it, in PEFT and here."""
     given = peft.LoraConfig(target_modules=["q"], trainable_token_indices=[7, 3])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Files of PEFT that are not sound or not for this base; by hand, without torch."""
+"""PEFT files that are damaged or not for this base; by hand, without torch."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_sound_files(tmp_path, dtype):
 
 
 def test_a_model_without_its_head(tmp_path):
-    """GPT2Model has no `transformer.` in front, and PEFT no layer numbers for it."""
+    """GPT2Model has no `transformer.` prefix, and PEFT finds no layer numbers in it."""
     key = FRONT + "h.1.attn.c_attn.lora_{}.weight"
     arrays = {key.format("A"): np.ones((2, 8), np.float32)}
     arrays[key.format("B")] = np.ones((24, 2), np.float32)
@@ -208,7 +208,7 @@ def test_a_frozen_embedding_that_is_not_the_bases(tmp_path):
     ],
 )
 def test_one_half_of_what_is_tied(tmp_path, field, arrays):
-    """PEFT leaves the other half frozen; one leaf cannot."""
+    """PEFT leaves the other half frozen; a single leaf cannot be half frozen."""
     front = {"wte": FRONT + "transformer.", "lm_": FRONT}
     found = {front[key[:3]] + key: np.ones(s, np.float32) for key, s in arrays.items()}
     if "lm_head.lora_A.weight" in arrays:

@@ -1,4 +1,4 @@
-"""What PEFT's config can say beside factors: biases, rows, copies of layers."""
+"""What PEFT's config can hold besides factors: biases, rows, replicated layers."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ peft = pytest.importorskip("peft", reason="needs the golden extra")
 pytestmark = pytest.mark.once
 LORA = peft.LoraConfig
 
-# name: (family, tied, what trains beside the factors, config)
+# name: (family, tied, what trains besides the factors, config)
 CASES = {
     "lora_only": (
         "gpt2",
@@ -110,7 +110,7 @@ CASES = {
 }
 
 
-COMBINED = {  # of what the other cases show one by one
+COMBINED = {  # combines what the other cases show one by one
     "all",
     "lora_bias and lora_only",
     "rows of gpt2, named",
@@ -141,7 +141,7 @@ def test_both_ways(name, tmp_path):
 
 
 def test_copies_of_layers(tmp_path):
-    """PEFT's copies share weights; the base that we make has copies of its own."""
+    """PEFT's copies share weights; the base that we make holds real copies."""
     ranges = [[0, 2], [1, 3], [2, 3]]  # 0 1 1 2 2
     config = LORA(
         r=2,
@@ -194,7 +194,7 @@ def test_layers_that_are_no_stack():
 
 
 def refused(name, change, message, folder, params=True):
-    """A case of PEFT's, its config changed, does not load."""
+    """Asserts that a PEFT case with a changed config does not load."""
     family, tied, _, config = CASES[name]
     cases.saved(cases.adapted(family, tied, config), folder)
     file = folder / "adapter_config.json"

@@ -1,4 +1,4 @@
-"""Types of PEFT that the table has: logits both ways, and what is refused."""
+"""The PEFT types in the table: logits both ways, and what is refused."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ LLAMA, GPT2 = ("llama", False), ("gpt2", True)
 SOME = ["q_proj", "v_proj", "down_proj"]  # of unequal sizes
 FUSED = ["c_attn", "mlp.c_proj"]
 
-# name: (base, config); the types that PEFT has on `Conv1D` have a case of GPT-2
+# name: (base, config); types that PEFT supports on `Conv1D` have a GPT-2 case
 CASES = {
     "loha": (LLAMA, peft.LoHaConfig(r=2, alpha=3, target_modules=SOME)),
     "loha patterns": (
@@ -203,7 +203,7 @@ def test_what_is_not_implemented_is_refused(name):
 
 
 def made(base, target, **kwargs):
-    """Adapters of a class on a base, and what goes with them."""
+    """The config, adapters of a class on a base, and the parameters."""
     config, params, _ = cases.own(*base)
     family = {"llama": "llama", "gpt2": "gpt2"}[base[0]]
     model = __import__(f"lorax.models.{family}", fromlist=["x"]).Model

@@ -1,4 +1,4 @@
-"""PEFT's adapters give its logits here; what is written back gives them there."""
+"""PEFT's adapters give PEFT's logits here; written back, they give them in PEFT."""
 
 import numpy as np
 import pytest

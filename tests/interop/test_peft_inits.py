@@ -1,4 +1,4 @@
-"""EVA, CorDA and orthogonal starts beside PEFT's own, of one model and one batch."""
+"""EVA, CorDA and orthogonal inits against PEFT's, on one model and one batch."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ PATHS = ".*/(q|v|o|up|down)/kernel"
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """Half of the time of these toys would go into optimising their programs."""
+    """Half the time of these toys would go into optimising their programs."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -58,7 +58,7 @@ def start(init, scan=True, **fields):
 
 
 def written(init, folder, **fields):
-    """The tensors of our adapters at init, by PEFT's names, and their config."""
+    """The tensors of our initial adapters under PEFT's names, and their config."""
     config, params, target, kernels, stats = start(init, **fields)
     adapters, _ = lorax.init(jax.random.key(1), params, target, kernels, stats)
     ours.save(folder, adapters, config, residual=init == "corda")
@@ -114,7 +114,7 @@ def test_eva_spans_what_pefts_does(tmp_path):
 
 
 def test_components_of_many_batches_are_the_exact_ones():
-    """PEFT drops what is beyond the rank after each batch; both against float64."""
+    """PEFT truncates to the rank after each batch; both are compared with float64."""
     from peft.utils.incremental_pca import IncrementalPCA
 
     draw = np.random.default_rng(0).standard_normal
@@ -141,7 +141,7 @@ def test_components_of_many_batches_are_the_exact_ones():
 
 @pytest.mark.slow
 def test_eva_redistributes_as_peft_does():
-    """q and v read the same and explain the same: one of them, whichever, gets more."""
+    """q and v have the same inputs, so either of them may get the larger rank."""
     _, params, target, kernels, stats = start("eva", scan=False)
     found = eva.redistribute(params, target, stats, kernels)
     own = {}
@@ -163,7 +163,7 @@ def test_eva_redistributes_as_peft_does():
 
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
 def test_corda_moves_what_pefts_does(mode, tmp_path):
-    """Of one sequence: PEFT divides each by its largest entry, which weighs them."""
+    """With one sequence: PEFT weights sequences by dividing by their largest entry."""
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
@@ -184,7 +184,7 @@ def test_corda_moves_what_pefts_does(mode, tmp_path):
 
 
 def test_orthogonal_factors_are_as_pefts_are(tmp_path):
-    """Drawn: rank, size, and that they cancel."""
+    """They are random, so this checks rank, size, and that they cancel."""
     own, _ = written("orthogonal", tmp_path)
     model = quiet(peft.get_peft_model, cases.fresh(*BASE), configured("orthogonal"))
     for found in (own, tensors(model)):

@@ -1,4 +1,4 @@
-"""What PEFT's OFT, IA3, LoKr and HRA cannot express, and what of theirs is refused."""
+"""What PEFT's OFT, IA3, LoKr and HRA cannot express, and which files are refused."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def test_series_that_peft_lacks(tmp_path):
 
 
 def test_gains_beside_a_bias(tmp_path):
-    """PEFT multiplies the bias as well."""
+    """PEFT multiplies the bias too."""
     theirs = peft.IA3Config(target_modules=["c_attn"], feedforward_modules=[])
     cases.saved(cases.adapted(*GPT2, theirs), tmp_path)
     config, _, _ = cases.own(*GPT2)

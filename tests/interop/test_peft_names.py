@@ -1,4 +1,4 @@
-"""PEFT's adapters in the spellings found in the wild; by hand, and of the real PEFT."""
+"""PEFT's adapters in the spellings found in the wild, by hand and from real PEFT."""
 
 import json
 import warnings
@@ -65,7 +65,7 @@ def test_a_spelling_means_the_same(tmp_path, name):
 def test_what_is_stored_whole(tmp_path, key):
     norm = np.arange(16, dtype=np.float32)
     arrays = tensors() | {FRONT + key: norm}
-    if "other" in key:  # the copy that stays frozen is in memory beside it
+    if "other" in key:  # the frozen copy is in memory beside it
         arrays[FRONT + "model.norm.original_module.weight"] = norm + 1
     source = write(tmp_path, arrays, modules_to_save=["model.norm"])
     found = ours.load(source, CONFIG)
@@ -175,7 +175,7 @@ def lora(**fields):
 @needs_peft
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_state_dict_as_it_is_in_memory(tmp_path, dora):
-    """`model.state_dict()`: adapter's name, frozen copies of every layer, and all."""
+    """`model.state_dict()`, with the adapter's name and frozen copies of layers."""
     config = lora(use_dora=dora, modules_to_save=["lm_head"])
     model = cases.adapted("llama", False, config)
     want = ours.load(
@@ -192,7 +192,7 @@ def test_the_state_dict_as_it_is_in_memory(tmp_path, dora):
 @needs_peft
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_an_automodel_of_peft_itself(tmp_path, family):
-    """The model without its head is adapted by PEFT; its logits are ours."""
+    """PEFT adapts the model without its head; its logits equal ours."""
     part = {"llama": "model", "gpt2": "transformer"}[family]
     targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}[family]
     whole = cases.fresh(family, False)
@@ -215,7 +215,7 @@ def test_an_automodel_of_peft_itself(tmp_path, family):
 @needs_peft
 @pytest.mark.parametrize("value", [None, False, [], {}, ""])
 def test_unknown_fields_that_switch_nothing_on(tmp_path, value):
-    """PEFT leaves them aside, whatever they hold; here they must be off."""
+    """PEFT ignores them, whatever they hold; here they must be off."""
     model = cases.adapted("llama", False, lora())
     expected = cases.logits(model)
     cases.saved(model, str(tmp_path))
@@ -224,7 +224,7 @@ def test_unknown_fields_that_switch_nothing_on(tmp_path, value):
     file.write_text(json.dumps(told | {"use_something_new": value}))
     adapters = ours.load(tmp_path, cases.own("llama", False)[0])
     cases.assert_same(cases.here("llama", False, adapters), expected, "llama", False)
-    with warnings.catch_warnings():  # that it does not know the field
+    with warnings.catch_warnings():  # about the unknown field
         warnings.simplefilter("ignore")
         base = cases.fresh("llama", False)
         again = cases.peft.PeftModel.from_pretrained(base, str(tmp_path))

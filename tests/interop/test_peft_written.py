@@ -1,4 +1,4 @@
-"""Adapters made here, in PEFT: layers, pruned AdaLoRA, inits that moved the base."""
+"""Adapters made here, loaded in PEFT: layers, pruned AdaLoRA, moved bases."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ def discovered():
 
 
 def made(*targets, seed=0, size=0.3):
-    """Adapters from the real init, and the same moved as if trained; the base."""
+    """Adapters from the real init, the same perturbed as if trained, and the base."""
     config, params, _ = cases.own(*BASE)
     initial, base = lorax.init(jax.random.key(seed), params, targets, discovered())
     draw = np.random.default_rng(seed)
@@ -42,7 +42,7 @@ def made(*targets, seed=0, size=0.3):
 
 
 def written(adapters, folder, **kwargs):
-    """What PEFT makes of our adapters, and the config that went there."""
+    """PEFT's logits with our adapters, and the config that was written."""
     ours.save(folder, adapters, cases.own(*BASE)[0], **kwargs)
     found = cases.in_peft(*BASE, folder)
     return found, json.loads((folder / "adapter_config.json").read_text())
@@ -68,7 +68,7 @@ def test_targets_of_every_kind(tmp_path):
     expected = logits(adapters)
     found, config = written(adapters, tmp_path / "a")
     close(found, expected)
-    assert config["lora_alpha"] == 5  # of o and up: the commonest
+    assert config["lora_alpha"] == 5  # of o and up, the most common
     assert "attn.c_attn" not in config["rank_pattern"]
     found, config = written(
         adapters,
@@ -112,12 +112,12 @@ def test_any_scale(adapter, scale, tmp_path):
 def test_inits_that_moved_the_base(init, adapter, tmp_path):
     initial, adapters, base = made(
         T("layers/qkv/kernel", 2, adapter=adapter, init=init),
-        T("layers/down/kernel", 2, adapter=adapter),  # did not move it
+        T("layers/down/kernel", 2, adapter=adapter),  # these did not move it
     )
     expected = logits(adapters, base)
     found, config = written(adapters, tmp_path / "original", initial=initial)
-    # the kernel's part that was moved cancels, in float32 on both sides: single logits
-    # are up to 2e-5 of the largest off
+    # the moved part of the kernel cancels, in float32 on both sides: single logits are
+    # off by up to 2e-5 of the largest
     close(found, expected, each=False)
     assert config["init_lora_weights"] is True
     assert {config["r"], *config["rank_pattern"].values()} == {2, 4}
@@ -143,7 +143,7 @@ def test_bases_that_are_no_pair():
 def test_a_pruned_adalora_with_ranks_down_to_zero(tmp_path):
     _, adapters, _ = made(T("layers/(qkv|up)/kernel", 3, 6, adapter="adalora"))
     grads = jax.tree.map(jnp.ones_like, adapters)
-    for i, path in enumerate(sorted(adapters)):  # layer 1 of qkv is worth nothing
+    for i, path in enumerate(sorted(adapters)):  # layer 1 of qkv is unimportant
         layer = jnp.array([1.0, 0.0, 0.2])[:, None] if i == 0 else 1.0
         rank = jnp.array([3.0, 2.0, 0.01])
         grads[path] = jax.tree.map(lambda g: 0 * g, grads[path]).replace(

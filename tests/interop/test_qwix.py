@@ -1,4 +1,4 @@
-"""QArrays of qwix as quantised leaves, beside qwix's own values."""
+"""qwix's QArrays as quantised leaves, compared with qwix's own values."""
 
 import dataclasses
 
@@ -70,7 +70,7 @@ def test_zeros_in_other_tiles_than_scales():
 
 
 class Layer(nn.Module):
-    """Heads in the middle."""
+    """A layer with a heads axis in the middle."""
 
     @nn.compact
     def __call__(self, x, _):
@@ -89,7 +89,7 @@ class Model(nn.Module):
 
 
 def test_a_model_and_its_adapters():
-    """A scanned stack with heads, each layer and output with scales of its own."""
+    """A scanned stack with heads; each layer and output has its own scales."""
     model, x = Model(), normal(3, 64)
     dense = model.init(jax.random.key(0), x)["params"]
     channels = {"q": [0, 2, 3], "o": [0, 3]}

@@ -1,6 +1,6 @@
 """Bare encoders and their pooling, against transformers and sentence-transformers.
 
-The embeddings of MiniLM were printed by sentence-transformers 6.2.0 in float64,
+MiniLM's embeddings were printed by sentence-transformers 6.2.0 in float64,
 `SentenceTransformer(directory).double().encode(SENTENCES)`.
 """
 
@@ -46,7 +46,7 @@ TOKENS = np.where(REAL, golden.tokens_of(41, time=9), 1)
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """Makes a bare encoder once: its directory and the model of transformers."""
+    """Makes each bare encoder once: its directory and the transformers model."""
     made = {}
 
     def make(kind):
@@ -126,7 +126,7 @@ def test_adapters_are_those_of_peft(encoder, kind, tmp_path):
 
 
 def in_numpy(mode, hidden, real):
-    """One row, token by token."""
+    """Pools one row, token by token."""
     rows = [h for h, here in zip(hidden, real, strict=True) if here]
     total = sum(rows)
     places = range(1, len(rows) + 1)
@@ -210,7 +210,7 @@ SENTENCES = [
     "The girl is carrying a baby.",
     "He ate his meal, slowly, in the middle of the afternoon and alone.",
 ]
-FIRST = [  # features of each
+FIRST = [  # the first features of each
     [0.0332416, 0.0044061, -0.0062769, 0.0483787, -0.1387022, -0.0336174],
     [-0.0363089, -0.0356535, -0.0272227, 0.0383199, 0.0707777, -0.0165795],
     [0.1040394, 0.1406518, 0.0203003, 0.0718577, 0.0317201, -0.0229221],

@@ -1,7 +1,7 @@
-"""tunix's LoRA: modules with its names and einsums, qwix's factors, Orbax's files.
+"""tunix's LoRA: modules with its names and einsums, qwix factors, Orbax files.
 
-The modules are those of tunix/models/{llama3,gemma3}/model.py without what lies between
-them: each layer's linear maps, which is all that LoRA is made of.
+The modules are those of tunix/models/{llama3,gemma3}/model.py, reduced to each layer's
+linear maps, which is all that LoRA adapts.
 """
 
 import jax
@@ -108,7 +108,7 @@ def inputs_of(kind):
 
 
 def made(kind, rule):
-    """The model with qwix's LoRA, every factor drawn; the weights are zeros."""
+    """The model with qwix's LoRA, all factors random and all weights zero."""
     provider = qwix.LoraProvider(**rule._asdict())
     inputs = inputs_of(kind)
     model = Model(kind, nnx.Rngs(0))
@@ -176,7 +176,7 @@ def compare(theirs, own):
 
 
 def saved(model, folder, kind=nnx.LoRAParam):
-    """As tunix's CheckpointManager.save(save_only_lora_params=True)."""
+    """Saves like tunix's CheckpointManager.save(save_only_lora_params=True)."""
     checkpointer = ocp.training.Checkpointer(folder)
     checkpointer.save_checkpointables(7, {"model_params": nnx.state(model, kind)})
     checkpointer.close()
@@ -184,7 +184,7 @@ def saved(model, folder, kind=nnx.LoRAParam):
 
 
 def restored(model, folder):
-    """As its maybe_restore(restore_only_lora_params=True)."""
+    """Restores like its maybe_restore(restore_only_lora_params=True)."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     checkpointer = ocp.training.Checkpointer(folder)
@@ -206,7 +206,7 @@ def test_both_ways(kind, tmp_path):
     compare(theirs, here(config, adapters, inputs))
 
     rule = ours.save_adapters(tmp_path / "own", config, adapters)
-    assert rule.rank == RANK and rule.alpha == ALPHA  # they share a, as before
+    assert rule.rank == RANK and rule.alpha == ALPHA  # they still share a
     fresh = restored(made(kind, rule), tmp_path / "own")
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6),
@@ -218,7 +218,7 @@ def test_both_ways(kind, tmp_path):
     "kind", ["gemma", pytest.param("fused", marks=pytest.mark.slow)]
 )
 def test_keys_and_values_that_do_not_share_a(kind, tmp_path):
-    """Written side by side; all modules have the rank that the widest needs."""
+    """Written side by side; all modules get the rank that the widest one needs."""
     config, inputs = CONFIGS[kind], inputs_of(kind)
     family = gemma.Model(config)
     params = jax.tree.map(lambda s: jnp.ones(s.shape), hf.abstract(family))

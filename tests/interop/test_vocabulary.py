@@ -1,4 +1,4 @@
-"""Vocabularies that grow: every family's leaves by numpy, and transformers' own."""
+"""Growing vocabularies: every family's leaves, against numpy and transformers."""
 
 import tempfile
 
@@ -160,7 +160,7 @@ def test_transformers_draws_around_the_same_mean(family, tied):
 
 @pytest.mark.once
 def test_new_tokens_train_alone_and_load_in_peft(tmp_path):
-    """A base that grew here, its rows in PEFT's file, on a base that grew there."""
+    """A base grown here, its rows written for PEFT, loaded on a base grown there."""
     pytest.importorskip("peft", reason="needs the golden extra")
     import peft as theirs
     import torch

@@ -1,4 +1,4 @@
-"""Tiny models of `transformers`, every weight redrawn, and the same weights here."""
+"""Tiny `transformers` models with every weight redrawn, and the same weights here."""
 
 import dataclasses
 import functools
@@ -14,17 +14,17 @@ from lorax import tree
 from lorax.models import table
 
 TOLERANCE = 1e-4  # times the standard deviation of the logits
-MUTATION = 100 * TOLERANCE  # what a switch must move
+MUTATION = 100 * TOLERANCE  # how much a switch must change
 
 
 def redraw(model, gains=(), shifts=(), seed=0):
-    """Draws every tensor again: none is left at 0 or 1, where an error would hide.
+    """Redraws every tensor: none is left at 0 or 1, where an error would hide.
 
     Args:
-      model: of `transformers`; changed in place.
+      model: a `transformers` model, changed in place.
       gains: `{regex in a name: factor on the draw}`.
       shifts: `{regex in a name: mean of the draw}`.
-      seed: of the draw.
+      seed: seed of the draw.
     """
     rng = np.random.default_rng(seed)
     for name, tensor in model.named_parameters():
@@ -46,9 +46,9 @@ def redraw(model, gains=(), shifts=(), seed=0):
 
 
 def load(tensors, module, config, *example):
-    """Returns our parameters from a state dict, by the family's table.
+    """Returns our parameters from a state dict, using the family's table.
 
-    Every leaf must be filled, and what is left must be a name the family ignores.
+    Every leaf must be filled, and every name left over must be one the family ignores.
     """
     init = functools.partial(module.Model(config).init, jax.random.key(0))
     leaves = tree.flatten(jax.eval_shape(init, *example))
@@ -65,7 +65,7 @@ def load(tensors, module, config, *example):
     left = [
         key
         for key in tensors.keys() - places.keys()
-        if tensors[key].data_ptr() not in read  # tied to one that is read
+        if tensors[key].data_ptr() not in read  # tied to one that was read
         and not any(re.fullmatch(pattern, key) for pattern in module.IGNORED)
     ]
     assert not left, f"neither read nor ignored: {left}"
@@ -74,12 +74,12 @@ def load(tensors, module, config, *example):
 
 @functools.cache
 def _programs(model, method):
-    """Compiled programs by the shapes of their arguments; tests share them."""
+    """Compiled programs by argument shapes; tests share them."""
     return jax.jit(functools.partial(model.apply, method=method)), {}
 
 
 def run(module, config, variables, *args, method=None, **kwargs):
-    """Applies the family's model, without spending time on optimisation."""
+    """Applies the family's model, without compiler optimisation."""
     apply, compiled = _programs(module.Model(config), method)
     abstract = jax.tree.map(jax.typeof, (variables, args, kwargs))
     key = str(abstract)
@@ -91,7 +91,7 @@ def run(module, config, variables, *args, method=None, **kwargs):
 
 
 def call(function, *args, **kwargs):
-    """Jits, calls once, and spends no time on optimisation."""
+    """Jits and calls once, without compiler optimisation."""
     lowered = jax.jit(function).lower(*args, **kwargs)
     return lowered.compile({"xla_backend_optimization_level": 0})(*args, **kwargs)
 
@@ -106,7 +106,7 @@ def error(got, want, where=None):
 
 
 def unscanned(config, variables):
-    """The same model with its layers apart."""
+    """The same model with its layers unstacked."""
     flat = flax.traverse_util.flatten_dict(variables, sep="/")
     apart = {}
     for path, leaf in flat.items():

@@ -1,7 +1,7 @@
-"""Tiny transformers models whose every weight is redrawn, on disk, and their logits.
+"""Tiny transformers models on disk with every weight redrawn, and their logits.
 
-At transformers' own initial weights a wrong rotary base moves logits by 4e-4 only; with
-these they have a standard deviation of at least 1 and every mistake shows.
+At transformers' own initial weights a wrong rotary base moves logits by only 4e-4; with
+these they have a standard deviation of at least 1, and every mistake shows.
 """
 
 import contextlib
@@ -9,17 +9,17 @@ import contextlib
 import jax
 import numpy as np
 
-# Test modules skip without them. Were a helper to skip as it is imported, the collector
-# of docstrings would leave it half-imported for the next module.
+# Test modules skip without them. If a helper skipped during its import, the doctest
+# collector would leave it half-imported for the next module.
 with contextlib.suppress(ImportError):
     import torch
 
 TOLERANCE = 1e-4  # of the standard deviation of the logits
-SAME = 1e-5  # relative, of models that have the same weights and adapters
+SAME = 1e-5  # relative, for models with the same weights and adapters
 
 
 def redraw(model, seed=0, size=1.0):
-    """Draws kernels, norms and biases anew, so that nothing is at its default."""
+    """Redraws kernels, norms and biases, so that nothing keeps its default."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -44,7 +44,7 @@ def reference(model, tokens, real=None, positions=None):
 
 
 def cached(model, params, tokens, real):
-    """The logits through a cache: of all but eight tokens at once, then of each."""
+    """The logits through a cache: all but eight tokens at once, then one by one."""
 
     @jax.jit
     def read(params, part, real, cache):
@@ -61,7 +61,7 @@ def cached(model, params, tokens, real):
 
 
 def assert_close(logits, expected, where=slice(None)):
-    """Holds logits to the tolerance, relative to their spread, which must be real."""
+    """Asserts logits are within the tolerance, relative to their spread."""
     spread = expected.std()
     assert spread >= 1, spread
     error = np.abs(np.asarray(logits, np.float64) - expected)[where].max()
@@ -69,9 +69,9 @@ def assert_close(logits, expected, where=slice(None)):
 
 
 def assert_same(logits, expected, *, each=True):
-    """Holds float32 logits to `SAME`: of their norm, and each of the largest.
+    """Asserts float32 logits are within `SAME`: in norm, and each against the largest.
 
-    Rounding alone costs a tenth of it: torch's own float32 is 1e-7 (DeBERTa, ViT) to
+    Rounding alone takes a tenth of that: torch's own float32 is 1e-7 (DeBERTa, ViT) to
     2e-6 (Gemma 2) of the norm away from its float64, and so are we.
     """
     error = np.abs(np.asarray(logits, np.float64) - expected)
@@ -82,13 +82,13 @@ def assert_same(logits, expected, *, each=True):
 
 
 def assert_apart(logits, expected):
-    """Holds a mutated model away from the reference by 100 tolerances."""
+    """Asserts that a mutated model is 100 tolerances away from the reference."""
     error = np.abs(np.asarray(logits, np.float64) - expected).max()
     assert error >= 100 * TOLERANCE * expected.std(), error
 
 
 def tokens_of(vocabulary, batch=2, time=17, seed=0):
-    """Random tokens, none of the first three, which may be special."""
+    """Random tokens, excluding the first three, which may be special."""
     return np.random.default_rng(seed).integers(3, vocabulary, (batch, time))
 
 

@@ -45,7 +45,7 @@ TIME = 40  # beyond every bucket
 
 
 def batch():
-    """Tokens, their types, and which are real: padded right, left, not at all."""
+    """Tokens, their types, and which are real: padded right, left, or not at all."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(3, 50, (3, TIME))
     real = np.ones(tokens.shape, bool)
@@ -56,7 +56,7 @@ def batch():
 
 @functools.cache
 def golden(kind, head="classification"):
-    """Config, variables, our arguments, and what `transformers` says, where."""
+    """Config, variables, our arguments, their outputs, and where to compare."""
     torch = pytest.importorskip("torch", reason="needs the golden extra: transformers")
     theirs = pytest.importorskip("transformers", reason="needs the golden extra")
     names = {"classification": "ForSequenceClassification", "none": "Model"}
@@ -75,7 +75,7 @@ def golden(kind, head="classification"):
     raw = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     config = deberta.Config.from_hf(raw)
     tensors = model.state_dict()
-    if head != "none":  # whose names are those of its modules
+    if head != "none":  # a bare model's names are its modules'
         tensors = {hf.renamed(deberta, k): t for k, t in tensors.items()}
     variables = tools.load(tensors, deberta, config, tokens)
     # transformers takes the first token even if it is padding; we the first real one
@@ -219,7 +219,7 @@ def test_what_is_not_implemented_is_refused(message):
 
 @pytest.mark.parametrize("config", [SMALL, OTHER])
 def test_adapters_train(config):
-    """The projections are used twice: of content and of distances."""
+    """The projections are used twice: for content and for distances."""
     tokens, labels = jnp.arange(10).reshape(2, 5), jnp.array([0, 2])
     real = jnp.array([[True] * 5, [True] * 3 + [False] * 2])
     model, params = deberta.Model(config), tools.drawn(deberta, config, tokens)

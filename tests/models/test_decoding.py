@@ -1,4 +1,4 @@
-"""Decoding: against transformers, alone and in a batch, with stops and adapters."""
+"""Decoding against transformers, alone and in a batch, with stops and adapters."""
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,14 @@ CONFIG = llama.Config(61, 64, 32, 2, 4, 2, 8, 48, windows=(6, 6), tied=True)
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A model with a window, whose logits are spread out."""
+    """A model with a window and well-spread logits."""
     model = llama.Model(CONFIG)
     params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     return model, jax.tree.map(lambda x: x * (8.0 if x.ndim > 1 else 1.0), params)
 
 
 def uncached(model, params, prompt, count):
-    """Greedy tokens, the whole sequence read again for each."""
+    """Greedy tokens, rereading the whole sequence for each."""
     tokens = np.zeros((1, 40), np.int32)
     tokens[0, : len(prompt)] = prompt
     read = jax.jit(lambda t: model.apply({"params": params}, t)[0])
@@ -47,7 +47,7 @@ def test_cached_is_uncached_and_a_batch_is_one_by_one(tiny):
     engine = engine.map(count)
     generate = decoding.make_generate(engine, batch=3, bucket=8)
     together = generate((params,), PROMPTS, 20)
-    assert list(map(len, traces)) == [1, 1]  # of prefill and step, for two batches
+    assert list(map(len, traces)) == [1, 1]  # prefill and step, for two batches
     for prompt, found in zip(PROMPTS, together):
         assert found == uncached(model, params, prompt, 20)
         assert generate((params,), [prompt], 20) == [found]
@@ -138,7 +138,7 @@ def test_no_sequence_comes_twice():
     ]
     assert banned(0) == [[], [], []]
     assert banned(1) == [[5, 6, 7], [5, 6], [5, 6]]
-    assert banned(2) == [[7], [], [6]]  # row 1: the 7 after its first 6 is not real
+    assert banned(2) == [[7], [], [6]]  # row 1: the 7 after its first 6 is padding
     assert banned(3) == [[7], [], []]
     assert banned(7) == [[], [], []]
 

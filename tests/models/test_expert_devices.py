@@ -1,6 +1,6 @@
-"""Experts that devices share: they train as one device does, and what they send.
+"""Experts split over devices: training matches one device, and what is sent.
 
-In float64, in a child process, what differs is rounding alone.
+In float64, in a child process, only rounding differs.
 """
 
 import json
@@ -45,7 +45,7 @@ def test_shared_experts_train_as_on_one_device_in_float64(mesh, record_property)
 
 @pytest.mark.parametrize("dispatch", [experts.ragged, experts.dense])
 def test_tokens_go_round_and_no_kernel_does(dispatch):
-    """What is sent: tokens and routes to all that share experts, and sums back."""
+    """What is sent: tokens and routes to all expert devices, and sums back."""
     count, width, hidden, rows, time = 8, 16, 24, 8, 4
     mesh = sharding.make_mesh(fsdp=1, expert=8)
     lies = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("expert"))
@@ -67,5 +67,5 @@ def test_tokens_go_round_and_no_kernel_does(dispatch):
         text = jax.jit(run).lower(*given).compile().as_text()
     found = traffic.read(text).bytes_by_kind()
     assert found.pop("all-gather") == rows * time * (width + 2 + 2) * 4
-    assert {*found} <= {"reduce-scatter", "all-reduce"}  # this of one tensor device
+    assert {*found} <= {"reduce-scatter", "all-reduce"}  # or with one tensor device
     assert {*found.values()} == {time * width * 4}

@@ -29,7 +29,7 @@ SIZES = {
     "sliding_window": 6,
     "rms_norm_eps": 1e-2,
     "pad_token_id": 0,
-    "attn_implementation": "eager",  # of theirs the one that has soft caps
+    "attn_implementation": "eager",  # their only one with soft caps
 }
 ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
@@ -55,7 +55,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """Makes a case's model once: directory, model, tokens and reference logits."""
+    """Makes each case's model once: directory, model, tokens and reference logits."""
     made = {}
 
     def make(name):
@@ -222,7 +222,7 @@ def test_what_is_not_implemented_is_refused(fields, message):
 
 
 def test_a_config_of_transformers_4():
-    """As the hub's files of Gemma 3 have it: by pattern, with two bases."""
+    """As in Gemma 3's files on the hub: by pattern, with two bases."""
     sizes = {k: v for k, v in SIZES.items() if k != "attn_implementation"}
     fields = {
         "model_type": "gemma3_text",

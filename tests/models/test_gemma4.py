@@ -75,13 +75,13 @@ def redrawn(model):
     with torch.no_grad():
         for i, layer in enumerate(model.model.layers):
             layer.layer_scalar.fill_(0.8 + 0.1 * i)  # a buffer, which is not redrawn
-            layer.self_attn.q_norm.weight *= 0.3  # where other models scale scores
+            layer.self_attn.q_norm.weight *= 0.3  # other models scale scores instead
     return model
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """Makes a case's model once: directory, model, tokens and reference logits."""
+    """Makes each case's model once: directory, model, tokens and reference logits."""
     made = {}
 
     def make(name):
@@ -328,14 +328,14 @@ def test_the_two_spellings_of_the_heads():
 
 
 def test_the_last_layer_sees_all():
-    """As transformers has it, with a warning, of a pattern that ends in a window."""
+    """As in transformers, with a warning, for a pattern that ends in a window."""
     found = gemma4.Config.from_hf(told(num_hidden_layers=8, layer_types=None))
     assert found.windows == (6, 6, 6, 6, 6, 0, 6, 0)
     assert found.period("layers") == found.windows and found.stacks == {"layers": 1}
 
 
 def test_keys_of_layers_that_have_none_may_lie_in_the_file(case, tmp_path):
-    """Checkpoints on the hub hold them; transformers drops them too."""
+    """Checkpoints on the hub contain them; transformers drops them too."""
     directory, _, tokens, expected = case("e2b")
     (tmp_path / "config.json").write_text((directory / "config.json").read_text())
     tensors = safetensors.numpy.load_file(directory / "model.safetensors")

@@ -95,7 +95,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """Makes a case's model once: directory, tokens and reference logits."""
+    """Makes each case's model once: directory, tokens and reference logits."""
     made = {}
 
     def make(name):
@@ -263,7 +263,7 @@ def test_what_is_saved_is_what_transformers_reads(case, name, tmp_path):
     model, params = hf.load(directory)
     hf.save(tmp_path, model.config, params)
     written = json.loads((tmp_path / "config.json").read_text())
-    # theirs by default, 32000 for Phi-3, is beyond this vocabulary
+    # their default, 32000 for Phi-3, is outside this vocabulary
     (tmp_path / "config.json").write_text(json.dumps(written | {"pad_token_id": 0}))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(theirs).__name__ == model.config.to_hf()["architectures"][0]
@@ -342,7 +342,7 @@ def test_a_layer_without_a_turn_of_its_own_is_refused():
 
 
 def test_configs_of_the_hub():
-    """As transformers 4 wrote them: Phi-3-mini-128k's words, and SmolLM3's interval."""
+    """As transformers 4 wrote them: Phi-3-mini-128k's keys, and SmolLM3's interval."""
     table = {"short_factor": [1.0] * 3, "long_factor": [2.0] * 3, "type": "su"}
     found = llama.Config.from_hf(
         told(

@@ -51,7 +51,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """Makes a case's model once: directory, model, tokens and reference logits."""
+    """Makes each case's model once: directory, model, tokens and reference logits."""
     made = {}
 
     def make(name):
@@ -95,7 +95,7 @@ def test_logits_are_those_of_transformers(case, name, tmp_path):
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3"])
 def test_tensors_that_experts_share(case, name, tmp_path):
-    """As transformers 5 has them in memory, and writes them where it is asked to."""
+    """As transformers 5 has them in memory, and writes them on request."""
     directory, reference, _, _ = case(name)
     reference.float().save_pretrained(tmp_path, save_original_format=False)
     assert any(
@@ -160,7 +160,7 @@ TARGETS = [
 
 
 def test_every_dispatch_and_its_adapters(case):
-    """Equal results, equal adapters, and `adapt` as the merged parameters have it."""
+    """Equal results, equal adapters, and `adapt` equal to the merged parameters."""
     directory, _, tokens, expected = case("mixtral")
     found, made = [], []
     for dispatch in experts.DISPATCHES:
@@ -198,7 +198,7 @@ def test_experts_are_quantised_as_they_are_read(case):
 
 
 def test_shards_of_experts_are_read_alone(case):
-    """Experts and hidden units cut: every device's block is the whole leaf's."""
+    """Experts and hidden units sharded: each device's block matches the whole leaf."""
     devices = np.array(jax.devices()[:4]).reshape(2, 2)
     mesh = jax.sharding.Mesh(devices, ("expert", "tensor"))
     directory, reference, _, _ = case("qwen3")
@@ -242,7 +242,7 @@ def test_jitter_and_another_dispatch_are_refused():
 
 
 def test_configs_of_the_hub():
-    """As mistralai/Mixtral-8x7B-v0.1 and Qwen/Qwen3-30B-A3B have them."""
+    """As in mistralai/Mixtral-8x7B-v0.1 and Qwen/Qwen3-30B-A3B."""
     config = mixture.Config.from_hf(
         {
             "model_type": "mixtral",
@@ -302,7 +302,7 @@ def test_configs_of_the_hub():
 
 @pytest.mark.parametrize("scan, remat", [(True, "full"), (False, "none")])
 def test_router_losses_are_those_of_transformers(case, scan, remat):
-    """Both losses, and logits that stay as they are, through scan, remat and adapt."""
+    """Both losses, with unchanged logits, through scan, remat and adapt."""
     from transformers.models.mixtral import modeling_mixtral as theirs
 
     directory, reference, tokens, expected = case("mixtral")

@@ -36,7 +36,7 @@ SIGLIP = {
     "image_size": 28,
     "patch_size": 14,
 }
-TOKENS = golden.tokens_of(50, time=20)  # none of an image, beyond the window
+TOKENS = golden.tokens_of(50, time=20)  # no image tokens, longer than the window
 
 
 GEMMA4 = {
@@ -77,9 +77,9 @@ def gemma4():
 
 
 def written(model, directory):
-    """The directory, the model redrawn, and its logits of text."""
+    """The directory, the redrawn model, and its logits for text."""
     golden.redraw(model, size=2.0)
-    for layer in model.model.language_model.layers:  # theirs do not scale scores
+    for layer in model.model.language_model.layers:  # these do not scale scores
         layer.self_attn.q_norm.weight.data *= 0.3
     model.save_pretrained(directory)
     return directory, model, golden.reference(model, TOKENS)
@@ -102,7 +102,7 @@ def test_gemma_4(tmp_path):
 
 
 def copied(directory, folder, config=None, rename=lambda key: key):
-    """The checkpoint in another folder, its config or its names changed."""
+    """A copy of the checkpoint with its config or names changed."""
     told = json.loads((directory / "config.json").read_text()) | (config or {})
     (folder / "config.json").write_text(json.dumps(told))
     tensors = safetensors.numpy.load_file(directory / "model.safetensors")
@@ -117,7 +117,7 @@ def loaded(directory):
 
 
 def fifth(key):
-    """The names that modules have in transformers 5."""
+    """The module names of transformers 5."""
     inside = key.replace("language_model.model.", "language_model.")
     return f"model.{inside}"
 
@@ -213,7 +213,7 @@ def test_adapters_of_the_multimodal_model(whole, tmp_path, fields):
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, **fields)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tied weights
+        warnings.simplefilter("ignore")  # about tied weights
         adapted = peft.get_peft_model(base, config).eval()
         adapted.save_pretrained(tmp_path)
     model, params = loaded(directory)

@@ -1,4 +1,4 @@
-"""What a layer keeps by its names: the products that are spared, and every gradient."""
+"""What a layer keeps, by name: the products saved, and every gradient."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def slope(model, text):
 
 @functools.cache
 def drawn(family):
-    """Parameters and tokens; of the Llama family with values, else their shapes."""
+    """Parameters and tokens; real values for the Llama family, else only shapes."""
     model = MODELS[family]
     tokens = [jax.random.randint(KEY, (ROWS, TIME), 3, 40) for _ in hf.example(model)]
     if family == "llama":
@@ -58,14 +58,14 @@ def operations(text):
 
 def test_a_name_that_is_kept_spares_its_product_by_hand():
     full = operations("full")
-    each = 2 * ROWS * TIME * 16 * SIZES["layers"]  # of a kernel [16, 1]
+    each = 2 * ROWS * TIME * 16 * SIZES["layers"]  # for a kernel [16, 1]
     spared = {
         "save=q": 16 * each,
         "save=q,k,v": (16 + 8 + 8) * each,
         "save=gate; offload=up": 2 * 24 * each,
         "offload=input": 0,
         "save=down": 0,  # no gradient of this layer reads it
-        # scores and what they weigh, of every head and pair of tokens
+        # scores and weighted values, for every head and pair of tokens
         "save=attention": 2 * ROWS * TIME * TIME * 16 * SIZES["layers"],
     }
     assert {text: full - operations(text) for text in spared} == spared
@@ -133,7 +133,7 @@ def test_gathered_kernels_are_constrained_under_a_mesh():
 
     cut = sharding.make_mesh(fsdp=4, tensor=2)
     extra = constraints("gather", cut) - constraints("full", cut)
-    assert extra >= 7  # of seven kernels, and of their gradients
+    assert extra >= 7  # for seven kernels, and their gradients
     other = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     assert constraints("gather", other) == constraints("full", other)
 

@@ -32,7 +32,7 @@ CASES = [(family, head) for family in MODULES for head in TASKS]
 
 
 def batch(family):
-    """Tokens, their types, and which are real: padded right, left, not at all."""
+    """Tokens, their types, and which are real: padded right, left, or not at all."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(3, 50, (3, 14))
     real = np.ones(tokens.shape, bool)
@@ -50,7 +50,7 @@ def golden(family, head, activation="gelu"):
     name = {"roberta": "Roberta", "bert": "Bert"}[family]
     build = getattr(hf, f"{name}Config")
     model = getattr(hf, f"{name}For{TASKS[head]}")(build(**TINY, hidden_act=activation))
-    # around -2.7 the exact gelu and its approximation differ by percents
+    # around -2.7 the exact gelu and its approximation differ by several per cent
     gains = {"intermediate.dense.weight": 0.3, r"\d.output.dense.weight": 30.0}
     gains |= {r"classifier(.out_proj)?.weight": 3.0}
     tools.redraw(model, gains, {"intermediate.dense.bias": -2.7})
@@ -88,7 +88,7 @@ def test_the_head_of_roberta_has_an_activation_of_its_own():
 
 
 def fewer_heads(variables):
-    """The same matrices, cut into two heads."""
+    """The same matrices, split into two heads."""
     wide = {(3, 32, 4, 8): (3, 32, 2, 16), (3, 4, 8, 32): (3, 2, 16, 32)}
     wide[3, 4, 8] = 3, 2, 16
     return jax.tree.map(lambda x: x.reshape(wide.get(x.shape, x.shape)), variables)
@@ -116,12 +116,12 @@ def test_every_switch_moves_the_logits(family, switch):
     options = {"types": types, "real": real}
     if switch == "heads":
         variables = fewer_heads(variables)
-    elif switch == "positions of real tokens":  # what the other family does
+    elif switch == "positions of real tokens":  # as in the other family
         counted = real if family == "bert" else None
         options["positions"] = context.positions_of(tokens, counted, None)
     elif switch == "types":
         options["types"] = jnp.zeros_like(types)
-    elif switch == "real":  # RoBERTa's positions as before
+    elif switch == "real":  # RoBERTa's positions are unchanged
         counted = real if family == "roberta" else None
         options["positions"] = context.positions_of(tokens, counted, None)
         options["real"] = jnp.ones_like(real)

@@ -34,7 +34,7 @@ VERSIONS = {
 
 
 def batch():
-    """Inputs, targets, and which are real: padded right, left, not at all."""
+    """Inputs, targets, and which are real: padded right, left, or not at all."""
     rng = np.random.default_rng(1)
     inputs, targets = (rng.integers(2, 50, (3, time)) for time in (20, 16))
     real, target_real = np.ones((3, 20), bool), np.ones((3, 16), bool)
@@ -54,7 +54,7 @@ def golden(version):
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     gains = {r"\.[qk]\.weight": 0.5, "lm_head": 1.5, "shared": 1.5}
     shifts = {}
-    if version == "1.1":  # near -2.7 the two gelus differ by percents
+    if version == "1.1":  # near -2.7 the two gelus differ by several per cent
         gains |= {"wi_0": 0.1, r"Dense\.wo": 60.0}
         shifts = {"shared": 1.5, "wi_0": -0.1}
     tools.redraw(model, gains, shifts)
@@ -93,7 +93,7 @@ def with_leaf(variables, path, change):
 
 
 def cut(variables):
-    """The same matrices, cut into two heads; relative biases of the first two."""
+    """The same matrices, split into two heads, with the first two relative biases."""
 
     def reshape(path, leaf):
         if tree.path_name(path).endswith("relative_bias/embedding"):

@@ -1,4 +1,4 @@
-"""T5 writes what transformers' T5 writes, greedily and by beams, from any prompt."""
+"""T5 generates what transformers' T5 does, greedily and with beams, for any prompt."""
 
 import numpy as np
 import pytest

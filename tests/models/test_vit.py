@@ -41,7 +41,7 @@ def images():
 
 @functools.cache
 def theirs(case):
-    """The redrawn model of `transformers`."""
+    """The redrawn `transformers` model."""
     torch = pytest.importorskip("torch", reason="needs the golden extra: transformers")
     library = pytest.importorskip("transformers", reason="needs the golden extra")
     if case.startswith("vit"):
@@ -66,7 +66,7 @@ def theirs(case):
 
 @functools.cache
 def golden(case):
-    """Our config and variables, and what `transformers` says."""
+    """Our config and variables, and the outputs of `transformers`."""
     model, want = theirs(case)
     raw = {**model.config.to_dict(), "architectures": [CASES[case]]}
     config = vit.Config.from_hf(raw)
@@ -84,14 +84,14 @@ def test_logits_are_those_of_transformers(case):
 
 
 def fewer_heads(variables):
-    """The same matrices, cut into two heads."""
+    """The same matrices, split into two heads."""
     wide = {(3, 32, 4, 8): (3, 32, 2, 16), (3, 4, 8, 32): (3, 2, 16, 32)}
     wide[3, 4, 8] = 3, 2, 16
     return jax.tree.map(lambda x: x.reshape(wide.get(x.shape, x.shape)), variables)
 
 
 def turned(variables):
-    """The kernel of patches with height and width exchanged."""
+    """The patch kernel with height and width swapped."""
     params = variables["params"]
     kernel = params["patches"]["kernel"].swapaxes(0, 1)
     return {"params": params | {"patches": params["patches"] | {"kernel": kernel}}}
@@ -123,7 +123,7 @@ def test_every_switch_moves_the_logits(case, switch):
 
 @pytest.mark.parametrize("case", ["vit", "vit bare", "siglip pooled", "siglip"])
 def test_checkpoints_of_both_libraries(case, tmp_path):
-    """Theirs load here, and ours there, by names that all versions know."""
+    """Theirs load here, and ours there, under names that all versions know."""
     model, want = theirs(case)
     model.save_pretrained(tmp_path / "theirs")
     ours, params = hf.load(tmp_path / "theirs")
@@ -243,7 +243,7 @@ def test_what_is_not_implemented_is_refused(message):
 
 @pytest.mark.parametrize("case", ["vit", "siglip pooled"])
 def test_adapters_train(case):
-    """Those of attention, of the convolution, and of the probe's attention."""
+    """Those on attention, on the convolution, and on the probe's attention."""
     config, labels = OTHERS[case], jnp.array([0, 2])
     model, params = vit.Model(config), tools.drawn(vit, OTHERS[case], IMAGES)
 

@@ -1,4 +1,4 @@
-"""What AdaLoRA's tests share: small adapters, a short run, a fast compilation."""
+"""Shared by AdaLoRA's tests: small adapters, a short run, fast compilation."""
 
 import jax
 import numpy as np
@@ -47,7 +47,7 @@ def compiled(fn, *args):
 
 
 def applied(tx, adapters, gradients):
-    """The adapters and states after each of these gradients, one compilation."""
+    """The adapters and states after each of these gradients, with one compilation."""
     state, out = tx.init(adapters), []
     update = compiled(tx.update, adapters, state, adapters)
     for grads in gradients:
@@ -66,7 +66,7 @@ def assert_trees_close(got, want, **tolerance):
 
 
 def released_budget(t, b0=144, bT=96, ti=500, tf=1500, T=3000):
-    """As github.com/QingruZhang/AdaLoRA computes it, in floats."""
+    """The budget as github.com/QingruZhang/AdaLoRA computes it, in floats."""
     if t <= ti:
         return b0
     if t > T - tf:
@@ -75,7 +75,7 @@ def released_budget(t, b0=144, bT=96, ti=500, tf=1500, T=3000):
 
 
 def pull(x, form, gamma, matrices, update):
-    """The slope that the form adds to the gradient, or takes off after the update."""
+    """The slope that the form adds to the gradient, or subtracts after the update."""
     gram = x.T @ x - np.eye(x.shape[1])
     distance = np.sqrt((gram**2).sum())
     share = gamma * np.sqrt((update**2).sum() / (x**2).sum())

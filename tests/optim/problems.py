@@ -1,4 +1,4 @@
-"""What the tests of optimisers share: adapters of every shape, by hand and tiny."""
+"""Shared by the optimisers' tests: tiny adapters of every shape, by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEAVES = {
 
 @flax.struct.dataclass
 class Gated:
-    """A parametrisation that declares roles, and no fields."""
+    """A parametrisation that declares roles but no fields."""
 
     b: jax.Array
     gate: jax.Array
@@ -34,7 +34,7 @@ class Gated:
 
 @flax.struct.dataclass
 class Own(Parametrisation):
-    """A parametrisation of known roles whose a and b are not a pair."""
+    """A parametrisation with known roles whose a and b are not a pair."""
 
     a: jax.Array
     b: jax.Array
@@ -43,19 +43,19 @@ class Own(Parametrisation):
 
 
 def draw(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    """Normal numbers by numpy: no compilation."""
+    """Normal numbers from numpy, without compilation."""
     return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
 def lora(leaf: str = "dense", rank: int = 2, seed: int = 0, b: float = 1.0) -> Lora:
-    """A Lora of one of LEAVES with factors drawn; `b` multiplies the second."""
+    """A Lora with random factors on one of LEAVES; `b` multiplies the second."""
     a_shape, b_shape = factor_shapes(leaf, rank)
     factors = draw(seed, *a_shape), b * draw(seed + 1, *b_shape)
     return Lora(*factors, scale=1.5, axes=LEAVES[leaf][0])
 
 
 def dora(leaf: str = "dense", rank: int = 2, seed: int = 0) -> Dora:
-    """A Dora of one of LEAVES with everything drawn."""
+    """A Dora on one of LEAVES with random arrays."""
     a_shape, b_shape = factor_shapes(leaf, rank)
     axes, shape = LEAVES[leaf]
     _, out, batch = axes.sizes(shape)
@@ -64,7 +64,7 @@ def dora(leaf: str = "dense", rank: int = 2, seed: int = 0) -> Dora:
 
 
 def adalora(leaf: str = "dense", rank: int = 2, seed: int = 0) -> AdaLora:
-    """An AdaLora of one of LEAVES with everything drawn."""
+    """An AdaLora on one of LEAVES with random arrays."""
     a_shape, b_shape = factor_shapes(leaf, rank)
     axes, shape = LEAVES[leaf]
     lam = draw(seed + 2, *axes.sizes(shape)[2], rank)
@@ -84,7 +84,7 @@ def factor_shapes(leaf: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...
 
 
 def like(adapters: Any, seed: int = 100) -> Any:
-    """Gradients: a tree of the same shapes, drawn anew."""
+    """Gradients: a random tree of the same shapes."""
     leaves, treedef = jax.tree.flatten(adapters)
     return treedef.unflatten(
         [draw(seed + i, *v.shape, dtype=v.dtype) for i, v in enumerate(leaves)]

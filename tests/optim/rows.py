@@ -1,6 +1,6 @@
-"""The table of optimisers: one row each, the tests of test_common.py for every row.
+"""The table of optimisers, one row each; test_common.py runs its tests on every row.
 
-To add a method, append a Row. `make(**kwargs)` must give a whole optimiser, whose
+To add a method, append a Row. `make(**kwargs)` must give a complete optimiser, whose
 updates are added to the adapters; a transformation without a learning rate is chained
 with one here.
 """
@@ -19,17 +19,17 @@ from tests.plugin import methods
 
 
 class Row(NamedTuple):
-    """An optimiser and what it may be asked.
+    """An optimiser and what the tests may ask of it.
 
     Attributes:
-      name: unique.
+      name: a unique name.
       make: factory of the optimiser.
-      kwargs: its arguments, the learning rate at which the regression falls included.
+      kwargs: its arguments, with a learning rate at which the regression's loss falls.
       adalora: True: it acts on AdaLora too; False: it must refuse one at `init`.
       decays: True: `make` takes `weight_decay`.
-      static: arguments that are no hyperparameters to `optax.inject_hyperparams`.
-      needs_svd: True: its trees must hold an AdaLora.
-      extra: extra arguments of every update.
+      static: arguments that `optax.inject_hyperparams` must not inject.
+      needs_svd: True: its trees must contain an AdaLora.
+      extra: extra arguments for every update.
     """
 
     name: str
@@ -84,7 +84,7 @@ def _adalora(
 
 
 def _adalora_row(name: str, **more: Any) -> Row:
-    """All trees of the tests hold 6 triplets; the tests take 80 steps at most."""
+    """All the tests' trees hold 6 triplets; the tests take at most 80 steps."""
     steps = {"total_steps": 80, "initial_warmup": 20, "final_steps": 20, "interval": 1}
     kwargs = {"learning_rate": 0.05, "target_budget": 5, **steps, **more}
     static = ("target_budget", "importance", *steps)
@@ -139,7 +139,7 @@ ROWS = [
     _adalora_row("adalora_post"),
     _adalora_row("adalora_pre", importance="pre"),
     _adalora_row("adalora_free", orthogonal_weight=0.0),
-    # of a package of its own, tests/plugin
+    # from a package of its own, tests/plugin
     Row("signum", methods.signum, {"learning_rate": 0.02}, adalora=True, decays=False),
     Row(
         "noise_scale",

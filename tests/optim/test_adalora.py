@@ -46,8 +46,8 @@ def test_the_published_schedule():
 
 
 def test_the_budget_is_exact_where_floats_truncate_too_low():
-    # 1000 (1 - t/10)^3 is whole at every step; the released float formula says 511
-    # where there are 512, ...
+    # 1000 (1 - t/10)^3 is an integer at every step; the released float formula says 511
+    # instead of 512, ...
     schedule = optim.BudgetSchedule(1, 20, 0, 10, 1)
     exact = [1 + (10 - t) ** 3 for t in range(11)]
     assert [schedule.budget(1001, t) for t in range(11)] == exact
@@ -69,7 +69,7 @@ def test_choices_fall_on_the_interval_and_on_the_last_step():
 
 
 def task_gradient(matrix, goal):
-    """Of |scale p diag(lam) q - goal|^2 / 2, one matrix."""
+    """Gradients of |scale p diag(lam) q - goal|^2 / 2 for one matrix."""
     p, lam, q, scale = matrix
     away = scale * (scale * (p * lam) @ q - goal)
     dp, dq = away @ q.T * lam, lam[:, None] * (p.T @ away)
@@ -93,7 +93,7 @@ def simulated(matrices, goals, order, form, gamma, steps, interval=10):
                 pull(q.T, form, gamma, count, RATE * dq.T).T,
             )
             old, grad = (p, lam, q), (dp, dlam, dq)
-            if form == "decoupled":  # importance feels the task alone
+            if form == "decoupled":  # importance sees only the task
                 after = [w - RATE * d - m for w, d, m in zip(old, grad, more)]
             else:
                 grad = [d + m for d, m in zip(grad, more)]
@@ -201,7 +201,7 @@ def forced_out(order, interval):
         importance=order,
     )
     adapters = {"w": adapter}
-    # a little noise in the target, as batches have: at a fixed point nothing is felt
+    # a little noise in the target, as from batches: a fixed point has no gradient
     loss = lambda adapters, goal: (
         0.5 * jnp.sum((adapters["w"].delta(jnp.zeros((2, 2))) - goal) ** 2)
     )
@@ -232,8 +232,8 @@ def forced_out(order, interval):
 @pytest.mark.parametrize("order", ["post", "pre"])
 def test_a_pruned_triplet_comes_back_where_the_interval_lets_it(order):
     masks = forced_out(order, interval=10)
-    assert masks[8].tolist() == [False, True]  # step 19: none has been chosen yet
-    # back at the first or the second opportunity, and it stays
+    assert masks[8].tolist() == [False, True]  # step 19: no new choice yet
+    # it comes back at the first or second opportunity, and stays
     assert masks[19].tolist() == [True, False] and masks[-1].tolist() == [True, False]
 
 
@@ -298,7 +298,7 @@ def test_lam_trains_on_between_two_choices_and_not_after_the_last():
     frozen = [state.sensitivity for _, state in history[4:]]
     for later in frozen[1:]:
         jax.tree.map(np.testing.assert_array_equal, later, frozen[0])
-    # p and q of pruned triplets train on
+    # p and q of pruned triplets keep training
     before, after = history[-2][0]["m"], history[-1][0]["m"]
     assert (before.p != after.p).any(0).all() and (before.q != after.q).any(1).all()
 

@@ -52,7 +52,7 @@ def test_the_moments_hold_the_task_alone_unless_the_penalty_is_asked_for():
         moved, state = applied(tx, adapters, [zeros])[0]
         assert (not optax.tree.norm(state.inner[0].mu)) == clean
         assert (not optax.tree.norm(state.sensitivity)) == clean
-        # what gets no gradient at all, as p and q at lam = 0, is left alone
+        # what gets no gradient at all, like p and q at lam = 0, is left alone
         assert np.array_equal(moved["m"].p, adapters["m"].p) == clean
 
 
@@ -79,7 +79,7 @@ def test_the_decoupled_step_reaches_the_nearest_orthonormal_factor(size):
         total_steps=100,
         initial_warmup=0,
         final_steps=1,
-        orthogonal_weight=1e9,  # as far as a step goes
+        orthogonal_weight=1e9,  # as far as one step goes
     )
     moved, _ = applied(tx, {"w": own}, [random_grads({"w": own}, 0)] * 100)[-1]
     for got, start in ((moved["w"].p, own.p), (moved["w"].q.T, own.q.T)):
@@ -93,7 +93,7 @@ def test_the_decoupled_step_follows_the_rate_and_no_other_matrix():
     adapters, grads = two(), random_grads(two(), 1)
 
     def pulled(rate, adapters):
-        """What the default adds to the update, over the rate."""
+        """What the default adds to the update, divided by the rate."""
         own = {path: grads[path] for path in adapters}
         step = lambda **weight: applied(
             optim.adalora(optax.sgd(rate), **SHORT, **weight), adapters, [own]

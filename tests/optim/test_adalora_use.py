@@ -61,7 +61,7 @@ def test_injected_hyperparameters_inside_and_out():
     adapters = two()
     grads = [random_grads(adapters, i) for i in range(4)]
     schedule = optax.linear_schedule(1e-2, 0.0, 8)
-    # decays that float32 holds: injected, 1 - 0.999 has a relative error of 1e-5
+    # decays that are exact in float32: injected, 1 - 0.999 has a relative error of 1e-5
     adam = functools.partial(optax.adam, b1=0.5, b2=0.75)
     plain = optim.adalora(adam(schedule), **SHORT)
     injected = optim.adalora(
@@ -90,7 +90,7 @@ def test_injected_hyperparameters_inside_and_out():
 
 
 def outside_branches(jaxpr):
-    """Names of the primitives that run whatever a cond decides, and those inside."""
+    """Names of primitives outside every cond branch, and of those inside."""
     always, within = set(), set()
     for eqn in jaxpr.eqns:
         always.add(eqn.primitive.name)
@@ -147,7 +147,7 @@ def test_a_population_is_its_members_and_sorts_only_when_it_chooses():
         for path, mask in alone.mask.items():
             np.testing.assert_array_equal(state.mask[path][j], mask)
         found.append([m.tolist() for m in jax.tree.leaves(alone.mask)])
-    assert found[0] != found[1]  # the members do choose for themselves
+    assert found[0] != found[1]  # members choose for themselves
     small = optim.adalora_shrink(adapters, state)
     for path, adapter in small.items():
         delta = lambda a: np.einsum("...ir,...r,...ro->...io", a.p, a.lam, a.q)
@@ -235,7 +235,7 @@ def test_shrinking_between_two_choices_would_change_the_function():
 
 def test_a_plain_optimiser_revives_pruned_triplets_and_not_shrunk_ones():
     adapters, state = trained(two(), 3)[-1]
-    small = optim.adalora_shrink(adapters)  # lam = 0 alone says what is pruned
+    small = optim.adalora_shrink(adapters)  # lam = 0 alone marks what is pruned
     by_mask = optim.adalora_shrink(adapters, state)
     assert small.keys() == by_mask.keys()
     assert_trees_close(small, by_mask)

@@ -1,4 +1,4 @@
-"""What reads gradients stands before the moments; `create_state` can tell."""
+"""Links that read gradients must come before the moments; `create_state` checks."""
 
 import jax
 import jax.numpy as jnp

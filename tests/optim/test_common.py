@@ -1,4 +1,4 @@
-"""What all optimisers share: one row each in rows.py, the same tests for every row."""
+"""What all optimisers share: every row of rows.py goes through the same tests."""
 
 import functools
 
@@ -13,19 +13,19 @@ from lorax.types import PairStatics
 from tests.optim import problems
 from tests.optim.rows import ROWS
 
-# A third of the rows runs on the second version of Python and jax as well.
+# A third of the rows also runs on the second version of Python and jax.
 PARAMS = [
     pytest.param(row, id=row.name, marks=pytest.mark.once if i % 3 else ())
     for i, row in enumerate(ROWS)
 ]
 rows = pytest.mark.parametrize("row", PARAMS)
-# Wrappers see a method's chain, which is one for all of its modes.
+# Wrappers see a method's chain, which is the same for all its modes.
 FIRST = {row.make: row for row in ROWS[::-1]}.values()
 first_rows = pytest.mark.parametrize("row", [p for p in PARAMS if p.values[0] in FIRST])
 
 
 def whole_tree(row, b=1.0):
-    """Adapters of every class the row acts on, in every layout."""
+    """Adapters of every class that the row acts on, in every layout."""
     adapters = {leaf: problems.lora(leaf, b=b, seed=i) for i, leaf in enumerate(LEAVES)}
     adapters |= {"dora": problems.dora("heads", seed=20), "bias": problems.full()}
     if row.adalora:
@@ -44,11 +44,11 @@ OUT = {
     "out/bias": problems.full(seed=60),
     "out/svd": problems.adalora(seed=70),
 }
-"""What the wrappers that choose by path leave out."""
+"""What path-selecting wrappers leave out."""
 
 
 def small(row):
-    """One pair, one leaf trained whole, and an AdaLora where the row needs it."""
+    """One pair, one leaf trained whole, and an AdaLora if the row needs it."""
     return {**SMALL, **(SVD if row.needs_svd else {})}
 
 
@@ -63,7 +63,7 @@ def compiled(function, *args):
 
 
 def kind(tree):
-    """Structure, shapes, dtypes and weakness of a state."""
+    """Structure, shapes, dtypes and weak types of a state."""
     leaf = lambda v: (v.shape, v.dtype, getattr(v, "weak_type", False))
     return jax.tree.structure(tree), [
         leaf(jnp.asarray(v)) for v in jax.tree.leaves(tree)
@@ -157,7 +157,7 @@ def test_inside_optax_wrappers(row, name):
 
 @rows
 def test_a_population_is_its_members(row):
-    """vmap over members of one physical rank, each with its own scale and true rank."""
+    """vmap over members of one padded rank, each with its own scale and true rank."""
     ranks, scales = jnp.array([3, 1, 2]), jnp.array([1.5, 0.5, 3.0])
     lora, grad = problems.lora(rank=3), problems.lora(rank=3, seed=7)
     tx = make(row)
@@ -169,7 +169,7 @@ def test_a_population_is_its_members(row):
         )
 
     def two_updates(rank, scale, other_rank, other_scale):
-        """Of two pairs of one shape: "v" is what "w" is in the next member."""
+        """Updates of two pairs of one shape: "v" is the next member's "w"."""
         tree = lambda x: {
             **small(row),
             "v": padded(x, other_rank),
@@ -237,7 +237,7 @@ def test_sharding_of_the_state_is_unchanged_by_an_update(row):
 
 @rows
 def test_loss_falls_on_a_rank_r_regression_in_every_layout(row):
-    """From b = 0, to kernels of rank r near what a spans."""
+    """From b = 0, towards rank-r kernels near the span of a."""
     start = whole_tree(row, b=0.0)
     start = {path: a for path, a in start.items() if path in LEAVES}
     if row.adalora:
@@ -314,7 +314,7 @@ def test_errors(row):
     with pytest.raises(ValueError, match="odd: .* Gated declares none"):
         tx.init(tree | odd)
     own = {"own": problems.Own(jnp.ones((2, 1)), jnp.ones((1, 2)))}
-    if not row.adalora:  # it reads a and b, whose product it cannot know
+    if not row.adalora:  # it reads a and b, and must know their product
         with pytest.raises(ValueError, match="own: .* a, b of Own are not such a pair"):
             tx.init(tree | own)
     by_role = lambda adapters: {p: a.replace(**a.roles) for p, a in adapters.items()}
@@ -328,6 +328,6 @@ def test_errors(row):
             match=r"reads the factors.*keeps .* from it; label whole adapter",
         ):
             parted.init(tree)
-    if row.decays:  # a chain of ours, not of this table
+    if row.decays:  # one of our chains, not one made in this table
         with pytest.raises(ValueError, match="eps"):
             row.make(**{**row.kwargs, "eps": -1.0})

@@ -1,4 +1,4 @@
-"""Decay of adapters: numbers by hand, where it leads, what it leaves alone, errors."""
+"""Decay of adapters: numbers by hand, limits, what it leaves alone, errors."""
 
 import functools
 import math
@@ -35,7 +35,7 @@ def one_update(tx, adapters=TREE, **extra):
 
 
 def trained(tx, steps, **extra):
-    """The adapters after some steps without any gradient."""
+    """The adapters after some steps with zero gradients."""
     adapters, state = TREE, tx.init(TREE)
     for _ in range(steps):
         updates, state = tx.update(zeros(), state, adapters, **extra)
@@ -59,7 +59,7 @@ def test_by_hand():
 
 
 def test_the_kernel_returns_to_its_pretrained_value():
-    """Both factors shrink by 1 - lr wd a step, so the product does by its square."""
+    """Both factors shrink by 1 - lr wd per step, so the product by its square."""
     tx = optax.chain(optim.add_decayed_weights(0.5), optax.scale(-0.2))
     after = trained(tx, 3)
     for path, shape in (("attn/q", (6, 5)), ("stack", (3, 4, 5))):
@@ -73,7 +73,7 @@ def test_the_kernel_returns_to_its_pretrained_value():
 
 @pytest.mark.parametrize("full", [False, True])
 def test_magnitude_and_value_keep_still(full):
-    """To the bit; a Full leaf moves only where it is asked to."""
+    """Bit for bit; a Full leaf moves only if asked to."""
     tx = optax.chain(optim.add_decayed_weights(0.5, full), optax.scale(-0.2))
     after = trained(tx, 3, base=BASE)
     same = np.testing.assert_array_equal
@@ -94,7 +94,7 @@ def test_a_full_leaf_at_its_base_has_nothing_to_decay():
 
 
 def test_only_the_leaves_of_full_adapters_are_read_from_the_base():
-    """The base may be quantised, and hold keys and counters, everywhere else."""
+    """Everywhere else the base may be quantised, or hold keys and counters."""
     base = {
         "head": {"bias": jnp.array([2.0, 0.0, -1.0], jnp.bfloat16)},
         "attn": {"q": jnp.ones((6, 5), jnp.int8)},
@@ -128,7 +128,7 @@ def test_the_strength_may_follow_a_schedule():
 
 
 def test_the_strength_is_a_hyperparameter_of_every_member_of_a_population():
-    """Traced, it is not validated; one base serves all members."""
+    """When traced it is not validated; one base serves all members."""
     make = optax.inject_hyperparams(optim.add_decayed_weights, static_args="roles")
 
     @jax.jit
@@ -158,7 +158,7 @@ def test_the_mask_reads_abstract_adapters_and_serves_optax():
 
 
 def test_a_partition_by_role_decays_what_it_would_have_decayed():
-    """Labels that part a from b: the mask and the decay go by roles alone."""
+    """With labels that separate a from b, the mask and the decay still go by role."""
     by_role = lambda adapters: {p: a.replace(**a.roles) for p, a in adapters.items()}
     rules = {role: optim.add_decayed_weights(0.3) for role in ROLES}
     got, want = optax.partition(rules, by_role), optim.add_decayed_weights(0.3)

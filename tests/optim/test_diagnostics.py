@@ -1,4 +1,4 @@
-"""What Adam's diagnostics say: by hand, and of parameters wandering at a minimum."""
+"""Adam's diagnostics: by hand, and for parameters wandering around a minimum."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ ADAPTERS = {
     "w": lora(np.zeros((2, 1), "f"), np.zeros((1, 2), "f")),
     "head": lorax.Full(jnp.zeros(1)),
 }
-# of a half is below epsilon
+# half of a's gradient is below epsilon
 GRADS = {"w": lora([[3e-9], [4.0]], [[0.0, 2.0]]), "head": lorax.Full(jnp.array([1.0]))}
 
 
@@ -53,7 +53,7 @@ def test_nothing_moves_where_there_is_no_gradient():
 
 
 def test_a_partition_is_read_leaf_by_leaf():
-    """LoRA+ and its like: one Adam per label, and leaves that none trains."""
+    """LoRA+ and similar: one Adam per label, and leaves that none trains."""
     labels = {
         "w": lorax.Lora("slow", "fast", 1.0, AXES),
         "head": lorax.Full("none"),

@@ -22,7 +22,7 @@ TREE = {
 
 
 def ratios(tx, adapters=TREE, steps=1, **extra):
-    """By what each leaf's update is multiplied at the last of some steps."""
+    """The factor on each leaf's update at the last of some steps."""
     state, grads = tx.init(adapters), problems.like(adapters)
     for _ in range(steps):
         updates, state = tx.update(grads, state, adapters, **extra)
@@ -184,7 +184,7 @@ def test_full_leaves_may_decay_to_where_they_started():
     np.testing.assert_allclose(updates["dora"].a, -0.05 * a, rtol=1e-6)
 
 
-# Partitions by role, which part the second factor from the first
+# Partitions by role, which separate the second factor from the first
 
 
 def by_role(adapters):

@@ -33,7 +33,7 @@ class Case:
         return make(self.ga, self.gb), make(self.a, self.b)
 
     def project(self, dtype=jnp.float64, **options):
-        """hA and hB as numpy float64."""
+        """hA and hB in numpy's float64."""
         with jax.enable_x64(dtype == jnp.float64):
             grads, adapters = self.trees(dtype)
             tx = optim.scale_by_lora_pro(**options)
@@ -42,7 +42,7 @@ class Case:
             return np.asarray(h.a, np.float64), np.asarray(h.b, np.float64)
 
     def induced(self, ha, hb):
-        """The kernel's movement."""
+        """The kernel's resulting movement."""
         return S * (ha @ self.b + self.a @ hb)
 
     def nearest(self):
@@ -85,7 +85,7 @@ def test_it_descends_and_the_inner_product_is_the_squared_norm():
 
 
 def gauge(case, x):
-    """X, read off hA: A^+ (hA - gA M^-1 / s^2)."""
+    """X, recovered from hA: A^+ (hA - gA M^-1 / s^2)."""
     ha, _ = case.project(x=x, damping=0.0)
     own = case.ga @ np.linalg.inv(case.b @ case.b.T) / S**2
     return np.linalg.pinv(case.a) @ (ha - own)
@@ -104,7 +104,7 @@ def test_sylvester_residual():
 
 @pytest.mark.parametrize("x", ["sylvester", "symmetry"])
 def test_x_minimises_what_it_is_named_for(x):
-    """Over all r x r matrices added to it."""
+    """No r x r matrix added to it does better."""
     case, rng = Case(5), np.random.default_rng(6)
     ha, hb = case.project(x=x, damping=0.0)
 
@@ -133,7 +133,7 @@ def test_damped_form_by_solves(relative):
 @pytest.mark.parametrize("x", CHOICES)
 @pytest.mark.parametrize("damping", [0.0, 1e-6, 0.1])
 def test_at_the_start_it_is_the_pseudo_inverse(x, damping):
-    """B = 0: hA = 0 and hB = N^-1 gB / s^2 with N as damped; an embedding mirrored."""
+    """B = 0: hA = 0 and hB = N^-1 gB / s^2 with damped N; mirrored for an embedding."""
     case = Case(8, b=0.0)
     ha, hb = case.project(jnp.float32, x=x, damping=damping)
     n = case.a.T @ case.a
@@ -157,7 +157,7 @@ def second_step(lr, damping):
 
 
 def test_damping_bounds_the_second_step():
-    """It shrinks with lr^2; undamped it replaces A at every learning rate."""
+    """It shrinks with lr^2; undamped, it replaces A at every learning rate."""
     rates = (1e-1, 1e-2, 1e-3, 1e-4)
     steps = [second_step(lr, 0.1) for lr in rates]
     assert all(step <= lr for step, lr in zip(steps, rates)), steps
@@ -227,7 +227,7 @@ def test_a_padded_member_moves_as_it_would_alone(mode, b):
 
 
 def run(tx, steps, dtype=jnp.float64, seed=13):
-    """Updates of the last step and the case, over some steps of fresh gradients."""
+    """The last step's updates and the case, after some steps with fresh gradients."""
     case = Case(seed)
     with jax.enable_x64(dtype == jnp.float64):
         state = tx.init(case.trees(dtype)[1])
@@ -311,7 +311,7 @@ def test_the_defaults_are_these(given, meant):
     ours, theirs = (run(optim.lora_pro(0.1, **own), 2)[2:] for own in (given, meant))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     heavy = run(optim.lora_pro(0.1, **{**meant, "damping": 0.03}), 2)[2]
-    assert np.any(heavy != ours[0])  # the damping does count
+    assert np.any(heavy != ours[0])  # the damping matters
 
 
 def largest(jaxpr):
@@ -345,7 +345,7 @@ def test_momentum_of_rowcol_is_of_the_factors():
     plain = optim.lora_pro(1.0, "rowcol")
     heavy = optim.lora_pro(1.0, "rowcol", b1=0.9)
     one, two = (run(tx, 1, jnp.float32)[2] for tx in (plain, heavy))
-    np.testing.assert_allclose(one, two, rtol=1e-5)  # corrected for its start at zero
+    np.testing.assert_allclose(one, two, rtol=1e-5)  # bias-corrected
     state = heavy.init(Case().trees(jnp.float32)[1])
     size = sum(v.size for v in jax.tree.leaves(state) if v.dtype == jnp.float32)
     assert size == N + M + R * (N + M)

@@ -24,12 +24,12 @@ def lora(a, b):
 
 
 def gradients(a, b, g):
-    """Of the factors, for a gradient of the kernel."""
+    """Gradients of the factors, for a gradient of the kernel."""
     return lora(S * g @ b.T, S * a.T @ g)
 
 
 class Reference:
-    """One factor as the paper's algorithm has it; `dual` is the other, transposed."""
+    """One factor in the paper's algorithm; `dual` is the other one, transposed."""
 
     def __init__(self, b1, b2, eps, escape):
         self.b1, self.b2, self.eps, self.escape = b1, b2, eps, escape
@@ -58,7 +58,7 @@ class Reference:
 
 @pytest.mark.parametrize("escape", [True, False])
 def test_steps_by_numpy(escape):
-    """On factors that jump from step to step, so that much of V escapes."""
+    """With factors that jump from step to step, so that much of V escapes."""
     draw = np.random.default_rng(0).normal
     b1, b2, eps = 0.8, 0.95, 1e-3
     tx = optim.scale_by_lora_rite(b1, b2, eps, escape)
@@ -84,7 +84,7 @@ GAUGES = {
 
 
 def products(tx, gauge):
-    """The product after each of five steps to a target."""
+    """The product after each of five steps towards a target."""
     draw = np.random.default_rng(3).normal
     target = draw(size=(N, M))
     a, b = draw(size=(N, R)) @ gauge, np.linalg.solve(gauge, draw(size=(R, M)))

@@ -1,4 +1,4 @@
-"""Muon on factors: by hand, orientation, gauge, and what may not become a step."""
+"""Muon on factors: by hand, orientation, gauge, and what must not become a step."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def once(grads, adapters, pairs=None, **options):
 
 
 def gradients(lora, dense):
-    """Of the factors, for a gradient of the kernel."""
+    """Gradients of the factors, for a gradient of the kernel."""
     s = lora.scale
     return lora.replace(a=s * dense @ lora.b.T, b=s * lora.a.T @ dense)
 
@@ -52,7 +52,7 @@ def test_the_polar_factor_is_numpys():
 
 
 def test_the_step_of_b_is_larger_by_the_root_of_in_over_rank():
-    """In the layout [in, out]; plain transposition of the torch rule inverts it."""
+    """In the layout [in, out]; the torch rule, naively transposed, would invert it."""
     lora = pair()
     got = once(gradients(lora, programs.normal(3, 32, 24)), lora, factors="both")
     rms = lambda x: np.sqrt(np.mean(np.square(x)))
@@ -99,7 +99,7 @@ def test_whether_the_step_depends_on_how_the_product_is_split(factors, invariant
 
 
 def test_product_takes_the_polar_factor_of_the_projected_gradient():
-    """In numpy float64: project G on the tangent space, polar, project again."""
+    """In numpy float64: project G onto the tangent space, take polar, project again."""
     with jax.enable_x64(True):
         lora = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), pair())
         dense = np.asarray(programs.normal(3, 32, 24), np.float64)
@@ -130,7 +130,7 @@ def test_split_is_steepest_descent_under_the_spectral_norm():
         np.testing.assert_allclose(np.linalg.norm(part, 2), 0.5, rtol=1e-9)
     assert np.linalg.norm(own, 2) <= 1
     draw = np.random.default_rng(0).standard_normal
-    for _ in range(20):  # no other step of these norms descends as far
+    for _ in range(20):  # no other step with these norms descends as far
         x, y = draw((32, 4)) @ b, a @ draw((4, 24))
         other = x / np.linalg.norm(x, 2) / 2 + y / np.linalg.norm(y, 2) / 2
         assert np.vdot(dense, other) < np.vdot(dense, own)
@@ -175,7 +175,7 @@ def test_the_chain_of_split_decays_the_product_alone():
 
 
 def test_momentum_and_the_ready_chain():
-    """Adam takes what is no factor; decay acts on factors alone."""
+    """Adam handles what is not a factor; decay acts only on factors."""
     lora = pair()
     dora = lorax.Dora(*jax.tree.leaves(pair(seed=5)), jnp.ones(24), 0.7, AXES)
     adapters = {"d": dora, "f": lorax.Full(jnp.ones(3)), "w": lora}
@@ -198,7 +198,7 @@ def test_momentum_and_the_ready_chain():
 
 
 def test_optax_weighs_the_momentum_less_in_the_first_steps():
-    """Its direction before Newton-Schulz, and ours, from gradients by numpy."""
+    """Its direction before Newton-Schulz, and ours, from the same numpy gradients."""
     lora, beta = pair(16, 12, 4), 0.95
     ours = optim.scale_by_muon_factors("both", beta)
     theirs = optax.contrib.scale_by_muon(beta=beta, ns_steps=0)

@@ -1,4 +1,4 @@
-"""The noise scale of gradients whose noise is known, and of a quadratic by hand."""
+"""The noise scale for gradients with known noise, and for a quadratic by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ def test_the_ratio_of_means_finds_the_noise_scale_of_a_gaussian():
     error = np.std(S / S.mean() - G2 / G2.mean()) / np.sqrt(steps / 2)
     assert error < 0.03
     assert float(optim.noise_scale(state)) == pytest.approx(true, rel=5 * error)
-    # while the mean of ratios is nowhere near: some |G|^2 are negative
+    # whereas the mean of ratios is far off: some |G|^2 are negative
     assert (G2 < 0).any() and abs(np.mean(S / G2) / true - 1) > 0.2
 
 

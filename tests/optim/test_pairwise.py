@@ -1,4 +1,4 @@
-"""Pairs of equal shapes at once: the same numbers, small programs, no gather."""
+"""Pairs of equal shapes together: the same numbers, small programs, no gather."""
 
 import functools
 
@@ -76,12 +76,12 @@ def compiled(tx, adapters):
 
 @pytest.mark.parametrize("mode", ["factor", "rowcol"])
 def test_the_program_of_many_small_pairs_stays_beside_adams(mode):
-    """Ratio of lines to AdamW's; one by one it is 5.8 and 9.2."""
+    """Program lines relative to AdamW's; one pair at a time it would be 5.8 and 9.2."""
     lines = lambda tx: len(compiled(tx, small_pairs(12)).splitlines())
     assert lines(optim.lora_pro(1e-3, mode)) <= 3 * lines(optax.adamw(1e-3))
 
 
-WHERE = {  # of a and b, of a kernel [in, out]: two that lie alike, and two others
+WHERE = {  # specs of a and b of kernels [in, out]: two alike, and two others
     "in": (P("x"), P()),
     "in_too": (P("x"), P()),
     "out": (P(), P(None, "x")),
@@ -107,7 +107,7 @@ def placed(kind):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("make", [optim.riemannian, optim.lora_pro])
 def test_pairs_that_lie_differently_are_not_gathered(make, kind):
-    """Together they exchange what they exchange alone, and gather nothing."""
+    """Together they exchange what they would alone, and gather nothing."""
     mesh, adapters = placed(kind)
 
     def exchanged(adapters):

@@ -1,4 +1,4 @@
-"""RefLoRA against factors that are really refactored, in numpy float64."""
+"""RefLoRA against explicitly refactored factors, in numpy float64."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def balanced():
 
 
 def test_the_product_steps_as_that_of_the_balanced_factors():
-    """To all orders: the factors are refactored by numpy, and stepped there."""
+    """To all orders: numpy refactors the factors and steps them."""
     a, b = balanced()
     rate = 0.1
     want = (a - rate * S * G @ b.T) @ (b - rate * S * a.T @ G)

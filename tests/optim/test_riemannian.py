@@ -13,7 +13,7 @@ S, R = 1.5, 2
 
 
 def parts(*trees):
-    """a and b of every tree as numpy float64."""
+    """a and b of every tree in numpy's float64."""
     return [np.asarray(f, np.float64) for t in trees for f in (t["w"].a, t["w"].b)]
 
 

@@ -29,13 +29,13 @@ TARGET, START = DRAW(size=(N, M)), (DRAW(size=(N, R)), DRAW(size=(R, M)))
 
 
 def gradient(d):
-    """Of sum tanh^2 of what is left, by hand."""
+    """The gradient of sum tanh^2 of the residual, by hand."""
     t = np.tanh(d - TARGET)
     return 2 * t * (1 - t**2)
 
 
 def products(tx, gauge, steps=5):
-    """s a b after every step, from the gradients of the factors alone."""
+    """s a b after every step, using only the factors' gradients."""
     loss = lambda w: jnp.sum(jnp.tanh(S * w["w"].a @ w["w"].b - TARGET) ** 2)
 
     @jax.jit
@@ -53,7 +53,7 @@ def products(tx, gauge, steps=5):
 
 
 def tangent(d, x):
-    """The projection of x on the tangent space at d, dense."""
+    """The projection of x onto the tangent space at d, computed densely."""
     u, _, vt = np.linalg.svd(d)
     pu, pv = u[:, :R] @ u[:, :R].T, vt[:R].T @ vt[:R]
     return pu @ x + x @ pv - pu @ x @ pv

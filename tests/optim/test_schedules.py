@@ -1,4 +1,4 @@
-"""Every number of every transformation: a schedule is taken, or refused at once."""
+"""Every number of every transformation accepts a schedule, or refuses it at once."""
 
 import inspect
 
@@ -29,7 +29,7 @@ NUMBERS |= {"decay", "orthogonal_weight"}
 
 
 def factories():
-    """The public functions that make a transformation."""
+    """The public functions that make transformations."""
     for name in optim.__all__:
         made = getattr(optim, name)
         if inspect.isfunction(made):
@@ -47,7 +47,7 @@ CASES = [
 
 
 def test_no_number_is_left_out():
-    """A float by default, or an argument that must be given, is in the table."""
+    """Arguments with a float default, or without a default, are all in the table."""
     for name, _, parameters in factories():
         for number, parameter in parameters.items():
             is_float = isinstance(parameter.default, float)

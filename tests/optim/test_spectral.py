@@ -106,7 +106,7 @@ def test_nothing_fails_at_zero_or_at_a_repeated_singular_value(options):
 
 
 def test_decay_alone_moves_the_largest_singular_value_alone():
-    """In balance a and b each lose lr lam s sigma_1 / 2... the rest stays."""
+    """Balanced a and b each shrink by lr lam s sigma_1 along it; the rest stays."""
     u, v = (
         np.linalg.qr(programs.normal(0, 8, 3))[0],
         np.linalg.qr(programs.normal(1, 6, 3))[0],
@@ -155,7 +155,7 @@ def test_merged_grows_the_adapter_and_delta_shrinks_it():
 
 @pytest.mark.parametrize("adapter", ["lora", "dora", "adalora", "loha"])
 def test_merged_is_the_gradient_of_the_merged_kernels_norm(adapter):
-    """Once the iteration has settled; magnitudes stay."""
+    """Once the iteration has converged; magnitudes do not move."""
     base = {"w": programs.normal(2, 3, 8, 6)}
     fn = lambda params, x: jax.lax.scan(
         lambda x, w: (x @ w @ w.T, None), x, params["w"]
@@ -186,7 +186,7 @@ def test_merged_is_the_gradient_of_the_merged_kernels_norm(adapter):
 
 
 def test_decay_alone_brings_the_merged_kernel_of_adalora_to_zero():
-    """On a base of zeros W = x y lam u v^T, so three scalars by hand tell it all."""
+    """On a zero base W = x y lam u v^T, so three scalars describe it."""
     u, v = (np.linalg.qr(programs.normal(i, n, 1))[0] for i, n in ((0, 8), (1, 6)))
     ada = lorax.AdaLora(jnp.asarray(u), jnp.full(1, 3.0), jnp.asarray(v.T), 1.0, AXES)
     tx = optax.chain(
@@ -209,7 +209,7 @@ def test_decay_alone_brings_the_merged_kernel_of_adalora_to_zero():
 
 @pytest.mark.parametrize("target", ["delta", "factors", "merged"])
 def test_the_strength_may_follow_a_schedule(target):
-    """1, 1, 0.3: what the numbers themselves give, step by step."""
+    """1, 1, 0.3: the same as using the numbers themselves, step by step."""
     base = {"w": programs.normal(2, 8, 6)}
     adapters = {"w": pair()}
     schedule = optax.piecewise_constant_schedule(1.0, {2: 0.3})

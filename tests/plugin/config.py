@@ -1,4 +1,4 @@
-"""The quickstart at toy size by the methods of this package: the wiring, no result.
+"""The quickstart at toy size with the methods of this package: tests the wiring only.
 
 python -m experiments.main --config=tests/plugin/config.py
 """

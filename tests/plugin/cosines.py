@@ -1,4 +1,4 @@
-"""An init without a draw: the factor that reads is the start of a cosine transform.
+"""A deterministic init: a, the factor that reads, starts as a cosine transform.
 
     a_{ik} = sqrt(2 / in) cos(pi (i + 1/2) (k + 1) / in),    b = 0
 
@@ -20,7 +20,7 @@ from lorax.inits import build
 
 @inits.register("cosines", keeps_base=True)
 def cosines(key: jax.Array, kernel: Any, target: Any, stats: Any = None) -> Any:
-    """Returns the adapter, and the kernel as it was given."""
+    """Returns the adapter, and the kernel unchanged."""
     del key, stats
     in_, out, batch = making.sizes(kernel, target)
     size = math.prod(in_)

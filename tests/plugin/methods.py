@@ -1,4 +1,4 @@
-"""What a package outside of lorax offers: importing it registers its three methods.
+"""What a package outside lorax offers: importing it registers its three methods.
 
 config.run.plugins = ("tests.plugin.methods",)
 """

@@ -1,4 +1,4 @@
-"""Signs of a momentum, and a decay of what declares that it decays.
+"""Signs of a momentum, with decay for the arrays that declare it.
 
     m <- momentum m + (1 - momentum) g,    step = -rate (sign(m) + weight_decay p)
 
@@ -19,7 +19,7 @@ from lorax import optim
 
 
 class SignumState(NamedTuple):
-    """The momentum, like the adapters."""
+    """The momentum, in the structure of the adapters."""
 
     momentum: Any
 

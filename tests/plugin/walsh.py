@@ -4,8 +4,8 @@
 
 H of size N, the power of two that holds inputs and outputs, has entries of one and
 minus one and is never formed: H = H1 (x) H2, each of about sqrt(N). The N numbers w
-train. The signs s are drawn once for every size of input and shared by all kernels that
-read it; n_j, the norm of column j of W0, is each kernel's own. Both are frozen.
+train. The signs s are drawn once per input size and shared by all kernels of that size;
+n_j, the norm of column j of W0, is each kernel's own. Both are frozen.
 
 References:
   Le et al., Fastfood: Approximating Kernel Expansions in Loglinear Time, ICML 2013.
@@ -29,7 +29,7 @@ from lorax.types import Axes, Factors, Field, LinearMap
 @register("walsh")
 @flax.struct.dataclass
 class Walsh(Parametrisation):
-    """The update of one kernel, or of a stack: `[*batch, size]` numbers train."""
+    """The update of one kernel or of a stack; trains `[*batch, size]` numbers."""
 
     weights: jax.Array
     scale: float = flax.struct.field(pytree_node=False)
@@ -50,7 +50,7 @@ class Walsh(Parametrisation):
 
     @classmethod
     def shared(cls, key: jax.Array, chosen: Any) -> dict[str, jax.Array]:
-        """Returns random signs for every size of input."""
+        """Returns random signs for every input size."""
         drawn = {}
         for target, kernel in chosen.values():
             in_, _, _ = making.sizes(kernel, target)
@@ -110,7 +110,7 @@ def between_transforms(arrays: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 
 def transformed(x: jax.Array) -> jax.Array:
-    """Returns H x of every row: `[n, size] -> [n, size]`."""
+    """Returns H x for every row: `[n, size] -> [n, size]`."""
     bits = x.shape[-1].bit_length() - 1
     first, second = (
         jnp.asarray(hadamard(b), x.dtype) for b in (bits // 2, -(-bits // 2))

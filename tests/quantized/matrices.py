@@ -8,7 +8,7 @@ def normal(*shape, seed=0):
 
 
 def codes_of(leaf):
-    """The codes of a matrix; of four bits, halves of a block of inputs share bytes."""
+    """The codes of a matrix; at four bits, halves of a block of inputs share bytes."""
     codes = np.asarray(leaf.codes)
     if not leaf.block:
         return codes

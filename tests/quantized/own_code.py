@@ -1,7 +1,7 @@
-"""Models that are quantised by their own code, beside their dense copies.
+"""Models quantised by their own code, beside their dense copies.
 
-Each entry of MODELS is `factory() -> Model`. The code is written as such models are:
-in a module's call, the codes a leaf beside their scales.
+Each entry of MODELS is `factory() -> Model`. They are written as such models usually
+are: in a module's call, with the codes in a leaf beside their scales.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Model(NamedTuple):
     """A quantised function, and the dense one that computes the same.
 
     Attributes:
-      fn: of the stored parameters and x.
-      params: as they are stored.
-      dense: of `{path of the codes: kernel}` and the other parameters.
-      kernels: the dequantised kernels, made in numpy.
+      fn: a function of the stored parameters and x.
+      params: the stored parameters.
+      dense: a function of `{path of the codes: kernel}`, other parameters and x.
+      kernels: the dequantised kernels, computed in numpy.
       x: the input.
     """
 
@@ -68,7 +68,7 @@ def plain(kernels: dict[str, Any], params: dict[str, Any], x: jax.Array) -> jax.
 def two_layers(
     kernel: Callable[..., jax.Array], after: Callable[..., jax.Array] = lambda p, y: y
 ) -> Callable[..., jax.Array]:
-    """A quantised layer that makes its kernel so, and a head."""
+    """A quantised layer that builds its kernel this way, and a head."""
 
     def fn(params: dict[str, Any], x: jax.Array) -> jax.Array:
         layer = params["layer"]
@@ -108,7 +108,7 @@ def int8_after() -> Model:
 
 @model
 def int8_rows_of_torch() -> Model:
-    """`[out, in]`, transposed at the use; the scale is divided by."""
+    """`[out, in]`, transposed where used; it is divided by the scale."""
     q, s = codes(1, IN, OUT), scales(2, OUT)
     layer = {"q": q.T.astype(np.int8), "scale": (1 / s)[:, None].astype(np.float32)}
     kernel = lambda p, dtype: (p["q"].astype(dtype) / p["scale"]).T
@@ -153,7 +153,7 @@ def fp8_without_a_scale() -> Model:
 
 @model
 def int4_packed() -> Model:
-    """Asymmetric, two codes to a byte, a scale and a zero point for every group."""
+    """Asymmetric, two codes per byte, a scale and a zero point per group."""
     q, s = codes(1, IN, OUT, low=0, high=16), 20 * scales(2, IN // GROUP, OUT)
     zero = codes(3, IN // GROUP, OUT, low=5, high=10)
     packed = (q[0::2] << 4 | q[1::2]).astype(np.uint8)
@@ -178,7 +178,7 @@ TABLE = np.tanh(np.linspace(-2, 2, 16)).astype(np.float32)
 
 @model
 def codebook() -> Model:
-    """Sixteen numbers of the module, and the largest weight of every block."""
+    """Sixteen numbers in the module, and the largest weight of every block."""
     q, s = codes(1, IN, OUT, low=0, high=16), 100 * scales(2, IN // GROUP, OUT)
     layer = {"q": q.astype(np.uint8), "absmax": s.astype(np.float32)}
 
@@ -192,7 +192,7 @@ def codebook() -> Model:
 
 @model
 def codebook_of_params() -> Model:
-    """A table that is a leaf, taken under jit, scaled behind the product."""
+    """A table that is a leaf, looked up under jit, scaled after the product."""
     q, s = codes(1, IN, OUT, low=0, high=16), 100 * scales(2, OUT)
     layer = {"q": q.astype(np.uint8), "table": TABLE, "scale": s.astype(np.float32)}
     take = jax.jit(lambda p: jnp.take(p["table"], p["q"], mode="clip"))
@@ -205,7 +205,7 @@ HEADS, SIZE = 3, 4
 
 @model
 def einsum_heads() -> Model:
-    """Gemma's kernels `[heads, in, size]`: scaled before, and behind the einsum."""
+    """Gemma's kernels `[heads, in, size]`: scaled before and after the einsum."""
     q, s = codes(1, HEADS, IN, SIZE), scales(2, HEADS, SIZE)
     out, t = codes(3, HEADS, SIZE, IN), scales(4, IN)
     params = {
@@ -234,7 +234,7 @@ def einsum_heads() -> Model:
 
 @model
 def a_fused_kernel() -> Model:
-    """Queries and keys in one kernel, split behind its scale; and joined by hand."""
+    """Queries and keys in one kernel, split after scaling; and concatenated by hand."""
     q, s = codes(1, IN, 2 * SIZE), scales(2, 2 * SIZE)
     left, right = codes(3, SIZE, 2), codes(4, SIZE, 2)
     t, u = scales(5, 2), scales(6, 2)
@@ -294,7 +294,7 @@ def scanned(
     dense: np.ndarray,
     after: Callable[..., jax.Array] = lambda p, y: y,
 ) -> Model:
-    """Layers under scan and remat, a kernel of their own in each step."""
+    """Layers under scan and remat, with their own kernel in each step."""
 
     def fn(params: dict[str, Any], x: jax.Array) -> jax.Array:
         @jax.checkpoint

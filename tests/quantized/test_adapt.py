@@ -1,4 +1,4 @@
-"""A quantised base in the walk: what its dense copy gives, and nothing dense kept."""
+"""A quantised base under adapt: equal to its dense copy, and nothing dense is kept."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ from lorax.quantized import NF4, Int4, Int8, Quantized, is_quantized
 from tests import programs, programs_nnx  # noqa: F401 (it registers its own)
 
 KEY = jax.random.key(0)
-FORMS = ["dora", "lokr", "oft", "randlora"]  # gain, branch, map of inputs, merged
+FORMS = ["dora", "lokr", "oft", "randlora"]  # a gain, a branch, a map of inputs, merged
 OTHERS = sorted({*lorax.adapters.REGISTRY} - {"full", "sliced_lora", *FORMS})
 
 
@@ -35,7 +35,7 @@ def close(got, want, tolerance=1e-5):
 
 
 def packed(params, kernels, paths, form):
-    """The tree with these leaves quantised, embeddings too."""
+    """The tree with these leaves quantised, embeddings included."""
     leaves = lorax.tree.flatten(params)
     make = jax.jit(form.quantize, static_argnums=1)
     return lorax.tree.replace(
@@ -53,7 +53,7 @@ def test_every_program_runs_on_a_quantised_base_as_on_its_dense_copy(name):
     adapters = programs.perturbed(make(program.params))
     linear = [path for path, kernel in kernels.items() if kernel.axes is not None]
     base = packed(program.params, kernels, linear, Int8())
-    decoded = name == "scaled_by_vectors"  # a vector for each layer, before a scan
+    decoded = name == "scaled_by_vectors"  # a vector per layer, before a scan
     adapted = lorax.adapt(fn, on_merge="warn" if decoded else "error")
     told = pytest.warns(lorax.MergeWarning, match="w2: 'scan'.*reads all of a quanti")
     with told if decoded else contextlib.nullcontext():
@@ -110,7 +110,7 @@ def test_every_parametrisation(adapter):
     copy = lorax.Base(dense(plain), frozen) if frozen else dense(plain)
     got, want = run(adapters, base, x), run(adapters, copy, x)
     close(got, want)
-    merged = jax.jit(lorax.merge)(adapters, base)  # eagerly it compiles every line
+    merged = jax.jit(lorax.merge)(adapters, base)  # eager mode compiles every line
     assert not any(map(is_quantized, jax.tree.leaves(merged, is_leaf=is_quantized)))
     close(loss(merged, x), want[0])
 
@@ -250,7 +250,7 @@ def memory(fn, *args):
 
 @pytest.mark.parametrize("form, most", [("nf4", 0.54), ("int4", 0.6), ("int8", 1.03)])
 def test_a_stack_is_never_dense(form, most):
-    """Arguments in bytes a weight, temporaries of a gradient step in dense layers."""
+    """Argument bytes per weight; temporaries of a gradient step, in dense layers."""
     depth, width, hidden = 32, 1024, 3584
     shapes = {
         "up": jax.ShapeDtypeStruct((depth, width, hidden), jnp.float32),
@@ -269,7 +269,7 @@ def test_a_stack_is_never_dense(form, most):
     used = memory(jax.value_and_grad(lorax.adapt(loss)), adapters, base, x)
     own = sum(leaf.nbytes for leaf in base.values())
     assert own / (2 * depth * width * hidden) < most
-    # two kernels of a layer at once, beside activations and gradients of the adapters
+    # one layer's two kernels, plus activations and the adapters' gradients
     rest = used.temp_size_in_bytes - 2 * 4 * width * hidden
     assert rest < 4 * 4 * sum(leaf.size for leaf in jax.tree.leaves(adapters))
 

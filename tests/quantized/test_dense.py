@@ -1,4 +1,4 @@
-"""What is dense of a quantised stack, and who says so where all of it is."""
+"""How much of a quantised stack is dense, and the warning where all of it is."""
 
 import math
 import re
@@ -79,7 +79,7 @@ def test_one_layer_is_dense(fn, adapter):
     stacked = fn is stacked_by_the_program  # then the packed arrays are copied
     packed = sum(a.nbytes for a in leaves) if stacked else 0
     own = sum(a.nbytes for a in jax.tree.leaves(adapters))
-    # the two kernels of a layer and what the gradients of a few adapters need
+    # a layer's two kernels, and what the gradients of a few adapters need
     assert used - packed - 3 * own < 3 * 4 * WIDTH * HIDDEN
 
 
@@ -96,7 +96,7 @@ def test_layers_taken_apart_or_chosen(adapter):
 
 
 def largest(compiled):
-    """Elements of the largest floating array that a compiled program mentions."""
+    """The size of the largest floating-point array in a compiled program."""
     found = re.findall(r"\b(?:f64|f32|bf16|f16)\[([\d,]+)\]", compiled.as_text())
     return max(math.prod(map(int, sizes.split(","))) for sizes in found)
 

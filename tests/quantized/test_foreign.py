@@ -1,6 +1,6 @@
-"""Models of other libraries on a quantised base: as on its dense copy.
+"""Models of other libraries on a quantised base: the same as on its dense copy.
 
-Their code does not know of it: Equinox modules are trees themselves, Haiku's functions
+Their code is unaware of it: Equinox modules are trees themselves, Haiku's functions
 take dicts, and Bonsai's nnx models hold variables.
 """
 
@@ -57,7 +57,7 @@ def as_on_the_dense_copy(fn, params, *args):
 
 
 def drawn(params):
-    """Every leaf drawn, of the size at which networks start."""
+    """Random leaves, of the size at which networks are initialised."""
     return programs.filled(params, 0.1)
 
 
@@ -133,7 +133,7 @@ def test_haiku():
 
 
 class Attention(nnx.Module):
-    """Kernels `[width, heads, size]` under einsum, the three of them in one."""
+    """Kernels `[width, heads, size]` under einsum, all three in one."""
 
     def __init__(self, rngs):
         draw = lambda *shape: nnx.Param(jax.random.normal(rngs.params(), shape) / 8)

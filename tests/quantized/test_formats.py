@@ -1,4 +1,4 @@
-"""The formats: codes by hand, and what a round trip through them loses."""
+"""The formats: codes by hand, and what a round trip loses."""
 
 import dataclasses
 import itertools
@@ -30,7 +30,7 @@ def normal(*shape, seed=0):
 
 
 def column(leaf, signed=False):
-    """The codes of a kernel of one column: halves of a block share bytes."""
+    """The codes of a one-column kernel: the halves of a block share bytes."""
     pairs = np.asarray(leaf.codes).reshape(-1, 1, leaf.block // 2)
     found = np.concatenate([pairs >> 4, pairs & 15], 1).ravel().astype(int)
     return np.where(signed & (found > 7), found - 16, found).tolist()
@@ -41,7 +41,7 @@ def test_int8_by_hand():
     leaf = Int8().quantize(kernel, PLAIN)
     scales = np.array([[1.0, 2.0]], np.float32)
     np.testing.assert_array_equal(leaf.scales, scales)
-    # 127.5 rounds to even, 128, which is beyond the end
+    # 127.5 rounds to even, 128, which is out of range
     assert leaf.codes.tolist() == [[127, -128], [-128, 32], [1, 64]]
     np.testing.assert_allclose(dequantize(leaf), leaf.codes * scales, rtol=1e-7)
 
@@ -50,7 +50,7 @@ def test_int4_by_hand():
     kernel = jnp.array([7.5, -2.5, 1.5, 0.4, 0.0, 3.0, 1.0, 12.0])[:, None]
     leaf = Int4(group=4).quantize(kernel, PLAIN)
     np.testing.assert_allclose(leaf.scales[:, 0], [1.0, 1.6], rtol=1e-6)
-    # -2.5 and 1.5 to even; 12 / 1.6 is about 7.5, and 8 beyond the end
+    # -2.5 and 1.5 round to even; 12 / 1.6 is about 7.5, and 8 is out of range
     assert column(leaf, signed=True) == [7, -2, 2, 0, 0, 2, 1, 7]
     leaf = Int4(group=4, symmetric=False).quantize(kernel, PLAIN)
     assert leaf.zeros[:, 0].tolist() == [-4, -8]  # -8 + 2.5 / (10 / 15), and -8
@@ -80,7 +80,7 @@ def test_the_dynamic_map_is_symmetric_and_rising():
     np.testing.assert_allclose(small, [5.5e-7, 3.25e-6, 7.75e-6], rtol=1e-6)
 
 
-# of normal weights: the relative error of the format in the Frobenius norm
+# the format's relative error in the Frobenius norm, for normal weights
 ERRORS = {
     "int8": (Int8(), 0.010),
     "int8 in groups": (Int8(group=64), 0.007),

@@ -1,4 +1,4 @@
-"""W8A8: products of integers, held to numpy's integers."""
+"""W8A8: integer products, compared with numpy's integers."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ KEY = jax.random.key(0)
 
 
 def rounded(x, axis):
-    """Codes and scales in numpy float32, as a token is rounded."""
+    """Codes and scales in numpy's float32, with a token's rounding."""
     scale = np.abs(x).max(axis, keepdims=True) / np.float32(127)
     return np.round(x / scale).astype(np.int64), scale
 
@@ -57,7 +57,7 @@ def test_the_gradient_passes_rounding_by_and_branches_read_what_is_given():
     base = lorax.quantize(params, [("w|v", "w8a8")])
     adapters = programs.perturbed(lorax.init(KEY, base, [("w|v", 2)])[0])
     adapted = lorax.adapt(fn)
-    # linear in everything but what the second adapter reads, the first product
+    # linear in all but the input of the second adapter, which is the first product
     got = jax.jit(jax.grad(adapted))(adapters, base, x)
     want = jax.grad(adapted)(adapters, dense(base), x)
     close(got["w"], want["w"], 1e-6)

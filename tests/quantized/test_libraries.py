@@ -1,4 +1,4 @@
-"""The formats beside the libraries that have them: qwix and bitsandbytes."""
+"""The formats compared with libraries that have them: qwix and bitsandbytes."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,8 +55,8 @@ def test_nf4_of_bitsandbytes(inputs, outputs, dtype):
     kernel = jnp.asarray(weight.float().numpy().T).astype(dtype)
     leaf = NF4().quantize(kernel, PLAIN)
     np.testing.assert_array_equal(codes_of(leaf), codes.T)
-    # their CPU kernel finds the code of a scale in a table of rounded values, so that
-    # one in some hundreds is the neighbour, or among the finest codes a few further
+    # their CPU kernel finds a scale's code in a table of rounded values, so one in some
+    # hundreds is the neighbouring code, or among the finest codes a few further
     scales = state.absmax.numpy().reshape(outputs, -1).T
     apart = np.abs(np.asarray(leaf.scales.codes, int) - scales.astype(int))
     assert (apart > 0).mean() < 0.02 and apart.max() <= 4
@@ -65,6 +65,6 @@ def test_nf4_of_bitsandbytes(inputs, outputs, dtype):
     theirs = functional.dequantize_4bit(packed, state).float()
     same = np.repeat(apart == 0, 64, axis=0)
     ours = np.asarray(dequantize(leaf)).astype(np.float32)
-    # a table of theirs is another by one rounding, and bfloat16 rounds the product
+    # their table differs by one rounding, and bfloat16 rounds the product
     rtol = 1e-6 if dtype == "float32" else 2.0**-7
     np.testing.assert_allclose(ours[same], theirs.numpy().T[same], rtol=rtol)

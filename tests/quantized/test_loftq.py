@@ -1,4 +1,4 @@
-"""LoftQ and QPiSSA beside float64 numpy, PEFT's own function, and the plain codes."""
+"""LoftQ and QPiSSA against float64 numpy, PEFT's own function, and the plain codes."""
 
 import inspect
 
@@ -27,7 +27,7 @@ TABLE = [  # QLoRA, appendix E
 
 
 def error(adapters, params, dense):
-    """Of the merged kernels, relative to all of the dense ones."""
+    """The error of the merged kernels, relative to the dense ones."""
     merged = lorax.merge(adapters, params)
     flat = [lorax.tree.flatten(tree) for tree in (merged, dense)]
     lost = sum(float(jnp.sum((flat[0][p] - flat[1][p]) ** 2)) for p in adapters)
@@ -35,7 +35,7 @@ def error(adapters, params, dense):
 
 
 def nf4(w):
-    """Codes and what they stand for, in float64."""
+    """Codes and their decoded values, in float64."""
     blocks = w.reshape(-1, 64, w.shape[1])
     largest = np.abs(blocks).max(1, keepdims=True)
     codes = np.abs((blocks / largest)[..., None] - TABLE).argmin(-1)
@@ -43,7 +43,7 @@ def nf4(w):
 
 
 def int4(w):
-    """Asymmetric: the symmetric one rounds the largest weight of a group, a tie."""
+    """Asymmetric: the symmetric form would round a group's largest weight, a tie."""
     blocks = w.reshape(-1, 64, w.shape[1])
     top = np.maximum(blocks.max(1, keepdims=True), 0)
     bottom = np.minimum(blocks.min(1, keepdims=True), 0)
@@ -112,7 +112,7 @@ PATHS = "layers/(up|gate)/kernel"  # one shape, for one program
 
 @needs_data
 def test_less_is_lost_of_a_real_model():
-    """Of kernels of stories260k, in NF4."""
+    """On kernels of stories260k, in NF4."""
     model, dense = hf.load(DATA / "stories260k")
     run = lambda params, x: model.apply({"params": params}, x)
     kernels = lorax.discover(run, dense, jnp.zeros((1, 8), jnp.int32))
@@ -136,7 +136,7 @@ def test_less_is_lost_of_a_real_model():
 
 
 def test_layers_and_experts_by_themselves():
-    """A stack in the middle, heads in and out, bfloat16, and one layer without."""
+    """A stack axis in the middle, heads in and out, bfloat16, and one layer without."""
     kernel = jnp.asarray(normal(2, 3, 32, 4, 6)).astype(jnp.bfloat16)
     axes = lorax.Axes((0, 2), (3, 4), (1,))
     a, b = jnp.zeros((2, 2, 32, 5)), jnp.ones((2, 5, 4, 6))
@@ -161,7 +161,7 @@ def test_layers_and_experts_by_themselves():
 
 
 def test_the_fit_sees_the_kernel_as_it_is_decoded():
-    """In bfloat16 the codes stand for rounded values, and the factors take that up."""
+    """In bfloat16 the codes decode to rounded values, and the factors absorb that."""
     dense = {"w": jnp.asarray(normal(64, 64)).astype(jnp.bfloat16)}
     given = lorax.init(KEY, dense, lorax.Target("w", rank=64))
     adapters, params = lorax.loftq(*given, [("w", "nf4")], steps=1)

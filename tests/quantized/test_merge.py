@@ -1,4 +1,4 @@
-"""Merging onto a quantised base: dense, or in codes on the grid that was there."""
+"""Merging into a quantised base: to dense kernels, or to codes on the same grid."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Values that a program names by `checkpoint_name` take adapters."""
+"""Values that a program names with `checkpoint_name` take adapters."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from tests.quantized.test_own_code import KEY, squares
 
 
 def named(scan):
-    """Kernels of float leaves, computed and named; in a loop one for each step."""
+    """Kernels computed from float leaves and named; in a loop, one per step."""
     params = {
         "base": normal(1, DEPTH, IN, IN) / 4,
         "mask": jnp.sign(normal(2, DEPTH, IN, IN)) + 1,
@@ -79,7 +79,7 @@ def test_names_of_codes_and_of_leaves():
         return x @ w @ params["w"]
 
     assert lorax.discover(same, params, normal(0, 3, IN))["q"].stored is not None
-    # what a name is made of is not adapted twice
+    # the leaves behind a name are not adapted twice
     both = lambda p, x: x @ checkpoint_name(p["w"] * p["g"], "scaled") @ p["v"]
     params = {"w": normal(1, IN, IN), "g": normal(2, IN), "v": normal(3, IN, 4)}
     kernels = lorax.discover(both, params, normal(0, 3, IN))
@@ -110,7 +110,7 @@ def test_a_name_of_two_kernels_or_of_another_leaf_is_refused():
 
 
 def test_a_name_for_a_policy_of_remat_hides_no_kernel():
-    """One name for all: the leaves are the targets, and the name is refused."""
+    """With one name for all, the leaves are the targets, and the name is refused."""
     params = {
         name: {"q": jnp.asarray(codes(i, IN, IN), jnp.int8), "s": scales(i + 2, IN)}
         for i, name in enumerate(("a", "b"))
@@ -151,7 +151,7 @@ def test_a_leaf_and_the_name_of_what_it_is_in_have_an_adapter_each(adapter):
 
 
 def test_a_name_says_which_kernel_is_meant():
-    """Codes without a scale are refused, and adapted where they are named."""
+    """Codes without a scale are refused, but adapted where they are named."""
     params = {"q": jnp.asarray(codes(1, IN, IN), jnp.int8), "s": scales(2, IN)}
     params["s"] = jnp.asarray(params["s"], jnp.float32)
     x = normal(0, 3, IN)
@@ -160,7 +160,7 @@ def test_a_name_says_which_kernel_is_meant():
 
     def fn(p, x):
         w = checkpoint_name(p["q"].astype(x.dtype) / 127, "kernel")
-        return (x @ w) * p["s"]  # not a part of the kernel then
+        return (x @ w) * p["s"]  # then not part of the kernel
 
     kernels = lorax.discover(fn, params, x)
     target = lorax.Target("kernel", rank=2)

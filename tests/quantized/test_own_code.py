@@ -1,4 +1,4 @@
-"""Models that are quantised by their own code take adapters beside the kernel."""
+"""Models quantised by their own code take adapters beside the kernel."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def squares(fn):
 
 
 def started(model, target=TARGET):
-    """The adapters, off zero, and what discover says."""
+    """Perturbed adapters, and what discover says."""
     kernels = lorax.discover(model.fn, model.params, model.x)
     adapters, base = lorax.init(KEY, model.params, [target], kernels)
     return programs.perturbed(adapters), base, kernels
@@ -155,7 +155,7 @@ def test_in_bfloat16_the_branch_is_as_beside_the_dense_kernel():
 
 
 class Linear(nnx.Module):
-    """As Bonsai's models have it: codes and scales are variables of the module."""
+    """As in Bonsai's models: codes and scales are variables of the module."""
 
     def __init__(self, seed, size, out):
         q = codes(seed, size, out).astype(np.int8)
@@ -212,7 +212,7 @@ def test_an_nnx_model():
 
 
 def two_uses(kernel):
-    """One quantised kernel read twice, in a jitted layer and where it is tied."""
+    """One quantised kernel read twice: in a jitted layer, and where it is tied."""
     layer = jax.jit(lambda p, x: jnp.tanh(x @ kernel(p, x.dtype)))
 
     def fn(params, x):
@@ -253,7 +253,7 @@ def test_arguments_that_the_function_reads_reach_it_as_given():
 
 
 def test_the_model_keeps_its_memory():
-    """No stack is dense: temporaries of a gradient step as of the model's own."""
+    """No stack is dense: a gradient step needs the temporaries of the model's own."""
     depth, width, hidden = 16, 256, 1024
     shape = jax.ShapeDtypeStruct
     params = {

@@ -1,4 +1,4 @@
-"""Where no adapter can go beside a kernel of codes, an error says why."""
+"""Where an adapter cannot sit beside a kernel of codes, an error says why."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from tests.quantized.test_own_code import KEY, TARGET, started
 
 
 def dynamic(p, x):
-    """int8 x int8, as MaxText and AQT have it: scales of the tokens at hand."""
+    """int8 x int8, as in MaxText and AQT, with scales from the current tokens."""
     own = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
     rounded = jnp.round(x / own).astype(jnp.int8)
     y = jax.lax.dot(rounded, p["q"], preferred_element_type=jnp.int32)
@@ -238,7 +238,7 @@ def test_a_scale_that_follows_leaves_nothing_to_merge():
     fn = lambda p, x: (x[:, :8] @ p["q"].astype(x.dtype)[:8]) * p["s"]
     x = normal(0, 3, IN)
     kernels = lorax.discover(fn, params, x)
-    target = lorax.Target("q", rank=2, adapter="lokr")  # of whole inputs alone
+    target = lorax.Target("q", rank=2, adapter="lokr")  # needs whole inputs
     adapters, _ = lorax.init(KEY, params, [target], kernels)
     with pytest.raises(
         ValueError, match="q: the scale of its codes follows the produc"
