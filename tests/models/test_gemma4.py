@@ -292,11 +292,11 @@ EXPERTS = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2}
     "fields, message",
     [
         (EXPERTS, "enable_moe_block=True is not implemented for gemma4_text"),
-        ({"head_dim": 15}, "head_dim=15; rotary positions need an even one"),
+        ({"head_dim": 15}, "head_dim=15; rotary positions need an even size"),
         ({"global_head_dim": 15}, "global_head_dim=15; rotary positions need"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide"),
         ({"num_kv_shared_layers": 4}, "num_kv_shared_layers.*<= 3"),
-        ({"num_kv_shared_layers": 3}, "none is of the kind 'full_attention'"),
+        ({"num_kv_shared_layers": 3}, "is of the kind 'full_attention', whose keys"),
         ({"layer_types": [NEAR]}, "1 entries for num_hidden_layers=4"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "one table for each of full"),
