@@ -38,7 +38,10 @@ def refusal(q: jax.Array, k: jax.Array, rule: Rule, given: Given) -> str | None:
         return refused
     time = q.shape[1] // machine.parts(machine.auto((AXIS,)))
     if tiles.size_of(time) < min(tiles.LEAST, tiles.TILE, time):
-        return f"{time} tokens per device do not split into tiles of {tiles.LEAST} up"
+        return (
+            f"{time} tokens per device do not split into tiles of at least "
+            f"{tiles.LEAST}"
+        )
     return None
 
 

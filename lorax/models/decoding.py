@@ -230,7 +230,7 @@ def padded(
     if engine.limit is not None and most > engine.limit:
         raise ValueError(
             f"a prompt of {max(lengths)} tokens and max_tokens={max_tokens}: the model "
-            f"reads at most {engine.limit}"
+            f"reads at most {engine.limit} tokens"
         )
     tokens = np.full((batch, time), pad, np.int32)
     real = np.zeros((batch, time), bool)

@@ -84,7 +84,7 @@ def _beside_sinks(
 
 
 class Model(llama.Model):
-    """Tokens to logits of the next token; see `llama.Model`."""
+    """Maps tokens to logits of the next token; see `llama.Model`."""
 
     config: Config
     block = Block

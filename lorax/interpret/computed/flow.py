@@ -170,7 +170,7 @@ class Flow:
     def made(
         self, eqn: core.JaxprEqn, given: Sequence[Made], place: Scope, result: int
     ) -> Made:
-        """Returns what is known about a result made of such values alone."""
+        """Returns what is known about a result made of known values alone."""
         kind, name = aval(eqn.outvars[result]), eqn.primitive.name
         how = place if name in ENTERED else (name, str(eqn.params))
         coded = [value for value in given if self.paths(value)]
