@@ -24,7 +24,7 @@ class Decoder:
       heads: number of query heads.
       kv_heads: number of key and value heads; it divides `heads`.
       windows: for every layer, how many tokens a token sees, itself included; 0: all.
-        Empty: all in every layer.
+        Empty: all, in every layer.
       attention: implementation of `attention.attend` for training: "plain", or "flash"
         for the one that suits the machine; decoding is always plain.
     """

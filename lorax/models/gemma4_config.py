@@ -43,7 +43,7 @@ class Config(decoder_config.Decoder):
       logit_cap: bound on the logits; None: no bound.
       qkv_bias: q, k, v and o have biases.
       tied: the head is the embedding; else `head/kernel`.
-      attention: implementation of `attention.attend` for training, such as "flash".
+      attention: "plain", or for training another of `attention.attend`, as "flash".
       scan: periods of layers are stacked on axis 0.
       remat: see `lorax.models.remat`.
       dtype: of the computation.

@@ -80,7 +80,7 @@ class Config(decoder_config.Decoder):
       qkv_bias: q, k, v and o have biases.
       tied: the head is the embedding; else `head/kernel`.
       model_type: of the config.json that `to_hf` writes.
-      attention: implementation of `attention.attend` for training, such as "flash".
+      attention: "plain", or for training another of `attention.attend`, as "flash".
       scan: layers are stacked on axis 0.
       remat: see `lorax.models.remat`.
       dtype: of the computation.

@@ -63,7 +63,7 @@ class Config(decoder_config.Decoder):
       fused: q, k and v are one kernel, and gate and up another.
       turned: for every layer, whether q and k are rotated. Empty: in every layer.
       windows: for every layer, how many tokens a token sees, itself included; 0: all.
-        Empty: all in every layer.
+        Empty: all, in every layer.
       model_type: of the config.json that `to_hf` writes.
       attention: implementation of `attention.attend` for training: "plain", or "flash"
         for the one that suits the machine; decoding is always plain.

@@ -80,7 +80,7 @@ class Config(llama_config.Config):
       experts: number of experts.
       chosen: number of experts that a token visits.
       renormalised: the weights of a token's experts sum to one.
-      sinks: every head has one score more than keys, which has no value.
+      sinks: every head has one more score than there are keys, without a value.
       expert_bias: the router, and gate, up and down of every expert, have biases.
       swiglu: alpha and limit of `g sigmoid(alpha g) (up + 1)`, with the gate g clipped
         from above and up on both sides by the limit; None: by `activation`.
