@@ -303,7 +303,10 @@ EXPERTS = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2}
         ({"rope_parameters": {**ROPES, NEAR: None}}, "sliding_attention lacks rope_t"),
         ({"rope_parameters": {**ROPES, FAR: {"rope_theta": 5.0}}}, "lacks rope_type"),
         ({"per_layer_config": {"1": {"head_dim": 16}}}, "all layers that see all"),
-        ({"per_layer_config": {"0": {"head_dim": 16}}}, "per_layer_config.0: known"),
+        (
+            {"per_layer_config": {"0": {"head_dim": 16}}},
+            "per_layer_config.0: only head_dim",
+        ),
         ({"per_layer_config": {"9": {"head_dim": 16}}}, r"no other layers.*\['9'\]"),
         ({"altup": True}, "unknown fields.*altup"),
     ],
