@@ -297,8 +297,8 @@ def hidden(x, w):
 hidden.defjvp(lambda primals, tangents: (hidden(*primals), hidden(*primals)))
 
 REFUSED = {
-    "looks rows up by number": lambda p, x: jnp.sum(jnp.tanh(p["w"][x[0, :3, 0] > 0])),
-    "reads a part of the kernel's inputs": lambda p, x: jnp.sum(
+    "looks rows up by index": lambda p, x: jnp.sum(jnp.tanh(p["w"][x[0, :3, 0] > 0])),
+    "reads only a part of the kernel's inputs": lambda p, x: jnp.sum(
         jnp.tanh(x[..., :3] @ p["w"][:3]) + x[..., 3:] @ p["w"][3:]
     ),
     "hides what the kernel reads": lambda p, x: jnp.sum(

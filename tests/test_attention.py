@@ -183,11 +183,11 @@ def test_the_platform_is_that_of_the_mesh():
     [
         ({"implementation": "fast"}, "'fast': unknown; choose one of flash, plain"),
         ({"window": 3}, "window=3 with causal=False: .* set causal=True"),
-        ({"causal": True, "window": 0}, "a window is at least 1"),
+        ({"causal": True, "window": 0}, "a window must be at least 1"),
         ({"implementation": "cudnn"}, "'cudnn': it computes in bfloat16 or float16"),
         (
             {"implementation": "splash", "bias": jnp.ones((1, 1, T, T))},
-            "'splash': it has segments, .* no mask and no bias; use 'lean'",
+            "'splash': it supports segments, .* no mask and no bias; use 'lean'",
         ),
     ],
 )
@@ -199,9 +199,9 @@ def test_what_attention_refuses(options, message):
 
 def test_shapes_that_attention_refuses():
     q, k, v, _ = inputs()
-    with pytest.raises(ValueError, match="4 heads of queries cannot share 3 of keys"):
+    with pytest.raises(ValueError, match="4 query heads cannot share 3 key heads"):
         attention.attend(q, jnp.ones((B, T, 3, DIM)), v)
-    with pytest.raises(ValueError, match="which of 128 keys belong to 64 queries"):
+    with pytest.raises(ValueError, match="segments of 128 keys and 64 queries"):
         attention.attend(q[:, :64], k, v, segments=SEGMENTS)
     with pytest.raises(ValueError, match="multiple of 128 queries, not 64"):
         attention.attend(q[:, :64], k, v, causal=True, implementation="splash")

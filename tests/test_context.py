@@ -110,5 +110,5 @@ def test_what_a_ring_refuses():
             attention.stripe(q)
         with pytest.raises(ValueError, match="'lean' needs the tokens in their own"):
             attention.attend(q, q, q, implementation="lean", striped=True)
-        with pytest.raises(ValueError, match="'tiles': it is for causal attention"):
+        with pytest.raises(ValueError, match="'tiles': it only supports causal"):
             attention.attend(q, q, q, implementation="tiles")

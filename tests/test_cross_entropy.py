@@ -312,7 +312,7 @@ REFUSED = {
     r"label_smoothing=1.0, z_loss=0.0; the first must be in \[0, 1\)": {
         "label_smoothing": 1.0
     },
-    "z_loss=-1.0; .*the second at least 0": {"z_loss": -1.0},
+    "z_loss=-1.0; .*the second must be at least 0": {"z_loss": -1.0},
 }
 
 

@@ -1,4 +1,4 @@
-"""Statistics of what adapted kernels read, for the inits that ask for them."""
+"""Statistics of the activations that adapted kernels read, for inits that need them."""
 
 from lorax.activations.components import covariances, decomposed, principal
 from lorax.activations.probes import observed

@@ -1,12 +1,12 @@
-"""Principal components and covariances of what kernels read, by their probes.
+"""Principal components and covariances of the activations that kernels read.
 
-X are the rows that a kernel reads, n of them, m their mean, C = X^T X / n - m m^T:
+X holds the n rows that a kernel reads, m is their mean and C = X^T X / n - m m^T:
 
     q <- orthonormal(C q), several times;      C ~ q (q^T C q) q^T
 
-Every product `C q` is a sum over the batches of `X^T (X q)`. So the components are
-those of all batches together, to which decomposing one batch after the other only comes
-near, and no array is larger than `[in, k]`. The covariance is the same with q = 1.
+Every product `C q` is a sum of `X^T (X q)` over the batches. The components are thus
+those of all batches together, which decomposing one batch after another would only
+approximate, and no array is larger than `[in, k]`. The covariance is that with q = 1.
 
 References:
   Halko, Martinsson, Tropp, Finding Structure with Randomness, arXiv:0909.4061.
@@ -31,22 +31,22 @@ from lorax.types import ActivationStats, Covariance
 
 Chosen = Mapping[str, tuple[Target, Kernel]]
 Gradient = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
-KEPT = 2  # x rank: as far as EVA's ranks are redistributed by default
+KEPT = 2  # times the rank: EVA redistributes ranks up to this by default
 LIMIT = 2**33
-"""Bytes that the covariances of one call may have together: 8 GiB."""
+"""Most bytes that the covariances of one call may take together: 8 GiB."""
 
 
 def principal(
     key: jax.Array, gradient: Gradient, chosen: Chosen, passes: int, width: int
 ) -> dict[str, ActivationStats]:
-    """Returns components by subspace iteration, all kernels at once.
+    """Returns principal components by subspace iteration, for all kernels at once.
 
     Args:
-      key: what each kernel starts from is drawn from it and from the path.
-      gradient: of probes, summed over the batches.
+      key: seed of the start of every kernel, folded with its path.
+      gradient: maps probes to their gradients, summed over the batches.
       chosen: `{path: (target, kernel)}`.
-      passes: over the batches.
-      width: columns for each rank that are carried along.
+      passes: number of passes over the batches.
+      width: columns of the subspace per unit of rank.
     """
     q = {}
     for path, (target, kernel) in chosen.items():
@@ -66,7 +66,7 @@ def principal(
 
 
 def decomposed(gradient: Gradient, chosen: Chosen) -> dict[str, ActivationStats]:
-    """Returns components by exact decompositions of whole covariances."""
+    """Returns principal components by exact decomposition of whole covariances."""
     stats = {}
     for path, found in _whole(gradient, chosen).items():
         target, kernel = chosen[path]
@@ -84,7 +84,7 @@ def covariances(gradient: Gradient, chosen: Chosen) -> dict[str, Covariance]:
 
 
 def _whole(gradient: Gradient, chosen: Chosen) -> dict[str, Sums]:
-    """The sums with q = 1, where there is room for them."""
+    """The sums with q = 1; ValueError if they take too much memory."""
     shapes = {}
     for path, (target, kernel) in chosen.items():
         in_, _, batch = making.sizes(kernel, target)
@@ -94,9 +94,9 @@ def _whole(gradient: Gradient, chosen: Chosen) -> dict[str, Sums]:
         path = max(need, key=need.__getitem__)
         raise ValueError(
             f"{path}: the covariances of what kernels read take "
-            f"{sum(need.values()) / 2**30:.1f} GiB, this one's {list(shapes[path])} "
-            f"alone {need[path] / 2**30:.1f}, and the limit is {LIMIT / 2**30:.1f} GiB "
-            "together; calibrate fewer targets at a time and join the results, "
+            f"{sum(need.values()) / 2**30:.1f} GiB, this one {list(shapes[path])} "
+            f"alone {need[path] / 2**30:.1f}; the limit is {LIMIT / 2**30:.1f} GiB "
+            "together. Calibrate fewer targets at a time and join the results, "
             "{**first, **second}, or give wide kernels another init (EVA needs no "
             "covariance)"
         )
@@ -114,8 +114,8 @@ def _summed(
         if tree.is_concrete(one.tokens) and not jnp.any(one.tokens > 0):
             raise ValueError(
                 f"{path}: no row that the kernel reads was counted: the loss of these "
-                "batches does not depend on it through a linear operation; give the "
-                "leaf a target with another init, or other batches"
+                "batches does not depend on it through a linear operation; give its "
+                "target another init, or pass other batches"
             )
     return sums
 
@@ -138,7 +138,7 @@ def _components(
 
 
 def _some(found: Sums) -> jax.Array:
-    """The number of tokens; one where an expert got none."""
+    """The number of tokens, or 1 where an expert got none."""
     return jnp.maximum(found.tokens, 1)
 
 

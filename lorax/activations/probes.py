@@ -1,22 +1,22 @@
-"""What a kernel reads, as the cotangent of a thin argument.
+"""Observes what a kernel reads, as the cotangent of a thin argument.
 
-Let X, [tokens, in], be all that an adapted kernel meets in a program, one row for each
-time that it is applied. Beside every linear use `y = x @ W` stands the identity
+Let X, `[tokens, in]`, be everything that a program multiplies with an adapted kernel,
+one row for each application. After every linear use `y = x @ W` goes the identity
 
     y = seen(y, q, x),     whose backward pass gives q the cotangent  x^T (x q)
 
-so that the gradient of q is `X^T X q`: summed over uses, over the steps of a scan, over
-shards and batches, through `jit`, `remat` and `vmap`, as gradients are. The argument q,
-`[*batch, *in, k]`, travels to the use as the factor `a` of LoRA does, through the same
-views. With q random this is a sketch of the second moments, with q = 1 they are whole.
+so the gradient of q is `X^T X q`, summed over uses, scan steps, shards and batches,
+through `jit`, `remat` and `vmap`, as gradients are. The argument q, `[*batch, *in, k]`,
+reaches the use through the same views as LoRA's factor `a`. With a random q this is a
+sketch of the second moments; with q = 1 it is all of them.
 
-Three columns ride along, whose cotangents are the sums over tokens of x, of x^2, and of
-one. A row may count always, or only where the loss depends on its result: where the
-cotangent of y is not exactly zero. Padding that nothing attends to, and experts that a
-token is not routed to, are then left out without being named.
+The cotangents of three more columns are the sums over tokens of x, of x^2 and of 1.
+Rows count either always or only where the loss depends on their result, that is, where
+the cotangent of y is not exactly zero. This leaves out padding that nothing attends to
+and tokens that are not routed to an expert, without naming them.
 
-In a `shard_map` with `check_vma=False` every copy of a row counts, since the types do
-not say which devices hold the same: means are right, the number of tokens is not.
+In a `shard_map` with `check_vma=False` every copy of a row counts, because the types do
+not say which devices hold the same data: means are right, the number of tokens is not.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ from lorax.targets import Target
 from lorax.types import PyTree
 
 EXTRA = 3
-"""Columns beside q: the sum of x; that of x^2, which holds one; the number of rows."""
+"""Columns beside q: sum of x, sum of x^2 (this column holds 1), number of rows."""
 
 UNREAD = (
     "conv_general_dilated ragged_dot_general custom_jvp_call custom_vjp_call"
 ).split()
-"""Operations that do read an input where the kernel they meet has to be merged."""
+"""Operations that read an activation although the kernel has to be merged for them."""
 
 
 class Sums(NamedTuple):
-    """Sums over the tokens of one kernel, its in axes flattened.
+    """Sums over the tokens of one kernel, with its in axes flattened.
 
     Attributes:
       product: `[*batch, in, k]`, X^T X q.
-      total: `[*batch, in]`, of x.
-      squares: `[*batch, in]`, of x^2.
-      tokens: `[*batch]`, how many.
+      total: `[*batch, in]`, sum of x.
+      squares: `[*batch, in]`, sum of x^2.
+      tokens: `[*batch]`, number of tokens.
     """
 
     product: jax.Array
@@ -63,7 +63,7 @@ class Sums(NamedTuple):
 
 
 def probe(kernel: Kernel, target: Target, q: jax.Array) -> jax.Array:
-    """Returns the argument whose gradient has the sums, from q `[*batch, in, k]`."""
+    """Returns the argument whose gradient holds the sums, from q `[*batch, in, k]`."""
     in_, _, batch = making.sizes(kernel, target)
     columns = jnp.zeros((*q.shape[:-1], EXTRA), q.dtype).at[..., 1].set(1)
     q = jnp.concatenate([q, columns], axis=-1)
@@ -75,19 +75,19 @@ def sums(kernel: Kernel, target: Target, gradient: jax.Array) -> Sums:
     in_, _, batch = making.sizes(kernel, target)
     found = gradient.reshape(*batch, math.prod(in_), gradient.shape[-1])
     total, squares, tokens = (found[..., i - EXTRA] for i in range(EXTRA))
-    # padding of a convolution is not counted as a token of the border's own
+    # all inputs count the same tokens, but one that is scaled by zero counts none
     return Sums(found[..., :-EXTRA], total, squares, jnp.max(tokens, -1))
 
 
 def observed(
     fn: Callable[..., Any], chosen: dict[str, tuple[Target, Kernel]], every: bool
 ) -> Callable[..., Any]:
-    """Makes `fn(params, batch)` one of `(probes, params, batch)`, of the same value.
+    """Turns `fn(params, batch)` into `fn(probes, params, batch)` with the same value.
 
     Args:
       fn: a pure function of a parameter tree and a batch.
       chosen: `{path: (target, kernel)}` of the kernels to watch.
-      every: count rows on which the loss does not depend, too.
+      every: also count rows on which the loss does not depend.
     """
 
     def watched(probes: dict[str, jax.Array], params: PyTree, batch: Any) -> Any:
@@ -111,7 +111,7 @@ def observed(
 
 
 class _Observer:
-    """The visitor that puts `seen` behind every linear use."""
+    """The visitor that puts `seen` after every linear use."""
 
     derives = False  # a count is none
 
@@ -123,14 +123,14 @@ class _Observer:
         return [self.beside(walker, use, y)]
 
     def branches(self, walker: interpret.Walker, use: interpret.Use) -> jax.Array:
-        # a derivative rule of the program's own has the result: add nothing
+        # the program's own derivative rule gives the result: add zeros to it
         (y,) = walker.frozen(use.eqn, use.operands)
         return self.beside(walker, use, jnp.zeros_like(y, use.out.dtype))
 
     def beside(
         self, walker: interpret.Walker, use: interpret.Use, y: jax.Array
     ) -> jax.Array:
-        """Returns y, behind which the use is seen."""
+        """Returns y, passed through `seen` for every kernel that the use reads."""
         for term in use.view.terms:
             if _reads(walker, use, term):
                 reader = READERS[use.op](use, term)
@@ -161,7 +161,7 @@ class _Observer:
 def _unseen(walker: interpret.Walker, eqn: JaxprEqn, path: str, why: str) -> str:
     return (
         f"{path}: {eqn.primitive.name!r} at {walker.line(eqn)} {why}, so there are no "
-        "statistics of its activations; give the leaf a target with another init"
+        "statistics of its activations; give its target another init"
     )
 
 
@@ -171,24 +171,24 @@ def _reads(walker: interpret.Walker, use: interpret.Use, term: interpret.Term) -
     found, made = use.axes(term), term.axes
     tied = None if found is None or made is None else interpret.fits(found, made)
     if made is None or tied is None or not use.low_rank:
-        why = "reads the kernel by other axes than its first use"
+        why = "reads the kernel along other axes than its first use"
         raise ValueError(_unseen(walker, eqn, term.path, why))
     if tied:
         return False
     if use.op == "gather":
-        why = "looks rows up by number, and reads no activation"
+        why = "looks rows up by index and reads no activation"
         raise ValueError(_unseen(walker, eqn, term.path, why))
     read = [d for d in term.dims("in") if d in use.dims.read]
     size: int = math.prod(term.shape[d] for d in read)
     if size < math.prod(term.leaf[axis] for axis in made.in_):
-        why = "reads a part of the kernel's inputs (a slice, a shard, one by one)"
+        why = "reads only a part of the kernel's inputs (a slice, a shard, one by one)"
         raise ValueError(_unseen(walker, eqn, term.path, why))
     return True
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _seen(how: Any, y: jax.Array, q: jax.Array, *operands: jax.Array) -> jax.Array:
-    """Returns y; see the module."""
+    """Returns y; see the module docstring."""
     del how, q, operands
     return y
 
@@ -209,8 +209,8 @@ def _backward(how: Any, kept: Any, change: jax.Array) -> Any:
     def back(x: jax.Array, h: jax.Array, like: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda q: reader.thin(q, x, *rest), like)(h)[0]
 
-    # a kernel that was scaled along its inputs reads x times that: unit is the scale,
-    # and q's own way back multiplies by it once
+    # a kernel scaled along its inputs reads x times the scale, which is `unit` here;
+    # the way back to q multiplies by it once more
     count = reader.tokens(rows, unit, x, *rest)
     columns = [
         back(x, h * rows, q),

@@ -2,8 +2,8 @@
 
     h = thin(q, x)         as y = x @ W, for q [*batch, *in, columns]
 
-Its transpose in q gives `x^T h`, in q's own layout, for any operation. A `Reader` knows
-besides which rows of h a change of y shows, and how many there are.
+Its transpose in q gives `x^T h` in q's own layout, whatever the operation. A `Reader`
+also knows which rows of h the cotangent of y touches, and how many there are.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ class Reader(Protocol):
     """One use of one kernel.
 
     Attributes:
-      operands: the activation, and what else `thin` needs.
+      operands: the activation, and whatever else `thin` needs.
     """
 
     operands: tuple[jax.Array, ...]
 
     def thin(self, q: jax.Array, *operands: jax.Array) -> jax.Array:
-        """Returns the operation on q in place of the kernel, the columns last."""
+        """Applies the operation to q in place of the kernel, with the columns last."""
 
     def rows(self, change: jax.Array) -> jax.Array:
-        """Returns which rows a change of y shows, laid out as `thin` with a column."""
+        """Returns which rows a change of y touches, laid out as `thin` of a column."""
 
     def tokens(self, rows: jax.Array, unit: jax.Array, *operands: Any) -> jax.Array:
         """Returns how many rows count, like `unit`, `[*batch, *in, 1]`."""
-        x, *rest = operands  # a sum over rows of one in every input
+        x, *rest = operands  # sums a one over the rows, for every input
         thin = lambda q: self.thin(q, jnp.ones_like(x), *rest)
         return jax.linear_transpose(thin, unit)(rows)[0]
 
 
 Name = int | tuple[str, int]
-"""A dimension: of the view by its number, of the activation alone, the columns."""
+"""A dimension: the view's by number; by name one of the activation, or the columns."""
 
 
 def _input(use: interpret.Use) -> jax.Array:
@@ -50,7 +50,7 @@ def _input(use: interpret.Use) -> jax.Array:
 
 
 class _Dot(Reader):
-    """A `dot_general`: names of dimensions, contracted as the factor `a` would be."""
+    """A `dot_general`: named dimensions, contracted as the factor `a` would be."""
 
     def __init__(self, use: interpret.Use, term: interpret.Term) -> None:
         x, self.use, self.term = _input(use), use, term
@@ -74,7 +74,7 @@ class _Dot(Reader):
         free = iter([n for n in self.of_x if isinstance(n, tuple)])
         at = {place: d for d, place in self.use.written.items()}
         names = [at[i] if i in at else next(free) for i in range(change.ndim)]
-        for d, place in self.use.written.items():  # of a fused kernel, this one's own
+        for d, place in self.use.written.items():  # this leaf's part of a fused kernel
             low, size = self.term.start[d], self.term.shape[d]
             if size != change.shape[place]:
                 change = jax.lax.slice_in_dim(change, low, low + size, axis=place)

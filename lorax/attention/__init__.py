@@ -10,8 +10,8 @@
 | cudnn | NVIDIA GPUs, bfloat16 or float16 | never | all but soft caps |
 | tiles | everywhere; a ring where devices share rows | a tile at a time | as splash |
 
-"flash" is the one of the others that fits the mesh, the platform and the arguments:
-`chosen` says which. Only tiles go with a mesh axis "context".
+"flash" picks the one that fits the mesh, the platform and the arguments; `chosen`
+returns which. Only "tiles" works with a mesh axis "context".
 """
 
 from lorax.attention.choice import (

@@ -1,4 +1,4 @@
-"""`attend`, and which implementation it takes."""
+"""`attend`, and the choice of its implementation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Implementation = Literal["plain", "lean", "splash", "cudnn", "tiles"]
 IMPLEMENTATIONS = ("flash", *get_args(Implementation))
 """What a caller may ask for."""
 STRIPED = ("flash", "tiles")
-"""Of these, what devices can compute with that share rows in stripes."""
+"""Those that work when devices share rows in stripes."""
 
 
 def attend(
@@ -38,26 +38,27 @@ def attend(
 
     Args:
       q: `[batch, time, heads, head_dim]`.
-      k: `[batch, keys, kv_heads, head_dim]`; the first heads share the first of these.
+      k: `[batch, keys, kv_heads, head_dim]`; consecutive query heads share a key head.
       v: likewise.
       causal: query i sees keys 0 to i.
-      window: of those only the last ones, this many, its own included; None: all.
-      soft_cap: bound of the scores, as in Gemma 2; None: none.
-      segments: int `[batch, time]`, of packed documents; a query sees keys of its own.
+      window: only the last this many of those, its own included; None: all.
+      soft_cap: bound on the scores, as in Gemma 2; None: no bound.
+      segments: int `[batch, time]`, of packed documents; a query sees only keys of its
+        own segment.
       mask: bool, broadcasts to `[batch, heads, time, keys]`; False: not seen.
       bias: added to the scores, broadcasts likewise.
       scale: of the scores; None for `head_dim ** -0.5`.
-      implementation: one of the package's table; or "flash", the one that `chosen`
-        finds for the platform and the arguments.
-      striped: where a mesh axis "context" cuts the time, tokens are in the order of
-        `stripe`, and so is the result; else both are in their own order.
+      implementation: a name from the package's table, or "flash": what `chosen` picks
+        for the platform and the arguments.
+      striped: True if a mesh axis "context" shards the time and the tokens are in the
+        order of `stripe`; the result then is too. False: tokens in their own order.
 
     Returns:
       `[batch, time, heads, head_dim]`.
 
     Raises:
-      ValueError: arguments that exclude another, or that the implementation cannot
-        honour, which it then says.
+      ValueError: arguments contradict each other, or the implementation does not
+        support them.
 
     References:
       Dao, FlashAttention-2, arXiv:2307.08691.
@@ -82,17 +83,17 @@ def attend(
     if striped and machine.auto((ring.AXIS,)):
         raise ValueError(
             f"attention: implementation={name!r} needs the tokens in their own order; "
-            "use 'flash' or 'tiles' for what is in stripes"
+            "use 'flash' or 'tiles' for tokens in stripes"
         )
     made = {"plain": plain, "lean": lean, "splash": splash, "cudnn": cudnn}
     return made[name].attend(q, k, v, rule, given)
 
 
 def chosen(q: jax.Array, k: jax.Array, rule: Rule, given: Given) -> Implementation:
-    """Returns what "flash" is: the first that can of a kernel, "tiles" and "lean".
+    """Returns what "flash" means: the first of a kernel, "tiles" and "lean" that fits.
 
-    The kernel is that of the platform, which is that of the mesh (`jax.set_mesh`),
-    perhaps one to compile for, or JAX's default. A mesh axis "context" has tiles alone.
+    The kernel is the platform's: that of the mesh (`jax.set_mesh`), which may be one to
+    compile for, or else JAX's default. With a mesh axis "context" there is no kernel.
     """
     kernels: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn"}
     found: list[Implementation] = ["tiles", "lean"]
@@ -102,11 +103,11 @@ def chosen(q: jax.Array, k: jax.Array, rule: Rule, given: Given) -> Implementati
 
 
 def segments_of(real: jax.Array | None, segments: jax.Array | None) -> jax.Array | None:
-    """Returns segments in which padding is one of its own; None: all is one.
+    """Returns segments in which padding is a segment of its own; None: only one.
 
     Args:
       real: bool `[batch, time]`, False for padding; None: all are real.
-      segments: int `[batch, time]`, of packed documents; None: one.
+      segments: int `[batch, time]`, of packed documents; None: one document.
     """
     if real is None:
         return segments
@@ -116,7 +117,7 @@ def segments_of(real: jax.Array | None, segments: jax.Array | None) -> jax.Array
 def _refusal(
     name: str, q: jax.Array, k: jax.Array, rule: Rule, given: Given
 ) -> str | None:
-    """Why an implementation cannot do this; None: it can."""
+    """Why an implementation does not support this; None: it does."""
     if name == "cudnn":
         return cudnn.refusal(q, k, rule)
     if name == "splash":
@@ -137,15 +138,15 @@ def _check(
 ) -> None:
     if q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"{q.shape[2]} heads of queries cannot share {k.shape[2]} of keys"
+            f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads"
         )
     if window is not None and (not causal or window < 1):
         raise ValueError(
-            f"window={window} with causal={causal}: a window is at least 1, of keys "
-            "before the query; set causal=True"
+            f"window={window} with causal={causal}: a window must be at least 1 and "
+            "counts back from the query; set causal=True"
         )
     if segments is not None and q.shape[1] != k.shape[1]:
         raise ValueError(
-            f"segments say which of {k.shape[1]} keys belong to {q.shape[1]} queries "
-            "only where these are the same tokens; give a mask"
+            f"segments of {k.shape[1]} keys and {q.shape[1]} queries: queries and keys "
+            "must be the same tokens; give a mask instead"
         )

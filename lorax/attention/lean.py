@@ -1,6 +1,6 @@
-"""Attention by chunks of queries: the scores of one chunk are held, never of all.
+"""Attention by chunks of queries: only one chunk's scores are held at a time.
 
-The backward pass computes each chunk's scores again.
+The backward pass recomputes each chunk's scores.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from lorax.attention import plain
 from lorax.attention.rule import Given, Rule
 
 CHUNK = 256
-"""Queries at a time: a chunk's scores at 4,096 keys are 4 MiB a head."""
+"""Queries in a chunk: at 4,096 keys, its scores are 4 MiB per head."""
 
 
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, rule: Rule, given: Given
 ) -> jax.Array:
-    """Returns `plain.attend`."""
+    """Computes the same as `plain.attend`."""
     time = q.shape[1]
     if time <= CHUNK:
         return plain.attend(q, k, v, rule, given)
@@ -35,7 +35,7 @@ def attend(
         rows = cut(q, start, CHUNK)
         return plain.attend(rows, k, v, rule, own, start + jnp.arange(CHUNK))
 
-    # the last chunk ends where the queries do, and begins inside the one before
+    # the last chunk ends where the queries do and overlaps with the one before
     starts = jnp.minimum(jnp.arange(0, time, CHUNK), time - CHUNK)
     parts = jax.lax.map(part, starts)  # [chunks, batch, CHUNK, heads, head_dim]
     whole = time // CHUNK * CHUNK
@@ -50,7 +50,7 @@ def attend(
 
 
 def _rows(x: jax.Array | None, start: jax.Array) -> jax.Array | None:
-    """The rows of a chunk, of what broadcasts to `[batch, heads, time, keys]`."""
+    """A chunk's rows of an array that broadcasts to `[batch, heads, time, keys]`."""
     if x is None or x.ndim < 2 or x.shape[-2] == 1:
         return x
     return jax.lax.dynamic_slice_in_dim(x, start, CHUNK, axis=-2)

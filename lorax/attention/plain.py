@@ -13,7 +13,7 @@ PRECISION = {
     jnp.dtype(jnp.bfloat16): jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
     jnp.dtype(jnp.float16): jax.lax.DotAlgorithmPreset.F16_F16_F32,
 }
-"""So that the backward pass multiplies what the forward pass does."""
+"""So that the backward pass multiplies in the same dtype as the forward pass."""
 
 
 def attend(
@@ -24,15 +24,15 @@ def attend(
     given: Given,
     queries: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns `attention.attend`, of all the queries or of some of them.
+    """Computes `attention.attend` for all the queries or for some of them.
 
     Args:
       q: `[batch, time, heads, head_dim]`.
-      k: `[batch, keys, kv_heads, head_dim]`; heads of the queries share them in turn.
+      k: `[batch, keys, kv_heads, head_dim]`; consecutive query heads share a key head.
       v: likewise.
       rule: static.
       given: of these queries and all the keys.
-      queries: int `[time]`, their places among the keys; None: they are the first.
+      queries: int `[time]`, their positions among the keys; None: the first ones.
     """
     batch, time, heads, size = q.shape
     keys, kv_heads = k.shape[1:3]
@@ -46,7 +46,7 @@ def attend(
     extra = [
         x if axis else _squeezed(x) for x, axis in zip(extra, axes[1:], strict=True)
     ]
-    # one product a member of the group: twice as fast on a CPU as one for all of it
+    # one product per member of the group: on a CPU twice as fast as one for them all
     mixed = jax.vmap(of_group, in_axes=axes, out_axes=3)(grouped, *extra)
     return mixed.reshape(q.shape)
 
@@ -60,7 +60,7 @@ def _of_group(
     v: jax.Array,
     rule: Rule,
 ) -> jax.Array:
-    """Attention of as many heads of queries as there are of keys."""
+    """Attention with as many query heads as key heads."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum(
         "btkh,bskh->bkts",
@@ -79,7 +79,7 @@ def _of_group(
 
 
 def _of_groups(x: jax.Array | None, kv_heads: int) -> jax.Array | None:
-    """What broadcasts to `[batch, heads, ...]`, to `[batch, kv_heads, group, ...]`."""
+    """Reshapes a mask or bias of heads to `[batch, kv_heads, group, ...]`."""
     if x is None:
         return None
     x = x[(None,) * (4 - x.ndim)]
@@ -89,5 +89,5 @@ def _of_groups(x: jax.Array | None, kv_heads: int) -> jax.Array | None:
 
 
 def _squeezed(x: jax.Array | None) -> jax.Array | None:
-    """Of all the group."""
+    """Drops the group axis, of length one."""
     return None if x is None else x[:, :, 0]

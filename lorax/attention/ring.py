@@ -1,10 +1,10 @@
-"""Causal attention of rows that devices share: keys and values go round in a ring.
+"""Causal attention for rows that devices share: keys and values go round in a ring.
 
-The n devices along the mesh axis "context" hold every n-th token each, in stripes:
-device i has the places i, n + i, 2n + i, ... So all have as much to do as the others in
-every one of the n steps, in which each computes with the keys and values that it holds
-while it passes them on. No device ever holds those of the whole row. The backward pass
-sends the keys and values round again, and their gradients with them.
+Each of the n devices along the mesh axis "context" holds every n-th token, a stripe:
+device i has positions i, n + i, 2n + i, ... So all devices have equal work in each of
+the n steps, in which a device computes with the keys and values that it holds while it
+passes them on. No device ever holds those of the whole row. The backward pass sends the
+keys and values round again, together with their gradients.
 
 References:
   Liu et al., Ring attention, arXiv:2310.01889. Brandon et al., Striped attention,
@@ -25,20 +25,23 @@ from lorax.attention import machine, tiles
 from lorax.attention.rule import NAME, Given, Rule
 
 AXIS = "context"
-"""Of the mesh; devices along it share rows."""
+"""The mesh axis whose devices share rows."""
 
 
 def refusal(q: jax.Array, k: jax.Array, rule: Rule, given: Given) -> str | None:
-    """Returns why tiles cannot do this; None: they can."""
+    """Returns why tiles do not support this; None: they do."""
     if not rule.causal or q.shape[1] != k.shape[1]:
-        return "it is for causal attention of tokens to themselves"
+        return "it only supports causal self-attention"
     if given.mask is not None or given.bias is not None:
-        return "it has segments, causality and windows, but no mask and no bias"
+        return "it supports segments, causality and windows, but no mask and no bias"
     if refused := _indivisible(q.shape[1]):
         return refused
     time = q.shape[1] // machine.parts(machine.auto((AXIS,)))
     if tiles.size_of(time) < min(tiles.LEAST, tiles.TILE, time):
-        return f"{time} tokens of a device have no divisor from {tiles.LEAST} up"
+        return (
+            f"{time} tokens per device do not split into tiles of at least "
+            f"{tiles.LEAST}"
+        )
     return None
 
 
@@ -46,7 +49,7 @@ def _indivisible(time: int) -> str | None:
     n = machine.parts(machine.auto((AXIS,)))
     if time % n**2:
         return (
-            f"{time} tokens are not a multiple of {n}^2, and {n} devices of the mesh "
+            f"{time} tokens are not a multiple of {n}^2, but {n} devices of the mesh "
             f"axis {AXIS!r} share a row in stripes (data.lengths, sharding.context)"
         )
     return None
@@ -55,10 +58,10 @@ def _indivisible(time: int) -> str | None:
 def stripe(x: jax.Array) -> jax.Array:
     """Returns `x: [batch, time, ...]` with its tokens in stripes.
 
-    Without a mesh axis "context" that is x itself.
+    Without a mesh axis "context", returns x itself.
 
     Raises:
-      ValueError: the axis does not divide the time, twice.
+      ValueError: the time is not a multiple of the square of the axis size.
     """
     return _exchanged(x, _to_stripes)
 
@@ -76,15 +79,15 @@ def attend(
     given: Given,
     striped: bool = False,
 ) -> jax.Array:
-    """Returns `plain.attend`.
+    """Computes the same as `plain.attend`.
 
     Args:
       q: `[batch, time, heads, head_dim]`.
       k: `[batch, time, kv_heads, head_dim]`.
       v: likewise.
       rule: causal.
-      given: segments at most.
-      striped: tokens are in stripes already, and the result shall be.
+      given: at most segments.
+      striped: True if the tokens are in stripes already; the result then is too.
     """
     rows, heads, k, v = machine.spread(q, k, v)
     segments = None if given.segments is None else given.segments[0]
@@ -130,7 +133,7 @@ def _forward(
         return tiles.forward(grouped, held[:2], rule, queries, keys, sums)
 
     def step(carried: Any, turn: jax.Array) -> tuple[Any, None]:
-        held, sums = carried  # which go on while they are computed with
+        held, sums = carried  # held is passed on while it is used
         return (_passed_on(context, held), add(sums, held, turn)), None
 
     begun = (k, v, segments), tiles.empty(grouped)
@@ -152,7 +155,7 @@ def _backward(
     zeros = jnp.zeros(k.shape, lse.dtype)
 
     def add(dq: jax.Array, slopes: Any, held: Any, turn: Any) -> tuple[jax.Array, Any]:
-        """Slopes of keys and values come from the device before, those of q stay."""
+        """Gradients of keys and values come from the device before; that of q stays."""
         keys, known = _part(context, turn, held[2]), (given, lse, delta)
         came, begun = _passed_on(context, slopes), (dq, zeros, zeros)
         dq, *own = tiles.backward(grouped, held[:2], rule, queries, keys, known, begun)
@@ -176,7 +179,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _part(context: tuple[str, ...], turn: Any, segments: Any) -> tiles.Part:
-    """What a device holds after so many turns: of the device that far behind it."""
+    """What a device holds after this many turns: the part of one so far behind it."""
     if not context:
         return tiles.Part(0, 1, segments)
     n = machine.parts(context)
@@ -184,7 +187,7 @@ def _part(context: tuple[str, ...], turn: Any, segments: Any) -> tiles.Part:
 
 
 def _passed_on(context: tuple[str, ...], held: Any) -> Any:
-    """Every array, from the device before this one."""
+    """Returns every array from the device before this one."""
     n = machine.parts(context)
     if n == 1:
         return held
@@ -198,14 +201,14 @@ def _grouped(x: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _to_stripes(x: jax.Array) -> jax.Array:
-    """One device's stretch of the row for its stripe of it."""
+    """Exchanges a device's contiguous stretch of the row for its stripe."""
     n = machine.parts((AXIS,))
     cut = x.reshape(x.shape[0], -1, n, *x.shape[2:])
     return jax.lax.all_to_all(cut, AXIS, 2, 1, tiled=True).reshape(x.shape)
 
 
 def _from_stripes(x: jax.Array) -> jax.Array:
-    """And back."""
+    """Undoes `_to_stripes`."""
     return jax.lax.all_to_all(x[:, :, None], AXIS, 1, 2, tiled=True).reshape(x.shape)
 
 

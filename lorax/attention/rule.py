@@ -1,4 +1,4 @@
-"""Which keys a query sees and what becomes of their scores: shared by every form.
+"""Which keys a query sees, and their scores: shared by all implementations.
 
 score   = soft_cap tanh(scale q k / soft_cap) + bias
 weights = softmax over the keys that are seen
@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 
 NAME = "attention"
-"""Of what a kernel keeps for its backward pass, for `jax.checkpoint`'s policies."""
+"""Names what a kernel keeps for its backward pass, for `jax.checkpoint` policies."""
 
 
 class Rule(NamedTuple):
-    """What a program knows of attention before it sees any data.
+    """The static options of attention.
 
     Attributes:
       scale: of the scores.
-      causal: a query sees no key behind it.
-      window: and of those before it this many, itself included; None for all.
-      soft_cap: bound of the scores; None for none.
+      causal: a query sees no later key.
+      window: how many of the last keys a query sees, its own included; None for all.
+      soft_cap: bound on the scores; None for no bound.
     """
 
     scale: float
@@ -32,11 +32,11 @@ class Rule(NamedTuple):
 
 
 class Given(NamedTuple):
-    """The arrays that say more.
+    """The arrays that mask or bias the scores.
 
     Attributes:
       segments: of the queries, int `[batch, time]`, and of the keys, `[batch, keys]`;
-        a query sees keys of its own segment alone.
+        a query sees only keys of its own segment.
       mask: bool, broadcasts to `[batch, heads, time, keys]`; False: not seen.
       bias: added to the scores, broadcasts likewise.
     """
@@ -54,8 +54,8 @@ def seen(
     Args:
       rule: static.
       given: of these queries and keys.
-      queries: int `[time]`, the queries' places.
-      keys: int `[keys]`.
+      queries: int `[time]`, the queries' positions.
+      keys: int `[keys]`, the keys' positions.
 
     Returns:
       bool, broadcasts to `[batch, heads, time, keys]`.

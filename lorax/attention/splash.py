@@ -1,8 +1,8 @@
-"""JAX's splash kernel, for TPUs: the scores of one tile are held, in its memory.
+"""JAX's splash kernel, for TPUs: only one tile's scores are held, in on-chip memory.
 
-Grouped heads share a tile of keys and values, and tiles that no query of them sees are
-never read. Compiled by the planner; its values are checked on the CPU, by Pallas's
-interpreter. Never run on a TPU.
+Grouped heads share a tile of keys and values, and tiles that none of their queries sees
+are never read. The planner compiles it, and its values are checked on the CPU by
+Pallas's interpreter; it has never run on a TPU.
 
 References:
   Dao, FlashAttention-2, arXiv:2307.08691.
@@ -22,36 +22,36 @@ from lorax.attention import machine
 from lorax.attention.rule import NAME, Given, Rule
 
 LANES = 128
-"""Tiles are multiples of it along time."""
+"""Tiles are multiples of this along time."""
 TILES = ((128, 512), (256, 256))
 """`(head_dim, tile)`: longest tile along time for heads up to this wide.
 
-A float32 tile of scores at 512 is 1 MiB, of which the backward pass holds four at once,
-beside its operands, in 16 MiB. 512 is what MaxText trains with.
+A float32 tile of scores at 512 is 1 MiB; the backward pass holds four at once, beside
+its operands, in 16 MiB. MaxText trains with 512.
 """
 
 
 def refusal(q: jax.Array, k: jax.Array, rule: Rule, given: Given) -> str | None:
-    """Returns why the kernel cannot do this; None: it can."""
+    """Returns why the kernel does not support this; None: it does."""
     if given.mask is not None or given.bias is not None:
-        return "it has segments, causality and windows, but no mask and no bias"
+        return "it supports segments, causality and windows, but no mask and no bias"
     for name, time in (("queries", q.shape[1]), ("keys", k.shape[1])):
         if time % LANES:
             return f"it needs a multiple of {LANES} {name}, not {time} (data.lengths)"
     if q.shape[-1] > TILES[-1][0]:
-        return f"a head is at most {TILES[-1][0]} wide, not {q.shape[-1]}"
+        return f"head_dim must be at most {TILES[-1][0]}, not {q.shape[-1]}"
     if rule.causal and q.shape[1] != k.shape[1]:
-        return f"{q.shape[1]} queries are not at the places of {k.shape[1]} keys"
+        return f"{q.shape[1]} queries are not at the positions of {k.shape[1]} keys"
     return None
 
 
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, rule: Rule, given: Given
 ) -> jax.Array:
-    """Returns `plain.attend`.
+    """Computes the same as `plain.attend`.
 
     Under `jax.set_mesh` every device takes its own rows of the batch (`machine.ROWS`)
-    and its own heads ("tensor"): the compiler cannot cut the kernel by itself.
+    and its own heads ("tensor"): the compiler cannot shard the kernel by itself.
     """
     q = (q * rule.scale).astype(q.dtype)
     rows, heads, k, v = machine.spread(q, k, v)

@@ -1,6 +1,6 @@
-"""Causal attention tile by tile, as a program of XLA, and its gradients.
+"""Causal attention tile by tile in plain XLA, and its gradients.
 
-With S the scores of one tile and m, l, o what earlier tiles left,
+With S the scores of one tile and m, l, o the sums of earlier tiles,
 
     m' = max(m, max S)    l' = l e^(m - m') + sum e^(S - m')
                           o' = o e^(m - m') + e^(S - m') v
@@ -8,8 +8,8 @@ With S the scores of one tile and m, l, o what earlier tiles left,
     dS = P (do v^T - delta)
     dv = P^T do           dq = scale dS k    dk = scale dS^T q
 
-Tokens lie in stripes, slot s of part i of n at place s n + i of the row, so that of any
-two parts the tiles below the diagonal are those that count.
+Tokens are in stripes: slot s of part i of n is position s n + i of the row. So for any
+two parts, only the tiles on and below the diagonal count.
 
 References:
   Dao, FlashAttention-2, arXiv:2307.08691. Brandon et al., Striped attention,
@@ -27,21 +27,21 @@ from lorax.attention.plain import PRECISION
 from lorax.attention.rule import Given, Rule, capped, seen
 
 TILE = 512
-"""Most tokens of a tile: its float32 scores are 1 MiB a head.
+"""Most tokens of a tile: its float32 scores are 1 MiB per head.
 
-The compiler counts 6.1e10 cycles for the step of docs/results/planner.md with 512, with
-256 or 1,024 tokens 8.8e10 and 9.6e10.
+For the step of docs/results/planner.md the compiler counts 6.1e10 cycles with 512
+tokens, 8.8e10 with 256 and 9.6e10 with 1,024.
 """
 LEAST = 64
-"""Fewest, of rows that are not shorter: with small tiles a row takes for ever."""
+"""Fewest tokens of a tile, unless rows are shorter: small tiles are far too slow."""
 
 
 class Part(NamedTuple):
     """Queries, or keys and values, of one part of the row.
 
     Attributes:
-      index: int []; which part.
-      parts: of how many; static.
+      index: int `[]`, of this part.
+      parts: number of parts; static.
       segments: int `[batch, time]`, or None.
     """
 
@@ -50,7 +50,7 @@ class Part(NamedTuple):
     segments: jax.Array | None
 
     def places(self, start: Any, size: int) -> jax.Array:
-        """Returns where some of its slots lie in the row."""
+        """Returns the positions in the row of some of its slots."""
         return (start + jnp.arange(size)) * self.parts + self.index
 
 
@@ -59,8 +59,8 @@ class Sums(NamedTuple):
 
     Attributes:
       most: greatest score, `[batch, kv_heads, group, time]`.
-      total: of the exponentials, likewise.
-      mixed: of the values, `[batch, time, kv_heads, group, head_dim]`.
+      total: sum of the exponentials, likewise.
+      mixed: weighted sum of values, `[batch, time, kv_heads, group, head_dim]`.
     """
 
     most: jax.Array
@@ -74,7 +74,7 @@ class Sums(NamedTuple):
 
 
 def empty(q: jax.Array) -> Sums:
-    """Returns the sums over nothing, of q as `forward` has it."""
+    """Returns the sums over no tiles, for q as in `forward`."""
     batch, time, kv_heads, group, _ = q.shape
     wide = jnp.promote_types(q.dtype, jnp.float32)
     flat = batch, kv_heads, group, time
@@ -90,15 +90,15 @@ def forward(
     keys: Part,
     sums: Sums,
 ) -> Sums:
-    """Adds the keys of one part.
+    """Adds the keys of one part to the sums.
 
     Args:
       q: `[batch, time, kv_heads, group, head_dim]`.
       kv: keys and values, `[batch, time, kv_heads, head_dim]`.
       rule: causal.
-      queries: where q lies.
-      keys: where kv lie.
-      sums: of other parts.
+      queries: the part of the row that q is.
+      keys: the part of the row that kv are.
+      sums: over other parts so far.
     """
     k, v = kv
 
@@ -133,16 +133,16 @@ def backward(
     known: tuple[jax.Array, jax.Array, jax.Array],
     slopes: tuple[jax.Array, jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Adds to the gradients of q, k and v what the keys of one part give.
+    """Adds the contribution of one part's keys to the gradients of q, k and v.
 
     Args:
-      q: as of `forward`.
+      q: as in `forward`.
       kv: likewise.
       rule: likewise.
       queries: likewise.
       keys: likewise.
-      known: the gradient of the output, as q; and lse and delta, as `Sums.most`.
-      slopes: of q, k and v, in a wide dtype.
+      known: gradient of the output, shaped as q; lse and delta, shaped as `Sums.most`.
+      slopes: gradients of q, k and v so far, in a wide dtype.
     """
     k, v = kv
     given, lse, delta = known
@@ -166,15 +166,15 @@ def backward(
 
 
 def size_of(time: int) -> int:
-    """Returns the tokens of a tile: the most that divide the time, TILE or fewer."""
+    """Returns the tokens of a tile: the largest divisor of the time up to TILE."""
     return max(n for n in range(1, min(time, TILE) + 1) if time % n == 0)
 
 
 def _pairs(time: int, rule: Rule, parts: int, carried: jax.Array) -> jax.Array:
     """The tiles of queries and of keys that see each other, `[pairs, 2]`.
 
-    They depend on what a loop around them carries, in name: else `jax.checkpoint` takes
-    the slices and masks of all tiles out of that loop, and holds them at once.
+    They nominally depend on what the enclosing loop carries: otherwise `jax.checkpoint`
+    moves the slices and masks of all tiles out of that loop and holds them at once.
     """
     size = size_of(time)
     found = []
@@ -214,7 +214,7 @@ class _Tile:
         return jax.lax.dynamic_update_slice_in_dim(x, new, self.column, 1)
 
     def scores(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, ...]:
-        """Scores `[batch, kv_heads, group, time, keys]`, which count, and d capped."""
+        """Scores `[batch, kv_heads, group, time, keys]`, their mask, cap slope."""
         rule = self.rule
         scores = rule.scale * _dot(
             "btkgh,bskh->bkgts", self.rows(q, 1), self.columns(k)
@@ -239,7 +239,7 @@ class _Tile:
 
 
 def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """A product that adds up in float32 or wider."""
+    """A product that accumulates in float32 or wider."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     precision = PRECISION.get(x.dtype)
     return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=wide)

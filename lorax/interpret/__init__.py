@@ -1,7 +1,7 @@
 """The one jaxpr walker: rules for linear operations, views and control flow.
 
-Importing the package fills the walker's table of rules; README.md draws the way of one
-dot through it.
+Importing the package fills the walker's table of rules; README.md follows one dot
+through the package.
 """
 
 from lorax.interpret import rules

@@ -32,8 +32,8 @@ class Inputs(NamedTuple):
 
     Attributes:
       frozen: the input of the frozen product.
-      thin: for each term, that of its branch, after dropout.
-      dropped: True where dropout acts on one of them.
+      thin: for each term, the input of its branch, after dropout.
+      dropped: True if dropout acts on one of them.
     """
 
     frozen: jax.Array | None
@@ -93,10 +93,10 @@ def dropout(walker: Walker, use: Use) -> Inputs:
 
 
 def gain_of(use: Use, pairs: Sequence[Pair]) -> jax.Array | None:
-    """Returns the gains of a view along the result, or in a tied use the activation.
+    """Returns a view's gains, laid out as the result or, if tied, as the activation.
 
-    None where they do not factor out: a kernel that holds only some of a term's inputs,
-    uses of both orientations at once.
+    None where they do not factor out: the kernel holds only some of a term's inputs, or
+    is used in both orientations at once.
     """
     shape = use.view.value.shape
     gained = [term for term in use.view.terms if term.gained]
@@ -107,7 +107,7 @@ def gain_of(use: Use, pairs: Sequence[Pair]) -> jax.Array | None:
         return None
     dims = sorted(places, key=places.__getitem__)
     needed = {d for t in gained for k in ("batch", "out") for d in t.dims(k)}
-    if not needed <= set(dims):  # a gain per expert, and the use sums over experts
+    if not needed <= set(dims):  # a gain per expert, but the use sums over experts
         return None
     like = use.input if tied else use.out
     assert like is not None
@@ -139,9 +139,9 @@ def tie(inputs: Inputs, gain: jax.Array) -> Inputs:
 
 
 def spared(walker: Walker, use: Use, inputs: Inputs) -> tuple[Inputs, jax.Array]:
-    """Returns the inputs of a rescaled product, and the product of what dropout took.
+    """Returns the inputs of a rescaled product, and the product of what was dropped.
 
-    What is dropped does not enter the rescaled part, and keeps its size.
+    What is dropped does not enter the rescaled part and keeps its magnitude.
     """
     x, (kept,) = inputs.frozen, inputs.thin
     assert x is not None and kept is not None
@@ -150,7 +150,7 @@ def spared(walker: Walker, use: Use, inputs: Inputs) -> tuple[Inputs, jax.Array]
 
 
 def product(walker: Walker, use: Use, x: jax.Array | None, tied: bool) -> jax.Array:
-    """Returns the frozen product, of inputs that a map turns, where a term has one."""
+    """Returns the frozen product, of inputs turned by a term's map if there is one."""
     turn = next((term for term in use.view.terms if term.turns), None)
     if turn is None or x is None:
         return _frozen(walker, use, x)
@@ -162,14 +162,14 @@ def product(walker: Walker, use: Use, x: jax.Array | None, tied: bool) -> jax.Ar
 
 
 def _frozen(walker: Walker, use: Use, x: jax.Array | None) -> jax.Array:
-    """Returns the operation on the frozen kernel alone, of x where it reads one."""
+    """Returns the operation on the frozen kernel alone, with input x if it has one."""
     if (found := integer.dot(use, x)) is not None:
         return found
     return walker.frozen(use.eqn, use.given(x))[0]
 
 
 def by_parts(use: Use, x: jax.Array, dim: int) -> jax.Array:
-    """Returns the frozen product, each term's block of outputs of its own inputs.
+    """Returns the frozen product, each term's block of outputs from its own inputs.
 
     Args:
       use: of a kernel in parts.
@@ -208,7 +208,7 @@ def summed(
       walker: of the use.
       use: the linear use.
       parts: of its result.
-      rest: what joins it after the gain.
+      rest: what is added after the gain.
     """
     if walker.scaled_behind(use.eqn):
         return parts
@@ -240,7 +240,7 @@ def thin_only(walker: Walker, use: Use) -> jax.Array | None:
 def _again(use: Use, x: jax.Array | None) -> rescale.Again | None:
     """How some outputs of a use are computed again, from the merged kernel.
 
-    None where its result is not made of blocks: a lookup, rows in groups, a mesh.
+    None if its result is not made of blocks: for a lookup, grouped rows or a mesh.
     """
     view, eqn = use.view, use.eqn
     whole = lambda d: all(term.whole(d, view.value.shape) for term in view.terms)

@@ -1,4 +1,4 @@
-"""Which kernels stand before others on the way to the output: all but the heads."""
+"""Which kernels come before others on the way to the output: all but the heads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorax.interpret.terms.tracked import Scope
 from lorax.interpret.uses.equations import Bodies, Body, bodies, opened
 
 Origin = frozenset[str]
-"""The kernels that a value comes from since the last kernel."""
+"""The nearest kernels that a value comes from."""
 NONE: Origin = frozenset()
 
 
@@ -20,7 +20,7 @@ def not_last(jaxpr: Body, equations: Mapping[Scope, set[str]]) -> set[str]:
 
     Args:
       jaxpr: the program.
-      equations: the kernels that each place uses, an equation and those around it.
+      equations: the kernels that each place (an equation and those around it) uses.
     """
     flow = _Flow(equations)
     flow.run(opened(jaxpr), [NONE] * len(opened(jaxpr).invars), ())
@@ -66,14 +66,14 @@ class _Flow:
     def enter(
         self, eqn: core.JaxprEqn, inside: Bodies, sources: list[Origin], place: Scope
     ) -> list[Origin]:
-        """Returns the origins of what an equation's bodies give."""
+        """Returns the origins of the results of an equation's bodies."""
         if inside.carried:  # what one iteration hands to the next
             again = self.run(inside.jaxprs[0], sources, place)[: inside.carried]
             for i, more in enumerate(again):
                 sources[inside.consts + i] |= more
         results = [self.run(body, sources, place) for body in inside.jaxprs]
         if any(len(result) != len(eqn.outvars) for result in results):
-            # a kernel that writes to references returns nothing: all it read counts
+            # a kernel that writes to references returns nothing: all it reads counts
             whole = NONE.union(*sources, *(o for r in results for o in r))
             return [whole] * len(eqn.outvars)
         return [NONE.union(*column) for column in zip(*results, strict=True)]

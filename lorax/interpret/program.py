@@ -21,7 +21,7 @@ NEEDS_VALUES = (
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
 )
-"""What JAX raises where a function reads the value of an array that is traced."""
+"""What JAX raises when a function reads the value of a traced array."""
 
 
 def trace(
@@ -62,10 +62,10 @@ def trace(
 def split_off(
     tree: PyTree, chosen: Callable[[Any], bool]
 ) -> tuple[list[Any], Callable[[list[jax.Array]], PyTree]]:
-    """Splits leaves off a tree that are to be traced, not closed over.
+    """Splits off the leaves of a tree that are to be traced, not closed over.
 
     Returns:
-      The chosen leaves, and `join(values)` that rebuilds the tree around values.
+      The chosen leaves, and `join(values)`, which rebuilds the tree around values.
     """
     flat, structure = jax.tree.flatten(tree)
     off = [chosen(x) for x in flat]
@@ -81,7 +81,7 @@ def split_off(
 
 
 def is_shape(leaf: Any) -> bool:
-    """True for what must be traced: it has no value."""
+    """True for what must be traced, because it has no value."""
     return isinstance(leaf, Abstract)
 
 
@@ -98,7 +98,7 @@ class Program(NamedTuple):
       rebuild: puts arrays back among the outputs that are not arrays.
       paths: of the leaves that are inputs.
       rest: the other inputs.
-      whole: True where every array that the function was called with is an input.
+      whole: True if every array that the function was called with is an input.
     """
 
     jaxpr: ClosedJaxpr
@@ -120,10 +120,10 @@ def traced(
     Args:
       fn: the function.
       params: the parameter tree.
-      kinds: `{path: array or shape}`, what is an input in place of the leaves.
+      kinds: `{path: array or shape}`, the inputs in place of the leaves.
       arguments: args and kwargs.
-      whole: True: their arrays are inputs, not shapes alone. A function that reads a
-        value while it is traced raises one of `NEEDS_VALUES`.
+      whole: make their arrays inputs too, not only shapes. A function that reads a
+        value while it is traced then raises one of `NEEDS_VALUES`.
     """
     kinds = dict(sorted(kinds.items()))
     others, of_params = split_off(
@@ -133,7 +133,7 @@ def traced(
 
     def call(inputs: tuple[list[jax.Array], list[jax.Array]]) -> Any:
         own, rest = inputs
-        # containers made anew: nnx Variables may be written in this trace only
+        # new containers: nnx Variables may only be written in this trace
         plain = of_params(rest[: len(others)])
         args, kwargs = of_arguments(rest[len(others) :])
         return fn(

@@ -1,4 +1,4 @@
-"""The visitor of `discover`: it writes down what happens to every leaf."""
+"""The visitor of `discover`: it records what happens to every leaf."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class KernelUse:
       fast: True where `adapt` emits the low-rank branch instead of merging.
       flops: of all runs of this place in one call, on the frozen leaf.
       source: `file:line (function)`.
-      matrix: True where two axes or more of the leaf, longer than one, meet the
-        operation: not so for one layer of a stack of biases.
+      matrix: True if two or more axes of the leaf that are longer than one meet the
+        operation; False for one layer of a stack of biases, say.
     """
 
     op: str
@@ -41,14 +41,14 @@ Place = tuple[Scope, str, Axes | None]
 
 
 class Recorder:
-    """The visitor that writes down what happens to every leaf.
+    """The visitor that records what happens to every leaf.
 
     Attributes:
       uses: of each leaf by place; a loop's body may be walked more than once.
       equations: the leaves that each place uses in a linear operation.
     """
 
-    derives = False  # its places are those of the program
+    derives = False  # recorded places must be those of the program
 
     def __init__(self) -> None:
         """Starts without uses."""
@@ -56,11 +56,11 @@ class Recorder:
         self.equations: dict[Scope, set[str]] = {}
 
     def note(self, place: Scope, path: str, use: KernelUse) -> None:
-        """Writes down one use of a leaf."""
+        """Records one use of a leaf."""
         self.uses.setdefault(path, {})[place, use.op, use.axes] = use
 
     def linear(self, walker: Walker, use: Use) -> Values | None:
-        """Writes down a linear use of whole axes; any other is a merge."""
+        """Records a linear use of whole axes; any other is a merge."""
         found = [use.axes(term) for term in use.view.terms]
         if None in found:
             return None
@@ -78,7 +78,7 @@ class Recorder:
         """Returns None: `discover` has no factors, so nothing is added."""
 
     def merge(self, walker: Walker, eqn: core.JaxprEqn, view: Tracked) -> jax.Array:
-        """Writes down an operation that is not linear in the view."""
+        """Records an operation that is not linear in the view."""
         place, line = (*walker.scope, eqn), walker.line(eqn)
         for term in view.terms:
             sized = term.sized({axis for label in term.labels for axis in label})
@@ -89,17 +89,17 @@ class Recorder:
         return view.array
 
     def decoded(self, walker: Walker, eqn: core.JaxprEqn, view: Tracked) -> jax.Array:
-        """Returns the dense value: `adapt` says what it costs."""
+        """Returns the dense value: `adapt` reports the cost."""
         return view.array
 
     def custom(
         self, walker: Walker, eqn: core.JaxprEqn, paths: tuple[str, ...]
     ) -> bool:
-        """Returns True: `adapt` asks what to do there."""
+        """Returns True: `adapt` decides what to do there."""
         return True
 
     def settle(self, term: Term) -> bool:
-        """Writes down a lookup that has turned out to be one; False if it is none."""
+        """Records a gather that turned out to be a lookup; False if it is not one."""
         if (found := term.lookup) is None:
             return False
         use = KernelUse("gather", found.axes, True, 0, found.source)
@@ -108,7 +108,7 @@ class Recorder:
         return True
 
     def returned(self, outs: Values) -> list[jax.Array]:
-        """Returns the arrays of a program's results, in which lookups end."""
+        """Returns the arrays of a program's results, and records lookups among them."""
         for out in outs:
             for term in out.terms if isinstance(out, Tracked) else ():
                 self.settle(term)

@@ -4,7 +4,7 @@ Equations that meet no such value are run as they are. The others go to the rule
 their primitive (`rules`: linear operations, views, higher-order ones); a rule returns
 None where it does not apply, and then the kernel is merged at that place, which is
 always correct. A `Visitor` decides what a linear operation and a merge mean: `discover`
-writes them down, `adapt` emits the low-rank branch.
+records them, `adapt` emits the low-rank branch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lorax.interpret.uses.use import Use
 
 
 class Part(NamedTuple):
-    """What the adapters add to a value; the value itself is another walk's."""
+    """What the adapters add to a value; the value itself belongs to another walk."""
 
     branch: jax.Array
 
@@ -56,8 +56,8 @@ class Visitor(Protocol):
     """What the walker reports to, and asks for the value of a linear operation.
 
     Attributes:
-      derives: True where backward passes are derivatives of what is emitted, and so
-        linear in what they begin with.
+      derives: True if backward passes are derivatives of what is emitted, and so
+        linear in the cotangents that they start from.
     """
 
     derives: bool
@@ -66,10 +66,10 @@ class Visitor(Protocol):
         """Returns the results of a linear use of a kernel, or None to merge it."""
 
     def merge(self, walker: Walker, eqn: core.JaxprEqn, view: Tracked) -> jax.Array:
-        """Returns the dense value of a view that meets no rule."""
+        """Returns the dense value of a view to which no rule applies."""
 
     def decoded(self, walker: Walker, eqn: core.JaxprEqn, view: Tracked) -> jax.Array:
-        """Returns the dense frozen value of a quantised view, where all is needed."""
+        """Returns the dense frozen value of a quantised view that is needed whole."""
 
     def custom(
         self, walker: Walker, eqn: core.JaxprEqn, paths: tuple[str, ...]
@@ -77,7 +77,7 @@ class Visitor(Protocol):
         """True to follow kernels into a function with a derivative rule of its own."""
 
     def branches(self, walker: Walker, use: Use) -> jax.Array | None:
-        """Returns what is added to a linear use in there, or None to merge it."""
+        """Returns what is added to a linear use inside such a function, or None."""
 
 
 class Walker:
@@ -101,7 +101,7 @@ class Walker:
           scope: the equations that enclose this one.
           trips: how often the body runs, for counting FLOPs.
           caller: the line that leads here, for equations without one of their own.
-          plan: where the program computes kernels, and what goes beside them.
+          plan: where the program computes kernels, and what is added to them.
         """
         self.visitor, self.key, self.plan = visitor, key, plan
         self.scope, self.trips, self.caller = scope, trips, caller
@@ -189,7 +189,7 @@ class Walker:
         return followed(Tracked(_held(value), (*others, own)))
 
     def decoded(self, eqn: core.JaxprEqn, values: Values) -> Values:
-        """Leaves an equation that makes a kernel to be run where the kernel is read."""
+        """Defers an equation that makes a kernel until the kernel is read."""
         given = [
             self.merged(value, eqn) if _terms(value) else value for value in values
         ]
@@ -198,7 +198,7 @@ class Walker:
     def scaled(self, eqn: core.JaxprEqn, values: Values, last: bool) -> Values:
         """Runs an equation between a product and its scale, the last one included.
 
-        The frozen part alone is scaled: the branch is that of the scaled kernel.
+        Only the frozen part is scaled: the branch is that of the scaled kernel.
         """
         waiting = next((v for v in values if isinstance(v, Pending)), None)
         if waiting is None:
@@ -214,7 +214,7 @@ class Walker:
         return [rescale.total(whole) if last else whole]
 
     def ruled(self, eqn: core.JaxprEqn, values: Values, inside: bool = False) -> Values:
-        """Evaluates an equation by its rule, where kernels meet it or are inside it."""
+        """Evaluates an equation by its rule, if kernels meet it or are inside it."""
         name = eqn.primitive.name
         if not inside and not any(
             isinstance(value, Tracked | Pending) for value in values
@@ -231,9 +231,9 @@ class Walker:
             return [followed(r) if isinstance(r, Tracked) else r for r in results]
 
     def plain(self, eqn: core.JaxprEqn, values: Values) -> list[jax.Array]:
-        """Runs an equation on arrays, kernels merged.
+        """Runs an equation on arrays, with kernels merged.
 
-        What it broadcasts is remembered as it was: a bias, a number.
+        The operand of a broadcast is remembered as it was: a bias, a number.
         """
         arrays = [self.merged(value, eqn) for value in values]
         if eqn.primitive.name == "broadcast_in_dim":
@@ -249,7 +249,7 @@ class Walker:
         return None if isinstance(atom, core.Literal) else self.scalars.get(atom)
 
     def unbroadcast(self, atom: jax.core.Atom) -> jax.Array | None:
-        """Returns what an operand was before it was broadcast, of its rank, or None."""
+        """Returns an operand as it was before its broadcast, at equal rank, or None."""
         return None if isinstance(atom, core.Literal) else self.spread.get(atom)
 
     def feeds_only_an_add(self, eqn: core.JaxprEqn) -> bool:
@@ -257,11 +257,11 @@ class Walker:
         return self.readers.get(eqn.outvars[0]) == ["add"]
 
     def scaled_behind(self, eqn: core.JaxprEqn) -> bool:
-        """True where a scale follows a product that is a part of the kernel."""
+        """True if a product is followed by a scale that is part of the kernel."""
         return bool(self.plan.scaled) and self.place(eqn) in self.plan.scaled
 
     def merged(self, value: Value, eqn: core.JaxprEqn) -> jax.Array:
-        """Returns the dense value of a view; an array passes."""
+        """Returns the dense value of a view; an array passes through."""
         if isinstance(value, Tracked):
             return self.visitor.merge(self, eqn, value)
         assert not isinstance(value, Pending | Part), value
@@ -270,10 +270,10 @@ class Walker:
     def frozen(self, eqn: core.JaxprEqn, values: Values) -> list[jax.Array]:
         """Runs one equation on the frozen arrays of the views among its operands.
 
-        What decodes a quantised one runs once more in the backward pass, which keeps
-        the packed arrays and not the kernel.
+        A quantised one is decoded once more in the backward pass, which keeps the
+        packed arrays and not the kernel.
         """
-        # two passes over a scan are two loops, which nothing can join
+        # forward and backward pass of a scan are two loops, which CSE cannot join
         looped = any(around.primitive.name == "scan" for around in self.scope)
         run = lambda *arrays: self.bind(eqn, arrays)
         return reading(run, [*map(_held, values)], prevent_cse=not looped)
@@ -281,7 +281,7 @@ class Walker:
     def view(self, eqn: core.JaxprEqn, values: Values) -> Sequence[jax.Array | Coded]:
         """Runs an equation whose results are frozen arrays of views.
 
-        Those of a quantised kernel are left to be computed where they are read.
+        Those of a quantised kernel are computed only where they are read.
         """
         given = tuple(_held(value) for value in values)
         if not any(isinstance(value, Coded) for value in given):
@@ -293,7 +293,7 @@ class Walker:
     def later(
         self, eqn: core.JaxprEqn, values: Values, alike: bool = False
     ) -> list[Coded]:
-        """Returns what holds an equation's results, each computed where it is read."""
+        """Returns an equation's results as `Coded`s, each computed where it is read."""
         given = tuple(_held(value) for value in values)
         return [
             Coded(
@@ -325,13 +325,13 @@ class Walker:
 
 
 def frozen(value: Value) -> jax.Array:
-    """Returns the frozen array of a view; an array passes."""
+    """Returns the frozen array of a view; an array passes through."""
     assert not isinstance(value, Pending | Part), value
     return value.array if isinstance(value, Tracked) else value
 
 
 def _held(value: Value) -> jax.Array | Coded:
-    """What holds the frozen array of a view; an array passes."""
+    """What holds the frozen array of a view; an array passes through."""
     assert not isinstance(value, Pending | Part), value
     return value.value if isinstance(value, Tracked) else value
 
@@ -342,7 +342,7 @@ def _terms(value: Value) -> tuple[Term, ...]:
 
 
 def known(value: Value) -> Tracked:
-    """Returns a value that is a view, as it has to be."""
+    """Returns a value that must be a view."""
     assert isinstance(value, Tracked), value
     return value
 

@@ -1,4 +1,4 @@
-"""Losses: what a train step takes, and those that never hold all of their logits."""
+"""Losses: the protocol of a train step, and losses that never hold all their logits."""
 
 from lorax.losses import preferences
 from lorax.losses.contrastive import in_batch_negatives

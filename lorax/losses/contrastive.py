@@ -1,4 +1,4 @@
-"""Contrastive loss of pairs, the other rows of a batch being the negatives.
+"""Contrastive loss of pairs, with the other rows of the batch as negatives.
 
 References:
   van den Oord et al., InfoNCE, arXiv:1807.03748. Henderson et al., multiple negatives
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 SCALE = 20.0
-"""Of cosines; sentence-transformers' own, a temperature of 0.05."""
+"""Scale of cosines, as in sentence-transformers: a temperature of 0.05."""
 
 
 def in_batch_negatives(
@@ -24,20 +24,20 @@ def in_batch_negatives(
 ) -> jax.Array:
     """Returns the loss of every row, float32 `[batch]`, in nats.
 
-    Row i pays -log softmax_j(scale <anchor_i, positive_j>) at j = i. It is a global
-    function of the batch: under a mesh with a data axis, rows of all devices are each
-    other's negatives.
+    The loss of row i is -log softmax_j(scale <anchor_i, positive_j>) at j = i. It
+    depends on the whole batch: under a mesh with a data axis, the rows of all devices
+    are each other's negatives.
 
     Args:
       anchors: `[batch, width]`, of unit length if the products are to be cosines.
       positives: likewise.
       scale: of the products, the inverse of the temperature.
-      groups: int `[batch]`; another row of the same group is no negative. None: all
+      groups: int `[batch]`; other rows of the same group are not negatives. None: all
         other rows are.
-      symmetric: the mean with the loss of finding the anchor of a positive.
+      symmetric: average with the loss of finding the anchor of each positive.
 
     Raises:
-      ValueError: other shapes.
+      ValueError: the shapes are not two equal `[batch, width]`.
 
     Example:
       >>> loss = in_batch_negatives(jnp.eye(2), jnp.eye(2), scale=1.0)
@@ -46,8 +46,8 @@ def in_batch_negatives(
     """
     if anchors.ndim != 2 or anchors.shape != positives.shape:
         raise ValueError(
-            f"anchors {anchors.shape} and positives {positives.shape}: give two "
-            "[batch, width] of one shape"
+            f"anchors {anchors.shape} and positives {positives.shape}: give two arrays "
+            "[batch, width] of the same shape"
         )
     kind = jnp.promote_types(anchors.dtype, jnp.float32)
     scores = scale * jnp.matmul(

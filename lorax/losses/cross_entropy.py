@@ -5,8 +5,8 @@ For a token with hidden state h, logits l = h W and target t,
     nll  = logsumexp(l) - l_t
     loss = (1 - s) nll + s (logsumexp(l) - mean(l)) + z logsumexp(l)^2
 
-with label smoothing s and z-loss z. Logits of a few positions are made at a time, and
-with them their part of the gradient: nothing of the size of tokens x vocabulary is ever
+with label smoothing s and z-loss z. Logits are computed a few positions at a time,
+together with their part of the gradient: no array of size tokens x vocabulary is ever
 held, and nothing is computed twice.
 
 References:
@@ -31,9 +31,9 @@ class CrossEntropy(NamedTuple):
     """Sums over tokens.
 
     Attributes:
-      total: of the weighted losses, smoothing and z-loss included.
-      nats: of the weighted negative log-likelihoods alone; a constant to gradients.
-      weight: of the weights; likewise.
+      total: sum of the weighted losses, smoothing and z-loss included.
+      nats: sum of the weighted negative log-likelihoods alone; has no gradient.
+      weight: sum of the weights; has no gradient.
     """
 
     total: jax.Array
@@ -42,7 +42,7 @@ class CrossEntropy(NamedTuple):
 
     @property
     def mean(self) -> jax.Array:
-        """The loss of a unit of weight; 0 where nothing has weight."""
+        """The loss per unit of weight; 0 where nothing has weight."""
         return self.total / jnp.where(self.weight > 0, self.weight, 1)
 
 
@@ -56,22 +56,22 @@ def chunked_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> CrossEntropy:
-    """Cross-entropy of the next token, a few positions of every row at a time.
+    """Next-token cross-entropy, computed a few positions of every row at a time.
 
     Inside `lorax.adapt` the head may be adapted, tied, quantised, or all of these; its
-    low-rank branch goes beside every chunk. On a mesh a head that is cut along its
-    width is gathered once, and one that is cut along the vocabulary stays so: say
-    `jax.set_mesh(mesh)` around the step. A head that trains whole and lies on several
-    devices has its gradient summed over them once a chunk, not once a step.
+    low-rank branch is applied to every chunk. On a mesh, a head sharded along its width
+    is gathered once, and one sharded along the vocabulary stays sharded: enter
+    `jax.set_mesh(mesh)` around the step. The gradient of a head that is trained in full
+    on several devices is summed over them once per chunk, not once per step.
 
     Args:
       hidden: `[*batch, time, width]`, what the head reads, in the compute dtype.
       head: a `Head`, or a kernel `[width, vocabulary]`; cast to that dtype.
       targets: int `[*batch, time]`.
       weights: of the tokens, `[*batch, time]`, such as 0 for padding, whose targets
-        then do not matter; None: all count once.
-      chunk: positions of every row that a chunk has; None: see `chunk_of`.
-      label_smoothing: share of the target that is spread over the vocabulary.
+        are then ignored; None: all count once.
+      chunk: positions of every row in a chunk; None: see `chunk_of`.
+      label_smoothing: share of the target to spread over the vocabulary.
       z_loss: weight of the squared log-partition (PaLM: 1e-4).
 
     Returns:
@@ -79,7 +79,7 @@ def chunked_cross_entropy(
       `metrics["weight"]`.
 
     Raises:
-      ValueError: shapes that do not fit; options out of range.
+      ValueError: shapes do not match, or options are out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -95,7 +95,7 @@ def chunked_cross_entropy(
     if not 0 <= label_smoothing < 1 or z_loss < 0:
         raise ValueError(
             f"label_smoothing={label_smoothing}, z_loss={z_loss}; the first must be in "
-            "[0, 1), the second at least 0"
+            "[0, 1), the second must be at least 0"
         )
     if weights is None:
         weights = jnp.ones_like(targets, jnp.float32)
@@ -125,10 +125,10 @@ def token_log_probs(
     *,
     chunk: int | None = None,
 ) -> jax.Array:
-    """The log-probability of every target, for other losses than its mean.
+    """The log-probability of every target, for losses other than its mean.
 
-    The logits of a chunk are made once more in the backward pass, for what a loss does
-    with the result (DPO, GRPO, distillation) is not known before.
+    The backward pass computes the logits of a chunk again, because it is not known in
+    advance what a loss does with the result (DPO, GRPO, distillation).
 
     Args:
       hidden: `[*batch, time, width]`, as for `chunked_cross_entropy`.
@@ -140,7 +140,7 @@ def token_log_probs(
       `[*batch, time]`, float32.
 
     Raises:
-      ValueError: shapes that do not fit; options out of range.
+      ValueError: shapes do not match, or options are out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -187,6 +187,6 @@ def _losses(
 
 
 def _at(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """The logits of the targets: a sum, which a cut vocabulary can share."""
+    """The logits of the targets, as a sum, which a sharded vocabulary can share."""
     places = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     return jnp.sum(jnp.where(places == targets[..., None], logits, 0), axis=-1)

@@ -1,14 +1,14 @@
-"""Distillation: how far a student's next tokens lie from a teacher's.
+"""Distillation: how far a student's next-token distribution is from a teacher's.
 
-With the distributions p of the teacher and q of the student at a position, both of
-logits divided by a temperature, and the mixture m = beta p + (1 - beta) q,
+With p the teacher's distribution at a position and q the student's, both from logits
+divided by a temperature, and the mixture m = beta p + (1 - beta) q,
 
     beta = 0        KL(p | q)       forward: the student covers what the teacher does
     beta = 1        KL(q | p)       reverse: it keeps to what the teacher finds likely
     in between      beta KL(p | m) + (1 - beta) KL(q | m)       generalised JSD
 
-The logits of teacher and student are made together, a few positions at a time, with
-their part of the gradient in the same sweep: those of all tokens never exist.
+The logits of teacher and student are computed together, a few positions at a time, with
+their part of the gradient in the same sweep: those of all tokens are never held.
 
 References:
   Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
@@ -29,7 +29,7 @@ from lorax.losses.heads import Head
 
 
 class Predictions(NamedTuple):
-    """What a model predicts next tokens by.
+    """What a model predicts the next tokens from.
 
     Attributes:
       hidden: `[*batch, time, width]`, what its head reads, in the compute dtype.
@@ -44,8 +44,8 @@ class Divergence(NamedTuple):
     """Sums over tokens.
 
     Attributes:
-      total: of the weighted divergences.
-      weight: of the weights; a constant to gradients.
+      total: sum of the weighted divergences.
+      weight: sum of the weights; has no gradient.
     """
 
     total: jax.Array
@@ -53,7 +53,7 @@ class Divergence(NamedTuple):
 
     @property
     def mean(self) -> jax.Array:
-        """The divergence of a unit of weight; 0 where nothing has weight."""
+        """The divergence per unit of weight; 0 where nothing has weight."""
         return self.total / jnp.where(self.weight > 0, self.weight, 1)
 
 
@@ -69,27 +69,27 @@ def chunked_divergence(
     """Divergence of a student from its teacher, a few positions of every row at a time.
 
     Inside `lorax.adapt` the student's head may be adapted, tied or quantised, as for
-    `chunked_cross_entropy`. The teacher is read as it is given: nothing of it has a
-    gradient unless it is differentiated.
+    `chunked_cross_entropy`. The teacher is used as given: it has no gradient unless
+    you differentiate with respect to it.
 
     Args:
       student: its hidden states and its head.
       teacher: likewise, of any width, with the same vocabulary.
       weights: of the tokens, `[*batch, time]`, such as 0 for prompts and padding.
       beta: 0: forward KL, the default, as in Hinton et al.; 1: reverse KL; between
-        them the generalised JSD of GKD. TRL 1.16 counts it the same way; its
-        `DistillationConfig` has 1.0, its `GKDConfig` 0.5.
-      temperature: that both logits are divided by (TRL: 1.0). The result is not
-        multiplied by its square, which Hinton et al. do where they add a second loss.
-      chunk: positions of every row that a chunk has; None: half of what `chunk_of`
-        says, for there are two sets of logits.
+        them the generalised JSD of GKD. TRL 1.16 defines it the same way; the default
+        is 1.0 in its `DistillationConfig` and 0.5 in its `GKDConfig`.
+      temperature: divides both logits (TRL: 1.0). The result is not multiplied by its
+        square, as Hinton et al. do where they add a second loss.
+      chunk: positions of every row in a chunk; None: half of what `chunk_of` returns,
+        because there are two sets of logits.
 
     Returns:
       The sums, float32; `.mean` is the loss, and `.weight` what a train step calls
       `metrics["weight"]`.
 
     Raises:
-      ValueError: shapes or vocabularies that do not fit; options out of range.
+      ValueError: shapes or vocabularies do not match, or options are out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -104,7 +104,7 @@ def chunked_divergence(
     if not 0 <= beta <= 1 or not temperature > 0:
         raise ValueError(
             f"beta={beta}, temperature={temperature}; the first must be in [0, 1], the "
-            "second above 0"
+            "second must be above 0"
         )
     both = [
         (x.hidden, heads.checked(x.hidden, x.head, weights, chunk))
@@ -114,8 +114,8 @@ def chunked_divergence(
     if head.vocabulary != other.vocabulary:
         raise ValueError(
             f"the student has {head.vocabulary} tokens and the teacher "
-            f"{other.vocabulary}; they must share one vocabulary. Where one only has "
-            "more rows for padding, cut its head to the other's"
+            f"{other.vocabulary}; they must share one vocabulary. If one merely has "
+            "more rows for padding, cut its head to the size of the other"
         )
     step = functools.partial(
         _divergences,

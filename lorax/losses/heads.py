@@ -1,7 +1,7 @@
 """Heads, and their logits a few positions at a time.
 
-What losses share that never hold the logits of all tokens: the head, how positions are
-cut into chunks, and the logits of one.
+Shared by the losses that never hold the logits of all tokens: the head, how positions
+are cut into chunks, and the logits of a chunk.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from jax.sharding import AxisType, PartitionSpec
 from lorax import _explicit
 
 PER_HIDDEN = 4
-"""A chunk has about this many logits for every entry of all hidden states."""
+"""Logits of a chunk, as a multiple of the entries of all hidden states."""
 LEAST = 1024
-"""Tokens of a chunk: with fewer the head is read more often than it is worth."""
+"""Fewest tokens of a chunk: with fewer, the head is read too often."""
 
 
 class Head(NamedTuple):
-    """What makes logits of hidden states.
+    """Turns hidden states into logits.
 
     Attributes:
       kernel: `[width, vocabulary]`; if `tied`, an embedding `[vocabulary, width]`.
-      tied: which of the two.
+      tied: whether the kernel is an embedding.
       bias: `[vocabulary]`, added to the logits.
       soft_cap: logits l become `soft_cap * tanh(l / soft_cap)` (Gemma 2: 30); None:
-        they stay.
+        no cap.
     """
 
     kernel: jax.Array
@@ -40,7 +40,7 @@ class Head(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Of the hidden states that it reads."""
+        """Width of the hidden states that it reads."""
         return self.kernel.shape[1 if self.tied else 0]
 
     @property
@@ -50,17 +50,17 @@ class Head(NamedTuple):
 
 
 def chunk_of(shape: Sequence[int], vocabulary: int) -> int:
-    """How many positions of every row a chunk has where nobody says.
+    """Returns how many positions of every row a chunk has by default.
 
-    As many as give four logits for every entry of all hidden states, a ratio that does
-    not change when a batch is cut over devices, but at least 1,024 tokens.
+    A chunk has about four logits for every entry of all hidden states, a ratio that
+    does not change when a batch is sharded over devices, but at least 1,024 tokens.
 
     Args:
       shape: of the hidden states, `[*batch, time, width]`.
       vocabulary: number of tokens.
 
     Returns:
-      The positions, at most all of them.
+      The number of positions, at most `time`.
 
     Example:
       >>> chunk_of((16, 4096, 4096), 128_256)
@@ -77,7 +77,7 @@ def checked(
     targets: jax.Array,
     chunk: int | None,
 ) -> Head:
-    """The head, once everything fits."""
+    """Returns the head, once shapes and options have been checked."""
     head = head if isinstance(head, Head) else Head(head)
     if hidden.ndim < 2 or hidden.shape[:-1] != targets.shape:
         raise ValueError(
@@ -88,8 +88,8 @@ def checked(
         wanted = "[vocabulary, width]" if head.tied else "[width, vocabulary]"
         raise ValueError(
             f"the head has shape {head.kernel.shape} and hidden states of width "
-            f"{hidden.shape[-1]}; it must be {wanted}, and Head(kernel, tied=True) "
-            "says that it is an embedding"
+            f"{hidden.shape[-1]}; it must be {wanted}; give an embedding as "
+            "Head(kernel, tied=True)"
         )
     if head.bias is not None and head.bias.shape != (head.vocabulary,):
         raise ValueError(f"bias has shape {head.bias.shape}; give ({head.vocabulary},)")
@@ -101,15 +101,15 @@ def checked(
 
 
 def shared(head: Head, hidden: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Kernel and bias as every chunk reads them: the width whole on each device."""
+    """Kernel and bias as every chunk reads them, the whole width on each device."""
     kernel, read = head.kernel.astype(hidden.dtype), 1 if head.tied else 0
     if _explicit.is_explicit(kernel):
         lies = _explicit.entries(kernel)
         lies[read] = None
         return _explicit.moved(kernel, lies, kernel), head.bias
     if AxisType.Auto in jax.sharding.get_abstract_mesh().axis_types:
-        # else it may be gathered while the layers run, and lie there
-        first = jax.lax.stop_gradient(hidden)  # a frozen kernel stays without tangent
+        # else it may be gathered while the layers run, and take up memory
+        first = jax.lax.stop_gradient(hidden)  # so that a frozen kernel has no tangent
         _, kernel = jax.lax.optimization_barrier((first, kernel))
         dims: list[Any] = [PartitionSpec.UNCONSTRAINED] * 2
         dims[read] = None
@@ -118,9 +118,9 @@ def shared(head: Head, hidden: jax.Array) -> tuple[jax.Array, jax.Array | None]:
 
 
 def cut(x: jax.Array, size: int, axis: int) -> jax.Array:
-    """Chunks of `size` positions in front: `[*batch, time, ...]` to `[chunks, ...]`.
+    """Cuts `[*batch, time, ...]` into `[chunks, ...]` of at most `size` positions.
 
-    Each takes positions from all over the sequence, so that devices which share a
+    Each chunk takes positions from all over the sequence, so that devices that share a
     sequence share every chunk.
     """
     count = -(-x.shape[axis] // size)
@@ -134,7 +134,7 @@ def cut(x: jax.Array, size: int, axis: int) -> jax.Array:
 
 
 def joined(chunks: jax.Array, axis: int) -> jax.Array:
-    """The way back from `cut`, of results `[chunks, *batch, size]`."""
+    """Undoes `cut` for results `[chunks, *batch, size]`."""
     x = jnp.moveaxis(chunks, 0, axis + 1)
     shape = [*x.shape[:axis], x.shape[axis] * x.shape[axis + 1]]
     return _explicit.reshape(x, shape, _explicit.entries(x)[: axis + 1])
@@ -147,7 +147,7 @@ def logits(
     tied: bool,
     soft_cap: float | None,
 ) -> jax.Array:
-    """Logits in float32 of a product in the compute dtype, as a model makes them."""
+    """Float32 logits of a product in the compute dtype, as models compute them."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     read = ((hidden.ndim - 1,), (1 if tied else 0,)), ((), ())
     logits = _explicit.dot(hidden, kernel, read).astype(wide)

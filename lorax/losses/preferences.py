@@ -1,7 +1,7 @@
-"""Losses of preferences, on the log-probabilities of whole completions.
+"""Preference losses, on the log-probabilities of whole completions.
 
-A prompt x has a completion y+ that was chosen and one y- that was rejected, of |y|
-tokens; r is the log-ratio of the policy and the reference, the model at the start:
+A prompt x has a chosen completion y+ and a rejected completion y-, of |y| tokens; r is
+the log-ratio of the policy to the reference, the model before training:
 
     r(y) = log pi(y | x) - log pi_ref(y | x),    m(y) = log pi(y | x) / |y|
 
@@ -9,9 +9,9 @@ tokens; r is the log-ratio of the policy and the reference, the model at the sta
     IPO     (r+ / |y+| - r- / |y-| - 1 / (2 beta))^2
     ORPO    -m+ - beta log s(o+ - o-),    o = m - log(1 - exp m)
     SimPO   -log s(beta (m+ - m-) - gamma)
-    KTO     1 - s(beta (r - z)) for what is desirable, 1 - s(beta (z - r)) for what not
+    KTO     1 - s(beta (r - z)) if y is desirable, else 1 - s(beta (z - r))
 
-with the logistic function s. Nothing here knows of models or adapters: the log-
+with the logistic function s. Nothing here knows about models or adapters: the log-
 probabilities of tokens come from `token_log_probs`, and those of the reference from the
 same parameters with the adapters off.
 
@@ -38,7 +38,7 @@ class Completions(NamedTuple):
 
     Attributes:
       total: `[rows]`, the sum over the tokens of each.
-      tokens: `[rows]`, how many they are.
+      tokens: `[rows]`, the number of tokens of each.
     """
 
     total: jax.Array
@@ -46,11 +46,11 @@ class Completions(NamedTuple):
 
     @property
     def mean(self) -> jax.Array:
-        """`[rows]`, of a token; 0 where there is none."""
+        """`[rows]`, the mean per token; 0 where there are none."""
         return self.total / jnp.maximum(self.tokens, 1)
 
     def over(self, reference: Completions) -> Completions:
-        """The log-ratios to a reference, which is a constant to gradients."""
+        """The log-ratios to a reference, which has no gradient."""
         return Completions(self.total - stop_gradient(reference.total), self.tokens)
 
 
@@ -58,7 +58,7 @@ class Pair(NamedTuple):
     """Two completions of every prompt.
 
     Attributes:
-      chosen: those preferred.
+      chosen: the preferred completions.
       rejected: the others.
     """
 
@@ -73,12 +73,12 @@ class Pair(NamedTuple):
 
 
 class Preference(NamedTuple):
-    """What a loss makes of pairs.
+    """Losses and implied rewards of pairs.
 
     Attributes:
       loss: `[rows]`.
-      chosen: `[rows]`, the rewards that the loss implies; constants to gradients.
-      rejected: likewise.
+      chosen: `[rows]`, the rewards of the chosen completions; they have no gradient.
+      rejected: `[rows]`, those of the rejected completions.
     """
 
     loss: jax.Array
@@ -87,7 +87,7 @@ class Preference(NamedTuple):
 
     @property
     def margin(self) -> jax.Array:
-        """`[rows]`: by how much the chosen one is rewarded more."""
+        """`[rows]`, by how much the chosen reward exceeds the rejected one."""
         return self.chosen - self.rejected
 
 
@@ -102,7 +102,7 @@ def completions(log_probs: jax.Array, weights: jax.Array) -> Completions:
       The sums `[*rows]`.
 
     Raises:
-      ValueError: shapes that differ.
+      ValueError: the shapes differ.
 
     Example:
       >>> import jax.numpy as jnp
@@ -127,18 +127,18 @@ def dpo(
         loss = -(1 - e) log s(beta (r+ - r-)) - e log s(beta (r- - r+))
 
     Args:
-      policy: of the model that trains.
-      reference: of the model at the start.
-      beta: how much it costs to leave the reference (paper and TRL: 0.1).
-      label_smoothing: e, the share of pairs taken to be the wrong way round: cDPO, as
-        in the authors' code (0). TRL 1.16 has it in `CPOTrainer` alone; its
+      policy: log-probabilities of the model that trains.
+      reference: log-probabilities of the model before training.
+      beta: cost of departing from the reference (paper and TRL: 0.1).
+      label_smoothing: e, the share of pairs assumed to be the wrong way round: cDPO,
+        as in the authors' code (0). TRL 1.16 has it in `CPOTrainer` only; its
         `loss_type="robust"` is another loss.
 
     Returns:
       Losses, and rewards beta r. At the start every loss is log 2 and every reward 0.
 
     Raises:
-      ValueError: options out of range.
+      ValueError: options are out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -164,16 +164,16 @@ def dpo(
 def ipo(
     policy: Pair, reference: Pair, *, beta: float = 0.1, average: bool = True
 ) -> Preference:
-    """Identity preference optimisation: a squared loss that a sure pair cannot escape.
+    """Identity preference optimisation: a squared loss that bounds the margin.
 
         loss = (h - 1 / (2 beta))^2,    h = r+ / |y+| - r- / |y-|
 
     Args:
-      policy: of the model that trains.
-      reference: of the model at the start.
-      beta: the paper's tau, whose inverse the margin is drawn to (paper and TRL: 0.1).
-      average: divide log-ratios by lengths, as TRL does and its authors of the method
-        confirmed; False: h = r+ - r-, as the paper is printed.
+      policy: log-probabilities of the model that trains.
+      reference: log-probabilities of the model before training.
+      beta: the paper's tau; h is drawn to 1 / (2 tau) (paper and TRL: 0.1).
+      average: divide log-ratios by lengths, as TRL does and the method's authors
+        confirmed; False: h = r+ - r-, as printed in the paper.
 
     Returns:
       Losses, and rewards beta r of whole completions, as TRL reports them.
@@ -199,10 +199,10 @@ def orpo(
         loss = nll - beta log s(o+ - o-),    o = log(exp m / (1 - exp m))
 
     Args:
-      policy: of the model that trains.
+      policy: log-probabilities of the model that trains.
       nll: `[rows]` or `[]`, of the chosen sequences; None: -m+, of their completions.
-        TRL takes the mean over all tokens of the batch, prompts too.
-      beta: the paper's lambda (TRL: 0.1; the paper's own differ by model).
+        TRL takes the mean over all tokens of the batch, prompts included.
+      beta: the paper's lambda (TRL: 0.1; the paper's values differ by model).
 
     Returns:
       Losses, and rewards beta m, as TRL reports them.
@@ -221,20 +221,20 @@ def orpo(
 
 
 def simpo(policy: Pair, *, beta: float = 2.0, gamma: float = 0.5) -> Preference:
-    """Simple preference optimisation: rewards of a token, a margin, no reference.
+    """Simple preference optimisation: rewards per token, a margin, no reference.
 
         loss = -log s(beta (m+ - m-) - gamma)
 
     Args:
-      policy: of the model that trains.
+      policy: log-probabilities of the model that trains.
       beta: scale of the reward (the authors' code: 2.0; TRL's `CPOTrainer`: 0.1).
-      gamma: margin that is asked for (the authors' code: beta / 4; TRL: 0.5).
+      gamma: target margin (the authors' code: beta / 4; TRL: 0.5).
 
     Returns:
       Losses, and rewards beta m.
 
     Raises:
-      ValueError: `beta` is not positive, or `gamma` negative.
+      ValueError: `beta` is not positive, or `gamma` is negative.
 
     References:
       Meng, Xia, Chen, arXiv:2405.14734, equation 6.
@@ -250,16 +250,16 @@ def simpo(policy: Pair, *, beta: float = 2.0, gamma: float = 0.5) -> Preference:
 def kto_baseline(
     policy: Completions, reference: Completions, weights: jax.Array | None = None
 ) -> jax.Array:
-    """KTO's z: how far the policy has gone from the reference, by mismatched pairs.
+    """KTO's z: how far the policy is from the reference, on mismatched pairs.
 
         z = max(0, mean r(y'))
 
-    for completions y' of other prompts: an estimate of KL(pi | pi_ref) that is
-    constant to gradients.
+    for completions y' of other prompts: an estimate of KL(pi | pi_ref) without a
+    gradient.
 
     Args:
-      policy: of prompts with completions that belong to other ones.
-      reference: likewise, of the model at the start.
+      policy: log-probabilities of completions paired with other prompts.
+      reference: likewise, of the model before training.
       weights: `[rows]`, 0 for rows that do not count; None: all do.
 
     Returns:
@@ -290,20 +290,20 @@ def kto(
                w- (1 - s(beta (z - r)))    else
 
     Args:
-      policy: of the model that trains.
-      reference: of the model at the start.
+      policy: log-probabilities of the model that trains.
+      reference: log-probabilities of the model before training.
       desirable: bool `[rows]`.
       baseline: z, from `kto_baseline`.
-      beta: how much it costs to leave the reference (paper and TRL: 0.1).
-      desirable_weight: w+ (TRL: 1). The paper asks for the number of desirable rows
-        times w+ to be 1 to 4/3 of that of the others times w-.
+      beta: cost of departing from the reference (paper and TRL: 0.1).
+      desirable_weight: w+ (TRL: 1). In the paper, w+ times the number of desirable
+        rows should be 1 to 4/3 times w- times the number of the others.
       undesirable_weight: w- (TRL: 1).
 
     Returns:
-      Losses `[rows]`, and rewards beta r, constants to gradients.
+      Losses `[rows]`, and rewards beta r, which have no gradient.
 
     Raises:
-      ValueError: options out of range.
+      ValueError: options are out of range.
 
     References:
       Ethayarajh et al., arXiv:2402.01306, equations 7 and 8.

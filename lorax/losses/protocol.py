@@ -1,12 +1,12 @@
-"""The loss that a train step takes, and what its output is held to.
+"""The loss that a train step takes, and the checks on its output.
 
     loss_fn(params, model_state, batch, key) -> (loss, (metrics, model_state))
 
-with `model_state` what the model carries from step to step without training it
-(BatchNorm statistics, `nnx` counts) and `key` None at evaluation. Where a train step
-has a reference, what that says of the batch is one more argument behind the key.
-`metrics["weight"]`, where given, is the number of target tokens (or of pairs, ...) that
-`loss` is the mean over.
+`model_state` is what the model carries from step to step without training it
+(BatchNorm statistics, `nnx` counts), and `key` is None at evaluation. If a train step
+has a reference, the reference's output for the batch is one more argument after the
+key. `metrics["weight"]`, where given, is the number of target tokens (or pairs, ...)
+that `loss` is the mean over.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorax.types import PyTree
 
 LossFn = Callable[..., tuple[jax.Array, Any]]
 Reference = Callable[[PyTree, PyTree, PyTree], Any]
-"""`(frozen, params, batch) -> what models that do not train say of the batch`."""
+"""`(frozen, params, batch) -> what models that do not train return for the batch`."""
 Metrics = dict[str, Any]
 
 RESERVED = ("loss", "grad_norm", "skipped")
@@ -55,7 +55,7 @@ def simple_loss(fn: Callable[..., Any]) -> LossFn:
 
 
 def checked(loss_fn: LossFn) -> LossFn:
-    """The loss with its output held to the protocol, so that a slip is named."""
+    """Returns the loss with its output checked against the protocol."""
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function; got {loss_fn!r}")
 
@@ -90,7 +90,7 @@ def _check_metrics(loss: jax.Array, metrics: Any) -> None:
 
 
 def _same_kind(new: PyTree, old: PyTree) -> PyTree:
-    """Returns `new` in the dtypes of `old`; ValueError if it is another tree."""
+    """Returns `new` in the dtypes of `old`; ValueError if the trees differ."""
     given, returned = _kind(old), _kind(new)
     if returned != given:
         raise ValueError(
@@ -106,8 +106,8 @@ def _kind(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
 
 
 def cast(new: Any, old: Any) -> jax.Array:
-    """Returns `new` in the dtype of `old`, strongly typed, as a state is."""
+    """Returns `new` in the dtype of `old`, strongly typed, as states are."""
     dtype = jnp.result_type(old)
-    if jnp.issubdtype(dtype, jax.dtypes.extended):  # keys, which only ever are keys
+    if jnp.issubdtype(dtype, jax.dtypes.extended):  # PRNG keys stay as they are
         return new
     return jax.lax.convert_element_type(new, dtype)

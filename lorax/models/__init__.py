@@ -45,16 +45,16 @@ FAMILIES: dict[str, ModuleType] = {
     "t5": t5,
     "vit": vit,
 }
-"""By `model_type` of a config.json."""
+"""Families by the `model_type` of a config.json."""
 
 ATTENTION = r".*/(cross_|pos_)?(q|k|v|qkv|o)/kernel"
-"""Pattern of a `Target`: every kernel of attention, in all families."""
+"""Pattern for a `Target`: every attention kernel, in all families."""
 
 QUERY_VALUE = r".*/(cross_)?(q|v)/kernel"
-"""Queries and values, what the LoRA paper adapts; GPT-2's are slices of one kernel."""
+"""Queries and values, as in the LoRA paper; GPT-2's are slices of one kernel."""
 
 MLP = r".*/(up|gate|gate_up|down)/kernel"
-"""Every kernel of the layers between attention, but for routers."""
+"""Every MLP kernel, experts included; routers are not."""
 
 EXPERTS = r".*/experts/(gate_up|down)/kernel"
-"""Those of mixtures of experts."""
+"""The MLP kernels of mixtures of experts."""

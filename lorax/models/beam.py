@@ -1,7 +1,7 @@
-"""Beam search: the continuation of largest probability that K parallel guesses find.
+"""Beam search: the most probable continuation that K parallel guesses find.
 
-Among running guesses the 2 K (more, with several end tokens) best continuations are
-looked at; those of the first K that end are finished, with the score
+Each step considers the 2 K best continuations (more, with several end tokens) of the
+running guesses. Those of the first K that end are finished, with the score
 
     log p(new tokens, end token included) / (number of new tokens) ** length_penalty
 
@@ -23,22 +23,22 @@ from lorax import sharding
 from lorax.models import decoding, sampling
 from lorax.models.decoding import Engine, State, Tokens
 
-LOW = -1e9  # the score of what does not exist
+LOW = -1e9  # score of guesses that do not exist
 
 
 class Search(NamedTuple):
     """All beams of a batch.
 
     Attributes:
-      cache: of the engine, its rows `batch * beams`.
+      cache: of the engine, with `batch * beams` rows.
       logits: `[batch * beams, vocabulary]`.
       running: int `[batch, beams, slots]`, tokens by slot.
       scores: `[batch, beams]`, log-probabilities of the running ones.
       finished: int `[batch, beams, slots]`, the best ones first.
-      lengths: int `[batch, beams]`, new tokens of the finished ones.
-      best: `[batch, beams]`, their scores.
-      found: bool `[batch, beams]`, which of them exist.
-      improvable: bool `[batch]`.
+      lengths: int `[batch, beams]`, numbers of new tokens of the finished ones.
+      best: `[batch, beams]`, scores of the finished ones.
+      found: bool `[batch, beams]`, which of the finished ones exist.
+      improvable: bool `[batch]`, False once the search is over.
       index: int32 []; slot of the next token.
       count: int32 []; new tokens so far.
     """
@@ -72,16 +72,16 @@ def make_search(
     Args:
       engine: of the model.
       batch: prompts at a time; the cache has `batch * beams` rows.
-      beams: running guesses for each prompt.
+      beams: number of running guesses for each prompt.
       eos: tokens that end a sequence; they are not returned.
-      pad: token in empty places.
-      bucket: prompts are padded to a multiple of it.
+      pad: token for padding.
+      bucket: prompts are padded to a multiple of this.
       length_penalty: exponent of the length; larger favours longer answers. 1 as in
         transformers; the LoRA paper's E2E runs use 0.8 (GPT-2 medium) and 0.9.
       no_repeat: see `sampling.Rule`.
 
     Raises:
-      ValueError: no beams, no end token; and as `decoding.make_generate`.
+      ValueError: no beams or no end token, or as in `decoding.make_generate`.
     """
     if beams < 1 or not eos:
         raise ValueError(f"beams={beams}, eos={list(eos)}; give at least one of each")
@@ -112,7 +112,7 @@ def make_search(
 
 
 class _Plan(NamedTuple):
-    """What a search is made of; see `make_search`."""
+    """The options of a search; see `make_search`."""
 
     engine: Engine
     beams: int
@@ -122,7 +122,7 @@ class _Plan(NamedTuple):
 
 
 class _Guesses(NamedTuple):
-    """The continuations that are looked at, the best first.
+    """The continuations under consideration, the best first.
 
     Attributes:
       sequences: int `[batch, guesses, slots]`.
@@ -148,7 +148,7 @@ def _begin(plan: _Plan) -> Callable[..., tuple[Search, jax.Array]]:
         batch, index = len(tokens), tokens.shape[1] if engine.start is None else 1
         rows = jnp.repeat(jnp.arange(batch), beams)
         running = jnp.repeat(history[:, None], beams, axis=1)
-        first = jnp.where(jnp.arange(beams) == 0, 0.0, LOW)  # all are still the same
+        first = jnp.where(jnp.arange(beams) == 0, 0.0, LOW)  # all are equal so far
         none = jnp.full((batch, beams), LOW)
         return Search(
             cache.rows(rows),
@@ -216,7 +216,7 @@ def _run(plan: _Plan) -> Callable[..., Search]:
 
 
 def _guesses(plan: _Plan, now: Search, known: jax.Array, most: jax.Array) -> _Guesses:
-    """Every running guess and one more token: the best of them all."""
+    """The best continuations, by one token, of all running guesses."""
     batch, beams, slots = now.running.shape
     words = now.logits.shape[-1]
     logp = jax.nn.log_softmax(now.logits, axis=-1)
@@ -235,7 +235,7 @@ def _guesses(plan: _Plan, now: Search, known: jax.Array, most: jax.Array) -> _Gu
 
 
 def _finished(plan: _Plan, now: Search, guesses: _Guesses) -> tuple[jax.Array, ...]:
-    """`finished`, `lengths`, `best` and `found` of the search one token on."""
+    """`finished`, `lengths`, `best` and `found` of the search after one more token."""
     count = now.count + 1
     first = jnp.arange(guesses.ends.shape[1]) < plan.beams
     over = guesses.ends & first & now.improvable[:, None]

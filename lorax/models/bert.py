@@ -17,5 +17,5 @@ IGNORED = (
     r"cls\.(predictions|seq_relationship)\..*",
     r"classifier\..*",
 )
-"""What this model may leave on disk: buffers, copies of the embedding, and the heads
+"""What this model may leave unread: buffers, copies of the embedding, and the heads
 that were not chosen."""

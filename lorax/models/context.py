@@ -1,8 +1,8 @@
-"""What queries see: the cache of tokens read before, masks, positions.
+"""What queries see: a cache of earlier tokens, masks and positions.
 
 Shapes: `[batch, time, ...]`; a cache has `length` slots, filled from slot 0 on, the
-same ones for every sequence of the batch. Shorter prompts are padded on the left and
-their padding is marked as not real.
+same ones for every sequence of the batch. Shorter prompts are padded on the left, and
+padding is marked as not real.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Cache:
     """Keys and values of the tokens read so far.
 
     Attributes:
-      k: `[layers, batch, length, kv_heads, head_dim]`; where layers differ in the
-        sizes of their heads, several of these.
+      k: `[layers, batch, length, kv_heads, head_dim]`; several of these if layers
+        differ in the sizes of their heads.
       v: likewise.
       real: bool `[batch, length]`; False: empty or padding.
       index: int32 []; the next free slot.
@@ -41,7 +41,7 @@ class Cache:
         return self.real.shape[1]
 
     def rows(self, index: jax.Array) -> Cache:
-        """Returns the cache of these sequences, as a beam search reorders them."""
+        """Returns the cache with sequences reordered by `index`, for beam search."""
         k, v = jax.tree.map(lambda leaf: leaf[:, index], (self.k, self.v))
         return dataclasses.replace(self, k=k, v=v, real=self.real[index])
 
@@ -62,10 +62,10 @@ def empty_cache(
 def announced(
     cache: Cache | None, tokens: jax.Array, real: jax.Array | None
 ) -> Cache | None:
-    """The cache (if there is one) that knows of more tokens, not yet written.
+    """Returns the cache, if any, with slots taken by tokens that are yet to be written.
 
     Args:
-      cache: before them.
+      cache: before these tokens.
       tokens: int `[batch, time]`.
       real: bool `[batch, time]`; None: all are real.
     """
@@ -83,7 +83,7 @@ def announced(
 def causal_mask(
     time: int, real: jax.Array | None, segments: jax.Array | None, cache: Cache | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Which key each query sees, and how far back it lies.
+    """Returns which keys each query sees, and how far back they are.
 
     Args:
       time: number of queries.
@@ -103,13 +103,13 @@ def causal_mask(
         mask = mask & known[:, None, None, :]
     if segments is not None:
         if cache is not None:
-            raise ValueError("segments (packed documents) and a cache exclude another")
+            raise ValueError("segments (packed documents) do not work with a cache")
         mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
     return mask, back
 
 
 def padding_mask(tokens: jax.Array, real: jax.Array | None) -> jax.Array:
-    """Which key every query sees: all that are real, bool `[1 or batch, 1, 1, time]`.
+    """Returns the keys that queries see: real ones, bool `[1 or batch, 1, 1, time]`.
 
     Args:
       tokens: int `[batch, time]`.
@@ -123,9 +123,9 @@ def padding_mask(tokens: jax.Array, real: jax.Array | None) -> jax.Array:
 def positions_of(
     tokens: jax.Array, real: jax.Array | None, cache: Cache | None
 ) -> jax.Array:
-    """Returns each token's number among the real ones before it, int `[batch, time]`.
+    """Returns how many real tokens precede each token, int `[batch, time]`.
 
-    Padding has position 0; nothing sees it.
+    Padding on the left has position 0; nothing sees padding.
 
     Args:
       tokens: int `[batch, time]`.
@@ -143,14 +143,14 @@ def positions_of(
 
 
 class Context(NamedTuple):
-    """What a decoder knows of tokens before its first layer.
+    """What a decoder knows about tokens before its first layer.
 
     Attributes:
       positions: int `[batch, time]`.
-      mask: of `causal_mask`.
-      back: of `causal_mask`.
-      cache: that knows of the tokens; None without one.
-      slot: of the first of them in the cache; None without one.
+      mask: from `causal_mask`.
+      back: from `causal_mask`.
+      cache: after `announced`; None: no cache.
+      slot: of the first token in the cache; None: no cache.
     """
 
     positions: jax.Array
@@ -165,16 +165,16 @@ class Context(NamedTuple):
         return None if self.cache is None else (self.cache.k, self.cache.v)
 
     def shared(self, segments: jax.Array | None) -> dict[str, Any]:
-        """Returns what every layer is told, see `layers.attend`.
+        """Returns what every layer receives; see `layers.attend`.
 
         Args:
-          segments: int `[batch, time]`; padding is one of its own.
+          segments: int `[batch, time]`; padding is a segment of its own.
         """
         told = {"mask": self.mask, "back": self.back, "slot": self.slot}
         return {"segments": segments, **told}
 
     def result(self, logits: jax.Array, kept: Any) -> Any:
-        """Returns the logits, with a cache also the new one, which holds `kept`."""
+        """Returns the logits; with a cache, also the new cache, which holds `kept`."""
         if self.cache is None:
             return logits
         return logits, dataclasses.replace(self.cache, k=kept[0], v=kept[1])
@@ -188,7 +188,7 @@ def of(
     segments: jax.Array | None,
     cache: Cache | None,
 ) -> Context:
-    """Returns what is known of tokens; the arguments are those of the models."""
+    """Returns the context of tokens; the arguments are those of the models."""
     if positions is None:
         positions = positions_of(tokens, real, cache)
     slot = None if cache is None else cache.index
@@ -198,11 +198,11 @@ def of(
 
 
 class Stripable(Protocol):
-    """What `rows` reads of a family's Config."""
+    """What `rows` needs from a family's Config."""
 
     @property
     def striped(self) -> bool:
-        """Devices along a mesh axis "context" share rows, see `attention.stripe`."""
+        """Whether devices along "context" share rows; see `attention.stripe`."""
 
 
 class Rows(NamedTuple):
@@ -211,9 +211,9 @@ class Rows(NamedTuple):
     Attributes:
       tokens: int `[batch, time]`.
       positions: likewise.
-      shared: what every layer is told.
-      seen: of the tokens in their own order.
-      striped: they are in stripes.
+      shared: what every layer receives.
+      seen: context of the tokens in their own order.
+      striped: whether the tokens are in stripes.
     """
 
     tokens: jax.Array
@@ -223,11 +223,11 @@ class Rows(NamedTuple):
     striped: bool
 
     def result(self, x: jax.Array, last_only: bool) -> jax.Array:
-        """Returns what the last layer returned in the order of the tokens.
+        """Returns the output of the last layer in the tokens' own order.
 
         Args:
           x: `[batch, time, width]`.
-          last_only: of the last token alone.
+          last_only: keep only the last token.
         """
         x = attention.unstripe(x) if self.striped else x
         return x[:, -1:] if last_only else x

@@ -1,13 +1,13 @@
-"""DeBERTa-v3, and v2 without its convolution: content and distance attend apart.
+"""DeBERTa-v3, and v2 without its convolution: content and distance attend separately.
 
-Each distance of query i and key j has an embedding, R after a layer norm, and what a
-head scores is, with s = 1 + the number of the further terms,
+Each distance between query i and key j has an embedding, R after a layer norm. With
+s = 1 + the number of further terms, a head scores
 
   score = (q_i k_j + q_i (R W_k)_d + k_j (R W_q)_d) / sqrt(s head_dim),  d = i - j.
 
 The second term is "c2p", content to position, the third "p2c"; v3 shares W_q and W_k
 with the content. Near distances have a row of R each, far ones share rows in
-logarithmic steps. The blocks are RoBERTa's else, and tokens have no positions.
+logarithmic steps. Otherwise the blocks are RoBERTa's; v3's tokens have no positions.
 
 References:
   He et al., DeBERTa, arXiv:2006.03654. He et al., DeBERTaV3, arXiv:2111.09543.
@@ -34,11 +34,11 @@ IGNORED = deberta_config.IGNORED
 
 
 def rows_of(time: int, config: Config) -> np.ndarray:
-    """Returns the row of each pair of query and key, int `[time, time]`.
+    """Returns the row of R for each pair of query and key, int `[time, time]`.
 
     Up to `buckets // 2` every distance has its own row; beyond, rows grow in
-    logarithmic steps up to `max_distance`. Logarithms are float32, as where the model
-    was trained: at the edges of buckets others round differently.
+    logarithmic steps up to `max_distance`. Logarithms are float32, as in training:
+    others round differently at the edges of buckets.
     """
     step = np.arange(time)
     away = step[:, None] - step[None]
@@ -82,7 +82,7 @@ class Block(roberta.Block):
 
 
 def _scores(content: jax.Array, distances: jax.Array, rows: jax.Array) -> jax.Array:
-    """Each token with the distance from it to each other one.
+    """Scores each token against its distance to every token.
 
     Args:
       content: `[batch, time, heads, head_dim]`.
@@ -100,7 +100,7 @@ def _scores(content: jax.Array, distances: jax.Array, rows: jax.Array) -> jax.Ar
 
 
 class Model(nn.Module):
-    """Tokens to logits of the sequence's class, or to what the layers return."""
+    """Maps tokens to logits of the sequence's class, or to hidden states."""
 
     config: Config
 
@@ -117,13 +117,13 @@ class Model(nn.Module):
 
         Args:
           tokens: int `[batch, time]`; the first real one is [CLS].
-          types: int `[batch, time]`, of the tokens; None: all are 0.
+          types: int `[batch, time]`, token types; None: all are 0.
           real: bool `[batch, time]`, False for padding; None: all are real.
-          deterministic: no dropout.
+          deterministic: True disables dropout.
 
         Returns:
           Float32 logits `[batch, labels]`; without a head the hidden states `[batch,
-          time, width]`, in the computation's dtype.
+          time, width]`, in the compute dtype.
         """
         config = self.config
         drop = nn.Dropout(config.dropout, deterministic=deterministic)
@@ -162,7 +162,7 @@ class Model(nn.Module):
         return x
 
     def _known(self, tokens: jax.Array) -> dict[str, jax.Array]:
-        """What every layer is told of distances."""
+        """What every layer receives about distances."""
         config = self.config
         if not config.terms:
             return {}

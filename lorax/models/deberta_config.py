@@ -1,4 +1,4 @@
-"""What DeBERTa's config.json says, and where its parameters lie on disk."""
+"""DeBERTa's config.json, and the names of its parameters on disk."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ class Config:
 
     Attributes:
       vocabulary: number of tokens.
-      positions: the longest sequence where `absolute`.
-      absolute: tokens have embeddings of their positions.
+      positions: longest sequence if `absolute`.
+      absolute: tokens have position embeddings.
       types: number of token types; 0: none.
       width: of the residual stream.
-      layers: blocks.
-      heads: attention heads; they divide the width.
+      layers: number of blocks.
+      heads: number of attention heads; it divides the width.
       hidden: width of the MLP.
       activation: of the MLP, by its Hugging Face name.
       eps: of the layer norms.
-      terms: of TERMS; without any there are no embeddings of distances.
-      buckets: of distances to one side; 0: each has its own up to `max_distance`.
+      terms: some of TERMS; without any there are no distance embeddings.
+      buckets: of distances to one side; 0: one per distance up to `max_distance`.
       max_distance: from here on, distances share one row.
-      shared: the projections of content serve distances as well.
-      norm_distances: their embeddings pass a layer norm.
-      head: "classification" of the first token; "none": what the layers return.
-      labels: classes of the classification.
+      shared: the projections of content also serve distances.
+      norm_distances: distance embeddings pass a layer norm.
+      head: "classification" of the first token; "none": hidden states.
+      labels: number of classes.
       pooled: activation of the classifier.
-      dropout: of embeddings, of what blocks add and in the classifier, when training;
-        attention weights have none.
+      dropout: in training, rate on embeddings, on what blocks add and in the
+        classifier; attention weights have none.
       scan: layers are stacked on axis 0.
       remat: see `lorax.models.remat`.
       dtype: of the computation.
@@ -79,19 +79,19 @@ class Config:
 
     @property
     def stacks(self) -> dict[str, int]:
-        """Layers of every stack."""
+        """Number of layers in every stack."""
         return {"layers": self.layers}
 
     @property
     def span(self) -> int:
-        """Rows of distances to one side."""
+        """Number of rows for distances to one side."""
         return self.buckets or self.max_distance
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
-        """Returns the sizes of a config.json; `switches` are head, dropout, scan, ...
+        """Reads a config.json; `switches` set head, dropout, scan, ...
 
-        Without `head` the name in `architectures` decides.
+        Without `head`, the name in `architectures` decides.
         """
         fields = hf_config.Fields(config, "deberta-v2")
         _refuse_convolution(fields)
@@ -161,7 +161,7 @@ class Config:
 
 
 HEAD_NAMES = {"ForSequenceClassification": "classification", "Model": "none"}
-"""Ends of names in `architectures`, and the heads that they mean."""
+"""Suffixes of names in `architectures`, and the heads that they mean."""
 
 
 def _refuse_convolution(fields: hf_config.Fields) -> None:
@@ -182,7 +182,7 @@ def _parts(fields: hf_config.Fields, name: str) -> set[str]:
 
 
 def _terms(fields: hf_config.Fields) -> tuple[str, ...]:
-    """The terms of the scores that know of distances."""
+    """The terms of the scores that depend on distances."""
     given = _parts(fields, "pos_att_type")
     relative = fields.flag("relative_attention", False)
     if unknown := sorted(given - set(TERMS)):
@@ -193,7 +193,7 @@ def _terms(fields: hf_config.Fields) -> tuple[str, ...]:
     if relative != bool(given):
         raise ValueError(
             f"config.json: relative_attention={relative} and pos_att_type="
-            f"{sorted(given)}: the one asks for what the other leaves out"
+            f"{sorted(given)}: one asks for what the other leaves out"
         )
     return tuple(term for term in TERMS if term in given)
 
@@ -202,7 +202,7 @@ ALIASES = ((r"(embeddings|encoder)\.", r"deberta.\1."), *roberta_config.OLDER_NO
 """Older names on disk, as `(regex of a prefix, replacement)`."""
 
 HEADS = ("classifier_.*",)
-"""Paths of what a checkpoint may lack and `interop.hf.load` then draws."""
+"""Paths that a checkpoint may lack; `interop.hf.load` then draws them."""
 
 IGNORED = (
     r".*\.position_ids",
@@ -212,19 +212,19 @@ IGNORED = (
     r"cls\.predictions\..*",
     r"(pooler|classifier)\..*",
 )
-"""What this model may leave on disk: buffers, what pretraining alone reads (positions,
+"""What this model may leave unread: buffers, what only pretraining reads (positions,
 the discriminator's difference from the generator's embedding, both their heads), and
 the head that was not chosen."""
 
 
 def entries(config: Config) -> tuple[table.Entry, ...]:
-    """Returns the table of parameters; a bare encoder's names lack the family's."""
+    """Returns the table of parameters; a bare encoder's names have no family prefix."""
     whole = within(config)
     return table.bare(whole, "deberta") if config.head == "none" else whole
 
 
 def within(config: Config) -> tuple[table.Entry, ...]:
-    """Returns the table of parameters, of an encoder as part of a model with a head."""
+    """Returns the table of parameters for an encoder inside a model with a head."""
     width, at, encoder = ("embed",), "deberta.embeddings", "deberta.encoder"
     linear = functools.partial(table.linear, bias=True)
     block = roberta_config.block_entries("query_proj", "key_proj", "value_proj")
@@ -255,4 +255,4 @@ def within(config: Config) -> tuple[table.Entry, ...]:
 
 
 FURTHER = (within,)
-"""Other tables that a checkpoint may have."""
+"""Other tables that a checkpoint may follow."""

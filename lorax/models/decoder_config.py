@@ -1,4 +1,4 @@
-"""What the configs of decoders with grouped heads and windows share."""
+"""Shared by the configs of decoders with grouped heads and windows."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ IGNORED = (r".*\.rotary_emb\.inv_freq",)
 
 
 class Decoder:
-    """Holds a config to what its attention needs.
+    """Checks the fields of a config that attention needs.
 
     Attributes:
-      layers: blocks.
-      heads: heads of the queries.
-      kv_heads: heads of keys and values; they divide `heads`.
-      windows: of every layer, the number of tokens it sees, itself included; 0 for
-        all. Empty: every layer sees all.
-      attention: "plain"; or as `attention.attend` has it for training: "flash" is what
-        suits the machine; decoding is plain.
+      layers: number of blocks.
+      heads: number of query heads.
+      kv_heads: number of key and value heads; it divides `heads`.
+      windows: for every layer, how many tokens a token sees, itself included; 0: all.
+        Empty: all, in every layer.
+      attention: implementation of `attention.attend` for training: "plain", or "flash"
+        for the one that suits the machine; decoding is always plain.
     """
 
     layers: int
@@ -38,11 +38,12 @@ class Decoder:
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"{self.heads} heads of queries cannot share {self.kv_heads} of keys"
+                f"{self.heads} query heads cannot share {self.kv_heads} key heads"
             )
         if self.windows and len(self.windows) != self.layers:
             raise ValueError(
-                f"{len(self.windows)} windows for {self.layers} layers; give one each"
+                f"{len(self.windows)} windows for {self.layers} layers; give every "
+                "layer one"
             )
         if self.attention not in attentions.IMPLEMENTATIONS:
             known = ", ".join(attentions.IMPLEMENTATIONS)
@@ -50,17 +51,17 @@ class Decoder:
 
     @property
     def striped(self) -> bool:
-        """Devices along a mesh axis "context" share rows, see `attention.stripe`."""
+        """Whether devices along "context" share rows; see `attention.stripe`."""
         return self.attention in attentions.STRIPED
 
     @property
     def stacks(self) -> dict[str, int]:
-        """Layers of every stack."""
+        """Number of layers in every stack."""
         return {"layers": self.layers}
 
 
 def gated_mlp(bias: bool) -> tuple[table.Entry, ...]:
-    """Returns the entries of gate, up and down, which all have biases or none has."""
+    """Returns the entries of gate, up and down, all with biases or all without."""
     width, hidden, linear = ("embed",), ("mlp",), table.linear
     return (
         *linear("mlp.gate_proj", "gate", width, hidden, bias=bias),
@@ -81,7 +82,7 @@ def entries(
     Args:
       config: of the family.
       norms: of a layer, by their names on disk.
-      mlp: what a layer has behind attention, such as `gated_mlp`.
+      mlp: entries of what follows attention, such as `gated_mlp`.
       o_bias: o has a bias.
     """
     block = layer_entries(config, norms, mlp, o_bias=o_bias)
@@ -95,7 +96,7 @@ def layer_entries(
     *,
     o_bias: bool,
 ) -> list[table.Entry]:
-    """Returns those of one layer; arguments are those of `entries`."""
+    """Returns the entries of one layer; arguments are those of `entries`."""
     heads, kv = ("heads", "head_dim"), ("kv_heads", "head_dim")
     width, linear, qkv = ("embed",), table.linear, {"bias": config.qkv_bias}
     block = [
@@ -134,12 +135,12 @@ def around(config: Any, layers: Sequence[table.Entry]) -> tuple[table.Entry, ...
 def rope_of(
     fields: hf_config.Fields, positions: int, kind: str, values: Mapping[str, Any]
 ) -> rope.Rope:
-    """Returns the rotation of one kind of layers, of several tables.
+    """Returns the rotation of one kind of layer, which has a table of its own.
 
     Args:
       fields: of the config.json.
       positions: its `max_position_embeddings`.
-      kind: of the layers, which names the table.
+      kind: of layer, the name of the table.
       values: of the table.
     """
     alone = hf_config.Fields({"rope_parameters": dict(values)}, fields.family)
@@ -150,7 +151,7 @@ def rope_of(
 
 
 def rope_tables(fields: hf_config.Fields) -> dict[str, dict[str, Any]]:
-    """Takes `rope_parameters`, one table for each kind of layers; empty: not given."""
+    """Takes `rope_parameters`, a table for each kind of layer; empty if not given."""
     given = fields.take("rope_parameters", untrusted.TABLE, {})
     if unknown := sorted(set(given) - set(hf_config.WINDOWED)):
         raise ValueError(

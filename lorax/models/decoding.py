@@ -1,13 +1,13 @@
-"""Generating tokens with a cache: greedy or sampled, in batches of unequal prompts.
+"""Generates tokens with a cache, greedy or sampled, in batches of unequal prompts.
 
     engine = decoding.causal(model, slots=512)
     generate = decoding.make_generate(engine, batch=16, eos=(2,))
     texts = generate((params,), prompts, max_tokens=100)
 
-A model is two pure functions of its parameters, an `Engine`; `engine.map(lorax.adapt)`
+An `Engine` is a model as two pure functions of parameters; `engine.map(lorax.adapt)`
 runs adapters unmerged, `generate((adapters, params), ...)`. Prompts are padded on the
-left to a bucket of lengths and the batch to a fixed number of rows, so that there is
-one compilation for every bucket and one for all further tokens.
+left to a multiple of `bucket` and batches to a fixed number of rows, so there is one
+compilation for every padded length and one for all further tokens.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ State = tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """What decoding needs of a model.
+    """What decoding needs from a model.
 
     Attributes:
       prefill: `(*state, tokens [batch, time], real [batch, time])` to the logits
         `[batch, vocabulary]` of the first new token, and the cache.
       step: `(*state, tokens [batch, 1], cache)` to the next logits and cache.
       slots: tokens that the cache holds, new ones included.
-      limit: tokens that the model can read, padding apart; None: any number.
-      start: decoders of an encoder begin with this token, and their cache with it;
+      limit: tokens that the model can read, not counting padding; None: any number.
+      start: token that the decoder of an encoder-decoder, and its cache, begin with;
         None: new tokens follow the prompt in the cache.
     """
 
@@ -48,14 +48,14 @@ class Engine:
     start: int | None = None
 
     def map(self, transform: Callable[[Callable[..., Any]], Any]) -> Engine:
-        """Returns the engine of transformed functions, as `engine.map(lorax.adapt)`."""
+        """Returns the engine with transformed functions, as in `map(lorax.adapt)`."""
         return dataclasses.replace(
             self, prefill=transform(self.prefill), step=transform(self.step)
         )
 
 
 def per_example(engine: Engine) -> Engine:
-    """Returns the engine of functions of one example, for transforms that add a batch.
+    """Returns an engine for single examples, for transforms that add a batch axis.
 
     `per_example(engine).map(lorax.compose.route)` gives every row its own adapter:
     `generate((stacked, index, params), ...)` with `index: int [batch]`.
@@ -76,8 +76,8 @@ def causal(model: Any, slots: int) -> Engine:
     """Returns the engine of a decoder with a cache of `slots` tokens.
 
     Args:
-      model: `gpt2.Model`, `llama.Model`, or another with their call and `cache`.
-      slots: of the cache: the longest bucket of prompts plus the new tokens.
+      model: `gpt2.Model`, `llama.Model`, or another with the same call and `cache`.
+      slots: of the cache: the longest padded prompt plus the new tokens.
     """
 
     def read(params: Any, tokens: Any, real: Any, cache: Any) -> Any:
@@ -96,11 +96,11 @@ def causal(model: Any, slots: int) -> Engine:
 
 
 def sequence_to_sequence(model: Any, slots: int) -> Engine:
-    """Returns the engine of an encoder and decoder; prompts are the encoder's.
+    """Returns the engine of an encoder-decoder; prompts go to the encoder.
 
     Args:
-      model: `t5.Model`, or another with its call and `cache`.
-      slots: of the decoder's cache: the new tokens, and one that starts.
+      model: `t5.Model`, or another with the same call and `cache`.
+      slots: of the decoder's cache: the new tokens plus the start token.
     """
     start = model.config.start
 
@@ -120,15 +120,15 @@ def sequence_to_sequence(model: Any, slots: int) -> Engine:
 
 
 class Progress(NamedTuple):
-    """Sequences under way.
+    """Sequences being generated.
 
     Attributes:
       cache: of the engine.
-      logits: `[batch, vocabulary]` of the next token.
+      logits: `[batch, vocabulary]`, of the next token.
       history: int `[batch, slots]`, the tokens by slot of the cache.
       real: bool `[batch, slots]`.
       index: int32 []; the slot of the next token.
-      keys: of every sequence.
+      keys: `[batch]`, the random key of every sequence.
       count: int32 []; new tokens so far.
       done: bool `[batch]`.
     """
@@ -157,24 +157,24 @@ def make_generate(
 
         generate(state, prompts, max_tokens, key=None, stop=None) -> new tokens of each
 
-    `state` is what the engine's functions take first; `key` is needed to sample: each
-    prompt draws from its own, folded with its number, so neighbours change nothing.
+    `state` holds the first arguments of the engine's functions. Sampling needs a `key`,
+    which is folded with each prompt's number, so the other prompts change nothing.
     `stop` maps the new tokens of a sequence to how many of them to keep, or to None to
-    go on: it is asked every `chunk` tokens and at the end, for stop strings. A sequence
-    ends with its first token of `eos`, which is not returned.
+    go on; it is called every `chunk` tokens and at the end, for stop strings. The first
+    token of `eos` ends a sequence and is not returned.
 
     Args:
       engine: of the model.
-      batch: rows of a batch; more prompts take several.
+      batch: rows of a batch; more prompts take several batches.
       eos: tokens that end a sequence.
-      pad: token in empty places; any one of the vocabulary.
-      bucket: prompts are padded to a multiple of it.
-      chunk: new tokens between two looks at `stop`.
+      pad: token for padding; any token of the vocabulary.
+      bucket: prompts are padded to a multiple of this.
+      chunk: new tokens between two calls of `stop`.
       rule: how a token is chosen.
 
     Raises:
-      ValueError: an empty prompt; one that, padded and with `max_tokens` more, is
-        longer than the cache or the model can hold; sampling without a key.
+      ValueError: a prompt is empty, or with `max_tokens` more too long for the cache
+        (padded) or the model; or sampling without a key.
     """
     prefill = jax.jit(_prefill(engine))
     proceed = jax.jit(_proceed(engine, tuple(eos), pad, rule))
@@ -187,7 +187,7 @@ def make_generate(
         stop: Callable[[Tokens], int | None] | None = None,
     ) -> list[Tokens]:
         if key is None and rule.temperature:
-            raise ValueError("sampling draws: give generate a key, jax.random.key(0)")
+            raise ValueError("sampling needs a key: give generate jax.random.key(0)")
         key = jax.random.key(0) if key is None else key
         results: list[Tokens] = []
         for first in range(0, len(prompts), batch):
@@ -211,14 +211,14 @@ def padded(
     pad: int,
     max_tokens: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns prompts as int `[batch, time]`, padded on the left, and what is real.
+    """Returns prompts as int `[batch, time]`, padded on the left, and which are real.
 
     Raises:
       ValueError: see `make_generate`.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not all(lengths):
-        raise ValueError(f"prompt {lengths.index(0)} is empty: give at least a token")
+        raise ValueError(f"prompt {lengths.index(0)} is empty: give at least one token")
     time = -(-max(lengths) // bucket) * bucket
     grows = time if engine.start is None else 1
     if grows + max_tokens > engine.slots:
@@ -230,14 +230,14 @@ def padded(
     if engine.limit is not None and most > engine.limit:
         raise ValueError(
             f"a prompt of {max(lengths)} tokens and max_tokens={max_tokens}: the model "
-            f"reads {engine.limit} at most"
+            f"reads at most {engine.limit} tokens"
         )
     tokens = np.full((batch, time), pad, np.int32)
     real = np.zeros((batch, time), bool)
     for row, prompt in enumerate(prompts):
         tokens[row, time - len(prompt) :] = prompt
         real[row, time - len(prompt) :] = True
-    real[len(prompts) :, -1] = True  # rows of nobody still need a token to see
+    real[len(prompts) :, -1] = True  # unused rows still need a token to see
     return tokens, real
 
 
@@ -324,7 +324,7 @@ def _run(
 
 
 def _new(now: Progress, begin: int, rows: int) -> Iterator[Tokens]:
-    """The new tokens of every sequence, without its last one if that ended it."""
+    """The new tokens of every sequence, without the last one if the sequence ended."""
     history, real = sharding.fetch(now.history), sharding.fetch(now.real)
     done, end = sharding.fetch(now.done), begin + int(now.count)
     for row in range(rows):

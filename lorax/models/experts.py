@@ -1,4 +1,4 @@
-"""Mixtures of experts: a router, and gated MLPs of which a token visits a few.
+"""Mixtures of experts: a router, and gated MLPs of which each token visits a few.
 
     l = x Wr [+ br],   chosen = the k experts of the largest l,   y = sum_e w_e f_e(x)
 
@@ -9,12 +9,13 @@ The first is the second divided by its sum. All experts of a layer are one leaf:
 `experts/gate_up/kernel` `[experts, in, 2, hidden]`, gates first, and
 `experts/down/kernel` `[experts, hidden, out]`.
 
-`dispatch` says how tokens meet experts; all give the same result, and drop no token:
+`dispatch` sets how tokens reach experts; both ways give the same result and drop no
+token:
 
 | dispatch | what is computed |
 |---|---|
 | "ragged" | each token by its experts: rows sorted by expert, `jax.lax.ragged_dot` |
-| "dense" | each token by every expert; the definition, and a check |
+| "dense" | each token by every expert: the definition, for checks |
 
 References:
   Shazeer et al., Outrageously Large Neural Networks, arXiv:1701.06538.
@@ -41,11 +42,11 @@ AXIS = "expert"
 DISPATCHES = ("ragged", "dense")
 
 NAMES = ("router", "gate_up", "down")
-"""Of a layer's tensors, for `remat`."""
+"""Names of a layer's tensors, for `remat`."""
 
 
 class Sizes(layers.Sizes, Protocol):
-    """What the modules below read of a family's Config."""
+    """What the modules below need from a family's Config."""
 
     @property
     def hidden(self) -> int:
@@ -53,30 +54,30 @@ class Sizes(layers.Sizes, Protocol):
 
     @property
     def experts(self) -> int:
-        """How many there are."""
+        """Number of experts."""
 
     @property
     def chosen(self) -> int:
-        """How many a token visits."""
+        """Number of experts that a token visits."""
 
     @property
     def renormalised(self) -> bool:
-        """The weights of a token's experts sum to one."""
+        """Whether the weights of a token's experts sum to one."""
 
     @property
     def expert_bias(self) -> bool:
-        """Gate, up and down of every expert have biases."""
+        """Whether gate, up and down of every expert have biases."""
 
     @property
     def dispatch(self) -> str:
         """One of DISPATCHES."""
 
     def gated(self, gate: jax.Array, up: jax.Array) -> jax.Array:
-        """What an expert's down reads."""
+        """Returns what an expert's `down` reads."""
 
 
 class Routes(NamedTuple):
-    """Where tokens go.
+    """Which experts tokens go to.
 
     Attributes:
       experts: int32 `[..., chosen]`.
@@ -92,8 +93,8 @@ def route(logits: jax.Array, chosen: int, renormalised: bool) -> Routes:
 
     Args:
       logits: `[..., experts]`.
-      chosen: experts of a token.
-      renormalised: their weights sum to one.
+      chosen: number of experts of a token.
+      renormalised: whether their weights sum to one.
 
     Example:
       >>> routes = route(jnp.log(jnp.array([0.1, 0.6, 0.3])), 2, renormalised=False)
@@ -108,7 +109,7 @@ def route(logits: jax.Array, chosen: int, renormalised: bool) -> Routes:
 
 
 class Experts(nn.Module):
-    """The gated MLPs of one layer, on the tokens that go to them."""
+    """The gated MLPs of one layer, applied to the tokens that go to them."""
 
     config: Sizes
 
@@ -136,7 +137,7 @@ class Linear(NamedTuple):
 
 
 class Stack(nn.Module):
-    """Linear maps, their kernels drawn from N(0, 0.02^2)."""
+    """Linear maps, with kernels drawn from N(0, 0.02^2)."""
 
     shape: tuple[int, ...]
     config: Sizes
@@ -155,16 +156,16 @@ class Stack(nn.Module):
 
 
 def record(layer: nn.Module, logits: jax.Array) -> None:
-    """Keeps a router's logits where `apply` has `mutable=[layers.ROUTING]`."""
+    """Keeps a router's logits if `apply` has `mutable=[layers.ROUTING]`."""
     if not layer.is_initializing():
         layer.sow(layers.ROUTING, "logits", logits, reduce_fn=lambda _, new: new)
 
 
 def recorded(routing: PyTree) -> jax.Array:
-    """Returns what routers said, `[layers, batch, time, experts]`, float32.
+    """Returns the routers' logits, `[layers, batch, time, experts]`, float32.
 
     Args:
-      routing: the collection `layers.ROUTING`, that `apply` returns.
+      routing: the collection `layers.ROUTING` that `apply` returns.
     """
     found = [x.astype(jnp.float32) for x in jax.tree.leaves(routing)]
     return found[0] if found[0].ndim == 4 else jnp.stack(found)
@@ -173,15 +174,15 @@ def recorded(routing: PyTree) -> jax.Array:
 def balance_loss(
     logits: jax.Array, chosen: int, real: jax.Array | None = None
 ) -> jax.Array:
-    """Returns the load-balancing loss of Switch Transformers, of all layers together.
+    """Returns the load-balancing loss of Switch Transformers, over all layers together.
 
         E sum_e f_e p_e,    f_e = visits of expert e, p_e = its probability, per token
 
-    An even load gives `chosen`. The gradient reaches the router by p alone.
+    An even load gives `chosen`. The gradient reaches the router only through p.
 
     Args:
       logits: of the routers, see `recorded`.
-      chosen: experts that a token visits.
+      chosen: number of experts that a token visits.
       real: bool `[batch, time]`, False for padding; None: all are real.
 
     Example:
@@ -200,7 +201,7 @@ def balance_loss(
 
 
 def z_loss(logits: jax.Array, real: jax.Array | None = None) -> jax.Array:
-    """Returns the mean square of `logsumexp` of a router's logits, which stay small.
+    """Returns the mean square of the routers' `logsumexp`, which keeps logits small.
 
     Args:
       logits: of the routers, see `recorded`.
@@ -224,7 +225,7 @@ Gated = Callable[[jax.Array, jax.Array], jax.Array]
 def dense(
     x: jax.Array, routes: Routes, gate_up: Linear, down: Linear, gated: Gated
 ) -> jax.Array:
-    """Every expert on every token; those that were not chosen have the weight zero.
+    """Applies every expert to every token; those not chosen have weight zero.
 
     Experts may lie on several devices, as those of `ragged`.
 
@@ -233,7 +234,7 @@ def dense(
       routes: of the tokens.
       gate_up: its kernel is `[experts, in, 2, hidden]`.
       down: its kernel is `[experts, hidden, out]`.
-      gated: from gates and ups to what `down` reads.
+      gated: maps gates and ups to what `down` reads.
 
     Returns:
       `[batch, time, out]`.
@@ -244,10 +245,10 @@ def dense(
 def ragged(
     x: jax.Array, routes: Routes, gate_up: Linear, down: Linear, gated: Gated
 ) -> jax.Array:
-    """As `dense`: the rows of an expert lie together, and meet its kernels alone.
+    """Computes the same as `dense` from rows sorted by expert, chosen experts only.
 
-    Under `jax.set_mesh` each device sorts the tokens that it has. Along the mesh axis
-    "expert" it has some of the experts; tokens of all go there, and come back as sums.
+    Under `jax.set_mesh` each device sorts its own tokens. Devices along the mesh axis
+    "expert" have some of the experts each; all tokens go there and come back as sums.
     """
     return _exchanged(_sorted, x, routes, gate_up, down, gated)
 
@@ -277,7 +278,7 @@ def _exchanged(
                 (x, routes),
             )
         first = jax.lax.axis_index(AXIS) * gate_up.kernel.shape[0] if own else 0
-        if units and down.bias is not None:  # of each device a part is summed
+        if units and down.bias is not None:  # each device's part is summed
             down = down._replace(bias=down.bias / machine.parts(units))
         y = own_experts(x, routes, gate_up, down, gated, first, machine.parts(own))
         if exchanged:
@@ -339,10 +340,10 @@ def _sorted(
     first: Any,
     shares: int,
 ) -> jax.Array:
-    """What the experts from `first` on add to tokens, which may visit others as well.
+    """What the experts from `first` on add to tokens that may visit others as well.
 
     Rows beyond an even share of the experts' load wait for their turn: memory is that
-    of one share, time that of the busiest device, and none is dropped.
+    of one share, time is that of the busiest device, and no row is dropped.
     """
     count, chosen = gate_up.kernel.shape[0], routes.experts.shape[-1]
     tokens = x.reshape(-1, x.shape[-1])

@@ -1,13 +1,13 @@
 """Gemma 1 and 2, and the text models of Gemma 3.
 
-Blocks with RMS norms before and (from Gemma 2 on) behind attention and MLP, rotary
-positions, grouped queries and a gated MLP; layers with a window and layers that see all
-take turns. A norm scales by one plus its scale; the embedding is multiplied by the root
-of the width.
+Blocks with RMS norms before and (from Gemma 2 on) after attention and MLP, rotary
+positions, grouped queries and a gated MLP; layers with a window alternate with layers
+that see all. A norm scales by one plus its scale; the embedding is multiplied by the
+square root of the width.
 
-| model_type | layers that see all | rotation | of its own |
+| model_type | layers that see all | rotation | what else differs |
 |---|---|---|---|
-| gemma | all | one | no norms behind attention and MLP |
+| gemma | all | one | no norms after attention and MLP |
 | gemma2 | every second | one | soft caps on scores and logits |
 | gemma3_text | every sixth | one for each kind of layer | RMS norms on q and k |
 
@@ -40,7 +40,7 @@ ALIASES = decoder_config.ALIASES
 IGNORED = decoder_config.IGNORED
 
 NAMES = ("input", "q", "k", "v", "attention", "o", "gate", "up", "down")
-"""Of a layer's tensors, for `remat`."""
+"""Names of a layer's tensors, for `remat`."""
 
 
 class Norm(nn.Module):
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
-        """Maps the residual stream to the next, and the layer's cache."""
+        """Returns the next residual stream and the layer's cache."""
         config = self.config
         x = remat.named(x, "input")
         mixed, kept = self._attention(self._norm("norm_attn")(x), own, shared)
@@ -118,7 +118,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Tokens to logits of the next token."""
+    """Maps tokens to logits of the next token."""
 
     config: Config
 
@@ -147,7 +147,8 @@ class Model(nn.Module):
             cache=cache,
         )
         embed = layers.embedding(config.vocabulary, "embed", config)
-        root = jnp.asarray(config.width**0.5, config.param_dtype)  # rounded, as theirs
+        # rounded, as in the original code
+        root = jnp.asarray(config.width**0.5, config.param_dtype)
         own = {"cache": rows.seen.kept, "window": layers.windows(config)}
         ropes = config.local_rope, config.rope
         angles = tuple(r.angles(rows.positions, config.head_dim) for r in ropes)
@@ -172,7 +173,7 @@ class Model(nn.Module):
         return layers.head_of(params, self.config)._replace(soft_cap=cap)
 
     def cache(self, batch: int, length: int) -> context.Cache:
-        """Returns a cache of `length` slots, empty."""
+        """Returns an empty cache of `length` slots."""
         c = self.config
         return context.empty_cache(
             c.layers, batch, length, c.kv_heads, c.head_dim, c.dtype

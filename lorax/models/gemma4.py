@@ -1,20 +1,20 @@
 """The dense text models of Gemma 4.
 
-Blocks as Gemma 3's, with what follows of its own:
+Blocks as in Gemma 3, with these differences:
 
   - Layers that see all have heads of another size and number than those with a window,
-    turn only a part of their pairs, and may have one kernel for keys and values.
-  - The last layers may have no keys and values: they take those of the last layer of
-    their kind (with a window, or not) that has its own.
-  - A layer may have an embedding for itself, which gates what it adds to the stream.
-  - Values are normed too; scores are not scaled; a layer's output is multiplied by a
-    scalar; norms scale by their scale, not by one plus it.
+    rotate only some of their pairs, and may have one kernel for keys and values.
+  - The last layers may have no keys and values of their own: they use those of the last
+    layer of their kind (with or without a window) that has them.
+  - Each layer may have a token embedding of its own, which it gates and adds.
+  - Values are normalised too; scores are not scaled; a layer's output is multiplied by
+    a scalar; norms multiply by their scale, not by one plus it.
 
-Layers of different shapes cannot be one stack. The kinds of layers repeat, after six
-layers as a rule: a stack here holds periods of layers, `layers/at_0` to `layers/at_5`,
-and one more those without keys of their own, `sharing/at_0` and on.
+Layers of different shapes cannot form one stack. The kinds of layers repeat, usually
+every six layers: a stack here holds periods of layers, `layers/at_0` to `layers/at_5`,
+and another those without keys of their own, `sharing/at_0` and so on.
 
-The mixture of experts (26B-A4B) is another model, and refused.
+The mixture of experts (26B-A4B) is another model and is refused.
 
 References:
   Google DeepMind, Gemma 4, 2026, as transformers' models/gemma4 computes it.
@@ -48,7 +48,7 @@ NAMES = (
     *("input", "q", "k", "v", "attention", "o", "gate", "up", "down"),
     *("extra_gate", "extra_up"),
 )
-"""Of a layer's tensors, for `remat`."""
+"""Names of a layer's tensors, for `remat`."""
 
 
 class Block(nn.Module):
@@ -57,7 +57,7 @@ class Block(nn.Module):
     Attributes:
       config: of the family.
       window: of the layer; 0: it sees all.
-      sharing: it takes the keys and values that it is given.
+      sharing: the layer uses the keys and values that it is given.
     """
 
     config: Config
@@ -68,13 +68,13 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, own: Any, pair: Any, shared: Any
     ) -> tuple[jax.Array, Any, Any]:
-        """Maps the stream to the next, and the keys and values, and the layer's cache.
+        """Returns the next residual stream, keys and values, and the layer's cache.
 
         Args:
           x: the residual stream.
-          own: of the layer: its cache and its embedding of the tokens.
-          pair: keys and values that it takes if it shares.
-          shared: what every layer is told.
+          own: the layer's cache and its embedding of the tokens.
+          pair: keys and values for a layer that shares.
+          shared: what every layer receives.
         """
         config = self.config
         x = remat.named(x, "input")
@@ -131,8 +131,8 @@ class Block(nn.Module):
 class Period(nn.Module):
     """The layers of one period; see `layers.run_layers` for its arguments.
 
-    What flows through the layers is the residual stream and, by kind of layers, the
-    keys and values of the last one that had its own.
+    The flow through the layers is the residual stream and, by kind of layer, the keys
+    and values of the last layer that had its own.
     """
 
     config: Config
@@ -140,7 +140,7 @@ class Period(nn.Module):
 
     @nn.compact
     def __call__(self, flow: Any, own: Any, shared: Any) -> tuple[Any, Any]:
-        """Maps the flow to the next, and the caches of the layers."""
+        """Returns the next flow and the caches of the layers."""
         x, pairs = flow
         block = layers.checkpointed(Block, self.config, NAMES)
         caches: dict[str, Any] = {}
@@ -160,7 +160,7 @@ class Period(nn.Module):
 
 
 class Model(nn.Module):
-    """Tokens to logits of the next token."""
+    """Maps tokens to logits of the next token."""
 
     config: Config
 
@@ -206,7 +206,7 @@ class Model(nn.Module):
     def _run(
         self, x: jax.Array, extra: Any, cache: context.Cache | None, shared: Any
     ) -> tuple[jax.Array, Any]:
-        """Runs both stacks, and returns the last x and keys and values of the cache."""
+        """Runs both stacks; returns the last x, and keys and values for the cache."""
         config, first, kept = self.config, 0, None
         slots = x.shape[1] if cache is None else cache.length
         pairs: Any = None
@@ -265,7 +265,7 @@ class Model(nn.Module):
         return layers.head_of(params, self.config)._replace(soft_cap=cap)
 
     def cache(self, batch: int, length: int) -> context.Cache:
-        """Returns a cache of `length` slots, empty."""
+        """Returns an empty cache of `length` slots."""
         config = self.config
         periods = config.stacks["layers"]
         parts = {
@@ -284,5 +284,5 @@ class Model(nn.Module):
 
 
 def _scaled(x: jax.Array, factor: float, config: Config) -> jax.Array:
-    """An embedding times a factor, rounded as the parameters are."""
+    """An embedding times a factor that is rounded as the parameters are."""
     return x * jnp.asarray(factor, config.param_dtype).astype(config.dtype)

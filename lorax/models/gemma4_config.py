@@ -20,30 +20,30 @@ class Config(decoder_config.Decoder):
 
     Attributes:
       vocabulary: number of tokens.
-      positions: longest sequence of the training; nothing here depends on it.
+      positions: longest sequence in training; nothing here depends on it.
       width: of the residual stream.
-      layers: blocks.
-      heads: heads of the queries.
-      kv_heads: heads of keys and values; they divide `heads`.
-      head_dim: size of a head.
-      far_kv_heads: likewise in layers that see all.
-      far_head_dim: likewise.
+      layers: number of blocks.
+      heads: number of query heads.
+      kv_heads: number of key and value heads; it divides `heads`.
+      head_dim: width of a head.
+      far_kv_heads: `kv_heads` in layers that see all.
+      far_head_dim: `head_dim` in layers that see all.
       hidden: width of the MLP.
       activation: of the gate, by its Hugging Face name.
       eps: of the norms.
-      local_rope: rates of the rotation where a layer has a window.
-      rope: likewise where it sees all.
-      windows: of every layer, the number of tokens it sees, itself included; 0 for all.
-      sharing: of the last layers, how many take keys and values of the last layer of
+      local_rope: rates of the rotation in layers with a window.
+      rope: likewise in layers that see all.
+      windows: for every layer, how many tokens a token sees, itself included; 0: all.
+      sharing: how many of the last layers use keys and values of the last layer of
         their kind that has its own.
       wide: the MLPs of these layers are twice as wide.
-      k_is_v: layers that see all have one kernel for both.
-      extra: width of an embedding that each layer has for itself; 0: none.
-      extra_vocabulary: number of its tokens.
-      logit_cap: bound of the logits; None: none.
+      k_is_v: layers that see all have one kernel for keys and values.
+      extra: width of the token embedding that each layer has of its own; 0: none.
+      extra_vocabulary: number of tokens of that embedding.
+      logit_cap: bound on the logits; None: no bound.
       qkv_bias: q, k, v and o have biases.
       tied: the head is the embedding; else `head/kernel`.
-      attention: "plain"; or as `attention.attend` has it for training.
+      attention: "plain", or for training another of `attention.attend`, as "flash".
       scan: periods of layers are stacked on axis 0.
       remat: see `lorax.models.remat`.
       dtype: of the computation.
@@ -91,13 +91,13 @@ class Config(decoder_config.Decoder):
         if alone:
             kind = hf_config.layer_types([alone.pop()])[0]
             raise ValueError(
-                f"sharing={self.sharing} of {self.layers} layers: of the first {own}, "
-                f"none is of the kind {kind!r} that shares its keys"
+                f"sharing={self.sharing} of {self.layers} layers: none of the first "
+                f"{own} is of the kind {kind!r}, whose keys the last ones need"
             )
 
     @property
     def stacks(self) -> dict[str, int]:
-        """Periods of every stack: of layers with keys of their own, and without."""
+        """Periods in every stack: of layers with keys of their own, and of others."""
         found = {"layers": self.layers - self.sharing, "sharing": self.sharing}
         return {k: n // len(self.period(k)) for k, n in found.items() if n}
 
@@ -112,19 +112,19 @@ class Config(decoder_config.Decoder):
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """Tensors on disk that nothing uses: keys of layers that take another's."""
+        """Unused tensors on disk: keys and values of layers that use another's."""
         numbers = "|".join(map(str, range(self.layers - self.sharing, self.layers)))
         return (rf"model\.layers\.({numbers})\.self_attn\.[kv]_(proj|norm)\..*",)
 
     def heads_of(self, window: int) -> tuple[int, int]:
-        """Returns number and size of the heads of keys in a layer with this window."""
+        """Returns the number and size of key heads in a layer with this window."""
         if window:
             return self.kv_heads, self.head_dim
         return self.far_kv_heads, self.far_head_dim
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
-        """Returns what a config.json says; `switches` are scan, remat, dtype, ..."""
+        """Reads a config.json; `switches` set scan, remat, dtype, ..."""
         fields = hf_config.Fields(config, MODEL_TYPE)
         fields.expect(enable_moe_block=False)
         heads = fields.integer("num_attention_heads", 8)
@@ -140,7 +140,7 @@ class Config(decoder_config.Decoder):
         for name, size in {"head_dim": head_dim, "global_head_dim": far_dim}.items():
             if size % 2:
                 where = f"config.json: {name}={size}"
-                raise ValueError(f"{where}; rotary positions need an even one")
+                raise ValueError(f"{where}; rotary positions need an even size")
         local, far = _ropes(fields, positions)
         own = cls(
             vocabulary=fields.integer("vocab_size", 262_144),
@@ -208,7 +208,7 @@ class Config(decoder_config.Decoder):
 
 
 EXPERTS = ("num_experts", "top_k_experts", "moe_intermediate_size")
-"""Fields that say nothing without `enable_moe_block`."""
+"""Fields that have no effect without `enable_moe_block`."""
 
 
 def _windows(fields: hf_config.Fields, depth: int) -> tuple[int, ...]:
@@ -227,12 +227,12 @@ def _far_heads(
     head_dim: int,
     k_is_v: bool,
 ) -> tuple[int, int]:
-    """Number and size of the heads of keys in layers that see all.
+    """Number and size of key heads in layers that see all.
 
     transformers has fields for them, and from 5.24 on writes them layer by layer.
     """
     far = fields.integer("num_global_key_value_heads", None) if k_is_v else None
-    fields.left.pop("num_global_key_value_heads", None)  # says nothing without k_is_v
+    fields.left.pop("num_global_key_value_heads", None)  # no effect without k_is_v
     usual = far or kv_heads, fields.integer("global_head_dim", 512)
     layers = fields.take("per_layer_config", untrusted.TABLE, {})
     if not layers:
@@ -246,13 +246,13 @@ def _far_heads(
         count = untrusted.check(where, own.pop("num_key_value_heads", kv_heads), rule)
         if own or (window and (count, size) != (kv_heads, head_dim)):
             raise ValueError(
-                f"{where}: known are head_dim and num_key_value_heads of layers that "
-                "see all"
+                f"{where}: only head_dim and num_key_value_heads of layers that see "
+                "all are known"
             )
         found |= set() if window else {(count, size)}
     if layers or len(found) > 1:
         raise ValueError(
-            "config.json: per_layer_config has to give all layers that see all the "
+            "config.json: per_layer_config must give all layers that see all the "
             f"same heads, and no other layers; found {sorted(found)}, {[*layers]}"
         )
     return found.pop()

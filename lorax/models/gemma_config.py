@@ -42,7 +42,7 @@ USUAL: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 6,
     },
 }
-"""What transformers takes for an absent field, where the model types differ."""
+"""What transformers assumes for an absent field, where the model types differ."""
 
 SIZES = {
     "hidden_size": 2304,
@@ -51,7 +51,7 @@ SIZES = {
     "num_key_value_heads": 4,
     "intermediate_size": 9216,
 }
-"""Likewise of Gemma 2 and 3."""
+"""Likewise, for Gemma 2 and 3 alike."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,27 +60,27 @@ class Config(decoder_config.Decoder):
 
     Attributes:
       vocabulary: number of tokens.
-      positions: longest sequence of the training; nothing here depends on it.
+      positions: longest sequence in training; nothing here depends on it.
       width: of the residual stream.
-      layers: blocks.
-      heads: heads of the queries.
-      kv_heads: heads of keys and values; they divide `heads`.
-      head_dim: size of a head.
+      layers: number of blocks.
+      heads: number of query heads.
+      kv_heads: number of key and value heads; it divides `heads`.
+      head_dim: width of a head.
       hidden: width of the MLP.
       activation: of the gate, by its Hugging Face name.
       eps: of the norms.
-      local_rope: rates of the rotation where a layer has a window.
-      rope: likewise where it sees all.
-      windows: of every layer, the number of tokens it sees, itself included; 0 for all.
+      local_rope: rates of the rotation in layers with a window.
+      rope: likewise in layers that see all.
+      windows: for every layer, how many tokens a token sees, itself included; 0: all.
       query_scale: scores are divided by its square root.
-      soft_cap: bound of the scores; None: none.
-      logit_cap: bound of the logits; None: none.
-      qk_norm: q and k are normed.
-      post_norms: what attention and MLP return is normed too.
+      soft_cap: bound on the scores; None: no bound.
+      logit_cap: bound on the logits; None: no bound.
+      qk_norm: q and k are normalised.
+      post_norms: the outputs of attention and MLP are normalised too.
       qkv_bias: q, k, v and o have biases.
       tied: the head is the embedding; else `head/kernel`.
-      model_type: whose config.json `to_hf` writes.
-      attention: "plain"; or as `attention.attend` has it for training.
+      model_type: of the config.json that `to_hf` writes.
+      attention: "plain", or for training another of `attention.attend`, as "flash".
       scan: layers are stacked on axis 0.
       remat: see `lorax.models.remat`.
       dtype: of the computation.
@@ -121,7 +121,7 @@ class Config(decoder_config.Decoder):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
-        """Returns what a config.json says; `switches` are scan, remat, dtype, ..."""
+        """Reads a config.json; `switches` set scan, remat, dtype, ..."""
         kind = config.get("model_type", "gemma2")
         if not isinstance(kind, str) or kind not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -135,7 +135,7 @@ class Config(decoder_config.Decoder):
         head_dim = fields.integer("head_dim", 256)
         if head_dim % 2:
             where = f"config.json: head_dim={head_dim}"
-            raise ValueError(f"{where}; rotary positions need an even one")
+            raise ValueError(f"{where}; rotary positions need an even size")
         depth = fields.layers("num_hidden_layers", usual["num_hidden_layers"])
         positions, vocabulary, width, hidden = (
             fields.integer(name, usual[name])
@@ -203,7 +203,7 @@ class Config(decoder_config.Decoder):
 
 
 def _activation(fields: hf_config.Fields, kind: str) -> str:
-    """The gate's activation, of which transformers has two fields for Gemma 1."""
+    """The gate's activation, for which transformers has two fields in Gemma 1."""
     usual = Config.activation
     if kind != "gemma":
         return fields.activation("hidden_activation", usual)
@@ -232,7 +232,7 @@ def _attention(
     if kind == "gemma3_text" and soft_cap is not None:
         raise ValueError(
             f"config.json: attn_logit_softcapping={soft_cap}: transformers has it "
-            "for gemma2 alone; make it null"
+            "only for gemma2; make it null"
         )
     return {
         "windows": _windows(fields, depth, USUAL[kind]["sliding_window_pattern"]),
@@ -245,7 +245,7 @@ def _attention(
 
 
 def _windows(fields: hf_config.Fields, depth: int, every: int) -> tuple[int, ...]:
-    """The window of every layer: by its name, or a pattern of them."""
+    """The window of every layer, from its kind or from a repeating pattern."""
     size = fields.integer("sliding_window", 4096)
     every = fields.integer("sliding_window_pattern", every)
     every = fields.integer("_sliding_window_pattern", every)
@@ -274,7 +274,7 @@ def _ropes(
         if base is not None and values.setdefault("rope_theta", base) != base:
             where = f"config.json: rope_parameters.{kind}"
             stated = untrusted.shown(values["rope_theta"])
-            raise ValueError(f"{where}.rope_theta is {stated}, and {name} is {base}")
+            raise ValueError(f"{where}.rope_theta is {stated}, but {name} is {base}")
         values.setdefault("rope_theta", usual)
         return decoder_config.rope_of(fields, positions, kind, values)
 
@@ -314,7 +314,7 @@ NORMS = {
         "post_attention_layernorm": "norm_mlp",
     },
 }
-"""Of a layer, by their names on disk; True: with those of `post_norms`."""
+"""A layer's norms by their names on disk; True: with those of `post_norms`."""
 
 
 def entries(config: Config) -> tuple[table.Entry, ...]:

@@ -30,16 +30,16 @@ class Config:
       vocabulary: number of tokens.
       positions: longest sequence; there is no embedding for later tokens.
       width: of the residual stream.
-      layers: blocks.
-      heads: attention heads; they divide the width.
+      layers: number of blocks.
+      heads: number of attention heads; it divides the width.
       hidden: width of the MLP.
       activation: of the MLP, by its Hugging Face name.
       eps: of the layer norms.
       scale: scores are multiplied by `head_dim ** -0.5`.
-      scale_by_layer: and divided by the layer's number from 1.
+      scale_by_layer: scores are divided by the layer's number, from 1.
       tied: the head is the embedding; else `head/kernel`.
-      dropout: of embeddings and of what blocks add, when training; attention weights
-        have none.
+      dropout: in training, rate on embeddings and on what blocks add; attention
+        weights have none.
       scan: layers are stacked on axis 0.
       remat: see `lorax.models.remat`.
       dtype: of the computation.
@@ -68,7 +68,7 @@ class Config:
 
     @property
     def stacks(self) -> dict[str, int]:
-        """Layers of every stack."""
+        """Number of layers in every stack."""
         return {"layers": self.layers}
 
     @property
@@ -78,7 +78,7 @@ class Config:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
-        """Returns what a config.json says; `switches` are dropout, scan, dtype, ..."""
+        """Reads a config.json; `switches` set dropout, scan, dtype, ..."""
         fields = hf_config.Fields(config, "gpt2")
         width, heads = fields.integer("n_embd", 768), fields.integer("n_head", 12)
         fields.divides(n_head=heads, n_embd=width)
@@ -121,7 +121,7 @@ class Config:
 
 
 NAMES = ("input", "qkv", "attention", "o", "up", "down")
-"""Of a layer's tensors, for `remat`."""
+"""Names of a layer's tensors, for `remat`."""
 
 
 class Block(nn.Module):
@@ -132,7 +132,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
-        """Maps the residual stream to the next, and the layer's cache."""
+        """Returns the next residual stream and the layer's cache."""
         x = remat.named(x, "input")
         mixed, kept = self._attention(self._norm("norm_attn")(x), own, shared)
         x = x + self._drop(mixed)
@@ -164,7 +164,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Tokens to logits of the next token."""
+    """Maps tokens to logits of the next token."""
 
     config: Config
 
@@ -188,13 +188,13 @@ class Model(nn.Module):
           positions: int `[batch, time]`; None counts the real tokens.
           real: bool `[batch, time]`, False for padding; None: all are real.
           segments: int `[batch, time]`, of packed documents.
-          cache: from `cache`, of what was read before.
-          deterministic: no dropout.
-          last_only: logits of the last token alone, `[batch, 1, vocabulary]`.
-          hidden: what the head reads instead of logits, `[batch, time, width]`.
+          cache: from `cache`: what was read before.
+          deterministic: True disables dropout.
+          last_only: return only the last token's logits, `[batch, 1, vocabulary]`.
+          hidden: return what the head reads, `[batch, time, width]`, not logits.
 
         Returns:
-          Logits `[batch, time, vocabulary]`, float32; with a cache also the new one.
+          Logits `[batch, time, vocabulary]`, float32; with a cache, also the new cache.
         """
         config = self.config
         seen = context.of(
@@ -221,7 +221,7 @@ class Model(nn.Module):
         return layers.head_of(params, self.config)
 
     def cache(self, batch: int, length: int) -> context.Cache:
-        """Returns a cache of `length` slots, empty."""
+        """Returns an empty cache of `length` slots."""
         config = self.config
         size = config.width // config.heads
         return context.empty_cache(

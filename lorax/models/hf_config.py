@@ -1,8 +1,7 @@
-"""Reading the fields of a Hugging Face config, so that none is ignored unseen.
+"""Reads the fields of a Hugging Face config without silently ignoring any.
 
-A field that changes the architecture and that the family does not implement is an
-error; so is one that nobody here has heard of, unless it switches nothing on; so is one
-of an impossible type or out of its range.
+A field that changes the architecture but is not implemented is an error; so is an
+unknown one, unless it switches nothing on, and one of the wrong type or out of range.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import jax
 from lorax import untrusted
 from lorax.untrusted import Rule
 
-# What says nothing of the forward pass without dropout.
+# Fields that do not affect the forward pass without dropout.
 HARMLESS = frozenset(
     """
     _attn_implementation _name_or_path add_cross_attention architectures
@@ -48,20 +47,20 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 WINDOWED = {"full_attention": False, "sliding_attention": True}
-"""Kinds of layers on disk; True: through a window."""
+"""Kinds of layers on disk; True: with a window."""
 
 MOST_LAYERS = 10_000
-"""Every layer has tensors with names of their own, of which a table is made."""
+"""Bounds the table of a model's tensors, which names those of every layer."""
 
 
 def layer_types(windows: Sequence[int]) -> list[str]:
-    """Returns the kinds of layers with these windows; 0: none."""
+    """Returns the kinds of layers with these windows; 0: no window."""
     names = {local: name for name, local in WINDOWED.items()}
     return [names[bool(window)] for window in windows]
 
 
 def label_names(labels: int) -> dict[str, Any]:
-    """Returns the fields of a config.json that name so many classes."""
+    """Returns the fields of a config.json that name this many classes."""
     return {
         "id2label": {str(i): f"LABEL_{i}" for i in range(labels)},
         "label2id": {f"LABEL_{i}": i for i in range(labels)},
@@ -109,16 +108,16 @@ class Fields:
         return self.take(name, untrusted.FLAG, default)
 
     def epsilon(self, name: str, default: float) -> float:
-        """As `take`, for what a norm adds to a variance."""
+        """As `take`, for the epsilon of a norm."""
         return self.take(name, untrusted.number(above=0, below=1), default)
 
     def cap(self, name: str, default: float | None) -> float | None:
-        """As `take`, for a soft cap; null is none, which an absent one need not be."""
+        """As `take`, for a soft cap; null means no cap, even if the default is one."""
         off = self.left.get(name, default) is None
         return None if off else self.take(name, untrusted.number(above=0), default)
 
     def activation(self, name: str, default: str) -> str:
-        """As `take`, for the name of an activation that is known here."""
+        """As `take`, for the name of a known activation."""
         value = self.take(name, untrusted.TEXT, default)
         if value not in ACTIVATIONS:
             raise ValueError(
@@ -128,12 +127,12 @@ class Fields:
         return value
 
     def head(self, switches: dict[str, Any], known: Mapping[str, Any]) -> Any:
-        """Takes the head out of the switches, or what `architectures` names.
+        """Takes the head from the switches, or else the one that `architectures` names.
 
         Args:
-          switches: as `Config.from_hf` gets them; they lose it. With `labels` an
-            encoder without a head gets one for them.
-          known: heads by the ends of those names; where there is none it is
+          switches: as given to `Config.from_hf`; the head is removed. With `labels`,
+            an encoder without a head gets a classification head.
+          known: heads by the suffixes of those names; without a name, the head is
             "classification".
         """
         if "head" in switches:
@@ -148,14 +147,14 @@ class Fields:
                     f"implemented; choose head={choices} to put another on the encoder"
                 )
             bare = found[0] in ("none", "pooled")
-            if bare and switches.get("labels"):  # they want a head
+            if bare and switches.get("labels"):  # labels need a head
                 return "classification"
             if found[0] != "classification":
                 return found[0]
         return "classification"
 
     def labels(self) -> int:
-        """As `take`, the number of classes, which has three names."""
+        """As `take`, for the number of classes, which has three names."""
         told = {n: self.integer(n, None) for n in ("num_labels", "_num_labels")}
         names = self.take("id2label", untrusted.mapping(untrusted.ANY, 1), None)
         told["id2label"] = None if names is None else len(names)
@@ -167,7 +166,7 @@ class Fields:
         return next(iter(told.values()), 2)
 
     def windowed(self, depth: int) -> list[bool] | None:
-        """As `take`, which of the layers have a window; None where no field says it."""
+        """As `take`, for which layers have a window; None if no field says so."""
         kinds = self.take("layer_types", untrusted.listed(untrusted.TEXT), None)
         if kinds is None:
             return None
@@ -189,7 +188,7 @@ class Fields:
     def expect(self, **values: Any) -> None:
         """Raises unless each field is absent, null, or has the value given here.
 
-        Where that value switches nothing on, any that switches nothing on will do.
+        If that value switches nothing on, any other that switches nothing on will do.
         """
         for name, value in values.items():
             given = self.left.pop(name, None)
@@ -202,7 +201,7 @@ class Fields:
                 )
 
     def finish(self, *harmless: str) -> None:
-        """Raises if a field is left that may change the architecture."""
+        """Raises if a field that may change the architecture is left."""
         on = {k for k, v in self.left.items() if not untrusted.ZERO.fits(v)}
         unknown = sorted(on - HARMLESS - set(harmless))
         if unknown:
@@ -210,5 +209,5 @@ class Fields:
             told = ", ".join(f"{name}={shown(self.left[name])}" for name in unknown)
             raise ValueError(
                 f"config.json of {self.family}: unknown fields, which may change the "
-                f"architecture: {told}; remove what you know to be harmless"
+                f"architecture: {told}; remove those that you know to be harmless"
             )

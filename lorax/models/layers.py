@@ -1,4 +1,4 @@
-"""What the families share: the cache of a layer, the stack of layers, their parts."""
+"""Shared by the families: a layer's cache, the stack of layers, and their parts."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from lorax.models import remat
 from lorax.types import PyTree
 
 ROUTING = "routing"
-"""The collection of what routers did, see `experts`."""
+"""The collection of routers' logits; see `experts`."""
 
 
 class Sizes(Protocol):
-    """What the parts below read of a family's Config."""
+    """What the parts below need from a family's Config."""
 
     @property
     def width(self) -> int:
-        """Of the residual stream."""
+        """Width of the residual stream."""
 
     @property
     def eps(self) -> float:
-        """Of the norms."""
+        """Epsilon of the norms."""
 
     @property
     def scan(self) -> bool:
-        """Layers are stacked on axis 0."""
+        """Whether layers are stacked on axis 0."""
 
     @property
     def remat(self) -> str:
-        """See `remat`."""
+        """What to recompute; see `remat`."""
 
     @property
     def dtype(self) -> Any:
-        """Of the computation."""
+        """Dtype of the computation."""
 
     @property
     def param_dtype(self) -> Any:
-        """Of the parameters."""
+        """Dtype of the parameters."""
 
 
 class DecoderSizes(Sizes, Protocol):
-    """And of a decoder's."""
+    """What they need from a decoder's Config."""
 
     @property
     def vocabulary(self) -> int:
@@ -57,27 +57,27 @@ class DecoderSizes(Sizes, Protocol):
 
     @property
     def tied(self) -> bool:
-        """The head is the embedding."""
+        """Whether the head is the embedding."""
 
 
 class Attending(Protocol):
-    """And of a decoder's whose attention has windows and implementations."""
+    """What they need if attention has windows and implementations."""
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Tokens that a layer sees, its own included; 0: all. Empty: all see all."""
+        """Tokens that a token sees in each layer, itself included; 0, or empty: all."""
 
     @property
     def attention(self) -> str:
-        """Of `attention.attend`, for training; decoding is plain."""
+        """Implementation of `attention.attend` for training; decoding is plain."""
 
     @property
     def striped(self) -> bool:
-        """Devices along a mesh axis "context" share rows, see `attention.stripe`."""
+        """Whether devices along "context" share rows; see `attention.stripe`."""
 
 
 def windows(config: Attending) -> jax.Array | None:
-    """Returns the window of every layer, which goes to the layers' own; None: none."""
+    """Returns the window of every layer, for `run_layers`; None: no windows."""
     return jnp.array(config.windows) if config.windows else None
 
 
@@ -93,25 +93,25 @@ def attend(
     scale: float | None = None,
     soft_cap: float | None = None,
 ) -> jax.Array:
-    """Causal attention of a layer, through its window where it has one.
+    """Causal attention of a layer, within its window if it has one.
 
     Args:
       q: `[batch, time, heads, head_dim]`.
-      k: `[batch, keys, kv_heads, head_dim]`, of the cache where there is one.
+      k: `[batch, keys, kv_heads, head_dim]`, of the cache if there is one.
       v: likewise.
-      kept: the cache; None: the tokens see another alone.
-      window: int [], of the layer, 0 where it sees all; an int where the layers are
-        not one traced one; None: no layer has one.
-      shared: of `context.Context.shared`.
+      kept: the cache; None: the tokens see only each other.
+      window: int `[]`, of the layer; 0: it sees all. A Python int if layers are not
+        traced as one; None: no layer has a window.
+      shared: from `context.Context.shared`.
       config: of the family.
       scale: of the scores; None for `head_dim ** -0.5`.
-      soft_cap: bound of the scores; None: none.
+      soft_cap: bound on the scores; None: no bound.
 
     Returns:
       `[batch, time, heads, head_dim]`.
     """
     run = functools.partial(attention.attend, scale=scale, soft_cap=soft_cap)
-    # one token, as init reads, has no scores to save; a cache is for decoding
+    # one token, as at init, has no scores to save; a cache is for decoding
     if config.attention == "plain" or kept is not None or q.shape[1] == 1:
         mask = shared["mask"]
         if window is not None:
@@ -133,7 +133,7 @@ def attend(
     sizes = sorted(set(config.windows)) or [0]
     if window is None or len(sizes) == 1:
         return of(sizes[0], q, k, v)
-    own = jnp.searchsorted(jnp.array(sizes), window)  # static each: a branch for it
+    own = jnp.searchsorted(jnp.array(sizes), window)  # each is static, in a branch
     return jax.lax.switch(own, [functools.partial(of, n) for n in sizes], q, k, v)
 
 
@@ -166,12 +166,12 @@ def remember(
 
 
 def along_batch(x: jax.Array) -> jax.Array:
-    """Cuts activations `[batch, time, ...]` along these alone, under `jax.set_mesh`.
+    """Shards activations `[batch, time, ...]` along these only, under `jax.set_mesh`.
 
-    Where parameters are cut along "fsdp" too, the compiler could as well cut the width
-    of the activations, and then every device holds the whole batch. The batch is cut
-    along the axes `machine.ROWS`, the time along "context": where these are Auto
-    axes of the mesh, and divide it.
+    If parameters are sharded along "fsdp" too, the compiler could shard the width of
+    the activations instead, and every device would hold the whole batch. The batch is
+    sharded along the axes `machine.ROWS`, the time along "context", where these are
+    Auto axes of the mesh that divide it.
     """
     rows = machine.cut(machine.ROWS, x.shape[0])
     time = machine.cut(("context",), x.shape[1])
@@ -184,12 +184,12 @@ def along_batch(x: jax.Array) -> jax.Array:
 def checkpointed(
     block: type[nn.Module], config: Sizes, names: Sequence[str]
 ) -> type[nn.Module]:
-    """Returns the class of a layer that recomputes what `config.remat` says.
+    """Returns the class of a layer that recomputes as `config.remat` says.
 
     Args:
       block: the module's class.
       config: of the family.
-      names: that it gives its tensors.
+      names: the names that it gives its tensors.
     """
     if config.remat == "none":
         return block
@@ -211,10 +211,10 @@ def run_layers(
 ) -> tuple[PyTree, PyTree]:
     """Runs a stack of blocks `(x, own, shared) -> (x, out)`, inside a compact method.
 
-    With `config.scan` it is one traced layer under `nn.scan`, whose leaves are stacked
-    on axis 0 below `layers`; else `length` of them, `layers_0` and on. `config.remat`
-    says what is kept for the backward pass; see `lorax.models.remat`. Blocks that are
-    several layers each, and call `checkpointed` on these, give no names.
+    With `config.scan`, one layer is traced under `nn.scan`, with leaves stacked on axis
+    0 below `layers`; otherwise `length` layers are, `layers_0` and so on. What is kept
+    for the backward pass is set by `config.remat`; see `lorax.models.remat`. Blocks
+    that hold several layers each, and call `checkpointed` on those, give no names.
 
     Args:
       block: the module's class, called with the config and the options.
@@ -223,7 +223,7 @@ def run_layers(
       own: a tree of arrays with a leading axis of layers, a slice for each.
       shared: a tree that every layer gets whole.
       length: number of layers.
-      names: that a block gives its tensors.
+      names: the names that a block gives its tensors.
       options: further arguments of the block.
       name: of the stack.
 
@@ -250,24 +250,24 @@ def run_layers(
 
 
 class Projection(nn.DenseGeneral):
-    """A linear map that names what it returns as it is named, for `remat`."""
+    """A linear map whose output has the same name as itself, for `remat`."""
 
     def __call__(self, inputs: jax.Array, named: bool = True) -> jax.Array:
         """Maps the axes `axis` of the inputs to `features`.
 
         Args:
           inputs: of any rank.
-          named: False for inputs that parameters alone decide: what a program makes of
-            those and names is a kernel, see `lorax.discover`.
+          named: False for inputs that depend on parameters alone: a named result of
+            those counts as a kernel, see `lorax.discover`.
         """
         outputs = super().__call__(inputs)
         return remat.named(outputs, str(self.name)) if named else outputs
 
 
 def _gathered_dot(width: int) -> Callable[..., jax.Array]:
-    """`dot_general` of a kernel whose axis of the width is whole, under `jax.set_mesh`.
+    """`dot_general` of a kernel whose width axis is gathered, under `jax.set_mesh`.
 
-    That axis is the one cut along "fsdp" (`lorax.sharding.LOGICAL`); others stay.
+    That axis is the one sharded along "fsdp" (`lorax.sharding.LOGICAL`); others stay.
     """
 
     def dot(x: jax.Array, kernel: jax.Array, *args: Any, **how: Any) -> jax.Array:
@@ -290,7 +290,7 @@ def projection(
     use_bias: bool = False,
     axis: int | tuple[int, ...] = -1,
 ) -> Projection:
-    """A linear map, its kernel `[*in, *out]` drawn from N(0, 0.02^2)."""
+    """A linear map with a kernel `[*in, *out]` drawn from N(0, 0.02^2)."""
     lists = remat.parse(config.remat)
     return Projection(
         features,
@@ -307,7 +307,7 @@ def projection(
 def embedding(
     rows: int, name: str, config: Sizes, width: int | None = None
 ) -> nn.Embed:
-    """An embedding `[rows, width]`, drawn from N(0, 0.02^2); the stream's width."""
+    """An embedding `[rows, width]` from N(0, 0.02^2), of the stream's width if None."""
     return nn.Embed(
         rows,
         width or config.width,
@@ -319,7 +319,7 @@ def embedding(
 
 
 def layer_norm(name: str, config: Sizes) -> nn.LayerNorm:
-    """A layer norm, its variance computed in two passes: E[x^2] - E[x]^2 cancels."""
+    """A layer norm with a two-pass variance, because E[x^2] - E[x]^2 cancels."""
     return nn.LayerNorm(
         epsilon=config.eps,
         use_fast_variance=False,
@@ -350,12 +350,12 @@ def head(x: jax.Array, embed: nn.Embed, config: DecoderSizes) -> jax.Array:
 
 
 def capped(logits: jax.Array, cap: float | None) -> jax.Array:
-    """Logits within a soft cap; None: none."""
+    """Logits within a soft cap; None: no cap."""
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def head_of(params: PyTree, config: DecoderSizes) -> losses.Head:
-    """Returns what `head` reads of the parameters."""
+    """Returns the head that `head` applies, from the parameters."""
     if config.tied:
         return losses.Head(params["embed"]["embedding"], tied=True)
     return losses.Head(params["head"]["kernel"])

@@ -1,15 +1,15 @@
-"""The Llama family by switches: decoders whose layers differ in little from Llama's.
+"""The Llama family: decoders whose layers differ from Llama's by a few switches.
 
 Pre-norm blocks with RMS norms, rotary positions, grouped queries and a gated MLP.
 
 | model_type | what differs from Llama |
 |---|---|
 | mistral, ministral | a sliding window in every layer, or in some |
-| olmo2 | norms behind attention and MLP; RMS norms on q and k, over all heads |
-| phi3 | q, k and v are one kernel, gate and up another; longrope; partly turned heads |
+| olmo2 | norms after attention and MLP; RMS norms on q and k, over all heads |
+| phi3 | q, k and v in one kernel, gate and up in another; longrope; partial rotation |
 | qwen2 | biases on q, k and v; a window in some layers, if it is switched on |
-| qwen3 | no such biases; RMS norms over the size of a head on q and k |
-| smollm3 | some layers do not turn q and k |
+| qwen3 | no such biases; RMS norms on q and k, over each head |
+| smollm3 | some layers do not rotate q and k |
 
 References:
   Touvron et al., Llama 2, arXiv:2307.09288. Jiang et al., Mistral 7B, arXiv:2310.06825.
@@ -44,7 +44,7 @@ IGNORED = decoder_config.IGNORED
 
 ATTENTION = ("input", "q", "k", "v", "attention", "o")
 NAMES = (*ATTENTION, "gate", "up", "down")
-"""Of a layer's tensors, for `remat`."""
+"""Names of a layer's tensors, for `remat`."""
 
 
 class Block(nn.Module):
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
-        """Maps the residual stream to the next, and the layer's cache."""
+        """Returns the next residual stream and the layer's cache."""
         x = remat.named(x, "input")
         mixed, kept = self._attention(self._before("norm_attn", x), own, shared)
         x = x + self._behind("norm_attn", mixed)
@@ -62,7 +62,7 @@ class Block(nn.Module):
         return x + self._behind("norm_mlp", h), kept
 
     def _mlp(self, x: jax.Array, shared: Any) -> jax.Array:
-        """What a layer adds behind attention; `mixture` has another."""
+        """What a layer adds after attention; `mixture` overrides it."""
         del shared
         config = self.config
         if config.fused:
@@ -108,7 +108,7 @@ class Block(nn.Module):
     def _attend(
         self, q: Any, k: Any, v: Any, kept: Any, window: Any, shared: Any
     ) -> jax.Array:
-        """What the heads return; `mixture` has sinks beside the keys."""
+        """What the heads return; `mixture` adds sinks to the keys."""
         return layers.attend(q, k, v, kept, window, shared, self.config)
 
     def _linear(
@@ -131,7 +131,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Tokens to logits of the next token."""
+    """Maps tokens to logits of the next token."""
 
     config: Config
     block: ClassVar[type[nn.Module]] = Block
@@ -157,13 +157,13 @@ class Model(nn.Module):
           positions: int `[batch, time]`; None counts the real tokens.
           real: bool `[batch, time]`, False for padding; None: all are real.
           segments: int `[batch, time]`, of packed documents.
-          cache: from `cache`, of what was read before.
-          deterministic: accepted for the sake of other families; there is no dropout.
-          last_only: logits of the last token alone, `[batch, 1, vocabulary]`.
-          hidden: what the head reads instead of logits, `[batch, time, width]`.
+          cache: from `cache`: what was read before.
+          deterministic: accepted as in other families; there is no dropout.
+          last_only: return only the last token's logits, `[batch, 1, vocabulary]`.
+          hidden: return what the head reads, `[batch, time, width]`, not logits.
 
         Returns:
-          Logits `[batch, time, vocabulary]`, float32; with a cache also the new one.
+          Logits `[batch, time, vocabulary]`, float32; with a cache, also the new cache.
         """
         del deterministic
         config = self.config
@@ -201,7 +201,7 @@ class Model(nn.Module):
         return layers.head_of(params, self.config)
 
     def cache(self, batch: int, length: int) -> context.Cache:
-        """Returns a cache of `length` slots, empty."""
+        """Returns an empty cache of `length` slots."""
         c = self.config
         return context.empty_cache(
             c.layers, batch, length, c.kv_heads, c.head_dim, c.dtype

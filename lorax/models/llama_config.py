@@ -34,7 +34,7 @@ USUAL: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""What transformers takes for an absent field, where not as for Llama."""
+"""What transformers assumes for an absent field, where it differs from Llama."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,30 +43,30 @@ class Config(decoder_config.Decoder):
 
     Attributes:
       vocabulary: number of tokens.
-      positions: longest sequence of the training; nothing here depends on it.
+      positions: longest sequence in training; nothing here depends on it.
       width: of the residual stream.
-      layers: blocks.
-      heads: heads of the queries.
-      kv_heads: heads of keys and values; they divide `heads`.
-      head_dim: size of a head.
+      layers: number of blocks.
+      heads: number of query heads.
+      kv_heads: number of key and value heads; it divides `heads`.
+      head_dim: width of a head.
       hidden: width of the MLP.
       activation: of the gate, by its Hugging Face name.
       eps: of the norms.
       rope: rates of the rotation.
       tied: the head is the embedding; else `head/kernel`.
       qkv_bias: q, k and v have biases.
-      o_bias: o has one.
-      mlp_bias: gate, up and down have them.
-      qk_norm: q and k are normed.
+      o_bias: o has a bias.
+      mlp_bias: gate, up and down have biases.
+      qk_norm: q and k are normalised.
       all_heads: these norms are over all heads together.
-      post_norms: norms lie behind attention and MLP, and not in front of them.
+      post_norms: norms come after attention and MLP, not before them.
       fused: q, k and v are one kernel, and gate and up another.
-      turned: of every layer, whether q and k are turned. Empty: in every layer.
-      windows: of every layer, the number of tokens it sees, itself included; 0 for
-        all. Empty: every layer sees all.
-      model_type: whose config.json `to_hf` writes.
-      attention: "plain"; or as `attention.attend` has it for training: "flash" is what
-        suits the machine; decoding is plain.
+      turned: for every layer, whether q and k are rotated. Empty: in every layer.
+      windows: for every layer, how many tokens a token sees, itself included; 0: all.
+        Empty: all, in every layer.
+      model_type: of the config.json that `to_hf` writes.
+      attention: implementation of `attention.attend` for training: "plain", or "flash"
+        for the one that suits the machine; decoding is always plain.
       scan: layers are stacked on axis 0.
       remat: see `lorax.models.remat`.
       dtype: of the computation.
@@ -111,7 +111,7 @@ class Config(decoder_config.Decoder):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
-        """Returns what a config.json says; `switches` are scan, remat, dtype, ..."""
+        """Reads a config.json; `switches` set scan, remat, dtype, ..."""
         kind = config.get("model_type", "llama")
         if not isinstance(kind, str) or kind not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -199,19 +199,19 @@ MLP_BIASED = ("llama", "smollm3")
 
 
 def _head_dim(fields: hf_config.Fields, heads: int, width: int) -> int:
-    """The size of a head, whose halves the rotation turns together."""
+    """The width of a head, whose halves are rotated together."""
     given = fields.integer("head_dim", None)
     if given is None:
         fields.divides(num_attention_heads=heads, hidden_size=width)
     size = given or width // heads
     if size % 2:
         where = f"config.json: head_dim={size}"
-        raise ValueError(f"{where}; rotary positions need an even one")
+        raise ValueError(f"{where}; rotary positions need an even size")
     return size
 
 
 def _turned(fields: hf_config.Fields, depth: int) -> tuple[bool, ...]:
-    """Which layers turn q and k; `no_rope_layers` has 1 for those that do."""
+    """Which layers rotate q and k; `no_rope_layers` has 1 for those that do."""
     every = fields.integer("no_rope_layer_interval", 4)
     rule = untrusted.listed(untrusted.whole(0, 1))
     given = fields.take("no_rope_layers", rule, None)
@@ -228,7 +228,7 @@ def _turned(fields: hf_config.Fields, depth: int) -> tuple[bool, ...]:
 def _rope(
     fields: hf_config.Fields, kind: str, positions: int, head_dim: int
 ) -> rope.Rope:
-    """The rotation; Phi-3 has some of its fields outside of the table."""
+    """The rotation; Phi-3 has some of its fields outside the table."""
     if kind != "phi3":
         base = USUAL.get(kind, {}).get("rope_theta", 10_000.0)
         return rope.from_hf(fields, positions, base=base)
@@ -244,11 +244,11 @@ def _rope(
         for name in ("partial_rotary_factor", "original_max_position_embeddings")
     }
     if "longrope" not in (values.get("rope_type"), values.get("type")):
-        outer["original_max_position_embeddings"] = None  # which says nothing then
+        outer["original_max_position_embeddings"] = None  # no effect then
     for name, value in outer.items():
         if value is not None and (values.get(name) or value) != value:
             raise ValueError(
-                f"config.json: {name} is {value}, and {untrusted.shown(values[name])} "
+                f"config.json: {name} is {value}, but {untrusted.shown(values[name])} "
                 "among the fields of the rotation"
             )
         values |= {} if value is None else {name: value}
@@ -259,19 +259,19 @@ def _rope(
     for name, factors in {"short": found.short, "long": found.long}.items():
         if found.kind == "longrope" and len(factors) != pairs:
             raise ValueError(
-                f"config.json: {name}_factor has {len(factors)} entries, and of "
-                f"head_dim={head_dim} {pairs} pairs are turned"
+                f"config.json: {name}_factor has {len(factors)} entries, but with "
+                f"head_dim={head_dim} {pairs} pairs are rotated"
             )
     if int(head_dim * found.part) % 2:
         raise ValueError(
             f"config.json: partial_rotary_factor={found.part} of head_dim={head_dim} "
-            "has to be an even number"
+            "must be an even number"
         )
     return found
 
 
 ALWAYS_WINDOWED = ("mistral", "ministral", "phi3")
-"""Model types all of whose layers have a window, if there is a size."""
+"""Model types whose layers all have a window, if a size is given."""
 
 
 def _windows(
@@ -316,7 +316,7 @@ NORMS = {
     "input_layernorm": "norm_attn",
     "post_attention_layernorm": "norm_mlp",
 }
-"""Of a layer, by their names on disk."""
+"""A layer's norms by their names on disk."""
 
 
 POST_NORMS = {

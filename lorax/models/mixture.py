@@ -1,12 +1,12 @@
 """Mixtures of experts in the Llama family: Mixtral, Qwen3-MoE and GPT-OSS.
 
-Layers as of the Llama family, whose MLP is a router and experts, see `experts`.
+Layers as in the Llama family, with a router and experts as the MLP; see `experts`.
 
 | model_type | layers as | weights of a token's experts |
 |---|---|---|
 | mixtral | mistral | sum to one |
 | qwen3_moe | qwen3 | their share among all; sum to one with norm_topk_prob |
-| gpt_oss | llama, biases, every second with a window, sinks | sum to one |
+| gpt_oss | llama with biases, sinks, a window in every second layer | sum to one |
 
 References:
   Jiang et al., Mixtral of Experts, arXiv:2401.04088. Qwen3, arXiv:2505.09388.
@@ -28,13 +28,13 @@ Config = mixture_config.Config
 entries = mixture_config.entries
 fused = mixture_config.fused
 FURTHER = (fused,)
-"""Tables by which parameters may lie on disk, too."""
+"""Other tables that a checkpoint may follow."""
 
 ALIASES = decoder_config.ALIASES
 IGNORED = decoder_config.IGNORED
 
 NAMES = (*llama.ATTENTION, *experts.NAMES)
-"""Of a layer's tensors, for `remat`."""
+"""Names of a layer's tensors, for `remat`."""
 
 
 class Block(llama.Block):
@@ -71,7 +71,8 @@ def _beside_sinks(
 ) -> jax.Array:
     """Attention with one more key, of score `sinks` and value 0, that all tokens see.
 
-    It is told by an axis more: there a query has its head's sink, the key 1, others 0.
+    Queries and keys get one more feature: the head's sink in queries, 1 in this key and
+    0 in the others.
     """
     scale = q.shape[-1] ** -0.5
     own = (sinks / scale).astype(q.dtype)[:, None]
@@ -83,7 +84,7 @@ def _beside_sinks(
 
 
 class Model(llama.Model):
-    """Tokens to logits of the next token; see `llama.Model`."""
+    """Maps tokens to logits of the next token; see `llama.Model`."""
 
     config: Config
     block = Block

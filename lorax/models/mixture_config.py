@@ -19,7 +19,7 @@ ARCHITECTURES = {
 }
 
 LIKE = {"gpt_oss": "llama", "mixtral": "mistral", "qwen3_moe": "qwen3"}
-"""The models of the Llama family that have the other parts of a layer."""
+"""Models of the Llama family whose layers are the same but for the MLP."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt_oss": {
@@ -68,24 +68,24 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8,
     },
 }
-"""What transformers takes for fields that a config.json leaves out."""
+"""What transformers assumes for fields that a config.json leaves out."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(llama_config.Config):
-    """Sizes and switches; those of `llama.Config`, of which these differ.
+    """Sizes and switches: those of `llama.Config`, and these.
 
     Attributes:
       hidden: width of an expert.
-      experts: how many there are.
-      chosen: how many a token visits.
+      experts: number of experts.
+      chosen: number of experts that a token visits.
       renormalised: the weights of a token's experts sum to one.
-      sinks: every head has a score beside those of the keys, which has no value.
+      sinks: every head has one more score than there are keys, without a value.
       expert_bias: the router, and gate, up and down of every expert, have biases.
-      swiglu: alpha and limit of a gate `g sigmoid(alpha g)` and up + 1, where g is at
-        most the limit, and up is between it and its negative; None: by `activation`.
-      balance: weight of the balance loss in training, by the model's own config.json.
-      dispatch: how tokens meet experts, see `lorax.models.experts`.
+      swiglu: alpha and limit of `g sigmoid(alpha g) (up + 1)`, with the gate g clipped
+        from above and up on both sides by the limit; None: by `activation`.
+      balance: weight of the balance loss in training, from the model's config.json.
+      dispatch: how tokens reach experts, see `lorax.models.experts`.
     """
 
     hidden: int = 14_336
@@ -111,11 +111,11 @@ class Config(llama_config.Config):
             raise ValueError(f"dispatch={self.dispatch!r}; choose one of {known}")
         if self.sinks and self.attention != "plain":
             raise ValueError(
-                f"attention={self.attention!r}: sinks are implemented for 'plain' alone"
+                f"attention={self.attention!r}: sinks are implemented only for 'plain'"
             )
 
     def gated(self, gate: jax.Array, up: jax.Array) -> jax.Array:
-        """What an expert's down reads."""
+        """Returns what an expert's `down` reads."""
         if self.swiglu is None:
             return hf_config.ACTIVATIONS[self.activation](gate) * up
         alpha, limit = self.swiglu
@@ -124,7 +124,7 @@ class Config(llama_config.Config):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
-        """Returns what a config.json says; `switches` are scan, dispatch, dtype, ..."""
+        """Reads a config.json; `switches` set scan, dispatch, dtype, ..."""
         kind = config.get("model_type", "mixtral")
         if not isinstance(kind, str) or kind not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -172,20 +172,20 @@ class Config(llama_config.Config):
 
 
 def _filled(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """A config.json with defaults, in the words of the Llama family."""
+    """A config.json with defaults, in the Llama family's names."""
     told = {name: value for name, value in config.items() if value is not None}
     usual = dict(DEFAULTS[kind])
     if told.keys() & {"rope_theta", "rope_scaling", "rope_parameters"}:
         usual.pop("rope_parameters", None)
     if "num_local_experts" in told:
         usual.pop("num_experts", None)
-    if kind == "qwen3_moe":  # a window, if it is switched on, is every layer's
+    if kind == "qwen3_moe":  # if there is a window, every layer has it
         told["max_window_layers"] = 0
     return {**usual, **told}
 
 
 def _experts(fields: hf_config.Fields, kind: str) -> dict[str, Any]:
-    """What a config.json says of experts."""
+    """What a config.json says about experts."""
     names = "num_local_experts", "num_experts"
     told = {name: fields.integer(name, None) for name in names}
     counts = {count for count in told.values() if count is not None}
@@ -196,7 +196,7 @@ def _experts(fields: hf_config.Fields, kind: str) -> dict[str, Any]:
         "chosen": fields.integer("num_experts_per_tok", None),
         "balance": fields.take("router_aux_loss_coef", untrusted.number(0), 0.001),
     }
-    fields.flag("output_router_logits", False)  # an output more
+    fields.flag("output_router_logits", False)  # only one more output
     if kind == "gpt_oss":
         return own | _gpt_oss(fields)
     if kind == "mixtral":
@@ -211,7 +211,7 @@ def _experts(fields: hf_config.Fields, kind: str) -> dict[str, Any]:
 
 
 def _gpt_oss(fields: hf_config.Fields) -> dict[str, Any]:
-    """What a config.json of GPT-OSS says beside the others'."""
+    """What a config.json of GPT-OSS adds to the others'."""
     depth = fields.layers("num_hidden_layers", 36)
     fields.left["num_hidden_layers"] = depth
     size, slides = fields.integer("sliding_window", 128), fields.windowed(depth)
@@ -223,7 +223,7 @@ def _gpt_oss(fields: hf_config.Fields) -> dict[str, Any]:
         for name in ("alpha", "limit")
     )
     for name in ("experts_per_token", "initial_context_length"):
-        fields.integer(name, None)  # said by others
+        fields.integer(name, None)  # other fields say the same
     return {
         "hidden": fields.integer("intermediate_size", None),
         "windows": tuple(size if own else 0 for own in slides),
@@ -239,7 +239,7 @@ DOWN = "experts/down/kernel", ("experts", "mlp", "embed")
 
 
 def entries(config: Config) -> tuple[table.Entry, ...]:
-    """Returns the table of parameters, those of an expert apart but in GPT-OSS."""
+    """Returns the table of parameters, with separate experts except in GPT-OSS."""
     if config.model_type == "gpt_oss":
         return fused(config)
     mixtral = config.model_type == "mixtral"

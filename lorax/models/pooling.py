@@ -1,4 +1,4 @@
-"""Hidden states of a sentence to one embedding, as sentence-transformers pools them.
+"""Pools a sentence's hidden states into one embedding, as sentence-transformers does.
 
 References:
   Reimers and Gurevych, Sentence-BERT, arXiv:1908.10084.
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 MODES = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
-"""By the names of sentence-transformers."""
+"""Named as in sentence-transformers."""
 
 LEAST = 1e-12
-"""Below this no norm is divided by; torch.nn.functional.normalize's own."""
+"""Smallest norm to divide by, as in torch.nn.functional.normalize."""
 
 
 class Pooling(NamedTuple):
@@ -23,9 +23,9 @@ class Pooling(NamedTuple):
 
     Attributes:
       mode: one of `MODES`: the mean of the real tokens, the first of them, the maximum
-        of each feature, the sum over the root of their number, the mean weighted by
-        their positions from 1, or the last of them.
-      normalize: to a length of 1.
+        of each feature, the sum over the square root of their number, the mean weighted
+        by their positions from 1, or the last of them.
+      normalize: scale embeddings to length 1.
     """
 
     mode: str = "mean"
@@ -39,7 +39,7 @@ class Pooling(NamedTuple):
           real: bool `[batch, time]`, False for padding; None: all are real.
 
         Raises:
-          ValueError: an unknown mode.
+          ValueError: the mode is unknown.
 
         Example:
           >>> Pooling("mean", normalize=False)(jnp.arange(6.0).reshape(1, 3, 2))

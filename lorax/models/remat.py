@@ -1,19 +1,19 @@
-"""What a layer keeps for its backward pass: all, little, or tensors by their names.
+"""What a layer keeps for its backward pass: everything, little, or named tensors.
 
-    remat = "none"                       # all
-    remat = "full"                       # what flows between layers
-    remat = "dots"                       # also what matrix products return
-    remat = "save=q,k,v; offload=input"  # these names; offloaded: in the host's memory
+    remat = "none"                       # everything
+    remat = "full"                       # only what flows between layers
+    remat = "dots"                       # also the outputs of matrix products
+    remat = "save=q,k,v; offload=input"  # these names; offloaded: in host memory
     remat = "recompute=gate,up"          # every name but these
-    remat = "gather; save=q,k,v"         # and a layer gathers each kernel once a pass
+    remat = "gather; save=q,k,v"         # and a layer gathers each kernel once per pass
 
-Every linear map gives what it returns its own name (`layers.Projection`): q, k, v, o,
-gate, up, down, and so on. Beside them "input" is what flows into a layer, and
-"attention" what its heads return. A name that is kept spares the product that makes
+The output of every linear map has the map's name (`layers.Projection`): q, k, v, o,
+gate, up, down, and so on. In addition, "input" is what flows into a layer, and
+"attention" is what its heads return. A name that is kept saves the product that makes
 it; what has no name is recomputed.
 
-With "gather" a layer first gathers each kernel along the mesh axis "fsdp" and reads
-that in all its products, so that recomputation and backward pass share it. Else the
+With "gather", a layer first gathers each kernel along the mesh axis "fsdp" and uses
+that in all its products, so recomputation and backward pass share it. Otherwise the
 compiler may send a kernel around once for each product. It is for training: a decoder
 would gather every kernel for each token.
 """
@@ -34,8 +34,8 @@ class Lists(NamedTuple):
 
     Attributes:
       save: kept where they are.
-      offload: kept in the host's memory, pinned.
-      recompute: and then every other name is saved; save and offload are empty.
+      offload: kept in pinned host memory.
+      recompute: if given, every other name is saved; save and offload are empty.
       gather: whether a layer gathers each kernel before it reads it.
     """
 
@@ -46,12 +46,12 @@ class Lists(NamedTuple):
 
 
 def named(x: jax.Array, name: str) -> jax.Array:
-    """Returns x under a name that `remat` may give."""
+    """Returns x under a name that `remat` may use."""
     return checkpoint_name(x, name)
 
 
 def parse(text: str) -> Lists | None:
-    """Reads what `remat` says; None for one of POLICIES.
+    """Parses the text of `remat`; returns None for one of POLICIES.
 
     Raises:
       ValueError: neither a policy nor lists of names.
@@ -78,7 +78,7 @@ def parse(text: str) -> Lists | None:
     lists = Lists(**found, gather=gather)
     if lists.recompute and len(found) > 1:
         raise ValueError(
-            f"remat={text!r}: recompute keeps every name that it does not give; give "
+            f"remat={text!r}: recompute keeps every name that it does not list; give "
             "it alone, or give save and offload"
         )
     if twice := set(lists.save) & set(lists.offload):
@@ -93,8 +93,8 @@ def policy(text: str, names: Sequence[str]) -> Callable[..., Any] | None:
     """Returns the policy of `jax.checkpoint`; None keeps nothing.
 
     Args:
-      text: see the module; not "none".
-      names: that the layer gives its tensors.
+      text: see the module docstring; not "none".
+      names: the names that the layer gives its tensors.
 
     Raises:
       ValueError: as for `parse`, or a name that the layer does not give.
@@ -109,7 +109,7 @@ def policy(text: str, names: Sequence[str]) -> Callable[..., Any] | None:
         )
     if lists.recompute:
         return policies.save_any_names_but_these(*lists.recompute)
-    if not lists.offload:  # nor perhaps anything to save
+    if not lists.offload:  # perhaps nothing to save, either
         return policies.save_only_these_names(*lists.save)
     return policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[*lists.save],

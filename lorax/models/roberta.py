@@ -1,7 +1,7 @@
-"""RoBERTa and BERT: bidirectional attention, blocks that normalise their sums.
+"""RoBERTa and BERT: bidirectional attention, and blocks with norms after the sums.
 
-The two differ in how tokens are numbered, in the number of token types, and in names
-on disk. A block computes
+The two differ in how they number tokens, in the number of token types, and in names on
+disk. A block computes
 
   x = norm_attn(x + attention(x)),   x = norm_mlp(x + mlp(x)).
 
@@ -30,15 +30,15 @@ HEADS = roberta_config.HEADS
 IGNORED = roberta_config.IGNORED
 
 NAMES = ("input", "q", "k", "v", "attention", "o", "up", "down")
-"""Of a layer's tensors, for `remat`."""
+"""Names of a layer's tensors, for `remat`."""
 
 
 class EncoderSizes(layers.Sizes, Protocol):
-    """What `Block` and `classify` read of a family's Config."""
+    """What `Block` and `classify` need from a family's Config."""
 
     @property
     def heads(self) -> int:
-        """Of attention."""
+        """Number of attention heads."""
 
     @property
     def hidden(self) -> int:
@@ -46,15 +46,15 @@ class EncoderSizes(layers.Sizes, Protocol):
 
     @property
     def activation(self) -> str:
-        """Of the MLP, by its Hugging Face name."""
+        """Activation of the MLP, by its Hugging Face name."""
 
     @property
     def dropout(self) -> float:
-        """Of what blocks add."""
+        """Dropout rate on what blocks add."""
 
     @property
     def labels(self) -> int:
-        """Classes."""
+        """Number of classes."""
 
 
 class Block(nn.Module):
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
-        """Maps the residual stream to the next."""
+        """Returns the next residual stream."""
         config = self.config
         linear = functools.partial(layers.projection, config=config, use_bias=True)
         x = remat.named(x, "input")
@@ -91,7 +91,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Tokens to logits, of the sequence or of every token, or to hidden states."""
+    """Maps tokens to logits, of the sequence or of every token, or to hidden states."""
 
     config: Config
 
@@ -109,14 +109,14 @@ class Model(nn.Module):
 
         Args:
           tokens: int `[batch, time]`; the first real one is <s> or [CLS].
-          positions: int `[batch, time]`, from 0; None counts as `Config.family` says.
-          types: int `[batch, time]`, of the tokens; None: all are 0.
+          positions: int `[batch, time]`, from 0; None: counted as `Config.family` says.
+          types: int `[batch, time]`, token types; None: all are 0.
           real: bool `[batch, time]`, False for padding; None: all are real.
-          deterministic: no dropout.
+          deterministic: True disables dropout.
 
         Returns:
           Float32 logits, `[batch, labels]` or `[batch, time, vocabulary]`; without a
-          head the hidden states `[batch, time, width]`, in the computation's dtype.
+          head the hidden states `[batch, time, width]`, in the compute dtype.
         """
         config = self.config
         drop = nn.Dropout(config.dropout, deterministic=deterministic)
@@ -157,7 +157,7 @@ class Model(nn.Module):
     def _predictions(self, x: jax.Array, embed: nn.Embed) -> jax.Array:
         """The masked language model's logits."""
         config = self.config
-        # RoBERTa's own code fixes this activation, BERT's takes that of the MLP
+        # RoBERTa's own code fixes this activation; BERT's uses that of the MLP
         activation = "gelu" if config.family == "roberta" else config.activation
         h = hf_config.ACTIVATIONS[activation](
             self._linear(config.width, "mlm_dense")(x)
@@ -178,7 +178,7 @@ def classify(
     drop: nn.Module,
     activation: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """Logits `[batch, labels]` by the first real token, inside a compact method."""
+    """Logits `[batch, labels]` from the first real token, inside a compact method."""
     linear = functools.partial(layers.projection, config=config, use_bias=True)
     if real is None:
         first = x[:, 0]

@@ -1,4 +1,4 @@
-"""Sizes and switches of RoBERTa and BERT, and where their tensors lie on disk."""
+"""Sizes and switches of RoBERTa and BERT, and their tensors on disk."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ class Config:
     """Sizes and switches; the defaults are RoBERTa-base.
 
     Attributes:
-      family: "roberta": tokens are numbered by the real ones before them; "bert": by
-        all. It also says how tensors are named on disk.
+      family: "roberta": positions count the real tokens before a token; "bert": all of
+        them. It also sets the names of tensors on disk.
       vocabulary: number of tokens.
       positions: rows of the position embedding.
       offset: the row of the first token. RoBERTa: 1 + the padding token; BERT: 0.
       types: number of token types.
       width: of the residual stream.
-      layers: blocks.
-      heads: attention heads; they divide the width.
+      layers: number of blocks.
+      heads: number of attention heads; it divides the width.
       hidden: width of the MLP.
       activation: of the MLP, by its Hugging Face name.
       eps: of the layer norms.
-      head: "classification" of the first token; "mlm", the masked tokens through the
-        embedding; or "none": hidden states, as a sentence encoder gives them to
+      head: "classification" of the first token; "mlm": masked tokens, through the
+        embedding; "none": hidden states, as for the sentence encoders of
         `lorax.models.pooling`.
-      labels: classes of the classification.
-      dropout: of embeddings, of what blocks add and in the classifier, when training;
-        attention weights have none.
+      labels: number of classes.
+      dropout: in training, rate on embeddings, on what blocks add and in the
+        classifier; attention weights have none.
       scan: layers are stacked on axis 0.
       remat: see `lorax.models.remat`.
       dtype: of the computation.
@@ -75,15 +75,15 @@ class Config:
 
     @property
     def stacks(self) -> dict[str, int]:
-        """Layers of every stack."""
+        """Number of layers in every stack."""
         return {"layers": self.layers}
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
-        """Returns the sizes of a config.json; `switches` are head, dropout, scan, ...
+        """Reads a config.json; `switches` set head, dropout, scan, ...
 
-        Without `head` the name in `architectures` decides; a bare encoder has none,
-        or with `labels` one for them.
+        Without `head`, the name in `architectures` decides; a bare encoder has none,
+        or a classification head with `labels`.
         """
         family = config.get("model_type")
         if family not in ("roberta", "bert"):
@@ -153,14 +153,14 @@ HEAD_NAMES: dict[str, Head] = {
     "ForSequenceClassification": "classification",
     "Model": "none",
 }
-"""Ends of names in `architectures`, and the heads that they mean."""
+"""Suffixes of names in `architectures`, and the heads that they mean."""
 
 ARCHITECTURES: dict[str, str] = {
     "classification": "ForSequenceClassification",
     "mlm": "ForMaskedLM",
     "none": "Model",
 }
-"""By head, what follows the name of the family in `architectures`."""
+"""For each head, what follows the name of the family in `architectures`."""
 
 
 OLDER_NORMS = ((r"(.*)\.gamma$", r"\1.weight"), (r"(.*)\.beta$", r"\1.bias"))
@@ -168,7 +168,7 @@ ALIASES = ((r"(embeddings|encoder|pooler)\.", r"roberta.\1."), *OLDER_NORMS)
 """Older names on disk, as `(regex of a prefix, replacement)`."""
 
 HEADS = ("classifier_.*",)
-"""Paths of what a checkpoint may lack and `interop.hf.load` then draws."""
+"""Paths that a checkpoint may lack; `interop.hf.load` then draws them."""
 
 IGNORED = (
     r".*\.position_ids",
@@ -176,12 +176,12 @@ IGNORED = (
     r"lm_head\..*",
     r"classifier\..*",
 )
-"""What this model may leave on disk: buffers, copies of the embedding, a pooler that
+"""What this model may leave unread: buffers, copies of the embedding, a pooler that
 nothing reads, and the head that was not chosen."""
 
 
 def within(config: Config) -> tuple[table.Entry, ...]:
-    """Returns the table of parameters, of an encoder as part of a model with a head."""
+    """Returns the table of parameters for an encoder inside a model with a head."""
     root = config.family
     at = f"{root}.embeddings"
     return (
@@ -195,19 +195,19 @@ def within(config: Config) -> tuple[table.Entry, ...]:
 
 
 def entries(config: Config) -> tuple[table.Entry, ...]:
-    """Returns the table of parameters; a bare encoder's names lack the family's."""
+    """Returns the table of parameters; a bare encoder's names have no family prefix."""
     whole = within(config)
     return table.bare(whole, config.family) if config.head == "none" else whole
 
 
 FURTHER = (within,)
-"""Other tables that a checkpoint may have."""
+"""Other tables that a checkpoint may follow."""
 
 
 def block_entries(
     query: str = "query", key: str = "key", value: str = "value"
 ) -> list[table.Entry]:
-    """Returns the table of one layer, whose projections have these names on disk."""
+    """Returns the entries of one layer, whose projections have these names on disk."""
     heads, width, hidden = ("heads", "head_dim"), ("embed",), ("mlp",)
     linear = functools.partial(table.linear, bias=True)
     return [

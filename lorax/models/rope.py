@@ -1,16 +1,16 @@
-"""Rotary positions, and the ways checkpoints stretch them beyond their training length.
+"""Rotary positions, and how checkpoints stretch them beyond their training length.
 
-Pairs `(x_i, x_{i + d/2})` are turned by the angle `position * rate_i` with
+Pairs `(x_i, x_{i + d/2})` are rotated by the angle `position * rate_i` with
 
     rate_i = base^(-2 i / d),    i = 0 .. d/2 - 1
 
     linear    rate_i / factor
-    llama3    long waves as linear, short ones as they are, between them a blend
-    yarn      likewise by the number of turns in the original length, and all scores
+    llama3    long waves as linear, short ones unchanged, a blend in between
+    yarn      likewise, by the number of turns in the original length; all scores are
               multiplied by the square of 0.1 ln(factor) + 1
-    longrope  rate_i / short_i, in sequences beyond the original length / long_i, and
-              all scores multiplied by 1 + ln(factor) / ln(original)
-    proportional  the first part of the pairs as they are, the others not at all
+    longrope  rate_i / short_i, or rate_i / long_i in sequences beyond the original
+              length; all scores are multiplied by 1 + ln(factor) / ln(original)
+    proportional  only the first `part` of the pairs is rotated, by rate_i / factor
 
 References:
   Su et al., RoFormer, arXiv:2104.09864. Chen et al., arXiv:2306.15595 (linear). Peng et
@@ -48,7 +48,7 @@ RULES = {
     "short_factor": untrusted.listed(_POSITIVE),
     "long_factor": untrusted.listed(_POSITIVE),
 }
-"""What the fields of a rotation must be."""
+"""What values the fields of a rotation may have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +60,15 @@ class Rope:
       kind: one of `KINDS`.
       factor: by which the original length is stretched.
       original: the original length, in tokens.
-      low: llama3: waves longer than `original / low` are stretched whole; yarn's
+      low: llama3: waves longer than `original / low` are fully stretched; yarn's
         beta_slow.
-      high: llama3: waves shorter than `original / high` are left; yarn's beta_fast.
-      attention: yarn and longrope: factor on cosine and sine; None for what the factor
-        gives, `0.1 ln(factor) + 1` and `sqrt(1 + ln(factor) / ln(original))`.
+      high: llama3: waves shorter than `original / high` are unchanged; yarn's
+        beta_fast.
+      attention: yarn and longrope: factor on cosine and sine; None: from `factor`,
+        `0.1 ln(factor) + 1` and `sqrt(1 + ln(factor) / ln(original))`.
       truncate: yarn: the bounds of the blend are rounded to whole pairs.
-      part: of a head that is turned; proportional: of its pairs.
-      short: longrope: by which each pair's rate is divided.
+      part: share of a head that is rotated; proportional: share of its pairs.
+      short: longrope: what each pair's rate is divided by.
       long: longrope: likewise in sequences longer than `original`.
     """
 
@@ -84,7 +85,7 @@ class Rope:
     long: tuple[float, ...] = ()
 
     def rates(self, size: int, *, long: bool = False) -> np.ndarray:
-        """Returns radians a token, float64, of the pairs that are turned.
+        """Returns radians per token, float64, for the pairs that are rotated.
 
         Args:
           size: of a head.
@@ -139,8 +140,8 @@ class Rope:
           positions: int `[batch, time]`.
           size: of a head.
           slots: of the cache, if there is one. Rates of longrope depend on the length
-            of the sequence, and keys in a cache cannot be turned again: a cache with
-            more slots than the original length takes the long ones from its first
+            of the sequence, and keys in a cache cannot be rotated again: a cache with
+            more slots than the original length uses the long rates from its first
             token on, as vLLM does by its longest sequence.
         """
         rates = jnp.asarray(self.rates(size), jnp.float32)
@@ -153,9 +154,9 @@ class Rope:
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns `x: [batch, time, heads, head_dim]`, halves together.
+    """Rotates `x: [batch, time, heads, head_dim]`, pairing its halves.
 
-    What is beyond the pairs that have angles stays as it is.
+    Features beyond the pairs that have angles stay as they are.
     """
     cos, sin = (part.astype(x.dtype) for part in angles)
     pairs = cos.shape[-1]
@@ -181,11 +182,11 @@ def from_hf(
     Args:
       fields: of the config.json.
       positions: its `max_position_embeddings`.
-      partial: the family turns a part of a head, where its config says so.
+      partial: the family rotates a part of a head, if its config says so.
       base: for a config that has none.
 
     Raises:
-      ValueError: a kind or a field that is not implemented, or one that is missing.
+      ValueError: a kind or a field is not implemented, or a field is missing.
     """
     theta = fields.take("rope_theta", RULES["rope_theta"], None)
     scaling = fields.take("rope_scaling", untrusted.TABLE, {})
@@ -205,7 +206,7 @@ def from_hf(
         )
     base = values.pop("rope_theta", None) or theta or base
     if theta is not None and base != theta:
-        raise ValueError(f"config.json: rope_theta is {theta} and {base}")
+        raise ValueError(f"config.json: rope_theta is given as {theta} and as {base}")
     try:
         return _read(kind, float(base), values, positions, partial)
     except ValueError as error:
@@ -262,7 +263,7 @@ def _read(
 
 
 def to_hf(rope: Rope) -> dict[str, Any]:
-    """Returns the fields that transformers of major version 4 and 5 both read."""
+    """Returns the fields that transformers 4 and 5 both read."""
     values: dict[str, Any] = {"rope_type": rope.kind}
     if rope.kind != "default":
         values["factor"] = rope.factor

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Temperature, then the `top_k` likeliest, then the likeliest mass `top_p`.
+    """Temperature, then the `top_k` likeliest tokens, then the likeliest mass `top_p`.
 
     Attributes:
       temperature: divides the logits; 0 takes the likeliest token.
       top_k: number of tokens to choose among; 0: all.
       top_p: the fewest tokens that have at least this probability together (nucleus
         sampling, Holtzman et al., arXiv:1904.09751); 1: all.
-      no_repeat: no sequence of so many tokens comes twice, the prompt's included; 0:
-        they may.
+      no_repeat: no sequence of this many tokens occurs twice, the prompt included; 0:
+        any may.
     """
 
     temperature: float = 0.0
@@ -28,7 +28,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.top_k < 0 or self.no_repeat < 0:
-            raise ValueError(f"{self}: negative numbers make no sense here")
+            raise ValueError(f"{self}: no number may be negative")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}; give a probability in (0, 1]")
 
@@ -62,7 +62,7 @@ class Rule:
 
         Args:
           history: int `[rows, slots]`, the tokens so far.
-          real: bool `[rows, slots]`; what is not real is no part of a sequence.
+          real: bool `[rows, slots]`; what is not real is not part of a sequence.
           index: slot of the next token.
           vocabulary: number of tokens.
         """

@@ -9,7 +9,7 @@ example = vit.example
 HEADS = vit.HEADS
 
 ALIASES = ((r"(embeddings|encoder|post_layernorm|head)\.", r"vision_model.\1."),)
-"""Names on disk of a tower by itself, as `(regex of a prefix, replacement)`."""
+"""Names on disk of a stand-alone tower, as `(regex of a prefix, replacement)`."""
 
 IGNORED = (
     r".*\.position_ids",
@@ -18,5 +18,5 @@ IGNORED = (
     r"vision_model\.head\..*",
     r"classifier\..*",
 )
-"""What this model may leave on disk: buffers, the text tower and what compares the two,
+"""What this model may leave unread: buffers, the text tower and what compares the two,
 and the heads that were not chosen."""

@@ -1,8 +1,8 @@
 """T5: an encoder, and a decoder that reads it; positions are a bias on the scores.
 
-The distance of query and key falls into a bucket, and each head learns a bias per
-bucket, once for all layers of a stack. Scores are not scaled by the head's size. Where
-the head is the embedding, what it reads is scaled by `width ** -0.5`.
+The distance between query and key falls into a bucket, and each attention head learns a
+bias per bucket, shared by all layers of a stack. Scores are not scaled by the head's
+size. If the output head is the embedding, its input is scaled by `width ** -0.5`.
 
 References:
   Raffel et al., Exploring the Limits of Transfer Learning with a Unified Text-to-Text
@@ -47,14 +47,14 @@ class Cache:
     real: jax.Array
 
     def rows(self, index: jax.Array) -> Cache:
-        """Returns the cache of these sequences, as a beam search reorders them."""
+        """Returns the cache with sequences reordered by `index`, for beam search."""
         return Cache(
             self.own.rows(index), self.k[:, index], self.v[:, index], self.real[index]
         )
 
 
 INPUTS = 2
-"""Arrays of tokens that the model is called with."""
+"""Number of arrays of tokens that the model is called with."""
 
 
 def shift_right(targets: jax.Array, config: Config) -> jax.Array:
@@ -66,14 +66,14 @@ def shift_right(targets: jax.Array, config: Config) -> jax.Array:
 def bucket_of(back: jax.Array, config: Config, *, causal: bool) -> jax.Array:
     """Returns the bucket of each pair of query and key.
 
-    The first half of the buckets holds one distance each, the others grow in
-    logarithmic steps up to `max_distance`. They are tabled on the host: logarithms of
+    The first half of the buckets hold one distance each; the others grow in logarithmic
+    steps up to `max_distance`. The table is made on the host, because logarithms on
     accelerators round differently at the edges.
 
     Args:
-      back: int, how far the key lies behind the query.
+      back: int, how far the key is behind the query.
       config: has the number of buckets and the largest distance.
-      causal: no later keys; else half of the buckets are for them.
+      causal: there are no later keys; otherwise half of the buckets are for them.
     """
     count = config.buckets if causal else config.buckets // 2
     exact = count // 2
@@ -89,7 +89,7 @@ def bucket_of(back: jax.Array, config: Config, *, causal: bool) -> jax.Array:
 
 _MIXING = ("q", "k", "v", "attention", "o")
 NAMES = ("input", *_MIXING, *(f"cross_{n}" for n in _MIXING), "gate", "up", "down")
-"""Of a layer's tensors, for `remat`; an encoder's have no cross_."""
+"""Names of a layer's tensors, for `remat`; an encoder has none with cross_."""
 
 
 class Block(nn.Module):
@@ -101,7 +101,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
-        """Maps the residual stream to the next, and the layer's cache."""
+        """Returns the next residual stream and the layer's cache."""
         config = self.config
         x = remat.named(x, "input")
         h = self._norm("norm_attn")(x)
@@ -131,7 +131,7 @@ class Block(nn.Module):
         else:
             h = hf_config.ACTIVATIONS[config.activation](up)
         h = layers.projection(config.width, "down", config)(h)
-        # without a cache nobody keeps the pair
+        # without a cache, the pair is not kept
         return x + self._drop(h), None if kept is None else (kept, pair)
 
     def _heads(self, name: str) -> nn.Module:
@@ -183,7 +183,7 @@ class Stack(nn.Module):
 
 
 class Model(nn.Module):
-    """Inputs and the targets so far, to logits of the next target."""
+    """Maps inputs and the targets so far to logits of the next target."""
 
     config: Config
 
@@ -211,18 +211,18 @@ class Model(nn.Module):
         """Reads inputs and targets.
 
         Args:
-          inputs: int `[batch, inputs]`; None: they are encoded, or in the cache.
+          inputs: int `[batch, inputs]`; None: they are in `encoded` or the cache.
           targets_in: int `[batch, time]`, the targets after `shift_right`.
           real: bool `[batch, inputs]`, False for padding; None: all are real.
           target_real: likewise for the targets.
           encoded: from `encode`, instead of inputs.
           cache: from `cache`. The first call also gets inputs, or what they encode to,
             and keeps their keys and values; later calls get neither.
-          deterministic: no dropout.
-          hidden: what the head reads instead of logits, `[batch, time, width]`.
+          deterministic: True disables dropout.
+          hidden: return what the head reads, `[batch, time, width]`, not logits.
 
         Returns:
-          Logits `[batch, time, vocabulary]`, float32; with a cache also the new one.
+          Logits `[batch, time, vocabulary]`, float32; with a cache, also the new cache.
         """
         if inputs is not None:
             encoded = self.encode(inputs, real=real, deterministic=deterministic)
@@ -270,7 +270,7 @@ class Model(nn.Module):
         elif cache is not None:
             pair, cross_mask = (cache.k, cache.v), cache.real[:, None, None, :]
         else:
-            raise ValueError("no inputs: give inputs, encoded, or a cache with them")
+            raise ValueError("no inputs: give inputs, encoded, or a cache of them")
         shared = {
             "mask": mask,
             "slot": None if before is None else before.index,
@@ -300,7 +300,7 @@ class Model(nn.Module):
         return layers.head_of(params, self.config)
 
     def cache(self, batch: int, length: int, inputs: int) -> Cache:
-        """Returns an empty cache of `length` targets and of as many `inputs`."""
+        """Returns an empty cache for `length` targets and this many inputs."""
         config = self.config
         size = config.heads, config.head_dim
         deep = config.decoder_layers

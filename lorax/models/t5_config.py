@@ -19,20 +19,20 @@ class Config:
     Attributes:
       vocabulary: number of tokens.
       width: of the residual stream.
-      layers: blocks of the encoder.
-      decoder_layers: blocks of the decoder.
-      heads: attention heads.
-      head_dim: size of each; heads * head_dim need not be the width.
+      layers: number of blocks of the encoder.
+      decoder_layers: number of blocks of the decoder.
+      heads: number of attention heads.
+      head_dim: width of a head; heads * head_dim need not be the model's width.
       hidden: width of the MLP.
       activation: of the MLP, by its Hugging Face name.
       gated: the MLP is `down(activation(gate(x)) * up(x))`, as in version 1.1.
-      buckets: of relative positions; half of them for later keys in the encoder.
+      buckets: of relative positions; in the encoder, half of them are for later keys.
       max_distance: from here on, all distances share a bucket.
       eps: of the RMS norms.
       tied: the head is the embedding; else `head/kernel`, without a scale.
-      start: the token that the decoder begins with.
-      dropout: of embeddings, of what blocks add, and of each stack's output, when
-        training; attention weights and the MLP have none.
+      start: token that the decoder begins with.
+      dropout: in training, rate on embeddings, on what blocks add and on the output of
+        each stack; attention weights and the MLP have none.
       scan: layers are stacked on axis 0.
       remat: see `lorax.models.remat`.
       dtype: of the computation.
@@ -61,12 +61,12 @@ class Config:
 
     @property
     def stacks(self) -> dict[str, int]:
-        """Layers of every stack."""
+        """Number of layers in every stack."""
         return {"encoder/layers": self.layers, "decoder/layers": self.decoder_layers}
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
-        """Returns the sizes of a config.json; `switches` are dropout, scan, ..."""
+        """Reads a config.json; `switches` set dropout, scan, ..."""
         fields = hf_config.Fields(config, "t5")
         vocabulary = fields.integer("vocab_size", 32128)
         deep = fields.layers("num_layers", 6)
@@ -128,14 +128,15 @@ def _mlp(fields: hf_config.Fields) -> tuple[str, bool]:
     named = fields.take("feed_forward_proj", untrusted.TEXT, "relu")
     gated = named.startswith("gated-")
     name = "gelu_new" if named == "gated-gelu" else named.removeprefix("gated-")
-    # transformers writes both as fields of their own, which then have the last word
+    # transformers also writes both as fields of their own, which take precedence
     return fields.activation("dense_act_fn", name), fields.flag("is_gated_act", gated)
 
 
 def _buckets(fields: hf_config.Fields) -> tuple[int, int]:
-    """Half of the causal buckets hold one distance each, and the others reach beyond.
+    """The number of buckets and the largest distance.
 
-    The bucket of every distance is tabled, so the largest is bounded.
+    Half of the causal buckets hold one distance each, and the others reach beyond. The
+    bucket of every distance is tabled, so the largest is bounded.
     """
     count = fields.integer("relative_attention_num_buckets", 32, 4, 2**16)
     name = "relative_attention_max_distance"
@@ -149,7 +150,7 @@ def _start(fields: hf_config.Fields, vocabulary: int) -> int:
 
 
 def _tied(fields: hf_config.Fields) -> bool:
-    """The head is the embedding, and scaled: one switch, as in both versions of T5.
+    """Whether the head is the embedding, and scaled: one switch in both T5 versions.
 
     From version 5 on, transformers writes `tie_word_embeddings=true` for every T5, and
     `scale_decoder_outputs` tells the versions apart.

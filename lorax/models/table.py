@@ -1,15 +1,15 @@
-"""Where a tensor of a Hugging Face checkpoint lives in a Flax tree, and back.
+"""Maps tensors of a Hugging Face checkpoint to leaves of a Flax tree, and back.
 
 A family of models describes its parameters once, as a table of `Entry`: the name on
-disk, the path here, whether the matrix lies transposed, and the logical axes that
-sharding rules speak of. `locate` spells the table out for a number of layers.
+disk, the path here, whether the matrix is transposed, and the logical axes that
+sharding rules refer to. `locate` expands the table for a number of layers.
 
 A torch `nn.Linear` keeps `[out, in]`, Flax `[*in, *out]`: the tensor is transposed and
 reshaped to the leaf. GPT-2's `Conv1D` keeps `[in, out]` and is only reshaped. The
 `[out, in, height, width]` of a convolution are the leaf's axes in another order.
 
-Several tensors may make one leaf, each a part of it: the layers of a stack, and what
-`Entry.part` numbers, such as the experts of a layer.
+Several tensors may make up one leaf, each a part of it: the layers of a stack, and what
+`Entry.part` indexes, such as the experts of a layer.
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ class Entry(NamedTuple):
       axes: logical axis of every dimension of one layer's leaf; None: never sharded.
       transposed: the tensor on disk is `[out, in]`.
       inputs: number of leading axes that are inputs; 0: a vector on disk.
-      order: the leaf's axes in their order on disk, those in a tuple as one; None:
-        there they are two, inputs and outputs, or one.
-      part: which part of a layer's leaf the tensor is: its index, of numbers and, for
-        axes that it has whole, None. Transposed, inputs and order speak of the axes
-        that it has.
-      numbers: on disk, of the layers of the stack; None: from 0 on.
+      order: the leaf's axes in their order on disk, those in a tuple merged; None: on
+        disk there are two, inputs and outputs, or only one.
+      part: index of the tensor in a layer's leaf: numbers, and None for an axis that it
+        has whole. `transposed`, `inputs` and `order` refer to the axes that it has.
+      numbers: of the stack's layers on disk; None: from 0 on.
     """
 
     key: str
@@ -57,7 +56,7 @@ class Location(NamedTuple):
     Attributes:
       path: of the leaf.
       layer: index on axis 0 of a leaf that stacks its layers; None: the leaf does not.
-      entry: what it was spelled from.
+      entry: the entry that it comes from.
     """
 
     path: str
@@ -71,7 +70,7 @@ class Location(NamedTuple):
         return own if self.layer is None else (self.layer, *own)
 
     def own(self, leaf: Sequence[T]) -> tuple[T, ...]:
-        """Returns what the tensor has of one item for every axis of the leaf.
+        """Returns the items of the tensor's axes, from one for every axis of the leaf.
 
         Example:
           >>> axes = "experts", "embed", None, "mlp"
@@ -90,7 +89,7 @@ def locate(
 
     Args:
       table: of the family.
-      stacks: `{name: layers}`, the part of a path before `{}`.
+      stacks: `{name: layers}`, by the part of a path before `{}`.
       scan: the layers are stacked, `layers/attn/...`; else `layers_0/attn/...`.
     """
     found = {}
@@ -112,7 +111,7 @@ def nearest(
     scan: bool,
     keys: Collection[str],
 ) -> dict[str, Location]:
-    """Returns `locate` of the table of which the fewest keys are missing on disk."""
+    """Returns `locate` of the table with the fewest keys missing on disk."""
     found = (locate(table, stacks, scan) for table in tables)
     return min(found, key=lambda where: len(where.keys() - keys))
 
@@ -134,7 +133,7 @@ def logical_axes(
 
 
 def _groups(entry: Entry, ndim: int) -> list[tuple[int, ...]]:
-    """The axes of a part that make each axis on disk."""
+    """The axes of a part that make up each axis on disk."""
     if entry.order is not None:
         return [own if isinstance(own, tuple) else (own,) for own in entry.order]
     axes = tuple(range(ndim))
@@ -145,10 +144,10 @@ def _groups(entry: Entry, ndim: int) -> list[tuple[int, ...]]:
 
 
 def from_disk(tensor: np.ndarray, shape: Sequence[int], entry: Entry) -> np.ndarray:
-    """Returns the tensor as a part of `shape` of a layer's leaf, where it can a view.
+    """Returns the tensor as a part of `shape` of a layer's leaf, if possible a view.
 
     Raises:
-      ValueError: it has another number of elements.
+      ValueError: the numbers of elements differ.
     """
     if tensor.size != math.prod(shape):
         raise ValueError(f"shape {list(tensor.shape)} cannot be {list(shape)}")
@@ -169,7 +168,7 @@ def disk_shape(shape: Sequence[int], entry: Entry) -> tuple[int, ...]:
 
 
 def rows_of(entry: Entry, ndim: int) -> int | None:
-    """Returns which axis of a part is the first on disk, where it is one alone."""
+    """Returns which axis of a part is the first on disk; None if it is several."""
     first = _groups(entry, ndim)[0]
     return first[0] if len(first) == 1 else None
 
@@ -190,7 +189,7 @@ def linear(
       path: of the module here, without `/kernel`.
       inputs: logical axes of the inputs.
       outputs: likewise of the outputs.
-      bias: it has one.
+      bias: whether it has a bias.
       transposed: `nn.Linear`; False: `Conv1D`.
     """
     axes = *inputs, *outputs
@@ -201,7 +200,7 @@ def linear(
 
 
 def renamed(key: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """Returns a name on disk after each `(regex of a prefix, replacement)`."""
+    """Applies each `(regex of a prefix, replacement)` to a name on disk."""
     for pattern, new in pairs:
         key = re.sub(f"^{pattern}", new, key, count=1)
     return key
@@ -239,10 +238,10 @@ def embedding(key: str, path: str, rows: str | None = "vocab") -> Entry:
 
 
 def bare(table: Sequence[Entry], root: str) -> tuple[Entry, ...]:
-    """Returns the table of a model without a head, which is not part of another."""
+    """Returns the table of a model by itself, without `root` in front of its keys."""
     return tuple(e._replace(key=e.key.removeprefix(f"{root}.")) for e in table)
 
 
 def inside(key: str, path: str, block: Sequence[Entry]) -> list[Entry]:
-    """Returns the entries of a module's parts with the module's own name in front."""
+    """Returns the entries of a module's parts, prefixed with the module's name."""
     return [e._replace(key=f"{key}.{e.key}", path=f"{path}/{e.path}") for e in block]

@@ -1,6 +1,6 @@
-"""ViT and SigLIP's vision tower: patches of an image, through blocks that norm first.
+"""ViT and SigLIP's vision tower: patches of an image through pre-norm blocks.
 
-A block computes, its norms before its parts,
+A block computes
 
   x = x + attention(norm_attn(x)),   x = x + mlp(norm_mlp(x)).
 
@@ -34,7 +34,7 @@ OLDER_MODULES = vit_config.OLDER_MODULES
 WRITTEN = vit_config.WRITTEN
 
 NAMES = ("input", "q", "k", "v", "attention", "o", "up", "down")
-"""Of a layer's tensors, for `remat`."""
+"""Names of a layer's tensors, for `remat`."""
 
 
 class Block(nn.Module):
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
-        """Maps the residual stream to the next."""
+        """Returns the next residual stream."""
         config = self.config
         norm = functools.partial(layers.layer_norm, config=config)
         linear = functools.partial(layers.projection, config=config, use_bias=True)
@@ -64,7 +64,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Images to logits of their classes, or to what a head or the layers return."""
+    """Maps images to logits of their classes, to pooled states or to hidden states."""
 
     config: Config
 
@@ -74,11 +74,11 @@ class Model(nn.Module):
 
         Args:
           images: `[batch, height, width, channels]`, normalised as in training.
-          deterministic: no dropout.
+          deterministic: True disables dropout.
 
         Returns:
-          Float32 logits `[batch, labels]`; in the computation's dtype pooled `[batch,
-          width]`, or without a head `[batch, positions, width]`.
+          Float32 logits `[batch, labels]`; or, in the compute dtype, pooled states
+          `[batch, width]`, or without a head hidden states `[batch, positions, width]`.
         """
         config = self.config
         drop = nn.Dropout(config.dropout, deterministic=deterministic)
@@ -106,7 +106,7 @@ class Model(nn.Module):
         shape = config.image, config.image, config.channels
         if images.shape[1:] != shape:
             raise ValueError(
-                f"images of shape {list(images.shape[1:])}, and this model reads "
+                f"images of shape {list(images.shape[1:])}, but this model reads "
                 f"{list(shape)}: resize them, as positions are learnt"
             )
         x = nn.Conv(
@@ -150,5 +150,5 @@ class Model(nn.Module):
 
 
 def example(config: Config) -> tuple[jax.Array, ...]:
-    """Returns the smallest input."""
+    """Returns the smallest valid input."""
     return (jnp.zeros((1, config.image, config.image, config.channels)),)

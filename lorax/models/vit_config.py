@@ -22,23 +22,23 @@ class Config:
     """Sizes and switches; the defaults are ViT-base.
 
     Attributes:
-      family: "vit": with a [CLS] token; "siglip": without. It also says how tensors are
-        named on disk.
-      image: height and width of the images, in pixels; other images are refused, as the
+      family: "vit": with a [CLS] token; "siglip": without. It also sets the names of
+        tensors on disk.
+      image: height and width of the images, in pixels; other sizes are refused, as the
         positions of patches are learnt.
-      patch: height and width of a patch, which divides the image.
+      patch: height and width of a patch; it divides the image.
       channels: of the images.
       width: of the residual stream.
-      layers: blocks.
-      heads: attention heads; they divide the width.
+      layers: number of blocks.
+      heads: number of attention heads; it divides the width.
       hidden: width of the MLP.
       activation: of the MLP, by its Hugging Face name.
       eps: of the layer norms.
       biased: queries, keys and values have biases.
-      head: "classification", of [CLS] or of the mean; "pooled", SigLIP's attention from
-        its probe; "none": what the layers return, after the last norm.
-      labels: classes of the classification.
-      dropout: of embeddings and of what blocks add, when training.
+      head: "classification", of [CLS] or of the mean; "pooled": SigLIP's attention from
+        its probe; "none": hidden states, after the last norm.
+      labels: number of classes.
+      dropout: in training, rate on embeddings and on what blocks add.
       scan: layers are stacked on axis 0.
       remat: see `lorax.models.remat`.
       dtype: of the computation.
@@ -75,7 +75,7 @@ class Config:
 
     @property
     def stacks(self) -> dict[str, int]:
-        """Layers of every stack."""
+        """Number of layers in every stack."""
         return {"layers": self.layers}
 
     @property
@@ -85,10 +85,10 @@ class Config:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **switches: Any) -> Config:
-        """Returns the sizes of a config.json; `switches` are head, dropout, scan, ...
+        """Reads a config.json; `switches` set head, dropout, scan, ...
 
-        Without `head` the name in `architectures` decides. Of a whole SigLIP the vision
-        tower is read.
+        Without `head`, the name in `architectures` decides. Of a whole SigLIP, only the
+        vision tower is read.
         """
         kind = config.get("model_type")
         if kind == "vit":
@@ -106,7 +106,7 @@ class Config:
         vision |= {name: config[name] for name in own & set(config)}
         if "SiglipForImageClassification" not in config.get("architectures", ()):
             warnings.warn(
-                "of this siglip checkpoint lorax reads the vision tower; its text "
+                "lorax reads only the vision tower of this siglip checkpoint; its text "
                 "tower is left unread",
                 stacklevel=2,
             )
@@ -146,7 +146,7 @@ class Config:
             labels=switches.pop("labels", None) or fields.labels(),
             **switches,
         )
-        # of the head that predicts masked patches, and of the pooler that nothing reads
+        # for the head that predicts masked patches, and for a pooler that is not read
         fields.finish("encoder_stride", "pooler_act", "pooler_output_size")
         return own
 
@@ -182,7 +182,7 @@ class Config:
 
 
 def _head_names(family: Family, pools: bool) -> dict[str, Head]:
-    """Ends of names in `architectures`, and the heads that they mean."""
+    """Suffixes of names in `architectures`, and the heads that they mean."""
     bare: Head = "pooled" if pools else "none"
     names = ["ViTModel"] if family == "vit" else ["VisionModel", "SiglipModel"]
     return {"ForImageClassification": "classification", **dict.fromkeys(names, bare)}
@@ -198,7 +198,7 @@ OLDER = {
     "layernorm_before": "layernorm_before",
     "layernorm_after": "layernorm_after",
 }
-"""Parts of a ViT's layer by their names on disk; transformers 5 has other modules."""
+"""Parts of a ViT's layer by their names on disk, and as modules of transformers 5."""
 
 OLDER_MODULES = tuple(
     (f"encoder.layer.{{}}.{old}", f"layers.{{}}.{new}") for old, new in OLDER.items()
@@ -218,13 +218,13 @@ WRITTEN = tuple(
     (rf"(vit\.)?layers\.(\d+)\.{new}\.", rf"\1encoder.layer.\2.{old}.")
     for old, new in OLDER.items()
 )
-"""From the names of modules to those on disk, which every version reads."""
+"""From names of modules to names on disk, which every version reads."""
 
 HEADS = ("classifier_out/.*",)
-"""Paths of what a checkpoint may lack and `interop.hf.load` then draws."""
+"""Paths that a checkpoint may lack; `interop.hf.load` then draws them."""
 
 IGNORED = (r"vit\.pooler\..*", r"vit\.embeddings\.mask_token", r"classifier\..*")
-"""What this model may leave on disk: a pooler that nothing reads, the token of masked
+"""What this model may leave unread: a pooler that nothing reads, the token of masked
 patches, and the head that was not chosen."""
 
 SAME = (0, 1, 2)
@@ -233,7 +233,7 @@ _linear = functools.partial(table.linear, bias=True)
 
 
 def within(config: Config) -> tuple[table.Entry, ...]:
-    """Returns the table of parameters, of a tower as part of a model with a head."""
+    """Returns the table of parameters for a tower inside a model with a head."""
     whole = _vit_entries(config) if config.family == "vit" else _siglip_entries(config)
     if config.head == "classification":
         whole += _linear("classifier", "classifier_out", ("embed",), (None,))
@@ -241,13 +241,13 @@ def within(config: Config) -> tuple[table.Entry, ...]:
 
 
 def entries(config: Config) -> tuple[table.Entry, ...]:
-    """Returns the table of parameters; a bare ViT's names lack the family's."""
+    """Returns the table of parameters; a bare ViT's names have no family prefix."""
     bare = config.family == "vit" and config.head == "none"
     return table.bare(within(config), "vit") if bare else within(config)
 
 
 FURTHER = (within,)
-"""Other tables that a checkpoint may have."""
+"""Other tables that a checkpoint may follow."""
 
 
 def _vit_entries(config: Config) -> list[table.Entry]:
@@ -302,7 +302,7 @@ def _siglip_entries(config: Config) -> list[table.Entry]:
 
 
 def _mlp(front: str) -> list[table.Entry]:
-    """The two maps of an MLP, `front` before their names here."""
+    """The two maps of an MLP, with `front` before their names here."""
     width, hidden = ("embed",), ("mlp",)
     return [
         *_linear("mlp.fc1", f"{front}up", width, hidden),

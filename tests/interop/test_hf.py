@@ -292,7 +292,7 @@ def test_index_and_files_agree(made):
         ({"model_type": ["llama"]}, r"config.json: model_type=\['llama'\] is not"),
         ({"num_attention_heads": 2**70}, "num_attention_heads=1180591620717411303424"),
         ({"num_attention_heads": 5}, "num_key_value_heads=2 does not divide num_att"),
-        ({"head_dim": 7}, "head_dim=7; rotary positions need an even one"),
+        ({"head_dim": 7}, "head_dim=7; rotary positions need an even size"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05; it must be a number > 0"),
         ({"rms_norm_eps": False}, "rms_norm_eps=False; it must be a number > 0"),
         ({"tie_word_embeddings": 1.5}, "tie_word_embeddings=1.5; it must be true or"),

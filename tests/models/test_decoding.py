@@ -101,7 +101,7 @@ def test_sampling_is_seeded_and_blind_to_neighbours(tiny):
     assert again[0] == one[0] and again[2] == one[2]
     same = generate((params,), [PROMPTS[0]] * 4, 12, key)
     assert len({tuple(tokens) for tokens in same}) > 1
-    with pytest.raises(ValueError, match="give generate a key"):
+    with pytest.raises(ValueError, match="sampling needs a key"):
         generate((params,), PROMPTS, 12)
 
 
@@ -199,7 +199,7 @@ def test_a_model_with_learnt_positions_ends_at_the_last():
     "kwargs", [{"temperature": -1.0}, {"top_k": -1}, {"no_repeat": -1}]
 )
 def test_rules_are_checked(kwargs):
-    with pytest.raises(ValueError, match="negative numbers"):
+    with pytest.raises(ValueError, match="no number may be negative"):
         sampling.Rule(**kwargs)
     with pytest.raises(ValueError, match="probability in"):
         sampling.Rule(top_p=0.0)

@@ -319,7 +319,7 @@ def told(kind, **fields):
                 rope_parameters={"partial_rotary_factor": 0.5},
                 partial_rotary_factor=0.75,
             ),
-            "partial_rotary_factor is 0.75, and 0.5",
+            "partial_rotary_factor is 0.75, but 0.5",
         ),
         (
             told("phi3", rope_scaling={**LONG_TABLE, "long_factor": None}),

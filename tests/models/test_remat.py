@@ -116,7 +116,7 @@ def test_names_are_no_kernels_and_adapters_train_through_them():
         ("save=q; save=k", "or lists of names"),
         ("keep=q", "or lists of names"),
         ("gather=q", "or lists of names"),
-        ("recompute=q; save=k", "recompute keeps every name that it does not give"),
+        ("recompute=q; save=k", "recompute keeps every name that it does not list"),
         ("save=q,k; offload=k", "k cannot be both saved and offloaded"),
     ],
 )

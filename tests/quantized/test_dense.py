@@ -156,6 +156,8 @@ def test_axes_of_another_kind_decode_for_dora_and_that_is_said():
     rule = lorax.Target("w", rank=2, adapter="dora")
     adapters = programs.perturbed(lorax.init(KEY, {"w": split}, rule, kernels)[0])
     adapted = lorax.adapt(experts)
-    with pytest.warns(lorax.MergeWarning, match="w: Dora reads the kernel, and its ax"):
+    with pytest.warns(
+        lorax.MergeWarning, match="w: Dora reads the kernel, but along other axes"
+    ):
         got = adapted(adapters, {"w": split}, x)
     close(got, experts(lorax.merge(adapters, {"w": split}), x))

@@ -41,7 +41,7 @@ REFUSED = {
     ),
     "unscaled": (
         lambda p, x: jnp.tanh(x @ p["q"].astype(x.dtype)) * p["s"],
-        "multiplies by codes that no scale has met, and none follows at once",
+        "multiplies by unscaled codes, and no scale follows directly",
     ),
     "mixed": (
         lambda p, x: jax.lax.dot(x, p["f"], preferred_element_type=x.dtype),

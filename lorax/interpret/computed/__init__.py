@@ -1,14 +1,14 @@
-"""Which kernels a program computes of its parameters alone, and where.
+"""Which kernels a program computes from its parameters alone, and where.
 
-A model that is quantised by its own code stores integers, or floats of 8 bits, and
-makes a kernel of them with scales, zero points, tables and reshapes. The adapter of
-such a leaf goes beside the kernel, as if the kernel were the leaf. It is
+A model quantised by its own code stores integers or 8-bit floats, and computes a kernel
+from them with scales, zero points, tables and reshapes. The adapter of such a leaf is
+added to the kernel, as if the kernel were the leaf. The kernel is
 
-    the last result that is made of parameters and constants alone, before the views
-    (a transpose, a slice, heads split off) that lead to a linear operation.
+    the last result computed from parameters and constants alone, before the views
+    (a transpose, a slice, a split into heads) that lead to a linear operation.
 
-Where no scale has met the codes by then, the one that follows the product is a part of
-the kernel, and the branch joins behind it: `y = (x @ q) * s + branch(x)`.
+If no scale has been applied to the codes by then, the one that follows the product is
+part of the kernel, and the branch is added after it: `y = (x @ q) * s + branch(x)`.
 
 A value that the program names by `checkpoint_name` is a kernel of that name.
 """
@@ -34,14 +34,14 @@ def plan_of(
     """Returns where a program computes kernels.
 
     Args:
-      program: with all leaves that count as inputs.
+      program: with all leaves of interest as inputs.
       leaves: arrays, shapes and quantised leaves, by path.
       wanted: paths and names; None for all.
     """
     plan = _passed(program, Flow({p: leaves[p] for p in program.paths}, wanted))
     if wanted is not None:
         return plan
-    # a name of many values, for a policy of jax.checkpoint say, hides none of them
+    # a name of many values, say for a jax.checkpoint policy, must hide none of them
     common = {p for p in plan.kernels if p in plan.refused and p not in leaves}
     if not common:
         return plan

@@ -1,4 +1,4 @@
-"""The scale that follows a product of codes."""
+"""The scale that follows a product with codes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorax.interpret.computed.made import Made
 FOLLOWED = (
     "convert_element_type transpose reshape broadcast_in_dim squeeze copy"
 ).split()
-"""What may lie between a product and the scale that follows it."""
+"""What may come between a product and the scale that follows it."""
 
 
 Env = Mapping[core.Var, Made | None]
@@ -21,7 +21,7 @@ Readers = Mapping[core.Var, list[core.JaxprEqn | None]]
 
 
 def readers_of(jaxpr: core.Jaxpr) -> Readers:
-    """The equations that read each variable; None for a result of the whole."""
+    """The equations that read each variable; None for a result of the whole jaxpr."""
     readers: dict[core.Var, list[core.JaxprEqn | None]] = {}
     each: list[tuple[core.JaxprEqn | None, Sequence[jax.core.Atom]]]
     each = [*((eqn, eqn.invars) for eqn in jaxpr.eqns), (None, jaxpr.outvars)]
@@ -35,9 +35,9 @@ def readers_of(jaxpr: core.Jaxpr) -> Readers:
 def to_scale(
     eqn: core.JaxprEqn, readers: Readers, env: Env
 ) -> tuple[list[core.JaxprEqn], list[Made]]:
-    """The equations from a product to the last scale right behind it, and the scales.
+    """The equations from a product to the last scale right after it, and the scales.
 
-    A scale is made of parameters; a number before it is a part of it.
+    A scale is made of parameters; a number before it is part of it.
     """
     found: list[core.JaxprEqn] = []
     scales: list[Made] = []
@@ -61,7 +61,7 @@ def to_scale(
 
 
 def _goes_on(eqn: core.JaxprEqn, var: core.Var) -> bool:
-    """True for what a product may meet before its scale."""
+    """True for operations that a product may go through up to its scale."""
     name = eqn.primitive.name
     if name == "div":
         return eqn.invars[0] is var

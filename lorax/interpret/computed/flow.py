@@ -39,8 +39,8 @@ KERNELS = {
 }
 """Linear operations, and the operands that may be kernels."""
 INTEGERS = (
-    "multiplies integers by integers: the activation is quantised as well, and a "
-    "branch beside the product reads it as it was before; multiply floats, as in "
+    "multiplies integers by integers: the activation is quantised as well, but an "
+    "adapter branch would read it unquantised; multiply floats, as in "
     "x @ (q * scale) or (x @ q.astype(x.dtype)) * scale, or leave the leaf out"
 )
 CAST = "cast the kernel to the dtype of the activation first"
@@ -53,7 +53,7 @@ Values = Sequence[Made | None]
 
 
 class Flow:
-    """A pass over a program; None stands for a value that its inputs have a part in."""
+    """A pass over a program; None stands for a value that depends on its inputs."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Flow:
         Args:
           leaves: arrays, shapes and quantised leaves, by path.
           wanted: paths and names; None for all.
-          skipped: names that are left alone.
+          skipped: names to leave alone.
         """
         self.coded = {p: leaf for p, leaf in leaves.items() if tree.is_coded(leaf)}
         self.sizes = {
@@ -79,15 +79,15 @@ class Flow:
         self.refused: dict[str, str] = {}
 
     def key(self, *how: Hashable) -> int:
-        """Returns the number of a value that is made so."""
+        """Returns the number of a value that is made this way."""
         return self.keys.setdefault(how, len(self.keys))
 
     def constant(self, which: Hashable) -> Made:
-        """Returns what is known of a constant."""
+        """Returns what is known about a constant."""
         return Made(self.key("constant", which))
 
     def leaf(self, path: str) -> Made:
-        """Returns what is known of a leaf."""
+        """Returns what is known about a leaf."""
         scale: Scale = "done"
         if path in self.coded:
             scale = "possible" if tree.is_floating(self.coded[path]) else "needed"
@@ -96,7 +96,7 @@ class Flow:
         )
 
     def run(self, body: Body, given: Values, scope: Scope) -> list[Made | None]:
-        """Returns what is known of a jaxpr's results."""
+        """Returns what is known about a jaxpr's results."""
         jaxpr = opened(body)
         inputs = [*jaxpr.constvars, *jaxpr.invars]
         own = map(self.constant, inputs[: len(inputs) - len(given)])
@@ -124,7 +124,7 @@ class Flow:
         return [read(v) for v in jaxpr.outvars]
 
     def step(self, eqn: core.JaxprEqn, values: Values, place: Scope) -> Values:
-        """Returns what is known of an equation's results."""
+        """Returns what is known about an equation's results."""
         name = eqn.primitive.name
         if name in ENTERED:
             return self.enter(eqn, bodies(eqn), values, place)
@@ -142,7 +142,7 @@ class Flow:
     def enter(
         self, eqn: core.JaxprEqn, inside: Bodies, values: Values, place: Scope
     ) -> Values:
-        """Returns what is known of what an equation's bodies give."""
+        """Returns what is known about the results of an equation's bodies."""
         name, handed = eqn.primitive.name, unchanged.handed_on(eqn)
         given, first = [*values[inside.skipped :]], inside.consts + inside.carried
         for i in range(inside.consts, first):
@@ -161,7 +161,7 @@ class Flow:
         return [self.made(eqn, made, place, i) for i, _ in enumerate(handed)]
 
     def layer(self, value: Made | None, loop: Scope) -> Made | None:
-        """Returns what is known of one step of a scanned value."""
+        """Returns what is known about one step of a scanned value."""
         if value is None:
             return None
         key = self.key("layer", value.key)
@@ -170,7 +170,7 @@ class Flow:
     def made(
         self, eqn: core.JaxprEqn, given: Sequence[Made], place: Scope, result: int
     ) -> Made:
-        """Returns what is known of a result that is made of nothing else."""
+        """Returns what is known about a result made of known values alone."""
         kind, name = aval(eqn.outvars[result]), eqn.primitive.name
         how = place if name in ENTERED else (name, str(eqn.params))
         coded = [value for value in given if self.paths(value)]
@@ -215,7 +215,7 @@ class Flow:
         return name not in self.sizes or name in self.coded
 
     def owners(self, leaves: Collection[str]) -> list[str]:
-        """The largest leaf if it holds codes; several where they are of one size."""
+        """The largest leaf if it holds codes; several if they are of the same size."""
         size = max((self.sizes[path] for path in leaves), default=0)
         largest = [path for path in sorted(leaves) if self.sizes[path] == size]
         return largest if {*largest} <= self.coded.keys() else []
@@ -225,13 +225,13 @@ class Flow:
         return [site.path for site in value.sites] or self.owners(value.leaves)
 
     def refuse(self, values: Iterable[Made], reason: str) -> None:
-        """Notes why no factors can go beside what some values are or hold."""
+        """Records why kernels that some values are or hold cannot be adapted."""
         for value in values:
             for path in self.paths(value):
                 self.refused.setdefault(path, reason)
 
     def product(self, eqn: core.JaxprEqn, values: Values, place: Scope) -> None:
-        """Notes a linear operation, one operand of which is a kernel."""
+        """Records a linear operation, one operand of which is a kernel."""
         name, line = eqn.primitive.name, line_of(eqn)
         found = [(i, v) for i, v in enumerate(values) if v and self.paths(v)]
         (at, value), kinds = found[0], [aval(v) for v in eqn.invars]
@@ -247,7 +247,7 @@ class Flow:
             self.refuse([value], f"{line} multiplies by {kinds[at].dtype}; {CAST}")
 
     def plan(self) -> Plan:
-        """Returns what was found, in the walker's words."""
+        """Returns what was found, as a plan for the walker."""
         groups: dict[str, list[Site]] = {}
         first: dict[str, tuple[Product, Site]] = {}
         for product in self.products.values():
@@ -291,7 +291,7 @@ class Flow:
         )
 
     def judge(self, product: Product, site: Site, other: Product, first: Site) -> None:
-        """Notes why a kernel that a product reads gets no factors."""
+        """Records why a kernel that a product reads cannot be adapted."""
         here = line_of(product.eqn)
         alike = [s.path for s in product.sites if s[1:3] == site[1:3]]
         if len(alike) > 1:
@@ -305,8 +305,8 @@ class Flow:
             reason = f"it stands for two different kernels, at {lines}; {NAME}"
         elif site.made.scale == "needed" and not product.after:
             reason = (
-                f"{here} multiplies by codes that no scale has met, and none follows "
-                f"at once; scale the kernel, or the product right behind it, or {NAME}"
+                f"{here} multiplies by unscaled codes, and no scale follows directly; "
+                f"scale the kernel, or the product right after it, or {NAME}"
             )
         else:
             return

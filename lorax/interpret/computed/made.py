@@ -1,4 +1,4 @@
-"""What is known of a value that a program makes of parameters alone."""
+"""What is known about a value that a program makes from parameters alone."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from lorax.interpret.terms.tracked import Scope
 from lorax.interpret.uses.equations import aval
 
 Scale = Literal["needed", "possible", "done"]
-"""Whether a scale has met the codes: integers need one, other numbers may have one."""
+"""Whether the codes are scaled: integers need a scale, other numbers may have one."""
 
 
 VIEWS = (
     "transpose squeeze slice split unstack rev copy copy_p name stop_gradient "
     "sharding_constraint layout_constraint reshard"
 ).split()
-"""What may lie between a kernel and a product, besides casts and splits of axes."""
+"""What may come between a kernel and a product, besides casts and splits of axes."""
 JOINS = "concatenate stack".split()
 UNSCALED = (
     "convert_element_type bitcast_convert_type and or xor not shift_left "
     "shift_right_logical shift_right_arithmetic sub add neg rem reshape "
     "broadcast_in_dim pad select_n clamp max min gather dynamic_slice"
 ).split()
-"""What scales no codes, besides views, joins, and products with constants."""
+"""What does not scale codes, besides views, joins, and products with constants."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """What is known of a value that is made of parameters and constants alone.
+    """What is known about a value that is made from parameters and constants alone.
 
     Attributes:
       key: equal for equal values.
-      leaves: that it is made of.
-      loops: the scans of which every step has its own, the outermost first.
-      decoding: the equations that make it of codes.
-      scale: what the codes have met.
+      leaves: the leaves that it is made from.
+      loops: the scans in which every step has its own value, the outermost first.
+      decoding: the equations that make it from codes.
+      scale: whether the codes are scaled.
       sites: the kernels that it is, or is a view of.
       is_leaf: True for a leaf and its views.
     """
@@ -63,9 +63,9 @@ class Site(NamedTuple):
     Attributes:
       path: of the leaf, or its name.
       place: the equation that makes it.
-      result: which result of it.
+      result: which of its results.
       kind: shape and dtype.
-      made: how.
+      made: how it is made.
     """
 
     path: str
@@ -81,9 +81,9 @@ class Product(NamedTuple):
     Attributes:
       eqn: the operation.
       sites: the kernels.
-      after: the equations that lead from it to a scale that follows, () without one.
+      after: the equations that lead from it to a scale that follows; () without one.
       scale: keys of that scale.
-      parts: the leaves that it is made of.
+      parts: the leaves that the scale is made from.
     """
 
     eqn: core.JaxprEqn
@@ -94,7 +94,7 @@ class Product(NamedTuple):
 
 
 def is_scaled(site: Site) -> bool:
-    """True where a scale has met the codes before the product."""
+    """True if the codes are scaled before the product."""
     return site.made.scale == "done"
 
 
@@ -121,13 +121,13 @@ def with_sites(
 
 
 def stacked(site: Site) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a kernel, steps of loops in front."""
+    """Shape and dtype of a kernel, with the steps of loops in front."""
     stack = (loop[-1].params["length"] for loop in site.made.loops)
     return jax.ShapeDtypeStruct((*stack, *site.kind.shape), site.kind.dtype)
 
 
 def is_view(eqn: core.JaxprEqn) -> bool:
-    """True for what leads from a kernel to a product, and decodes nothing."""
+    """True for operations between a kernel and a product that decode nothing."""
     name = eqn.primitive.name
     if name in VIEWS:
         return True
@@ -141,7 +141,7 @@ def is_view(eqn: core.JaxprEqn) -> bool:
 
 
 def scale_of(eqn: core.JaxprEqn, given: Sequence[Made], coded: Sequence[Made]) -> Scale:
-    """What the codes of a result have met."""
+    """Whether the codes of a result are scaled."""
     name = eqn.primitive.name
     if not coded:
         return "done"

@@ -1,4 +1,4 @@
-"""Higher-order primitives: entered, and built again with their parameters.
+"""Higher-order primitives: entered, and rebuilt with their parameters.
 
 A `Tracked` view is a pytree, so it passes through `jax.jit`, `lax.scan` and the rest
 like any argument; its factors are sliced, carried and sharded with it.
@@ -42,7 +42,7 @@ def _constrain(value: Value, sharding: jax.sharding.Sharding | None) -> Value:
     if not isinstance(sharding, NamedSharding):
         return value
     if isinstance(value, Tracked) and isinstance(value.value, Coded):
-        return value  # it lies as its packed arrays do
+        return value  # it is sharded as its packed arrays are
     constrained = jax.lax.with_sharding_constraint(frozen(value), sharding)
     if isinstance(value, Tracked):
         return Tracked(constrained, value.terms)
@@ -92,7 +92,7 @@ _State = tuple[jax.Array, list[jax.Array]]
 
 @rule("while")
 def while_(walker: Walker, eqn: JaxprEqn, values: Values) -> Values:
-    """`lax.while_loop`; a kernel carried round unchanged is a constant of the loop."""
+    """`lax.while_loop`; a kernel carried unchanged is a constant of the loop."""
     params = eqn.params
     test, body = params["cond_jaxpr"], params["body_jaxpr"]
     n, m = params["cond_nconsts"], params["body_nconsts"]
@@ -158,7 +158,7 @@ def scan(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
 
 
 class _Rest:
-    """The results of an equation without the kernels it hands on as they are."""
+    """The results of an equation, without the kernels that it returns unchanged."""
 
     def __init__(self, walker: Walker, eqn: JaxprEqn, values: Values) -> None:
         self.walker, self.eqn, self.values = walker, eqn, values
@@ -168,12 +168,12 @@ class _Rest:
         ]
 
     def of(self, outs: Values) -> list[jax.Array]:
-        """Returns what a body has to return: the other results, merged."""
+        """Returns what a body must return: the other results, merged."""
         given = zip(outs, self.places, strict=True)
         return [self.walker.merged(o, self.eqn) for o, place in given if place is None]
 
     def whole(self, outs: Values) -> list[Value]:
-        """Returns all results: the kernels are the views outside."""
+        """Returns all results, with the outer views in place of the kernels."""
         given = iter(outs)
         return [next(given) if p is None else self.values[p] for p in self.places]
 
@@ -183,7 +183,7 @@ def _fold(key: jax.Array | None, step: jax.Array | None) -> jax.Array | None:
 
 
 def _cuttable(walker: Walker, eqn: JaxprEqn, value: Value) -> Value:
-    """What a scan can cut: a view whose arrays are stacks of kernels, or an array."""
+    """What a scan can slice: a view whose arrays are stacks of kernels, or an array."""
     if not _stacked(value):
         return walker.merged(value, eqn)
     if not isinstance(value, Tracked) or not isinstance(value.value, Coded):
@@ -218,7 +218,7 @@ def _layer(value: Value) -> Value:
 
 @rule("shard_map")
 def shard_map(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
-    """`jax.shard_map`: factors are split as the kernel's axes are, rank unsharded."""
+    """`jax.shard_map`: factors are split as the kernel's axes are, but for the rank."""
     params = eqn.params
     if any(
         not term.whole(d, value.value.shape) or term.added(d)
@@ -260,7 +260,7 @@ def shard_map(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
 
 
 def _divisible(value: Value) -> Value:
-    """A view whose arrays can be cut as its kernel is: packed ones of a leaf can."""
+    """A view whose arrays can be split as its kernel is: packed ones of a leaf can."""
     if not isinstance(value, Tracked) or not isinstance(value.value, Coded):
         return value
     leaf = value.value.leaf

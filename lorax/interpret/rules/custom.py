@@ -1,13 +1,13 @@
 """Kernels inside a function with a derivative rule of its own.
 
-The rule is written for the dense operand, and stays: the frozen kernel goes through the
-function whole, backward pass and all. Beside it, where the function is linear in the
-kernel, its body is followed for the branch alone,
+The rule is written for the dense operand and is kept: the frozen kernel goes through
+the function whole, backward pass included. If the function is linear in the kernel, its
+body is also followed for the branch alone,
 
     f(x, W0 + a b) = f(x, W0) + f(x, a b)
 
-and differentiated as it is written. A body that hands the kernel on (a rule for the
-kernel's own gradient), or that is not linear in it, is merged.
+and differentiated as it is written. If a body passes the kernel on (a rule for the
+kernel's own gradient) or is not linear in it, the kernel is merged.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class _BranchOnly:
         return self.visitor.decoded(walker, eqn, view)
 
     def custom(self, walker: Walker, eqn: JaxprEqn, paths: tuple[str, ...]) -> bool:
-        return True  # the outer rule has been asked for
+        return True  # the visitor is asked about the outer rule
 
 
 class _BranchWalker(Walker):
@@ -117,7 +117,7 @@ def _body(walker: Walker, eqn: JaxprEqn, visitor: Visitor) -> _BranchWalker:
 
 
 def _added(walker: Walker, eqn: JaxprEqn, values: Values) -> jax.Array:
-    """The part of a result that a part of one operand, or of two, leads to."""
+    """The part of a result that comes from the parts of one operand, or of two."""
     name, shape = eqn.primitive.name, aval(eqn.outvars[0]).shape
     is_part = [isinstance(value, Part) for value in values]
     arrays = [v.branch if isinstance(v, Part) else frozen(v) for v in values]
@@ -145,9 +145,9 @@ def _added(walker: Walker, eqn: JaxprEqn, values: Values) -> jax.Array:
 
 @rule("custom_jvp_call", "custom_vjp_call")
 def custom(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
-    """The function on the frozen kernels, and the branches of a body linear in them.
+    """The function on the frozen kernels, plus the branches of a body linear in them.
 
-    What a lookup gave may be kernels of a stack; where the body does not use it as
+    The result of a lookup may be kernels of a stack; if the body does not use it as
     such, it is an activation, and the other kernels are tried without it. A sweep of
     our own is entered instead: see `sweeps`.
     """
@@ -165,7 +165,7 @@ def custom(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
 
 
 def _beside(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
-    """The function's results with the branches added; None where it is not linear."""
+    """The function's results with the branches added; None if it is not linear."""
     if any(isinstance(value, Pending) for value in values):
         return None
     if not any(value.terms for value in values if isinstance(value, Tracked)):

@@ -4,9 +4,9 @@
     w[ids] of experts `[experts, in, out]`           x a[ids] b[ids]
 
 Both are the same equation; what follows tells them apart. The result is a view of the
-kernels where a dot contracts it with an activation and in and out axes are left, and a
-lookup where it meets anything else. Under discover it stays undecided until then; under
-`adapt` the adapter's axes have decided.
+kernels if a dot contracts it with an activation and in and out axes are left, and a
+lookup if it meets anything else. Under `discover` it stays undecided until then; under
+`adapt` the adapter's axes have already decided.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def gather(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
         return None
     if _rows_of_a_table(view, taken.axis):
         return walker.frozen(eqn, values)
-    if view.looked_up:  # of what was chosen before: still rows, or kernels
+    if view.looked_up:  # taken from an earlier gather: still rows, or kernels
         known = [term.lookup for term in view.terms]
         return [_kernels(walker, view, taken, known)]
     kinds = {t.kind(taken.axis) for t in view.terms if t.factors is not None}
@@ -90,7 +90,7 @@ def _kernels(
 
 
 def _with_factors(term: Term, new: Term, taken: Taken) -> Term:
-    """Takes the same kernels of every factor, laid out as the new view has them."""
+    """Takes the same kernels from every factor, laid out as in the new view."""
     if term.factors is None:
         return new
     old = term.dims("batch")

@@ -45,7 +45,7 @@ def _moved(term: Term, dim: int, offset: int) -> Term:
 
 @rule("pad")
 def pad(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
-    """A kernel within a border: its block lies further in."""
+    """A kernel within a border: its block moves inwards."""
     config = eqn.params["padding_config"]
     if any(min(low, high, inside) < 0 or inside for low, high, inside in config):
         return None
@@ -86,7 +86,7 @@ def stack(walker: Walker, eqn: JaxprEqn, values: Values) -> Values:
 def _stacked(walker: Walker, eqn: JaxprEqn, values: Values, axis: int) -> Values:
     """Stacks views that have a dimension of length one there.
 
-    Kernels alike become one stack with one pair of factors, which a scan or an index
+    Similar kernels become one stack with one pair of factors, which a scan or an index
     takes apart; others keep a term each, in its own place along the axis.
     """
     result = walker.view(eqn, values)[0]
@@ -103,7 +103,7 @@ def _stacked(walker: Walker, eqn: JaxprEqn, values: Values, axis: int) -> Values
 
 
 def _fused(values: Values, axis: int, shape: Sequence[int]) -> Term | None:
-    """One term for a stack of kernels alike; None where they differ."""
+    """One term for a stack of similar kernels; None if they differ."""
     groups = [value.terms if isinstance(value, Tracked) else () for value in values]
     terms = [term for group in groups for term in group]
     if len(values) < 2 or not terms or any(len(group) > 1 for group in groups):
@@ -127,9 +127,9 @@ def _fused(values: Values, axis: int, shape: Sequence[int]) -> Term | None:
 
 
 def _fused_factors(found: Sequence[Factors | None], new: Term, axis: int) -> Factors:
-    """Stacks factors along a batch axis: ranks padded by zeros, no adapter is zero."""
+    """Stacks factors along a batch axis: ranks padded by zeros, zero for no adapter."""
     place = new.dims("batch").index(axis)
-    n = len(new.dims("batch")) - 1  # of each kernel: its rank stands at n in b
+    n = len(new.dims("batch")) - 1  # of each kernel, whose rank is axis n of b
     known = [factors for factors in found if factors is not None]
     rank = max(factors.a.shape[-1] for factors in known)
 
@@ -152,22 +152,22 @@ def _fused_factors(found: Sequence[Factors | None], new: Term, axis: int) -> Fac
 def _filled(
     arrays: Sequence[jax.Array | None], like: jax.Array, fill: float, place: int
 ) -> jax.Array:
-    """Stacks arrays, a constant where there is none."""
+    """Stacks arrays, with a constant where there is none."""
     rest = jnp.full(like.shape, fill, like.dtype)
     return jnp.stack([rest if array is None else array for array in arrays], place)
 
 
 @rule("sub")
 def subtract(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
-    """A kernel less another."""
+    """A kernel minus another."""
     return total(walker, eqn, values)
 
 
 def total(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
     """The sum or difference of two kernels: the terms of both.
 
-    Under `adapt` one of them may be any array of the same shape: discover has seen that
-    the other is a kernel. A gain would multiply both: such kernels are merged.
+    Under `adapt` one of them may be any array of the same shape: `discover` has seen
+    that the other is a kernel. A gain would multiply both, so such kernels are merged.
     """
     whole = aval(eqn.outvars[0]).shape
     if any(aval(v).shape != whole for v in eqn.invars):

@@ -36,10 +36,10 @@ def add(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
 
 
 def _add_rescaled(walker: Walker, eqn: JaxprEqn, values: Values) -> jax.Array:
-    """The addition to a result with a gain: a bias joins it before its gradient does.
+    """The addition to a result with a gain: only a bias is added by `rescale.total`.
 
-    The gain's gradient is read off the sum, so that nothing else need be kept; from a
-    residual, which may be far larger than the result, it could not be told apart.
+    The gain's gradient is then read off the sum, so nothing else need be kept. With a
+    residual, which may be far larger than the result, it could not be recovered.
     """
     for value, other, atom in zip(values, values[::-1], eqn.invars[::-1], strict=True):
         if not isinstance(value, Pending) or isinstance(other, Pending | Tracked):

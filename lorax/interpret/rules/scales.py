@@ -2,7 +2,7 @@
 
 (W0 + a b) * v[out] = W0 * v + a (b * v)      v[in] likewise, through a
 
-A branch that is not a thin product is scaled by numbers alone, one for each kernel of a
+A branch that is not a thin product is scaled only by numbers, one for each kernel of a
 stack: c (W0 + C) = c W0 + c C.
 """
 
@@ -53,7 +53,7 @@ def scale(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
         return None
     (operand,) = kernels
     atom = eqn.invars[1 - operand]
-    # a scalar or a vector that is itself a leaf is no kernel
+    # a scalar or a vector that is itself a leaf is not a kernel
     other = walker.merged(values[1 - operand], eqn)
     given: list[Value] = [other, other]
     given[operand] = values[operand]
@@ -113,7 +113,7 @@ def _multiplied(both: tuple[jax.Array, LinearMap], x: jax.Array) -> jax.Array:
 
 
 def _noted(term: Term, varied: Sequence[int]) -> Term | None:
-    """Under discover: which of the leaf's axes must not be parted into in and out."""
+    """Under discover: notes the leaf's axes that must all be in, or all be out."""
     scaled = term.sized({axis for d in varied for axis in term.labels[d]})
     present = term.sized({axis for label in term.labels for axis in label})
     if len(scaled) < 2:

@@ -1,6 +1,6 @@
 """Parts of a kernel: slices, blocks, layers of a stack, and a kernel made of shards.
 
-Each factor that owns a sliced dimension is sliced; one that is left whole is untouched.
+Each factor that owns a sliced dimension is sliced; one that stays whole is untouched.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def slice_(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
 def _cut(
     terms: Sequence[Term], dim: int, bound: tuple[int, int, int]
 ) -> tuple[Term, ...]:
-    """Cuts one dimension of the view to `range(*bound)`; what is left of each term."""
+    """Cuts one dimension of the view to `range(*bound)`; returns what is left."""
     low, high, stride = bound
     put = lambda t, x: t[:dim] + (x,) + t[dim + 1 :]
     kept = []
@@ -109,7 +109,7 @@ def dynamic_slice(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | Non
                 continue
             if not term.whole(dim, shape):
                 return None
-            # the primitive clamps, and its index is not to be read as from the end
+            # the primitive clamps; a negative index does not count from the end
             begin = jnp.clip(indices[dim], 0, shape[dim] - size)
             term = term.edit(
                 dim,

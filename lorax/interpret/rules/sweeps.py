@@ -1,7 +1,7 @@
-"""Sums over chunks, `lorax._sweep`: made again around a step with the branches.
+"""Sums over chunks, `lorax._sweep`: rebuilt around a step with the branches.
 
-A branch is linear in what its backward pass begins with, so the factors' gradients can
-be made in the sweep too.
+The backward pass of a branch is linear in its cotangent, so the factors' gradients can
+be computed in the sweep too.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lorax.interpret.walker import Value, Values, Walker
 
 
 class Sweep(NamedTuple):
-    """The loop of `_sweep.swept`, as a program shows it.
+    """The loop of `_sweep.swept`, as it appears in a program.
 
     Attributes:
       loop: the scan.
       shared: for each constant of the scan, which operand of the equation it is.
-      chunks: likewise for what the scan cuts.
+      chunks: likewise for what the scan slices.
     """
 
     loop: JaxprEqn
@@ -34,7 +34,7 @@ class Sweep(NamedTuple):
 
 
 def read(eqn: JaxprEqn) -> Sweep | None:
-    """Returns the loop of an equation that is a sweep, None of any other."""
+    """Returns the loop of an equation that is a sweep; None for any other."""
     body = opened(called(eqn))
     loops = [e for e in body.eqns if e.primitive.name == "scan" and _is_sweep(e)]
     if not loops:
@@ -53,7 +53,7 @@ def _is_sweep(loop: JaxprEqn) -> bool:
 
 
 def sweep(walker: Walker, eqn: JaxprEqn, found: Sweep, values: Values) -> Values:
-    """Returns the sums of a sweep that kernels enter."""
+    """Returns the sums of a sweep that has kernels among its operands."""
     key = walker.fork_key()
     if not walker.visitor.derives:
         return walker.inner(eqn, key).run(called(eqn), values)
@@ -75,10 +75,10 @@ def sweep(walker: Walker, eqn: JaxprEqn, found: Sweep, values: Values) -> Values
 
 
 def _dense_once(value: Value) -> Value:
-    """A quantised kernel decoded before the loop: no backward pass would keep it."""
+    """Decodes a quantised kernel before the loop: no backward pass would keep it."""
     if not isinstance(value, Tracked) or not isinstance(value.value, Coded):
         return value
     leaf = value.value.leaf
     if leaf is not None and leaf.activations:
-        return value  # it multiplies by its integers
+        return value  # its integers are multiplied as they are
     return Tracked(value.array, value.terms)

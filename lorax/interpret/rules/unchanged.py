@@ -1,4 +1,4 @@
-"""Which results of a body are operands handed on as they are.
+"""Which results of a body are operands that it returns unchanged.
 
 A loop or a branch that returns a kernel unchanged (`nnx.scan` and `nnx.remat` return
 all of a layer's state) does not use it: the view outside stands for the result, and
@@ -16,7 +16,7 @@ from lorax.interpret.uses.equations import Bodies, Body, bodies, opened
 FOLLOWED = (
     "jit pjit remat2 checkpoint closed_call core_call cond while scan shard_map"
 ).split()
-"""Primitives whose bodies may hand operands on."""
+"""Primitives whose bodies may return operands unchanged."""
 
 
 def sources(body: Body) -> list[int | None]:
@@ -55,10 +55,10 @@ def handed_on(eqn: JaxprEqn) -> list[int | None]:
 def _operand(
     eqn: JaxprEqn, inside: Bodies, result: int, found: set[int | None]
 ) -> int | None:
-    """The operand that all bodies hand on as a result, None where they do not.
+    """The operand that all bodies return as a result; None if they do not.
 
     A carry has to stay in its own place, a scanned operand becomes a stacked result,
-    and what a shard_map splits it has to join alike.
+    and a shard_map has to join its results as it splits its operands.
     """
     place = found.pop()
     if place is None or found:

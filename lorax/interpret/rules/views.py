@@ -45,7 +45,7 @@ def viewed(
 
 
 def part(result: jax.Array | Coded, terms: Sequence[Term]) -> Value:
-    """A view, or a plain array where nothing is left to be said of it."""
+    """A view, or a plain array if no terms are left."""
     if isinstance(result, Coded) or terms:
         return Tracked(result, tuple(terms))
     return result
@@ -69,7 +69,7 @@ def convert(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
 def barrier(walker: Walker, eqn: JaxprEqn, values: Values) -> Values:
     """Operations over several operands, some of them kernels."""
     if any(isinstance(v, Tracked) and isinstance(v.value, Coded) for v in values):
-        return values  # there is no array yet to be held back, or moved
+        return values  # there is no array yet to hold back or to move
     results = walker.frozen(eqn, values)
     return [
         Tracked(result, value.terms) if isinstance(value, Tracked) else result
@@ -167,7 +167,7 @@ def reshape(walker: Walker, eqn: JaxprEqn, values: Values) -> Values | None:
 def _repeated(
     term: Term, places: Sequence[int], old: Sequence[int], shape: tuple[int, ...]
 ) -> Term | None:
-    """A kernel repeated along new dimensions: a stack of equals, factors as well."""
+    """A kernel repeated along new dimensions: a stack of equal kernels and factors."""
     labels: list[tuple[int, ...]] = [()] * len(shape)
     start, block = [0] * len(shape), list(shape)
     for d, j in enumerate(places):

@@ -1,9 +1,9 @@
-"""A kernel without a dense value: packed arrays, and what makes the kernel of them.
+"""A kernel without a dense value: packed arrays, and how to make the kernel from them.
 
 The program sees a quantised leaf as the dense array that it stands for. In the walk it
-is a `Coded`, and stays one through every view: what a view does is noted, and done when
-the kernel is read, decoding included. A loop over layers takes a layer of the packed
-arrays. So no more is dense than the operation at hand reads, in the backward pass too.
+is a `Coded` and stays one through every view: views are noted and applied when the
+kernel is read, decoding included. A loop over layers slices the packed arrays. So no
+more is dense than the current operation reads, in the backward pass too.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Coded:
 
     Attributes:
       operands: a quantised leaf, or other `Coded`s and arrays.
-      run: makes the array of them.
+      run: makes the array from them.
       shape: of the array.
       dtype: likewise.
-      alike: True where `run` makes a layer of the array of a layer of its operand.
-      path: of the leaf, where the operand is one.
+      alike: True if `run` makes a layer of the array from a layer of its operand.
+      path: of the leaf, if the operand is one.
     """
 
     operands: tuple[Quantized | Coded | jax.Array, ...]
@@ -71,13 +71,13 @@ class Coded:
 
     @property
     def leaf(self) -> Quantized | None:
-        """The leaf, where this is one, whole or a layer of it."""
+        """The leaf, if this is one, whole or a layer of it."""
         first = self.operands[0]
         return first if isinstance(first, Quantized) else None
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The leaves that it is made of."""
+        """The leaves that it is made from."""
         inner = (own for x in self.operands if isinstance(x, Coded) for own in x.paths)
         own = (self.path,) if self.path else ()
         return tuple(dict.fromkeys((*own, *inner)))
@@ -87,21 +87,21 @@ class Coded:
         return self.run(*map(decoded, self.operands))
 
     def specs(self, dims: Sequence[Any]) -> Coded:
-        """Returns the tree of specs of a leaf, of which `dims` cut the kernel."""
+        """Returns a leaf's tree of specs, for a kernel that is sharded by `dims`."""
         leaf = self.leaf
-        assert leaf is not None, "a leaf alone can be cut"
+        assert leaf is not None, "only a leaf can be sharded"
         return dataclasses.replace(self, operands=(leaf.specs(dims),))
 
     @property
     def stacked(self) -> bool:
-        """True where every array that a scan would cut has the layers in front."""
+        """True if every array that a scan would slice has the layers in front."""
         first = self.operands[0]
         if isinstance(first, Quantized):
             return first.axes.batch[:1] == (0,)
         return self.alike and isinstance(first, Coded) and first.stacked
 
     def layer(self) -> Coded:
-        """Returns the description of one layer, of which the arrays have been cut."""
+        """Returns the description of one layer, whose arrays have been sliced."""
         first = self.operands[0]
         if isinstance(first, Quantized):
             return self.of_leaf(dataclasses.replace(first, axes=first.inner_axes))
@@ -111,7 +111,7 @@ class Coded:
 
 
 def _decoded(leaf: Quantized) -> jax.Array:
-    """The dense kernel, which lies on an Explicit mesh as its codes do."""
+    """The dense kernel, sharded on an Explicit mesh as its codes are."""
     like = leaf.codes.transpose(inverse(leaf.axes.order))
     return _explicit.automatic(dequantize, (leaf,), like)
 
@@ -119,10 +119,10 @@ def _decoded(leaf: Quantized) -> jax.Array:
 def reading(
     run: Callable[..., Any], operands: Sequence[Any], prevent_cse: bool = True
 ) -> Any:
-    """Returns `run(*operands)`, a `Coded` decoded for it.
+    """Returns `run(*operands)`, with every `Coded` decoded.
 
     Decoding runs once more in the backward pass, which keeps the packed arrays and not
-    the kernel. `prevent_cse` as of `jax.checkpoint`.
+    the kernel. `prevent_cse` is that of `jax.checkpoint`.
     """
     if not any(isinstance(operand, Coded) for operand in operands):
         return run(*operands)
@@ -131,5 +131,5 @@ def reading(
 
 
 def decoded(value: Any) -> Any:
-    """Returns the dense array of a `Coded`; anything else passes."""
+    """Returns the dense array of a `Coded`; anything else passes through."""
     return value.array() if isinstance(value, Coded) else value

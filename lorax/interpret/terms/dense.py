@@ -1,4 +1,4 @@
-"""The merged view: what a kernel is where no low-rank form of it can be used."""
+"""The merged view, for where no low-rank form of a kernel can be used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorax.interpret.terms.tracked import Term, Tracked
 
 
 def dense(tracked: jax.Array | Tracked) -> jax.Array:
-    """Returns the merged view: float32 accumulation, one rounding; arrays pass."""
+    """Returns the merged view, accumulated in float32 and rounded once; arrays pass."""
     if not isinstance(tracked, Tracked):
         return tracked
     kernel, shape = tracked.array, tracked.value.shape
@@ -64,12 +64,12 @@ def block_of(tracked: Tracked, dim: int, begin: jax.Array, size: int) -> Tracked
 
 
 def gains(term: Term, dims: Iterable[int], shape: Sequence[int]) -> jax.Array | None:
-    """Returns a term's gain along some dimensions of its view, ones outside its block.
+    """Returns a term's gain along dimensions of its view, with ones outside its block.
 
     Args:
-      term: None is returned where it has no gain.
+      term: if it has no gain, returns None.
       dims: dimensions of the view, its batch and out dimensions among them, in the
-        order that the result shall have them.
+        order of the result.
       shape: of the view.
     """
     if term.factors is None or term.factors.gain is None:

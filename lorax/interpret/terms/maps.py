@@ -1,4 +1,4 @@
-"""Maps of whole inputs, what is not a thin product, on rows of a kernel's own axes.
+"""Maps of whole inputs, which are not thin products, on rows of a kernel's own axes.
 
     y = (x + x D) @ W0 + C(x)
 
@@ -22,11 +22,11 @@ from lorax.types import LinearMap, PyTree
 
 Name = tuple[str, int]
 Names = list[list[Name]]
-"""For each dimension of an array what it is made of, the slowest first."""
+"""For each dimension of an array, what it is made of, the slowest first."""
 
 
 def follows(term: Term, groups: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
-    """True where a reshape splits no axis on which a map acts."""
+    """True if a reshape splits no axis on which a map acts."""
     rigid = () if term.factors is None else term.factors.rigid
     return not any(
         len(new) > 1 and any(term.kind(d) in rigid for d in old) for old, new in groups
@@ -101,7 +101,7 @@ def named(term: Term, places: Mapping[int, int], ndim: int, kind: str) -> Names:
 
     Args:
       term: whose dimensions they are.
-      places: for dimensions of the view where the array has them.
+      places: for dimensions of the view, where the array has them.
       ndim: of the array.
       kind: "in" or "out": its axes are named by the leaf's, the stack's by their
         number, and all others are free, numbered in order.
@@ -130,12 +130,12 @@ def _leaf_axes(term: Term, kind: str) -> list[int]:
 
 
 def size(term: Term, kind: str) -> int:
-    """How long the leaf's axes of one kind are, flattened."""
+    """Returns the size of the leaf's axes of one kind, flattened."""
     return math.prod(term.leaf[axis] for axis in _leaf_axes(term, kind))
 
 
 def transposed(held: LinearMap, n: int) -> LinearMap:
-    """The map of rows `y -> y M^T`, of a map `[.., n] -> [.., m]`."""
+    """The map of rows `y -> y M^T`, for a map `[.., n] -> [.., m]`."""
 
     def apply(arrays: PyTree, y: jax.Array) -> jax.Array:
         like = jax.ShapeDtypeStruct((y.shape[0], n), y.dtype)
@@ -153,7 +153,7 @@ def applied(
     wanted: tuple[Names, str],
     like: jax.Array | jax.core.ShapedArray | None,
 ) -> jax.Array:
-    """Returns a map of an array's rows, in at least float32.
+    """Applies a map to an array's rows, in at least float32.
 
     Args:
       held: the map.
@@ -161,7 +161,7 @@ def applied(
       x: the array.
       given: the names of its dimensions, and the kind that the map reads.
       wanted: those of the result, and the kind that the map writes.
-      like: an array as which the result lies on a mesh; None: whole on every device.
+      like: array whose sharding on a mesh the result takes; None: whole on each device.
     """
     wide = linalg.wide(x.dtype)
     names, read = given

@@ -1,4 +1,4 @@
-"""Views of quantised leaves that are leaves themselves: their packed arrays are moved.
+"""Views of quantised leaves that are leaves themselves, with rearranged packed arrays.
 
     w.T    w[i]    w[2:5]    jnp.stack([w1, w2])    for w in stack
 
@@ -25,7 +25,7 @@ Given = Sequence[Coded | jax.Array]
 Edit = Callable[[Quantized], Quantized]
 
 LAYERS = "squeeze slice dynamic_slice unstack split".split()
-"""What takes layers out of a stack."""
+"""Operations that take layers out of a stack."""
 
 
 def views(eqn: JaxprEqn, given: Given) -> list[Coded] | None:
@@ -43,7 +43,7 @@ def views(eqn: JaxprEqn, given: Given) -> list[Coded] | None:
 
 
 def _edits(eqn: JaxprEqn, shape: tuple[int, ...], rest: Given) -> list[Edit] | None:
-    """For each result, what makes its leaf; None for what cannot stay packed."""
+    """For each result, how to make its leaf; None for what cannot stay packed."""
     params = eqn.params
     whole = lambda sizes: tuple(sizes[1:]) == shape[1:]
     match eqn.primitive.name:
@@ -72,7 +72,7 @@ def _edits(eqn: JaxprEqn, shape: tuple[int, ...], rest: Given) -> list[Edit] | N
 
 
 def _through(view: Coded, edit: Edit) -> Coded | None:
-    """Edits a leaf, or what is under views that treat its layers alike."""
+    """Edits a leaf, or the one under views that treat its layers alike."""
     first = view.operands[0]
     if isinstance(first, Quantized):
         return view.of_leaf(edit(first))
@@ -83,7 +83,7 @@ def _through(view: Coded, edit: Edit) -> Coded | None:
 
 
 def _joined(name: str, params: dict[str, Any], given: Given) -> list[Coded] | None:
-    """Stacks of leaves one after the other; None where their formats differ."""
+    """Concatenates stacks of leaves; None if their formats differ."""
     views = [view for view in given if isinstance(view, Coded)]
     leaves = [view.leaf for view in views if view.leaf is not None]
     if len(leaves) < len(given) or params["axis" if name == "stack" else "dimension"]:

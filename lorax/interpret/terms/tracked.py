@@ -3,12 +3,12 @@
 Inside the walker a kernel is not an array but a `Tracked`: the frozen array as the
 program sees it (transposed, sliced, reshaped, cast), plus one `Term` for every leaf in
 it. A term knows which leaf axes each dimension of the view stands for, where its block
-lies, and (under `adapt`, not under `discover`) the factors, in one canonical order:
+is, and (under `adapt`, not under `discover`) the factors, in one canonical order:
 
     a: [*batch, *in, rank]     b: [*batch, rank, *out]     gain: [*batch, *out]
 
-with the dimensions of each kind in the order in which the view has them. Every view is
-then an edit of labels, plus the same edit of the factor that owns the dimension.
+with the dimensions of each kind in view order. Every view is then an edit of labels,
+plus the same edit of the factor that owns the dimension.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Term:
       path: the leaf's path.
       leaf: the leaf's shape.
       labels: for each dimension of the view, the leaf axes it stands for; () for one
-        that the program added: of length one, or a stack of kernels by its own right
+        that the program added: of length one, or a stack of kernels in its own right
         (kernels taken by index, repeated, or stacked), which both factors have.
       start: for each dimension, where the leaf's block begins (not 0 after a concat).
       shape: the block's shape.
@@ -79,11 +79,11 @@ class Term:
         adapter rescales the frozen kernel, `gain: [*batch, *out]`, in view order; None
         under discover.
       lookup: under discover, the gather that this is the result of, until it is known
-        what becomes of it.
+        how the result is used.
       scaled: under discover, leaf axes along which one array has scaled the kernel:
-        they must all be in, or all be out, besides the batch.
+        apart from the batch, they must all be in, or all be out.
       peers: the other leaves of a stack that the program made.
-      behind: True where a scale behind the product is a part of the kernel, so that the
+      behind: True if a scale after the product is part of the kernel, so that the
         factors do not fit what the view holds.
     """
 
@@ -140,7 +140,7 @@ class Term:
 
         Args:
           dim: of the view.
-          change: what is done to it.
+          change: returns the new factor.
           start: of the new term; None: as before.
           shape: likewise.
         """
@@ -164,7 +164,7 @@ class Term:
         new = dataclasses.replace(self, factors=factors, start=start, shape=shape)
         if factors is None or kind != "batch" or new.kind(dim) == "batch":
             return new
-        # of a stack by its own right one kernel is left, and no axis numbers it
+        # one kernel is left of a stack in its own right, and no axis numbers it
         squeezed = jax.tree.map(lambda f: jnp.squeeze(f, axis), factors)
         return dataclasses.replace(new, factors=squeezed)
 
@@ -179,7 +179,7 @@ class Term:
         return self.factors is not None and self.factors.inputs is not None
 
     def drop(self, dim: int) -> Term:
-        """Takes an indexed dimension out of the view; the factors have lost theirs."""
+        """Takes an indexed dimension out of the view; factors already lost theirs."""
         cut = lambda t: t[:dim] + t[dim + 1 :]
         return dataclasses.replace(
             self,
@@ -205,7 +205,7 @@ class Tracked:
 
     @property
     def array(self) -> jax.Array:
-        """The frozen array; of a quantised leaf decoded here."""
+        """The frozen array; a quantised leaf is decoded here."""
         return self.value.array() if isinstance(self.value, Coded) else self.value
 
     @property
@@ -219,7 +219,7 @@ class Tracked:
 
     @property
     def lies(self) -> list[Any]:
-        """For each dimension the axes of an Explicit mesh that cut it."""
+        """For each dimension, the axes of an Explicit mesh that shard it."""
         return _explicit.entries(self.kind)
 
     @property
@@ -235,7 +235,7 @@ class Tracked:
         return any(term.lookup is not None for term in self.terms)
 
     def gained_by(self, dim: int) -> bool:
-        """True where a dimension numbers kernels with gains of their own."""
+        """True if a dimension numbers kernels with gains of their own."""
         return any(
             term.gained and term.shape[dim] > 1 and term.kind(dim) == "batch"
             for term in self.terms
@@ -246,7 +246,7 @@ class Tracked:
         (term,) = self.terms
         in_, out, batch = axes
         a, b, gain, *held = factors
-        if gain is not None:  # ordered as b is, whose rank stands at len(batch)
+        if gain is not None:  # ordered as b is, whose rank is axis len(batch)
             gain = jnp.expand_dims(gain, len(batch))
             gain = _in_view_order(gain, batch, out, 1).squeeze(len(batch))
         a, b = _in_view_order(a, batch, in_, 0), _in_view_order(b, batch, out, 1)
@@ -267,7 +267,7 @@ def _in_view_order(
 ) -> jax.Array:
     """Permutes a factor laid out by an adapter's axes to the leaf's own order.
 
-    `gap` is 1 where the rank stands between batch and own axes, 0 where it is last.
+    `gap` is 1 if the rank is between batch and own axes, 0 if it is last.
     """
     n = len(batch)
     ranks = lambda axes: [axes.index(axis) for axis in sorted(axes)]
@@ -278,9 +278,9 @@ def _in_view_order(
 
 
 def followed(view: Tracked) -> Tracked:
-    """Returns a view whose factors lie on an Explicit mesh as its dimensions do.
+    """Returns a view whose factors are sharded on an Explicit mesh as its dimensions.
 
-    The rank is whole, and so is a dimension of which a term has only a block.
+    The rank stays whole, and so does a dimension of which a term has only a block.
     """
     shape = view.value.shape
 

@@ -34,7 +34,7 @@ def parts(
       term: of its view.
       pair: the term's factors for the use.
       x: the activation after dropout; None for a lookup.
-      base: the frozen product, or its type, as which a map's result lies.
+      base: the frozen product, or its type, whose sharding a map's result takes.
     """
     assert term.factors is not None
     wide, found = linalg.wide(use.out.dtype), []
@@ -83,7 +83,7 @@ def _dot(use: Use, pair: Pair, x: jax.Array, result: thin.Result) -> jax.Array:
 
 
 def _grouped_dot(use: Use, pair: Pair, x: jax.Array, result: thin.Result) -> jax.Array:
-    """The product with factors of which an axis has another part in the use."""
+    """The product with factors that have an axis with another role in the use."""
     assert pair.places is not None
     met = {place: d for d, place in use.applied.items()}
     names = tuple(met.get(i, ("x", i)) for i in range(x.ndim))
@@ -106,8 +106,8 @@ def _ranks(dims: Sequence[int], offset: int) -> tuple[int, ...]:
 def conv(use: Use, term: Term, pair: Pair, x: jax.Array) -> jax.Array:
     """`a` convolves to rank channels, `b` mixes them (1 x 1).
 
-    In a grouped one every group is convolved by the same `a`, and its own outputs'
-    columns of `b` mix the result.
+    In a grouped convolution every group is convolved by the same `a`, and the columns
+    of `b` for its own outputs mix the result.
     """
     (to,), params = use.dims.write, use.eqn.params
     groups, features = params["feature_group_count"], use.written[to]
@@ -169,14 +169,14 @@ def gather(use: Use, term: Term, pair: Pair) -> jax.Array:
 
 
 def _result(use: Use, term: Term, pair: Pair, lies: _explicit.Entries) -> thin.Result:
-    """How a branch is taken: in the result's dtype, or wider where its factor is."""
+    """How a branch is computed: in the result's dtype, or wider if its factor is."""
     dtype = linalg.promoted(use.out.dtype, pair.second.dtype)
     precision = use.eqn.params["precision"]
     return thin.Result(precision, dtype, _of_block(use, term, lies))
 
 
 def _of_block(use: Use, term: Term, lies: _explicit.Entries) -> _explicit.Entries:
-    """How a part `[.., *write]` lies: whole where it is a block of a dimension."""
+    """How a part `[.., *write]` is sharded: whole if it is a block of a dimension."""
     write, shape = use.dims.write, use.view.value.shape
     free = len(lies) - len(write)
     own = zip(write, lies[free:], strict=True)

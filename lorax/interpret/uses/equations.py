@@ -1,4 +1,4 @@
-"""What is read off an equation, whatever its primitive."""
+"""What can be read off an equation, whatever its primitive."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 from jax.extend import core
 
 Typed = jax.Array | jax.core.ShapedArray
-"""An array, or what is known of one before the program runs."""
+"""An array, or what is known about one before the program runs."""
 Body = core.Jaxpr | core.ClosedJaxpr
 
 
@@ -45,10 +45,10 @@ class Bodies(NamedTuple):
     """The jaxprs that an equation runs, and how its operands enter them.
 
     Attributes:
-      jaxprs: of which each gives all results.
+      jaxprs: each of them gives all results.
       skipped: operands in front of those that the bodies get.
       consts: operands of a body that every step of a loop gets.
-      carried: those behind them, which one step hands to the next.
+      carried: operands after these, which one step passes to the next.
     """
 
     jaxprs: list[core.Jaxpr]
@@ -58,7 +58,7 @@ class Bodies(NamedTuple):
 
 
 def bodies(eqn: core.JaxprEqn) -> Bodies:
-    """Returns the bodies of any equation; none of a plain one."""
+    """Returns the bodies of any equation; none for a plain one."""
     name, params = eqn.primitive.name, eqn.params
     if name == "while":
         consts, body = params["body_nconsts"], opened(params["body_jaxpr"])

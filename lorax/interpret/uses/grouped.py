@@ -1,6 +1,6 @@
-"""Products with factors that have an axis of their own where the use has none.
+"""Products with factors whose axes have another role in the use than in the adapter.
 
-A pair per expert meets a use that reads the expert axis as an output or sums over it:
+A pair per expert meets a use that writes the expert axis as an output or sums over it:
 
     td,edf->tef     h = td,edr->ter    y = ter,erf->tef      experts written
     tef,efd->td     h = tef,efr->ter   y = ter,erd->td       experts summed
@@ -24,7 +24,7 @@ from lorax import _explicit
 from lorax.interpret.uses.thin import Result
 
 Name = int | str | tuple[str, int]
-"""A dimension: of the view by its number, of the activation alone, or the rank."""
+"""A dimension: the view's by number, by name one of the activation, or the rank."""
 RANK = "rank"
 
 
@@ -40,7 +40,7 @@ class Places(NamedTuple):
 
     Attributes:
       first: of `first`, in its order, before the rank.
-      both: those of them that `second` has as well, in front of its rank.
+      both: those of them that `second` has as well, before its rank.
       second: of `second`, after the rank.
     """
 
@@ -59,7 +59,7 @@ def dot(
     write: Sequence[int],
     result: Result,
 ) -> jax.Array:
-    """Returns `(x @ first) @ second`, batched and summed as the module says.
+    """Returns `(x @ first) @ second`, batched and summed as described above.
 
     Args:
       x: the activation, its dimensions named by those of the view that they meet.
@@ -68,7 +68,7 @@ def dot(
       places: which dimensions of the view the factors have.
       batch: dimensions of the view that the use batches.
       write: those that it writes, in view order.
-      result: how the product is taken.
+      result: how the product is computed.
 
     Returns:
       `[*batch, *free dimensions of x, *write]`; a dimension that neither factor has is
@@ -107,7 +107,7 @@ def _product(
     dtype: jnp.dtype,
     lies: Mapping[Name, _explicit.Entry],
 ) -> Named:
-    """Contracts shared names, except those to be kept, which are batched."""
+    """Contracts shared names, except those in `kept`, which are batched."""
     shared = [name for name in x.names if name in w.names]
     batch = [name for name in shared if name in kept]
     read = [name for name in shared if name not in kept]

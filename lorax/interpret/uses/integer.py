@@ -1,8 +1,8 @@
-"""A product of eight-bit integers: each token rounded by a scale of its own.
+"""A product of eight-bit integers, with each token rounded by a scale of its own.
 
     y = (q_x @ q_W) * s_x * s_W,    s_x = max |x| / 127 over what is contracted
 
-The sum is exact, in int32. The gradient is that of `x @ W`: rounding passes it on.
+The sum is exact, in int32. The gradient is that of `x @ W`: it passes through rounding.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ MOST = 127
 
 
 def dot(use: Use, x: jax.Array | None) -> jax.Array | None:
-    """Returns the frozen product in integers; None where it is not asked for.
+    """Returns the frozen product in integers; None if the leaf does not ask for it.
 
-    Nor is it there where the kernel's scales differ along what is contracted, as in a
-    transposed use.
+    None also if the kernel's scales differ along what is contracted, as in a transposed
+    use.
     """
     value = use.view.value
     leaf = value.leaf if isinstance(value, Coded) else None
@@ -50,7 +50,7 @@ def dot(use: Use, x: jax.Array | None) -> jax.Array | None:
         sums = bound(rounded, leaf.codes.transpose(order), jnp.int32)
         whole = leaf.scales
         assert not isinstance(whole, NestedScales)
-        # of one entry along what is contracted: each with each
+        # one entry each along what is contracted: an outer product
         both = bound(scale, whole.transpose(order), jnp.float32)
         return (sums.astype(jnp.float32) * both).astype(out)
 

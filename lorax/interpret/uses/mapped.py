@@ -23,7 +23,7 @@ from lorax.interpret.uses.use import Use
 def precisely(eqn: core.JaxprEqn) -> AbstractContextManager[None]:
     """A context in which maps compute as the equation does.
 
-    The functions of maps name no precision: they take the equation's, where it has one.
+    The functions of maps name no precision: they use the equation's, if it has one.
     """
     given = eqn.params.get("precision")
     own = given[0] if isinstance(given, tuple) else given
@@ -33,7 +33,7 @@ def precisely(eqn: core.JaxprEqn) -> AbstractContextManager[None]:
 
 
 def acts(use: Use, term: Term, tied: bool) -> bool:
-    """True where the maps of a term, if it has any, can act in this use."""
+    """True if the maps of a term, if it has any, can act in this use."""
     if term.factors is None or not term.factors.maps:
         return True
     if use.op != "dot" or not term.turns:
@@ -44,10 +44,10 @@ def acts(use: Use, term: Term, tied: bool) -> bool:
 
 
 def outputs_in_parts(use: Use) -> int | None:
-    """Returns the dimension of outputs of which terms with a map of inputs are blocks.
+    """Returns the output dimension along which terms with a map of inputs are blocks.
 
-    The product is split along it, as the parts of a fused kernel then read inputs of
-    their own. None where there are no such blocks, or the product is not to be split.
+    The product is split along it, because the parts of a fused kernel then read inputs
+    of their own. None if there are no such blocks, or the product must not be split.
     """
     dims = {d for term in use.view.terms if term.turns for d in _parted(use, term)}
     if len(dims) != 1 or _explicit.is_explicit(use.view.value, use.input):
@@ -62,7 +62,7 @@ def _parted(use: Use, term: Term) -> list[int]:
 
 
 def turned(use: Use, term: Term, x: jax.Array) -> jax.Array:
-    """Returns `x + x D`, D the term's map of inputs, rounded once."""
+    """Returns `x + x D`, with D the term's map of inputs, rounded once."""
     assert term.factors is not None and term.factors.inputs is not None
     names = maps.named(term, use.applied, x.ndim, "in")
     ends = names, "in"
@@ -72,7 +72,7 @@ def turned(use: Use, term: Term, x: jax.Array) -> jax.Array:
 
 
 def turned_back(use: Use, term: Term, y: jax.Array) -> jax.Array:
-    """Returns `y + y D^T`, y the result of a transposed use."""
+    """Returns `y + y D^T`, with y the result of a transposed use."""
     assert term.factors is not None and term.factors.inputs is not None
     names = maps.named(term, use.written, y.ndim, "in")
     own = maps.transposed(term.factors.inputs, maps.size(term, "in"))
@@ -88,8 +88,8 @@ def branch(use: Use, term: Term, x: jax.Array, *, tied: bool, base: Typed) -> ja
       use: a dot.
       term: with a branch.
       x: the activation, the part that the term reads.
-      tied: True where the use is transposed.
-      base: the frozen product, whose dimensions the result has, and as which it lies.
+      tied: True if the use is transposed.
+      base: the frozen product, whose dimensions and sharding the result has.
     """
     assert term.factors is not None and term.factors.branch is not None
     own, read, write = term.factors.branch, "in", "out"

@@ -20,8 +20,8 @@ class Pair(NamedTuple):
     Attributes:
       first: `[*batch, *read, rank]`, batch and read in view order.
       second: `[*batch, rank, *write]`.
-      tied: True where the use is transposed: it reads what the leaf writes.
-      places: None; or, where an axis of the factors has another part in this use (an
+      tied: True if the use is transposed: it reads what the leaf writes.
+      places: None; or, if an axis of the factors has another role in this use (an
         expert axis that it writes or sums over), the dimensions that they have.
     """
 
@@ -32,11 +32,11 @@ class Pair(NamedTuple):
 
 
 def fits(use: Axes, made: Axes) -> bool | None:
-    """Tells whether factors made for some axes serve a dot that reads a leaf by others.
+    """Tells whether factors made for some axes fit a dot that uses a leaf along others.
 
-    They do where every axis of `in` is read or batched, every axis of `out` written or
-    batched; an axis of the batch may be anything, since both factors have it. For axes
-    longer than one.
+    They do if every axis of `in` is read or batched, and every axis of `out` written or
+    batched; an axis of the batch may be anything, since both factors have it. Only axes
+    longer than one count.
 
     Returns:
       False: as made. True: transposed (tied). None: the product has no low-rank form.
@@ -49,7 +49,7 @@ def fits(use: Axes, made: Axes) -> bool | None:
 
 
 def oriented(use: Use, result: jnp.dtype) -> list[Pair] | None:
-    """Returns the factors of every term for this use; None where one has no such form.
+    """Returns the factors of every term for this use; None if one has no such form.
 
     Args:
       use: whose view has the terms.
@@ -63,8 +63,8 @@ def oriented(use: Use, result: jnp.dtype) -> list[Pair] | None:
 def _oriented(use: Use, term: Term, result: jnp.dtype) -> Pair | None:
     """One term's factors for a use: as made, transposed (tied), or None.
 
-    The first is cast to the kernel's dtype, the second to the result's where that is
-    wider: rounding it, and `x @ first`, would then cost more than the kernel's own.
+    The first is cast to the kernel's dtype, the second to the result's if that is
+    wider: rounding it, and `x @ first`, would lose more than rounding the kernel did.
     """
     axes = use.axes(term)
     if axes is None or not use.low_rank or term.factors is None or term.axes is None:

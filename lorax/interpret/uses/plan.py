@@ -1,4 +1,4 @@
-"""What a walk has to know of kernels that the program computes of its parameters."""
+"""What a walk has to know about kernels that the program computes from parameters."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Plan:
 
     Attributes:
       kernels: by path, shape and dtype; the steps of loops are stacked in front.
-      leaves: by path, the leaves that the program makes the kernel of.
-      refused: by path, why no factors can go beside the kernel.
+      leaves: by path, the leaves that the program makes the kernel from.
+      refused: by path, why the kernel cannot be adapted.
       roots: by equation, which of its results are kernels, and their paths.
       decoding: equations that lead there; they run where the kernel is read.
       inside: equations with any of these in their bodies.
-      cuts: by scan, the paths of which every step has a kernel of its own.
-      scaled: linear operations that a scale follows which is a part of the kernel.
-      behind: paths of kernels of which the scale follows the product.
+      cuts: by scan, the paths that have a kernel of their own in every step.
+      scaled: linear operations followed by a scale that is part of the kernel.
+      behind: paths of kernels whose scale follows the product.
       scales: the equations up to that scale; True for the scale itself.
-      terms: by path, what goes beside the kernel; in a scan that cuts it, beside the
+      terms: by path, what is added to the kernel; in a scan that slices it, to the
         kernel of one step.
     """
 
@@ -47,7 +47,7 @@ class Plan:
     terms: Mapping[str, Term] = _none()
 
     def step(self, own: Mapping[str, Term]) -> Plan:
-        """Returns the plan of one step of a loop that cuts some terms."""
+        """Returns the plan of one step of a loop that slices some terms."""
         return dataclasses.replace(self, terms={**self.terms, **own})
 
 

@@ -4,9 +4,9 @@
 
 The gain's gradient needs `u = base + branch`, an array of the result's size for every
 kernel (1.3 x the temporary memory of a LoRA step). What follows keeps y anyway, so u is
-read off it, `(y - bias) / gain`. Where y does not hold u (a gain of zero, a column
-below the smallest number of the dtype, a bias far above the product) the outputs
-concerned are computed again, in blocks. A lookup, rows in groups and products on a mesh
+read off it, `(y - bias) / gain`. Where y does not determine u (a gain of zero, a column
+below the smallest number of the dtype, a bias far above the product), the outputs
+concerned are computed again, in blocks. Lookups, grouped rows and products on a mesh
 are not made of blocks, and keep u.
 """
 
@@ -23,13 +23,13 @@ import jax.numpy as jnp
 from lorax import _explicit
 from lorax.types import PyTree
 
-BLOCKS = 16  # at most so many are computed again, each only where it has to be
-SHARE = 64.0  # |y|^2 over |y - bias|^2, above which too many digits of u are gone
+BLOCKS = 16  # at most this many are computed again, each only if it has to be
+SHARE = 64.0  # |y|^2 over |y - bias|^2 above which too many digits of u are lost
 
 Run = Callable[[PyTree, jax.Array, int], jax.Array]
 """`(operands, begin, size) -> block` of a result."""
 How = tuple[Run, int]
-"""Such a function, and the dimension of the result along which the blocks lie."""
+"""Such a function, and the dimension of the result along which blocks are cut."""
 Parts = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """Base, branch, gain and bias."""
 
@@ -38,9 +38,9 @@ class Again(NamedTuple):
     """How `base + branch` is computed again, a block of outputs at a time.
 
     Attributes:
-      run: computes one.
+      run: computes a block.
       operands: arrays and views that the forward pass has.
-      dim: dimension of the result along which the blocks lie.
+      dim: dimension of the result along which blocks are cut.
     """
 
     run: Run
@@ -50,7 +50,7 @@ class Again(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """The parts of an adapted result that waits for the addition which alone reads it.
+    """The parts of an adapted result that waits for an addition, its only reader.
 
     Adding the bias to the frozen part first, `(x @ W + bias) + branch`, lets XLA fuse
     the last sum into what follows; in the other order it keeps both sums for the
@@ -59,7 +59,7 @@ class Pending:
     Attributes:
       base: the frozen product.
       branch: the low-rank part, in at least float32.
-      gain: broadcasts against them; None for one.
+      gain: broadcasts against them; None for 1.
       again: for the gain's gradient; None: the sum is kept for it.
     """
 
@@ -74,7 +74,7 @@ def total(parts: Pending, bias: jax.Array | None = None) -> jax.Array:
 
     Args:
       parts: of the sum.
-      bias: broadcasts against them; None for zero.
+      bias: broadcasts against them; None for 0.
     """
     base, branch, gain = parts.base, parts.branch, parts.gain
     if gain is None:
@@ -174,7 +174,7 @@ def _sum(again: Again, y: jax.Array, gain: jax.Array, bias: jax.Array) -> jax.Ar
 
 
 def _held(y: jax.Array, part: jax.Array, gain: jax.Array) -> jax.Array:
-    """True where the digits of `y - bias` are those of `u * gain`."""
+    """True where `y - bias` has the digits of `u * gain`."""
     along = tuple(d for d in range(y.ndim) if gain.shape[d] == 1)
     square = lambda v: jnp.sum(v.astype(gain.dtype) ** 2, along, keepdims=True)
     largest = jnp.max(jnp.abs(part), along, keepdims=True, initial=0)

@@ -18,7 +18,7 @@ class Taken(NamedTuple):
       indices: its second operand.
       axis: of the operand, which the indices number.
       ids: `[*shape, 1]`, the indices along it.
-      window: for each dimension of the operand that the result has, where.
+      window: for each dimension of the operand that the result has, its place there.
       rows: the dimensions of the result that number the indices.
     """
 
@@ -44,7 +44,7 @@ class Taken(NamedTuple):
         if numbers.operand_batching_dims or not collapsed <= {*axes}:
             return None
         fills = params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
-        if len(mapped) > 1 and fills:  # of another axis an index beyond zero would fill
+        if len(mapped) > 1 and fills:  # an index beyond 0 on another axis would fill
             return None
         at = mapped.index(axes[0])
         kept = [d for d in range(len(shape)) if d not in collapsed]

@@ -1,4 +1,4 @@
-"""The low-rank branch as XLA operations: products, dropout, where to flatten."""
+"""The low-rank branch as XLA operations: products, dropout, and when to flatten."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Both = tuple[Sequence[int], Sequence[int]]
 
 
 class Result(NamedTuple):
-    """How a product is taken.
+    """How a product is computed.
 
     Attributes:
       precision: of the operation on the kernel.
@@ -54,8 +54,9 @@ def dropped(x: jax.Array, term: Term, key: jax.Array | None) -> jax.Array:
     if key is None or term.rate == 0.0:
         return x
     key = tree.fold_path(key, term.path)
+    # each shard draws a mask of its own
     for axis in sorted(jax.typeof(x).manual_axis_type.varying):
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis))  # a mask of each shard
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
     keep = jax.random.bernoulli(key, 1.0 - term.rate, x.shape)
     return jnp.where(keep, x / jnp.asarray(1.0 - term.rate, x.dtype), 0)
 
@@ -71,12 +72,12 @@ def dot(
 ) -> jax.Array:
     """Returns `(x @ first) @ second`.
 
-    On a single CPU device every product is two-dimensional: for a factor's gradient
-    contracted over two leading axes XLA copies the activation transposed, which costs
+    On a single CPU device every product is two-dimensional: to contract a factor's
+    gradient over two leading axes, XLA copies the activation transposed, which costs
     more than the step itself. And the gradient of `first` has to come out as [rank,
-    in]: behind a plain transpose XLA rewrites it to [in, rank], which its library runs
-    far slower. Negating both factors, which is exact, keeps it; a barrier did too, and
-    XLA:CPU aborted on it under vmap. `experiments.benchmarks.adapt_cost` has the sum.
+    in]: after a plain transpose XLA rewrites it to [in, rank], which its library runs
+    far slower. Negating both factors, which is exact, prevents that; so did a barrier,
+    but XLA:CPU aborted on it under vmap. `experiments.benchmarks.adapt_cost` times it.
 
     Args:
       x: the activation; the left operand of every product.
@@ -84,7 +85,7 @@ def dot(
       second: `[*batch, rank, *write]`.
       read: contracted dimensions of x and of `first`.
       batch: batch dimensions of x and of `first`.
-      result: how it is taken; x @ first likewise.
+      result: how it is computed; `x @ first` likewise.
 
     Returns:
       `[*batch, *free dimensions of x, *write]`.
@@ -134,7 +135,7 @@ def mix(
       second: `[*batch, rank, *write]`.
       feature: where h has the rank.
       batch: for each leading dimension of h, the batch dimension of `second`.
-      result: how it is taken.
+      result: how it is computed.
 
     Returns:
       `[*batch, ..., *write]`.
@@ -188,7 +189,7 @@ def alone(x: jax.Array) -> bool:
 
 
 def _flat(x: jax.Array, rows: int, columns: int) -> jax.Array:
-    """A matrix, whole on an Explicit mesh (which has one device)."""
+    """Returns a matrix, whole on an Explicit mesh (which has one device)."""
     return _explicit.reshape(x, (rows, columns), (None, None))
 
 

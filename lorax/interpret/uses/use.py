@@ -17,11 +17,11 @@ from lorax.types import Axes
 
 
 class Dims(NamedTuple):
-    """The dimensions of a view by the part that they have in a use.
+    """The dimensions of a view by their role in a use.
 
     Attributes:
       read: contracted, in the equation's order.
-      write: what the result has of them, in view order.
+      write: those that the result has, in view order.
       batch: shared with the activation, in the equation's order.
     """
 
@@ -42,13 +42,13 @@ class Use:
       dims: of the view, by what the use does with them.
       flops: of one run of the operation on the frozen kernel.
       activation: which operand has the kernel's input; None for a lookup.
-      written: for each dimension of the view that the result has, where it has it.
-      applied: for each dimension of the view that the activation has, where; {} where
-        a transposed use cannot rescale it.
+      written: for each dimension of the view that the result has, its place there.
+      applied: for each dimension of the view that the activation has, its place there;
+        {} if a transposed use cannot rescale it.
       groups: how many rows in turn each kernel of a stack serves (ragged_dot).
       taken: how a lookup takes its rows (gather).
-      low_rank: False where the result is linear but not in the factors' form
-        (a convolution of grouped batches): axes are known, the kernel is merged.
+      low_rank: False if the result is linear but not in the factors' form (a
+        convolution of grouped batches): axes are known, but the kernel is merged.
     """
 
     op: str
@@ -79,14 +79,14 @@ class Use:
         return x
 
     def given(self, x: jax.Array | None) -> Sequence[jax.Array | Tracked]:
-        """Returns the operands, with another activation where the use reads one."""
+        """Returns the operands, with another activation if the use reads one."""
         operands = [*self.operands]
         if self.activation is not None and x is not None:
             operands[self.activation] = x
         return operands
 
     def axes(self, term: Term) -> Axes | None:
-        """Returns how this use reads and writes the term's leaf, None if it is mixed.
+        """Returns how this use reads and writes the term's leaf; None if it is mixed.
 
         Only a pattern that holds for whole leaf axes counts: no axis both read and
         written, none batched in part.
