@@ -119,6 +119,7 @@ def _optimizer(optimizer: ml_collections.ConfigDict) -> None:
     optimizer.options = ()
     optimizer.chain = ()
     optimizer.wrap = ()
+    optimizer.rates = ()  # of some paths, such as (("classifier_.*", 3e-3),)
     optimizer.learning_rate = ml_collections.ConfigDict()
     optimizer.learning_rate.lora = 2e-4
     optimizer.learning_rate.full = 1e-5

@@ -101,6 +101,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"optimizer\.options", pairs("(('ratio', 16.0),)")),
     (r"optimizer\.chain", pairs("(('adam', {}), ('lora_plus', 16.0))")),
     (r"optimizer\.wrap", pairs("(('accumulate', 4),)")),
+    (r"optimizer\.rates", pairs("(('classifier_.*', 3e-3),)")),
     (r"optimizer\.tuned", TEXT),
     # population
     (r"population\.seed", such_as(listed(whole()), "(0, 1)")),

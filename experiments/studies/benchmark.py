@@ -10,6 +10,7 @@ E2E's sentences and GSM8K's answers. An arm gets four learning rates half a deca
 apart, and up to three more while the best lies at the edge, on seed 0; what chooses are
 rows that no run trains on or reports. At its best rate three fresh seeds, the same ones
 for every arm, are held against the test set. A seed gives every arm the same batches.
+A fresh head has one rate in all arms, since at an arm's own it would decide the order.
 
 The sizes are what two CPU cores can pay for. A step of MiniLM takes LoRA half a
 CPU-millisecond a token, and full fine-tuning a fifth of a second beside that, so a run

@@ -62,7 +62,7 @@ def _adamw(
 
 
 def scale_by_path(
-    factors: Sequence[tuple[str, float]],
+    factors: Sequence[tuple[str, Any]],
 ) -> optax.GradientTransformation:
     """Multiplies the updates of whole paths: learning rates of their own.
 
@@ -71,7 +71,7 @@ def scale_by_path(
         path from its start to its end decides, and others keep their step.
     """
 
-    def factor(path: str) -> float:
+    def factor(path: str) -> Any:
         found = (own for pattern, own in factors if re.fullmatch(pattern, path))
         return next(found, 1.0)
 
@@ -136,7 +136,7 @@ FIELDS = ("b1", "b2", "weight_decay", "adam_learning_rate")
 """Fields of the config that a READY optimiser gets if it takes them."""
 
 SCHEDULE = ("learning_rate", "warmup_steps", "final_share", "clip_norm", "tuned")
-BUILD = ("name", "options", "chain", "wrap", "steps", "batch_size")
+BUILD = ("name", "options", "chain", "wrap", "rates", "steps", "batch_size")
 """Fields of the config that every optimiser shares; any other is its argument."""
 
 
@@ -238,9 +238,23 @@ def make_optimizer(
             f"optimizer.name={config.name!r} is not one of {', '.join(READY)}, chain; "
             "an optimiser of your own is registered by a module of config.run.plugins"
         )
+    if own_rates := config.get("rates", ()):
+        tx = optax.chain(tx, _rated(own_rates, learning_rate, config))
     for name, given in config.get("wrap", ()):
         tx = _wrapped(tx, name, given, steps)
     return tx
+
+
+def _rated(
+    own_rates: Any, learning_rate: Any, config: ml_collections.ConfigDict
+) -> Any:
+    """Gives the leaves of some paths a peak of their own, under the same schedule."""
+    if config.name in ("muon", "muon_factors"):
+        raise ValueError(
+            f"optimizer.rates={own_rates!r}: with optimizer.name={config.name!r} what "
+            "Muon does not train has a rate already: set optimizer.adam_learning_rate"
+        )
+    return scale_by_path([(path, own / learning_rate) for path, own in own_rates])
 
 
 def make_chain(links: Any, learning_rate: Any) -> optax.GradientTransformation:

@@ -143,7 +143,7 @@ def test_claims_by_hand():
         "their intervals"
     )
     assert unbeaten.verdict == "not shown"  # 3 of 14 have been run
-    assert ten.found.startswith("10 times that of full;") and ten.verdict == "shown"
+    assert ten.found.startswith("10 times;") and ten.verdict == "shown"
     assert rank.found == "LoRA r = 1 minus LoRA r = 64: +0.50 +- 0.00"
     assert rank.verdict == "shown" and mlp.verdict == "not run"
 

@@ -38,7 +38,9 @@ FULL = rates(-4.5)
 SMALL = rates(-2.5)
 """For parameters that multiply small or normalised ones."""
 REST = 10**-2.5
-"""The rate of a and of a head, where b has one in other units."""
+"""The rate of a fresh head in every arm, and of a where b has one in other units."""
+ONE_RATE = {"optimizer.rates": ()}
+"""For arms that give the head its rate in another way."""
 
 
 def adalora(steps: int, matrices: int) -> dict[str, Any]:
@@ -86,22 +88,12 @@ def methods(steps: int, matrices: int) -> dict[str, Arm]:
     unscaled = {"adapter.alpha": float(RANK)}
     return {
         "LoRA": Arm({}, LORA, "-"),
-        "full": Arm(
-            {"run.methods": ("full",)}, FULL, "every parameter trains, at one rate"
+        "full": Arm({"run.methods": ("full",)}, FULL, "every parameter trains"),
+        "head only": Arm(
+            {"adapter.patterns": (), **ONE_RATE},
+            LORA,
+            "no adapter, the rate the head's",
         ),
-        "full, head x 32": Arm(
-            {
-                "run.methods": ("full",),
-                "optimizer.name": "chain",
-                "optimizer.chain": (
-                    ("adam", {"b1": 0.9, "b2": 0.999}),
-                    ("scale_by_path", (("classifier_.*", 32.0),)),
-                ),
-            },
-            FULL,
-            "every parameter trains, a fresh head at 32 times the rate",
-        ),
-        "head only": Arm({"adapter.patterns": ()}, LORA, "no adapter"),
         "rsLoRA": Arm(
             {"adapter.scaling": "rank_stabilized"}, BOTH, "scale 16 / sqrt(8)"
         ),
@@ -122,7 +114,7 @@ def methods(steps: int, matrices: int) -> dict[str, Arm]:
             "mode rowcol, damping 0.01",
         ),
         "Muon": Arm(
-            optimized("muon_factors", factors="b", adam_learning_rate=REST),
+            optimized("muon_factors", factors="b", adam_learning_rate=REST) | ONE_RATE,
             SMALL,
             f"of b; the rest by Adam at {REST:.2g}",
         ),

