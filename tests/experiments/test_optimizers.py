@@ -151,6 +151,18 @@ def test_paths_may_have_rates_of_their_own():
     jax.tree.map(np.testing.assert_array_equal, part, plain)  # only whole paths match
 
 
+@pytest.mark.parametrize("name", ["adamw", "lora_plus", "lora_pro"])
+def test_a_rate_of_its_own_is_that_of_another_run(name):
+    rates = (("f/.*", 0.03),)
+    own, slow = (step(make(name=name, **f), LORA) for f in ({"rates": rates}, {}))
+    config = config_of(name=name, weight_decay=0.0)
+    fast = step(optimizers.make_optimizer(0.03, 10, config), LORA)
+    np.testing.assert_allclose(own["f/bias"].value, fast["f/bias"].value, rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, own["w/kernel"], slow["w/kernel"])
+    with pytest.raises(ValueError, match="rates.*set optimizer.adam_learning_rate"):
+        make(name="muon_factors", rates=rates)
+
+
 def test_wrappers_go_around_the_first_innermost():
     adalora = {
         "target_budget": 1,
