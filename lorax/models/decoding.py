@@ -305,7 +305,7 @@ def _run(
     stop: Callable[[Tokens], int | None] | None,
 ) -> list[Tokens]:
     """Adds tokens until every sequence has ended."""
-    begin, kept = int(now.index), {}
+    begin, kept = int(now.index), dict[int, Tokens]()
     while True:
         until = max_tokens if stop is None else min(max_tokens, int(now.count) + chunk)
         now = proceed(state, now, jnp.int32(until))
@@ -314,13 +314,13 @@ def _run(
             for row, tokens in enumerate(found):
                 cut = stop(tokens) if row not in kept else None
                 if cut is not None:
-                    kept[row] = cut
+                    kept[row] = tokens[:cut]
             done = sharding.fetch(now.done) | np.isin(
                 np.arange(len(now.done)), list(kept)
             )
             now = now._replace(done=jnp.asarray(done))
         if int(now.count) >= max_tokens or bool(now.done.all()):
-            return [tokens[: kept.get(row)] for row, tokens in enumerate(found)]
+            return [kept.get(row, tokens) for row, tokens in enumerate(found)]
 
 
 def _new(now: Progress, begin: int, rows: int) -> Iterator[Tokens]:

@@ -171,14 +171,18 @@ class Config(llama_config.Config):
         }
 
 
+COUNTS = {"num_experts", "num_local_experts"}
+"""Fields that say how many experts a layer has."""
+
+
 def _filled(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """A config.json with defaults, in the Llama family's names."""
     told = {name: value for name, value in config.items() if value is not None}
     usual = dict(DEFAULTS[kind])
     if told.keys() & {"rope_theta", "rope_scaling", "rope_parameters"}:
         usual.pop("rope_parameters", None)
-    if "num_local_experts" in told:
-        usual.pop("num_experts", None)
+    if told.keys() & COUNTS:
+        usual = {name: usual[name] for name in usual.keys() - COUNTS}
     if kind == "qwen3_moe":  # if there is a window, every layer has it
         told["max_window_layers"] = 0
     return {**usual, **told}
@@ -186,8 +190,7 @@ def _filled(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 def _experts(fields: hf_config.Fields, kind: str) -> dict[str, Any]:
     """What a config.json says about experts."""
-    names = "num_local_experts", "num_experts"
-    told = {name: fields.integer(name, None) for name in names}
+    told = {name: fields.integer(name, None) for name in sorted(COUNTS)}
     counts = {count for count in told.values() if count is not None}
     if len(counts) != 1:
         raise ValueError(f"config.json: the number of experts is given twice: {told}")

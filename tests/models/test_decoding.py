@@ -85,6 +85,11 @@ def test_stops_are_asked_of_each_sequence(tiny):
     assert found[0] == whole[0][:cut]
     assert max(asked) == 20 or all(len(f) < 20 for f in found)
 
+    def first_only(tokens):  # the others go on
+        return len(tokens) if tokens == whole[0][: len(tokens)] else None
+
+    assert generate((params,), PROMPTS, 20, stop=first_only)[0] == whole[0][:3]
+
 
 def test_sampling_is_seeded_and_blind_to_neighbours(tiny):
     model, params = tiny

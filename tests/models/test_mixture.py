@@ -233,6 +233,12 @@ def test_what_is_not_implemented_is_refused(fields, message):
         mixture.Config.from_hf({**SIZES, **QWEN, "model_type": "qwen3_moe", **fields})
 
 
+@pytest.mark.parametrize("kind", ["gpt_oss", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
+def test_the_number_of_experts_by_either_name(kind, name):
+    assert mixture.Config.from_hf({"model_type": kind, name: 16}).experts == 16
+
+
 def test_jitter_and_another_dispatch_are_refused():
     config = {**SIZES, "model_type": "mixtral"}
     with pytest.raises(ValueError, match="router_jitter_noise=0.1 is not implemented"):
