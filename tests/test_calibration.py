@@ -191,7 +191,9 @@ def test_one_batch_in_place_of_a_list(batches, form):
     call = lambda batches: lorax.calibrate(
         KEY, linear_loss, {"w": jnp.ones((8, 6))}, GA, batches
     )
-    with pytest.raises(TypeError, match=rf"batches is one batch, .*{form}.*\[batch\]"):
+    with pytest.raises(
+        TypeError, match=rf"batches is a single batch, .*{form}.*\[batch\]"
+    ):
         call(batches)
 
 

@@ -241,7 +241,7 @@ def test_without_discover_the_batch_axes_say_how_a_leaf_is_read():
 
 @pytest.mark.parametrize("given", [0, "0", (0, 0), (0.0,), (True,), {0: 1}, (None,)])
 def test_batch_axes_that_are_no_axes(given):
-    with pytest.raises(ValueError, match="give a tuple of different axis numbers"):
+    with pytest.raises(ValueError, match="give a tuple of distinct axes"):
         lorax.Target("up", batch_axes=given)
 
 

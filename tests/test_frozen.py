@@ -80,7 +80,7 @@ def test_a_second_init_takes_the_arrays_of_its_base():
     with pytest.raises(ValueError, match=r"up: the Base given has another frozen arr"):
         started(KEY, wrong)
     small = lorax.Base(base.params, {SIGNS: jnp.ones(3)})
-    with pytest.raises(ValueError, match=r"of shape \(3,\), than the adapter needs"):
+    with pytest.raises(ValueError, match=r"of shape \(3,\) that differs from the one"):
         started(KEY, small)
 
 

@@ -82,5 +82,5 @@ def test_options_out_of_range_are_refused():
         lorax.init(KEY, params, IA3(options={"feedforward": 1}))
     with pytest.raises(ValueError, match="has no option feed; it has feedforward"):
         lorax.init(KEY, params, IA3(options={"feed": True}))
-    with pytest.raises(ValueError, match="has no branch whose input could drop"):
+    with pytest.raises(ValueError, match="has no branch to apply it to"):
         IA3(dropout=0.1)

@@ -149,9 +149,9 @@ def test_they_lie_as_their_embedding_does():
         ({"rows": (-1, 3)}, "give increasing numbers"),
         ({"rows": ()}, "give increasing numbers"),
         ({"rows": (1.5,)}, "give increasing numbers"),
-        ({"adapter": "rows", "rows": None}, "which needs their numbers"),
-        ({"adapter": "lora"}, "train by adapter='rows'"),
-        ({"dropout": 0.1}, "no branch whose input could drop"),
+        ({"adapter": "rows", "rows": None}, "and their numbers"),
+        ({"adapter": "lora"}, "give both adapter='rows'"),
+        ({"dropout": 0.1}, "no branch to apply it to"),
         ({"init": "pissa"}, "init='pissa' has no meaning for adapter='rows'"),
         ({"pattern": "w"}, r"rows=\(2, 9, 10\) .* is used by 'dot'"),
         (

@@ -201,7 +201,7 @@ def test_errors():
     given = lorax.init(KEY, dense, lorax.Target("w", rank=4))
     rules = [("w", "nf4")]
     for steps in (0, 2.0, True):
-        with pytest.raises(ValueError, match="steps=.*whole number from 1.*quantize"):
+        with pytest.raises(ValueError, match="steps=.*whole number >= 1.*quantize"):
             lorax.loftq(*given, rules, steps=steps)
     with pytest.raises(ValueError, match="quantise .'v'.*on .'w'.*lorax.quantize"):
         lorax.loftq(*given, [("v", "nf4")])
