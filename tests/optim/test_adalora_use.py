@@ -229,7 +229,7 @@ def test_shrunk_adapters_are_the_same_function():
 
 def test_shrinking_between_two_choices_would_change_the_function():
     adapters, state = trained(two(), 3, steps=3)[-1]
-    with pytest.raises(ValueError, match="trained on since the last choice"):
+    with pytest.raises(ValueError, match="trained since the last choice"):
         optim.adalora_shrink(adapters, state)
 
 
@@ -291,7 +291,7 @@ def test_what_the_adapters_rule_out_is_refused_at_init():
         tx.update(adapters, tx.init(adapters))
     with pytest.raises(TypeError, match="inner must be an optax transformation"):
         optim.adalora(0.1, **SHORT)
-    with pytest.raises(TypeError, match="MultiSteps goes around"):
+    with pytest.raises(TypeError, match="MultiSteps goes outside"):
         optim.adalora(optax.MultiSteps(sgd, 2), **SHORT)
 
 
