@@ -148,8 +148,8 @@ def _term(
     factors = known.factors(kind)
     if factors is None:
         raise ValueError(
-            f"{path}: {name} has no low-rank form, and there is no leaf that it could "
-            "be merged into; use adapter='lora'"
+            f"{path}: {name} has no form for a linear operation, and there is no leaf "
+            "that it could be merged into; use adapter='lora'"
         )
     view = interpret.watch(path, kind)
     rate = getattr(known, "dropout", 0.0)

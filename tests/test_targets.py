@@ -237,7 +237,7 @@ MISFITS = [
     (
         "head/kernel",
         lorax.Full(jnp.ones((4, 3))),
-        r"\(4, 3\) and the leaf has \(4, 7\)",
+        r"\(4, 3\), but the leaf has \(4, 7\)",
     ),
 ]
 

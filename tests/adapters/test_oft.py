@@ -123,7 +123,10 @@ def test_a_tied_kernel_turns_the_result():
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"block_size": 1}, r"block_size=1 of adapter='oft'; give a whole number >= 2"),
+        (
+            {"block_size": 1},
+            r"block_size=1 for adapter='oft'; give a whole number >= 2",
+        ),
         ({"block_size": 2.0}, r"block_size=2.0 .* whole number"),
         ({"cayley_terms": 1}, r"cayley_terms=1 .* >= 2, or None for the inverse"),
         ({"cayley_terms": True}, r"cayley_terms=True"),

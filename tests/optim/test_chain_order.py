@@ -45,7 +45,7 @@ def test_wrappers_hide_nothing():
             lambda rate: optax.chain(optax.trace(0.9), optim.lora_pro(rate))
         )(1e-2),
     ):
-        with pytest.raises(ValueError, match="scale_by_lora_pro stands behind"):
+        with pytest.raises(ValueError, match="scale_by_lora_pro comes after"):
             create(tx)
 
 

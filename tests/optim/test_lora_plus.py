@@ -208,7 +208,7 @@ def test_a_partition_by_role():
     for auto in ("auto", [(".*", "auto")]):
         parted = dict.fromkeys(roles, optim.scale_by_lora_plus(auto))
         with pytest.raises(
-            ValueError, match=r"'auto'\) reads the factors .* keeps .* it"
+            ValueError, match=r"'auto'\) reads the factors .* hides .* it"
         ):
             optax.partition(parted, by_role).init(TREE)
 

@@ -208,7 +208,7 @@ def test_errors():
     dora = lorax.init(KEY, dense, lorax.Target("w", rank=4, adapter="dora"))
     with pytest.raises(ValueError, match="w: the update of Dora is not a product"):
         lorax.loftq(*dora, rules)
-    with pytest.raises(ValueError, match="w: the leaf is quantised already"):
+    with pytest.raises(ValueError, match="w: the leaf is already quantised"):
         lorax.loftq(given[0], lorax.quantize(dense, rules), rules)
     with pytest.raises(ValueError, match="w: groups of 48 inputs do not divide"):
         lorax.loftq(*given, [("w", Int8(group=48))])

@@ -157,7 +157,7 @@ def test_verbs_that_need_the_kernel_say_so(tmp_path):
         lorax.adapt(model.fn)({"layer/k": other["layer/q"]}, params, model.x)
     short = {**params, "layer": {**params["layer"], "q": jnp.ones((4, 4), jnp.int8)}}
     with pytest.raises(
-        ValueError, match="layer/q: the leaf is int8.4, 4. and discover"
+        ValueError, match="layer/q: the leaf is int8.4, 4., but discover"
     ):
         lorax.init(KEY, short, [TARGET], kernels)
     with pytest.raises(
