@@ -153,7 +153,7 @@ def test_what_has_no_inputs_to_turn_is_refused():
 
 def test_blocks_of_another_model_are_refused():
     adapter = Oft(jnp.zeros((2, 3)), AXES)
-    with pytest.raises(ValueError, match="2 blocks of 3 entries do not turn 8 inputs"):
+    with pytest.raises(ValueError, match="2 blocks of 3 entries do not fit 8 inputs"):
         lorax.merge({"w": adapter}, {"w": jnp.ones((8, 2))})
     with pytest.raises(ValueError, match="2 blocks of 4 entries"):
         lorax.merge({"w": Oft(jnp.zeros((2, 4)), AXES)}, {"w": jnp.ones((6, 2))})

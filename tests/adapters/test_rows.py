@@ -176,5 +176,5 @@ def test_without_kernels_nobody_knows_what_is_an_embedding():
 def test_another_vocabulary_is_told():
     adapters, params = adapted(tied)
     wider = {**params, "embedding": jnp.zeros((WORDS + 1, WIDTH))}
-    with pytest.raises(ValueError, match="of a vocabulary of 11, and the leaf has 12"):
+    with pytest.raises(ValueError, match="of a vocabulary of 11, but the leaf has 12"):
         lorax.merge(adapters, wider)

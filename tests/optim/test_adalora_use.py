@@ -277,7 +277,7 @@ def test_what_cannot_run_is_refused_at_construction(change, message):
 def test_what_the_adapters_rule_out_is_refused_at_init():
     sgd = optax.sgd(0.1)
     adapters = two()
-    with pytest.raises(ValueError, match="init_budget=8, and the ranks .* sum to 7"):
+    with pytest.raises(ValueError, match="init_budget=8, but the ranks .* sum to 7"):
         optim.adalora(sgd, **SHORT, init_budget=8).init(adapters)
     with pytest.raises(
         ValueError, match="target_budget=8 is above the initial budget 7"

@@ -161,7 +161,7 @@ def test_verbs_that_need_the_kernel_say_so(tmp_path):
     ):
         lorax.init(KEY, short, [TARGET], kernels)
     with pytest.raises(
-        ValueError, match="layer/q: the program makes this kernel of lay"
+        ValueError, match="layer/q: the program computes this kernel from lay"
     ):
         lorax.quantize(params, [(".*q", "int8")], kernels)
     with pytest.raises(
