@@ -57,7 +57,7 @@ def test_frozen_arrays_are_held_to_their_digests(tmp_path):
     adapters, base = trained()
     checkpoint.save_adapters(tmp_path, adapters, base)
     _, other = started(jax.random.key(7))
-    with pytest.raises(ValueError, match=f"has a frozen array '{SIGNS}'"):
+    with pytest.raises(ValueError, match=f"another frozen array '{SIGNS}'"):
         checkpoint.load_adapters(tmp_path, params=other)
     checkpoint.load_adapters(tmp_path, params=other.params)  # the kernels are the same
     place = tmp_path / "adapters.json"
@@ -99,7 +99,7 @@ def test_frozen_arrays_of_format_1_load(tmp_path):
     same(checkpoint.load_frozen(tmp_path), base.frozen)
     checkpoint.load_adapters(tmp_path, params=base)
     _, other = started(jax.random.key(7))
-    with pytest.raises(ValueError, match=f"has a frozen array '{SIGNS}'"):
+    with pytest.raises(ValueError, match=f"another frozen array '{SIGNS}'"):
         checkpoint.load_adapters(tmp_path, params=other)
     index["frozen"][NORMS]["digest"] = "0" * 32
     place.write_text(json.dumps(index))
