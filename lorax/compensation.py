@@ -47,8 +47,8 @@ def loftq(
     init="pissa" returns is its first iteration.
 
     Args:
-      adapters: from `lorax.init`; Lora or AdaLora on every leaf to be quantised. Their
-        rank, scale and layers stay the same.
+      adapters: from `lorax.init`; those on leaves to be quantised must be Lora or
+        AdaLora. Their rank, scale and layers stay the same.
       params: the dense parameters that came with them.
       rules: as for `lorax.quantize`. A leaf that matches a rule but has no adapter is
         simply quantised; an adapter on a leaf that stays dense is left unchanged.

@@ -1,4 +1,4 @@
-"""What targets do to a model, leaf by leaf: what they adapt, what not, and why."""
+"""What targets do to a model: which leaves they adapt or leave out, and why."""
 
 from __future__ import annotations
 

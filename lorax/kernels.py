@@ -30,7 +30,7 @@ class Kernel:
       op: the first linear use, as `KernelUse` names it; else "other" (used only by
         operations that are not linear in it) or "unused".
       axes: in, out and batch axes of the first linear use; None without one.
-      flops: of all uses of the frozen leaf together, in one call of the program.
+      flops: operations of all uses of the frozen leaf, in one call of the program.
       uses: every use, in program order.
       head: True for the last kernel before the output (an output head).
       value: the leaf itself, given to inits only. A quantised leaf is decoded by

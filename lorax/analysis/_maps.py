@@ -29,7 +29,7 @@ def layer_map(values: Mapping[str, Any]) -> LayerMap:
     """Lays out one number per kernel as matrix x layer.
 
     For AdaLoRA's rank map, pass `lorax.optim.adalora_effective_ranks(opt_state)`; for
-    others, `{path: lorax.analysis.effective_rank(s)}` of the singular values, say.
+    others, for example, `{path: lorax.analysis.effective_rank(s)}` of singular values.
 
     Args:
       values: `{path: number}`, or `{path: [layers]}` for stacked kernels. The layer of

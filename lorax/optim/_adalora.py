@@ -185,7 +185,7 @@ def _started(
         count=jnp.zeros((), jnp.int32),
         budget=jnp.full((), total, jnp.int32),
         sensitivity=zeros,
-        uncertainty=jax.tree.map(jnp.copy, zeros),  # donated apart from the first
+        uncertainty=jax.tree.map(jnp.copy, zeros),  # its own buffers, for donation
         mask={path: jnp.ones_like(a.lam, bool) for path, a in zeros.items()},
         inner=inner,
     )

@@ -102,7 +102,7 @@ def lora_fa(
       An optax transformation; `update` needs the adapters, as `params`.
 
     Raises:
-      ValueError: a hyperparameter out of range; at `init`, as `scale_by_lora_fa`.
+      ValueError: a hyperparameter out of range; at `init`, as for `scale_by_lora_fa`.
 
     Example:
       >>> tx = lora_fa(2e-4, weight_decay=0.01)

@@ -59,8 +59,8 @@ def scale_by_lora_plus(ratio: Ratio = 16.0) -> optax.GradientTransformationExtra
     Args:
       ratio: a number > 0; a schedule, from the step count to a number; "auto", the
         width rule `clip(n / sqrt(m r), 1, 64)` for each kernel; or rules
-        `[(pattern, number or "auto"), ...]`, of which the first whose pattern matches
-        the whole path wins. 16 is recommended by the paper's sweep.
+        `[(pattern, number or "auto"), ...]`: the first rule whose pattern matches the
+        whole path wins. 16 is recommended by the paper's sweep.
 
     Returns:
       An optax transformation; `update` accepts `pairs=` for a population member.

@@ -1,6 +1,6 @@
 """AdaLoRA's pull of p and q towards orthonormality, in three forms.
 
-With G = p^T p - I of one of M matrices (q likewise, transposed):
+With G = p^T p - I for one of M matrices (and the same for q, transposed):
 
     decoupled:  p <- p + u - min(w |u| / |p|, 1/8) 4 p G / max(1, |G|)
     squared:    g <- g + w 4 p G / M

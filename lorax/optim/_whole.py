@@ -180,7 +180,7 @@ def merged_decay(
 
     For fixed v it is the gradient of `0.5 |W v|^2`, for any parametrisation. Every
     field gets one, including AdaLoRA's singular values, except a DoRA magnitude. `Full`
-    leaves get none, because no base kernel lies beneath them.
+    leaves get none, because they have no base kernel.
 
     Raises:
       ValueError: no base.

@@ -169,7 +169,9 @@ def test_what_is_refused(target, message):
 
 def test_without_kernels_nobody_knows_what_is_an_embedding():
     params, _ = model(tied)
-    with pytest.raises(ValueError, match="nobody told; .*pass kernels=lorax.discover"):
+    with pytest.raises(
+        ValueError, match="in an unknown way; .*pass kernels=lorax.discover"
+    ):
         lorax.init(jax.random.key(0), params, ROWS("embedding"))
 
 
