@@ -209,5 +209,5 @@ def test_the_parts_of_one_batch_in_place_of_batches():
         ValueError, match=r"batches\[1\] is int32\[:\], .*give \[\(first"
     ):
         call((X, Y))
-    with pytest.raises(ValueError, match=r"batches\[2\] \{'x'"):
+    with pytest.raises(ValueError, match=r"batches\[2\] is \{'x'"):
         call([X, X[:2], {"x": X}])
