@@ -5,7 +5,7 @@ adapters, params = lorax.init(key, params, [lorax.Target("all-linear")], kernels
 loss = lorax.adapt(loss_fn)                 # (adapters, params, batch)
 merged = lorax.merge(adapters, params)      # plain Flax params again
 
-What the words mean: `docs/concepts`.
+`docs/concepts` explains the terms.
 """
 
 from lorax import analysis, compose, optim, quantized, scaling

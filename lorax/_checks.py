@@ -1,8 +1,8 @@
-"""Checks of numbers and choices, made where their values can be read.
+"""Checks of numbers and choices, made wherever their values can be read.
 
-A number that a transformation of JAX passes as a tracer (under `jit`, of a population,
-of `optax.inject_hyperparams`) has no value yet, and passes. A schedule passes where one
-is taken. Elsewhere it is refused: it would fail deep inside the first update.
+A tracer (under `jit`, in a population, from `optax.inject_hyperparams`) has no value
+yet, so it passes. A schedule passes where the argument accepts one and is refused
+elsewhere, where it would only fail deep inside the first update.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from lorax import tree
 
 Number = Any
-"""A number, an array of no axes, or a tracer."""
+"""A number, a zero-dimensional array, or a tracer."""
 
 NumberOrSchedule = Number | Callable[[Any], Any]
 """A `Number`, or a function from the step count to one."""
@@ -32,12 +32,12 @@ def is_real(value: Any) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """True for a number whose value is known, and neither NaN nor infinite."""
+    """True for a number whose value is known and is neither NaN nor infinite."""
     return is_real(value) and math.isfinite(value)
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...], where: str = "") -> None:
-    """Raises ValueError unless the value is one of the choices; `where` comes first."""
+    """Raises ValueError, prefixed by `where`, unless the value is one of `choices`."""
     if value not in choices:
         told = f"{where}: " if where else ""
         raise ValueError(f"{told}{name}={value!r}; choose one of {', '.join(choices)}")
@@ -54,11 +54,11 @@ def at_least(
     """Raises ValueError for a number that is known to be below `low`, or NaN.
 
     Args:
-      name: of the argument.
+      name: the argument's name.
       value: a number, traced or not.
-      low: the smallest that is allowed.
-      schedule: True: a schedule passes.
-      infinite: True: infinity passes.
+      low: the smallest allowed value.
+      schedule: True lets a schedule pass.
+      infinite: True lets infinity pass.
     """
     known = _known(name, value, schedule)
     if known is not None and not (low <= known and (infinite or known < math.inf)):
@@ -75,10 +75,10 @@ def positive(
     """Raises ValueError for a number that is known not to be positive.
 
     Args:
-      name: of the argument.
+      name: the argument's name.
       value: a number, traced or not.
-      schedule: True: a schedule passes.
-      infinite: True: infinity passes.
+      schedule: True lets a schedule pass.
+      infinite: True lets infinity pass.
     """
     known = _known(name, value, schedule)
     if known is not None and not (0 < known and (infinite or known < math.inf)):
@@ -92,24 +92,24 @@ def all_positive(**numbers: Number) -> None:
 
 
 def average(name: str, value: Number) -> None:
-    """Raises ValueError unless a known value is a weight of averaging, in [0, 1)."""
+    """Raises ValueError unless a known value is an averaging decay rate in [0, 1)."""
     known = _known(name, value)
     if known is not None and not 0 <= known < 1:
         raise ValueError(f"{name}={value}; give a decay rate in [0, 1)")
 
 
 def known(value: NumberOrSchedule) -> float | None:
-    """Returns a number, None for a schedule or one that is traced."""
+    """Returns the number, or None for a schedule or a traced value."""
     return None if callable(value) else _known("value", value)
 
 
 def number(name: str, value: Any) -> None:
-    """Raises ValueError for a schedule, where only one number will do."""
+    """Raises ValueError for a schedule where a single number is required."""
     if callable(value):
         raise ValueError(
-            f"{name} is a schedule, and this takes a number; make the transformation "
-            f"by optax.inject_hyperparams(...)({name}=schedule), which calls it at "
-            "every step"
+            f"{name} is a schedule, and this takes a number; build the transformation "
+            f"with optax.inject_hyperparams(...)({name}=schedule), which evaluates the "
+            "schedule at every step"
         )
 
 
@@ -122,5 +122,5 @@ def _known(name: str, value: Any, schedule: bool = False) -> float | None:
     if tree.is_concrete(value) and getattr(value, "shape", None) == ():
         return float(value)
     if value is None or isinstance(value, str) or tree.is_concrete(value):
-        raise ValueError(f"{name}={value!r}; give one number")
+        raise ValueError(f"{name}={value!r}; give a single number")
     return None

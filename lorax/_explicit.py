@@ -1,8 +1,9 @@
-"""Explicitly sharded values: what their types say, and operations that are told.
+"""Explicitly sharded values: reading their types, and operations that name a sharding.
 
-On a mesh whose axes are `AxisType.Explicit` the type of a value says which mesh axes
-cut each of its dimensions, and an operation whose result could lie in more than one
-way has to name it. Without such axes all of this is the plain operation.
+On a mesh whose axes are `AxisType.Explicit`, the type of a value says which mesh axes
+shard each of its dimensions, and an operation whose result could be sharded in more
+than one way has to name its sharding. Without such axes, everything here is the plain
+operation.
 """
 
 from __future__ import annotations
@@ -17,33 +18,33 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from lorax import tree
 
 Entry = str | tuple[str, ...] | None
-"""The mesh axes that cut a dimension: a name, several, or none."""
+"""The mesh axes that shard a dimension: one name, several, or none."""
 Entries = Sequence[Any]
-"""For each dimension the mesh axes that cut it."""
+"""The mesh axes that shard each dimension."""
 
 
 def entries(x: Any) -> list[Any]:
-    """Returns what the type of an array says of each dimension."""
+    """Returns the sharding entry of each dimension of an array."""
     return lies(jax.typeof(x))
 
 
 def lies(kind: Any) -> list[Any]:
-    """Returns what a type says of each dimension."""
+    """Returns the sharding entry of each dimension of a type."""
     found = kind.sharding.spec.partitions
     return [*found, *[None] * (len(kind.shape) - len(found))]
 
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Returns the type of an array or a shape, with the sharding that it names."""
+    """Returns the shape, dtype and sharding of an array or a `ShapeDtypeStruct`."""
     kind = jax.typeof(leaf)
     where = None if kind.sharding.mesh.empty else kind.sharding
     return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=where)
 
 
 def under(*values: Any) -> Any:
-    """Returns the context of what is emitted: the mesh of the values' own types.
+    """Returns the context in which to emit operations: the mesh of the values' types.
 
-    `jax.sharding.auto_axes` gives a part of a program another mesh than its caller's.
+    Inside `jax.sharding.auto_axes` the mesh differs from the caller's.
     """
     mesh, given = mesh_of(*values), jax.sharding.get_abstract_mesh()
     if mesh is None or given.empty or mesh == given:
@@ -52,22 +53,22 @@ def under(*values: Any) -> Any:
 
 
 def mesh_of(*values: Any) -> AbstractMesh | None:
-    """Returns the first mesh among the types of some arrays, None without one."""
+    """Returns the first mesh among the arrays' types, or None."""
     meshes = (jax.typeof(x).sharding.mesh for x in values)
     return next((mesh for mesh in meshes if not mesh.empty), None)
 
 
 def is_explicit(*values: Any) -> bool:
-    """True where one of the values lies on a mesh with Explicit axes."""
+    """True if any of the values is on a mesh with Explicit axes."""
     return any(
         AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types for x in values
     )
 
 
 def named(wanted: Entries, *values: Any) -> NamedSharding | None:
-    """Returns the sharding to name for a result of `values`, None where none is.
+    """Returns the sharding to name for a result of `values`, or None if none is needed.
 
-    A mesh axis cuts one dimension only: the first that asks for it.
+    A mesh axis shards one dimension only: the first that asks for it.
     """
     mesh = mesh_of(*values)
     if mesh is None or not is_explicit(*values):
@@ -87,7 +88,7 @@ def _distinct(wanted: Entries) -> list[Any]:
 
 
 def moved(x: jax.Array, wanted: Entries | PartitionSpec, beside: Any) -> jax.Array:
-    """Returns x, resharded where it does not lie like that on the mesh of `beside`."""
+    """Returns x, resharded to `wanted` on the mesh of `beside` where it differs."""
     mesh = mesh_of(beside)
     if mesh is None or not is_explicit(x, beside):
         return x
@@ -96,13 +97,13 @@ def moved(x: jax.Array, wanted: Entries | PartitionSpec, beside: Any) -> jax.Arr
     if kind.mesh == mesh and kind.spec == spec:
         return x
     place: Any = mesh
-    if tree.is_concrete(beside):  # outside of a program x may be on no mesh
+    if tree.is_concrete(beside):  # outside a traced program x may be on no mesh
         place = getattr(beside.sharding, "mesh", mesh)
     return jax.sharding.reshard(x, NamedSharding(place, spec))
 
 
 def like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """Returns x lying as an array does with which it is to be added, or multiplied."""
+    """Returns x, sharded like the array it is to be added to or multiplied by."""
     spec = jax.typeof(other).sharding.spec
     if x.shape == other.shape:
         return moved(x, spec, other)
@@ -111,7 +112,7 @@ def like(x: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def summed(x: jax.Array) -> jax.Array:
-    """Returns x after the sum over devices for which an unreduced value waits."""
+    """Returns x with any pending (unreduced) sum over devices carried out."""
     return moved(x, entries(x), x)
 
 
@@ -124,15 +125,15 @@ def dot(
     dtype: Any = None,
     wanted: Entries | None = None,
 ) -> jax.Array:
-    """`jax.lax.dot_general`, which names how its result lies.
+    """`jax.lax.dot_general`, naming the sharding of its result.
 
     Args:
       x: the left operand.
-      y: the right one.
-      numbers: as of `dot_general`.
-      precision: likewise.
-      dtype: of the result.
-      wanted: how the result lies; by default as the operands' dimensions do.
+      y: the right operand.
+      numbers: dimension numbers, as for `dot_general`.
+      precision: as for `dot_general`.
+      dtype: the result's dtype.
+      wanted: the result's sharding; by default that of the operands' dimensions.
     """
     if wanted is None:
         wanted = _of_product(x, y, numbers)
@@ -159,7 +160,7 @@ def _of_product(x: jax.Array, y: jax.Array, numbers: Any) -> list[Any]:
 
 
 def _batched_alike(x: jax.Array, y: jax.Array, batch: Any) -> tuple[jax.Array, ...]:
-    """Two operands whose batch dimensions lie alike, as a product demands."""
+    """The operands with batch dimensions sharded alike, as a product requires."""
     of_x, of_y = entries(x), entries(y)
     both = [of_x[i] or of_y[j] for i, j in zip(*batch, strict=True)]
 
@@ -175,18 +176,18 @@ def _batched_alike(x: jax.Array, y: jax.Array, batch: Any) -> tuple[jax.Array, .
 
 
 def reshape(x: jax.Array, shape: Iterable[int], wanted: Entries) -> jax.Array:
-    """`jax.lax.reshape`, which names how its result lies."""
+    """`jax.lax.reshape`, naming the sharding of its result."""
     return jax.lax.reshape(x, tuple(shape), out_sharding=named(wanted, x))
 
 
 def automatic(function: Callable[..., Any], args: Any, results: Any) -> Any:
-    """Returns `function(*args)`, in which the compiler chooses how values lie.
+    """Returns `function(*args)`, leaving shardings inside it to the compiler.
 
     Args:
-      function: of trees of arrays; other leaves of `args` reach it as they are.
-      args: with no Explicit axis among them this is the plain call.
-      results: for the whole result, or for parts of it, arrays that they lie as; where
-        one of them is None, that part is whole on every device.
+      function: takes trees of arrays; other leaves of `args` reach it unchanged.
+      args: if none has an Explicit axis, this is the plain call.
+      results: arrays whose shardings the result, or parts of it, take; where one is
+        None, that part is replicated.
     """
     flat, structure = jax.tree.flatten(args)
     arrays = [i for i, leaf in enumerate(flat) if isinstance(leaf, jax.Array)]
@@ -211,5 +212,5 @@ def automatic(function: Callable[..., Any], args: Any, results: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh):
             return jax.sharding.auto_axes(called, out_sharding=where)(*values)
 
-    outside = jax.sharding.get_abstract_mesh().empty  # there nothing new has a mesh
+    outside = jax.sharding.get_abstract_mesh().empty  # new values would have no mesh
     return (jax.jit(run) if outside else run)(*given)

@@ -1,10 +1,10 @@
-"""QR, SVD, eigenvectors, inverses of stacks, one by one where jaxlib could hang.
+"""QR, SVD, eigenvectors and inverses of stacks, one by one where jaxlib could hang.
 
-Up to jaxlib 0.11.0 a stack that XLA:CPU hands to LAPACK is spread over the pool of
-threads from within the pool: as many such calls at once as the pool has threads wait
-for one another for good. On two cores a step of Muon, vmapped over members, comes to
-that. A loop over the matrices keeps every call single. From 0.11.1 on, and on any
-accelerator, these are `jax.numpy.linalg`'s functions as they are.
+Up to jaxlib 0.11.0, XLA:CPU spreads a stack of LAPACK calls over its thread pool from
+within that pool: with as many such calls in flight as the pool has threads, they
+deadlock. On two cores, a step of Muon vmapped over members does this. A loop over the
+matrices avoids it. From 0.11.1 on, and on any accelerator, these are the functions of
+`jax.numpy.linalg`, unchanged.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Parts = tuple[jax.Array, ...]
 Decompose = Callable[[jax.Array], Parts]
 
 FIXED = (0, 11, 1)
-"""The first version of jax, and of the jaxlib it asks for, that takes stacks safely."""
+"""The first jax version (with the jaxlib it requires) that handles stacks safely."""
 
 
 def one_by_one(decompose: Decompose) -> Decompose:
-    """Returns `decompose` for stacks that a CPU takes matrix by matrix.
+    """Returns a `decompose` that loops over the matrices of a stack on the CPU.
 
-    `jax.vmap` adds to the stack; of a derivative it makes whole stacks again.
+    `jax.vmap` adds to the stack; a vmapped derivative still gets whole stacks.
 
     Args:
-      decompose: of one matrix or a stack `[..., m, n]`, to a tuple of arrays with the
-        same leading axes.
+      decompose: takes one matrix or a stack `[..., m, n]` and returns a tuple of arrays
+        with the same leading axes.
     """
 
     def each(function: Callable[..., Any], *stacks: jax.Array) -> Any:
@@ -54,12 +54,12 @@ def one_by_one(decompose: Decompose) -> Decompose:
 
     @stacked.def_vmap
     def _more(axis_size: int, batched: list[bool], x: jax.Array) -> tuple[Parts, Any]:
-        del axis_size, batched  # of one argument, which is batched, or no rule is asked
+        del axis_size, batched  # the rule is only called when the argument is batched
         found = stacked(x)
         return found, tuple(True for _ in found)
 
     @jax.custom_jvp
-    @jax.jit  # outside of a program too a shape compiles once
+    @jax.jit  # so that eager calls, too, compile once per shape
     def result(x: jax.Array) -> Parts:
         return stacked(x)
 
@@ -84,7 +84,7 @@ _inverse = _guarded(lambda x: (jnp.linalg.inv(x),))
 
 
 def _whole(x: jax.Array) -> jax.Array:
-    """Matrices whole on every device: the decompositions take them no other way."""
+    """The matrices, replicated on every device as the decompositions require."""
     return _explicit.moved(x, [*_explicit.entries(x)[:-2], None, None], x)
 
 
@@ -95,18 +95,18 @@ def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns u `[..., m, k]`, s `[..., k]` in falling order and vt `[..., k, n]`."""
+    """Returns u `[..., m, k]`, s `[..., k]` (descending) and vt `[..., k, n]`."""
     u, s, vt = _svd(_whole(x))
     return u, s, vt
 
 
 def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the eigenvalues `[..., n]`, ascending, and vectors of symmetric `x`."""
+    """Returns the eigenvalues `[..., n]` (ascending) and vectors of symmetric `x`."""
     values, vectors = _eigh(_whole(x))
     return values, vectors
 
 
 def inverse(x: jax.Array) -> jax.Array:
-    """Returns the inverses `[..., n, n]` of regular matrices `x`."""
+    """Returns the inverses `[..., n, n]` of invertible matrices `x`."""
     (found,) = _inverse(_whole(x))
     return found

@@ -1,12 +1,13 @@
-"""A sum over chunks whose gradient is made in the same sweep.
+"""A sum over chunks whose gradient is computed in the same sweep.
 
     total(shared, chunks) = sum_i f(shared, chunks_i)
 
-The backward pass of a sum begins with one number, the same for every chunk. So the
-loop can make the gradient of a chunk, for the number one, while all that its value is
-made of is at hand; the backward pass only scales. Nothing of a chunk outlives its step.
+The backward pass of a sum starts from one scalar, the same for every chunk. So the
+loop can compute each chunk's gradient for a cotangent of one while the chunk's
+intermediates are at hand; the backward pass only scales it. No intermediate outlives
+its loop step.
 
-The interpreter knows the loop by the name of its step, enters it, and makes it again
+The interpreter recognises the loop by the name of its step, enters it, and rebuilds it
 around the step that it emits (`interpret.rules.sweeps`).
 """
 
@@ -20,16 +21,16 @@ import jax
 import jax.numpy as jnp
 
 NAME = "lorax_step_of_sweep"
-"""Of the jitted step, in a program and in a profile."""
+"""The jitted step's name in programs and profiles."""
 
 
 class _How(NamedTuple):
-    """What is known of a sweep before it runs.
+    """What is known about a sweep before it runs.
 
     Attributes:
-      step: jitted, of the leaves of `shared` and of one chunk.
+      step: jitted function of the leaves of `shared` and of one chunk.
       shared: how many leaves every chunk reads.
-      dtypes: of all leaves.
+      dtypes: the dtypes of all leaves.
     """
 
     step: Callable[..., tuple[jax.Array, ...]]
@@ -43,8 +44,8 @@ def swept(
     """Sums the results of a function over chunks.
 
     Args:
-      function: `(shared, chunk) -> scalars`, closed over no traced array. Gradients are
-        those of the first scalar; the others are taken as constants.
+      function: `(shared, chunk) -> scalars`; must not close over a traced array.
+        Gradients are those of the first scalar; the others count as constants.
       shared: a tree of arrays that every chunk reads.
       chunks: a tree of arrays `[chunks, ...]`.
 
@@ -72,7 +73,7 @@ def _sums(how: _How, *leaves: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _forward(how: _How, *leaves: Any) -> tuple[Any, dict[int, jax.Array]]:
-    """The sums, and the gradients of the leaves that are differentiated, by number."""
+    """The sums, and the gradients of the differentiated leaves by index."""
     values, n = [leaf.value for leaf in leaves], how.shared
     moving = [i for i, leaf in enumerate(leaves) if leaf.perturbed]
 
@@ -120,5 +121,5 @@ def _zeros(how: _How, leaves: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
 
 
 def _wide_zeros(leaf: jax.Array) -> jax.Array:
-    """Where gradients are added up: at least float32."""
+    """Zeros to accumulate gradients in: at least float32."""
     return jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32))

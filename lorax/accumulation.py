@@ -1,11 +1,11 @@
-"""Gradients of a large batch as weighted means over microbatches, one after the other.
+"""Gradients of a large batch as weighted means over sequential microbatches.
 
 With microbatch losses `l_i`, each a mean over `w_i` target tokens,
 
     loss = sum_i w_i l_i / sum_i w_i,    g = sum_i w_i grad(l_i) / sum_i w_i
 
-summed in at least float32. On the way the squared norms of the microbatches' gradients
-are kept: beside that of their mean they tell how noisy the gradient is.
+summed in at least float32. The squared norms of the microbatches' gradients are kept as
+well: compared with that of the mean, they measure how noisy the gradient is.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from lorax.losses import Metrics
 from lorax.types import Adapters, MicrobatchNorms, PyTree
 
 Gradients = tuple[Metrics, PyTree, Adapters]
-"""Of a batch: loss and metrics, the new model state, gradients."""
+"""A batch's loss and metrics, its new model state, and its gradients."""
 
 
 def accumulated(micro: Callable[..., Gradients], count: int) -> Callable[..., Any]:
-    """Returns `micro` of a large batch: weighted means over `count` microbatches.
+    """Returns `micro` for a large batch: weighted means over `count` microbatches.
 
     Args:
-      micro: `(state, batch, key, *known) -> Gradients`, with `known` what all
-        microbatches share.
-      count: microbatches; row i of the batch goes to the (i % count)-th. At least 2.
+      micro: `(state, batch, key, *known) -> Gradients`; all microbatches share
+        `known`.
+      count: number of microbatches, at least 2; row i of the batch goes to microbatch
+        i % count.
 
     Returns:
       A function of the same arguments that returns `(Gradients, MicrobatchNorms)`.
@@ -79,12 +80,12 @@ def accumulated(micro: Callable[..., Gradients], count: int) -> Callable[..., An
 
 
 def widen(tree: PyTree) -> PyTree:
-    """Returns the leaves in the dtype their sums are kept in, at least float32."""
+    """Returns the leaves in the dtype of their sums, at least float32."""
     return jax.tree.map(lambda x: jnp.asarray(x, linalg.wide(x)), tree)
 
 
 def _weighted(value: jax.Array, weight: jax.Array | float) -> jax.Array:
-    # Without target tokens the microbatch's mean may be 0/0: it counts for nothing.
+    # Without target tokens the microbatch's mean may be 0/0, so it must not count.
     return jnp.where(weight > 0, weight * value, 0.0).astype(value.dtype)
 
 
@@ -95,8 +96,8 @@ def _split(batch: PyTree, count: int) -> PyTree:
     for name, shape in shapes:
         if not shape or shape[0] % count or shape[:1] != shapes[0][1][:1]:
             raise ValueError(
-                f"batch{name} has shape {shape}; accumulate={count} needs all leaves "
-                "to have one batch axis, first, of one size that divides by it"
+                f"batch{name} has shape {shape}; accumulate={count} needs every leaf "
+                "to have the same leading batch size, a multiple of accumulate"
             )
 
     def rows(x: jax.Array) -> jax.Array:
@@ -106,5 +107,5 @@ def _split(batch: PyTree, count: int) -> PyTree:
 
 
 def _rows(batch: PyTree) -> int:
-    """The examples in a batch that `_split` has found to be in order."""
+    """The number of examples in a batch that `_split` has checked."""
     return jnp.shape(jax.tree.leaves(batch)[0])[0]

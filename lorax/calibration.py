@@ -1,10 +1,10 @@
-"""What inits that look at data need: directions of gradients, in thin pieces.
+"""Statistics for inits that look at data: gradient directions from thin products.
 
 With A = 0 and B = Omega random, the gradient of A is `G Omega^T`, a sketch of the range
 of the kernel's gradient G; with A = Q orthonormal and B = 0, that of B is `Q^T G`. So a
-randomised SVD of G needs nothing but backward passes of LoRA: no `[in, out]` gradient
-is formed, and scan, remat and sharding work as they do in training. What kernels read
-is summed up by gradients, too: see `activations`.
+randomised SVD of G needs only LoRA backward passes: no `[in, out]` gradient is formed,
+and scan, remat and sharding work as they do in training. Statistics of the kernels'
+inputs come from gradients, too: see `activations`.
 
 References:
   Halko, Martinsson, Tropp, Finding Structure with Randomness, arXiv:0909.4061.
@@ -29,10 +29,8 @@ from lorax.types import ActivationStats, Adapters, Covariance, GradSketch, PyTre
 
 Chosen = dict[str, tuple[Target, Kernel]]
 Stats = GradSketch | ActivationStats | Covariance
-KEPT = 2  # x rank: the directions that LoRA-GA takes
-WIDTH = (
-    8  # x rank: those that the sketch carries. On the spectrum i^-0.5, 4 passes then
-)
+KEPT = 2  # x rank: the directions that LoRA-GA uses
+WIDTH = 8  # x rank: the columns of the sketch. On the spectrum i^-0.5, 4 passes then
 # lose 0.1 % of the exact first step's cosine with G; 2 x rank + 8 would lose 1 %
 
 
@@ -49,50 +47,52 @@ def calibrate(
     width: int = 12,
     tokens: Literal["reached", "all"] = "reached",
 ) -> dict[str, Stats]:
-    """Returns statistics of a few batches for the targets whose init asks for them.
+    """Returns statistics from a few batches for the targets whose init needs them.
 
     The gradient is the mean over the batches. Every pass sees the same batches, so
     `loss_fn` must be deterministic.
 
     Activations are counted wherever a kernel is applied to them on the way to the loss:
-    a row of `x` in `x @ W` is a token, and each layer of a stack, each expert, has its
-    own. A convolution reads windows. A transposed use (`x @ W.T`) reads what the kernel
-    writes and does not count; nor does a use behind `stop_gradient`.
+    a row of `x` in `x @ W` is a token, and each layer of a stack and each expert has
+    its own rows. A convolution reads windows. A transposed use (`x @ W.T`) does not
+    count, because it reads what the kernel writes; nor does a use under
+    `stop_gradient`.
 
     Args:
       key: a typed key; only the sketch draws from it.
       loss_fn: `(params, batch) -> loss` or `(loss, anything)`, for plain parameters.
-      params: the pretrained tree, sharded as it may be; or a `Base`.
-      targets: those that go to `lorax.init`.
-      batches: a few; read once and kept. LoRA-GA's library takes 64 of two examples,
-        its paper 8 of one.
+      params: the pretrained tree with any sharding, or a `Base`.
+      targets: the targets to pass to `lorax.init`.
+      batches: a few batches, read once and kept. LoRA-GA's library uses 64 batches of
+        two examples, its paper 8 of one.
       kernels: from `lorax.discover`.
-      method: "sketch" needs memory for one LoRA backward pass of rank `width * rank`;
-        "dense" forms every gradient, for activations every covariance, and decomposes
-        it exactly, for reference.
-      passes: of the sketch over the batches, an even number.
-      width: columns of the sketch for each rank, at least 2. With 4 passes 12 keep
-        0.998 of the exact energy and 0.999 of the first step's cosine with the
-        gradient where singular values fall as slowly as i^-0.5; 4 do where they fall
-        as i^-1. Of activations they are squared, and fall twice as fast.
-      tokens: which rows of the activations count. "reached": those on whose result the
-        loss depends, that is, where its gradient is not exactly zero: no padding
-        that nothing attends to, no token that was routed to another expert, and in the
-        last layer no position without a target. "all": every row, padding too.
+      method: "sketch" needs the memory of one LoRA backward pass of rank
+        `width * rank`; "dense" forms every gradient (for activations, every
+        covariance) and decomposes it exactly, for reference.
+      passes: how many passes the sketch makes over the batches, an even number.
+      width: columns of the sketch per rank, at least 2. With 4 passes, a width of 12
+        keeps 0.998 of the exact energy and 0.999 of the first step's cosine with the
+        gradient where singular values fall as slowly as i^-0.5; a width of 4 does
+        where they fall as i^-1. For activations they are squared, so fall twice as
+        fast.
+      tokens: which rows of the activations count. "reached": rows whose result affects
+        the loss, that is, where its gradient is not exactly zero. This leaves out
+        padding that nothing attends to, tokens routed to another expert and, in the
+        last layer, positions without a target. "all": every row, padding included.
 
     Returns:
-      By path, what the init of its target asks for. "gradient": a `GradSketch` with
-      `min(2 rank, in, out)` triplets. "activation": `ActivationStats` with
-      `min(2 rank, in)` components. "covariance": a `Covariance`, `[*batch, in, in]`
-      in float32, in one pass; while they are made, three times their size is needed.
+      `{path: statistics}`, each of the kind that the target's init needs. "gradient":
+      a `GradSketch` with `min(2 rank, in, out)` triplets. "activation":
+      `ActivationStats` with `min(2 rank, in)` components. "covariance": a `Covariance`,
+      `[*batch, in, in]` in float32, in one pass that needs three times their size.
 
     Raises:
-      ValueError: no target whose init looks at data, no batch, batches that are
-        not alike, an odd number of passes, a width below 2, an unknown method;
-        covariances of more than 8 GiB together; a kernel whose activations cannot be
-        told (an embedding lookup, a use of a part of its inputs, a derivative rule of
-        the program's own for more than a linear operation).
-      TypeError: one batch where a list of them is wanted.
+      ValueError: no target with an init that looks at data, no batches, batches of
+        different forms, an odd number of passes, a width below 2, an unknown method,
+        covariances of more than 8 GiB in total, or a kernel whose activations cannot be
+        determined (an embedding lookup, a use of part of its inputs, a custom
+        derivative rule around more than a linear operation).
+      TypeError: a single batch where a list is expected.
 
     Example:
       >>> params = {"w": jnp.eye(3)}
@@ -141,7 +141,7 @@ def _chosen(
     targets: Rule | Iterable[Rule],
     kernels: Mapping[str, Kernel] | None,
 ) -> dict[str, Chosen]:
-    """The kernels whose init looks at data, by what it looks at."""
+    """The kernels whose init looks at data, by the kind of statistics it needs."""
     chosen: dict[str, Chosen] = {}
     for path, (target, kernel) in select(params, targets, kernels).items():
         inits.check(target)
@@ -151,38 +151,38 @@ def _chosen(
     if not chosen:
         using = [name for name, init in inits.REGISTRY.items() if init.stats]
         raise ValueError(
-            "no target has an init that looks at data; calibrate is for "
+            "no target has an init that looks at data; calibrate is only needed for "
             f"init={' or '.join(map(repr, using))}"
         )
     return chosen
 
 
 def _listed(batches: Any) -> list[Any]:
-    """Returns the batches; raises where one was given, whole or in pieces."""
+    """Returns the batches; raises for a single batch, whole or in pieces."""
     one = not isinstance(batches, Iterable) or isinstance(batches, Mapping | str)
     if one or hasattr(batches, "shape") or hasattr(batches, "_fields"):
         raise TypeError(
-            f"batches is one batch, {_form(batches)}: give a list of them, [batch], or "
+            f"batches is a single batch, {_form(batches)}: give a list, [batch] or "
             "[first, second]"
         )
     data = list(batches)
     if not data:
         raise ValueError(
             "batches is empty: give at least one batch of the training data (an "
-            "iterator that was read before has none left)"
+            "iterator that was already read has none left)"
         )
     for i, batch in enumerate(data[1:], 1):
         if _form(batch) != _form(data[0]):
             raise ValueError(
-                f"batches[0] is {_form(data[0])} and batches[{i}] {_form(batch)}: "
-                "batches are alike but for sizes. If these are the parts of one batch, "
-                "give [(first, second)] or what else loss_fn takes"
+                f"batches[0] is {_form(data[0])} and batches[{i}] is {_form(batch)}, "
+                "but batches may differ only in sizes. If these are the parts of one "
+                "batch, give [(first, second)] or whatever loss_fn takes"
             )
     return data
 
 
 def _form(batch: Any) -> str:
-    """Structure, numbers of axes and dtypes, as text."""
+    """The structure, dtypes and numbers of axes of a batch, as text."""
 
     def leaf(x: Any) -> str:
         if hasattr(x, "dtype") or isinstance(x, int | float):
@@ -195,7 +195,7 @@ def _form(batch: Any) -> str:
 def _summed(
     fn: Callable[..., Any], params: PyTree, data: list[Any]
 ) -> Callable[[Any], Any]:
-    """Returns `first argument -> gradient`, summed over the batches, compiled once."""
+    """Returns the gradient in `fn`'s first argument, summed over batches; one jit."""
 
     def loss(trained: Any, params: PyTree, batch: Any) -> jax.Array:
         out = fn(trained, params, batch)
@@ -225,7 +225,7 @@ def _sketch(
     passes: int,
     width: int,
 ) -> dict[str, GradSketch]:
-    """Subspace iteration, all kernels at once."""
+    """Subspace iteration on all kernels at once."""
     a, b = {}, {}
     for path, (target, kernel) in chosen.items():
         in_, out, batch = making.sizes(kernel, target)

@@ -1,9 +1,9 @@
-"""LoftQ: adapters that start from what quantising the base loses.
+"""LoftQ: adapters initialised to what quantising the base loses.
 
     Q_t = q(W - s A_{t-1} B_{t-1}),    s A_t B_t = best rank-r part of W - Q_t
 
-From the standard start, A_0 B_0 = 0, this is LoftQ. From the start of PiSSA, where A_0
-B_0 is the principal part of W, it is QPiSSA, which quantises a narrower residual.
+Started from the standard init, A_0 B_0 = 0, this is LoftQ. Started from PiSSA, where
+A_0 B_0 is the principal part of W, it is QPiSSA, which quantises a narrower residual.
 
 References:
   Li et al., LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models,
@@ -37,31 +37,31 @@ def loftq(
     *,
     steps: int = 5,
 ) -> tuple[Adapters, PyTree]:
-    """Quantises a base, and gives the adapters what that loses of it.
+    """Quantises a base and fits the adapters to the quantisation error.
 
     Each step quantises what the adapter does not hold, then fits the adapter to what
     the codes lack. The fit never raises the error in the Frobenius norm. Afterwards
-    `merge(adapters, params)` is close to the kernels given, not equal to them.
+    `merge(adapters, params)` is close to the given kernels, not equal to them.
 
-    The published QPiSSA stops a fit earlier, at the codes; `lorax.quantize` of what
+    The published QPiSSA stops one fit earlier, at the codes; `lorax.quantize` of what
     init="pissa" returns is its first iteration.
 
     Args:
-      adapters: from `lorax.init`, Lora or AdaLora where a leaf is quantised; their
-        rank, scale and layers stay.
+      adapters: from `lorax.init`; those on leaves to be quantised must be Lora or
+        AdaLora. Their rank, scale and layers stay the same.
       params: the dense parameters that came with them.
-      rules: as for `lorax.quantize`. A leaf that a rule takes and that has no adapter
-        is quantised alone; an adapter of a leaf that stays dense is left as it is.
-      kernels: from `discover`, likewise.
-      steps: T in the papers: 5 in LoftQ's experiments and in QPiSSA's. Each takes a
-        full decomposition of every kernel.
+      rules: as for `lorax.quantize`. A leaf that matches a rule but has no adapter is
+        simply quantised; an adapter on a leaf that stays dense is left unchanged.
+      kernels: from `discover`, as for `lorax.quantize`.
+      steps: T in the papers: 5 in the experiments of both LoftQ and QPiSSA. Each step
+        takes a full decomposition of every kernel.
 
     Returns:
-      Adapters and parameters, in place of those of `lorax.init`.
+      Adapters and parameters that replace those from `lorax.init`.
 
     Raises:
-      ValueError: as `quantize`; steps below 1; no adapter on any leaf that the rules
-        take, or one whose update is not a product of two trained factors.
+      ValueError: as for `quantize`; steps below 1; no adapter on any leaf that the
+        rules match, or one whose update is not a product of two trained factors.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax
@@ -76,7 +76,7 @@ def loftq(
     """
     if not _checks.is_whole(steps) or steps < 1:
         raise ValueError(
-            f"steps={steps!r}; give a whole number from 1, or quantise without a fit: "
+            f"steps={steps!r}; give a whole number >= 1, or quantise without fitting: "
             "lorax.quantize(params, rules, kernels)"
         )
     transform.check(adapters, params)
@@ -99,7 +99,7 @@ def _require_products(adapters: Adapters, chosen: Mapping[str, Any]) -> None:
     if not both:
         raise ValueError(
             f"the rules quantise {[*chosen][:5]} and the adapters are on "
-            f"{[*adapters][:5]}: no adapter can take up what a leaf loses; adapt "
+            f"{[*adapters][:5]}: no quantised leaf has an adapter to fit; adapt the "
             "leaves that are quantised, or use lorax.quantize"
         )
     for path in both:
@@ -107,8 +107,8 @@ def _require_products(adapters: Adapters, chosen: Mapping[str, Any]) -> None:
         if not (getattr(adapter, "additive", False) and pairs.has_factors(adapter)):
             raise ValueError(
                 f"{path}: the update of {type(adapter).__name__} is not a product of "
-                "trained factors, to which LoftQ could fit what quantising loses; use "
-                "adapter='lora' or 'adalora', or leave the adapter as it is: "
+                "trained factors that LoftQ could fit to the quantisation error; use "
+                "adapter='lora' or 'adalora', or keep the adapter as it is and call "
                 "lorax.quantize(params, rules, kernels)"
             )
 
@@ -116,7 +116,7 @@ def _require_products(adapters: Adapters, chosen: Mapping[str, Any]) -> None:
 def _alternated(
     adapter: Any, kernel: Kernel, form: Format, steps: int
 ) -> tuple[Any, Quantized]:
-    """The adapter and the codes after `steps` turns, from where the adapter stands."""
+    """The adapter and the codes after `steps` turns, starting from `adapter`."""
     given = {"form": form.quantize, "axes": kernel.linear_axes(), "steps": steps}
     try:
         fitted, codes = _turns(adapter, kernel.value, **given)

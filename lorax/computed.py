@@ -1,7 +1,7 @@
-"""Adapters of kernels that a program computes: of codes, by its own code, or by a name.
+"""Adapters on kernels that a program computes, by decoding or under a checkpoint name.
 
-The program is traced with every array as an input, so that it shows which values are
-made of parameters alone; the walker then meets the factors there.
+The program is traced with every array as an input, so that the trace shows which values
+depend on parameters alone; the walker then adds the factors there.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lorax.types import Adapter, Adapters, PyTree
 
 
 class Apart(NamedTuple):
-    """Adapters by what they lie beside.
+    """Adapters split by the kind of kernel they adapt.
 
     Attributes:
-      leaves: of leaves that are kernels themselves.
-      computed: of codes and of names.
+      leaves: adapters of leaves that are themselves kernels.
+      computed: adapters of kernels computed from codes, or named by the program.
     """
 
     leaves: Adapters
@@ -30,7 +30,7 @@ class Apart(NamedTuple):
 
 
 def parted(adapters: Any, params: PyTree) -> Apart:
-    """Splits adapters; what is not one stays with those of leaves, to be refused."""
+    """Splits adapters; anything else stays with the leaves, to be refused later."""
     if not isinstance(adapters, Mapping):
         return Apart(adapters, {})
     known = tree.flatten(params)
@@ -44,28 +44,29 @@ def parted(adapters: Any, params: PyTree) -> Apart:
 
 
 def require_leaves(adapters: Adapters, params: PyTree) -> None:
-    """Raises where an update has no leaf that could hold it.
+    """Raises for the first adapter, if any: no leaf could hold its update.
 
     Args:
-      adapters: of computed kernels.
+      adapters: adapters of computed kernels.
       params: the parameter tree.
 
     Raises:
-      KeyError: a path that is not a leaf, but perhaps a name.
-      ValueError: a leaf of codes.
+      KeyError: the path is not a leaf, but perhaps a name.
+      ValueError: the leaf holds codes.
     """
     known = tree.flatten(params)
     for path in adapters:
         if path not in known:
             raise KeyError(
                 f"the parameter tree has no leaf {path!r}; "
-                f"{tree.nearest(path, known)}; a kernel that the program names by "
+                f"{tree.nearest(path, known)}; a kernel that the program names with "
                 "checkpoint_name has no leaf to merge into: serve it with lorax.adapt"
             )
         raise ValueError(
-            f"{path}: the leaf is quantised ({known[path].dtype}), and its codes can "
-            "hold no update; serve the model with lorax.adapt(fn)(adapters, params, "
-            "...), or dequantise it by the model's own code and merge into that"
+            f"{path}: the leaf is quantised ({known[path].dtype}), and its codes "
+            "cannot hold an update; serve the model with lorax.adapt(fn)(adapters, "
+            "params, ...), or dequantise it with the model's own code and merge into "
+            "that"
         )
 
 
@@ -75,7 +76,7 @@ def traced(
     inputs: Mapping[str, Any],
     arguments: tuple[Any, Any],
 ) -> interpret.Program:
-    """Traces a function with all arrays as inputs, or as far as it lets itself be.
+    """Traces a function with all arrays as inputs, or fewer if it reads their values.
 
     Args:
       fn: the function.
@@ -96,13 +97,13 @@ def plan(
     adapters: Adapters,
     frozen: Mapping[str, jax.Array],
 ) -> interpret.Plan:
-    """Returns where the kernels are, and the factors that go beside them.
+    """Returns where the kernels are, and the factors to add beside them.
 
     Args:
-      program: of all leaves.
-      leaves: of the parameter tree, by path.
-      adapters: of computed kernels.
-      frozen: of the `Base`.
+      program: the program, traced with all leaves.
+      leaves: the parameter tree's leaves, by path.
+      adapters: adapters of computed kernels.
+      frozen: the frozen arrays of the `Base`.
 
     Raises:
       KeyError: a path that is neither a leaf nor a name.
@@ -120,21 +121,21 @@ def plan(
 
 
 def _require_place(path: str, leaf: Any, plan: interpret.Plan) -> None:
-    """Raises ValueError where no factors can go beside a kernel."""
+    """Raises ValueError for a kernel beside which no factors can be added."""
     if path in plan.refused:
         raise ValueError(f"{path}: {plan.refused[path]}")
     if path not in plan.kernels:
         raise ValueError(
             f"{path}: the leaf is quantised ({leaf.dtype}), and no linear operation "
-            "reads a kernel that the program makes of it and of other parameters "
-            "alone; leave it out (exclude= of the target)"
+            "reads a kernel that the program computes from it and other parameters "
+            "alone; exclude it (exclude= of the target)"
         )
 
 
 def _term(
     path: str, adapter: Adapter, kind: jax.ShapeDtypeStruct, frozen: Mapping[str, Any]
 ) -> interpret.Term:
-    """What goes beside a kernel of this shape and dtype."""
+    """The adapter's term beside a kernel of this shape and dtype."""
     known: Any = adapter_classes.bound(adapter, frozen, path)
     name = type(adapter).__name__
     if known.replaces or getattr(known, "reads_kernel", True):
@@ -147,8 +148,8 @@ def _term(
     factors = known.factors(kind)
     if factors is None:
         raise ValueError(
-            f"{path}: {name} has no form for a linear operation, and the program holds "
-            "no leaf that it could be merged into; use adapter='lora'"
+            f"{path}: {name} has no form for a linear operation, and there is no leaf "
+            "that it could be merged into; use adapter='lora'"
         )
     view = interpret.watch(path, kind)
     rate = getattr(known, "dropout", 0.0)

@@ -1,4 +1,4 @@
-"""What targets do to a model, leaf by leaf: what they adapt, leave out, and why."""
+"""What targets do to a model: which leaves they adapt or leave out, and why."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lorax.types import PyTree
 
 
 class Described(NamedTuple):
-    """One leaf.
+    """The description of one leaf.
 
     Attributes:
-      path: of the leaf.
+      path: the leaf's path.
       shape: its shape.
       use: how the program uses it: the operation, and which axes it reads, writes and
         batches.
-      target: the pattern of the target that takes it; None where none does.
-      adapter: the name of the adapter's class; None likewise.
-      parameters: that train in place of the leaf; 0 where it is left out.
-      reason: why it is left out; of an adapted leaf, where its kernel must be merged.
+      target: the pattern of the target that adapts it; None if it is left out.
+      adapter: the name of the adapter's class; None if it is left out.
+      parameters: how many parameters train in its place; 0 if it is left out.
+      reason: why it is left out; for an adapted leaf, where its kernel must be merged.
     """
 
     path: str
@@ -43,13 +43,13 @@ class Description:
     """The leaves that targets adapt, and the matrices that they leave out.
 
     Attributes:
-      leaves: in the order of their paths.
+      leaves: the described leaves, sorted by path.
     """
 
     leaves: tuple[Described, ...]
 
     def __iter__(self) -> Iterator[Described]:
-        """Goes through the leaves."""
+        """Iterates over the leaves."""
         return iter(self.leaves)
 
     @property
@@ -59,7 +59,7 @@ class Description:
 
     @property
     def left_out(self) -> tuple[Described, ...]:
-        """The matrices without one."""
+        """The matrices without an adapter."""
         return tuple(leaf for leaf in self.leaves if leaf.adapter is None)
 
     @property
@@ -68,14 +68,14 @@ class Description:
         return sum(leaf.parameters for leaf in self.leaves)
 
     def __str__(self) -> str:
-        """The table of all leaves, and a line that sums them up."""
+        """The table of all leaves, and a summary line."""
         return self.table()
 
     def table(self, leaves: Sequence[Described] | None = None) -> str:
-        """Returns a table of some leaves, by default all, and the sum of all.
+        """Returns a table of some leaves (by default all), and a summary of all.
 
         Args:
-          leaves: of the description, such as `left_out`.
+          leaves: a subset of the description's leaves, such as `left_out`.
         """
         rows = [("path", "shape", "use", "adapter", "parameters", "target or reason")]
         rows += [
@@ -108,22 +108,22 @@ def describe(
     targets: Rule | Iterable[Rule],
     kernels: Mapping[str, Kernel] | None = None,
 ) -> Description:
-    """Says which leaves targets adapt, which matrices they leave out, and why.
+    """Describes which leaves targets adapt, which matrices they leave out, and why.
 
-    A matrix is a floating leaf with two axes or more that are longer than one, and that
-    some operation meets as such: one layer of a stack of biases is none.
+    A matrix is a floating leaf with at least two axes longer than one that some
+    operation uses as a matrix: a stack of biases, used layer by layer, is not one.
 
     Args:
       params: the parameter tree; shapes suffice.
-      targets: those that go to `lorax.init`.
+      targets: the targets to pass to `lorax.init`.
       kernels: from `lorax.discover`, as for `lorax.init`.
 
     Returns:
-      A `Description`: `str` of it is a table; `adapted` and `left_out` are its leaves.
+      A `Description`: its `str` is a table; `adapted` and `left_out` are its leaves.
 
     Raises:
       ValueError: targets that `lorax.init` would refuse.
-      KeyError: kernels of another tree.
+      KeyError: kernels discovered on another tree.
 
     Example:
       >>> import jax, jax.numpy as jnp, lorax
@@ -173,7 +173,7 @@ def _use(kernel: Kernel | None) -> str:
 
 
 def _merged(kernel: Kernel) -> str:
-    """Where an adapted kernel has no low-rank form, and is merged."""
+    """Where an adapted kernel has no low-rank form and is merged."""
     slow = [use for use in kernel.uses if not use.fast]
     if not slow:
         return ""
@@ -182,9 +182,9 @@ def _merged(kernel: Kernel) -> str:
 
 
 def _made(target: Target, kernel: Kernel) -> tuple[str, int]:
-    """Returns the class and the size of an adapter, nothing computed.
+    """Returns the class and the size of an adapter without computing anything.
 
-    Inits choose values and no shapes: the standard one stands for all.
+    Inits choose values, not shapes, so the standard one stands for all.
     """
     cls = adapters.of_target(target)
     own = {name: v for name, v in dict(target.options).items() if name in cls.options}

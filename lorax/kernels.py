@@ -1,4 +1,4 @@
-"""How a program uses its parameters: the abstract run of the walker."""
+"""How a program uses its parameters, found by an abstract run of the walker."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ from lorax.types import Axes, PyTree
 class Kernel:
     """A leaf of the parameter tree and how the program uses it.
 
-    Or a kernel that the program computes of leaves, by its own code for quantised
-    models or under a name of `checkpoint_name`: beside it factors go as beside a leaf.
+    It can also be a kernel that the program computes from leaves, by decoding a
+    quantised model or under a `checkpoint_name`: factors are added beside it just as
+    beside a leaf.
 
     Attributes:
       path: the leaf's path.
-      shape: the kernel's shape; steps of a loop that compute one each are in front.
+      shape: the kernel's shape; if each step of a loop computes one, the steps come
+        first.
       dtype: the kernel's dtype.
-      op: the first linear use, as `KernelUse` names it; else "other"
-        (met by something that is not linear in it) or "unused".
+      op: the first linear use, as `KernelUse` names it; else "other" (used only by
+        operations that are not linear in it) or "unused".
       axes: in, out and batch axes of the first linear use; None without one.
-      flops: of one call of the program, on the frozen leaf, all uses together.
+      flops: operations of all uses of the frozen leaf, in one call of the program.
       uses: every use, in program order.
-      head: True for the last kernel on its way to the output (an output head).
-      value: the leaf itself; given to inits only. A quantised one is decoded by
-        `jnp.asarray`; of a kernel that the program computes it is the shape and dtype.
-      leaves: those that the program computes the kernel of; () where the leaf itself is
-        the kernel. The path is that of its codes, or a name.
-      stored: shape and dtype of the codes; None where there are none.
-      refused: why no factors can go beside a computed kernel; "" where they can.
+      head: True for the last kernel before the output (an output head).
+      value: the leaf itself, given to inits only. A quantised leaf is decoded by
+        `jnp.asarray`; for a kernel that the program computes, its shape and dtype.
+      leaves: the leaves from which the program computes the kernel; () where the leaf
+        itself is the kernel. The path is then that of the codes, or a name.
+      stored: shape and dtype of the codes; None if there are none.
+      refused: why no factors can be added beside a computed kernel; "" if they can.
     """
 
     path: str
@@ -53,30 +55,30 @@ class Kernel:
     refused: str = ""
 
     def linear_axes(self) -> Axes:
-        """Returns `axes`; ValueError where no linear operation uses the leaf."""
+        """Returns `axes`; raises ValueError if no linear operation uses the leaf."""
         if self.axes is None:
             raise ValueError(
                 f"{self.path}: no linear operation uses the leaf (op={self.op!r}), so "
-                "low-rank factors have no place; use adapter='full'"
+                "low-rank factors do not apply; use adapter='full'"
             )
         return self.axes
 
     @property
     def matrix(self) -> bool:
-        """True for a leaf with two axes longer than one, and met as such anywhere."""
+        """True for a leaf with two axes longer than one that is used as a matrix."""
         sized = sum(size > 1 for size in self.shape) > 1
         return sized and (not self.uses or any(use.matrix for use in self.uses))
 
     @property
     def tied(self) -> bool:
-        """True when one use reads what another writes (an embedding and its head)."""
+        """True if one use reads what another writes (an embedding and its head)."""
         if self.axes is None:
             return False
         return any(use.axes == _orientations(self.axes)[1] for use in self.uses)
 
     @property
     def conflicts(self) -> tuple[KernelUse, ...]:
-        """Linear uses that factors made for `axes` do not serve, even transposed."""
+        """Linear uses that factors made for `axes` cannot serve, even transposed."""
         linear = (use for use in self.uses if use.axes is not None)
         return tuple(use for use in linear if not _served(use, self.axes))
 
@@ -98,21 +100,22 @@ def _served(use: KernelUse, axes: Axes | None) -> bool:
 def discover(
     fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any
 ) -> dict[str, Kernel]:
-    """Reports how `fn` uses every kernel, without computing.
+    """Reports how `fn` uses every kernel, without running it.
 
-    Kernels are the floating leaves of `params`, and what `fn` makes of parameters
-    alone: of integers and floats of 8 bits, by code of its own (a scale, a zero point,
-    a table, packed halves), and what it names by `jax.ad_checkpoint.checkpoint_name`.
+    Kernels are the floating leaves of `params`, and kernels that `fn` computes from
+    parameters alone: those it decodes from integers or 8-bit floats (by a scale, a zero
+    point, a table, packed halves), and those it names with
+    `jax.ad_checkpoint.checkpoint_name`.
 
     Args:
       fn: a pure function of a parameter tree, as given to `adapt`.
       params: its parameters; arrays or `ShapeDtypeStruct`s.
       *args: its other arguments; arrays, `ShapeDtypeStruct`s or anything static.
-      **kwargs: likewise.
+      **kwargs: as `*args`.
 
     Returns:
       `{path: Kernel}` for every floating leaf, for the codes of every kernel that `fn`
-      decodes, and for every named one.
+      decodes, and for every named kernel.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -178,9 +181,9 @@ def _planned(
 ) -> tuple[interpret.Program, interpret.Plan]:
     """The program, and the kernels that it computes.
 
-    Those are told by what they are made of, so that all arrays have to be inputs; a
-    function that reads the value of one is traced with its floating leaves alone, and
-    computes none that factors could go beside.
+    These are recognised by what they depend on, so all arrays have to be inputs. A
+    function that reads an array's value is traced with its floating leaves alone, so
+    kernels that it decodes from codes are not found.
     """
     kinds = {
         path: _explicit.abstract(

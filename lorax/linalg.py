@@ -1,4 +1,4 @@
-"""Linear algebra of thin factors: float32 at the highest precision, batched."""
+"""Batched linear algebra of thin factors, in float32 at the highest precision."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Triplets = tuple[jax.Array, jax.Array, jax.Array]
 EXACT = jax.lax.Precision.HIGHEST
 
 CLOSE: Any = {"oversample": 24, "iterations": 16}
-"""For `randomized_svd` where a flat spectrum must be told apart, as analysis does."""
+"""Arguments of `randomized_svd` for resolving a flat spectrum, as analysis must."""
 
 
 def promoted(*of: Any) -> jnp.dtype:
-    """Returns the dtype that arrays or dtypes promote to, also where JAX refuses to.
+    """Returns the dtype that arrays or dtypes promote to, even in strict mode.
 
     The sums here mix precisions on purpose, by casts; `jax_numpy_dtype_promotion`
-    "strict" is about a user's own.
+    "strict" is meant for the user's own code.
     """
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*of)
@@ -52,8 +52,8 @@ def svd(matrix: jax.Array, rank: int) -> Triplets:
       rank: at most min(in, out).
 
     Returns:
-      `u: [..., in, rank]`, `s: [..., rank]` in falling order, `vt: [..., rank, out]` in
-      at least float32; the entry of largest magnitude in every column of u is positive.
+      `u: [..., in, rank]`, `s: [..., rank]` (descending), `vt: [..., rank, out]` in at
+      least float32; the entry of largest magnitude in every column of u is positive.
 
     Example:
       >>> u, s, vt = svd(jnp.array([[0.0, -3.0], [2.0, 0.0]]), 1)
@@ -74,20 +74,20 @@ def randomized_svd(
     iterations: int = 4,
     factors: Factors | None = None,
 ) -> Triplets:
-    """Returns about the `rank` largest singular triplets, by subspace iteration.
+    """Approximates the `rank` largest singular triplets by subspace iteration.
 
         Y = M Omega;  Q = qr(Y);  `iterations` times Q = qr(M qr(M^T Q));  svd(Q^T M)
 
-    with a random Omega of `rank + oversample` columns: products with the matrix, QR and
-    one small decomposition, so it costs `O(in out rank)`.
+    with a random Omega of `rank + oversample` columns. It takes only products with the
+    matrix, QR and one small decomposition, so it costs `O(in out rank)`.
 
     Args:
       key: a typed key.
       matrix: `[..., in, out]`.
       rank: at most min(in, out).
-      oversample: further columns that the iteration carries; `rank` by default.
+      oversample: extra columns that the iteration carries; `rank` by default.
       iterations: each multiplies the suppression of what is left out by
-        (s_k / s_r)^2. 4 as in PiSSA's fast variant, which uses 16 in its scripts.
+        (s_k / s_r)^2. 4 as in PiSSA's fast variant, whose scripts use 16.
       factors: `a: [..., in, k]`, `b: [..., k, out]`, `gain: [..., out]`: decomposes
         `(matrix + a @ b) * gain` without forming it.
 
@@ -125,12 +125,12 @@ def randomized_svd(
 
 
 def low_rank_svd(a: jax.Array, b: jax.Array) -> Triplets:
-    """Returns the exact singular value decomposition of `a @ b`, never formed.
+    """Returns the exact singular value decomposition of `a @ b` without forming it.
 
         a = Q_a R_a,   b^T = Q_b R_b,   R_a R_b^T = U diag(s) V^T
         a @ b = (Q_a U) diag(s) (Q_b V)^T
 
-    so the decomposition itself is of a rank x rank core.
+    so only a rank x rank core is decomposed.
 
     Args:
       a: `[..., in, rank]`.
@@ -160,15 +160,15 @@ def orthonormal(matrix: jax.Array) -> jax.Array:
 
 
 def negligible(size: jax.Array, whole: jax.Array) -> jax.Array:
-    """Tells which sizes are rounding beside the whole: a decomposition's zeros.
+    """Returns which sizes are mere rounding error relative to `whole`.
 
-    LAPACK leaves them at a few units in the last place of the largest.
+    LAPACK leaves zero singular values at a few units in the last place of the largest.
     """
     return size <= 8 * jnp.finfo(size.dtype).eps * whole
 
 
 def _signed(u: jax.Array, s: jax.Array, vt: jax.Array) -> Triplets:
-    """Fixes the signs, which a decomposition leaves free and backends choose apart."""
+    """Fixes the signs, which a decomposition leaves free and differ by backend."""
     largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
     sign = jnp.where(jnp.take_along_axis(u, largest, axis=-2) < 0, -1.0, 1.0)
     sign = sign.astype(u.dtype)  # [..., 1, k]

@@ -1,4 +1,4 @@
-"""What merging costs: the rounding of every merged kernel, measured."""
+"""The cost of merging: the rounding error of every merged kernel."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class MergeError(NamedTuple):
       max: the largest absolute error of an entry.
       relative: the Frobenius norm of the error over that of the exact merged kernel.
       lost: the same over that of the update: 0.01 means that one per cent of what was
-        learned is rounding noise, 1 that it is gone. `inf` where there is no update
-        and the base itself is rounded.
+        learned is rounding noise, 1 that all of it is lost. `inf` where there is no
+        update and the base itself is rounded.
     """
 
     max: float
@@ -37,14 +37,14 @@ def merge_report(
         error = round(W + delta) - (W + delta)
 
     with `W + delta` summed in float64 on the host, one leaf at a time. bfloat16 has 8
-    bits: an update below about 1/256 of its kernel is lost entry by entry. A quantised
-    leaf is rounded to codes, as `merge(..., requantize=True)` does it.
+    bits of precision, so an entry's update below about 1/256 of the entry is lost. A
+    quantised leaf is rounded to codes, as in `merge(..., requantize=True)`.
 
     Args:
       adapters: `{path: Adapter}`.
-      params: the tree they were made for, concrete.
-      dtype: to which the merged kernels are cast, quantised ones too; by default each
-        leaf's own, or its codes.
+      params: the tree they were made for, with concrete arrays.
+      dtype: the dtype to cast merged kernels to, quantised ones included; by default
+        each leaf's own dtype, or its codes.
 
     Returns:
       `{path: MergeError}`.
@@ -91,9 +91,9 @@ def _require_floating(adapters: Adapters, params: PyTree) -> None:
             where = path if path in leaves else f"{path} (stored as {inside})"
             raise ValueError(
                 f"{where}: the base is quantised ({', '.join(map(str, small))}) in a "
-                "way that lorax does not read, so an update cannot be rounded into it; "
-                "hold it as a lorax.quantized.Quantized leaf, or dequantise the leaf "
-                "to bfloat16 or float32, adapt that and merge into it"
+                "format that lorax does not read, so an update cannot be rounded into "
+                "it; convert it to a lorax.quantized.Quantized leaf, or dequantise the "
+                "leaf to bfloat16 or float32, adapt that and merge into it"
             )
 
 

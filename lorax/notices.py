@@ -1,4 +1,4 @@
-"""What `init` says of targets that may not do what is meant: once, in one warning."""
+"""The warnings of `init` about targets that may not do what was meant."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lorax.targets import ALL_LINEAR, Rule, Target
 
 
 class TargetWarning(UserWarning):
-    """A target may not do to a leaf what is meant."""
+    """A target may not do what was meant."""
 
 
 def notice_batch_axes(
     chosen: Mapping[str, tuple[Target, Kernel]], kernels: Mapping[str, Kernel] | None
 ) -> None:
-    """Warns, once, of leaves whose axes siblings batch and they themselves do not.
+    """Warns once about leaves that do not batch an axis that their siblings batch.
 
-    Siblings lie in the same module and have as many axes; a target that gives
-    `batch_axes`, be it (), has decided.
+    Siblings are leaves of the same module with as many axes. A target that sets
+    `batch_axes`, even to (), has made the choice and gets no warning.
     """
     found = {}
     for path, (target, kernel) in chosen.items():
@@ -41,17 +41,17 @@ def notice_batch_axes(
     warnings.warn(
         "an axis that may number experts gets no factors of its own:\n"
         + "\n".join(lines)
-        + f"\nTarget(..., batch_axes={tuple(axes)}) gives each of them a pair, "
-        "whatever the written form; batch_axes=() keeps what was read",
+        + f"\nTarget(..., batch_axes={tuple(axes)}) gives each of them a pair of "
+        "factors; batch_axes=() keeps the axes as discovered",
         TargetWarning,
         stacklevel=3,
     )
 
 
 def _doubts(kernel: Kernel, kernels: Mapping[str, Kernel]) -> dict[int, str]:
-    """The axes read or written here that other uses batch, and where they do."""
+    """The axes read or written here that other uses batch, and where they do so."""
     doubts: dict[int, str] = {}
-    if kernel.op != "dot":  # a window, or a vocabulary, numbers no experts
+    if kernel.op != "dot":  # the axes of a window or a vocabulary are not experts
         return doubts
     own = kernel.linear_axes()
     module = kernel.path.rpartition("/")[0]
@@ -72,10 +72,10 @@ def notice_left_out(
     chosen: Collection[str],
     kernels: Mapping[str, Kernel] | None,
 ) -> None:
-    """Warns, once, of matrices that "all-linear" cannot follow to a linear operation.
+    """Warns once about matrices that "all-linear" cannot trace to a linear operation.
 
-    Embeddings, heads and tables that are added are left out as meant, and leaves that
-    the target excludes by name have been decided on. `lorax.describe` lists them all.
+    Embeddings, heads and tables that are added are left out by design, and leaves that
+    a target excludes by choice. `lorax.describe` lists them all.
     """
     if kernels is None:
         return
@@ -96,11 +96,11 @@ def notice_left_out(
             found[path] = f"  {path} {kernel.shape}: {met.op!r} at {met.source}"
     if found:
         warnings.warn(
-            "'all-linear' leaves out matrices that meet an operation which is not "
-            "linear in them, or which lorax does not follow:\n"
+            "'all-linear' leaves out matrices used by an operation that is not linear "
+            "in them, or that lorax does not follow:\n"
             + "\n".join(found.values())
-            + "\nexclude= them if that is right; else name them in a target of their "
-            "own (adapter='full'), or rewrite the operation",
+            + "\nif that is right, list them in exclude=; otherwise give them a target "
+            "of their own (adapter='full'), or rewrite the operation",
             TargetWarning,
             stacklevel=3,
         )

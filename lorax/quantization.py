@@ -20,29 +20,30 @@ Rules = str | Format | Sequence[tuple[str, str | Format | None]]
 def quantize(
     params: PyTree, rules: Rules = "nf4", kernels: Mapping[str, Kernel] | None = None
 ) -> PyTree:
-    """Puts kernels in a few bits a weight, for a base that does not train.
+    """Quantises the kernels of a frozen base to a few bits per weight.
 
-    Every kernel that a rule takes becomes a `quantized.Quantized` leaf. `lorax.adapt`
-    shows a function the dense shape, and decodes each kernel where the function reads
-    it. One kernel after the other is dense beside its codes, not the whole tree.
+    Every kernel that matches a rule becomes a `quantized.Quantized` leaf. `lorax.adapt`
+    shows the function the dense shape and decodes each kernel where the function reads
+    it, so only one kernel at a time is held dense, never the whole tree.
 
     Args:
       params: the pretrained tree; a `Base` keeps its frozen arrays.
       rules: pairs `(pattern, format)`; the first matching pattern wins. Patterns are
-        those of `Target`: regular expressions of whole paths, or "all-linear". A
-        format is one of `quantized.FORMATS` by name, one such as
+        those of `Target`: regular expressions for whole paths, or "all-linear". A
+        format is a name in `quantized.FORMATS`, an instance such as
         `quantized.Int4(group=128)`, or None to leave the leaf as it is. A format alone
-        stands for `[("all-linear", format)]`. "nf4" as QLoRA has it.
+        stands for `[("all-linear", format)]`. "nf4" is the format of QLoRA.
       kernels: from `discover`; needed by "all-linear" and for kernels that are not
         two-dimensional.
 
     Returns:
-      A tree of the same paths.
+      A tree with the same paths.
 
     Raises:
       ValueError: a pattern that matches nothing, an unknown format, groups that do not
-        divide a kernel's inputs, a leaf that is looked up by rows (an embedding, tied
-        to the head or not), is quantised already, or holds NaN or infinite values.
+        divide a kernel's inputs, or a leaf whose rows are looked up (an embedding, tied
+        to the head or not), that is already quantised, or that has NaN or infinite
+        values.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -61,10 +62,10 @@ def quantize(
 def resolved(
     params: PyTree, rules: Rules, kernels: Mapping[str, Kernel] | None
 ) -> dict[str, tuple[Kernel, Format]]:
-    """Returns the leaves that rules quantise, `{path: (kernel, format)}`.
+    """Returns the leaves to quantise, `{path: (kernel, format)}`.
 
     Raises:
-      ValueError: as `quantize`.
+      ValueError: as for `quantize`.
     """
     formats = _formats(rules)
     plain, _ = tree.split(params)
@@ -105,17 +106,18 @@ def _formats(rules: Rules) -> dict[str, Format | None]:
 
 
 def _require_packable(kernel: Kernel) -> None:
-    """Raises ValueError for a leaf that has no codes, or whose codes do not pay."""
+    """Raises ValueError for a leaf that cannot be quantised, or is not worth it."""
     path, leaf = kernel.path, kernel.value
     assert leaf is not None  # `select` has put it there
     if kernel.leaves:
         raise ValueError(
-            f"{path}: the program makes this kernel of {', '.join(kernel.leaves)} by "
-            "code of its own, so no leaf is left to quantise; narrow the pattern"
+            f"{path}: the program computes this kernel from "
+            f"{', '.join(kernel.leaves)}, so there is no leaf to quantise; narrow the "
+            "pattern"
         )
     if quantized.is_quantized(leaf):
         raise ValueError(
-            f"{path}: the leaf is quantised already; give quantize() the dense "
+            f"{path}: the leaf is already quantised; give quantize() the dense "
             "parameters, or narrow the pattern"
         )
     if "gather" in (kernel.op, *(use.op for use in kernel.uses)):
@@ -132,7 +134,7 @@ def _require_packable(kernel: Kernel) -> None:
 
 
 def packed(kernel: Kernel, form: Format) -> quantized.Quantized:
-    """Returns the leaf that takes the place of a kernel, which holds its value."""
+    """Returns the quantised leaf that replaces a kernel that holds its value."""
     assert kernel.value is not None
     try:
         make = jax.jit(form.quantize, static_argnums=1)

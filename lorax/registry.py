@@ -1,4 +1,4 @@
-"""Who owns a registered name: an adapter, an init or an optimiser asks first."""
+"""Guards the registries of adapters, inits and optimisers against name clashes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 
 def require_free(kind: str, name: str, held: Any, new: Any) -> None:
-    """Raises ValueError where a name belongs to something else.
+    """Raises ValueError if a name is registered to something else.
 
-    The same module and name passes: a module may be loaded again.
+    An object of the same module and name passes: a module may be reloaded.
 
     Args:
-      kind: of what is registered, for the message.
-      name: to register under.
-      held: what has the name; None: it is free.
-      new: what asks for it.
+      kind: the kind of object registered, for the message.
+      name: the name to register under.
+      held: what holds the name; None if it is free.
+      new: what is to be registered.
 
     Example:
       >>> require_free("init", "pissa", None, print)
@@ -22,7 +22,7 @@ def require_free(kind: str, name: str, held: Any, new: Any) -> None:
     if held is not None and _home(held) != _home(new):
         raise ValueError(
             f"{kind} name {name!r} belongs to {'.'.join(_home(held))}; register "
-            f"{_home(new)[1]} under another"
+            f"{_home(new)[1]} under another name"
         )
 
 

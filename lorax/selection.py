@@ -1,7 +1,7 @@
 """Which leaves are adapted: targets resolved on a parameter tree.
 
-A list of targets is read like a rule table: each pattern is a regular expression that
-must match the whole path; the first matching target wins.
+A list of targets is a rule table: each pattern is a regular expression that must match
+the whole path, and the first matching target wins.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def select(
     Args:
       params: the parameter tree.
       targets: `Target`s, or tuples `(regex, rank, ...)` of their fields in order.
-      kernels: from `discover`; without it only two-dimensional leaves can get
-        low-rank factors, read as `[in, out]`.
+      kernels: from `discover`; without it only two-dimensional leaves, taken as
+        `[in, out]`, can get low-rank factors.
 
     Returns:
-      `{path: (target, kernel)}`, the kernel holding the leaf as its `value`.
+      `{path: (target, kernel)}`; each kernel holds its leaf as `value`.
 
     Raises:
       ValueError: a pattern that matches nothing, or a leaf that cannot be adapted.
@@ -71,7 +71,7 @@ def as_targets(targets: Rule | Iterable[Rule]) -> list[Target]:
     if isinstance(targets, Mapping):
         raise TypeError(
             "targets is a dict; give a list of lorax.Target, or of tuples of its "
-            "fields such as (regex, rank), in which the first match wins"
+            "fields such as (regex, rank); the first match wins"
         )
     given: list[Any] = [targets] if isinstance(targets, Target | str) else [*targets]
     if isinstance(targets, tuple):
@@ -90,14 +90,14 @@ def as_targets(targets: Rule | Iterable[Rule]) -> list[Target]:
                 f"a target is a lorax.Target or a tuple of its fields, not {rule!r}"
             )
     if not rules:
-        raise ValueError("no targets: give at least one, lorax.Target('all-linear')")
+        raise ValueError("no targets; give at least one: lorax.Target('all-linear')")
     return rules
 
 
 def _nearest(
     target: Target, leaves: Mapping[str, Any], out: Mapping[str, str | None]
 ) -> str:
-    """The paths most like a pattern, or why "all-linear" leaves the matrices out."""
+    """The paths closest to a pattern, or why "all-linear" leaves the matrices out."""
     if target.pattern != ALL_LINEAR:
         return tree.nearest(target.pattern, leaves)
     matrices = [p for p in leaves if sum(n > 1 for n in leaves[p].shape) > 1]
@@ -106,15 +106,15 @@ def _nearest(
 
 
 def _refuse_qarrays(target: Target, leaves: Mapping[str, Any]) -> None:
-    """Raises ValueError where a target means a QArray of qwix, or its codes."""
+    """Raises ValueError if a target matches a QArray of qwix, or its codes."""
     for path in leaves:
         held = path.removesuffix("/qvalue")
         named = tree.match(target.pattern, held) or tree.match(target.pattern, path)
         if held != path and f"{held}/scale" in leaves and named:
             raise ValueError(
-                f"{held}: a QArray of qwix, whose arrays are leaves of their own; "
-                "lorax.interop.qwix.from_qarrays(params, kernels) makes one quantised "
-                "leaf of them"
+                f"{held}: a QArray of qwix, whose arrays are separate leaves; "
+                "lorax.interop.qwix.from_qarrays(params, kernels) turns them into one "
+                "quantised leaf"
             )
 
 
@@ -124,11 +124,11 @@ def why_not(
     kernels: Mapping[str, Kernel] | None,
     theirs: Collection[str] = (),
 ) -> str | None:
-    """Returns why a target leaves a leaf out, in words; None where it takes it.
+    """Returns why a target leaves a leaf out, in words; None if it does not.
 
     Args:
       target: the rule.
-      path: of the leaf.
+      path: the leaf's path.
       kernels: from `discover`; "all-linear" needs it.
       theirs: from `own_low_rank`.
     """
@@ -139,8 +139,8 @@ def why_not(
         return None if matches else f"{target.pattern!r} does not match"
     if kernels is None:
         raise ValueError(
-            "the target 'all-linear' asks how the program uses each leaf: pass "
-            "kernels=lorax.discover(loss_fn, params, batch) to lorax.init"
+            "the target 'all-linear' needs to know how the program uses each leaf: "
+            "pass kernels=lorax.discover(loss_fn, params, batch) to lorax.init"
         )
     if path not in kernels:
         return "not a floating leaf"
@@ -151,34 +151,34 @@ def why_not(
         return kernel.refused
     known = (p for p in kernel.leaves if p != path and p in kernels)
     if adapted := [p for p in known if kernels[p].axes is not None]:
-        return f"made of {', '.join(adapted)}, and the same operation reads both"
+        return f"made from {', '.join(adapted)}, and the same operation reads both"
     return _not_linear(kernel)
 
 
 def excludes(target: Target, path: str) -> bool:
-    """True where a target's exclude patterns match the path."""
+    """True if one of the target's exclude patterns matches the path."""
     return any(tree.match(pattern, path) for pattern in target.excluded)
 
 
 PASS = (
-    "; should the program make a kernel of it, pass kernels=lorax.discover(loss_fn, "
+    "; if the program decodes a kernel from it, pass kernels=lorax.discover(loss_fn, "
     "params, batch)"
 )
 NOT_MADE = (
-    "; no product reads a kernel that the program makes of it and other parameters "
-    "alone (the step that a loop counts is none: scan over the stack instead; nor is "
-    "it followed into shard_map or a function with a derivative rule of its own)"
+    "; no product reads a kernel computed from it and other parameters alone (a loop's "
+    "counter is not a parameter: scan over the stack instead; shard_map and functions "
+    "with a custom derivative rule are not followed)"
 )
-ADDED = ("add", "sub", "add_any")  # what a bias or a table of positions meets
+ADDED = ("add", "sub", "add_any")  # how a bias or a table of positions is used
 LINEAR = ("dot", "conv", "grouped_conv", "ragged_dot")
 
 
 def _not_linear(kernel: Kernel) -> str | None:
-    """Why "all-linear" leaves a floating leaf out, judged by how it is used."""
+    """Why "all-linear" leaves a floating leaf out, judging by its uses."""
     if kernel.op == "unused":
         return "the program does not use it"
     if kernel.op == "decoding":
-        return "a part of a kernel that the program computes: a scale, say, or a table"
+        return "part of a kernel that the program computes, such as a scale or a table"
     if kernel.op == "other":
         use = kernel.uses[0]
         if {use.op for use in kernel.uses} <= {*ADDED}:
@@ -196,9 +196,9 @@ def _not_linear(kernel: Kernel) -> str | None:
 
 
 def own_low_rank(params: PyTree) -> frozenset[str]:
-    """Returns the leaves that are factors of low-rank layers in the model itself.
+    """Returns the leaves that are factors of the model's own low-rank layers.
 
-    Known by their type, `nnx.LoRAParam`, or by the names `lora_a` and `lora_b`.
+    Recognised by their type, `nnx.LoRAParam`, or by the names `lora_a` and `lora_b`.
     """
     plain, _ = tree.split(params)
     leaves, _ = jax.tree_util.tree_flatten_with_path(
@@ -230,7 +230,7 @@ def _kernel(
         _refuse_qarrays(target, leaves)
         raise ValueError(
             f"{path}: matched by {target.pattern!r}, but its dtype is "
-            f"{getattr(leaf, 'dtype', type(leaf).__name__)} and only floating leaves "
+            f"{getattr(leaf, 'dtype', type(leaf).__name__)}, and only floating leaves "
             "can be adapted; narrow the pattern or add it to exclude="
             + ("" if not tree.is_coded(leaf) else PASS if kernels is None else NOT_MADE)
         )
@@ -238,7 +238,7 @@ def _kernel(
     if tree.is_quantized(leaf) and adapters.get(target.adapter).replaces:
         raise ValueError(
             f"{path}: the leaf is quantised, and adapter={target.adapter!r} trains the "
-            "leaf itself; leave it dense, by a rule (pattern, None) of lorax.quantize, "
+            "leaf itself; keep it dense with a rule (pattern, None) of lorax.quantize, "
             "or use an adapter that adds to it"
         )
     shape = tuple(leaf.shape)
@@ -247,7 +247,7 @@ def _kernel(
         found = kernels[path]
         if found.shape != shape:
             raise ValueError(
-                f"{path}: the leaf has shape {shape} and discover saw {found.shape}; "
+                f"{path}: the leaf has shape {shape}, but discover saw {found.shape}; "
                 "run discover on these parameters"
             )
     elif len(shape) == 2 + len(target.batch_axes or ()):
@@ -275,14 +275,14 @@ def _computed(
     stored = kernel.stored
     if stored is not None and (stored.shape, stored.dtype) != (leaf.shape, leaf.dtype):
         raise ValueError(
-            f"{path}: the leaf is {leaf.dtype}{list(leaf.shape)} and discover saw "
+            f"{path}: the leaf is {leaf.dtype}{list(leaf.shape)}, but discover saw "
             f"{stored.dtype}{list(stored.shape)}; run discover on these parameters"
         )
     cls = adapters.get(target.adapter)
     if cls.replaces or cls.reads_kernel:
         raise ValueError(
             f"{path}: adapter={target.adapter!r} needs the kernel itself, which the "
-            f"program computes of {', '.join(kernel.leaves)} when it runs; use "
+            f"program computes from {', '.join(kernel.leaves)} when it runs; use "
             "adapter='lora' or another whose update does not depend on the kernel"
         )
     if target.batch_axes:
@@ -298,14 +298,14 @@ def _batch_axes(target: Target, path: str, shape: tuple[int, ...]) -> tuple[int,
     axes = sorted({axis % ndim for axis in given if -ndim <= axis < ndim})
     if len(axes) < len(given):
         raise ValueError(
-            f"{path}: batch_axes={given} of the leaf of shape {shape}; give different "
+            f"{path}: batch_axes={given} for a leaf of shape {shape}; give distinct "
             f"axes from {-ndim} to {ndim - 1}"
         )
     return tuple(axes)
 
 
 def _stacked(target: Target, kernel: Kernel) -> Axes:
-    """The axes that discover read, with the target's batch axes among the batch."""
+    """The axes that discover found, with the target's batch axes as batch."""
     batch = _batch_axes(target, kernel.path, kernel.shape)
     read = kernel.linear_axes()
     in_, out = (tuple(a for a in group if a not in batch) for group in read[:2])
@@ -313,14 +313,14 @@ def _stacked(target: Target, kernel: Kernel) -> Axes:
     if moved and kernel.op != "dot":
         raise ValueError(
             f"{kernel.path}: batch_axes={target.batch_axes}, but {kernel.op!r} reads "
-            f"the leaf of shape {kernel.shape} by {read}, and only the axes of a dot "
-            "can be read otherwise; leave batch_axes out"
+            f"the leaf of shape {kernel.shape} as {read}, and only the axes of a dot "
+            "can be reassigned; leave batch_axes out"
         )
     if not in_ or not out:
         raise ValueError(
-            f"{kernel.path}: batch_axes={target.batch_axes} leave the leaf of shape "
-            f"{kernel.shape}, read by {read}, no axis to "
-            f"{'read' if not in_ else 'write'}; name the axes that number kernels only"
+            f"{kernel.path}: batch_axes={target.batch_axes} leaves the leaf of shape "
+            f"{kernel.shape}, read as {read}, with no axis to "
+            f"{'read' if not in_ else 'write'}; name only the axes that number kernels"
         )
     return Axes(in_, out, tuple(sorted({*batch, *read.batch})))
 
@@ -341,7 +341,7 @@ def _check_low_rank(
         linear = [p for p in leaves if p in kernels and kernels[p].axes is not None]
         raise ValueError(
             f"{path}: matched by {target.pattern!r}, but no linear operation uses it "
-            f"(op={kernel.op!r}), so low-rank factors have no place; use "
+            f"(op={kernel.op!r}), so low-rank factors do not apply; use "
             "adapter='full' or narrow the pattern; "
             + (tree.nearest(path, linear) if linear else "no leaf is used linearly")
         )
@@ -359,8 +359,8 @@ def _check_low_rank(
         size = shape[axes.out[0]]
         if len(axes.out) < 2 or target.slices[-1] >= size:
             raise ValueError(
-                f"{path}: slices={target.slices}, but of the shape {shape} the first "
-                f"out axis has size {size} of {len(axes.out)} out axes; slices number "
+                f"{path}: slices={target.slices}, but in shape {shape} the first out "
+                f"axis has size {size}, of {len(axes.out)} out axes; slices number "
                 "the parts of a fused kernel [*in, parts, *out]"
             )
         if target.rank > out // size:
@@ -378,14 +378,14 @@ def _check_low_rank(
 
 
 def _check_rows(target: Target, kernel: Kernel, axes: Axes) -> None:
-    """Holds the rows of a target against the embedding or the head that it matched."""
+    """Checks a target's rows against the embedding or the head that it matched."""
     path, lookup = kernel.path, kernel.op == "gather"
     vocabulary = axes.in_ if lookup else axes.out
     if not (lookup or kernel.head) or len(vocabulary) != 1 or axes.batch:
-        how = f"by {kernel.op!r}" if kernel.uses else "in a way that nobody told"
+        how = f"by {kernel.op!r}" if kernel.uses else "in an unknown way"
         raise ValueError(
-            f"{path}: rows={untrusted.shown(target.rows)} are those of an embedding "
-            "that is looked up, or of an output head, and this leaf of shape "
+            f"{path}: rows={untrusted.shown(target.rows)} must belong to an embedding "
+            "that is looked up, or to an output head, but this leaf of shape "
             f"{kernel.shape} is used {how}; narrow the pattern, and pass "
             "kernels=lorax.discover(loss_fn, params, batch) to lorax.init"
         )
@@ -393,6 +393,6 @@ def _check_rows(target: Target, kernel: Kernel, axes: Axes) -> None:
     assert target.rows is not None
     if target.rows[-1] >= size:
         raise ValueError(
-            f"{path}: rows={untrusted.shown(target.rows)}, and the vocabulary has "
+            f"{path}: rows={untrusted.shown(target.rows)}, but the vocabulary has "
             f"{size}, 0 to {size - 1}; for more, see lorax.interop.hf.resize_embeddings"
         )

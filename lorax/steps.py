@@ -1,12 +1,12 @@
-"""A train step as a list of named parts, each a pure function of what is known so far.
+"""A train step as a list of named parts, each a pure function of the work so far.
 
     gradients   loss, metrics, gradients, the model's new state
-    check       |g|, and whether the batch can be learned from
-    clip        g <- g * min(1, clip_norm / |g|); zeros where it cannot
-    update      the optimiser's step, and what it makes of adapters and states
-    guard       keeps what was there before, where something would not be finite
+    check       |g|, and whether the step is usable (finite, with target tokens)
+    clip        g <- g * min(1, clip_norm / |g|); zeros if it is not
+    update      the optimiser's step: new adapters and optimiser state
+    guard       keeps the old values if any new one would not be finite
 
-`lorax.training.make_train_step` joins them. A step of your own is a list of your own:
+`lorax.training.make_train_step` joins them. To customise the step, change the list:
 
     parts = training.train_parts(loss_fn, tx, clip_norm=1.0)
     parts.insert(2, training.Part("sharpen", sharpen))   # Work -> Work, after "check"
@@ -34,23 +34,23 @@ Pairs = Mapping[str, PairStatics] | None
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is known in the middle of a step; a part returns it with more filled in.
+    """What is known partway through a step; each part returns it with more filled in.
 
     Attributes:
-      state: before the step; a `lorax.training.TrainState`.
+      state: the `lorax.training.TrainState` before the step.
       params: the frozen base.
-      batch: of this step.
-      pairs: of a population's member, the scales and ranks that differ.
-      frozen: what a reference reads beside the base.
-      key: of this step.
+      batch: this step's batch.
+      pairs: a population member's own scales and ranks.
+      frozen: what a reference reads besides the base.
+      key: this step's key.
       values: loss and metrics.
-      grads: of the adapters; after "update" no part reads them.
+      grads: the adapters' gradients; no part reads them after "update".
       norm: [], the global norm of the gradients before clipping.
-      norms: of the microbatches; None without accumulation.
-      model_state: the model's, after the batch.
-      ok: [], False where the step must change nothing.
-      adapters: after the step.
-      opt_state: after the step.
+      norms: gradient norms of the microbatches; None without accumulation.
+      model_state: the model state after the batch.
+      ok: [], False if the step must change nothing.
+      adapters: the adapters after the step.
+      opt_state: the optimiser state after the step.
     """
 
     state: Any
@@ -69,7 +69,7 @@ class Work:
     opt_state: Any = None
 
     def replace(self, **fields: Any) -> Work:
-        """Returns it with some fields in place of its own."""
+        """Returns a copy with some fields replaced."""
         return dataclasses.replace(self, **fields)
 
 
@@ -77,7 +77,7 @@ class Part(NamedTuple):
     """A named part of a step.
 
     Attributes:
-      name: by which a list of parts is read and changed.
+      name: identifies the part in a list.
       run: `Work -> Work`, pure.
     """
 
@@ -86,12 +86,12 @@ class Part(NamedTuple):
 
 
 def join(parts: Sequence[Part]) -> Callable[..., Any]:
-    """Returns `step(state, params, batch, pairs=None, frozen=None)` of parts.
+    """Joins parts into `step(state, params, batch, pairs=None, frozen=None)`.
 
-    It returns `(state, metrics)`.
+    The step returns `(state, metrics)`.
 
     Raises:
-      ValueError: two parts of one name, or no part that fills in what the state needs.
+      ValueError: two parts with the same name, or no "gradients" or "update" part.
 
     Example:
       >>> from lorax import training
@@ -102,11 +102,11 @@ def join(parts: Sequence[Part]) -> Callable[..., Any]:
     """
     names = [part.name for part in parts]
     if len({*names}) < len(names):
-        raise ValueError(f"parts are called {names}; give each a name of its own")
+        raise ValueError(f"parts are named {names}; give each a different name")
     if lacking := [name for name in ("gradients", "update") if name not in names]:
         raise ValueError(
-            f"parts are {names}, and no {lacking[0]!r} is among them: without it a "
-            "step has nothing to return"
+            f"parts are {names}, without {lacking[0]!r}; a step needs it to have "
+            "something to return"
         )
 
     def step(
@@ -138,9 +138,9 @@ def gradients(value_and_grad: Callable[..., Any], accumulate: int = 1) -> Part:
 
     Args:
       value_and_grad: `(adapters, pairs, frozen, params, model_state, batch, key) ->
-        ((loss, (metrics, model_state)), grads)`; it takes `lora_key` where adapters
-        drop.
-      accumulate: microbatches per step, one after the other.
+        ((loss, (metrics, model_state)), grads)`; it also takes `lora_key` if adapters
+        have dropout.
+      accumulate: microbatches per step, run sequentially.
     """
 
     def micro(state: Any, batch: PyTree, key: Any, params: PyTree, *known: Any) -> Any:
@@ -168,17 +168,17 @@ def gradients(value_and_grad: Callable[..., Any], accumulate: int = 1) -> Part:
 
 
 def check(work: Work) -> Work:
-    """Takes the gradients' norm; not ok where it, or the loss, is not finite."""
+    """Computes the gradient norm; not ok unless it and the loss are finite."""
     norm = optax.tree.norm(work.grads)
     ok = work.ok & jnp.isfinite(work.values["loss"]) & jnp.isfinite(norm)
     return work.replace(norm=norm, ok=ok & (work.values.get("weight", 1.0) > 0))
 
 
 def clip(clip_norm: float | None) -> Part:
-    """Returns the part that bounds the gradients' global norm; None for no bound.
+    """Returns the part that clips the gradients' global norm; None for no clipping.
 
-    It puts zeros in place of NaN: an eigendecomposition in the optimiser need not
-    survive them.
+    If the step is not ok, it zeroes the gradients, since an eigendecomposition in the
+    optimiser may not survive NaN.
     """
 
     def run(work: Work) -> Work:
@@ -195,7 +195,7 @@ def clip(clip_norm: float | None) -> Part:
 
 
 def update(tx: optax.GradientTransformationExtraArgs) -> Part:
-    """Returns the part that makes the optimiser's step."""
+    """Returns the part that takes the optimiser's step."""
 
     def run(work: Work) -> Work:
         state = work.state
@@ -211,15 +211,15 @@ def update(tx: optax.GradientTransformationExtraArgs) -> Part:
 
 
 def guard(work: Work) -> Work:
-    """Keeps adapters, optimiser and model state where the new ones are not finite.
+    """Keeps the old adapters, optimiser and model state if a new one is not finite.
 
-    Finite gradients may still make a step that is not: a rate, a schedule, an epsilon
-    of zero, a small dtype that overflows.
+    Finite gradients can still give a non-finite step: through a learning rate, a
+    schedule, an epsilon of zero, or overflow in a small dtype.
     """
     state = work.state
     old = (state.adapters, state.opt_state, state.model_state)
     new = (work.adapters, work.opt_state, work.model_state)
-    new = jax.tree.map(cast, new, old)  # in a small dtype it may overflow here
+    new = jax.tree.map(cast, new, old)  # may overflow here in a small dtype
     ok = work.ok & stays_finite(new, old)
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -232,21 +232,22 @@ def guard(work: Work) -> Work:
 
 
 def unpadded(updates: Adapters, pairs: Pairs) -> Adapters:
-    """Returns updates that leave the ranks beyond every member's true rank alone."""
+    """Returns updates with zeros in the padded ranks beyond each member's true rank."""
     kept = {p: ranks.masked(updates[p], own.rank) for p, own in (pairs or {}).items()}
     return {**updates, **kept}
 
 
 def stays_finite(new: PyTree, old: PyTree) -> jax.Array:
-    """False where a finite number of `old` is none in `new`.
+    """False if any finite number in `old` is no longer finite in `new`.
 
-    Neither loss nor gradient need show it. On XLA:CPU the relu of NaN is 0, and NaN
-    pixels give a finite loss, finite gradients, and NaN BatchNorm statistics; a rate
-    that is inf, or Adam's 0 / (0 + eps) with an eps of 0, makes NaN of a good gradient.
-    What was infinite before (the best value of a plateau's schedule) may stay so.
+    Loss and gradients need not show this. On XLA:CPU the relu of NaN is 0, so NaN
+    pixels give a finite loss, finite gradients and NaN BatchNorm statistics; an
+    infinite learning rate, or Adam's 0 / (0 + eps) with an eps of 0, turns a good
+    gradient into NaN. What was infinite before (the best value in a plateau schedule)
+    may stay so.
 
-    A leaf and its moments end in one path, `kernel/a`, and lie alike on the devices:
-    they share one reduction, which XLA fuses with the update.
+    A leaf and its moments have paths with the same ending, `kernel/a`, and are sharded
+    alike, so they share one reduction, which XLA fuses with the update.
     """
     alike: dict[Any, list[jax.Array]] = {}
     leaves = jax.tree_util.tree_leaves_with_path(new)

@@ -1,4 +1,4 @@
-"""A rule of the selection language: which leaves get an adapter, and what adapter."""
+"""A rule of the selection language: which leaves get an adapter, and which one."""
 
 from __future__ import annotations
 
@@ -24,37 +24,39 @@ class Target:
     """A rule: leaves whose path matches get this adapter.
 
     Args:
-      pattern: regular expression, full match on paths such as `block/attn/q/kernel`;
-        or "all-linear": every leaf that a dot, conv or ragged_dot consumes, except
-        embeddings and output heads, as PEFT means it, depthwise convolutions, and
-        low-rank factors of the model's own; `lorax.describe` says what is left out.
-      rank: of the update, from 1 to min(in, out). 8 as in the LoRA paper's GLUE runs.
+      pattern: regular expression that must match the whole path, such as
+        `block/attn/q/kernel`; or "all-linear": every leaf used by a dot, conv or
+        ragged_dot, except (as in PEFT) embeddings and output heads, and except
+        depthwise convolutions and the model's own low-rank factors; `lorax.describe`
+        shows what is left out.
+      rank: rank of the update, from 1 to min(in, out). 8 as in the LoRA paper's GLUE
+        runs.
       alpha: numerator of the scale. 16 as in the same runs.
-      adapter: a registered name, one of `lorax.adapters.REGISTRY`, or the class itself:
-        "lora", "dora", "adalora", ...; "full" trains the leaf as it is (heads, norms,
-        biases).
-      init: a registered name, one of `lorax.inits.REGISTRY`, or a function `(key,
-        kernel, target, stats) -> (adapter, kernel)`; "standard" is the class's own.
+      adapter: a name in `lorax.adapters.REGISTRY` ("lora", "dora", "adalora", ...), or
+        the class itself; "full" trains the leaf itself (heads, norms, biases).
+      init: a name in `lorax.inits.REGISTRY`, or a function `(key, kernel, target,
+        stats) -> (adapter, kernel)`; "standard" is the class's own.
       scaling: "standard", alpha / rank; or "rank_stabilized", alpha / sqrt(rank).
       dropout: rate on the adapter branch's input, used when a `lora_key` is given.
-      dtype: of the factors; float32 whatever the base's dtype.
-      exclude: regular expression of paths to leave out, or several.
-      layers: of a stacked kernel, the layers that get factors; None for all.
-      slices: of a fused kernel whose first out axis numbers its parts, such as GPT-2's
-        `[in, 3, heads, head_dim]`, the parts that get a pair each: (0, 2) for q and v.
-        None: one pair for the whole. With adapter="lora" and init="standard".
-      options: hyperparameters of the init and of the adapter, as pairs `(name, value)`
+      dtype: dtype of the factors; float32 by default, whatever the base's dtype.
+      exclude: one or several regular expressions for paths to leave out.
+      layers: for a stacked kernel, the layers that get factors; None for all.
+      slices: for a fused kernel whose first out axis numbers its parts, such as GPT-2's
+        `[in, 3, heads, head_dim]`, the parts that each get a pair: (0, 2) for q and v.
+        None: one pair for the whole. Needs adapter="lora" and init="standard".
+      options: hyperparameters of the init and the adapter, as pairs `(name, value)`
         or a dict; the docstring of each init lists its own, and "dora" takes
         `detach_norm` (True).
       batch_axes: axes of the leaf along which independent kernels are stacked, besides
-        those that `discover` read as such; negative numbers count from the end. A
-        written form such as `td,edf->tef` does not say whether e numbers experts or
-        is one more output axis: (0,) gives each expert a pair of its own, as in every
-        other form, () keeps what was read and says that it is meant. None: as read,
-        with a `TargetWarning` where a sibling disagrees.
-      rows: of an embedding, or of an untied output head, the numbers of the tokens that
-        train, increasing: those that a vocabulary grew by, `range(32000, 32016)`. With
-        adapter="rows", which has no rank; rank, alpha and scaling are not used.
+        those that `discover` found; negative numbers count from the end. An einsum
+        such as `td,edf->tef` does not tell whether e numbers experts or is another
+        output axis: (0,) gives each expert its own pair, () confirms the axes that
+        `discover` found. None does the same, with a `TargetWarning` where a sibling
+        disagrees.
+      rows: for an embedding or an untied output head, the numbers of the tokens to
+        train, in increasing order, such as those added to a vocabulary:
+        `range(32000, 32016)`. Needs adapter="rows", which ignores rank, alpha and
+        scaling.
 
     Raises:
       ValueError: a value out of range, or a pattern that is not a regular expression.
@@ -106,7 +108,7 @@ class Target:
         object.__setattr__(self, "options", self._sorted_options())
 
     def _require_numbers(self) -> None:
-        """Holds rank, alpha, dropout and dtype to their ranges."""
+        """Checks that rank, alpha, dropout and dtype are valid."""
         if not _checks.is_whole(self.rank) or self.rank < 1:
             raise ValueError(
                 f"{self.pattern!r}: rank={self.rank}; give a whole number >= 1"
@@ -123,22 +125,22 @@ class Target:
             )
 
     def _require_of_class(self, cls: type[adapters.Parametrisation]) -> None:
-        """Holds what only some classes have to the class."""
+        """Checks the fields that only some adapter classes support."""
         if self.slices is not None and (not cls.sliced or self.init != "standard"):
             raise ValueError(
-                f"{self.pattern!r}: slices={self.slices} go with adapter='lora' and "
+                f"{self.pattern!r}: slices={self.slices} needs adapter='lora' and "
                 f"init='standard', not {self.adapter!r} and {self.init!r}"
             )
         if cls.by_rows != (self.rows is not None):
             raise ValueError(
-                f"{self.pattern!r}: rows={self.rows} and adapter={self.adapter!r}; the "
-                "rows of an embedding train by adapter='rows', which needs their "
-                "numbers: rows=range(32000, 32016), say"
+                f"{self.pattern!r}: rows={self.rows} and adapter={self.adapter!r}; to "
+                "train rows of an embedding, give both adapter='rows' and their "
+                "numbers, such as rows=range(32000, 32016)"
             )
         if self.dropout and not cls.drops:
             raise ValueError(
-                f"{self.pattern!r}: dropout={self.dropout}, and adapter="
-                f"{self.adapter!r} has no branch whose input could drop; leave it out"
+                f"{self.pattern!r}: dropout={self.dropout}, but adapter="
+                f"{self.adapter!r} has no branch to apply it to; leave dropout out"
             )
 
     def _sorted_options(self) -> tuple[tuple[str, Any], ...]:
@@ -170,14 +172,13 @@ class Target:
             or len(set(numbers)) < len(numbers)
         ):
             raise ValueError(
-                f"{self.pattern!r}: batch_axes={given!r}; give a tuple of different "
-                "axis numbers of the leaf, such as (0,), or None for what discover read"
+                f"{self.pattern!r}: batch_axes={given!r}; give a tuple of distinct "
+                "axes of the leaf, such as (0,), or None for what discover found"
             )
         if adapters.get(self.adapter).replaces and numbers:
             raise ValueError(
-                f"{self.pattern!r}: batch_axes={numbers} number the stacked kernels of "
-                f"low-rank factors, and adapter={self.adapter!r} has none; leave them "
-                "out"
+                f"{self.pattern!r}: batch_axes={numbers} applies to low-rank factors, "
+                f"and adapter={self.adapter!r} has none; leave batch_axes out"
             )
         return tuple(map(int, numbers))
 

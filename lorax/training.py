@@ -1,8 +1,8 @@
-"""The train step: a pure function of (state, params, batch), made to be jitted.
+"""The train step: a pure function of (state, params, batch), ready for `jax.jit`.
 
-Only `TrainState.adapters` trains; `params` is an argument that no step changes, so one
-copy serves training, evaluation, `merge`, and every member of a population. A loss
-follows the protocol of `lorax.losses`:
+Only `TrainState.adapters` trains; no step changes `params`, so one copy serves
+training, evaluation, `merge` and every member of a population. A loss follows the
+protocol of `lorax.losses`:
 
     loss_fn(params, model_state, batch, key) -> (loss, (metrics, model_state))
 """
@@ -41,16 +41,16 @@ __all__ = [
 
 @flax.struct.dataclass
 class TrainState:
-    """What the next step needs.
+    """The state carried from one train step to the next.
 
     Attributes:
       adapters: the trainable leaves.
-      opt_state: of the optimiser, for the adapters alone.
+      opt_state: the optimiser state, for the adapters alone.
       model_state: what the model updates without gradients; `{}` if nothing.
-      step: int32 []; batches seen, skipped ones included, so that keys and data keep
-        in step. The optimiser's own count advances on `step - skipped` of them.
-      skipped: int32 []; batches whose update was left out as not finite.
-      key: the key that step `t` folds `t` into; itself never changes.
+      step: int32 []; batches seen, including skipped ones, so that keys stay in step
+        with the data. The optimiser's own count advances on `step - skipped` of them.
+      skipped: int32 []; batches whose update was skipped (see `make_train_step`).
+      key: step `t` folds `t` into this key; the key itself never changes.
     """
 
     adapters: Adapters
@@ -69,22 +69,22 @@ def create_state(
 ) -> TrainState:
     """Returns the state before the first step.
 
-    Every array is copied: donating the state to a jitted step then deletes nothing the
-    caller still holds (a `Full` adapter may share its buffer with `params`).
+    Every array is copied, so donating the state to a jitted step deletes nothing that
+    the caller still holds (a `Full` adapter may share its buffer with `params`).
 
     Args:
       key: a typed key, `jax.random.key(seed)`.
-      adapters: from `lorax.init`, or read back from disk.
+      adapters: from `lorax.init`, or restored from a checkpoint.
       tx: any optax transformation.
-      model_state: any pytree of arrays; None for a model that carries nothing.
+      model_state: any pytree of arrays; None for a model without state.
 
     Returns:
       A TrainState at step 0.
 
     Raises:
       ValueError: no adapters, an old-style key, or a chain in which a transform of
-        gradients, such as `scale_by_lora_pro`, stands behind Adam or momentum.
-      TypeError: `tx` is no optax transformation.
+        gradients, such as `scale_by_lora_pro`, comes after Adam or momentum.
+      TypeError: `tx` is not an optax transformation.
 
     Example:
       >>> import lorax.adapters
@@ -128,43 +128,45 @@ def make_train_step(
         loss = sum_i w_i l_i / sum_i w_i,    g = sum_i w_i grad(l_i) / sum_i w_i,
         g   <- g * min(1, clip_norm / |g|)
 
-    summed in float32, so any `accumulate` gives the one large batch's step. The state
-    out has the structure, shapes and dtypes of the state in: jit it once, as
-    `jax.jit(step, donate_argnums=0)`.
+    summed in at least float32, so any `accumulate` gives the same step as the whole
+    batch at once. The new state has the structure, shapes and dtypes of the old one:
+    jit the step once, as `jax.jit(step, donate_argnums=0)`.
 
-    A step changes only `step` and `skipped`, and leaves adapters, optimiser state and
-    model state as they were, if its loss or gradient norm is not finite, if one of the
-    three would hold a NaN or an infinity that it did not hold before (a rate that is
-    inf, Adam without an epsilon, an overflow in float16), or if its batch has no target
-    token. The optimiser's count stays too, so a schedule that is inf stops all steps.
+    A step is skipped (it changes only `step` and `skipped`, and keeps adapters,
+    optimiser state and model state) if its loss or gradient norm is not finite, if one
+    of the three would get a NaN or infinity where it had none (an infinite learning
+    rate, Adam without an epsilon, overflow in float16), or if its batch has no target
+    tokens. The optimiser's count stays too, so a schedule that reaches inf stops
+    training for good.
 
     Args:
-      loss_fn: `(params, model_state, batch, key) -> (loss, (metrics, model_state))`, a
-        scalar loss and a dict of metrics; written for plain `params`, see
+      loss_fn: `(params, model_state, batch, key) -> (loss, (metrics, model_state))`,
+        with a scalar loss and a dict of metrics; written for plain `params`, see
         `lorax.adapt`. The key differs by step and microbatch.
       tx: any optax transformation; one that takes extra arguments gets `base=params`,
-        `pairs`, and with `accumulate` above 1 `microbatch=MicrobatchNorms`, else None.
-      accumulate: microbatches per step, run one after the other; the batch's leading
-        axes must divide by it. Microbatch i takes rows i, i + accumulate, ..., so a
-        batch sharded over devices stays so. `model_state` passes through them in turn.
-      clip_norm: bound on the gradients' global norm; None for none.
+        `pairs`, and `microbatch`: a `MicrobatchNorms` if `accumulate` is above 1, else
+        None.
+      accumulate: microbatches per step, run sequentially; must divide the batch's
+        leading axis. Microbatch i takes rows i, i + accumulate, ..., so a batch sharded
+        over devices stays sharded. `model_state` passes through them in turn.
+      clip_norm: bound on the gradients' global norm; None for no clipping.
       on_merge: what `lorax.adapt` does when it must form a merged kernel.
-      reference: `(frozen, params, batch) -> said`, what models that do not train say of
-        a batch: log-probabilities of the base, `lorax.adapt(fn)({}, params, batch)`, or
-        a teacher's hidden states. It runs outside of `adapt`, without gradients, once a
-        microbatch; `loss_fn` gets what it returns behind the key.
+      reference: `(frozen, params, batch) -> outputs` of models that do not train: the
+        base's log-probabilities, `lorax.adapt(fn)({}, params, batch)`, or a teacher's
+        hidden states. It runs outside `adapt`, without gradients, once per microbatch;
+        `loss_fn` gets its result as an argument after the key.
 
     Returns:
       The step. It takes two more arguments: `pairs={path: PairStatics}` overrides the
       scale and rank of adapters, see `lorax.population`; `frozen` is any tree of arrays
-      that the reference reads beside the base, None without any. Its metrics are the
-      loss's own, averaged with the weights `w_i` (equal where `loss_fn` gives none;
-      "weight" itself is their sum), and "loss", "grad_norm" (before clipping) and
-      "skipped" (so far).
+      that the reference reads besides the base, or None. Its metrics are the loss's
+      own, averaged with the weights `w_i` (equal if `loss_fn` gives none; "weight"
+      itself is their sum), and "loss", "grad_norm" (before clipping) and "skipped" (the
+      total so far).
 
     Raises:
       ValueError: `accumulate` below 1, or `clip_norm` not positive.
-      TypeError: `tx` is no optax transformation, or `loss_fn` not callable.
+      TypeError: `tx` is not an optax transformation, or `loss_fn` is not callable.
 
     Example:
       >>> from lorax.adapters import Lora
@@ -203,15 +205,15 @@ def train_parts(
     on_merge: Literal["warn", "error"] = "warn",
     reference: Reference | None = None,
 ) -> list[Part]:
-    """Returns the parts that `make_train_step` joins, to be changed and joined again.
+    """Returns the parts that `make_train_step` joins, for you to change and join.
 
     Args:
-      loss_fn: as for `make_train_step`, and so are the others.
+      loss_fn: as for `make_train_step`, like all other arguments.
       tx: any optax transformation.
       accumulate: microbatches per step.
-      clip_norm: bound on the gradients' global norm; None for none.
+      clip_norm: bound on the gradients' global norm; None for no clipping.
       on_merge: what `lorax.adapt` does when it must form a merged kernel.
-      reference: what models that do not train say of a batch.
+      reference: outputs of models that do not train.
 
     Returns:
       A list of `Part`: "gradients", "check", "clip", "update", "guard".
@@ -257,14 +259,14 @@ def make_eval_step(
     """Returns `step(state, params, batch) -> metrics`: no dropout, nothing updated.
 
     Args:
-      loss_fn: the loss given to `make_train_step`; it gets `key=None`, by which it
-        knows to evaluate (running statistics, no dropout).
+      loss_fn: the loss given to `make_train_step`; it gets `key=None`, which tells it
+        to evaluate (running statistics, no dropout).
       on_merge: what `lorax.adapt` does when it must form a merged kernel.
       reference: as for `make_train_step`.
 
     Returns:
-      The step, with `pairs` and `frozen` as the train step's; its metrics are the
-      loss's own and "loss". To average them over batches weigh them by "weight".
+      The step, with `pairs` and `frozen` as in the train step; its metrics are the
+      loss's own and "loss". To average them over batches, weight them by "weight".
 
     Raises:
       TypeError: `loss_fn` is not callable.
@@ -309,7 +311,7 @@ def _adapted(
         key: Any,
         **extra: Any,
     ) -> Any:
-        # Set in here, a traced scale is never a leaf of what is differentiated.
+        # Set here, so that a traced scale is never among the differentiated leaves.
         own = {p: adapters[p].replace(scale=s.scale) for p, s in (pairs or {}).items()}
         said = (reference(frozen, params, batch),) if reference else ()
         args = params, model_state, batch, key, *said
@@ -319,7 +321,7 @@ def _adapted(
 
 
 def transformation(tx: Any) -> optax.GradientTransformationExtraArgs:
-    """Returns `tx` in the form that takes extra arguments; TypeError if it is none."""
+    """Returns `tx` with support for extra arguments; TypeError if it is not optax's."""
     if isinstance(tx, optax.MultiSteps):
         # Its own `gradient_transformation()` drops the extra arguments.
         tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)

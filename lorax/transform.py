@@ -1,4 +1,4 @@
-"""The three verbs: init makes adapters, merge defines them, adapt makes them cheap."""
+"""The three verbs: init makes adapters, merge folds them in, adapt applies them."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ def init(
     kernels: Mapping[str, Kernel] | None = None,
     stats: Mapping[str, Any] | None = None,
 ) -> tuple[Adapters, PyTree]:
-    """Makes the adapters of a parameter tree.
+    """Makes adapters for a parameter tree.
 
-    At init `merge(adapters, params)` equals the given parameters. Each adapter's key
-    comes from its path, so adding a target changes no other adapter.
+    At init, `merge(adapters, params)` equals the given parameters. Each adapter's key
+    depends only on `key` and its path, so adding a target changes no other adapter.
 
     Args:
       key: a `jax.random.key`.
-      params: the pretrained tree: a variables dict, an `nnx.State`, any pytree; a
-        `Base` keeps its frozen arrays, and what it has of those that adapters share
-        is taken, so that members of a population share one base.
-      targets: rules, first match wins; see `Target`.
+      params: the pretrained tree: a variables dict, an `nnx.State`, any pytree. A
+        `Base` keeps its frozen arrays, and shared arrays that it already has are
+        reused, so that members of a population share one base.
+      targets: rules; the first match wins. See `Target`.
       kernels: from `discover`; needed by "all-linear" and for kernels that are not
         two-dimensional.
-      stats: `{path: statistics}` for inits that look at data.
+      stats: `{path: statistics}` from `calibrate`, for inits that look at data.
 
     Returns:
-      Adapters `{path: Adapter}`, and params, of which inits such as PiSSA move a part
-      into the adapter; a `Base` of them where a method has frozen arrays (VeRA's
-      projections), to be passed on as it is wherever params are.
+      Adapters `{path: Adapter}`, and the parameters to use with them: inits such as
+      PiSSA move a part of each kernel into the adapter. If a method has frozen arrays
+      (VeRA's projections), they come as a `Base`; pass it wherever params are expected.
 
     Raises:
       ValueError: a target that matches nothing or a leaf it cannot adapt, an unknown
-        init, parameters that are not finite, or a `Base` with another frozen array
-        of the name; the message names the path.
-      KeyError: kernels of another tree.
+        init, parameters that are not finite, or a `Base` with a different frozen array
+        of the same name; the message names the path.
+      KeyError: kernels discovered on another tree.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -88,7 +88,7 @@ def init(
             if tree.is_quantized(kernel.value):
                 raise ValueError(
                     f"{path}: init={target.init!r} moves a part of the kernel into "
-                    "the adapter, and the leaf is quantised; make the adapters on the "
+                    "the adapter, but the leaf is quantised; make the adapters on the "
                     "dense parameters, then quantise what lorax.init returns: "
                     "lorax.quantize(params, ...)"
                 )
@@ -98,7 +98,7 @@ def init(
 
 
 def _by_class(chosen: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
-    """The chosen leaves by the class that they get."""
+    """The chosen leaves, grouped by adapter class."""
     groups: dict[Any, dict[str, Any]] = {}
     for path, (target, kernel) in chosen.items():
         cls = adapter_classes.of_target(target)
@@ -107,14 +107,14 @@ def _by_class(chosen: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
 
 
 def _kept(given: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
-    """The shared arrays, those of a Base where they would fit as well."""
+    """The shared arrays, taken from the Base where it has them in the same form."""
     kind = lambda x: (x.shape, x.dtype)
     fits = lambda name, x: name in given and kind(given[name]) == kind(x)
     return {name: given[name] if fits(name, x) else x for name, x in made.items()}
 
 
 def _require_same(path: str, given: Mapping[str, Any], lent: Mapping[str, Any]) -> None:
-    """Raises ValueError where a Base has another array of an adapter's name."""
+    """Raises ValueError if a Base has a different array under an adapter's name."""
     for name in given.keys() & lent.keys():
         old, new = given[name], lent[name]
         same = old is new or (old.shape, old.dtype) == (new.shape, new.dtype)
@@ -123,15 +123,15 @@ def _require_same(path: str, given: Mapping[str, Any], lent: Mapping[str, Any]) 
                 same = bool(jnp.array_equal(old, new))
         if not same:
             raise ValueError(
-                f"{path}: the Base given has another frozen array {name!r}, of shape "
-                f"{old.shape}, than the adapter needs, of shape {new.shape}: other "
-                "adapters use it; start from its parameters alone, base.params, and "
-                "keep one Base for each set"
+                f"{path}: the Base given has a frozen array {name!r} of shape "
+                f"{old.shape} that differs from the one the adapter needs, of shape "
+                f"{new.shape}, and other adapters use it; start from its parameters "
+                "alone, base.params, and keep one Base per set of adapters"
             )
 
 
 def _require_finite(params: PyTree) -> None:
-    """Raises ValueError naming the first leaf with a value that is no number."""
+    """Raises ValueError naming the first leaf with NaN or infinite values."""
     with jax.ensure_compile_time_eval():  # known leaves, closed over by a jit
         finite = {
             path: jnp.stack([jnp.isfinite(part).all() for part in parts]).all()
@@ -154,25 +154,26 @@ def _readable(array: Any) -> bool:
 def merge(adapters: Adapters, params: PyTree, *, requantize: bool = False) -> PyTree:
     """Returns plain parameters with every adapter folded in.
 
-    The definition of an adapted model: products and sums in at least float32 at the
-    highest precision, one rounding to each leaf's dtype. Keep `params` to go back.
+    This is the definition of an adapted model: products and sums in at least float32 at
+    the highest precision, then one rounding to each leaf's dtype. Keep `params` if you
+    need to go back.
 
     Args:
       adapters: `{path: Adapter}`.
       params: the tree they were made for.
       requantize: what to do with quantised leaves. False: they come out dense. True:
         each keeps its format and scales, and gets the codes nearest to the merged
-        kernel (`quantized.recode`), one leaf after the other; updates of less than
-        half a step between codes are lost, which `merge_report` measures. For scales
-        made anew, `lorax.quantize(lorax.merge(adapters, params), rules, kernels)`.
+        kernel (`quantized.recode`), one leaf at a time; updates of less than half a
+        step between codes are lost, which `merge_report` measures. For new scales,
+        use `lorax.quantize(lorax.merge(adapters, params), rules, kernels)`.
 
     Returns:
-      A tree of the same shapes and dtypes; of a `Base`, its parameters.
+      A tree with the same shapes and dtypes; for a `Base`, the parameters alone.
 
     Raises:
       KeyError: a path that params lacks.
-      ValueError: an adapter that does not fit its leaf, or one beside a kernel that
-        the program makes of codes, which can hold no update.
+      ValueError: an adapter that does not fit its leaf, or that adapts a kernel which
+        the program decodes from codes: these cannot hold an update.
     """
     computed.require_leaves(computed.parted(adapters, params).computed, params)
     whole, leaves = check(adapters, params)
@@ -185,7 +186,7 @@ def merge(adapters: Adapters, params: PyTree, *, requantize: bool = False) -> Py
 
 
 def folded(adapter: Adapter, leaf: Any, requantize: bool = False) -> Any:
-    """Returns one leaf with its adapter folded in, as `merge` has it."""
+    """Returns one leaf with its adapter folded in, as `merge` does it."""
     dense = jnp.asarray(leaf)
     if not (requantize and tree.is_quantized(leaf)):
         return adapter.merge(dense)
@@ -196,7 +197,7 @@ def check(adapters: Adapters, params: PyTree) -> tuple[Adapters, dict[str, Any]]
     """Raises unless every adapter fits its leaf.
 
     Returns:
-      The adapters with their frozen arrays in place, and the leaves by path.
+      The adapters with their frozen arrays filled in, and the leaves by path.
     """
     params, frozen = tree.split(params)
     tree.require_pure(params)
@@ -222,28 +223,28 @@ def adapt(
     on_merge: Literal["warn", "error"] = "warn",
     custom_rules: Literal["branch", "merge"] | None = None,
 ) -> Callable[..., Any]:
-    """Makes a function of `(params, ...)` one of `(adapters, params, ...)`.
+    """Turns a function of `(params, ...)` into one of `(adapters, params, ...)`.
 
-    Its value is `fn(merge(adapters, params), ...)` in exact arithmetic; its cost that
-    of hand-written LoRA. `fn` is traced, and wherever an adapted kernel meets a linear
-    operation the low-rank branch is added to its result, so that no kernel-sized
-    update and no kernel-sized gradient is formed.
+    In exact arithmetic its value is `fn(merge(adapters, params), ...)`; its cost is
+    that of hand-written LoRA. `fn` is traced, and wherever a linear operation uses an
+    adapted kernel, the low-rank branch is added to its result, so no kernel-sized
+    update or gradient is ever formed.
 
     Args:
       fn: a pure function whose first argument is the parameter tree.
-      on_merge: what to do where a kernel meets anything else: "warn" once per place
-        and merge it there, or "error".
+      on_merge: what to do where any other operation uses a kernel: "warn" once per
+        place and merge it there, or "error".
       custom_rules: what to do with a kernel inside `jax.custom_vjp` or `custom_jvp`:
         "branch" keeps the function's rule for the frozen kernel and differentiates the
-        low-rank branch as the body is written, which is right where the rule computes
-        the derivative; "merge" gives the rule the merged kernel, at the price of its
-        dense gradient. None: "branch", with a warning. Bodies that are not linear in
-        the kernel are merged.
+        low-rank branch through the body as written, which is right if the rule computes
+        the true derivative; "merge" gives the rule the merged kernel, at the cost of
+        its dense gradient. None: "branch", with a warning. Bodies that are not linear
+        in the kernel are merged.
 
     Returns:
       `fn(adapters, params, *args, lora_key=None, **kwargs)`. Only adapters and params
-      are traced; the other arguments reach `fn` as given. `lora_key` switches dropout
-      on; without it the function is deterministic.
+      are traced; the other arguments reach `fn` as given. Passing `lora_key` turns
+      dropout on; without it the function is deterministic.
 
     Raises:
       KeyError: (when called) an adapter for a path that params lacks.
@@ -304,7 +305,7 @@ def _views(
     emitter: interpret.Emitter,
     key: jax.Array | None,
 ) -> tuple[dict[str, interpret.Tracked], dict[str, jax.Array]]:
-    """The leaves to follow, and those without a form, merged before the walk."""
+    """The leaves to follow, and those without factors, merged before the walk."""
     views = {
         path: interpret.unadapted(path, leaf)
         for path, leaf in leaves.items()
@@ -321,7 +322,7 @@ def _views(
             views.pop(path, None)
             merged[path] = adapter.merge(jnp.asarray(leaf))
         else:
-            axes: Axes = cast(Any, adapter).axes  # which classes with factors have
+            axes: Axes = cast(Any, adapter).axes  # every class with factors has axes
             rate = getattr(adapter, "dropout", 0.0)
             view = interpret.watch(path, interpret.as_leaf(leaf))
             views[path] = view.adapted(factors, axes, rate)
@@ -329,14 +330,14 @@ def _views(
 
 
 def _factors(adapter: Adapter, leaf: Any) -> Factors | None:
-    """An adapter's form beside a leaf."""
+    """An adapter's factors beside a leaf."""
     if tree.is_quantized(leaf):
         return packed.factors(adapter, leaf)
     return adapter.factors(jnp.asarray(leaf))
 
 
 def _signature(fn: Callable[..., Any]) -> inspect.Signature:
-    """The adapted function's signature, by which jax.jit finds arguments by name."""
+    """The adapted function's signature, so that jax.jit finds arguments by name."""
     kinds = inspect.Parameter
     try:
         given = list(inspect.signature(fn).parameters.values())
@@ -344,8 +345,8 @@ def _signature(fn: Callable[..., Any]) -> inspect.Signature:
         given = [kinds("args", kinds.VAR_POSITIONAL)]
     if taken := {"adapters", "lora_key"} & {parameter.name for parameter in given}:
         raise ValueError(
-            f"the function has a parameter named {taken.pop()!r}, which adapt adds "
-            "itself; rename it"
+            f"the function has a parameter named {taken.pop()!r}, but adapt adds one "
+            "of that name; rename it"
         )
     by_name = not given or given[0].kind is kinds.POSITIONAL_OR_KEYWORD
     first = kinds.POSITIONAL_OR_KEYWORD if by_name else kinds.POSITIONAL_ONLY

@@ -1,9 +1,9 @@
 """Path-named trees: a parameter tree seen as an ordered dict `{path: leaf}`.
 
-A path joins the tree path by `/`. Suffixes that only wrap a leaf (the `value` of a
-`flax.linen` box or an `nnx.Variable`) and the leading `params/` of a variables dict are
-dropped; sequence indices are decimal. Of a `Base` the tree is its parameters, and a
-quantised leaf is one leaf.
+A path joins the keys of the tree path with `/`. Suffixes that only wrap a leaf (the
+`value` of a `flax.linen` box or an `nnx.Variable`) and the leading `params/` of a
+variables dict are dropped; sequence indices are decimal. The tree of a `Base` is its
+parameters, and a quantised leaf counts as one leaf.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def path_name(key_path: tuple[Any, ...]) -> str:
 
 
 def split(params: PyTree) -> tuple[PyTree, Mapping[str, jax.Array]]:
-    """Returns the parameters of a `Base` and its frozen arrays; of others, none."""
+    """Returns the parameters and frozen arrays (`{}` unless `params` is a `Base`)."""
     return params if isinstance(params, Base) else (params, {})
 
 
@@ -42,7 +42,7 @@ def flatten(tree: PyTree) -> dict[str, Any]:
     """Returns `{path: leaf}` in tree order.
 
     Args:
-      tree: any pytree; of a `Base` its parameters alone.
+      tree: any pytree; of a `Base`, only the parameters.
 
     Returns:
       A dict from path to leaf.
@@ -69,14 +69,14 @@ def flatten(tree: PyTree) -> dict[str, Any]:
 
 
 def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
-    """Returns `tree` with the leaves at the given paths exchanged.
+    """Returns `tree` with the leaves at the given paths replaced.
 
     Args:
       tree: any pytree; a `Base` keeps its frozen arrays.
       leaves: new leaves by path; every path must exist.
 
     Returns:
-      A tree of the same structure.
+      A tree with the same structure.
 
     Raises:
       KeyError: a path that the tree lacks.
@@ -92,14 +92,14 @@ def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
 
 
 def require(paths: Iterable[str], known: Mapping[str, Any], what: str = "tree") -> None:
-    """Raises KeyError naming the first path that `known` lacks, and its neighbours."""
+    """Raises KeyError naming the first path that `known` lacks and the nearest ones."""
     for path in paths:
         if path not in known:
             raise KeyError(f"the {what} has no leaf {path!r}; {nearest(path, known)}")
 
 
 def nearest(path: str, known: Iterable[str]) -> str:
-    """Returns a phrase naming the known paths most like `path`, for error messages."""
+    """Returns a phrase naming the known paths closest to `path`, for error messages."""
     known = list(known)
     close = difflib.get_close_matches(path, known, n=3, cutoff=0.0)
     if not close:
@@ -108,7 +108,7 @@ def nearest(path: str, known: Iterable[str]) -> str:
 
 
 def match(pattern: str, path: str) -> bool:
-    """True when the regular expression matches the whole path."""
+    """True if the regular expression matches the whole path."""
     return re.fullmatch(pattern, path) is not None
 
 
@@ -129,10 +129,10 @@ def is_coded(leaf: Any) -> bool:
 
 
 def require_adaptable(path: str, leaf: Any) -> None:
-    """Raises ValueError naming a leaf that cannot hold an update: integers, 8 bits.
+    """Raises ValueError for a leaf that cannot hold an update: integers, 8-bit floats.
 
-    8-bit floats are the payload of a quantised kernel. The scale that belongs to it may
-    act after the product, and the branch would lie inside of it.
+    8-bit floats are the payload of a quantised kernel. Its scale may be applied after
+    the product, and would then wrongly scale the low-rank branch, too.
     """
     dtype = jnp.dtype(leaf.dtype)
     if not is_floating(leaf):
@@ -143,26 +143,26 @@ def require_adaptable(path: str, leaf: Any) -> None:
     if dtype.itemsize == 1:
         raise ValueError(
             f"{path}: the leaf is quantised ({dtype}), and an update can neither be "
-            "rounded into it nor placed beside its scale; dequantise it first (the "
+            "rounded into it nor added beside its scale; dequantise it first (the "
             "leaf times its scale, in bfloat16 or float32), or leave it out "
             "(exclude= of the target)"
         )
 
 
 def is_array(leaf: Any) -> bool:
-    """True for arrays of jax, traced ones too, and of numbers in numpy."""
+    """True for JAX arrays (traced or not), and for numpy arrays of numbers or bools."""
     if not isinstance(leaf, np.ndarray):
         return isinstance(leaf, jax.Array)
     return jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool
 
 
 def is_concrete(leaf: Any) -> bool:
-    """True when the leaf's values can be read now: not a tracer, not a shape."""
+    """True if the leaf's values can be read now: not a tracer, not a shape."""
     return hasattr(leaf, "__array__") and not isinstance(leaf, jax.core.Tracer)
 
 
 def fold_path(key: jax.Array, path: str) -> jax.Array:
-    """Returns a key that depends on `path` alone, whatever else is in the tree."""
+    """Returns a key that depends only on `key` and `path`, not on other leaves."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
@@ -180,8 +180,8 @@ def combine(*parts: Adapters) -> Adapters:
     for part in parts:
         if both := sorted(whole.keys() & part.keys()):
             raise ValueError(
-                f"adapters given twice for {both}: pass each path once, or combine "
-                "the adapters themselves"
+                f"adapters given twice for {both}: pass each path once, or merge the "
+                "adapters of a path into one"
             )
         whole |= part
     return whole
@@ -198,7 +198,7 @@ def require_pure(params: PyTree) -> None:
 
     if isinstance(params, nnx.Module):
         raise TypeError(
-            f"params is a {type(params).__name__}, an nnx module, and lorax needs a "
+            f"params is a {type(params).__name__}, an nnx module, but lorax needs a "
             "pure function of a tree: graphdef, state = nnx.split(model), then pass "
             "state as params and call nnx.merge(graphdef, state) inside the function"
         )

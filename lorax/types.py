@@ -1,4 +1,4 @@
-"""Aliases and the adapter protocol that the layers above agree on."""
+"""The types and protocols that the layers above share."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ class Axes(NamedTuple):
         return self.batch + self.in_ + self.out
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """Returns the (in, out, batch) sizes of a leaf of this `shape`."""
+        """Returns the (in, out, batch) sizes of a leaf with this `shape`."""
         return tuple(tuple(shape[axis] for axis in group) for group in self)
 
 
 class Field(NamedTuple):
-    """What everything above a parametrisation knows of one of its arrays.
+    """What everything above a parametrisation knows about one of its arrays.
 
     Attributes:
-      role: what the array does, by which optimisers label it: "a" reads, "b" writes,
+      role: what the array does, used by optimisers as its label: "a" reads, "b" writes,
         "magnitude" rescales; any other word for anything else.
       dims: its axes in order, as words: "batch" (the kernel's stack), "in", "out",
-        "rank"; "leaf" for all axes of the leaf; any other word for one axis of the
+        "rank"; "leaf" for all axes of the leaf; any other word for a single axis of the
         method's own. "in rank" of a kernel `[layers, heads, size, out]` read over heads
-        and sizes has three axes; without "batch" the array is shared by the stack.
-      decays: True where weight decay means a pull to the pretrained kernel: at zero,
-        the update is zero.
+        and sizes has three axes; without "batch" the stack shares the array.
+      decays: True if weight decay pulls towards the pretrained kernel: at zero, the
+        update is zero.
       pair: name of the other factor, where `scale * a @ b` of the two is the update
         (times a gain, if there is one). They are called a and b.
-      frozen: True for an array that does not train. It lies in `Base.frozen`, under a
-        name that the adapter has, and in the adapter itself the field is None.
-      optional: True for an array that some adapters of the class have, and is None in
-        the others: an adapter's own `fields` and `roles` leave it out there.
+      frozen: True for an array that does not train. It is kept in `Base.frozen`, under
+        a name that the adapter stores, and in the adapter itself the field is None.
+      optional: True for an array that only some adapters of the class have. In the
+        others it is None, and their `fields` and `roles` leave it out.
     """
 
     role: str
@@ -74,13 +74,13 @@ class Field(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class LinearMap:
-    """A linear map of activations, with arrays of its own for every kernel of a stack.
+    """A linear map of activations, with its own arrays for every kernel of a stack.
 
     Attributes:
       arrays: a pytree of `[*batch, ...]`.
       apply: `(arrays of one kernel, x: [n, in]) -> [n, in]` or `[n, out]`, linear in x,
-        in and out axes flattened. A function of a module, not one made anew at every
-        call: compiled programs are found again by it.
+        in and out axes flattened. Use a module-level function, not a new one at every
+        call, because it is part of the compilation cache key.
     """
 
     arrays: Any
@@ -88,20 +88,20 @@ class LinearMap:
 
 
 class Factors(NamedTuple):
-    """The form in which an adapter meets a linear operation.
+    """The form in which an adapter enters a linear operation.
 
         y = ((x + x D) W0 + (x @ a) @ b + C(x)) * gain
 
-    A thin product follows every view of a kernel that keeps in and out axes apart. The
-    maps D and C act on whole inputs: a view that cuts, flips or splits the axes they
-    act on is merged, and `on_merge` says so.
+    A thin product works for every view of a kernel that keeps in and out axes apart.
+    The maps D and C act on whole inputs: a view that slices, flips or splits the axes
+    they act on is merged, as `on_merge` says.
 
     Attributes:
-      a: `[*batch, *in, rank]`; of rank 0 where there is no thin product.
-      b: `[*batch, rank, *out]`, the scale folded in.
+      a: `[*batch, *in, rank]`; rank 0 if there is no thin product.
+      b: `[*batch, rank, *out]`, with the scale folded in.
       gain: `[*batch, *out]`, on the outputs; None for ones.
-      inputs: D, the change of the inputs of the frozen kernel; None for none.
-      branch: C, a branch that is not a thin product; None for none.
+      inputs: D, the change to the frozen kernel's inputs, or None.
+      branch: C, a branch that is not a thin product, or None.
     """
 
     a: jax.Array
@@ -112,32 +112,32 @@ class Factors(NamedTuple):
 
     @property
     def adds(self) -> bool:
-        """True where the form adds to a kernel, whatever the kernel is."""
+        """True if the form only adds to a kernel, whatever the kernel is."""
         return self.gain is None and self.inputs is None
 
     @property
     def maps(self) -> bool:
-        """True where a map acts on whole inputs."""
+        """True if a map acts on whole inputs."""
         return self.inputs is not None or self.branch is not None
 
     @property
     def rigid(self) -> tuple[str, ...]:
-        """The kinds of axes on which a map acts, so that no view may cut them."""
+        """The kinds of axes on which a map acts, and which no view may cut."""
         if self.branch is not None:
             return "in", "out"
         return () if self.inputs is None else ("in",)
 
 
 class Base(NamedTuple):
-    """Parameters, and the arrays of methods that do not train: the second argument.
+    """Parameters together with the adapters' frozen arrays, passed as `params`.
 
-    `lorax.init` returns it where a method has frozen arrays (VeRA's projections), else
-    the plain parameters. `adapt` and `merge` take it apart: a function of parameters
-    never sees it.
+    `lorax.init` returns one if a method has frozen arrays (VeRA's projections), else
+    the plain parameters. `adapt` and `merge` unpack it: the adapted function never sees
+    it.
 
     Attributes:
       params: the parameter tree.
-      frozen: `{name: array}`, by the names that adapters have.
+      frozen: `{name: array}`, by the names that adapters refer to.
     """
 
     params: PyTree
@@ -149,7 +149,7 @@ class GradSketch(NamedTuple):
 
     Attributes:
       u: `[*batch, *in, k]`, orthonormal over the inputs.
-      s: `[*batch, k]`, in falling order.
+      s: `[*batch, k]`, descending.
       vt: `[*batch, k, *out]`, orthonormal over the outputs.
     """
 
@@ -163,9 +163,9 @@ class ActivationStats(NamedTuple):
 
     Attributes:
       u: `[*batch, *in, k]`, orthonormal over the inputs.
-      s: `[*batch, k]`, standard deviations along them, in falling order.
-      variance: `[*batch]`, of all inputs together; s^2 / variance is what a component
-        explains.
+      s: `[*batch, k]`, standard deviations along them, descending.
+      variance: `[*batch]`, total over all inputs; s^2 / variance is the fraction that a
+        component explains.
       tokens: `[*batch]`, how many rows were counted.
     """
 
@@ -176,10 +176,10 @@ class ActivationStats(NamedTuple):
 
 
 class Covariance(NamedTuple):
-    """The second moments of what a kernel reads, not centred: X^T X / tokens.
+    """The uncentred second moments of what a kernel reads: X^T X / tokens.
 
     Attributes:
-      matrix: `[*batch, in, in]`, in axes flattened.
+      matrix: `[*batch, in, in]`, with the in axes flattened.
       tokens: `[*batch]`, how many rows were counted.
     """
 
@@ -188,9 +188,9 @@ class Covariance(NamedTuple):
 
 
 class PairStatics(NamedTuple):
-    """Scale and true rank of one adapter where a population gives each member its own.
+    """The scale and true rank of one adapter, where population members differ in them.
 
-    A train step passes `pairs={path: PairStatics}` to `tx.update`; without it a pair
+    A train step passes `pairs={path: PairStatics}` to `tx.update`; without it, a pair
     transform reads the adapter's own `scale` and `rank`.
     """
 
@@ -201,12 +201,12 @@ class PairStatics(NamedTuple):
 class MicrobatchNorms(NamedTuple):
     """Squared gradient norms of a step's microbatches, for noise-scale estimates.
 
-    A train step that accumulates passes them to `tx.update` as `microbatch=`; they are
-    taken before clipping.
+    A train step that accumulates passes them to `tx.update` as `microbatch=`, computed
+    before clipping.
 
     Attributes:
-      small: [], mean over the microbatches with target tokens of `|g_i|^2`.
-      large: [], `|g|^2` of the gradient that they add up to.
+      small: [], mean of `|g_i|^2` over the microbatches with target tokens.
+      large: [], `|g|^2` of their weighted mean.
       small_batch: examples in a microbatch.
       large_batch: examples in the whole batch.
     """
@@ -218,15 +218,15 @@ class MicrobatchNorms(NamedTuple):
 
 
 class KernelSpec(Protocol):
-    """What the making of an adapter reads of a leaf: see `lorax.Kernel`."""
+    """What building an adapter needs to know about a leaf; see `lorax.Kernel`."""
 
     @property
     def path(self) -> str:
-        """Of the leaf."""
+        """The leaf's path."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the leaf."""
+        """The leaf's shape."""
 
     @property
     def op(self) -> str:
@@ -237,15 +237,15 @@ class KernelSpec(Protocol):
         """The leaf itself."""
 
     def linear_axes(self) -> Axes:
-        """Returns the leaf's axes; ValueError where no linear operation uses it."""
+        """Returns the leaf's axes; ValueError if no linear operation uses it."""
 
 
 class TargetSpec(Protocol):
-    """What the making of an adapter reads of a rule: see `lorax.Target`."""
+    """What building an adapter needs to know about a rule; see `lorax.Target`."""
 
     @property
     def pattern(self) -> str:
-        """Of the paths."""
+        """The pattern that paths must match."""
 
     @property
     def adapter(self) -> Any:
@@ -253,7 +253,7 @@ class TargetSpec(Protocol):
 
     @property
     def rank(self) -> int:
-        """Of the update."""
+        """The rank of the update."""
 
     @property
     def scale(self) -> float:
@@ -261,23 +261,23 @@ class TargetSpec(Protocol):
 
     @property
     def dropout(self) -> float:
-        """Rate on the branch's input."""
+        """The dropout rate on the branch's input."""
 
     @property
     def dtype(self) -> Any:
-        """Of the arrays."""
+        """The dtype of the arrays."""
 
     @property
     def layers(self) -> tuple[int, ...] | None:
-        """Of a stack, those that get factors."""
+        """The layers of a stack that get factors."""
 
     @property
     def slices(self) -> tuple[int, ...] | None:
-        """Of a fused kernel, the parts that do."""
+        """The parts of a fused kernel that get factors."""
 
     @property
     def rows(self) -> Sequence[int] | None:
-        """Of an embedding, the rows that do."""
+        """The rows of an embedding that train."""
 
     @property
     def options(self) -> Any:
@@ -289,12 +289,12 @@ class Adapter(Protocol):
 
     Attributes:
       fields: its arrays, by name.
-      roles: of the trained ones, name -> role.
-      replaces: True where the array is the leaf itself.
-      additive: True where the update adds, and is proportional to `scale`.
-      padded: True where zeros in the ranks change no update.
-      reads_kernel: True where `factors` reads the kernel's values.
-      by_rows: True where it acts on some rows of an embedding.
+      roles: `{name: role}` of the arrays that train.
+      replaces: True if the array is the leaf itself.
+      additive: True if the update is added and is proportional to `scale`.
+      padded: True if padding the ranks with zeros changes no update.
+      reads_kernel: True if `factors` reads the kernel's values.
+      by_rows: True if it acts on some rows of an embedding.
     """
 
     fields: ClassVar[dict[str, Field]]
@@ -306,19 +306,19 @@ class Adapter(Protocol):
     by_rows: ClassVar[bool]
 
     def as_lora(self) -> Any:
-        """Returns the same update as a plain Lora; None where it is not one."""
+        """Returns the same update as a plain Lora, or None if it is not one."""
 
     def check(self, path: str, leaf: jax.Array) -> None:
         """Raises ValueError, naming `path`, unless the adapter fits the leaf."""
 
     def delta(self, kernel: jax.Array) -> jax.Array:
-        """Returns the change of the kernel, in the leaf's layout, at least float32."""
+        """Returns the change to the kernel, in the leaf's layout, at least float32."""
 
     def merge(self, kernel: jax.Array) -> jax.Array:
         """Returns the adapted kernel: float32 accumulation, one rounding."""
 
     def factors(self, kernel: jax.Array) -> Factors | None:
-        """Returns the form for the fast path; None: there is none, merge."""
+        """Returns the form for the fast path, or None if the kernel must be merged."""
 
 
 Adapters = dict[str, Adapter]

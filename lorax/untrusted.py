@@ -1,9 +1,8 @@
-"""Values from files: held to a type and a range before anything computes with them.
+"""Checks the type and range of values from files before anything computes with them.
 
-A `Rule` says in words what a field must be and tells whether a value is that; `check`
-raises an error that names the field, its value and the rule. JSON has no integers apart
-from its numbers, Python's `bool` is an `int`, and its parser reads NaN: so no rule
-takes a boolean for a number, and none takes NaN or infinity.
+A `Rule` says in words what a field must be and tests values; `check` raises an error
+that names the field, its value and the rule. Python's `bool` is an `int`, and its JSON
+parser reads NaN, so no rule takes a boolean for a number, nor NaN or infinity.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 LARGEST = 2**31 - 1
-"""Of every count, size and coefficient: what XLA indexes with."""
+"""The largest count, size or coefficient: the largest index of XLA."""
 
 _HEX = frozenset(string.hexdigits.lower())
 _SHORT = reprlib.Repr()
@@ -28,15 +27,15 @@ class Rule(NamedTuple):
     """What a field must be.
 
     Attributes:
-      says: in words that follow "it must be".
-      fits: True for the values that are that.
+      says: the rule in words that follow "it must be".
+      fits: True for values that obey it.
     """
 
     says: str
     fits: Callable[[Any], bool]
 
     def __or__(self, other: Any) -> Rule:
-        """Either of two rules; `rule | None` takes null as well."""
+        """Returns the rule "either"; `rule | None` accepts null as well."""
         if other is None:
             return Rule(f"{self.says}, or null", lambda v: v is None or self.fits(v))
         return Rule(
@@ -45,15 +44,15 @@ class Rule(NamedTuple):
 
 
 def check(where: str, value: Any, rule: Rule) -> Any:
-    """Returns the value.
+    """Returns the value if it obeys the rule.
 
     Args:
       where: the field's name, for the error.
-      value: as read.
+      value: the value as read.
       rule: what it must be.
 
     Raises:
-      ValueError: it is something else.
+      ValueError: the value breaks the rule.
 
     Example:
       >>> check("rank", 8, whole(1))
@@ -69,7 +68,7 @@ def check(where: str, value: Any, rule: Rule) -> Any:
 
 
 def field(table: Any, name: str, rule: Rule, where: str = "") -> Any:
-    """Returns a field that must be there; `where` names the table in errors."""
+    """Returns a required field of a table; `where` names the table in errors."""
     check(where or "the whole", table, TABLE)
     if name not in table:
         raise ValueError(f"{where}{': ' if where else ''}there is no {name!r} in it")
@@ -77,12 +76,12 @@ def field(table: Any, name: str, rule: Rule, where: str = "") -> Any:
 
 
 def shown(value: Any) -> str:
-    """The value in a message: long ones are cut."""
+    """The value for a message, shortened if long."""
     return _SHORT.repr(value)
 
 
 def some(names: Sequence[str]) -> str:
-    """The first names of a list in a message, and how many more there are."""
+    """The first names of a list for a message, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (", ".join(names[:5]) or "none") + more
 
@@ -117,7 +116,7 @@ def number(
 
 
 def listed(rule: Rule, least: int = 0) -> Rule:
-    """A list of at least so many values of one rule."""
+    """A list of at least `least` values that obey one rule."""
     says = f"a list of {least} or more" if least else "a list"
     return Rule(
         f"{says}, each {rule.says}",
@@ -128,7 +127,7 @@ def listed(rule: Rule, least: int = 0) -> Rule:
 
 
 def mapping(rule: Rule, least: int = 0) -> Rule:
-    """An object of at least so many values of one rule."""
+    """An object of at least `least` values that obey one rule."""
     says = f"an object of {least} or more fields" if least else "an object"
     return Rule(
         says if rule is ANY else f"{says}, each {rule.says}",
@@ -141,13 +140,13 @@ def mapping(rule: Rule, least: int = 0) -> Rule:
 
 
 def choice(*names: str) -> Rule:
-    """One of some texts."""
+    """One of the given strings."""
     known = f"one of {', '.join(map(repr, names))}"
     return Rule(known, lambda v: isinstance(v, str) and v in names)
 
 
 def digits(count: int) -> Rule:
-    """Text of so many hexadecimal digits: a digest."""
+    """Text of `count` hexadecimal digits: a digest."""
     return Rule(
         f"{count} hex digits",
         lambda v: isinstance(v, str) and len(v) == count and _HEX.issuperset(v),
@@ -161,7 +160,7 @@ TABLE = Rule("an object", lambda v: isinstance(v, Mapping))
 ANY = Rule("anything", lambda v: True)
 SHAPE = listed(whole())
 ZERO = Rule("null, false or empty", lambda v: v is None or v is False or _empty(v))
-"""What switches nothing on, whatever the field."""
+"""A value that switches nothing on, whatever the field."""
 
 
 def _empty(value: Any) -> bool:
@@ -172,11 +171,11 @@ def _empty(value: Any) -> bool:
 
 
 def parsed(text: str, kind: type = dict) -> Any:
-    """Returns the object in a JSON text, or with `kind=list` the array.
+    """Returns the object in a JSON text, or the array with `kind=list`.
 
     Raises:
-      ValueError: malformed, nested too deeply, of another kind, or a key that is there
-        twice.
+      ValueError: the text is malformed, nested too deeply, of another kind, or has a
+        duplicate key.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def test_a_batch_that_does_not_divide_is_named():
     with pytest.raises(ValueError, match=r"batch\['t'\] has shape \(\)"):
         step(state, params, {"t": 1.0})
     uneven = {"x": batch["x"][:4], "y": jnp.ones((8, 3))}
-    with pytest.raises(ValueError, match=r"batch\['y'\] has shape \(8, 3\).*one size"):
+    with pytest.raises(ValueError, match=r"batch\['y'\] has shape \(8, 3\).*leading"):
         step(state, params, uneven)
 
 

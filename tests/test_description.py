@@ -110,7 +110,7 @@ def test_an_adapted_kernel_that_is_merged_somewhere_says_where():
 
 
 def test_init_warns_once_of_what_all_linear_cannot_follow():
-    with pytest.warns(lorax.TargetWarning, match="meet an operation") as caught:
+    with pytest.warns(lorax.TargetWarning, match="used by an operation") as caught:
         lorax.init(KEY, PARAMS, ALL, KERNELS)
     (warning,) = caught
     text = str(warning.message)

@@ -241,7 +241,7 @@ def test_without_discover_the_batch_axes_say_how_a_leaf_is_read():
 
 @pytest.mark.parametrize("given", [0, "0", (0, 0), (0.0,), (True,), {0: 1}, (None,)])
 def test_batch_axes_that_are_no_axes(given):
-    with pytest.raises(ValueError, match="give a tuple of different axis numbers"):
+    with pytest.raises(ValueError, match="give a tuple of distinct axes"):
         lorax.Target("up", batch_axes=given)
 
 
@@ -251,7 +251,7 @@ def test_batch_axes_that_do_not_fit():
     of = lambda *axes: lorax.Target("up", rank=2, batch_axes=axes)
     with pytest.raises(ValueError, match=r"up: batch_axes=\(3,\).*from -3 to 2"):
         lorax.init(KEY, params, of(3), kernels)
-    with pytest.raises(ValueError, match=r"up: batch_axes=\(0, -3\).*different"):
+    with pytest.raises(ValueError, match=r"up: batch_axes=\(0, -3\).*distinct"):
         lorax.init(KEY, params, of(0, -3), kernels)
     with pytest.raises(ValueError, match="no axis to read"):
         lorax.init(KEY, params, of(1), kernels)

@@ -77,10 +77,10 @@ def test_a_second_init_takes_the_arrays_of_its_base():
     _, other = started(jax.random.key(7))
     assert np.any(other.frozen[SIGNS] != base.frozen[SIGNS])
     wrong = lorax.Base(base.params, {**base.frozen, NORMS: 2 * base.frozen[NORMS]})
-    with pytest.raises(ValueError, match=r"up: the Base given has another frozen arr"):
+    with pytest.raises(ValueError, match=r"up: the Base given has a frozen arr"):
         started(KEY, wrong)
     small = lorax.Base(base.params, {SIGNS: jnp.ones(3)})
-    with pytest.raises(ValueError, match=r"of shape \(3,\), than the adapter needs"):
+    with pytest.raises(ValueError, match=r"of shape \(3,\) that differs from the one"):
         started(KEY, small)
 
 

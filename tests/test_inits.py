@@ -125,7 +125,7 @@ def test_orthogonal_factors_cancel_in_halves_of_the_rank(std):
     for x in (a, b):
         np.testing.assert_allclose(np.std(x), std / np.sqrt(2), rtol=0.1)
     with pytest.raises(
-        ValueError, match="w: .*halves the rank, and rank=3; give an ev"
+        ValueError, match="w: .*halves the rank, but rank=3; give an ev"
     ):
         made(kernel, rank=3, init="orthogonal")
 

@@ -213,7 +213,7 @@ def test_bad_input():
     x = rows()
     with pytest.raises(ValueError, match="w: init='eva' looks at data; pass stats"):
         made(W, init="eva")
-    with pytest.raises(ValueError, match=re.escape("shape (12, 2), and this target")):
+    with pytest.raises(ValueError, match=re.escape("shape (12, 2), but this target")):
         made(W, components(x, 2), init="eva")
     with pytest.raises(ValueError, match=re.escape("needs (12, 12); calibrate with")):
         made(W, moments(x[:, :7]), init="corda")
@@ -229,7 +229,9 @@ def test_bad_input():
         made(W, components(x), init="eva", adapter="adalora")
     with pytest.raises(ValueError, match="rho=0.5; give a number >= 1"):
         eva.redistribute(THREE, EVA("u"), SHARES, rho=0.5)
-    with pytest.raises(ValueError, match="u: rho=3 needs 6 components and stats has 4"):
+    with pytest.raises(
+        ValueError, match="u: rho=3 needs 6 components, but stats has 4"
+    ):
         eva.redistribute(THREE, EVA("u"), SHARES, rho=3)
     with pytest.raises(ValueError, match="u: rho=2.0 needs 4 .* stats has no"):
         eva.redistribute(THREE, EVA("u"), {})

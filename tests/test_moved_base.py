@@ -147,7 +147,7 @@ LEFT = r"what pissa\(rank=2\) left of the base"
         (lambda: compose.to_lora(PISSA, STANDARD), f"adapter fits {LEFT}, initial the"),
         (
             lambda: population.create_population(KEYS, [PISSA, STANDARD], TX, PARAMS),
-            r"member 1 has moved_by=None and member 0 has 'pissa\(rank=2\)'",
+            r"member 1 has moved_by=None, but member 0 has 'pissa\(rank=2\)'",
         ),
         (
             lambda: population.create_population(

@@ -215,7 +215,7 @@ def test_a_population_is_read_from_dicts_of_today_and_of_before():
         read = flax.serialization.from_state_dict(other, saved)
         assert read.roster == population.roster
         assert_same(pop.member(read, 1), pop.member(population, 1), 0.0)
-    with pytest.raises(ValueError, match=r"\['pairs', 'state'\], and neither 'roster'"):
+    with pytest.raises(ValueError, match=r"\['pairs', 'state'\], but neither 'roster'"):
         flax.serialization.from_state_dict(other, before)
 
 
@@ -256,7 +256,7 @@ def test_other_axes_and_unequal_adalora_are_named():
     with pytest.raises(ValueError, match=r"w: member 1 has axes=Axes\(in_=\(1,\)"):
         pop.create_population(keys_of(2), members, optax.sgd(0.1), square)
     members = [member_of(0, rank, adapter="adalora") for rank in (2, 3)]
-    with pytest.raises(ValueError, match="member 1 has p.shape=.*not of AdaLora"):
+    with pytest.raises(ValueError, match="member 1 has p.shape=.*except AdaLora"):
         pop.create_population(keys_of(2), members, optax.sgd(0.1), problem()[0])
 
 
@@ -267,22 +267,22 @@ def test_counts_of_members_keys_and_hyperparameters_are_checked():
     create = functools.partial(pop.create_population, params=params)
     with pytest.raises(ValueError, match="members is empty"):
         create([], [], plain)
-    with pytest.raises(ValueError, match=r"2 members need as many keys.*\(3,\)"):
+    with pytest.raises(ValueError, match=r"2 members need one key each.*\(3,\)"):
         create(keys_of(3), members, plain)
     with pytest.raises(TypeError, match="must be an optax transformation"):
         create(keys_of(2), members, 0.1)
     with pytest.raises(ValueError, match=r"'ratio'\]: tx has no such number.*b1, b2"):
         create(keys_of(2), members, tx, hyperparams={"ratio": (1, 2)})
-    with pytest.raises(ValueError, match=r"'learning_rate'\]: tx.*no schedule"):
+    with pytest.raises(ValueError, match=r"'learning_rate'\]: tx.*not a schedule"):
         create(keys_of(2), members, tx, hyperparams={"learning_rate": (1, 2)})
-    with pytest.raises(ValueError, match="it has none. Make it by optax.inject"):
+    with pytest.raises(ValueError, match="it has none. Build tx with optax.inject"):
         create(keys_of(2), members, plain, hyperparams={"learning_rate": (1, 2)})
-    with pytest.raises(ValueError, match=r"'b1'\] has the shape \(3,\); give 2"):
+    with pytest.raises(ValueError, match=r"'b1'\] has shape \(3,\); give 2"):
         create(keys_of(2), members, tx, hyperparams={"b1": (0.1, 0.2, 0.3)})
     for count in (0, 2.0, True):
         with pytest.raises(ValueError, match="at_once must be an int of at least 1"):
             pop.make_population_step(LOSS, plain, at_once=count)
         with pytest.raises(ValueError, match="at_once must be an int of at least 1"):
             pop.make_population_eval_step(LOSS, at_once=count)
-    with pytest.raises(IndexError, match="member 2 of a population of 2"):
+    with pytest.raises(IndexError, match="no member 2 in a population of 2"):
         pop.member(create(keys_of(2), members, plain), 2)

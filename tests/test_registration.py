@@ -74,9 +74,11 @@ def test_names():
         adapters.register("odd", dict)
     with pytest.raises(ValueError, match="adapter='odd'; choose one of .*outputs"):
         lorax.Target("w", adapter="odd")
-    with pytest.raises(ValueError, match="no branch whose input could drop"):
+    with pytest.raises(ValueError, match="no branch to apply it to"):
         lorax.Target("w", adapter="outputs", dropout=0.1)
-    with pytest.raises(TypeError, match="called a, which reads, and b, which writes"):
+    with pytest.raises(
+        TypeError, match="the update a, which reads, and b, which writes"
+    ):
         type(
             "Odd",
             (adapters.Parametrisation,),

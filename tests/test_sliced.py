@@ -120,7 +120,7 @@ def test_ranks_that_differ_are_stacked_and_taken_apart():
 
 
 def test_slices_that_mean_nothing():
-    with pytest.raises(ValueError, match="slices=.* go with adapter='lora'"):
+    with pytest.raises(ValueError, match="slices=.* needs adapter='lora'"):
         lorax.Target("w", adapter="dora", slices=(0,))
     with pytest.raises(ValueError, match=r"slices=\(2, 0\); give increasing"):
         lorax.Target("w", slices=(2, 0))
@@ -139,5 +139,5 @@ def test_slices_that_mean_nothing():
             jax.random.key(0), {"v": params["v"]}, [lorax.Target("v", 2, slices=(0,))]
         )
     adapters, _, _ = made()
-    with pytest.raises(ValueError, match=r"slices \(0, 2\) of 3 and the leaf"):
+    with pytest.raises(ValueError, match=r"slices \(0, 2\) of 3, but the leaf"):
         lorax.merge(adapters, {"w": jnp.zeros((2, IN, 4, OUT))})

@@ -162,7 +162,7 @@ LEAVES = [
     (Target("stack/kernel", 2, layers=(1, 3)), r"layers=\(1, 3\).*stacks 3 layers"),
     (Target("head/kernel", 2, layers=(0,)), "is not a stack of layers"),
     (Target("head/kernel", 2, init="pisa"), "init='pisa'; choose one of standard"),
-    ([], "no targets: give at least one"),
+    ([], "no targets; give at least one"),
 ]
 
 
@@ -237,7 +237,7 @@ MISFITS = [
     (
         "head/kernel",
         lorax.Full(jnp.ones((4, 3))),
-        r"\(4, 3\) and the leaf has \(4, 7\)",
+        r"\(4, 3\), but the leaf has \(4, 7\)",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""The parametrisations: frozen dataclasses whose array fields are all trainable."""
+"""The parametrisations: one frozen dataclass per adapter method."""
 
 from lorax.adapters.adalora import AdaLora, orthogonal_penalty
 from lorax.adapters.delora import DeLoRA

@@ -2,9 +2,9 @@
 
     W = W0 + scale * p diag(lam) q
 
-`lam` starts at zero and is what rank allocation masks; `scale` is alpha over the
-*initial* rank for ever. Nothing here keeps p and q orthonormal: `lorax.optim.adalora`
-pulls them there, and `orthogonal_penalty` measures how far they are.
+`lam` starts at zero and is what rank allocation masks; `scale` always stays alpha over
+the *initial* rank. Nothing here keeps p and q orthonormal: `lorax.optim.adalora` pulls
+them towards that, and `orthogonal_penalty` measures how far off they are.
 
 References:
   Zhang et al., AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient
@@ -26,7 +26,7 @@ from lorax.adapters.lora import Lora
 from lorax.adapters.parametrisation import Parametrisation, register
 from lorax.types import Adapters, Axes, Factors, Field, KernelSpec, TargetSpec
 
-STD = 0.02  # of p and q at the start, as in github.com/QingruZhang/AdaLoRA
+STD = 0.02  # of p and q at init, as in github.com/QingruZhang/AdaLoRA
 
 
 @register("adalora")
@@ -42,9 +42,9 @@ class AdaLora(Parametrisation):
       axes: the leaf's in, out and batch axes.
       dropout: rate on the input of the adapter branch, in [0, 1).
       layers: the layers of the first batch axis that have factors; None for all.
-      moved_by: the init that moved a part of the kernel into the factors, with what the
-        part depends on, such as "pissa(rank=8)": the adapter fits what was left of the
-        kernel alone. None: it fits the kernel as it was given.
+      moved_by: the init that moved a part of the kernel into the factors, with what
+        that part depends on, such as "pissa(rank=8)"; the adapter then fits only the
+        rest of the kernel. None if it fits the kernel as given.
     """
 
     p: jax.Array
@@ -93,7 +93,7 @@ class AdaLora(Parametrisation):
         s: jax.Array,
         vt: jax.Array,
     ) -> AdaLora:
-        """Returns the adapter around triplets of the flattened kernel."""
+        """Returns the adapter made from singular triplets of the flattened kernel."""
         p, q = making.unflatten(kernel, target, u, vt)
         p, lam, q = (x.astype(target.dtype) for x in (p, s, q))
         return cls(p, lam, q, **making.statics(kernel, target))
@@ -123,26 +123,27 @@ def orthogonal_penalty(
         squared:  mean over matrices of |p^T p - I|^2 + |q q^T - I|^2
         norm:     mean over all p and q of |p^T p - I|                 (as released)
 
-    The paper's is M times "squared" for M matrices, with the weight 0.1; a sum grows
-    with the number of matrices beside the loss, a mean does not. The released code has
-    0.1 times "norm", PEFT 0.5 times. The norm's gradient at exact orthonormality is
-    zero here, not NaN.
+    The paper's penalty is M times "squared" for M matrices, with weight 0.1; relative
+    to the loss, a sum grows with the number of matrices, a mean does not. The released
+    code uses 0.1 times "norm", PEFT 0.5 times. At exact orthonormality, the norm's
+    gradient here is zero, not NaN.
 
-    A measure first. `lorax.optim.adalora` needs no penalty in the loss: by default it
-    pulls p and q to orthonormality by a step of its own, and its `orthogonal_form` puts
-    this function's gradient before the optimiser. As a term of the loss under Adam it
-    costs: lam = 0 at the start leaves p and q no gradient but the penalty's.
+    This is mainly a metric. `lorax.optim.adalora` needs no penalty in the loss: by
+    default it pulls p and q towards orthonormality with a separate step, and its other
+    `orthogonal_form`s add this function's gradient before the optimiser. As a loss term
+    under Adam it does harm: while lam = 0 at the start, p and q get no gradient but the
+    penalty's.
 
     Args:
-      adapters: `{path: Adapter}`; others than AdaLora count for nothing. Every layer
-        of a stack is a matrix of its own.
-      form: which of the two.
+      adapters: `{path: Adapter}`; those other than AdaLora are ignored. Every layer of
+        a stack counts as a matrix.
+      form: "squared" or "norm".
 
     Returns:
       A scalar, float32; 0 without an AdaLora.
 
     Raises:
-      ValueError: another form.
+      ValueError: an unknown form.
 
     Example:
       >>> axes = Axes((0,), (1,))

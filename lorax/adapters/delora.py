@@ -1,10 +1,10 @@
-"""DeLoRA: normalised directions, a trained bound on how far the kernel moves.
+"""DeLoRA: normalised directions, with a trained bound on how far the kernel moves.
 
     W = W0 + diag(n) a diag(lam / (r |a_k| |b_k|)) b,      n_i = |W0[i, :]|
 
-Each of the r terms has norm lam / r in units of the kernel's own norms n, so that lam
-bounds the update and a and b say only where it points. n is the frozen kernel's, over
-the outputs of each input, as in PEFT.
+Each of the r terms has norm lam / r in units of the kernel's norms n, so lam bounds the
+update, while a and b only give its direction. n_i is the norm of the frozen kernel over
+the outputs of input i, as in PEFT.
 
 References:
   Bini, Girrbach, Akata, Decoupling Angles and Strength in Low-rank Adaptation,
@@ -25,7 +25,7 @@ from lorax.adapters.parametrisation import Parametrisation, register
 from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
 
 SMALLEST = 1e-4
-"""Of |a_k| and |b_k|, as in PEFT: at the start b is zero."""
+"""Lower bound of |a_k| and |b_k|, as in PEFT, because b starts at zero."""
 
 
 @register("delora")
@@ -33,7 +33,7 @@ SMALLEST = 1e-4
 class DeLoRA(Parametrisation):
     """Bounded low-rank update of one kernel, or of a stack of kernels.
 
-    `Target.alpha` is lam at the start (of "rank_stabilized" scaling, alpha sqrt(r));
+    `Target.alpha` is the initial lam (times sqrt(r) with "rank_stabilized" scaling);
     PEFT's default is 15.
 
     Attributes:
@@ -53,7 +53,7 @@ class DeLoRA(Parametrisation):
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
 
     fields = {
-        "a": Field("a", "batch in rank"),  # a norm is divided out: decay pulls nowhere
+        "a": Field("a", "batch in rank"),  # normalised, so decay would have no effect
         "b": Field("b", "batch rank out"),
         "lam": Field("lam", "batch", decays=True),
     }
@@ -77,7 +77,7 @@ class DeLoRA(Parametrisation):
         return cls(a, b, lam, **statics)
 
     def factors(self, kernel: jax.Array) -> Factors:
-        """Returns (n a, lam / (r |a| |b|) b), zero where no layer has factors."""
+        """Returns (n a, lam / (r |a| |b|) b), zero for layers without factors."""
         dtype, axes, n = layout.wide(self.a, self.b), self.axes, len(self.axes.batch)
         a, b = self.a.astype(dtype), self.b.astype(dtype)
         reads = tuple(range(n, n + len(axes.in_)))
@@ -91,12 +91,12 @@ class DeLoRA(Parametrisation):
 
 
 def _norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """At least `SMALLEST`, with a gradient of zero below it."""
+    """The norm, but at least `SMALLEST`, below which its gradient is zero."""
     return jnp.sqrt(jnp.maximum(jnp.sum(x**2, axes), SMALLEST**2))
 
 
 def input_norms(kernel: jax.Array, axes: Axes) -> jax.Array:
-    """Returns the norm over the outputs of each input of a leaf: `[*batch, *in]`."""
+    """Returns the norm over the outputs for each input of a leaf: `[*batch, *in]`."""
     wide = kernel.astype(layout.wide(kernel)).transpose(axes.order)
     last = tuple(range(len(axes.batch) + len(axes.in_), wide.ndim))
     return jnp.sqrt(jnp.sum(wide**2, last))

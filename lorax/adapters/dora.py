@@ -2,11 +2,12 @@
 
     W = (W0 + scale * a @ b) * m / c,      c = |W0 + scale * a @ b|
 
-with the norm taken over the inputs of each output feature. It comes from the factors,
+with the norm taken over the inputs of each output feature. It is computed from the
+factors,
 
     c^2 = |W0|^2 + 2 s sum_r b * (a^T W0) + s^2 sum_r b * (a^T a b),
 
-so no `[in, out]` product is formed. By default c is a constant to the gradient
+so no `[in, out]` product is formed. By default the gradient treats c as a constant
 (section 4.3 of the paper, and what every released implementation does).
 
 References:
@@ -27,7 +28,7 @@ from lorax.adapters.lora import FromFactors
 from lorax.adapters.parametrisation import register
 from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
 
-CLAMP = 1e-12  # of |W0|^2: below, float32 cancellation can make c^2 negative
+CLAMP = 1e-12  # lower bound on c^2 / |W0|^2, as cancellation can make c^2 negative
 
 
 @register("dora")
@@ -38,17 +39,17 @@ class Dora(FromFactors):
     Attributes:
       a: `[*batch, *in, rank]`.
       b: `[*batch, rank, *out]`.
-      magnitude: `[*batch, *out]`; float32. Never decay it, and leave it out of LoRA+'s
-        ratio.
+      magnitude: `[*batch, *out]`; float32. Do not apply weight decay or LoRA+'s ratio
+        to it.
       scale: the factor on the product `a @ b`.
       axes: the leaf's in, out and batch axes.
-      dropout: rate on the branch's input; the dropped input then enters the frozen
-        product inside the rescaled part too, at the cost of a second one.
+      dropout: rate on the branch's input; the dropped input then also enters a second
+        frozen product, in the rescaled part.
       layers: the layers of the first batch axis that have factors; None for all.
-      detach_norm: True: c is a constant to the gradient; False: differentiated.
-      moved_by: the init that moved a part of the kernel into the factors, with what the
-        part depends on, such as "pissa(rank=8)": the adapter fits what was left of the
-        kernel alone. None: it fits the kernel as it was given.
+      detach_norm: True treats c as a constant in the gradient; False differentiates it.
+      moved_by: the init that moved a part of the kernel into the factors, with what
+        that part depends on, such as "pissa(rank=8)"; the adapter then fits only the
+        rest of the kernel. None if it fits the kernel as given.
     """
 
     a: jax.Array
@@ -75,7 +76,7 @@ class Dora(FromFactors):
     def around(
         cls, kernel: KernelSpec, target: TargetSpec, a: jax.Array, b: jax.Array
     ) -> Dora:
-        """Returns the adapter; its magnitude is the norm of the kernel."""
+        """Returns the adapter, with the kernel's norm as its magnitude."""
         statics = making.statics(kernel, target)
         norms = lambda kernel, axes: column_norm(kernel, None, None, axes)
         magnitude = making.read(kernel, target, norms)
@@ -89,14 +90,17 @@ class Dora(FromFactors):
         return column_norm(kernel, self.a, self.scale * self.b, self.axes)
 
     def gain(self, kernel: jax.Array) -> jax.Array:
-        """Returns `magnitude / c` of the layers that have factors."""
+        """Returns `magnitude / c` for the layers that have factors."""
         norm = self.norm(kernel)
         return self.magnitude / (
             jax.lax.stop_gradient(norm) if self.detach_norm else norm
         )
 
     def factors(self, kernel: jax.Array) -> Factors:
-        """Returns (a, scale * b, gain) over the whole stack; no layer, no change."""
+        """Returns (a, scale * b, gain) over the whole stack.
+
+        Layers without factors stay unchanged.
+        """
         b = self.scale * self.b.astype(layout.wide(self.b))
         depth = layout.depth(kernel, self.axes)
         return Factors(
@@ -112,16 +116,17 @@ def column_norm(
     b: jax.Array | None,
     axes: Axes,
 ) -> jax.Array:
-    """Returns the norm over the inputs of `kernel + a @ b`, never formed.
+    """Returns the norm over the inputs of `kernel + a @ b`, without forming it.
 
     Args:
       kernel: the leaf.
       a: `[*batch, *in, rank]`; None for the norm of the kernel alone.
-      b: `[*batch, rank, *out]`, the scale folded in.
-      axes: of the leaf.
+      b: `[*batch, rank, *out]`, with the scale folded in.
+      axes: the leaf's axes.
 
     Returns:
-      `[*batch, *out]` in at least float32; at least `sqrt(CLAMP)` of the kernel's own.
+      `[*batch, *out]` in at least float32, and at least `sqrt(CLAMP)` times the norm of
+      the kernel alone.
     """
     dtype = layout.wide(kernel)
     kernel = kernel.astype(dtype)

@@ -1,4 +1,4 @@
-"""A leaf trained as it is: heads, norms, biases (PEFT's `modules_to_save`)."""
+"""A leaf trained directly: heads, norms, biases (PEFT's `modules_to_save`)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Full(Parametrisation):
         target: TargetSpec,
         shared: Mapping[str, jax.Array],
     ) -> Full:
-        """Returns a copy of the leaf; of an abstract leaf, an abstract one."""
+        """Returns a copy of the leaf, which is abstract if the leaf is."""
         del key, shared
         leaf = kernel.value
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -50,12 +50,12 @@ class Full(Parametrisation):
         tree.require_adaptable(path, leaf)
         if self.value.shape != leaf.shape:
             raise ValueError(
-                f"{path}: the adapter holds a value of shape {self.value.shape} and "
+                f"{path}: the adapter holds a value of shape {self.value.shape}, but "
                 f"the leaf has {leaf.shape}; was it made for another model?"
             )
 
     def factors(self, kernel: jax.Array) -> None:
-        """Returns None: there is no low-rank form, the leaf is replaced."""
+        """Returns None: the leaf is replaced, so there is no low-rank form."""
         del kernel
 
     def delta(self, kernel: jax.Array) -> jax.Array:

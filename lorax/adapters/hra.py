@@ -1,20 +1,20 @@
-"""HRA: the inputs of a kernel reflected in r trained hyperplanes, one after the other.
+"""HRA: reflects the inputs of a kernel in r trained hyperplanes, one after another.
 
     W = R W0,      R = H_r ... H_2 H_1,      H_i = I - 2 u_i u_i^T / |u_i|^2
 
 The product is orthogonal, and differs from the identity by a matrix of rank r: in
-compact WY form, with U of the normalised u_i as columns,
+compact WY form, with the normalised u_i as the columns of U,
 
     H_1 H_2 ... H_r = I - U T U^T,      T^-1 = I / 2 + (the part of U^T U above its
                                                diagonal)
 
-so x R costs two thin products. With `gram_schmidt` the u_i are made orthonormal first
+so x R costs two thin products. With `gram_schmidt` the u_i are orthonormalised first
 (the paper's limit of a strong regulariser), and R = I - 2 U U^T.
 
-At the start the u_i are equal in pairs, and each pair's reflections cancel; that takes
-an even rank. With `gram_schmidt` no start cancels: I - 2 U U^T is never the identity,
-and of two equal columns the second is rounding. PEFT starts there all the same; here
-such adapters are loaded, not made.
+At init the u_i are equal in pairs, so that each pair's reflections cancel; this takes
+an even rank. With `gram_schmidt` no init cancels: I - 2 U U^T is never the identity,
+and the second of two equal columns becomes rounding error. PEFT starts there
+nevertheless; here such adapters can be loaded, but not made.
 
 References:
   Yuan et al., Bridging The Gap between Low-rank and Orthogonal Adaptation via
@@ -44,10 +44,10 @@ class Hra(Parametrisation):
     """Householder reflections of a kernel's inputs, its in axes flattened.
 
     Attributes:
-      u: `[*batch, *in, rank]`, normals of the hyperplanes, of any length.
+      u: `[*batch, *in, rank]`, the hyperplanes' normals, of any length.
       axes: the leaf's in, out and batch axes.
       layers: the layers of the first batch axis that are reflected; None for all.
-      gram_schmidt: True: the normals are made orthonormal, in their order.
+      gram_schmidt: True orthonormalises the normals, in their order.
     """
 
     u: jax.Array
@@ -61,29 +61,29 @@ class Hra(Parametrisation):
 
     @classmethod
     def check_target(cls, target: TargetSpec) -> None:
-        """Raises ValueError for what has no start at which nothing changes."""
+        """Raises ValueError for options without an init at which nothing changes."""
         given = making.options(target, cls.options)["gram_schmidt"]
         if not isinstance(given, bool):
             raise ValueError(
-                f"{target.pattern!r}: gram_schmidt={given!r} of adapter='hra'; give "
+                f"{target.pattern!r}: gram_schmidt={given!r} for adapter='hra'; give "
                 "True or False"
             )
         if given:
             raise ValueError(
-                f"{target.pattern!r}: gram_schmidt=True of adapter='hra' has no start "
-                "at which the kernel is the given one: I - 2 U U^T is never the "
-                "identity; start without it, or load an adapter that has it "
+                f"{target.pattern!r}: gram_schmidt=True for adapter='hra' has no init "
+                "that leaves the kernel unchanged: I - 2 U U^T is never the identity; "
+                "start without it, or load an adapter that has it "
                 "(lorax.interop.peft.load, or Hra(u, axes, gram_schmidt=True))"
             )
         if target.rank % 2:
             raise ValueError(
-                f"{target.pattern!r}: rank={target.rank} of adapter='hra'; give an "
-                "even one, whose reflections cancel in pairs at the start"
+                f"{target.pattern!r}: rank={target.rank} for adapter='hra'; give an "
+                "even rank, so that the reflections cancel in pairs at init"
             )
 
     @classmethod
     def largest_rank(cls, in_: int, out: int) -> int:
-        """Returns the number of inputs: so many reflections make any rotation."""
+        """Returns the number of inputs: that many reflections give any rotation."""
         del out
         return in_
 
@@ -98,7 +98,7 @@ class Hra(Parametrisation):
         """Returns pairs of equal normals, U(-s, s) with s = sqrt(2 / rank) as in PEFT.
 
         Raises:
-          ValueError: a lookup.
+          ValueError: the kernel is an embedding lookup.
         """
         del shared
         making.require_inputs(kernel, "hra")
@@ -109,7 +109,7 @@ class Hra(Parametrisation):
         return cls(jnp.repeat(half, 2, axis=-1), kernel.linear_axes(), target.layers)
 
     def factors(self, kernel: jax.Array) -> Factors:
-        """Returns the map D = R - I of the inputs, as two thin factors."""
+        """Returns the map D = R - I on the inputs, as two thin factors."""
         thin = _explicit.automatic(self._thin, (self.u,), None)
         depth = layout.depth(kernel, self.axes)
         thin = tuple(layout.spread(part, self.layers, depth) for part in thin)
@@ -130,11 +130,11 @@ class Hra(Parametrisation):
 
 
 def reflected(thin: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:
-    """Returns x D of a thin D, x `[n, in]`."""
+    """Returns x D for a thin D and x `[n, in]`."""
     return (x @ thin[0]) @ thin[1]
 
 
 def normalised(u: jax.Array) -> jax.Array:
-    """Returns the columns at length one; of a zero column zeros, with no gradient."""
+    """Returns unit columns; a zero column stays zero and gets no gradient."""
     squared = jnp.sum(u**2, axis=-2, keepdims=True)
     return u * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1.0))

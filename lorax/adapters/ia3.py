@@ -1,13 +1,13 @@
-"""(IA)^3: a learned gain on what a kernel writes, or on what it reads.
+"""(IA)^3: a learned gain on a kernel's outputs, or on its inputs.
 
     W = W0 diag(l)        keys and values of attention
     W = diag(l) W0        the second kernel of a feed-forward block: feedforward=True
 
-with l = 1 at the start. In the paper l multiplies the activations: keys, values, and
-the hidden layer of the feed-forward block, which is what its second kernel reads. A
-gain here is one of the kernel. Where the module has a bias, PEFT multiplies the bias by
-the same gain on outputs; the paper's T5 has none. Such files are not loaded: the bias
-is a leaf of its own, and a second gain on it would train apart from the kernel's.
+with l = 1 at init. In the paper l multiplies the activations: keys, values, and the
+hidden layer of the feed-forward block, which is what its second kernel reads. Here a
+gain acts on the kernel alone. If the module has a bias, PEFT multiplies it by the same
+output gain; the paper's T5 has none. Such files are not loaded: the bias is a separate
+leaf, and a second gain on it would train independently of the kernel's.
 
 References:
   Liu et al., Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
@@ -35,8 +35,8 @@ class Ia3(Parametrisation):
 
     Attributes:
       axes: the leaf's in, out and batch axes.
-      gain: `[*batch, *out]`, 1 at the start; None: outputs have none. Never decay it.
-      input_gain: `[*batch, *in]`, likewise of the inputs.
+      gain: `[*batch, *out]`, 1 at init; None for no gain on outputs. Never decay it.
+      input_gain: `[*batch, *in]`, the same for inputs.
       layers: the layers of the first batch axis that have gains; None for all.
     """
 
@@ -58,7 +58,7 @@ class Ia3(Parametrisation):
         given = making.options(target, cls.options)["feedforward"]
         if not isinstance(given, bool):
             raise ValueError(
-                f"{target.pattern!r}: feedforward={given!r} of adapter='ia3'; give "
+                f"{target.pattern!r}: feedforward={given!r} for adapter='ia3'; give "
                 "True for a gain on the inputs, False for one on the outputs"
             )
 
@@ -70,10 +70,10 @@ class Ia3(Parametrisation):
         target: TargetSpec,
         shared: Mapping[str, jax.Array],
     ) -> Ia3:
-        """Returns gains of one, on the inputs where the target's option says so.
+        """Returns gains of one, on the inputs if the target's option says so.
 
         Raises:
-          ValueError: gains on the inputs of a lookup.
+          ValueError: gains on the inputs of an embedding lookup.
         """
         del key, shared
         in_, out, batch = making.sizes(kernel, target)
@@ -88,7 +88,10 @@ class Ia3(Parametrisation):
         return cls(axes, input_gain=ones(in_), layers=layers)
 
     def factors(self, kernel: jax.Array) -> Factors:
-        """Returns the gain, and D = diag(input gain) - I; no layer, no change."""
+        """Returns the gain, and D = diag(input gain) - I.
+
+        Layers without gains stay unchanged.
+        """
         depth = layout.depth(kernel, self.axes)
         gain, inputs = self.gain, None
         if gain is not None:
@@ -102,5 +105,5 @@ class Ia3(Parametrisation):
 
 
 def scaled(gain: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns x diag(gain), x `[n, in]`."""
+    """Returns x diag(gain) for x `[n, in]`."""
     return x * gain

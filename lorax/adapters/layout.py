@@ -1,4 +1,4 @@
-"""What the low-rank parametrisations share: how factors lie beside their leaf."""
+"""The layout of factors relative to their leaf, shared by all parametrisations."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ KERNEL_WORDS = ("batch", "in", "out", "out[1:]", "leaf")
 def sizes_of(
     words: Sequence[str], sizes: Sequence[Shape], own: Mapping[str, int]
 ) -> Shape | None:
-    """Returns the shape that the words of a field ask for; None: not known.
+    """Returns the shape that a field's words require, or None if it is not known.
 
     Args:
-      words: of `Field.dims`.
-      sizes: (in, out, batch) of what has factors.
-      own: sizes of the words that are not the kernel's: rank, and the method's own.
+      words: the words of `Field.dims`.
+      sizes: (in, out, batch) sizes of what has factors.
+      own: sizes of the words that do not stand for kernel axes: rank, and the method's
+        own.
     """
     in_, out, batch = sizes
     known = {"batch": batch, "in": in_, "out": out, "out[1:]": out[1:]}
@@ -39,14 +40,14 @@ def sizes_of(
 
 
 def axis_of(adapter: Any, name: str, word: str) -> int:
-    """Returns which axis of a field a word of one axis names, its stack's included."""
+    """Returns the index of a field's axis named by `word`, a word for a single axis."""
     lengths, words = _lengths(adapter.axes), adapter.fields[name].words
     behind = sum(lengths.get(other, 1) for other in words[words.index(word) + 1 :])
     return getattr(adapter, name).ndim - 1 - behind  # a population's axes lead
 
 
 def _lengths(axes: Axes) -> dict[str, int]:
-    """How many axes a word of `Field.dims` stands for."""
+    """How many axes each word of `Field.dims` stands for."""
     out = len(axes.out)
     return {
         "batch": len(axes.batch),
@@ -60,8 +61,8 @@ def check(path: str, adapter: Any, leaf: Any) -> None:
     """Raises ValueError unless an adapter's arrays fit a leaf of this shape and dtype.
 
     Args:
-      path: of the leaf, for the message.
-      adapter: with `fields`, `axes` and perhaps `layers`.
+      path: the leaf's path, for the message.
+      adapter: has `fields`, `axes` and perhaps `layers`.
       leaf: an array or its abstract form.
     """
     axes: Axes = adapter.axes
@@ -69,15 +70,15 @@ def check(path: str, adapter: Any, leaf: Any) -> None:
     tree.require_adaptable(path, leaf)
     if sorted(axes.order) != list(range(leaf.ndim)):
         raise ValueError(
-            f"{path}: the adapter has {axes} and the leaf the shape "
+            f"{path}: the adapter has {axes}, but the leaf has shape "
             f"{leaf.shape}; was it made for another model?"
         )
     in_, out, batch = axes.sizes(leaf.shape)
     if layers is not None:
         if not batch or max(layers) >= batch[0]:
             raise ValueError(
-                f"{path}: layers={layers} of a leaf with shape {leaf.shape} "
-                f"and {axes}; no such layers"
+                f"{path}: layers={layers}, but a leaf with shape {leaf.shape} "
+                f"and {axes} has no such layers"
             )
         batch = (len(layers), *batch[1:])
     fields = {n: f for n, f in adapter.fields.items() if not f.frozen}
@@ -87,13 +88,13 @@ def check(path: str, adapter: Any, leaf: Any) -> None:
     if found != want:
         theirs, ours = (" and ".join(map(str, shapes)) for shapes in (found, want))
         raise ValueError(
-            f"{path}: the factors have shapes {theirs}, and a kernel of shape "
+            f"{path}: the factors have shapes {theirs}, but a kernel of shape "
             f"{leaf.shape} needs {ours}; was the adapter made for another model?"
         )
 
 
 def _own_sizes(adapter: Any, fields: Mapping[str, Field]) -> dict[str, int]:
-    """The sizes of the words that are not the kernel's, each where it comes first."""
+    """The sizes of the words that do not stand for kernel axes; first use wins."""
     own: dict[str, int] = {}
     for name, field in fields.items():
         shape = getattr(adapter, name).shape
@@ -109,7 +110,7 @@ def _own_sizes(adapter: Any, fields: Mapping[str, Field]) -> dict[str, int]:
 def spread(
     factor: jax.Array, layers: tuple[int, ...] | None, depth: int, fill: float = 0.0
 ) -> jax.Array:
-    """Returns the factor of a whole stack, `fill` where no layer has one."""
+    """Returns a factor for the whole stack, with `fill` for layers without one."""
     if layers is None:
         return factor
     lies = [None, *_explicit.entries(factor)[1:]]
@@ -119,7 +120,7 @@ def spread(
 
 
 def chosen(kernel: jax.Array, layers: Sequence[int], axis: int) -> jax.Array:
-    """Returns some layers of a stack; from an Explicit mesh the stack comes whole."""
+    """Returns some layers of a stack; on an Explicit mesh the stack is gathered."""
     if not _explicit.is_explicit(kernel):
         return jnp.take(kernel, jnp.asarray(layers), axis)
     lies = _explicit.entries(kernel)
@@ -129,12 +130,12 @@ def chosen(kernel: jax.Array, layers: Sequence[int], axis: int) -> jax.Array:
 
 
 def stack_axes(reads: jax.Array, axes: Axes) -> int:
-    """How many leading axes of `[*stack, *in, rank]` number independent matrices."""
+    """How many leading axes of `[*stack, *in, rank]` index independent matrices."""
     return reads.ndim - 1 - len(axes.in_)
 
 
 def depth(kernel: jax.Array, axes: Axes) -> int:
-    """The number of layers in the stack; 1 where the leaf is none."""
+    """The number of layers in the stack; 1 if the leaf is not a stack."""
     return kernel.shape[axes.batch[0]] if axes.batch else 1
 
 
@@ -144,8 +145,8 @@ def product(a: jax.Array, b: jax.Array, axes: Axes, kernel: jax.Array) -> jax.Ar
     Args:
       a: `[*batch, *in, rank]`.
       b: `[*batch, rank, *out]`.
-      axes: of the leaf.
-      kernel: the leaf; only its shape and dtype are read.
+      axes: the leaf's axes.
+      kernel: the leaf; only its shape, dtype and sharding are read.
     """
     dtype, n = wide(kernel), len(axes.batch)
     lies = _explicit.entries(kernel)
@@ -160,7 +161,7 @@ def product(a: jax.Array, b: jax.Array, axes: Axes, kernel: jax.Array) -> jax.Ar
 
 
 def in_leaf_order(array: jax.Array, axes: Axes) -> jax.Array:
-    """Transposes `[*batch, *in, *out]` to the leaf's own order of axes."""
+    """Transposes `[*batch, *in, *out]` to the leaf's order of axes."""
     order = axes.order
     return array.transpose([order.index(axis) for axis in range(len(order))])
 
@@ -179,7 +180,7 @@ def without_product(
     inputs: LinearMap | None = None,
     branch: LinearMap | None = None,
 ) -> Factors:
-    """Returns a form whose thin product has rank 0: gains and maps alone."""
+    """Returns a form of gains and maps alone: its thin product has rank 0."""
     in_, out, batch = axes.sizes(kernel.shape)
     dtype = wide(kernel)
     a = jnp.zeros((*batch, *in_, 0), dtype)
@@ -187,7 +188,7 @@ def without_product(
 
 
 def merged(factors: Factors, axes: Axes, kernel: jax.Array) -> jax.Array:
-    """Returns `((I + D) W0 + a b + C) * gain` in the kernel's layout, not rounded."""
+    """Returns `((I + D) W0 + a b + C) * gain` in the kernel's layout, unrounded."""
     whole = kernel.astype(wide(kernel))
     if (total := added_by(factors, axes, kernel)) is not None:
         whole = whole + total
@@ -200,7 +201,7 @@ def merged(factors: Factors, axes: Axes, kernel: jax.Array) -> jax.Array:
 
 
 def added_by(factors: Factors, axes: Axes, kernel: jax.Array) -> jax.Array | None:
-    """Returns `D W0 + a b + C` in the kernel's layout, at least float32; None for 0."""
+    """Returns `D W0 + a b + C` in the kernel's layout, at least float32; None if 0."""
     parts = mapped(factors, axes, kernel)
     if factors.a.shape[-1]:
         parts.append(product(factors.a, factors.b, axes, kernel))
@@ -208,7 +209,7 @@ def added_by(factors: Factors, axes: Axes, kernel: jax.Array) -> jax.Array | Non
 
 
 def mapped(factors: Factors, axes: Axes, kernel: jax.Array) -> list[jax.Array]:
-    """Returns `D W0` and C of a form's maps in the leaf's layout."""
+    """Returns `D W0` and C for a form's maps, in the leaf's layout."""
     if factors.inputs is None and factors.branch is None:
         return []
     in_, out, batch = axes.sizes(kernel.shape)

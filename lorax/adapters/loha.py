@@ -2,8 +2,8 @@
 
     W = W0 + scale * (a1 b1) * (a2 b2)
 
-of rank up to r^2 from the parameters of rank 2 r. Row i of the update is a sum over
-pairs of ranks, so that it is one thin product of width r^2 as well (Khatri-Rao):
+which has rank up to r^2 with the parameters of rank 2 r. Row i of the update is a sum
+over pairs of ranks, so it is also one thin product of width r^2 (Khatri-Rao):
 
     (a1 b1) * (a2 b2) = a b,   a[i, (k, l)] = a1[i, k] a2[i, l],   b likewise.
 
@@ -33,8 +33,8 @@ from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
 class LoHa(Parametrisation):
     """Update `scale * (a1 @ b1) * (a2 @ b2)` of one kernel, or of a stack of kernels.
 
-    The thin product has the width r^2 and costs what LoRA of that rank does; where r^2
-    is not below min(in, out), the kernel is merged, and `on_merge` says so.
+    The thin product has width r^2 and costs as much as LoRA of that rank. If r^2 is not
+    below min(in, out), the kernel is merged, subject to `on_merge`.
 
     Attributes:
       a1: `[*batch, *in, rank]`.
@@ -76,7 +76,7 @@ class LoHa(Parametrisation):
     ) -> LoHa:
         """Returns a2 = 0, a1 ~ U(-1/sqrt(in), 1/sqrt(in)), b1, b2 ~ U(-1, 1)/sqrt(r).
 
-        As in PEFT, after the paper's He initialisation; LyCORIS draws normal numbers.
+        As in PEFT, following the paper's He initialisation; LyCORIS uses a normal one.
         """
         del shared
         in_, out, batch = making.sizes(kernel, target)
@@ -96,7 +96,7 @@ class LoHa(Parametrisation):
         )
 
     def factors(self, kernel: jax.Array) -> Factors | None:
-        """Returns the thin product of width r^2; None where it is not thin."""
+        """Returns the thin product of width r^2, or None if that is not thin."""
         in_, out, batch = self.axes.sizes(kernel.shape)
         if self.rank**2 >= min(math.prod(in_), math.prod(out)):
             return None
@@ -106,12 +106,12 @@ class LoHa(Parametrisation):
         return self._product(kernel)
 
     def as_lora(self) -> Lora:
-        """Returns the Lora of rank r^2 around the Khatri-Rao products."""
+        """Returns the Lora of rank r^2 with the Khatri-Rao products as factors."""
         a, b = self._khatri_rao()
         return Lora(a, b, self.scale, self.axes, self.dropout, self.layers)
 
     def _product(self, kernel: jax.Array) -> Factors:
-        """The Khatri-Rao products over the stack, zero where no layer has factors."""
+        """The Khatri-Rao products over the stack, zero for layers without factors."""
         (a, b), depth = self._khatri_rao(), layout.depth(kernel, self.axes)
         a, b = (layout.spread(f, self.layers, depth) for f in (a, self.scale * b))
         return Factors(a, b)

@@ -2,14 +2,15 @@
 
     W = W0 + scale * w1 (x) w2,      w1: [m, p],  w2: [n, k],  m n = in,  p k = out
 
-w2 is the product `w2_a w2_b` where the rank is below half of its longer side, w1 one
-likewise where `decompose_both` asks for it. The Kronecker product is never formed: with
-x as `[tokens, m, n]`,
+w2 is the product `w2_a w2_b` if the rank is below half of its longer side, and so is w1
+if `decompose_both` is set. The Kronecker product is never formed: with x as
+`[tokens, m, n]`,
 
     y[t, p k] = scale * sum_mn x[t, m, n] w1[m, p] w2[n, k]
 
-is two small contractions. m and p are chosen as in LyCORIS and PEFT: the divisor at
-`factor`, or the largest one up to it, or (factor = -1) up to the square root.
+is two small contractions. m and p are chosen as in LyCORIS and PEFT: `factor` if it
+divides the size, else the largest divisor below it or (always with factor = -1) up to
+the square root.
 
 References:
   Yeh et al., Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model
@@ -44,11 +45,11 @@ Sides = tuple[tuple[int, int], tuple[int, int]]
 class LoKr(Parametrisation):
     """Update `scale * w1 (x) w2` of one kernel, or of a stack of kernels.
 
-    w1, or w1_a and w1_b; likewise w2: the others are None.
+    Either w1, or w1_a and w1_b, and the same for w2; the others are None.
 
     Attributes:
       scale: the factor on the product, `alpha / rank`.
-      axes: the leaf's in, out and batch axes; in and out are taken flattened.
+      axes: the leaf's in, out and batch axes; in and out are flattened.
       w1: `[*batch, m, p]`.
       w1_a: `[*batch, m, rank]`.
       w1_b: `[*batch, rank, p]`.
@@ -57,11 +58,11 @@ class LoKr(Parametrisation):
       w2_b: `[*batch, rank, k]`.
       dropout: rate on the input of the adapter branch, in [0, 1).
       layers: the layers of the first batch axis that have factors; None for all.
-      factor: by which the sizes were chosen, for PEFT's config; they are what counts.
-      decompose_both: likewise, whether w1 could be a product.
-      in_sizes: of the leaf's in axes, of which m n is the product; None: not known, and
+      factor: how the sizes were chosen, kept for PEFT's config; otherwise unused.
+      decompose_both: whether w1 could be a product, kept for the same reason.
+      in_sizes: sizes of the leaf's in axes, whose product is m n; None if unknown, and
         then there is no Lora form.
-      out_sizes: likewise of its out axes, of which p k is.
+      out_sizes: sizes of the leaf's out axes, whose product is p k, or None.
     """
 
     scale: float = flax.struct.field(pytree_node=False)
@@ -93,7 +94,7 @@ class LoKr(Parametrisation):
     }
     options = OPTIONS
     additive = True
-    padded = False  # zeros in the rank of w2 change no update, but w1 may have none
+    padded = False  # padding w2's rank would change no update, but w1 may have no rank
 
     @classmethod
     def check_target(cls, target: TargetSpec) -> None:
@@ -103,18 +104,18 @@ class LoKr(Parametrisation):
         whole = isinstance(factor, int) and not isinstance(factor, bool)
         if not whole or (factor < 1 and factor != -1):
             raise ValueError(
-                f"{target.pattern!r}: factor={factor!r} of adapter='lokr'; give a "
+                f"{target.pattern!r}: factor={factor!r} for adapter='lokr'; give a "
                 "whole number >= 1, or -1 for the divisor nearest the square root"
             )
         if not isinstance(both, bool):
             raise ValueError(
-                f"{target.pattern!r}: decompose_both={both!r} of adapter='lokr'; give "
+                f"{target.pattern!r}: decompose_both={both!r} for adapter='lokr'; give "
                 "True or False"
             )
 
     @classmethod
     def largest_rank(cls, in_: int, out: int) -> None:
-        """Returns None: from half of its longer side on a matrix is stored full."""
+        """Returns None: at ranks from half its longer side, a matrix is stored full."""
         del in_, out
 
     @classmethod
@@ -125,10 +126,10 @@ class LoKr(Parametrisation):
         target: TargetSpec,
         shared: Mapping[str, jax.Array],
     ) -> LoKr:
-        """Returns w1 = 0 (w1_b, where it is a product), others uniform, as in PEFT.
+        """Returns w1 = 0 (or w1_b = 0, if w1 is a product), others uniform, as in PEFT.
 
         Raises:
-          ValueError: a lookup.
+          ValueError: the kernel is an embedding lookup.
         """
         del shared
         making.require_inputs(kernel, "lokr")
@@ -139,7 +140,7 @@ class LoKr(Parametrisation):
         keys = iter(jax.random.split(key, 3))
 
         def uniform(reads: int, writes: int) -> jax.Array:
-            """Its bound is that of what reads: torch's fan_in."""
+            """The bound comes from the number of inputs, torch's fan_in."""
             bound, shape = 1 / math.sqrt(reads), (*batch, reads, writes)
             return jax.random.uniform(next(keys), shape, dtype, -bound, bound)
 
@@ -164,7 +165,10 @@ class LoKr(Parametrisation):
         first = [x for x in (self.w1, self.w1_a, self.w1_b) if x is not None]
         second = [x for x in (self.w2, self.w2_a, self.w2_b) if x is not None]
         if len(first) not in (1, 2) or len(second) not in (1, 2):
-            raise ValueError(f"it has {sorted(self.roles)}; give w1 or w1_a and w1_b")
+            raise ValueError(
+                f"LoKr has {sorted(self.roles)}; give w1, or w1_a and w1_b, and the "
+                "same for w2"
+            )
         (m, p), (n, k) = (
             (parts[0].shape[-2], parts[-1].shape[-1]) for parts in (first, second)
         )
@@ -178,12 +182,12 @@ class LoKr(Parametrisation):
         if (m * n, p * k) != (in_, out):
             raise ValueError(
                 f"{path}: [{m}, {p}] and [{n}, {k}] make a kernel [{m * n}, {p * k}], "
-                f"and the leaf is [{in_}, {out}]; was the adapter made for another "
+                f"but the leaf is [{in_}, {out}]; was the adapter made for another "
                 "model?"
             )
 
     def factors(self, kernel: jax.Array) -> Factors:
-        """Returns the branch; of layers without factors it is zero."""
+        """Returns the branch, zero for layers without factors."""
         depth = layout.depth(kernel, self.axes)
 
         def whole(*parts: jax.Array | None) -> tuple[jax.Array, ...]:
@@ -199,11 +203,11 @@ class LoKr(Parametrisation):
         )
 
     def as_lora(self) -> Lora | None:
-        """Returns the Lora of both ranks' product; None where sizes are not known.
+        """Returns the Lora of both ranks' product, or None if the sizes are unknown.
 
             (a1 b1) (x) (a2 b2) = (a1 (x) a2) (b1 (x) b2)
 
-        A full matrix counts as the thinner of its product with an identity.
+        A full matrix is written as a product with an identity of its shorter side.
         """
         if self.in_sizes is None or self.out_sizes is None:
             return None
@@ -216,7 +220,7 @@ class LoKr(Parametrisation):
 
 
 def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Every product of their entries, `[*batch, n, k, m, l]`."""
+    """All products of the entries of x and y, `[*batch, n, k, m, l]`."""
     return x[..., :, None, :, None] * y[..., None, :, None, :]
 
 
@@ -255,7 +259,7 @@ def kronecker(
 
 
 def split(size: int, factor: int) -> tuple[int, int]:
-    """Returns two factors of a size, the first near `factor`: LyCORIS' choice.
+    """Returns two factors of a size, the first near `factor`, as LyCORIS chooses them.
 
     Example:
       >>> split(768, -1), split(768, 8), split(768, 9), split(768, 512)

@@ -25,7 +25,7 @@ from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
 
 
 class FromFactors(Parametrisation):
-    """What the classes share that can be made around any two factors a and b."""
+    """The base of classes that can be made from any two factors a and b."""
 
     @classmethod
     def make(
@@ -35,7 +35,7 @@ class FromFactors(Parametrisation):
         target: TargetSpec,
         shared: Mapping[str, jax.Array],
     ) -> Any:
-        """Returns a ~ U(-1/sqrt(in), 1/sqrt(in)), b = 0; of a lookup 0 and N(0, 1)."""
+        """Returns a ~ U(-1/sqrt(in), 1/sqrt(in)), b = 0; 0 and N(0, 1) for a lookup."""
         del shared
         return cls.from_factors(kernel, target, *standard_factors(key, kernel, target))
 
@@ -43,13 +43,13 @@ class FromFactors(Parametrisation):
     def from_factors(
         cls, kernel: KernelSpec, target: TargetSpec, a: jax.Array, b: jax.Array
     ) -> Any:
-        """Returns the adapter around factors of the whole stack, or its chosen layers.
+        """Returns the adapter made from factors of the stack, or of its chosen layers.
 
         Args:
-          kernel: the leaf before any part of it moves.
-          target: with its static fields and options.
-          a: `[*batch, *in, rank]`, its in axes flattened or not; cast to target.dtype.
-          b: `[*batch, rank, *out]`, likewise.
+          kernel: the leaf before any part of it moves into the adapter.
+          target: gives the static fields and options.
+          a: `[*batch, *in, rank]`, in axes flattened or not; cast to target.dtype.
+          b: `[*batch, rank, *out]`, out axes flattened or not; cast to target.dtype.
         """
         a, b = making.unflatten(kernel, target, a, b)
         a, b = a.astype(target.dtype), b.astype(target.dtype)
@@ -59,7 +59,7 @@ class FromFactors(Parametrisation):
     def around(
         cls, kernel: KernelSpec, target: TargetSpec, a: jax.Array, b: jax.Array
     ) -> Any:
-        """Returns the adapter with these a and b, in their own shapes and dtypes."""
+        """Returns the adapter with these a and b, keeping their shapes and dtypes."""
         made: Any = cls
         return made(a, b, **making.statics(kernel, target))
 
@@ -89,9 +89,9 @@ class Lora(FromFactors):
       dropout: rate on the input of the adapter branch, in [0, 1); an embedding lookup
         has no input to drop.
       layers: the layers of the first batch axis that have factors; None for all.
-      moved_by: the init that moved a part of the kernel into the factors, with what the
-        part depends on, such as "pissa(rank=8)": the adapter fits what was left of the
-        kernel alone. None: it fits the kernel as it was given.
+      moved_by: the init that moved a part of the kernel into the factors, with what
+        that part depends on, such as "pissa(rank=8)"; the adapter then fits only the
+        rest of the kernel. None if it fits the kernel as given.
     """
 
     a: jax.Array
@@ -112,13 +112,14 @@ class Lora(FromFactors):
     sliced = "sliced_lora"
 
     def factors(self, kernel: jax.Array) -> Factors:
-        """Returns (a, scale * b) over the whole stack, zero where no layer has factors.
+        """Returns (a, scale * b) over the whole stack, zero for layers without factors.
 
         Args:
           kernel: the leaf; only its shape is read.
 
         Returns:
-          `a: [*batch, *in, rank]` and `b: [*batch, rank, *out]`, in their own dtypes.
+          `a: [*batch, *in, rank]` in its own dtype and `b: [*batch, rank, *out]` in at
+          least float32.
         """
         a, b = self.a, self.scale * self.b.astype(layout.wide(self.b))
         depth = layout.depth(kernel, self.axes)
@@ -133,10 +134,10 @@ class Lora(FromFactors):
 def standard_factors(
     key: jax.Array, kernel: KernelSpec, target: TargetSpec
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns LoRA's a and b at the start, as in the reference implementation.
+    """Returns LoRA's initial a and b, as in the reference implementation.
 
     Its `kaiming_uniform(a=sqrt(5))` amounts to U(-1/sqrt(in), 1/sqrt(in)). Embeddings
-    are mirrored, a = 0 and b ~ N(0, 1), as there and in PEFT.
+    are mirrored, with a = 0 and b ~ N(0, 1), as there and in PEFT.
     """
     in_, out, batch = making.sizes(kernel, target)
     a_shape, b_shape = (*batch, *in_, target.rank), (*batch, target.rank, *out)

@@ -2,10 +2,10 @@
 
     W0 = U S V^T,      W = W0 + scale * (U_r S_r) R V_r^T
 
-U_r S_r and V_r^T never train, so that a kernel has r^2 trainable numbers whatever its
-size, and two moments of each. The paper draws R from N(0, 1e-5^2); here it starts at
-zero: R's gradient does not depend on R, so that nothing is dead, and merging gives the
-kernel exactly. `init="lora_sb"` takes the gradient's singular vectors instead.
+U_r S_r and V_r^T never train, so a kernel has r^2 trainable numbers, whatever its size,
+and two moments for each. The paper draws R from N(0, 1e-5^2); here it starts at zero:
+R's gradient does not depend on R, so R can still learn, and merging at init gives the
+kernel exactly. `init="lora_sb"` uses the gradient's singular vectors instead.
 
 References:
   Bałazy et al., LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters,
@@ -34,8 +34,8 @@ class LoraXs(Parametrisation):
     Attributes:
       core: R, `[*batch, rank, rank]`.
       a: `[*batch, *in, rank]`, frozen, in `Base.frozen`.
-      b: `[*batch, rank, *out]`, likewise.
-      scale: the factor on the product, alpha / rank; the authors' runs have alpha 16.
+      b: `[*batch, rank, *out]`, frozen, in `Base.frozen`.
+      scale: the factor on the product, alpha / rank; the authors use alpha 16.
       axes: the leaf's in, out and batch axes.
       dropout: rate on the input of the adapter branch, in [0, 1).
       layers: the layers of the first batch axis that have factors; None for all.
@@ -82,14 +82,16 @@ class LoraXs(Parametrisation):
         core: jax.Array,
         b: jax.Array,
     ) -> LoraXs:
-        """Returns the adapter between bases that do not train.
+        """Returns the adapter with the core between frozen bases.
+
+        All arrays are cast to target.dtype; in and out axes may be flattened.
 
         Args:
           kernel: the leaf.
-          target: with its static fields.
-          a: `[*batch, in, rank]`, its in axes flattened or not; cast to target.dtype.
-          core: `[*batch, rank, rank]`, likewise.
-          b: `[*batch, rank, out]`, likewise.
+          target: gives the static fields.
+          a: `[*batch, in, rank]`.
+          core: `[*batch, rank, rank]`.
+          b: `[*batch, rank, out]`.
         """
         a, b = making.unflatten(kernel, target, a, b)
         one, two = f"{kernel.path}/lora_xs/a", f"{kernel.path}/lora_xs/b"
@@ -102,7 +104,7 @@ class LoraXs(Parametrisation):
         )
 
     def factors(self, kernel: jax.Array) -> Factors:
-        """Returns (a, scale * core @ b): a gets no gradient."""
+        """Returns (a, scale * core @ b), so that a gets no gradient."""
         assert self.a is not None and self.b is not None
         n = len(self.axes.batch)
         batch, dtype = tuple(range(n)), layout.wide(self.core)

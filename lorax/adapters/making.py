@@ -1,7 +1,7 @@
-"""How an adapter is made for a kernel: sizes, matrices, and the target's static fields.
+"""Helpers to make an adapter for a kernel: sizes, matrices, and static fields.
 
-An init chooses the values of the arrays; their shapes follow from the kernel's axes and
-the target, and so do the static fields.
+An init chooses the values of the arrays; their shapes and the static fields follow from
+the kernel's axes and the target.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def statics(kernel: KernelSpec, target: TargetSpec) -> dict[str, Any]:
 
 
 def chosen_layers(kernel: KernelSpec, target: TargetSpec) -> jax.Array:
-    """Returns the leaf, or of a stack the layers that get factors."""
+    """Returns the leaf, or the layers of a stack that get factors."""
     if isinstance(kernel.value, jax.ShapeDtypeStruct):
         raise ValueError(
-            f"{kernel.path}: adapter={target.adapter!r} or its init reads the values "
-            "of the kernel, which the program computes only when it runs; use "
+            f"{kernel.path}: adapter={target.adapter!r} or its init reads the kernel's "
+            "values, which the program computes only when it runs; use "
             "adapter='lora', init='standard'"
         )
     value = jnp.asarray(kernel.value)
@@ -55,9 +55,9 @@ def chosen_layers(kernel: KernelSpec, target: TargetSpec) -> jax.Array:
 def read(
     kernel: KernelSpec, target: TargetSpec, run: Callable[[jax.Array, Axes], jax.Array]
 ) -> jax.Array:
-    """Returns `run(kernel, axes)` of the layers that get factors.
+    """Returns `run(kernel, axes)` for the layers that get factors.
 
-    Of a quantised leaf it runs on one kernel after the other, so that no more is dense.
+    For a quantised leaf, it runs on one kernel at a time, so that only one is dense.
     """
     leaf, axes = kernel.value, kernel.linear_axes()
     if not is_quantized(leaf) or leaf.axes != axes:
@@ -68,7 +68,7 @@ def read(
 def matrices(kernel: KernelSpec, target: TargetSpec) -> jax.Array:
     """Returns the chosen layers as `[*batch, in, out]`, see `layout.matrices`.
 
-    From an Explicit mesh every matrix comes whole.
+    On an Explicit mesh, every matrix is gathered.
     """
     value, axes = chosen_layers(kernel, target), kernel.linear_axes()
     lies = _explicit.entries(value)
@@ -79,20 +79,20 @@ def matrices(kernel: KernelSpec, target: TargetSpec) -> jax.Array:
 def unflatten(
     kernel: KernelSpec, target: TargetSpec, a: jax.Array, b: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Gives factors `[*batch, in, r]` and `[*batch, r, out]` the leaf's own axes."""
+    """Unflattens `[*batch, in, r]` and `[*batch, r, out]` to the leaf's axes."""
     in_, out, batch = sizes(kernel, target)
     rank = a.shape[-1]
     return a.reshape(*batch, *in_, rank), b.reshape(*batch, rank, *out)
 
 
 class Widest(NamedTuple):
-    """What frozen arrays must serve that all kernels of one rank share.
+    """The sizes needed for frozen arrays that all kernels of one rank share.
 
     Attributes:
-      rank: of the kernels' adapters.
-      in_: the most inputs that one of them has, axes flattened.
-      out: the most outputs.
-      dtype: of the first target.
+      rank: the rank of the kernels' adapters.
+      in_: the largest number of inputs, axes flattened.
+      out: the largest number of outputs.
+      dtype: the dtype of the first target.
     """
 
     rank: int
@@ -102,7 +102,7 @@ class Widest(NamedTuple):
 
 
 def widest(chosen: Mapping[str, tuple[TargetSpec, KernelSpec]]) -> list[Widest]:
-    """Returns for each rank how wide its kernels are, the ranks rising."""
+    """Returns the widest sizes for each rank, in ascending order of rank."""
     found: list[Widest] = []
     for rank in sorted({target.rank for target, _ in chosen.values()}):
         own = [both for both in chosen.values() if both[0].rank == rank]
@@ -113,25 +113,25 @@ def widest(chosen: Mapping[str, tuple[TargetSpec, KernelSpec]]) -> list[Widest]:
 
 
 def lent(names: Mapping[str, str], rank: int) -> tuple[tuple[str, str], ...]:
-    """Returns frozen fields, and their names in `Base.frozen` for one rank.
+    """Returns pairs of frozen fields and their names in `Base.frozen` for one rank.
 
     Args:
-      names: `{field: name}`, with `{}` where the rank stands.
-      rank: of the adapter.
+      names: `{field: name}`, with `{}` in place of the rank.
+      rank: the adapter's rank.
     """
     return tuple((field, name.format(rank)) for field, name in names.items())
 
 
 def require_inputs(kernel: KernelSpec, name: str) -> None:
-    """Raises ValueError for a lookup: it has no inputs for a map of them to act on."""
+    """Raises ValueError for an embedding lookup, which has no inputs to act on."""
     if kernel.op == "gather":
         raise ValueError(
-            f"{kernel.path}: adapter={name!r} acts on what a kernel reads, and an "
+            f"{kernel.path}: adapter={name!r} acts on a kernel's inputs, but an "
             "embedding reads token ids; leave it out, or adapt it with 'lora'"
         )
 
 
 def options(target: TargetSpec, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns hyperparameters: their defaults under the target's options."""
+    """Returns hyperparameters: the target's options over the defaults."""
     given = dict(target.options)
     return {name: given.get(name, default) for name, default in defaults.items()}

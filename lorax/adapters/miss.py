@@ -2,12 +2,12 @@
 
     W = W0 + scale * expand(D),      expand(D)[i, :] = D[i mod r, :]
 
-so that the branch sums the input over its shards of r features and multiplies by D:
+so the branch sums the input over its shards of r features and multiplies by D:
 
     y = x W0 + (sum over shards of x) D
 
-Only D `[r, out]` trains, and the reading factor is a constant of zeros and ones. Of
-inputs that r does not divide the last shard is shorter, as in PEFT.
+Only D `[r, out]` trains; the reading factor is a constant of zeros and ones. If r does
+not divide the inputs, the last shard is shorter, as in PEFT.
 
 References:
   Kang, Yin, MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing
@@ -34,8 +34,8 @@ from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
 class MiSS(Parametrisation):
     """Update `scale * expand(block)` of one kernel, or of a stack of kernels.
 
-    The method has no alpha: `Target.alpha` is not read, and `scale` is 1. PEFT's rank
-    is 64. Its variants "bat" and "mini" are not this class.
+    The method has no alpha: `Target.alpha` is ignored, and `scale` is 1. PEFT's rank is
+    64. Its variants "bat" and "mini" are not supported.
 
     Attributes:
       block: D, `[*batch, rank, *out]`.
@@ -43,8 +43,8 @@ class MiSS(Parametrisation):
       scale: the factor on the update, 1.
       dropout: rate on the input of the adapter branch, in [0, 1).
       layers: the layers of the first batch axis that have a block; None for all.
-      in_sizes: of the leaf's in axes, which the block does not tell; None: not known,
-        and then there is no Lora form.
+      in_sizes: sizes of the leaf's in axes, which the block does not show; None if
+        unknown, and then there is no Lora form.
     """
 
     block: jax.Array
@@ -62,7 +62,7 @@ class MiSS(Parametrisation):
 
     @classmethod
     def largest_rank(cls, in_: int, out: int) -> int:
-        """Returns how many inputs there are: one shard."""
+        """Returns the number of inputs, at which there is a single shard."""
         del out
         return in_
 
@@ -82,7 +82,7 @@ class MiSS(Parametrisation):
         return cls(block, **making.statics(kernel, target) | own)
 
     def factors(self, kernel: jax.Array) -> Factors:
-        """Returns (which shard feature an input is, scale * block)."""
+        """Returns the one-hot map from inputs to shard features, and scale * block."""
         in_, _, batch = self.axes.sizes(kernel.shape)
         b = self.scale * self.block.astype(layout.wide(self.block))
         a = jnp.broadcast_to(self._reads(in_), (*batch, *in_, self.rank))
@@ -91,7 +91,7 @@ class MiSS(Parametrisation):
         )
 
     def as_lora(self) -> Lora | None:
-        """Returns the Lora of the same rank; None where `in_sizes` are not known."""
+        """Returns the Lora of the same rank, or None if `in_sizes` is unknown."""
         if self.in_sizes is None:
             return None
         batch = self.block.shape[: self.block.ndim - 1 - len(self.axes.out)]
@@ -102,7 +102,7 @@ class MiSS(Parametrisation):
         return Lora(a, self.block, *static)
 
     def _reads(self, in_: tuple[int, ...]) -> jax.Array:
-        """`[*in, rank]`, one where input i is feature i mod r of its shard."""
+        """The one-hot map `[*in, rank]`: input i is feature i mod r of its shard."""
         number = jnp.arange(math.prod(in_)) % self.rank
         return jax.nn.one_hot(number, self.rank, dtype=self.block.dtype).reshape(
             *in_, self.rank

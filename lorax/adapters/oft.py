@@ -1,22 +1,22 @@
-"""OFT: the inputs of a kernel turned by orthogonal blocks, the kernel itself frozen.
+"""OFT: rotates the inputs of a frozen kernel by orthogonal blocks.
 
     W = R W0,      R = diag(R_1, ..., R_k),      R_i = (I + Q_i) (I - Q_i)^-1
 
-Q_i is skew-symmetric, `[block_size, block_size]`, and what trains are its entries above
-the diagonal: the Cayley transform of any of them is orthogonal. OFTv2 turns the
-activation instead of the kernel, `y = (x R) W0`, and sums the Neumann series
+Q_i is skew-symmetric, `[block_size, block_size]`, and its entries above the diagonal
+train: the Cayley transform of any such Q_i is orthogonal. OFTv2 rotates the activation
+instead of the kernel, `y = (x R) W0`, and replaces the inverse by the Neumann series
 
     R_i = I + 2 Q_i + 2 Q_i^2 + ... + 2 Q_i^(t-2) + Q_i^(t-1)         (t = cayley_terms)
 
-in place of the inverse, which is orthogonal to order `|Q|^t`. Both are done here; the
-program takes `x + x D` with D = R - I, which loses no digit of a small rotation.
+which is orthogonal to order `|Q|^t`. Both are done here; the program computes
+`x + x D` with D = R - I, which keeps full precision for small rotations.
 
-Constrained OFT keeps `|Q_i| <= eps / sqrt(k)` (Frobenius) by scaling what lies outside
-to the bound. PEFT overwrites the parameters with the scaled ones at every forward pass;
-here the scaling is a part of the function, and its gradient has no component along Q_i.
+Constrained OFT keeps `|Q_i| <= eps / sqrt(k)` (Frobenius) by scaling larger Q_i down to
+the bound. PEFT overwrites the parameters with the scaled ones at every forward pass;
+here the scaling is part of the function, and its gradient has no component along Q_i.
 
 PEFT's exact form (`use_cayley_neumann=False`) is the transform of -Q, its series that
-of Q. Here both are of Q, as in the papers; `lorax.interop.peft` turns the sign.
+of Q. Here both are of Q, as in the papers; `lorax.interop.peft` flips the sign.
 
 References:
   Qiu et al., Controlling Text-to-Image Diffusion by Orthogonal Finetuning,
@@ -43,7 +43,7 @@ OPTIONS = {
     "block_size": 32,  # PEFT's oft_block_size
     "cayley_terms": 5,  # PEFT's num_cayley_neumann_terms
     "coft": False,
-    "eps": 6e-5,  # PEFT's, of coft alone
+    "eps": 6e-5,  # PEFT's, used by coft only
     "block_share": False,
 }
 
@@ -55,11 +55,11 @@ class Oft(Parametrisation):
 
     Attributes:
       skew: `[*batch, blocks, block_size (block_size - 1) / 2]`, the entries of each Q_i
-        above its diagonal, row by row; one block where all share it.
+        above its diagonal, row by row; a single block if it is shared.
       axes: the leaf's in, out and batch axes.
-      layers: the layers of the first batch axis that are turned; None for all.
-      cayley_terms: t, at least 2; None: the inverse itself.
-      eps: bound of constrained OFT; None: not constrained.
+      layers: the layers of the first batch axis that are rotated; None for all.
+      cayley_terms: t, at least 2; None for the exact inverse.
+      eps: bound of constrained OFT; None if unconstrained.
     """
 
     skew: jax.Array
@@ -79,7 +79,7 @@ class Oft(Parametrisation):
         size, terms, eps = (given[n] for n in ("block_size", "cayley_terms", "eps"))
 
         def other(name: str, want: str) -> ValueError:
-            told = f"{target.pattern!r}: {name}={given[name]!r} of adapter='oft'"
+            told = f"{target.pattern!r}: {name}={given[name]!r} for adapter='oft'"
             return ValueError(f"{told}; give {want}")
 
         if not _checks.is_whole(size) or size < 2:
@@ -103,7 +103,8 @@ class Oft(Parametrisation):
         """Returns Q = 0: no rotation.
 
         Raises:
-          ValueError: inputs that are not a multiple of block_size; a lookup.
+          ValueError: block_size does not divide the inputs, or the kernel is an
+            embedding lookup.
         """
         del key, shared
         making.require_inputs(kernel, "oft")
@@ -140,12 +141,12 @@ class Oft(Parametrisation):
         whole = size * (size - 1) // 2 == entries
         if not whole or blocks * size != n and (blocks != 1 or n % size):
             raise ValueError(
-                f"{path}: {blocks} blocks of {entries} entries do not turn {n} inputs; "
+                f"{path}: {blocks} blocks of {entries} entries do not fit {n} inputs; "
                 "was the adapter made for another model?"
             )
 
     def factors(self, kernel: jax.Array) -> Factors:
-        """Returns the map D = R - I of the inputs, block by block."""
+        """Returns the map D = R - I on the inputs, block by block."""
         blocks = _explicit.automatic(self._change, (self.skew,), None)
         blocks = layout.spread(blocks, self.layers, layout.depth(kernel, self.axes))
         return layout.without_product(
@@ -153,7 +154,7 @@ class Oft(Parametrisation):
         )
 
     def _change(self, skew: jax.Array) -> jax.Array:
-        """D of every block: `[*batch, blocks, block_size, block_size]`."""
+        """D for every block: `[*batch, blocks, block_size, block_size]`."""
         skew = skew.astype(layout.wide(skew))
         if self.eps is not None:
             skew = bounded(skew, self.eps / math.sqrt(skew.shape[-2]))
@@ -161,10 +162,10 @@ class Oft(Parametrisation):
 
 
 def turned(blocks: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns x D for D of diagonal blocks.
+    """Returns x D for a block-diagonal D.
 
     Args:
-      blocks: `[blocks, b, b]`; of one block, it acts on all parts of x.
+      blocks: `[blocks, b, b]`; a single block acts on all parts of x.
       x: `[n, in]`.
     """
     count, size = blocks.shape[:2]
@@ -175,9 +176,9 @@ def turned(blocks: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def skew_symmetric(entries: jax.Array, size: int) -> jax.Array:
-    """Returns Q `[..., size, size]` with these entries above its diagonal, by rows."""
+    """Returns Q `[..., size, size]` with these entries above its diagonal, by row."""
     rows, columns = np.triu_indices(size, 1)
-    place = np.full((size, size), rows.size)  # the diagonal: a zero behind the entries
+    place = np.full((size, size), rows.size)  # diagonal: the zero after the entries
     place[rows, columns] = place[columns, rows] = np.arange(rows.size)
     sign = np.sign(np.arange(size)[None] - np.arange(size)[:, None])
     entries = jnp.pad(entries, [(0, 0)] * (entries.ndim - 1) + [(0, 1)])
@@ -188,8 +189,8 @@ def cayley(q: jax.Array, terms: int | None) -> jax.Array:
     """Returns D = (I + Q) (I - Q)^-1 - I = 2 Q (I - Q)^-1, or the sum of its series.
 
     Args:
-      q: `[..., b, b]`, skew-symmetric: I - Q is regular.
-      terms: of the series, I among them; None: the inverse.
+      q: `[..., b, b]`, skew-symmetric, so that I - Q is invertible.
+      terms: number of terms of the series, counting I; None for the exact inverse.
     """
     if terms is None:
         return 2 * linalg.dot(
@@ -205,5 +206,5 @@ def bounded(entries: jax.Array, bound: float) -> jax.Array:
     """Returns the entries, scaled down where |Q|_F = sqrt(2) |entries| > bound."""
     squared = 2 * jnp.sum(entries**2, axis=-1, keepdims=True)
     outside = squared > bound**2
-    norm = jnp.sqrt(jnp.where(outside, squared, 1.0))  # no root of zero to derive
+    norm = jnp.sqrt(jnp.where(outside, squared, 1.0))  # avoids the gradient of sqrt(0)
     return jnp.where(outside, entries * (bound / norm), entries)

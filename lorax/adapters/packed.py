@@ -1,4 +1,4 @@
-"""What an adapter reads of a quantised leaf: one kernel of a stack after the other."""
+"""Factors beside a quantised leaf, decoding one kernel of a stack at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorax.types import Adapter, Axes, Factors
 
 
 def by_kernel(adapter: Adapter, leaf: Quantized) -> bool:
-    """True where no more than a kernel of a stack is dense for `factors`."""
+    """True if `factors` holds at most one kernel of a stack dense at a time."""
     if not adapter.reads_kernel or not leaf.axes.batch:
         return True
     axes = getattr(adapter, "axes", None)
@@ -26,7 +26,7 @@ def by_kernel(adapter: Adapter, leaf: Quantized) -> bool:
 def factors(adapter: Adapter, leaf: Quantized) -> Factors | None:
     """Returns `adapter.factors` beside a quantised leaf.
 
-    What is decoded for it is decoded again in the backward pass, not kept.
+    Whatever it decodes is decoded again in the backward pass instead of being kept.
     """
     if not adapter.reads_kernel:
         alike: Any = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -1,10 +1,10 @@
-"""A low-rank update as two factors: which adapters have them, and as matrices.
+"""Low-rank updates as two factors: which adapters have them, and their matrices.
 
     update = scale * a @ b,    a: [*stack, in, rank],    b: [*stack, rank, out]
 
-whatever the axes of the leaf; the stack is of layers or experts, and of members where a
-population's axis leads. Matrices are at least float32. An adapter of three factors
-(AdaLora) has its outer two, p and q, in the places of a and b.
+whatever the axes of the leaf; the stack is of layers or experts, and of a population's
+members if it has a leading axis for them. Matrices are at least float32. For an adapter
+with three factors (AdaLora), the outer two, p and q, take the places of a and b.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ READS, MIDDLE, WRITES = (
     ("batch", "rank"),
     ("batch", "rank", "out"),
 )
-"""The `Field.words` of factors."""
+"""The `Field.words` of the factors."""
 
 
 class Both(NamedTuple):
-    """Something of both factors of one adapter.
+    """A pair of values, one for each factor of an adapter.
 
     Attributes:
-      a: of the factor that reads.
-      b: of the factor that writes.
+      a: for the factor that reads.
+      b: for the factor that writes.
     """
 
     a: jax.Array
@@ -39,22 +39,22 @@ class Both(NamedTuple):
 
 
 def is_pair(adapter: Any) -> bool:
-    """True where the class declares a and b a pair: their product is the update.
+    """True if the class declares a and b as a pair whose product is the update.
 
-    Up to a gain, as in Dora.
+    The update may also have a gain, as in Dora.
     """
     return any(field.pair for field in getattr(adapter, "fields", {}).values())
 
 
 def has_factors(adapter: Any) -> bool:
-    """True where the update is a product of trained fields: one reads, one writes."""
+    """True if the update is a product of trained fields, one reading, one writing."""
     words = [adapter.fields[name].words for name in adapter.roles]
     paired = is_pair(adapter) and {READS, WRITES} <= set(words)
     return paired or sorted(words) == sorted([READS, MIDDLE, WRITES])
 
 
 def factors_of(adapter: Any) -> Both:
-    """Returns the factors as they are stored; of an AdaLora p and q."""
+    """Returns the factors as stored; for an AdaLora, p and q."""
     return Both(*(getattr(adapter, name) for name in _names(adapter)))
 
 
@@ -66,7 +66,7 @@ def _names(adapter: Any) -> tuple[str, str]:
 
 
 def features(adapter: Any) -> tuple[int, int]:
-    """Returns how many features the kernel reads and writes."""
+    """Returns how many features the kernel reads, and how many it writes."""
     a, b = factors_of(adapter)
     n = len(adapter.axes.batch)
     return math.prod(a.shape[n:-1]), math.prod(b.shape[n + 1 :])
@@ -83,8 +83,8 @@ def stacked(adapter: Any, like: Both | None = None) -> Both:
     """Returns the factors as `[n, in, rank]` and `[n, rank, out]`.
 
     Args:
-      adapter: whose axes and rank say how.
-      like: what has the factors' shapes, in their place.
+      adapter: gives the axes and the rank.
+      like: arrays in the factors' shapes to use instead of the factors.
     """
     factors = factors_of(adapter)
     stack = factors.a.shape[: layout.stack_axes(factors.a, adapter.axes)]
@@ -105,10 +105,10 @@ def _shaped(factors: Both, stack: tuple[int, ...], rank: int) -> Both:
 
 
 def with_matrices(adapter: Any, a: jax.Array, b: jax.Array) -> Any:
-    """Returns the adapter with these factors, in its own axes and dtypes.
+    """Returns the adapter with these factors, in its axes and dtypes.
 
     Args:
-      adapter: of any rank.
+      adapter: an adapter of any rank.
       a: `[n, in, rank]`.
       b: `[n, rank, out]`.
     """
@@ -126,10 +126,10 @@ def with_matrices(adapter: Any, a: jax.Array, b: jax.Array) -> Any:
 
 
 def with_triplets(adapter: Any, u: jax.Array, s: jax.Array, vt: jax.Array) -> Any:
-    """Returns the adapter with the product `u @ diag(s) @ vt` in its factors.
+    """Returns the adapter whose factors have the product `u @ diag(s) @ vt`.
 
     Args:
-      adapter: of two factors, which get it balanced, or of three.
+      adapter: has two factors, which share the product evenly, or three.
       u: `[n, in, rank]`.
       s: `[n, rank]`.
       vt: `[n, rank, out]`.
@@ -144,14 +144,14 @@ def with_triplets(adapter: Any, u: jax.Array, s: jax.Array, vt: jax.Array) -> An
 
 
 def nearest(adapter: Any, update: jax.Array) -> tuple[Any, jax.Array]:
-    """Returns the adapter with the best approximation of an update in its factors.
+    """Returns the adapter that best approximates an update, and the error.
 
-    By Eckart and Young these are the leading singular triplets.
+    By Eckart and Young, it consists of the leading singular triplets.
 
     Args:
-      adapter: of two factors, which get it balanced, or of three; of a stack it may
-        have some layers.
-      update: in the leaf's layout; of no other layers.
+      adapter: has two factors, which share the product evenly, or three; for a stack,
+        it may adapt only some layers.
+      update: in the leaf's layout; only the adapter's layers are read.
 
     Returns:
       The adapter, and the sum of squares of what its update lacks.
@@ -169,8 +169,8 @@ def nearest(adapter: Any, update: jax.Array) -> tuple[Any, jax.Array]:
 def balanced(u: jax.Array, s: jax.Array, vt: jax.Array, scale: float = 1.0) -> Both:
     """Returns factors of equal size with `scale * a @ b = u @ diag(s) @ vt`.
 
-    A direction of size zero keeps its unit column in a, beside a zero row in b: with
-    both zero no gradient would ever reach it.
+    A direction of size zero keeps its unit column in a and gets a zero row in b: with
+    both zero, no gradient would ever reach it.
     """
     s = s[..., None, :]
     root = jnp.sqrt(jnp.where(s > 0, s / abs(scale), 1.0))

@@ -1,8 +1,8 @@
-"""What a parametrisation declares, and what follows from the declaration.
+"""The base class of parametrisations, which derives most behaviour from declarations.
 
-A class names its arrays once, in `fields`, and says how it meets a linear operation, in
+A class declares its arrays once, in `fields`, and how it enters a linear operation, in
 `factors`. How its arrays are shaped, sharded, padded, decayed and saved, what its
-update is and what merging gives, all follow:
+update is and what merging gives all follow from that:
 
     @adapters.register("scaled")
     @flax.struct.dataclass
@@ -36,7 +36,7 @@ from lorax.types import Axes, Factors, Field, KernelSpec, TargetSpec
 
 
 class _Present:
-    """Entries by field: of a class all, of an adapter those whose array it has."""
+    """Entries by field: all on a class, those with an array on an adapter."""
 
     def __init__(self, entries: Mapping[str, Any], optional: frozenset[str]) -> None:
         self.entries, self.optional = dict(entries), optional
@@ -51,28 +51,28 @@ class _Present:
 class Parametrisation:
     """The base of every adapter class, a frozen `flax.struct.dataclass`.
 
-    Static fields that classes may have, and every layer above knows: `axes: Axes`, the
-    leaf's; `scale: float`; `dropout: float`, on the branch's input; `layers`, of the
-    first batch axis those that have factors; `moved_by`, the init that moved a part of
-    the kernel into the arrays; `lent`, of frozen fields the names of their arrays in
-    `Base.frozen`, pairs `(field, name)`.
+    Classes may have these static fields, which every layer above knows: `axes: Axes`,
+    the leaf's axes; `scale: float`; `dropout: float`, on the branch's input; `layers`,
+    the layers of the first batch axis that have factors; `moved_by`, the init that
+    moved a part of the kernel into the arrays; `lent`, pairs `(field, name)` of frozen
+    fields and the names of their arrays in `Base.frozen`.
 
     Attributes:
       fields: the arrays, by name, in the order of the class.
-      roles: of the trained ones, name -> role.
+      roles: `{name: role}` of the arrays that train.
       options: hyperparameters that `Target.options` may give, with their defaults.
-      replaces: True: the array takes the place of the leaf and adds no update.
-      additive: True: the update adds to the kernel and is proportional to `scale`, so
-        that updates of several adapters can be summed and scaled.
-      padded: True: zeros in the ranks of every field change no update.
-      counts_ranks: True: training sees how many ranks there are (allocation, penalty),
-        so that members of a population cannot be padded to one.
-      absorbs: the field that a ratio of two scales folds into; None: none does.
-      drops: True: dropout acts on the branch's input.
-      reads_kernel: True: `factors` reads the kernel's values (a norm of its columns),
-        not only its shape; a quantised one is then decoded for it.
-      by_rows: True: acts on the rows of an embedding that `Target.rows` numbers.
-      sliced: registered name of the class that `Target.slices` asks for; None: none.
+      replaces: True if the array replaces the leaf instead of adding an update.
+      additive: True if the update is added to the kernel and is proportional to
+        `scale`, so that updates of several adapters can be summed and scaled.
+      padded: True if padding the ranks of every field with zeros changes no update.
+      counts_ranks: True if training depends on the number of ranks (allocation,
+        penalty), so that members of a population cannot be padded to the same rank.
+      absorbs: the field into which a ratio of two scales is folded, or None.
+      drops: True if dropout acts on the branch's input.
+      reads_kernel: True if `factors` reads the kernel's values (a norm of its columns),
+        not only its shape; a quantised kernel is then decoded for it.
+      by_rows: True if it acts on the rows of an embedding given by `Target.rows`.
+      sliced: registered name of the class to use for `Target.slices`, or None.
     """
 
     fields: ClassVar[dict[str, Field]] = {}
@@ -89,13 +89,13 @@ class Parametrisation:
     sliced: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Reads the roles of trained fields off the declaration."""
+        """Derives the roles of trained fields from the declaration."""
         super().__init_subclass__(**kwargs)
         pairs = {name: field.pair for name, field in cls.fields.items() if field.pair}
         if pairs and pairs != {"a": "b", "b": "a"}:
             raise TypeError(
-                f"{cls.__name__} declares the pairs {pairs}; the two factors whose "
-                "product is the update are called a, which reads, and b, which writes"
+                f"{cls.__name__} declares the pairs {pairs}; name the two factors "
+                "whose product is the update a, which reads, and b, which writes"
             )
         cls.roles = {n: f.role for n, f in cls.fields.items() if not f.frozen}
         optional = frozenset(n for n, f in cls.fields.items() if f.optional)
@@ -105,7 +105,7 @@ class Parametrisation:
 
     @property
     def rank(self) -> int:
-        """The width of the bottleneck, of the first field that has one."""
+        """The width of the bottleneck, from the first field that has one."""
         for name, field in self.fields.items():
             array = getattr(self, name)
             if "rank" in field.words and array is not None:
@@ -114,12 +114,12 @@ class Parametrisation:
 
     @classmethod
     def check_target(cls, target: TargetSpec) -> None:
-        """Raises ValueError for a target that the class cannot serve."""
+        """Raises ValueError for a target that the class does not support."""
         del target
 
     @classmethod
     def largest_rank(cls, in_: int, out: int) -> int | None:
-        """Returns the largest rank for a kernel `[in, out]`; None: no limit."""
+        """Returns the largest rank for a kernel `[in, out]`, or None for no limit."""
         has_rank = any("rank" in field.words for field in cls.fields.values())
         return min(in_, out) if has_rank else None
 
@@ -130,8 +130,8 @@ class Parametrisation:
         """Returns the frozen arrays that several adapters share, by name.
 
         Args:
-          key: that of `lorax.init`.
-          chosen: `{path: (target, kernel)}`, all leaves that get this class.
+          key: the key given to `lorax.init`.
+          chosen: `{path: (target, kernel)}` of all leaves that get this class.
         """
         del key, chosen
         return {}
@@ -147,14 +147,14 @@ class Parametrisation:
         """Returns an adapter whose update is zero: the "standard" init.
 
         Args:
-          key: of this path.
+          key: the key for this path.
           kernel: the leaf and its axes.
           target: rank, scale, dropout, dtype, layers, options.
-          shared: what `shared` returned; a frozen array, shared or of this leaf alone,
-            is put in its field, and its name in `lent`.
+          shared: what `shared` returned. Put a frozen array, shared or of this leaf
+            alone, in its field, and its name in `lent`.
         """
         raise TypeError(
-            f"{cls.__name__} has no make(key, kernel, target, shared): write it, or "
+            f"{cls.__name__} has no make(key, kernel, target, shared): write one, or "
             "give the target an init of your own"
         )
 
@@ -163,16 +163,16 @@ class Parametrisation:
         layout.check(path, self, leaf)
 
     def factors(self, kernel: jax.Array) -> Factors | None:
-        """Returns the form for the fast path, over the whole stack; None: merge.
+        """Returns the form for the fast path, over the whole stack; None to merge.
 
         Args:
-          kernel: the leaf; its shape and dtype alone, unless `reads_kernel`.
+          kernel: the leaf; read only its shape and dtype, unless `reads_kernel` is set.
         """
         del kernel
         return None
 
     def delta(self, kernel: jax.Array) -> jax.Array:
-        """Returns the change of the kernel in its own layout, at least float32."""
+        """Returns the change to the kernel, in its layout and at least float32."""
         factors = self._form(kernel)
         if factors.gain is not None:
             return layout.merged(factors, self.axes, kernel) - kernel
@@ -188,13 +188,13 @@ class Parametrisation:
         factors = self.factors(kernel)
         if factors is None:
             raise TypeError(
-                f"{type(self).__name__} has no factors(kernel), so it needs a "
-                "delta(kernel) and a merge(kernel) of its own"
+                f"{type(self).__name__} has no factors(kernel), so it must define "
+                "delta(kernel) and merge(kernel)"
             )
         return factors
 
     def as_lora(self) -> Any:
-        """Returns the same update as a plain Lora; None where it is not one."""
+        """Returns the same update as a plain Lora, or None if it is not one."""
         return None
 
     axes: Axes
@@ -202,7 +202,7 @@ class Parametrisation:
 
 
 def as_lora(adapter: Any) -> Any:
-    """Returns a product in another form (AdaLora, slices) as a Lora; others pass."""
+    """Returns the adapter as a Lora where it has that form, else unchanged."""
     plain = adapter.as_lora()
     return adapter if plain is None else plain
 
@@ -215,14 +215,14 @@ def register(name: str, cls: Any = None) -> Any:
     """Registers a parametrisation under a name, for targets, configs and files.
 
     Args:
-      name: such as "lora": what `Target(adapter=)` and `adapters.json` say.
-      cls: the class; None: returns a decorator.
+      name: the name used in `Target(adapter=)` and `adapters.json`, such as "lora".
+      cls: the class; None returns a decorator.
 
     Returns:
       The class, or the decorator.
 
     Raises:
-      ValueError: a name that another class has.
+      ValueError: the name belongs to another class.
       TypeError: not a subclass of `Parametrisation` with fields.
 
     Example:
@@ -243,10 +243,10 @@ def register(name: str, cls: Any = None) -> Any:
 
 
 def get(adapter: str | type) -> type[Parametrisation]:
-    """Returns a class by its registered name; a class passes.
+    """Returns the class registered under a name; a class is returned as it is.
 
     Raises:
-      ValueError: a name that is not registered, or something else.
+      ValueError: a name that is not registered, or anything else.
     """
     if isinstance(adapter, type) and issubclass(adapter, Parametrisation):
         return adapter
@@ -260,31 +260,31 @@ def get(adapter: str | type) -> type[Parametrisation]:
 
 
 def name_of(cls: type) -> str | None:
-    """Returns the name under which a class is registered; None where it is not."""
+    """Returns the name under which a class is registered, or None."""
     return next((name for name, held in REGISTRY.items() if held is cls), None)
 
 
 def of_target(target: TargetSpec) -> type[Parametrisation]:
-    """Returns the class that a target asks for, that of its slices where it has some.
+    """Returns the class that a target asks for, in its sliced form if it has slices.
 
     Raises:
-      ValueError: slices of a class that has no sliced form.
+      ValueError: slices for a class that has no sliced form.
     """
     cls = get(target.adapter)
     if target.slices is None:
         return cls
     if cls.sliced is None:
         raise ValueError(
-            f"slices={target.slices} go with adapter='lora', not {target.adapter!r}"
+            f"slices={target.slices} needs adapter='lora', not {target.adapter!r}"
         )
     return get(cls.sliced)
 
 
 def bound(adapter: Any, frozen: Mapping[str, jax.Array], path: str) -> Any:
-    """Returns the adapter with its frozen arrays in their fields.
+    """Returns the adapter with its frozen arrays filled in.
 
     Raises:
-      ValueError: an array that `frozen` lacks.
+      ValueError: `frozen` lacks one of the arrays.
     """
     lent = getattr(adapter, "lent", ())
     if not lent:
@@ -301,7 +301,7 @@ def bound(adapter: Any, frozen: Mapping[str, jax.Array], path: str) -> Any:
 
 
 def lent_out(adapter: Any) -> tuple[Any, dict[str, jax.Array]]:
-    """Takes the frozen arrays out of a new adapter; returns both."""
+    """Moves the frozen arrays out of a new adapter; returns both."""
     lent = getattr(adapter, "lent", ())
     arrays = {name: getattr(adapter, field) for field, name in lent}
     return adapter.replace(**{field: None for field, _ in lent}), arrays

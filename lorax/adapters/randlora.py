@@ -1,13 +1,14 @@
-"""RandLoRA: an update of full rank, a trained mixture of frozen random matrices.
+"""RandLoRA: a full-rank update, as a trained mixture of frozen random matrices.
 
     W = W0 + scale * sum_j B_j diag(lam_j) A diag(gamma_j),      j = 1 ... ceil(min / r)
 
 with A `[r, min(in, out)]` and B_j `[max(in, out), r]` drawn once for all kernels (a
-kernel takes leading parts, as in PEFT), and the smaller side of the kernel on A's. The
+kernel uses the leading parts, as in PEFT), A being on the kernel's smaller side. The
 sum has the kernel's full rank, so the product is not thin: for T tokens it would cost
-5 T in out multiplications beside the kernel's own, and the merged kernel with its dense
-gradient T in out + 2 max min^2. Merging is the cheaper from T = min(in, out) / 2 on, so
-`factors` is None, and `on_merge` says so.
+5 T in out multiplications besides the kernel's own, while the merged kernel with its
+dense gradient costs T in out + 2 max min^2. Merging is cheaper from
+T = min(in, out) / 2 on, so `factors` is None and the kernel is merged, subject to
+`on_merge`.
 
 References:
   Albert et al., RandLoRA: Full-rank parameter-efficient fine-tuning of large models,
@@ -42,13 +43,13 @@ class RandLora(Parametrisation):
     32 and alpha 640, a scale of 20.
 
     Attributes:
-      lam: `[*batch, rank, bases]`, at first zero.
-      gamma: `[*batch, bases, min(in, out)]`, at first 1 / max(bases, min(in, out)).
+      lam: `[*batch, rank, bases]`, initially zero.
+      gamma: `[*batch, bases, min(in, out)]`, initially 1 / max(bases, min(in, out)).
       small: A, `[rank, narrowest side]`, frozen, in `Base.frozen`.
-      large: all B_j, `[widest side, bases, rank]`, likewise.
+      large: all B_j, `[widest side, bases, rank]`, frozen, in `Base.frozen`.
       scale: the factor on the sum, alpha / rank.
       axes: the leaf's in, out and batch axes.
-      layers: the layers of the first batch axis that have them; None for all.
+      layers: the layers of the first batch axis that are adapted; None for all.
       lent: the names of the frozen arrays.
     """
 
@@ -75,7 +76,7 @@ class RandLora(Parametrisation):
     def shared(
         cls, key: jax.Array, chosen: Mapping[str, tuple[TargetSpec, KernelSpec]]
     ) -> dict[str, jax.Array]:
-        """Returns A and B of every rank, uniform with standard deviation 1, as PEFT."""
+        """Returns A and B for every rank, uniform with unit variance, as in PEFT."""
         found = {}
         for rank, n, m, dtype in making.widest(chosen):
             keys = jax.random.split(jax.random.fold_in(key, rank))
@@ -112,10 +113,10 @@ class RandLora(Parametrisation):
         )
 
     def _form(self, kernel: jax.Array) -> Factors:
-        """The product of width rank x bases, zero where no layer has one.
+        """The product of width rank x bases, zero for layers that are not adapted.
 
-        PEFT numbers the columns of B_j by base and rank, and the rows of the trained
-        side by rank and base; B being random, it is the same method.
+        PEFT orders the columns of B_j by base and rank, and the rows of the trained
+        side by rank and base; since B is random, the method is the same.
         """
         assert self.small is not None and self.large is not None
         in_, out, batch = self.axes.sizes(kernel.shape)

@@ -1,4 +1,4 @@
-"""The ranks of an adapter: which axes they are, widened by zeros, and cut again.
+"""The ranks of an adapter: finds their axes, pads them with zeros, and cuts them.
 
 a @ b = [a 0] @ [b; 0]
 """
@@ -14,7 +14,7 @@ from lorax.adapters import layout
 
 
 def axes_of(adapter: Any) -> dict[str, int]:
-    """Returns for each trained field that has a rank, which of its axes that is."""
+    """Returns the index of the rank axis of each trained field that has one."""
     return {
         name: layout.axis_of(adapter, name, "rank")
         for name in adapter.roles
@@ -23,16 +23,16 @@ def axes_of(adapter: Any) -> dict[str, int]:
 
 
 def padded(adapter: Any, rank: int) -> Any:
-    """Returns the adapter with zeros up to `rank` in every factor: the same update.
+    """Returns the adapter padded with zeros up to `rank`, with the same update.
 
     Raises:
-      ValueError: a class whose update zeros would change.
+      ValueError: a class whose update would change through padding.
     """
     if not adapter.padded and rank > adapter.rank:
         raise ValueError(
-            f"{type(adapter).__name__} of rank {adapter.rank} cannot be widened to "
-            f"{rank}: zeros in its arrays would change its update; give all sets one "
-            "rank"
+            f"{type(adapter).__name__} of rank {adapter.rank} cannot be padded to "
+            f"{rank}: zeros in its arrays would change its update; give all sets the "
+            "same rank"
         )
     fields = {}
     for name, axis in axes_of(adapter).items():
@@ -44,7 +44,7 @@ def padded(adapter: Any, rank: int) -> Any:
 
 
 def cut(adapter: Any, rank: int) -> Any:
-    """Returns the adapter's leading ranks, the rest being padding, if it has any."""
+    """Returns the adapter without its padding: only the leading `rank` ranks."""
     if not adapter.padded:
         return adapter
     leading = {
@@ -58,7 +58,7 @@ def masked(adapter: Any, rank: Any) -> Any:
     """Returns the adapter with zeros beyond its first `rank` ranks.
 
     Args:
-      adapter: of parameters, gradients or updates.
+      adapter: holds parameters, gradients or updates.
       rank: a number, which may be traced.
     """
 

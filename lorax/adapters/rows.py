@@ -1,15 +1,15 @@
-"""Chosen rows of an embedding: the tokens that a vocabulary grew by, and no others.
+"""Trains chosen rows of an embedding, such as the tokens added to a vocabulary.
 
     W = W0 + scale * E @ d        E: [vocabulary, n], one-hot columns of the rows
 
-d, one vector for each of n tokens, is all that trains. Of a tied head the same rows are
-the tokens' columns; an untied head, a kernel `[*in, vocabulary]`, has an adapter of its
-own. PEFT's `trainable_token_indices` trains the rows themselves where this trains what
-is added to them: the function is the same, and weight decay here pulls to the base.
+Only d trains, one vector for each of n tokens. In a tied head, the same rows are the
+tokens' columns; an untied head, a kernel `[*in, vocabulary]`, has its own adapter.
+PEFT's `trainable_token_indices` trains the rows themselves, this class what is added to
+them: the function is the same, and weight decay here pulls towards the base.
 
-E is made where it is used and costs `n * vocabulary` numbers for a moment: for tens or
-hundreds of tokens nothing beside the embedding, for a tenth of the vocabulary train all
-of it (`adapter="full"`).
+E is formed where it is used and briefly takes `n * vocabulary` numbers: negligible
+beside the embedding for tens or hundreds of tokens. For a tenth of the vocabulary,
+train all of it (`adapter="full"`).
 
 References:
   Mangrulkar et al., PEFT, https://github.com/huggingface/peft: `TrainableTokensModel`.
@@ -37,10 +37,10 @@ class Rows(Parametrisation):
     Attributes:
       axes: the leaf's in and out axes; one of them is the vocabulary.
       rows: the numbers of the tokens, increasing.
-      size: of the vocabulary.
-      embedding: `[n, *out]`, of a leaf that is looked up; None of a head.
-      head: `[*in, n]`, of a head with a kernel of its own; None of an embedding.
-      scale: the factor on either.
+      size: size of the vocabulary.
+      embedding: `[n, *out]`, for a leaf that is looked up; None for a head.
+      head: `[*in, n]`, for an untied head; None for an embedding.
+      scale: the factor on the update.
     """
 
     axes: Axes = flax.struct.field(pytree_node=False)
@@ -78,7 +78,7 @@ class Rows(Parametrisation):
         return cls(axes, rows, out[0], head=zeros)
 
     def check(self, path: str, leaf: jax.Array) -> None:
-        """Raises ValueError unless the rows are the leaf's, and as many as numbered."""
+        """Raises ValueError unless the rows fit the leaf and match their numbers."""
         layout.check(path, self, leaf)
         if self.embedding is not None:
             n, axis = self.embedding.shape[0], self.axes.in_[0]
@@ -89,12 +89,12 @@ class Rows(Parametrisation):
         if n != len(self.rows) or size != self.size:
             raise ValueError(
                 f"{path}: the adapter has {n} rows, numbered {self.rows}, of a "
-                f"vocabulary of {self.size}, and the leaf has {size}; was it made for "
-                "another model? hf.resize_embeddings gives a model another vocabulary"
+                f"vocabulary of {self.size}, but the leaf has {size}; was it made for "
+                "another model? hf.resize_embeddings changes a model's vocabulary size"
             )
 
     def as_lora(self) -> Lora:
-        """Returns the same update as a Lora: one rank, and a one-hot column, a row."""
+        """Returns the same update as a Lora of one rank and one-hot column per row."""
         rows = jnp.asarray(self.rows)
         if self.embedding is not None:
             own = self.embedding

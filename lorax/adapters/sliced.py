@@ -1,10 +1,10 @@
-"""LoRA on some slices of a fused kernel: q and v of a kernel that holds q, k and v.
+"""LoRA on some slices of a fused kernel, such as q and v of a kernel for q, k and v.
 
     W[:, s] = W0[:, s] + scale * a_s @ b_s        for s in slices, others frozen
 
-Each slice has a pair of its own, so that the fused kernel's update is of rank
-`len(slices) * rank`, with zeros where a pair does not write: loralib's `MergedLinear`,
-as in the GPT-2 runs of the LoRA paper.
+Each slice has its own pair, so the fused kernel's update has rank
+`len(slices) * rank`, with zeros where a pair does not write. This is loralib's
+`MergedLinear`, as in the GPT-2 runs of the LoRA paper.
 
 References:
   Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685;
@@ -69,7 +69,7 @@ class SlicedLora(Parametrisation):
         target: TargetSpec,
         shared: Mapping[str, jax.Array],
     ) -> SlicedLora:
-        """Returns LoRA's start for every slice."""
+        """Returns LoRA's initial factors for every slice."""
         del shared
         in_, out, batch = making.sizes(kernel, target)
         assert target.slices is not None
@@ -83,7 +83,7 @@ class SlicedLora(Parametrisation):
         )
 
     def fused(self) -> Lora:
-        """Returns the same update as one Lora of the summed rank, zeros in its b."""
+        """Returns the same update as one Lora of the summed rank, with zeros in b."""
         n = layout.stack_axes(self.a, self.axes) - 1  # of the batch
         count, rank = len(self.slices), self.rank
         out = self.b.shape[n + 2 :]
@@ -102,8 +102,8 @@ class SlicedLora(Parametrisation):
         size = leaf.shape[self.axes.out[0]] if max(self.axes.out) < leaf.ndim else None
         if size != self.blocks:
             raise ValueError(
-                f"{path}: the adapter has slices {self.slices} of {self.blocks} and "
-                f"the leaf the shape {leaf.shape}; was it made for another model?"
+                f"{path}: the adapter has slices {self.slices} of {self.blocks}, but "
+                f"the leaf has shape {leaf.shape}; was it made for another model?"
             )
         jax.eval_shape(lambda adapter: adapter.fused().check(path, leaf), self)
 

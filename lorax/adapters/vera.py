@@ -3,8 +3,8 @@
     W = W0 + A diag(d) B diag(b)
 
 A and B are drawn once for all kernels of one rank, at the largest sizes among them, and
-never train; a kernel `[in, out]` takes the leading rows of A and columns of B, as PEFT
-does. d is folded into the writing side, so that A gets no gradient at all.
+never train; a kernel `[in, out]` uses the leading rows of A and columns of B, as in
+PEFT. d is folded into the writing side, so A gets no gradient at all.
 
 References:
   Kopiczko, Blankevoort, Asano, VeRA: Vector-based Random Matrix Adaptation,
@@ -36,14 +36,14 @@ lent = functools.partial(making.lent, NAMES)
 class VeRA(Parametrisation):
     """Update `scale * A diag(d) B diag(b)` with frozen A and B.
 
-    The method has no alpha: `Target.alpha` is not read, and `scale` is 1. Ranks are
+    The method has no alpha: `Target.alpha` is ignored, and `scale` is 1. Ranks are
     larger than LoRA's: 256 in PEFT, up to 1024 in the paper.
 
     Attributes:
-      d: `[*batch, rank]`, at first `d_initial`.
-      b: `[*batch, *out]`, at first zero.
+      d: `[*batch, rank]`, initially `d_initial`.
+      b: `[*batch, *out]`, initially zero.
       reads: A, `[widest in, rank]`, frozen, in `Base.frozen`.
-      writes: B, `[rank, widest out]`, likewise.
+      writes: B, `[rank, widest out]`, frozen, in `Base.frozen`.
       axes: the leaf's in, out and batch axes.
       scale: the factor on the update, 1.
       dropout: rate on the input of the adapter branch, in [0, 1).
@@ -73,12 +73,12 @@ class VeRA(Parametrisation):
 
     @classmethod
     def check_target(cls, target: TargetSpec) -> None:
-        """Raises ValueError for a `d_initial` that is zero or no number."""
+        """Raises ValueError for a `d_initial` that is zero or not a number."""
         given = making.options(target, cls.options)["d_initial"]
         if not _checks.is_finite(given) or not given:
             raise ValueError(
-                f"{target.pattern!r}: d_initial={given!r}; give a number that is not 0 "
-                "(0.1 in the paper): with d and b both zero nothing would train"
+                f"{target.pattern!r}: d_initial={given!r}; give a number other than 0 "
+                "(0.1 in the paper): with d and b both zero, nothing would train"
             )
 
     @classmethod
@@ -92,7 +92,7 @@ class VeRA(Parametrisation):
     ) -> dict[str, jax.Array]:
         """Returns A ~ U(-1, 1) sqrt(6 / in) and B ~ U(-1, 1) sqrt(6 / rank) by rank.
 
-        He's uniform numbers, as in the paper and PEFT; `in` is the widest.
+        This is He's uniform init, as in the paper and PEFT; `in` is the widest.
         """
         found = {}
         for rank, n, m, dtype in making.widest(chosen):
@@ -128,7 +128,7 @@ class VeRA(Parametrisation):
         )
 
     def factors(self, kernel: jax.Array) -> Factors:
-        """Returns (A, diag(d) B diag(b)), zero where no layer has vectors."""
+        """Returns (A, diag(d) B diag(b)), zero for layers without vectors."""
         assert self.reads is not None and self.writes is not None
         in_, out, batch = self.axes.sizes(kernel.shape)
         dtype, rank = layout.wide(self.b), self.rank

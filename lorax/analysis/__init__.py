@@ -1,7 +1,7 @@
 """What adapters learned: pure functions on adapter trees, usable as metrics.
 
-References are in each function; `experiments/studies/` puts them to use. As in
-`lorax.optim`, a file with an underscore is private to the package.
+Each module lists its references; `experiments/studies/` uses these functions. As in
+`lorax.optim`, modules with a leading underscore are private.
 """
 
 from lorax.analysis._amplification import Amplification, amplification

@@ -2,9 +2,9 @@
 
     amplification = |D|_F / |U^T W V|_F,       D = s a b = U diag(sigma) V^T
 
-The denominator is what the kernel itself has in the directions of its update. The paper
-holds it against W's own leading directions (the most there could be) and random ones:
-LoRA amplifies directions that W has, but not those that it has most of.
+The denominator is how much of the kernel itself lies in the directions of its update.
+The paper compares it with W's own leading directions (the maximum) and with random
+ones: LoRA amplifies directions that are present in W, but not its dominant ones.
 
 References:
   Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685,
@@ -28,10 +28,10 @@ class Amplification(NamedTuple):
     """Frobenius norms, each `[*stack]`.
 
     Attributes:
-      update: |D|_F of the leading directions of D that were asked for.
+      update: |D|_F, of its `rank` leading directions if `rank` was given.
       projected: |U^T W V|_F with the directions of D.
-      own: with W's own leading ones: the largest possible.
-      random: with random ones, one draw.
+      own: |U^T W V|_F with W's own leading directions: the maximum.
+      random: |U^T W V|_F with random directions, from one draw.
       kernel: |W|_F.
     """
 
@@ -43,34 +43,34 @@ class Amplification(NamedTuple):
 
     @property
     def factor(self) -> jax.Array:
-        """The amplification; `inf` where W has nothing in the update's directions."""
+        """The amplification; `inf` if W is zero in the update's directions."""
         return self.update / self.projected
 
 
 def amplification(
     key: jax.Array, adapters: Adapters, params: PyTree, rank: int | None = None
 ) -> dict[str, Amplification]:
-    """Returns how much every update amplifies what its kernel has, by path.
+    """Returns how much every update amplifies directions of its kernel, by path.
 
-    W is read by thin products, never decomposed whole: `own` comes from
+    W only enters thin products and is never fully decomposed: `own` comes from
     `linalg.randomized_svd`.
 
     Args:
       key: for the random directions and the randomised decomposition.
-      adapters: `{path: Adapter}`; of a Dora, the change of its directions.
+      adapters: `{path: Adapter}`; for a Dora, the change of its directions counts.
       params: the base. After an init that moves a part of the kernel, use the original
         base and `lorax.compose.to_lora(trained, initial)`.
-      rank: leading directions of the update to look at; None: all that it has.
+      rank: how many leading directions of the update to use; None for all.
 
     Returns:
       `{path: Amplification}`.
 
     Raises:
-      ValueError: no adapter has factors, one does not fit, or a rank below 1.
+      ValueError: no adapter has factors, one does not fit, or rank is below 1.
       KeyError: a path that params lacks.
     """
     if rank is not None and rank < 1:
-        raise ValueError(f"rank={rank}; look at one direction or more, or None for all")
+        raise ValueError(f"rank={rank}; give a number >= 1, or None for all directions")
     whole, leaves = _thin.on_leaves(adapters, params)
     chosen = _thin.chosen(whole, "amplification")
     return {
@@ -108,5 +108,5 @@ def _norm(x: jax.Array) -> jax.Array:
 
 
 def _random(key: jax.Array, like: jax.Array) -> jax.Array:
-    """Random directions, as many as these."""
+    """Random orthonormal directions in the shape of `like`."""
     return linalg.orthonormal(jax.random.normal(key, like.shape))

@@ -1,18 +1,18 @@
 """What adapters cost and save, counted from shapes: parameters, bytes, operations.
 
 Everything works on abstract trees (`jax.eval_shape`), so a model of any size can be
-counted on a laptop. A train step of a kernel with F operations a forward pass takes
+counted on a laptop. If a kernel takes F operations per forward pass, a train step takes
 
     trained whole   3 F         forward, gradient of the input, gradient of the kernel
     frozen          2 F         no gradient of the kernel
     low-rank        2 F + 3 f   f = F rank (in + out) / (in out), the thin products
-    maps            2 F + m     m of what acts on whole inputs or is a branch of its own
-    merged          3 F + m     m of the update in the kernel's size
+    maps            2 F + m     m for maps of whole inputs and structured branches
+    merged          3 F + m     m for the kernel-sized update
 
-where m counts the products of a parametrisation's own program and of its gradient: a
-map of the inputs (OFT, HRA), a structured branch (LoKr), and how its arrays become
-factors or norms (LoRA-XS, DoRA). Of what is elementwise only gains count, with `GAIN`
-operations for every output.
+where m counts the products of the parametrisation itself and of its gradient: a map of
+the inputs (OFT, HRA), a structured branch (LoKr), and turning its arrays into factors
+or norms (LoRA-XS, DoRA). Of the elementwise operations only gains count, with `GAIN`
+operations per output.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from lorax.kernels import Kernel
 from lorax.types import Adapters, PyTree
 
 GAIN = 14
-"""Of a gain, for every output: one to apply it, one for the gradient behind it, twelve
-to read its own gradient off the result."""
+"""Operations of a gain per output: one to apply it, one for the gradient passing
+through it, and twelve to recover its own gradient from the result."""
 
 
 class Cost(NamedTuple):
     """The cost of one way to train.
 
     Attributes:
-      trained: parameters that are trained.
-      checkpoint: bytes to keep what was trained.
-      params: bytes of the base, of adapters beside it and of their frozen arrays.
-      gradients: bytes of the gradients of what is trained.
-      moments: bytes of the optimiser's state.
+      trained: number of trained parameters.
+      checkpoint: bytes of a checkpoint of the trained parameters.
+      params: bytes of the base, the adapters and their frozen arrays.
+      gradients: bytes of the gradients of the trained parameters.
+      moments: bytes of the optimiser state.
       flops: operations of all kernels in a train step; None without `kernels`.
     """
 
@@ -56,23 +56,23 @@ class Cost(NamedTuple):
 
     @property
     def memory(self) -> int:
-        """Bytes of parameters, gradients and moments; activations come on top."""
+        """Bytes of parameters, gradients and moments, without activations."""
         return self.params + self.gradients + self.moments
 
 
 class Costs(NamedTuple):
-    """Adapters beside full fine-tuning.
+    """The costs of adapters and of full fine-tuning.
 
     Attributes:
       adapters: the cost of training the adapters.
-      full: of training every floating leaf.
+      full: the cost of training every floating leaf.
     """
 
     adapters: Cost
     full: Cost
 
     def ratio(self, field: str) -> float:
-        """How many times as much full fine-tuning takes of a field of `Cost`."""
+        """Returns full fine-tuning's value of a `Cost` field over the adapters'."""
         return getattr(self.full, field) / getattr(self.adapters, field)
 
 
@@ -86,11 +86,11 @@ def cost(
 
     Args:
       adapters: `{path: Adapter}`, arrays or abstract.
-      params: the base, likewise.
-      kernels: from `lorax.discover`, for the operations; they are of the batch that it
-        was given. Attention and whatever else has no kernel is not among them.
-      moments: arrays of the trained leaves' size and dtype that the optimiser keeps: 2
-        for Adam, 1 for momentum, 0 for SGD.
+      params: the base, arrays or abstract.
+      kernels: from `lorax.discover`, to count the operations for the batch that it was
+        given. Attention and other parts without a kernel are not counted.
+      moments: how many arrays of the trained leaves' size and dtype the optimiser
+        keeps: 2 for Adam, 1 for momentum, 0 for SGD.
 
     Returns:
       `Costs`. Leaves are counted in their own dtypes.
@@ -135,7 +135,7 @@ def _bytes(leaf: Any) -> int:
 
 
 def _flops(kernel: Kernel, adapter: Any) -> int:
-    """Of a train step, as the module says."""
+    """The operations of a train step, see the module docstring."""
     if adapter is None:
         return 2 * kernel.flops
     if adapter.replaces:
@@ -159,7 +159,7 @@ def _merged(adapter: Any, leaf: jax.Array) -> jax.Array:
 
 
 def _beside(adapter: Any, leaf: jax.Array, x: jax.Array) -> Any:
-    """How the arrays become factors, and what the maps make of an input."""
+    """The factors made from the arrays, and the maps applied to an input."""
     form = adapter.factors(leaf)
     made: list[Any] = [form.a, form.b, form.gain]
     depth = len(adapter.axes.batch)
@@ -171,7 +171,7 @@ def _beside(adapter: Any, leaf: jax.Array, x: jax.Array) -> Any:
 
 
 def _with_gradient(function: Any, adapter: Any, leaf: Any, *rest: Any) -> int:
-    """Operations of a function and of its gradient by what trains and by the input."""
+    """The operations of a function and its gradient in trained arrays and input."""
 
     def both(adapter: Any, leaf: jax.Array, *rest: jax.Array) -> Any:
         trained = {name: getattr(adapter, name) for name in adapter.roles}

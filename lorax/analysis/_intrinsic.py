@@ -1,11 +1,12 @@
-"""How many numbers does a task need? Training in a random subspace of the parameters.
+"""The intrinsic dimension of a task: training in a random subspace of the parameters.
 
     theta(z) = theta_0 + P z,       z in R^d,  P^T P = I
 
-Only z is trained. Every parameter belongs to one random coordinate of z, with a random
-sign, divided by the root of how many share it: one entry a row, orthonormal columns, so
-`|P z| = |z|` and it costs no more than adding the parameters. The intrinsic dimension
-of a task is the smallest d with which 90 % of full training's gain is reached.
+Only z is trained. Every parameter follows one random coordinate of z, with a random
+sign, divided by the square root of how many share it. So P has one entry per row and
+orthonormal columns, `|P z| = |z|`, and it costs no more than adding the parameters. The
+intrinsic dimension of a task is the smallest d that reaches 90 % of the gain of full
+training.
 
 References:
   Li et al., Measuring the Intrinsic Dimension of Objective Landscapes,
@@ -29,11 +30,12 @@ from lorax.types import PyTree
 
 @flax.struct.dataclass
 class RandomSubspace:
-    """A random subspace of a tree's floating leaves; pass it as an argument of `jit`.
+    """A random subspace of a tree's floating leaves; pass it to `jit` as an argument.
 
     Attributes:
-      coordinate: `{path: int32}` of each leaf's shape, which entry of z moves a value.
-      weight: `{path: float32}` likewise, by how much: +- 1 / sqrt(how many it moves).
+      coordinate: `{path: int32}` in each leaf's shape: which entry of z moves a value.
+      weight: `{path: float32}` in each leaf's shape: by how much, +- 1 / sqrt(number of
+        values that the entry moves).
       dimension: d.
     """
 
@@ -46,7 +48,7 @@ class RandomSubspace:
 
         Args:
           origin: the tree that the subspace was made for: parameters or adapters.
-          z: `[dimension]`, zero at the start.
+          z: `[dimension]`, initially zero.
         """
         leaves = tree.flatten(origin)
         moved = {}
@@ -62,9 +64,9 @@ def random_subspace(key: jax.Array, origin: PyTree, dimension: int) -> RandomSub
 
     Args:
       key: a `jax.random.key`.
-      origin: parameters, for the probe of the papers, or adapters (for LoRA in one
-        vector: start from factors that are both away from zero, as at b = 0 the first
-        step would see b alone).
+      origin: parameters, as in the papers, or adapters (to train LoRA as one vector:
+        start with both factors away from zero, since at b = 0 the first step would act
+        on b alone).
       dimension: d, from 1 to the number of parameters.
 
     Returns:
@@ -88,7 +90,7 @@ def random_subspace(key: jax.Array, origin: PyTree, dimension: int) -> RandomSub
             f"dimension={dimension}; choose from 1 to {total}, the number of parameters"
         )
     chosen, signs = jax.random.split(key)
-    # Every coordinate gets its share, give or take one: none is left without.
+    # All coordinates get the same number of parameters, up to one.
     flat = (
         jax.random.permutation(chosen, jnp.arange(total, dtype=jnp.int32)) % dimension
     )
@@ -114,29 +116,32 @@ def intrinsic_dimension(
 
         (score - start) / (full - start) >= share
 
-    for scores that rise as for losses that fall.
+    This works for scores that rise and for losses that fall.
 
     Args:
-      dimensions: those that were trained.
+      dimensions: the dimensions that were trained.
       scores: the score or loss of each.
-      start: that of the untrained model.
-      full: that of full training.
-      share: 0.9 as in the papers (their d_90).
+      start: the score of the untrained model.
+      full: the score of full training.
+      share: the share to reach; 0.9 as in the papers (their d_90).
 
     Returns:
-      The dimension; None where no one reaches it.
+      The dimension, or None if none reaches it.
 
     Raises:
-      ValueError: not one score a dimension, or full training gained nothing.
+      ValueError: not one score per dimension, or no gain from full training.
 
     Example:
       >>> intrinsic_dimension((10, 100, 1000), (0.6, 0.86, 0.9), start=0.5, full=0.9)
       100
     """
     if len(dimensions) != len(scores):
-        raise ValueError(f"{len(dimensions)} dimensions and {len(scores)} scores")
+        raise ValueError(
+            f"{len(dimensions)} dimensions and {len(scores)} scores; give one score "
+            "per dimension"
+        )
     if full == start:
-        raise ValueError(f"full={full} is the score of the start: there is no gain")
+        raise ValueError(f"full={full} is equal to start, so there is no gain to share")
     gain = {
         d: (s - start) / (full - start) for d, s in zip(dimensions, scores, strict=True)
     }

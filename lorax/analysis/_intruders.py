@@ -1,4 +1,4 @@
-"""Intruder dimensions: leading directions of the tuned kernel that the base has not.
+"""Intruder dimensions: leading directions of the tuned kernel that the base lacks.
 
     y_j is an intruder  <=>  max_i |cos(y_j, x_i)| < threshold,     j = 1..k
 
@@ -24,12 +24,11 @@ from lorax.types import Adapters, Factors, PyTree
 
 
 class Intruders(NamedTuple):
-    """What was found in a kernel.
+    """The intruder dimensions of a kernel.
 
     Attributes:
       number: `[*stack]` int32, intruders among the k leading directions.
-      cosines: `[*stack, k]`, of each direction the largest |cosine| with any of the
-        base's.
+      cosines: `[*stack, k]`, each direction's largest |cosine| with any of the base's.
     """
 
     number: jax.Array
@@ -48,32 +47,32 @@ def intruder_dimensions(
 ) -> dict[str, Intruders]:
     """Counts the intruder dimensions of every adapted kernel, by path.
 
-    The adapted kernel is decomposed by thin products with W and the factors, one kernel
+    The adapted kernel is decomposed with thin products of W and the factors, one kernel
     of a stack at a time.
 
     Args:
       key: for the randomised decompositions.
-      adapters: `{path: Adapter}`; a Dora with its magnitudes.
+      adapters: `{path: Adapter}`; a Dora's magnitudes are taken into account.
       params: the base that they were trained on.
-      k: leading directions of the adapted kernel; 10 as in the paper.
-      threshold: of the cosine; 0.5, the middle of the paper's figures.
-      against: how many leading directions of the base to hold them against; None: all,
-        by a full decomposition of W, as the paper defines it (minutes and several times
-        W's memory beyond a few thousand features). A number makes it cheap, and counts
-        as intruders also what is like a direction of W further down.
+      k: how many leading directions of the adapted kernel to test; 10 as in the paper.
+      threshold: threshold on the cosine; 0.5, the middle of the paper's figures.
+      against: how many leading directions of the base to compare with; None for all, by
+        a full decomposition of W, as the paper defines it (beyond a few thousand
+        features this takes minutes and several times W's memory). A number makes it
+        cheap, but directions similar to W's later ones then also count as intruders.
       side: "out" as in the paper (the left vectors of PyTorch's `[out, in]`), or "in".
 
     Returns:
       `{path: Intruders}`.
 
     Raises:
-      ValueError: no adapter has factors, one does not fit, k or against below 1,
-        another side.
+      ValueError: no adapter has factors, one does not fit, k or against is below 1, or
+        side is unknown.
       KeyError: a path that params lacks.
     """
     for name, value in (("k", k), ("against", against)):
         if value is not None and value < 1:
-            raise ValueError(f"{name}={value}; give 1 or more directions")
+            raise ValueError(f"{name}={value}; give a number of directions >= 1")
     _checks.one_of("side", side, ("in", "out"))
     whole, leaves = _thin.on_leaves(adapters, params)
     chosen = _thin.chosen(whole, "intruder_dimensions")
@@ -100,7 +99,7 @@ def _cosines(
     against: int | None,
     side: str,
 ) -> jax.Array:
-    """Of one kernel `[in, out]`: `[k]`."""
+    """The cosines `[k]` of one kernel `[in, out]`."""
     keys, size = jax.random.split(key), min(kernel.shape)
     tuned = linalg.randomized_svd(
         keys[0], kernel, min(k, size), factors=factors, **linalg.CLOSE
@@ -117,7 +116,7 @@ def _cosines(
 
 
 def _flat(factors: Factors, kernel: jax.Array) -> Factors:
-    """The factors of `[*batch, in, out]` matrices."""
+    """The factors with in and out axes flattened, in the kernel's dtype."""
     *batch, n, m = kernel.shape
     rank, gain = factors.a.shape[-1], factors.gain
     return Factors(
@@ -128,7 +127,7 @@ def _flat(factors: Factors, kernel: jax.Array) -> Factors:
 
 
 def _mapped(function: Any, kernel: jax.Array, factors: Factors) -> jax.Array:
-    """Runs over the matrices of a stack one by one: each needs working memory."""
+    """Maps over the matrices of a stack one by one, to save working memory."""
     batch = kernel.shape[:-2]
     if not batch:
         return function(kernel, factors)

@@ -1,4 +1,4 @@
-"""What belongs to every kernel, laid out as layer x matrix: rank maps, and others."""
+"""Per-kernel values laid out as matrix x layer, such as rank maps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ NUMBERED = re.compile(r"(.*?)[_.]?(\d+)")
 
 
 class LayerMap(NamedTuple):
-    """A table with a row a matrix and a column a layer.
+    """A table with a row per matrix and a column per layer.
 
     Attributes:
-      matrices: the rows' names, paths without the layer and the trailing `kernel`.
-      layers: the columns' numbers.
+      matrices: the rows' names: paths without the layer and the trailing `kernel`.
+      layers: the columns' layer numbers.
       values: `[matrices, layers]` float64, NaN where a layer has no such matrix.
     """
 
@@ -26,21 +26,21 @@ class LayerMap(NamedTuple):
 
 
 def layer_map(values: Mapping[str, Any]) -> LayerMap:
-    """Lays out one number a kernel as matrix x layer.
+    """Lays out one number per kernel as matrix x layer.
 
-    For AdaLoRA's rank map give it `lorax.optim.adalora_effective_ranks(opt_state)`; for
-    others `{path: lorax.analysis.effective_rank(s)}` of the singular values, and so on.
+    For AdaLoRA's rank map, pass `lorax.optim.adalora_effective_ranks(opt_state)`; for
+    others, for example, `{path: lorax.analysis.effective_rank(s)}` of singular values.
 
     Args:
-      values: `{path: number}`, or `{path: [layers]}` of stacked kernels. The layer of a
-        path is the number in its first component that ends in one (`h_3`, `layers/3`);
-        a path without any is in layer 0.
+      values: `{path: number}`, or `{path: [layers]}` for stacked kernels. The layer of
+        a path is the number in its first component that ends in one (`h_3`,
+        `layers/3`); a path without any is in layer 0.
 
     Returns:
-      A `LayerMap`, matrices in order of appearance, layers rising.
+      A `LayerMap`, with matrices in order of appearance and layers ascending.
 
     Raises:
-      ValueError: more than one value a layer, or two values for one place.
+      ValueError: more than one value per layer, or two values for the same cell.
 
     Example:
       >>> ranks = {"h_0/attn/q/kernel": 4, "h_1/attn/q/kernel": 2, "h_1/up/kernel": 8}
@@ -55,15 +55,15 @@ def layer_map(values: Mapping[str, Any]) -> LayerMap:
         array = np.asarray(value, np.float64)
         if array.ndim > 1:
             raise ValueError(
-                f"{path}: values of shape {array.shape}; a map has one a layer, so "
-                "reduce the further axes (experts) or map each by itself"
+                f"{path}: values of shape {array.shape}; a map has one value per "
+                "layer, so reduce the other axes (experts) or map each separately"
             )
         layer, name = _place(path)
         for i, number in enumerate(np.atleast_1d(array)):
             cell = name, i if array.ndim else layer
             if cell in cells:
                 raise ValueError(
-                    f"{path}: there is a value for {name!r} in layer {cell[1]} already"
+                    f"{path}: there is already a value for {name!r} in layer {cell[1]}"
                 )
             cells[cell] = float(number)
     matrices = tuple(dict.fromkeys(name for name, _ in cells))

@@ -1,7 +1,7 @@
-"""Operations of a traced program, every loop's body times its trips.
+"""Counts the operations of a traced program, with loop bodies times their trip count.
 
-XLA's own count (`cost_analysis`) takes the body of a loop once, and a stack of layers
-is a loop.
+XLA's own count (`cost_analysis`) counts a loop's body once, and a stack of layers is a
+loop.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any
 def operations(jaxpr: Any) -> int:
     """Returns the operations of all matrix products and convolutions.
 
-    A multiplication and an addition are two. A `while` loop whose trips are not known
-    counts once; of a `cond` the dearest branch counts. A `shard_map`'s body counts on
-    every device along its axes, and the rest of a program once, however it is cut: the
-    sum is that of all devices. A `ragged_dot` counts every row, whatever its groups.
+    A multiplication and an addition count as two. The body of a `while` loop, whose
+    trip count is unknown, counts once; a `cond` counts as its most expensive branch. A
+    `shard_map`'s body counts on every device along its axes, and the rest of a program
+    once, however it is sharded: the sum is over all devices. A `ragged_dot` counts
+    every row, whatever its groups.
 
     Args:
       jaxpr: `jax.jit(f).trace(*args).jaxpr`.
@@ -59,7 +60,7 @@ def _equation(eqn: Any) -> int:
 
 
 def _ragged(eqn: Any) -> int:
-    """Every row meets the kernel of one group; or is in the sum of one group."""
+    """Each row uses the kernel of one group, or enters the sum of one group."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (read, _), _ = numbers.dot_dimension_numbers
     inner = math.prod(eqn.invars[0].aval.shape[d] for d in read)
@@ -69,7 +70,7 @@ def _ragged(eqn: Any) -> int:
 
 
 def _times(eqn: Any) -> int:
-    """How often the bodies of an equation run, on all devices together."""
+    """How often the bodies of an equation run, summed over all devices."""
     if eqn.primitive.name == "scan":
         return eqn.params["length"]
     if eqn.primitive.name == "shard_map":

@@ -1,4 +1,4 @@
-"""The spectrum of an update, from its factors: how much of its rank it uses.
+"""The spectrum of an update, from its factors: how much of its rank is used.
 
     s a b = U diag(sigma) V^T,        from QR of both factors and a rank x rank core
 
@@ -27,17 +27,17 @@ from lorax.types import Adapters
 def singular_values(adapters: Adapters) -> dict[str, jax.Array]:
     """Returns the singular values of every update `scale * a @ b`, by path.
 
-    Of a Dora they are those of its directions' change, before the magnitude; `Full`
-    leaves have no factors and are left out. An init that moved a part of the kernel
-    into the adapter (PiSSA, LoRA-GA) has that part in its factors:
-    `lorax.compose.to_lora(trained, initial)` takes it out first.
+    For a Dora, they belong to the change of its directions, before the magnitude;
+    `Full` leaves have no factors and are left out. After an init that moved a part of
+    the kernel into the adapter (PiSSA, LoRA-GA), the factors contain that part:
+    `lorax.compose.to_lora(trained, initial)` removes it.
 
     Args:
       adapters: `{path: Adapter}`.
 
     Returns:
-      `{path: [*stack, k]}`, falling, float32, with `k = min(rank, in, out)`; the stack
-      is of layers, experts or whatever batch axes the factors have.
+      `{path: [*stack, k]}`, descending, at least float32, with `k = min(rank, in,
+      out)`; the stack is of layers, experts or whatever batch axes the factors have.
 
     Raises:
       ValueError: no adapter has factors.
@@ -56,13 +56,13 @@ def singular_values(adapters: Adapters) -> dict[str, jax.Array]:
 
 
 def effective_rank(values: jax.Array) -> jax.Array:
-    """Returns exp of the entropy of the singular values, between 1 and their number.
+    """Returns exp of the singular values' entropy, between 1 and their number.
 
     Args:
       values: `[..., k]`, as `singular_values` returns them.
 
     Returns:
-      `[...]`; 0 where all values are 0.
+      `[...]`; 0 if all values are 0.
 
     Example:
       >>> effective_rank(jnp.array([2.0, 2.0, 0.0])).round(4).item()
@@ -78,10 +78,10 @@ def stable_rank(values: jax.Array) -> jax.Array:
     """Returns the squared Frobenius norm over the squared spectral norm.
 
     Args:
-      values: `[..., k]`, falling.
+      values: `[..., k]`, descending.
 
     Returns:
-      `[...]`; 0 where all values are 0.
+      `[...]`; 0 if all values are 0.
 
     Example:
       >>> stable_rank(jnp.array([2.0, 1.0])).item()
@@ -92,13 +92,13 @@ def stable_rank(values: jax.Array) -> jax.Array:
 
 
 def energy(values: jax.Array) -> jax.Array:
-    """Returns the share of the squared Frobenius norm in the i largest, for every i.
+    """Returns the i largest values' share of the squared Frobenius norm, for every i.
 
     Args:
-      values: `[..., k]`, falling.
+      values: `[..., k]`, descending.
 
     Returns:
-      `[..., k]`, rising to 1; all 0 where all values are 0.
+      `[..., k]`, rising to 1; all 0 if all values are 0.
 
     Example:
       >>> energy(jnp.array([2.0, 1.0, 0.0])).tolist()
@@ -109,15 +109,15 @@ def energy(values: jax.Array) -> jax.Array:
 
 
 def metrics(adapters: Adapters) -> dict[str, jax.Array]:
-    """Returns four numbers to follow in training, each a scalar; works under `jit`.
+    """Returns four scalars to monitor during training; works under `jit`.
 
     Args:
       adapters: `{path: Adapter}`.
 
     Returns:
       "update_norm": the Frobenius norm of all updates together; "spectral_norm": the
-      largest singular value of any; "effective_rank" and "stable_rank": the mean over
-      all matrices, 0 for those that are still zero.
+      largest singular value of any update; "effective_rank" and "stable_rank": the mean
+      over all matrices, counting 0 for those that are still zero.
 
     Raises:
       ValueError: no adapter has factors.
@@ -137,6 +137,6 @@ def metrics(adapters: Adapters) -> dict[str, jax.Array]:
 
 
 def _relative(values: jax.Array) -> jax.Array:
-    """Over the largest, so that no square leaves the range of float32."""
+    """The values over the largest, so that squares stay in the range of float32."""
     largest = values.max(-1, keepdims=True)
     return values / jnp.where(largest > 0, largest, 1.0)

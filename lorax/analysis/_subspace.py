@@ -1,10 +1,10 @@
-"""How far two adapters span the same directions.
+"""How much two adapters span the same directions.
 
     phi(A, B, i, j) = |U_i^T V_j|_F^2 / min(i, j)        in [0, 1]
 
 with U_i the i leading singular directions of one adapter and V_j the j leading ones of
-the other: 1 where the smaller space lies within the larger, and max(i, j) / n for two
-random subspaces of n dimensions.
+the other: 1 if the smaller space is contained in the larger, and max(i, j) / n on
+average for random subspaces of n dimensions.
 
 References:
   Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685,
@@ -31,22 +31,22 @@ def subspace_similarity(
 ) -> dict[str, jax.Array]:
     """Returns phi for every pair of leading dimensions, by path.
 
-    Compare ranks (8 against 64), seeds, layers or tasks: the adapters must fit the same
-    kernels, their ranks may differ.
+    Use it to compare ranks (8 against 64), seeds, layers or tasks. The adapters must
+    fit the same kernels, but their ranks may differ.
 
     Args:
       first: `{path: Adapter}`.
-      second: likewise; the paths that both have are compared.
+      second: `{path: Adapter}`; the paths in both are compared.
       of: "a": the input directions of the factor that reads, as in the paper; "b": the
         output directions of the factor that writes; "in", "out": those of the whole
-        update `scale * a @ b`, which weighs a direction by what it does.
+        update `scale * a @ b`, which weights directions by their effect.
 
     Returns:
-      `{path: [*stack, r1, r2]}`; entry (i - 1, j - 1) is phi(i, j). Directions of
-      singular value zero are noise: at the standard init all of b's are.
+      `{path: [*stack, r1, r2]}`; entry (i - 1, j - 1) is phi(i, j). Directions with
+      singular value zero are noise: at the standard init, all of b's are.
 
     Raises:
-      ValueError: another `of`, no path in common, or kernels of different sizes.
+      ValueError: an unknown `of`, no path in common, or kernels of different sizes.
 
     Example:
       >>> import lorax
@@ -62,19 +62,19 @@ def subspace_similarity(
     both = [path for path in first if path in second]
     if not both:
         raise ValueError(
-            f"the adapters have no path in common: the first has {sorted(first)[:3]}, "
-            f"and of the second {tree.nearest(next(iter(first)), second)}"
+            f"the adapters have no path in common: the first has {sorted(first)[:3]}; "
+            f"in the second, {tree.nearest(next(iter(first)), second)}"
         )
     return {path: _phi(path, first[path], second[path], of) for path in both}
 
 
 def random_similarity(size: int, i: int, j: int) -> float:
-    """Returns what phi is on average for random subspaces: `max(i, j) / size`.
+    """Returns the average of phi for random subspaces: `max(i, j) / size`.
 
     Args:
-      size: dimensions of the space, the kernel's inputs or outputs.
-      i: dimensions of one subspace.
-      j: of the other.
+      size: dimension of the space: the kernel's number of inputs or outputs.
+      i: dimension of one subspace.
+      j: dimension of the other.
     """
     return max(i, j) / size
 
@@ -84,7 +84,7 @@ def _phi(path: str, one: Any, other: Any, of: str) -> jax.Array:
     if u.shape[:-1] != v.shape[:-1]:
         raise ValueError(
             f"{path}: directions of shape {u.shape} and {v.shape}; both adapters must "
-            "be of the same kernel, with factors for the same layers"
+            "fit the same kernel, with factors for the same layers"
         )
     cosines = linalg.dot(u.mT, v)  # [*stack, r1, r2]
     sums = jnp.cumsum(jnp.cumsum(cosines**2, -2), -1)
@@ -93,7 +93,7 @@ def _phi(path: str, one: Any, other: Any, of: str) -> jax.Array:
 
 
 def _directions(adapter: Any, of: str) -> jax.Array:
-    """`[*stack, size, rank]`, orthonormal, the leading first."""
+    """Orthonormal directions `[*stack, size, rank]`, leading ones first."""
     a, b = _thin.product(adapter)
     if of in ("a", "b"):
         factor = a if of == "a" else b.mT

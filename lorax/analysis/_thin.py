@@ -1,4 +1,4 @@
-"""Which adapters have a low-rank update, with what they need of the base."""
+"""Selects the adapters with a low-rank update, with what they need from the base."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lorax.types import Adapters, Factors, PyTree
 
 
 def chosen(adapters: Adapters, what: str) -> Adapters:
-    """Returns those adapters that have factors.
+    """Returns the adapters that have factors.
 
     Raises:
-      ValueError: there are none.
+      ValueError: no adapter has factors.
     """
     found = {
         path: adapter
@@ -26,7 +26,7 @@ def chosen(adapters: Adapters, what: str) -> Adapters:
     if not found:
         names = sorted({type(adapter).__name__ for adapter in adapters.values()})
         raise ValueError(
-            f"{what} reads low-rank factors, and was given "
+            f"{what} reads low-rank factors, but was given "
             f"{', '.join(names) or 'an empty tree'}; pass the dict that lorax.init "
             "returns for at least one lora, dora or adalora target"
         )
@@ -36,7 +36,7 @@ def chosen(adapters: Adapters, what: str) -> Adapters:
 def on_leaves(
     adapters: Adapters, params: PyTree
 ) -> tuple[Adapters, dict[str, jax.Array]]:
-    """Returns the adapters with their frozen arrays, and the leaf of each.
+    """Returns the adapters with their frozen arrays, and their leaves, by path.
 
     Raises:
       KeyError: a path that params lacks.
@@ -51,9 +51,9 @@ def on_leaves(
 
 
 def factors(adapter: Any, leaf: jax.Array) -> Factors:
-    """Returns the whole update as thin factors, a gain apart.
+    """Returns the whole update as thin factors, except for a gain.
 
-    A form with maps has only a part of it in its factors; the Lora form has all.
+    The factors of a form with maps hold only a part of it; the Lora form has all.
     """
     form = adapter.factors(leaf)
     whole = form is not None and not form.maps
@@ -61,7 +61,7 @@ def factors(adapter: Any, leaf: jax.Array) -> Factors:
 
 
 def product(adapter: Any) -> pairs.Both:
-    """Returns the factors of an update, `pairs.matrices` with the scale in b."""
+    """Returns an update's factors: `pairs.matrices` with the scale folded into b."""
     plain = as_lora(adapter)
     a, b = pairs.matrices(plain)
     return pairs.Both(a, plain.scale * b)

@@ -31,13 +31,13 @@ class Init(NamedTuple):
 
     Attributes:
       make: `(key, kernel, target, stats) -> (adapter, kernel)`.
-      calls: the classmethod of a parametrisation that it makes the adapter by, such as
-        "from_factors" or "from_triplets": it has a meaning for the classes that have
-        it. None: it goes with every class.
+      calls: the classmethod of a parametrisation with which it makes the adapter, such
+        as "from_factors" or "from_triplets"; it works for classes that have it. None if
+        it works for every class.
       options: its hyperparameters and their defaults.
       stats: what it needs from `lorax.calibrate`: "gradient" (`GradSketch`),
         "activation" (`ActivationStats`), "covariance" (`Covariance`) or None.
-      keeps_base: True: no part of the kernel moves into the adapter, whatever the
+      keeps_base: True if no part of the kernel moves into the adapter, whatever the
         options, so that members of a population can share one base.
     """
 
@@ -49,11 +49,11 @@ class Init(NamedTuple):
 
 
 REGISTRY: dict[str, Init] = {}
-"""Init by the name that `Target.init` gives."""
+"""Inits by the name used in `Target.init`."""
 STANDARD = "standard"
-"""Each class's own start."""
+"""Each class's own init."""
 STARTS = {"loftq": STANDARD, "qpissa": "pissa"}
-"""Where methods begin that are not inits: they need the base and its format."""
+"""The inits from which LoftQ methods start; they need the base and its format."""
 STATS = (None, "gradient", "activation", "covariance")
 
 
@@ -69,20 +69,20 @@ def register(
     """Registers an initialisation under a name, for targets and configs.
 
     Args:
-      name: what `Target(init=)` says.
-      make: `(key, kernel, target, stats) -> (adapter, kernel)`; None: returns a
+      name: the name to use in `Target(init=)`.
+      make: `(key, kernel, target, stats) -> (adapter, kernel)`; None returns a
         decorator.
       calls: see `Init`.
       options: its hyperparameters and their defaults.
-      stats: what `lorax.calibrate` finds for it: "gradient", "activation" or
-        "covariance"; see `Init`. None: nothing.
+      stats: what it needs from `lorax.calibrate`: "gradient", "activation",
+        "covariance" or None; see `Init`.
       keeps_base: see `Init`.
 
     Returns:
       The function, or the decorator.
 
     Raises:
-      ValueError: a name that another function has, or unknown `stats`.
+      ValueError: the name belongs to another function, or unknown `stats`.
 
     Example:
       >>> from lorax.adapters import making
@@ -143,7 +143,7 @@ register(
 
 
 def of_target(target: Target) -> Init:
-    """Returns a target's init: a registered one, or its own function.
+    """Returns a target's init, registered or a function.
 
     Raises:
       ValueError: a name that is not registered.
@@ -156,7 +156,7 @@ def of_target(target: Target) -> Init:
     if target.init in STARTS:
         raise ValueError(
             f"init={target.init!r} needs the format of the base; start from "
-            f"init={STARTS[target.init]!r}, and give what lorax.init returns to "
+            f"init={STARTS[target.init]!r}, and pass what lorax.init returns to "
             "lorax.loftq(adapters, params, rules, kernels)"
         )
     if target.init not in REGISTRY:
@@ -180,7 +180,7 @@ def check(target: Target) -> None:
     known = {*init.options, *cls.options}
     if unknown := set(dict(target.options)) - known:
         raise ValueError(
-            f"{target.pattern!r}: init={target.init!r} of adapter={target.adapter!r} "
+            f"{target.pattern!r}: init={target.init!r} for adapter={target.adapter!r} "
             f"has no option {', '.join(sorted(unknown))}; it has "
             f"{', '.join(sorted(known)) or 'none'}"
         )
@@ -188,26 +188,26 @@ def check(target: Target) -> None:
 
 
 def require_value(kernel: Kernel, target: Target) -> None:
-    """Raises ValueError where an init reads a kernel that the program computes."""
+    """Raises ValueError if an init reads a kernel that the program computes."""
     init = of_target(target)
     registered = any(init is held for held in REGISTRY.values())
     if kernel.leaves and registered and not init.keeps_base:
         raise ValueError(
             f"{kernel.path}: init={target.init!r} reads the kernel, or moves a part of "
-            f"it, and the program computes it of {', '.join(kernel.leaves)} when it "
+            f"it, but the program computes it from {', '.join(kernel.leaves)} when it "
             "runs; use init='standard' or 'gaussian'"
         )
 
 
 def require_stats(path: str, target: Target, stats: Mapping[str, Any] | None) -> Any:
-    """Returns the statistics of a path; ValueError where its init has none."""
+    """Returns the statistics of a path; ValueError if its init lacks those it needs."""
     if of_target(target).stats is None:
         return None if stats is None else stats.get(path)
     if stats is None or path not in stats:
         raise ValueError(
             f"{path}: init={target.init!r} looks at data; pass stats=lorax.calibrate("
-            "key, loss_fn, params, targets, batches, kernels) to lorax.init, made with "
-            "the same targets"
+            "key, loss_fn, params, targets, batches, kernels) to lorax.init, with the "
+            "same targets"
         )
     return stats[path]
 

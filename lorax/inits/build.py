@@ -1,8 +1,8 @@
-"""From factors to an adapter, and what a moved part leaves of the kernel.
+"""Makes adapters from factors, and subtracts moved parts from the kernel.
 
-An init chooses a, b, and how much of the kernel they carry; the parametrisation and the
-target's static fields are put around them by the class, and the frozen leaf is reduced
-by what the *cast* factors represent, in float32, before its one rounding.
+An init chooses a, b, and how much of the kernel they carry. The adapter class adds the
+target's static fields, and the product of the *cast* factors is subtracted from the
+frozen leaf in at least float32, before a single rounding.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lorax.types import GradSketch
 
 
 def around_factors(kernel: Kernel, target: Target, a: jax.Array, b: jax.Array) -> Any:
-    """Returns the target's class around factors of the whole stack.
+    """Returns the target's adapter, made from factors of the whole stack.
 
     Args:
-      kernel: the leaf before any part of it moves: DoRA's magnitude is its norm.
-      target: of a class that has `from_factors`.
-      a: `[*batch, *in, rank]`, its in axes flattened or not; cast to target.dtype.
-      b: `[*batch, rank, *out]`, likewise.
+      kernel: the leaf before any part of it moves; DoRA's magnitude is its norm.
+      target: a target whose class has `from_factors`.
+      a: `[*batch, *in, rank]`, in axes flattened or not; cast to target.dtype.
+      b: `[*batch, rank, *out]`, out axes flattened or not; cast to target.dtype.
     """
     cls: Any = adapters.of_target(target)
     return cls.from_factors(kernel, target, a, b)
@@ -37,29 +37,29 @@ def around_factors(kernel: Kernel, target: Target, a: jax.Array, b: jax.Array) -
 def around_triplets(
     kernel: Kernel, target: Target, u: jax.Array, s: jax.Array, vt: jax.Array
 ) -> Any:
-    """Returns the target's class with the product `u diag(s) vt` of the whole stack.
+    """Returns the target's adapter with the product `u diag(s) vt`.
 
     Args:
       kernel: the leaf before any part of it moves.
-      target: of a class that has `from_triplets`.
+      target: a target whose class has `from_triplets`.
       u: `[*batch, in, rank]`, in axes flattened.
       s: `[*batch, rank]`, not negative.
-      vt: `[*batch, rank, out]`, likewise.
+      vt: `[*batch, rank, out]`, out axes flattened.
     """
     cls: Any = adapters.of_target(target)
     return cls.from_triplets(kernel, target, u, s, vt)
 
 
 def moved(kernel: Kernel, adapter: Any, by: str, **given: Any) -> tuple[Any, Kernel]:
-    """Returns the adapter, and the kernel less its product: merging gives it back.
+    """Returns the adapter, and the kernel minus its product, which merging restores.
 
-    A gain is one at the start, where the norm is the kernel's own.
+    A gain can be ignored: it is one at init, where the norm is the kernel's own.
 
     Args:
       kernel: the leaf before any part of it moves.
-      adapter: whose product is taken out of the kernel.
-      by: name of the init, for the adapter's record.
-      given: what the part depends on besides kernel, data and key, for the record.
+      adapter: the adapter whose product is subtracted.
+      by: name of the init, recorded in the adapter.
+      given: what the part depends on besides kernel, data and key, also recorded.
     """
     said = ", ".join(f"{name}={value}" for name, value in given.items())
     adapter = dataclasses.replace(adapter, moved_by=f"{by}({said})")
@@ -73,15 +73,15 @@ def moved(kernel: Kernel, adapter: Any, by: str, **given: Any) -> tuple[Any, Ker
 def flat_triplets(
     kernel: Kernel, target: Target, stats: GradSketch
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns u `[*batch, in, k]` and vt `[*batch, k, out]` of a gradient sketch."""
+    """Returns a gradient sketch's u `[*batch, in, k]` and vt `[*batch, k, out]`."""
     in_, out, batch = making.sizes(kernel, target)
     k = stats.s.shape[-1]
     want = (*batch, *in_, k), (*batch, k, *out)
     if (stats.u.shape, stats.vt.shape) != want:
         raise ValueError(
             f"{kernel.path}: the statistics have shapes {stats.u.shape} and "
-            f"{stats.vt.shape}, and this target needs {want[0]} and {want[1]}; "
-            "calibrate with the targets that go to lorax.init"
+            f"{stats.vt.shape}, but this target needs {want[0]} and {want[1]}; "
+            "calibrate with the targets that you pass to lorax.init"
         )
     u = stats.u.reshape(*batch, math.prod(in_), k)
     return u, stats.vt.reshape(*batch, k, math.prod(out))
@@ -91,6 +91,6 @@ def require_shape(kernel: Kernel, found: jax.Array, want: tuple[int, ...]) -> No
     """Raises ValueError for statistics that were made for another target."""
     if found.shape != want:
         raise ValueError(
-            f"{kernel.path}: the statistics have the shape {found.shape}, and this "
-            f"target needs {want}; calibrate with the targets that go to lorax.init"
+            f"{kernel.path}: the statistics have shape {found.shape}, but this target "
+            f"needs {want}; calibrate with the targets that you pass to lorax.init"
         )

@@ -1,27 +1,28 @@
-"""CorDA: the kernel's part that matters most, or least, to what it reads.
+"""CorDA: starts from the part of the kernel that matters most (or least) to its inputs.
 
 With C = X^T X / n the second moments of the kernel's inputs,
 
     C W0 = V S U^T,    a = C^-1 V_r sqrt(S_r / s),    b = sqrt(S_r / s) U_r^T,
     W0 <- W0 - s a b
 
-where r picks the first r triplets ("instruction": the inputs are the task to be
-learned, and the adapter starts from what answers them) or the last ("knowledge": they
-are what shall not be forgotten, and the adapter starts where it weighs least). No
-inverse is formed: since C^-1 V S = W0 U,
+where r picks the first r triplets ("instruction": the inputs are the task to learn, and
+the adapter starts from the part that responds to them most) or the last ("knowledge":
+the inputs are what must not be forgotten, and the adapter starts from the part that
+matters least). No inverse is formed: since C^-1 V S = W0 U,
 
     a = W0 U_r / sqrt(s S_r),    s a b = W0 U_r U_r^T
 
-which is the paper's product exactly, and holds where its C^-1 is far off.
+which is exactly the paper's product, and stays accurate where its C^-1 does not.
 
 C is damped by `damp` times the mean of its diagonal, as in the authors' code and PEFT;
-they double the damping until their inverse is good, which is not needed here. The
-product does not depend on the size of C, the balance of a and b does: the paper says
-nothing of it, the code divides each batch by its largest entry and sums over tokens,
-so that longer sequences move size from a to b. Here the mean of the diagonal is one.
+they double the damping until their inverse is good, which is not needed here. The size
+of C does not affect the product, but it does affect the balance of a and b. The paper
+does not mention this; the code divides each batch by its largest entry and sums over
+tokens, so longer sequences shift size from a to b. Here C is scaled to a mean diagonal
+of one.
 
 Where W0 U_r is zero (a kernel of lower rank), a is V_r and b zero, as in LoRA: two zero
-factors would stay so.
+factors would stay zero.
 
 References:
   Yang et al., CorDA: Context-Oriented Decomposition Adaptation of Large Language Models
@@ -57,12 +58,12 @@ def corda(
       kernel: the leaf and its axes.
       target: its options are `mode`: "instruction" (the default, as in PEFT) or
         "knowledge"; and `damp`: 0.01 as in the authors' code.
-      stats: of this path, from `lorax.calibrate`, on batches of the task
-        ("instruction") or of the knowledge to keep. An expert that read nothing is
-        taken to read everything alike.
+      stats: this path's statistics from `lorax.calibrate`, on batches of the task
+        ("instruction") or of the knowledge to keep. For an expert that read nothing,
+        C is the identity.
 
     Raises:
-      ValueError: an unknown mode, a damping that is not positive, or statistics of
+      ValueError: an unknown mode, a damping that is not positive, or statistics for
         other targets.
     """
     del key
@@ -79,7 +80,7 @@ def corda(
     moved = linalg.dot(w, ut.mT)
     long = jnp.linalg.norm(moved, axis=-2)
     lost = linalg.negligible(long, jnp.linalg.norm(w, axis=(-2, -1))[..., None])
-    s = jnp.maximum(s, damp[..., 0] * long)  # where rounding hides it
+    s = jnp.maximum(s, damp[..., 0] * long)  # a lower bound, in case of rounding
     root = jnp.sqrt(s / target.scale)
     a = jnp.where(
         lost[..., None, :],

@@ -1,19 +1,19 @@
-"""EVA: a spans the directions in which what the kernel reads varies most.
+"""EVA: a spans the directions in which the kernel's inputs vary most.
 
     X - mean = U S V^T,    a = V_r,    b = 0
 
-The kernel stays. The authors' code and PEFT decompose the *centred* inputs, as here;
-the paper's argument (the largest expected gradient of b) holds for X itself as well.
-They update the decomposition batch by batch, dropping what is beyond `rho r` components
-each time, until the components of two batches in a row have a cosine of 0.99;
-`lorax.calibrate` finds those of all batches together.
+The kernel is unchanged. The authors' code and PEFT decompose the *centred* inputs, as
+here; the paper's argument (the largest expected gradient of b) also holds for X itself.
+They update the decomposition batch by batch, keeping `rho r` components each time,
+until the components of consecutive batches have a cosine of 0.99; `lorax.calibrate`
+finds those of all batches together.
 
-With `whiten` a = V_r / std, so that the entries of x a have unit variance. The code
-divides by the square root of the singular value, which is neither that nor free of the
-number of tokens.
+With `whiten`, a = V_r / std, so that the entries of x a have unit variance. The
+authors' code divides by the square root of the singular value, which does not give unit
+variance and depends on the number of tokens.
 
-`redistribute` gives the ranks to the kernels whose components explain most of their
-inputs' variance, before `lorax.init`:
+`redistribute` gives more rank to kernels whose components explain more of their inputs'
+variance, before `lorax.init`:
 
     stats = lorax.calibrate(key, loss_fn, params, targets, batches, kernels)
     targets = redistribute(params, targets, stats, kernels)
@@ -55,9 +55,10 @@ def eva(
     Args:
       key: not used.
       kernel: the leaf and its axes.
-      target: its option `whiten` is False as in the paper's runs on language; the
-        authors found it to help on images.
-      stats: of this path, from `lorax.calibrate`, for this rank or a larger one.
+      target: its option `whiten` is False by default, as in the paper's language
+        experiments; the authors found that it helps on images.
+      stats: this path's statistics from `lorax.calibrate`, for this rank or a larger
+        one.
 
     Raises:
       ValueError: statistics with fewer components than the rank, or of another kernel.
@@ -81,28 +82,29 @@ def redistribute(
     kernels: Mapping[str, Kernel] | None = None,
     rho: float = 2.0,
 ) -> list[Target]:
-    """Returns targets with the same ranks in sum, given where they explain most.
+    """Returns targets with the same total rank, given to the kernels that explain most.
 
     Component j of a kernel explains `s_j^2 / variance` of its inputs' variance. The
-    components of all kernels are ranked by it, and taken until the sum of the ranks is
-    spent. A stack of layers or experts has one rank, so its component counts with its
-    mean over the stack, costs as many as the stack has kernels, and is passed over
-    where the rest does not pay for it. The scale stays: alpha is adjusted.
+    components of all kernels are ranked by this value and taken until the total rank is
+    spent. A stack of layers or experts has a single rank, so its component counts with
+    the mean over the stack, costs one rank per kernel, and is passed over if the rest
+    of the budget cannot pay for it. The scale is kept by adjusting alpha.
 
     Args:
       params: the pretrained tree.
-      targets: those that `stats` were made with; ones with another init stay.
+      targets: the targets that `stats` were made with; those with another init are kept
+        as they are.
       stats: from `lorax.calibrate`.
       kernels: from `lorax.discover`.
-      rho: no rank becomes larger than rho times what it was, 2 as in the paper and
-        PEFT; 1 leaves all as they are. Statistics have components for 2.
+      rho: no rank grows by more than a factor of rho, 2 as in the paper and PEFT; 1
+        changes nothing. The statistics have enough components for 2.
 
     Returns:
-      A target for each kernel with `init="eva"`, none for one whose rank is 0; then
-      the others as they are, with those kernels excluded.
+      A target for each kernel with `init="eva"`, but none for kernels with rank 0; then
+      the other targets unchanged, but excluding those kernels.
 
     Raises:
-      ValueError: a rho below 1, or above the components in `stats`.
+      ValueError: a rho below 1, or too large for the components in `stats`.
     """
     if not rho >= 1:
         raise ValueError(f"rho={rho}; give a number >= 1")
@@ -133,7 +135,7 @@ def _is_eva(target: Target) -> bool:
 def _ranks(
     chosen: Mapping[str, tuple[Target, Kernel]], stats: Mapping[str, Any], rho: float
 ) -> dict[str, int]:
-    """Which rank each kernel gets."""
+    """The rank that each kernel gets."""
     budget, offers = 0, []
     for path, (target, kernel) in chosen.items():
         in_, out, batch = making.sizes(kernel, target)
@@ -143,7 +145,7 @@ def _ranks(
         if path not in stats or stats[path].s.shape[-1] < most:
             found = stats[path].s.shape[-1] if path in stats else "no"
             raise ValueError(
-                f"{path}: rho={rho} needs {most} components and stats has {found}; "
+                f"{path}: rho={rho} needs {most} components, but stats has {found}; "
                 "calibrate with these targets, and give a rho of at most 2"
             )
         s, variance = (np.asarray(x, float) for x in stats[path][1:3])
@@ -159,7 +161,7 @@ def _ranks(
 
 
 def _with_rank(path: str, target: Target, rank: int) -> Target:
-    """The target of one path alone, of the same scale."""
+    """A target for this path alone, with the same scale."""
     unit = SCALINGS[target.scaling](1.0, rank)
     return dataclasses.replace(
         target,

@@ -1,10 +1,10 @@
-"""Gaussian starts of a width-stable scale, with a choice of which factor is zero.
+"""Gaussian init with a width-independent scale, and a choice of which factor is zero.
 
     zero="b":   a ~ N(0, 1/in),   b = 0
     zero="a":   a = 0,            b ~ N(0, 1/rank)
 
-so that the entries of `x @ a`, or of `h @ b`, are as large as those of their input. It
-is not PEFT's "gaussian", whose a has the standard deviation 1/rank at any width.
+so that the entries of `x @ a`, or of `h @ b`, are as large as those of their input.
+This is not PEFT's "gaussian", whose a has standard deviation 1/rank at any width.
 
 References:
   Hayou et al., The Impact of Initialization on LoRA Finetuning Dynamics,
@@ -34,14 +34,14 @@ def gaussian(
     """Returns an adapter whose update is zero, and the kernel unchanged.
 
     Args:
-      key: of this path.
+      key: the key for this path.
       kernel: the leaf and its axes.
-      target: its option `zero` is "a" or "b"; None (the default) is "b", for an
-        embedding lookup "a".
+      target: its option `zero` is "a" or "b"; None (the default) means "b", or "a" for
+        an embedding lookup.
       stats: not used.
 
     Raises:
-      ValueError: another `zero`.
+      ValueError: an unknown `zero`.
     """
     del stats
     zero = making.options(target, OPTIONS)["zero"]

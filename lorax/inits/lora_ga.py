@@ -1,13 +1,13 @@
-"""LoRA-GA: a start whose first step is the best low-rank step of full fine-tuning.
+"""LoRA-GA: an init whose first step is the best low-rank step of full fine-tuning.
 
     G = U S V^T,    a = c U[:, :r],    b = c V[:, r:2r]^T,    W0 <- W0 - s a b
 
-One step of SGD on a and b then moves W, to first order in the rate, by
+One step of SGD on a and b then moves W, to first order in the learning rate, by
 
     -lr (s c)^2 [best rank-2r approximation of G]
 
-which attains the Eckart-Young bound; the signs of the decomposition do not matter. The
-learning rate to use is that of *full fine-tuning*, not LoRA's.
+which attains the Eckart-Young bound; the signs of the decomposition do not matter. Use
+the learning rate of *full fine-tuning*, not LoRA's.
 
 References:
   Wang et al., LoRA-GA: Low-Rank Adaptation with Gradient Approximation,
@@ -42,9 +42,9 @@ def lora_ga(
       kernel: the leaf and its axes.
       target: its options are `scale`: "stable" (the default, c = out^(1/4) /
         sqrt(gamma)), "gd" (c = 1/s: the first step is full fine-tuning's own) or "unit"
-        (c = 1); `gamma`: 16 as in the authors' library; `norm_clip`: shrink both
-        factors where the product would exceed the kernel's largest entry.
-      stats: of this path, from `lorax.calibrate`.
+        (c = 1); `gamma`: 16 as in the authors' library; `norm_clip`: whether to shrink
+        both factors if the product would exceed the kernel's largest entry.
+      stats: this path's statistics from `lorax.calibrate`.
 
     Raises:
       ValueError: an unknown `scale`, or 2 rank above min(in, out).
@@ -55,8 +55,8 @@ def lora_ga(
     n, m, rank = math.prod(in_), math.prod(out), target.rank
     if 2 * rank > min(n, m):
         raise ValueError(
-            f"{kernel.path}: init='lora_ga' takes 2 x rank = {2 * rank} directions "
-            f"and the kernel has min(in, out) = {min(n, m)}; lower the rank here, or "
+            f"{kernel.path}: init='lora_ga' takes 2 x rank = {2 * rank} directions, "
+            f"but the kernel has min(in, out) = {min(n, m)}; lower the rank here, or "
             "give the leaf a target with another init"
         )
     scales = {

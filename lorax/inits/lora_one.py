@@ -1,9 +1,9 @@
-"""LoRA-One: the start is itself a first step down the gradient; the kernel stays.
+"""LoRA-One: starts with a first step down the gradient; the kernel is unchanged.
 
     -G = U S V^T,    D = sqrt(g S_r / S_1),    a = U_r D,    b = D V_r^T
 
-so `merge` at init is *not* the given kernel: it has moved by `s g / S_1` along the best
-rank-r part of -G.
+so `merge` at init does *not* give the original kernel, but one that has moved by
+`s g / S_1` along the best rank-r part of -G.
 
 References:
   Zhang et al., LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large
@@ -35,7 +35,7 @@ def lora_one(
       key: not used.
       kernel: the leaf and its axes.
       target: its option `step` is g; 1/128 as in the paper's algorithm.
-      stats: of this path, from `lorax.calibrate`.
+      stats: this path's statistics from `lorax.calibrate`.
     """
     del key
     g, rank = making.options(target, OPTIONS)["step"], target.rank

@@ -1,12 +1,13 @@
-"""LoRA-SB: LoRA-XS between the gradient's singular vectors, its core a first step.
+"""LoRA-SB: LoRA-XS between the gradient's singular vectors, with a first step as core.
 
     -G = U S V^T,    a = U_r,    R = g diag(S_r / S_1) / scale,    b = V_r^T
 
-With orthonormal a and b the gradient of R is the projection of the full one, so that
-every step of R is the best one in their span. The start is itself a first step of full
-fine-tuning: `merge` at init is *not* the given kernel, it has moved by g along the best
-rank-r part of -G. The paper takes the first step of its optimiser, for AdamW `-lr
-sign(G)`; a sketch of G has no signs of its entries, and g is the size of the step.
+With orthonormal a and b, the gradient of R is the projection of the full gradient, so
+every step of R is the best one in their span. The init is itself a first step of full
+fine-tuning: `merge` at init does *not* give the original kernel, but one that has moved
+by g along the best rank-r part of -G. The paper takes its optimiser's first step, for
+AdamW `-lr sign(G)`; a sketch of G does not have the signs of its entries, so here g
+gives the size of the step.
 
 References:
   Ponkshe et al., Initialization using Update Approximation is a Silver Bullet for
@@ -40,11 +41,11 @@ def lora_sb(
       key: not used.
       kernel: the leaf and its axes.
       target: its option `step` is g, the largest singular value of the move: 1/128 as
-        LoRA-One's; 0 starts at the kernel, between the same directions.
-      stats: of this path, from `lorax.calibrate`.
+        in LoRA-One; 0 starts at the kernel, with the same directions.
+      stats: this path's statistics from `lorax.calibrate`.
 
     Raises:
-      ValueError: a `step` that is negative or no number.
+      ValueError: a `step` that is negative or not a finite number.
     """
     del key
     g, rank = making.options(target, OPTIONS)["step"], target.rank

@@ -4,12 +4,12 @@
     W0 <- W0 - s a b
 
 with m the last r of the min(in, out) triplets. For AdaLoRA p = U_m, lam = S_m / s,
-q = V_m^T. The division by the scale s is the authors' own; their runs have
-alpha = rank, so s = 1.
+q = V_m^T. The division by the scale s is the authors'; their runs have alpha = rank, so
+s = 1.
 
 A triplet whose singular value is zero to working precision (a kernel of lower rank, or
-of zeros) would leave both factors at zero for good, since each is multiplied by the
-other in its gradient. There a is the direction itself and b zero, as in LoRA.
+of zeros) would leave both factors at zero for good, since each one's gradient is
+multiplied by the other. There a is the direction itself and b zero, as in LoRA.
 
 References:
   Wang et al., MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM
@@ -38,7 +38,7 @@ def milora(
     Args:
       key: not used.
       kernel: the leaf and its axes.
-      target: rank and static fields. No options.
+      target: gives the rank and static fields; no options.
       stats: not used.
     """
     del key, stats

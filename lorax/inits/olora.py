@@ -1,10 +1,10 @@
-"""OLoRA: an orthonormal start from the QR decomposition of the kernel.
+"""OLoRA: an orthonormal init from the QR decomposition of the kernel.
 
     W0^T = Q R,    b = Q_r^T,    a = R_r^T,    W0 <- W0 - s a b
 
 The first r columns of Q are an orthonormal basis on the output side, as in the paper
-and in PEFT, which also subtracts with the scale s. Signs are fixed by a positive
-diagonal of R.
+and in PEFT, which also subtracts with the scale s. Making R's diagonal positive fixes
+the signs.
 
 References:
   Büyükakyüz, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models,
@@ -33,7 +33,7 @@ def olora(
     Args:
       key: not used.
       kernel: the leaf and its axes.
-      target: rank and static fields. No options.
+      target: gives the rank and static fields; no options.
       stats: not used.
     """
     del key, stats

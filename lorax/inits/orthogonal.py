@@ -1,11 +1,11 @@
-"""Orthogonal starts: neither factor is zero, and their product is.
+"""Orthogonal init: neither factor is zero, but their product is.
 
     Q orthogonal, [rank, rank],    X, [in, rank/2], and Y, [rank/2, out], ~ N(0, 1)
     a = std X Q[0::2],    b = std Q[1::2]^T Y
 
-so that a b = std^2 X (Q[0::2] Q[1::2]^T) Y = 0, to rounding, since the rows of Q are
+so that a b = std^2 X (Q[0::2] Q[1::2]^T) Y = 0, up to rounding, since the rows of Q are
 orthogonal. As in PEFT's `init_lora_weights="orthogonal"`, each factor has half the
-rank: its rows lie in complementary halves of the bottleneck. The kernel stays.
+rank, and the two span complementary halves of the bottleneck. The kernel is unchanged.
 
 References:
   Datta, Rethinking LoRA initialisation, datta0.github.io/posts/rethink-lora-init;
@@ -34,10 +34,10 @@ def orthogonal(
     """Returns an adapter whose factors cancel, and the kernel unchanged.
 
     Args:
-      key: of this path.
+      key: the key for this path.
       kernel: the leaf and its axes.
-      target: its option `std` is of X and Y, 0.1 as in PEFT; entries of a and b then
-        have the standard deviation `std / sqrt(2)`.
+      target: its option `std` multiplies both factors, 0.1 as in PEFT; entries of a and
+        b then have standard deviation `std / sqrt(2)`.
       stats: not used.
 
     Raises:
@@ -47,8 +47,8 @@ def orthogonal(
     std, rank = making.options(target, OPTIONS)["std"], target.rank
     if rank % 2:
         raise ValueError(
-            f"{kernel.path}: init='orthogonal' halves the rank, and rank={rank}; give "
-            "an even one"
+            f"{kernel.path}: init='orthogonal' halves the rank, but rank={rank}; give "
+            "an even rank"
         )
     in_, out, batch = making.sizes(kernel, target)
     square, left, right = jax.random.split(key, 3)

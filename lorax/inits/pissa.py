@@ -4,8 +4,9 @@
     W0 <- W0 - s a b
 
 For AdaLoRA p = U_r, lam = S_r / s, q = V_r^T. The division by the scale s is PEFT's;
-the paper's recipes have alpha = rank, so s = 1. What is subtracted is the update of the
-*cast* factors, so neither rounding nor an inexact decomposition moves the start.
+the paper's recipes have alpha = rank, so s = 1. The update of the *cast* factors is
+subtracted, so neither their rounding nor an inexact decomposition changes the initial
+function.
 
 References:
   Meng et al., PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
@@ -33,11 +34,11 @@ def pissa(
     """Returns the principal part as an adapter, and the kernel without it.
 
     Args:
-      key: of this path; the randomised decomposition draws from it.
+      key: the key for this path, used by the randomised decomposition.
       kernel: the leaf and its axes.
       target: its option `iterations` is None for an exact decomposition (the default),
-        or the power iterations of a randomised one: 4 in the paper's fast variant, 16
-        in its scripts.
+        or the number of power iterations of a randomised one: 4 in the paper's fast
+        variant, 16 in its scripts.
       stats: not used.
     """
     del stats

@@ -1,7 +1,7 @@
-"""Each parametrisation's own start, at which the update is zero.
+"""Each parametrisation's own init, at which the update is zero.
 
-The class makes itself: LoRA's a is random and its b zero, AdaLoRA's lam is zero, and so
-on; see the `make` of each.
+LoRA's a is random and its b zero, AdaLoRA's lam is zero, and so on; see the `make` of
+each class.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def standard(
     """Returns an adapter whose update is zero, and the kernel unchanged.
 
     Args:
-      key: of this path.
+      key: the key for this path.
       kernel: the leaf and its axes.
       target: parametrisation, rank, scale, dropout, dtype, layers.
       stats: not used.

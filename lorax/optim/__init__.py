@@ -1,7 +1,7 @@
 """Optimisers: optax gradient transformations over adapter trees.
 
-As in optax the package is its names: a file with an underscore is private to it. The
-order of a chain, `order`, is read outside, by `lorax.training`.
+As in optax, import names from the package itself; modules with a leading underscore are
+private. `order`, which checks the order of a chain, is used by `lorax.training`.
 """
 
 from lorax.optim._adalora import AdaLoraState, adalora

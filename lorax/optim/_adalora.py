@@ -1,16 +1,16 @@
-"""AdaLoRA: a total rank that moves to the triplets where the loss feels it most.
+"""AdaLoRA: allocates a total rank budget to the triplets that matter most to the loss.
 
-With update `scale * p diag(lam) q` and, for every element w of p, lam, q, its gradient
-d (with the penalty's, where it has one),
+The update is `scale * p diag(lam) q`. With d the gradient (including any penalty's) of
+an element w of p, lam or q,
 
     I = |w d|,    Ibar <- b1 Ibar + (1 - b1) I,    Ubar <- b2 Ubar + (1 - b2) |I - Ibar|
     s = Ibar Ubar,    S_i = s(lam_i) + mean_j s(p_ji) + mean_j s(q_ij)
 
-every `interval` updates the b(t) triplets of largest S, over all matrices at once, are
-chosen and lam of the others lands on zero. p and q, and between two choices lam too, go
-on training, so a pruned triplet can come back: the interval gives it the chance. After
-T - t_f importance is frozen (in the released code one update earlier) and the last
-choice holds at every update.
+Every `interval` updates, the b(t) triplets with the largest S over all matrices are
+chosen, and lam of the others is set to zero. p and q keep training, and so does lam
+between two choices, so a pruned triplet can come back. After T - t_f, importance is
+frozen (one update earlier in the released code) and the last choice is enforced at
+every update.
 
 References:
   Zhang et al., AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient
@@ -37,16 +37,16 @@ from lorax.types import Adapters
 
 
 class AdaLoraState(NamedTuple):
-    """What the next update needs; the trees hold the AdaLora paths alone.
+    """The state of `adalora`; its trees hold the AdaLora paths alone.
 
     Attributes:
       count: int32 []; updates made.
       budget: int32 []; b(count), the total rank that the schedule allows.
       sensitivity: Ibar, `{path: AdaLora}` in the shapes of the adapters, float32.
-      uncertainty: Ubar, likewise.
-      mask: `{path: bool [*batch, rank]}`; False for triplets that the last choice left
-        out.
-      inner: of the wrapped transformation.
+      uncertainty: Ubar, in the same form.
+      mask: `{path: bool [*batch, rank]}`; False for triplets that the last choice
+        pruned.
+      inner: state of the wrapped transformation.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -72,49 +72,51 @@ def adalora(
     orthogonal_weight: float | jax.Array | None = None,
     importance: Literal["post", "pre"] = "post",
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains AdaLora adapters by `inner` and allocates their total rank.
+    """Trains AdaLora adapters with `inner` and allocates their total rank.
 
-    A wrapper, because it needs the final updates: put clipping, schedules and decay in
-    `inner`, and nothing behind it but `optax.MultiSteps` around it. Adapters other than
-    AdaLora go through `inner` unchanged.
+    It wraps `inner` because it needs the final updates: put clipping, schedules and
+    decay in `inner`, and chain nothing after it; only `optax.MultiSteps` may go around
+    it. Adapters other than AdaLora are simply trained by `inner`.
 
-    The count is the only thing the program branches on. To train a population under
-    `jax.vmap` leave it unbatched, and a step that chooses nothing sorts nothing there
-    either: `in_axes` and `out_axes` of the state
-    `AdaLoraState(None, None, 0, 0, 0, 0)`. With a batched count the result is the same
-    and every member sorts at every step. `pairs=` passes unread: the members of a
-    population must be of one rank, which `lorax.population` asks of AdaLora.
+    The program branches on the count alone. To train a population under `jax.vmap`,
+    leave the count unbatched, so that steps that choose nothing also sort nothing: use
+    `AdaLoraState(None, None, 0, 0, 0, 0)` as `in_axes` and `out_axes` of the state.
+    With a batched count the result is the same, but every member sorts at every step.
+    `pairs=` is ignored: the members of a population must have the same rank, as
+    `lorax.population` requires for AdaLora.
 
     Args:
       inner: the optimiser, such as `optax.adamw(1e-3, mask=decay_mask)`.
-      init_budget: b0, the sum of the ranks, which is checked; None takes it from the
-        adapters. Every layer of a stack is a matrix of its own.
-      target_budget: bT, total rank at the end; the paper's average rank times the
+      init_budget: b0, which must equal the sum of the ranks; None takes it from the
+        adapters. Every layer of a stack counts as a matrix.
+      target_budget: bT, the total rank at the end: the paper's average rank times the
         number of matrices. Published runs start from 1.5 bT.
-      total_steps: T, calls of update that are made; a skipped one does not count.
+      total_steps: T, the number of update calls; skipped ones do not count.
       initial_warmup: t_i, updates before the budget falls.
-      final_steps: t_f, updates at the end with the choice fixed.
+      final_steps: t_f, updates at the end with a fixed choice.
       interval: updates between two choices; None for max(10, total_steps // 200). At
-        PEFT's 1 a pruned triplet has next to no chance to come back.
-      beta1: of Ibar; 0.85 as published.
-      beta2: of Ubar; 0.85 as published.
-      orthogonal_form: how p and q are pulled to orthonormality: "decoupled", a step of
-        each matrix after `inner` that its moments and the importance do not see;
-        "squared" or "norm", the gradient of `lorax.adapters.orthogonal_penalty` before
-        both (the released code has "norm"). Do not add a penalty to the loss as well.
-      orthogonal_weight: of it; None for 0.3, 0.001 or 0.1 in the order of the forms.
-        Decoupled it multiplies the share of p that `inner` moves, and so follows the
-        learning rate. The paper's 0.1 is of a sum of squares: M times "squared".
-      importance: w of |w d|: "post", after the update, as released; "pre", before it,
-        as in the paper's Algorithm 1.
+        PEFT's 1, a pruned triplet has next to no chance of coming back.
+      beta1: decay rate of Ibar; 0.85 as published.
+      beta2: decay rate of Ubar; 0.85 as published.
+      orthogonal_form: how p and q are pulled towards orthonormality: "decoupled", a
+        step on each matrix after `inner`, seen by neither its moments nor the
+        importance; "squared" or "norm", the gradient of
+        `lorax.adapters.orthogonal_penalty`, added before both (the released code uses
+        "norm"). Do not add a penalty to the loss as well.
+      orthogonal_weight: weight of that pull; None for 0.3, 0.001 or 0.1, in the order
+        of the forms. In "decoupled" it multiplies the fraction of p that `inner` moves,
+        so it follows the learning rate. The paper's 0.1 weights a sum of squares: M
+        times "squared".
+      importance: which w enters |w d|: "post", after the update, as released; "pre",
+        before it, as in the paper's Algorithm 1.
 
     Returns:
-      The transformation; its update needs the adapters.
+      An optax transformation; `update` needs the adapters, as `params`.
 
     Raises:
-      ValueError: numbers out of range; in `init`, a tree without AdaLora or another sum
-        of ranks than `init_budget`.
-      TypeError: `inner` is no optax transformation.
+      ValueError: numbers out of range; at `init`, a tree without AdaLora, or ranks that
+        do not sum to `init_budget`.
+      TypeError: `inner` is not an optax transformation.
 
     Example:
       >>> from lorax.types import Axes
@@ -183,7 +185,7 @@ def _started(
         count=jnp.zeros((), jnp.int32),
         budget=jnp.full((), total, jnp.int32),
         sensitivity=zeros,
-        uncertainty=jax.tree.map(jnp.copy, zeros),  # donated apart from the first
+        uncertainty=jax.tree.map(jnp.copy, zeros),  # its own buffers, for donation
         mask={path: jnp.ones_like(a.lam, bool) for path, a in zeros.items()},
         inner=inner,
     )
@@ -193,7 +195,7 @@ def _wrapped(inner: Any) -> optax.GradientTransformationExtraArgs:
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
             "inner must be an optax transformation, such as optax.adam(1e-3); got "
-            f"{inner!r}. MultiSteps goes around: optax.MultiSteps(adalora(...), k)"
+            f"{inner!r}. MultiSteps goes outside: optax.MultiSteps(adalora(...), k)"
         )
     return optax.with_extra_args_support(inner)
 
@@ -205,14 +207,14 @@ def _check(
     beta2: _checks.Number,
     importance: str,
 ) -> None:
-    """Raises ValueError for what can be seen before the adapters are known."""
+    """Raises ValueError for errors that show before the adapters are known."""
     if init_budget is not None:
         require_int("init_budget", init_budget, 1)
         _require_room(init_budget, target_budget)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         _checks.number(name, beta)
         if not _traced(beta) and not 0 < beta < 1:
-            raise ValueError(f"{name}={beta}; give a decay between 0 and 1")
+            raise ValueError(f"{name}={beta}; give a decay rate between 0 and 1")
     if importance not in ("post", "pre"):
         raise ValueError(
             f"importance={importance!r}; choose 'post' (weights after the update, as "
@@ -228,30 +230,30 @@ def _require_room(init_budget: int, target_budget: int) -> None:
     if target_budget > init_budget:
         raise ValueError(
             f"target_budget={target_budget} is above the initial budget {init_budget}; "
-            "both are total ranks over all AdaLora matrices: lower it, or start from a "
-            "larger rank"
+            "both are total ranks over all AdaLora matrices: lower target_budget, or "
+            "start from a larger rank"
         )
 
 
 def _chosen(adapters: Mapping[str, Any]) -> dict[str, AdaLora]:
-    """The AdaLora entries, by path: the order in which ties are broken."""
+    """The AdaLora entries sorted by path, the order in which ties are broken."""
     return {p: a for p, a in sorted(adapters.items()) if _trees.has_triplets(a)}
 
 
 def _total(adapters: Adapters, init_budget: int | None, target_budget: int) -> int:
-    """The number of triplets; raises ValueError unless it is the budget's start."""
+    """The number of triplets; raises ValueError unless it equals `init_budget`."""
     chosen = _chosen(adapters)
     if not chosen:
         kinds = sorted({type(a).__name__ for a in adapters.values()})
         raise ValueError(
-            f"adalora found no AdaLora adapter among {', '.join(kinds)}; make them by "
-            'Target(..., adapter="adalora")'
+            f"adalora found no AdaLora adapter among {', '.join(kinds)}; make some "
+            'with Target(..., adapter="adalora")'
         )
     total = sum(adapter.lam.size for adapter in chosen.values())
     if init_budget not in (None, total):
         raise ValueError(
-            f"init_budget={init_budget}, and the ranks of {len(chosen)} AdaLora "
-            f"adapters sum to {total}; pass that, or None"
+            f"init_budget={init_budget}, but the ranks of {len(chosen)} AdaLora "
+            f"adapters sum to {total}; pass that sum, or None"
         )
     _require_room(total, target_budget)
     return total
@@ -264,7 +266,7 @@ def _importance(
     betas: tuple[_checks.Number, _checks.Number],
     frozen: jax.Array,
 ) -> tuple[Adapters, Adapters]:
-    """The next Ibar and Ubar; the same ones when frozen."""
+    """The next Ibar and Ubar, unchanged when frozen."""
     beta1, beta2 = betas
 
     def averaged(old: jax.Array, new: jax.Array, beta: _checks.Number) -> jax.Array:
@@ -274,7 +276,7 @@ def _importance(
         return averaged(old, jnp.abs(linalg.widened(w) * linalg.widened(d)), beta1)
 
     mean = jax.tree.map(sensed, state.sensitivity, weights, grads)
-    # I - Ibar = (Ibar - its last value) beta1 / (1 - beta1): fewer arrays to read
+    # I - Ibar = (Ibar - its old value) beta1 / (1 - beta1): fewer arrays to read
     swing = beta1 / (1 - beta1)
     spread = jax.tree.map(
         lambda old, ibar, last: averaged(old, swing * jnp.abs(ibar - last), beta2),
@@ -288,7 +290,7 @@ def _importance(
 def _choose(
     sensitivity: Adapters, uncertainty: Adapters, budget: jax.Array
 ) -> dict[str, jax.Array]:
-    """True for the `budget` triplets of largest score, the earlier path where tied."""
+    """True for the `budget` triplets with the largest scores; ties go by path."""
     elements = jax.tree.map(jnp.multiply, sensitivity, uncertainty)
     scores = {path: _triplet_scores(s) for path, s in sorted(elements.items())}
     flat = jnp.concatenate([score.reshape(-1) for score in scores.values()])
@@ -304,7 +306,7 @@ def _landing(
     mask: Mapping[str, jax.Array],
     free: jax.Array,
 ) -> Adapters:
-    """Updates with which lam lands on zero where neither mask nor free is set."""
+    """Updates that take lam to exactly zero unless `mask` or `free` is set."""
     landed: Adapters = {}
     for path, update in _chosen(updates).items():
         lam = jnp.where(mask[path] | free, update.lam, -adapters[path].lam)
@@ -313,7 +315,7 @@ def _landing(
 
 
 def _triplet_scores(s: AdaLora) -> jax.Array:
-    """S_i from the scores of the elements, `[*batch, rank]`."""
+    """S_i, `[*batch, rank]`, from the scores of the elements."""
     batch = s.lam.ndim - 1
     ins, outs = range(batch, s.p.ndim - 1), range(batch + 1, s.q.ndim)
     return s.lam + s.p.mean(tuple(ins)) + s.q.mean(tuple(outs))

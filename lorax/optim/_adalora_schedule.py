@@ -1,12 +1,12 @@
-"""AdaLoRA's rank budget: how many triplets may live at each step, in exact integers.
+"""AdaLoRA's rank budget: how many triplets are kept at each step, in exact integers.
 
     t <= t_i:             b0
     t_i < t <= T - t_f:   bT + floor((b0 - bT) (1 - (t - t_i) / (T - t_i - t_f))^3)
     t > T - t_f:          bT
 
 t counts updates from 1. This is the schedule of the released code. Equation 14 of the
-paper prints t - t_i - t_f in the numerator, which gives 846 triplets at t = t_i where
-there are 144 (t_i = 500, t_f = 1500, T = 3000) and jumps from 258 to 96 at T - t_f.
+paper has t - t_i - t_f in the numerator, which would give 846 triplets at t = t_i where
+there are 144 (t_i = 500, t_f = 1500, T = 3000) and jump from 258 to 96 at T - t_f.
 
 References:
   Zhang et al., AdaLoRA, arXiv:2303.10512; github.com/QingruZhang/AdaLoRA.
@@ -28,7 +28,7 @@ from lorax import _checks
 
 @dataclasses.dataclass(frozen=True)
 class BudgetSchedule:
-    """The budget over a run. All numbers are structural, none is ever traced.
+    """The budget over a run. All numbers are structural and never traced.
 
     Args:
       target_budget: bT, the total rank at the end, over all matrices.
@@ -38,8 +38,8 @@ class BudgetSchedule:
       interval: updates between two choices; None for max(10, T // 200).
 
     Raises:
-      ValueError: a number that is no int or out of range, or no step left between
-        warm-up and final steps.
+      ValueError: a number that is not an int or is out of range, or no steps left
+        between warm-up and final steps.
 
     Example:
       >>> schedule = BudgetSchedule(96, 3000, 500, 1500, 10)
@@ -66,7 +66,7 @@ class BudgetSchedule:
             raise ValueError(
                 f"initial_warmup={self.initial_warmup} and final_steps="
                 f"{self.final_steps} leave none of total_steps={self.total_steps} for "
-                "the budget to fall in; both are numbers of updates, not positions"
+                "the budget to fall; both are numbers of updates, not positions"
             )
 
     @property
@@ -75,7 +75,7 @@ class BudgetSchedule:
         return self.total_steps - self.final_steps
 
     def budget(self, init_budget: int, step: int) -> int:
-        """Returns b(step): exact, where a float truncates one too low at times."""
+        """Returns b(step) exactly; float arithmetic sometimes truncates it by one."""
         if step <= self.initial_warmup:
             return init_budget
         span = self.last - self.initial_warmup
@@ -84,15 +84,15 @@ class BudgetSchedule:
         return self.target_budget + excess * left**3 // span**3
 
     def budget_at(self, init_budget: int, step: jax.Array) -> jax.Array:
-        """Returns b(step) of a traced step, int32: b0 less the falls up to it."""
+        """Returns b(step) for a traced step, int32: b0 minus the drops so far."""
         falls = np.asarray(_falls(self, init_budget), np.int32)
         return init_budget - jnp.sum(step >= falls, dtype=jnp.int32)
 
     def chooses_at(self, step: jax.Array) -> jax.Array:
         """Returns whether triplets are chosen anew at this step.
 
-        At multiples of the interval while the budget falls, and at T - t_f whether or
-        not the interval divides it, so that the target is always reached.
+        This happens at multiples of the interval while the budget falls, and always at
+        T - t_f, so that the target is reached.
         """
         interval = cast(int, self.interval)
         falling = (step > self.initial_warmup) & (step < self.last)
@@ -110,9 +110,9 @@ def require_int(name: str, value: Any, lowest: int) -> None:
 
 @functools.cache
 def _falls(schedule: BudgetSchedule, init_budget: int) -> tuple[int, ...]:
-    """The steps at which the budget falls, one entry for every triplet it loses.
+    """The steps at which the budget falls, one entry per triplet lost.
 
-    The whole schedule in b0 - bT numbers, whatever the number of steps.
+    This encodes the whole schedule in b0 - bT numbers, whatever the number of steps.
     """
     steps = range(schedule.initial_warmup, schedule.last + 1)
 

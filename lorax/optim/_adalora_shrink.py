@@ -1,12 +1,12 @@
-"""What AdaLoRA left: ranks, budget, and adapters of the size they have come to.
+"""After AdaLoRA: effective ranks, budget, and adapters without pruned triplets.
 
     lorax.optim.adalora_effective_ranks(opt_state)       # {path: int32 [*batch]}
     small = lorax.optim.adalora_shrink(adapters, opt_state)
 
-During training pruned triplets are masked, never removed, so that shapes are static and
-a triplet can come back. Pruned means lam = 0 and no more: lam keeps its gradient, so
-any optimiser but `adalora` moves it off zero at its first step and the budget is lost.
-Train on from the shrunk adapters, in which only the kept triplets are left.
+During training, pruned triplets are masked but never removed, so that shapes are static
+and a triplet can come back. Pruned only means lam = 0: lam still gets a gradient, so
+any optimiser other than `adalora` moves it off zero at its first step, and the budget
+is lost. To train on, use the shrunk adapters, which contain only the kept triplets.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def adalora_effective_ranks(opt_state: optax.OptState) -> dict[str, jax.Array]:
     """Returns how many triplets of every matrix the last choice kept.
 
     Args:
-      opt_state: of `adalora`, or of anything around it.
+      opt_state: state of `adalora`, or of a transformation that contains it.
 
     Returns:
-      `{path: int32 [*batch]}`; they sum to the budget of the last choice.
+      `{path: int32 [*batch]}`; they sum to the budget at the last choice.
 
     Raises:
-      ValueError: no state of `adalora`, or several.
+      ValueError: no `adalora` state, or several.
     """
     masks = _state(opt_state).mask
     return {path: masks[path].sum(-1, dtype=jnp.int32) for path in sorted(masks)}
@@ -45,14 +45,14 @@ def adalora_budget(opt_state: optax.OptState) -> jax.Array:
     """Returns b(t), the total rank the schedule allowed at the last update, int32 [].
 
     Args:
-      opt_state: of `adalora`, or of anything around it.
+      opt_state: state of `adalora`, or of a transformation that contains it.
 
     Returns:
-      The schedule's value; the masks keep that of the last choice, at most `interval`
-      updates ago.
+      The schedule's value; the masks follow the value at the last choice, at most
+      `interval` updates ago.
 
     Raises:
-      ValueError: no state of `adalora`, or several.
+      ValueError: no `adalora` state, or several.
     """
     return _state(opt_state).budget
 
@@ -60,24 +60,24 @@ def adalora_budget(opt_state: optax.OptState) -> jax.Array:
 def adalora_shrink(
     adapters: Adapters, opt_state: optax.OptState | None = None
 ) -> Adapters:
-    """Returns the adapters without their pruned triplets: the same update, smaller.
+    """Returns the same update in smaller adapters, without the pruned triplets.
 
-    A stack keeps one physical rank, the largest of its layers, and the others are
-    padded with zeros, which have zero gradients too. A leaf that is left with no
-    triplet at all loses its path: its kernel is the frozen one. `scale` stays alpha
-    over the initial rank. Not under jit: the shapes depend on the values.
+    A stack has a single physical rank, the largest among its layers; the other layers
+    are padded with zeros, whose gradients are zero, too. A leaf with no triplets left
+    is dropped, since its kernel is the frozen one. `scale` stays alpha over the initial
+    rank. Do not call this under jit: the shapes depend on the values.
 
     Args:
-      adapters: after training; others than AdaLora are returned as they are.
-      opt_state: the optimiser state that goes with them; None, where adapters alone
-        were kept: triplets whose lam is exactly zero are the pruned ones.
+      adapters: the trained adapters; those other than AdaLora are returned unchanged.
+      opt_state: the matching optimiser state; None if only the adapters were saved, in
+        which case triplets whose lam is exactly zero count as pruned.
 
     Returns:
       An adapter tree.
 
     Raises:
-      ValueError: a pruned triplet whose lam is not zero, between two choices; no state
-        of `adalora`, or several; without a state, no AdaLora.
+      ValueError: a pruned triplet whose lam is not zero, as happens between two
+        choices; no `adalora` state, or several; without a state, no AdaLora adapter.
 
     Example:
       >>> from lorax.optim import adalora
@@ -97,8 +97,8 @@ def adalora_shrink(
         adapter: Any = adapters[path]
         if np.any(np.asarray(adapter.lam)[~mask]):
             raise ValueError(
-                f"{path}: pruned triplets have trained on since the last choice, and "
-                "without them the function would change; shrink after an update that "
+                f"{path}: pruned triplets have been trained since the last choice, so "
+                "removing them would change the function; shrink after an update that "
                 "chooses, or within the last final_steps"
             )
         if mask.any():
@@ -130,14 +130,14 @@ def _state(opt_state: optax.OptState) -> AdaLoraState:
 
 
 def _packed(adapter: AdaLora, mask: np.ndarray) -> AdaLora:
-    """The kept triplets of every matrix in front, zeros behind, at the largest rank."""
+    """The kept triplets of every matrix, then zeros, up to the largest rank."""
     rank = int(mask.sum(-1).max())
     order = np.argsort(~mask, axis=-1, kind="stable")[..., :rank]
     real = np.take_along_axis(mask, order, -1)
     batch, old = mask.shape[:-1], mask.shape[-1]
 
     def kept(flat: jax.Array, axis: int) -> jax.Array:
-        """Of `[*batch, ..., old, ...]` the kept triplets along an axis."""
+        """The kept triplets of `[*batch, ..., old, ...]` along an axis."""
         others = [d for d in range(len(batch), flat.ndim) if d != flat.ndim + axis]
         chosen, own = (np.expand_dims(x, others) for x in (order, real))
         return jnp.where(own, jnp.take_along_axis(flat, jnp.asarray(chosen), axis), 0)

@@ -1,13 +1,13 @@
-"""Weight decay over adapters: of the factors, and of nothing else by accident.
+"""Weight decay for adapters, applied to the factors and nothing else by accident.
 
     u <- u + weight_decay * w      for the roles a, b, p, lam and q
 
 Decaying both factors shrinks their product: (|a|^2 + |b|^2) / 2 is at least the nuclear
-norm of a @ b, and equals it when the two are balanced, so it pulls a kernel to its
-pretrained value. AdaLoRA's lam belongs to the product: while a penalty holds p and q
-orthonormal, |p diag(lam) q| = |lam|, and lam alone can bring the kernel back. A DoRA
-magnitude or a `Full` leaf would be pulled to zero, away from the pretrained value. With
-`full=True` a Full leaf is pulled to where it started,
+norm of a @ b, and equals it when the two are balanced, so the decay pulls a kernel
+towards its pretrained value. AdaLoRA's lam is part of the product: while a penalty
+keeps p and q orthonormal, |p diag(lam) q| = |lam|, and only lam can bring the kernel
+back. A DoRA magnitude or a `Full` leaf would be pulled to zero, away from the
+pretrained value. With `full=True`, a Full leaf is pulled towards its initial value,
 
     u <- u + weight_decay * (value - base leaf)
 
@@ -33,17 +33,17 @@ def role_mask(adapters: Adapters, roles: tuple[str, ...] | None) -> Adapters:
 
     Args:
       adapters: `{path: Adapter}`.
-      roles: values of `adapter.roles`; None: whatever the fields declare.
+      roles: the roles that decay; None for the fields that declare `decays`.
     """
     given = _trees.require_adapters(adapters, "decay_mask")
     return _trees.map_present(lambda _, a: _marked(a, roles), given)
 
 
 def decay_mask(adapters: Adapters) -> Adapters:
-    """Returns True for the fields that declare `decays`: at zero there is no update.
+    """Returns True for the fields whose decay to zero removes the update.
 
-    Those are factors (a, b, p, lam, q), and neither a magnitude nor a Full leaf. It is
-    the `mask=` of an optax optimiser over adapters.
+    These are the factors (a, b, p, lam, q), but not a magnitude or a Full leaf. Pass it
+    as `mask=` to an optax optimiser over adapters.
 
     Args:
       adapters: `{path: Adapter}`, of arrays or their abstract forms.
@@ -68,14 +68,15 @@ def add_decayed_weights(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds `weight_decay * w` to the updates of the factors.
 
-    Put it after the moments and before the learning rate.
+    Chain it after the moments and before the learning rate.
 
     Args:
       weight_decay: strength, at least 0; a number or a schedule.
-      full: True: Full leaves decay to the base's value, which `update` then takes as
-        `base=params`, the tree `lorax.init` returned (`make_train_step` passes it).
-      roles: of the leaves that decay; fewer where an optimiser freezes a factor. None:
-        all fields that declare `decays`.
+      full: True makes Full leaves decay to the base's values. `update` then needs
+        `base=params`, the tree that `lorax.init` returned (`make_train_step` passes
+        it).
+      roles: roles of the leaves that decay, for optimisers that freeze a factor; None
+        for all fields that declare `decays`.
 
     Returns:
       An optax transformation; `update` needs the adapters, as `params`.
@@ -130,7 +131,7 @@ def _decays(adapter: Any, name: str, roles: tuple[str, ...] | None) -> bool:
 
 
 def _away(adapter: Any, roles: tuple[str, ...] | None, leaf: jax.Array | None) -> Any:
-    """How far each field is from where decay takes it; zero where it does not act."""
+    """Each field minus the value it decays to; zero for fields that do not decay."""
     if leaf is not None:
         return adapter.replace(value=adapter.value - leaf.astype(adapter.value.dtype))
     still = {
@@ -146,8 +147,8 @@ def _base_leaves(base: PyTree, adapters: Adapters) -> dict[str, jax.Array]:
     paths = [p for p, a in adapters.items() if _trees.is_present(a) and a.replaces]
     if base is None:
         raise ValueError(
-            "add_decayed_weights(full=True) decays Full leaves to the base's values: "
-            "call tx.update(grads, state, adapters, base=params)"
+            "add_decayed_weights(full=True) decays Full leaves to the base's values "
+            "and needs the base: call tx.update(grads, state, adapters, base=params)"
         )
     leaves = tree.flatten(base)
     tree.require(paths, leaves, "base")

@@ -1,15 +1,15 @@
-"""What Adam is doing: the size of its steps, their direction, and what v says of H.
+"""Diagnostics of Adam: step sizes, step directions, and what v says about the Hessian.
 
 Near a minimum g ~ H (theta - theta*), and if theta wanders with standard deviation s in
 every direction,
 
     E[g g^T] = s^2 H^2,    sqrt(v_i) = s |row i of H|
 
-which is s |H_ii| where H is diagonal, and above it where not. The same paper explains
-divergence at large batches by updates that grow and lose their correlation with
-descent, and a gradient below epsilon makes Adam a slow SGD: the gradient of `a` is
-proportional to b, so `a` may begin there while b steps by signs. Nothing here changes a
-step.
+which is s |H_ii| if H is diagonal, and larger if not. The paper below explains
+divergence at large batch sizes by updates that grow and become uncorrelated with the
+descent direction. A gradient below epsilon turns Adam into slow SGD: the gradient of
+`a` is proportional to b, so `a` may start in that regime while b takes sign-like steps.
+Nothing here changes the training step.
 
 References:
   Molybog et al., A Theory on Adam Instability in Large-Scale Machine Learning,
@@ -33,10 +33,10 @@ from lorax.types import Adapters
 
 
 class AdamDiagnostics(NamedTuple):
-    """Of the leaves of one role, or of all.
+    """Diagnostics of the leaves of one role, or of all leaves.
 
     Attributes:
-      update_rms: root mean square of the update, the learning rate in it.
+      update_rms: root mean square of the update, including the learning rate.
       descent_cosine: cosine of the update with minus the gradient; 0 if either is zero.
       below_epsilon: the fraction of elements with sqrt(v) < eps.
       root_v: root mean square of sqrt(v).
@@ -56,22 +56,22 @@ def adam_diagnostics(
     eps: float = 1e-8,
     b2: float = 0.999,
 ) -> dict[str, AdamDiagnostics]:
-    """Returns how Adam steps, role by role: factors behave differently.
+    """Returns diagnostics of Adam's step by role, since the factors behave differently.
 
     Args:
-      grads: what the optimiser was given.
-      updates: what it returned.
-      opt_state: the state it returned, with an `optax.ScaleByAdamState` somewhere in
-        it, or several of disjoint leaves (`optax.partition`).
-      eps: of the optimiser; 1e-8 as in optax.
-      b2: of the optimiser, for v without its bias towards zero; 0.999 as in optax.
+      grads: the gradients given to the optimiser.
+      updates: the updates it returned.
+      opt_state: the state it returned, containing one `optax.ScaleByAdamState`, or
+        several for disjoint leaves (`optax.partition`).
+      eps: the optimiser's epsilon; 1e-8 as in optax.
+      b2: the optimiser's b2, to correct v for its bias; 0.999 as in optax.
 
     Returns:
-      `{role: AdamDiagnostics}` over the roles in the tree ("a", "b", ...), and "all";
-      float32 scalars. Leaves that no Adam trains are left out.
+      `{role: AdamDiagnostics}` for the roles in the tree ("a", "b", ...), and "all";
+      float32 scalars. Leaves that Adam does not train are left out.
 
     Raises:
-      ValueError: b2 out of range, no state of Adam, or two for one leaf.
+      ValueError: b2 out of range, no Adam state, or two for one leaf.
 
     Example:
       >>> from lorax.adapters import Full
@@ -96,25 +96,25 @@ def adam_diagnostics(
 def hessian_row_norms(
     adapters: Adapters, opt_state: optax.OptState, wander: float, *, b2: float = 0.999
 ) -> Adapters:
-    """Returns sqrt(v) / s, Adam's reading of the norms of the rows of the Hessian.
+    """Returns sqrt(v) / s, Adam's estimate of the norms of the Hessian's rows.
 
-    The absolute diagonal if H is diagonal, and above it otherwise: for an H with much
-    off the diagonal, do not read |H_ii| from it. Valid near a minimum, where the
-    gradient's noise is that of a parameter that wanders alike in all directions, and
-    for a b2 that averages over many such steps; far from one, v is the gradient.
+    This is the absolute diagonal if H is diagonal and larger otherwise, so do not take
+    it for |H_ii| if H has large off-diagonal entries. It is valid near a minimum, where
+    the gradient's noise comes from parameters that wander equally in all directions,
+    and for a b2 that averages over many such steps; elsewhere v reflects the gradient.
 
     Args:
-      adapters: the parameters, for the shapes and for leaves that no Adam trains.
+      adapters: the parameters, for the shapes and for leaves that Adam does not train.
       opt_state: as in `adam_diagnostics`.
       wander: s, the standard deviation of each parameter about the minimum.
-      b2: of the optimiser.
+      b2: the optimiser's b2.
 
     Returns:
-      An adapter tree of row norms, float32; NaN where no Adam trains.
+      An adapter tree of row norms, float32; NaN for leaves that Adam does not train.
 
     Raises:
-      ValueError: `wander` not positive, b2 out of range, no state of Adam, or two
-        for one leaf.
+      ValueError: `wander` not positive, b2 out of range, no Adam state, or two for one
+        leaf.
 
     Example:
       >>> from lorax.adapters import Full
@@ -143,7 +143,7 @@ def hessian_row_norms(
 def _second_moments(opt_state: Any, b2: float) -> dict[tuple[str, str], jax.Array]:
     """The debiased v of every leaf that has one, by (path, field)."""
     if not 0 < b2 < 1:
-        raise ValueError(f"b2={b2}; give the optimiser's, between 0 and 1")
+        raise ValueError(f"b2={b2}; give the optimiser's b2, between 0 and 1")
     found: dict[tuple[str, str], jax.Array] = {}
     for state in _states.states(opt_state, optax.ScaleByAdamState):
         nu = state.nu if isinstance(state.nu, Mapping) else {}
@@ -156,7 +156,7 @@ def _second_moments(opt_state: Any, b2: float) -> dict[tuple[str, str], jax.Arra
                     raise ValueError(
                         f"{path}: two Adams train its {field!r}; pass the state of one"
                     )
-                # 1 - b2^count, which float32 would cancel to five digits
+                # the divisor is 1 - b2^count, of which float32 would keep five digits
                 found[path, field] = leaf / -jnp.expm1(state.count * math.log(b2))
     if not found:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Gram matrices of a pair of factors, damped together and inverted by `eigh`.
+"""Gram matrices of a pair of factors, damped alike and inverted by `eigh`.
 
     N = a^T a,    M = b b^T,    N + d I,    M + d I
 
@@ -21,7 +21,7 @@ class Spectrum(NamedTuple):
 
     Attributes:
       values: `[n, rank]`, ascending, damping included.
-      vectors: `[n, rank, rank]`, in columns.
+      vectors: `[n, rank, rank]`, as columns.
     """
 
     values: jax.Array
@@ -36,17 +36,18 @@ def grams(pair: _pairs.Pair) -> tuple[jax.Array, jax.Array]:
 def damping_of(
     pair: _pairs.Pair, damping: _checks.Number, relative: bool = True
 ) -> jax.Array:
-    """Returns d of every matrix of the stack, `[n, 1]`.
+    """Returns d for every matrix of the stack, `[n, 1]`.
 
         d = damping * max(tr N, tr M) / rank
 
-    Relative to both: where b is still zero, a fraction of M's own trace would be none,
-    and the step of `a` after the first one would not shrink with the learning rate.
+    It is relative to both traces: while b is still zero, a fraction of M's own trace
+    would be no damping at all, and the second step of `a` would not shrink with the
+    learning rate.
 
     Args:
       pair: the factors.
-      damping: relative; or d itself.
-      relative: False: `damping` is d.
+      damping: the relative damping, or d itself.
+      relative: False if `damping` is d itself.
     """
     traces = (jnp.sum(factor**2, axis=(1, 2))[:, None] for factor in pair[:2])
     larger = jnp.maximum(*traces)
@@ -68,14 +69,14 @@ def spectra(
 def damped_spectrum(gram: jax.Array, d: jax.Array) -> Spectrum:
     """Returns the spectrum of `gram + d I` for a Gram matrix and d `[n, 1]`."""
     values, vectors = _lapack.eigh(gram)
-    # A Gram matrix has no negative eigenvalue; rounding makes some.
+    # A Gram matrix has no negative eigenvalues, but rounding can create some.
     return Spectrum(jnp.maximum(values, 0) + d, vectors)
 
 
 def reciprocal(values: jax.Array) -> jax.Array:
-    """Returns `1 / values` along the last axis, 0 for those lost in rounding.
+    """Returns `1 / values` along the last axis, 0 for those at rounding level.
 
-    Without damping this is the pseudo-inverse; a zero matrix has the inverse zero.
+    Without damping this gives the pseudo-inverse; that of a zero matrix is zero.
     """
     floor = values.shape[-1] * jnp.finfo(values.dtype).eps
     lost = values <= floor * jnp.max(values, axis=-1, keepdims=True)
@@ -91,9 +92,9 @@ def solve(spectrum: Spectrum, x: jax.Array) -> jax.Array:
 def true_rank_only(
     a: jax.Array, b: jax.Array, rank: _pairs.Static
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the factors with the padding of a population's member exactly zero.
+    """Returns the factors with a population member's rank padding exactly zero.
 
-    Eigenvectors mix columns by a rounding error; the padding must not move by one.
+    Eigenvectors mix columns at rounding level, and the padding must not move at all.
     """
     if isinstance(rank, int) and rank == a.shape[-1]:
         return a, b

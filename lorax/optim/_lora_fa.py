@@ -1,9 +1,9 @@
-"""LoRA-FA: the first factor frozen, the second preconditioned by it.
+"""LoRA-FA: freezes the first factor and preconditions the second by it.
 
     gA <- 0,    gB <- (a^T a + d I)^-1 gB / s^2
 
-The kernel then moves by P_A G: full fine-tuning's gradient, projected on the columns of
-a. The optimiser keeps no moments of a.
+The kernel then moves by P_A G: the gradient of full fine-tuning, projected onto the
+columns of a. The optimiser keeps no moments for a.
 
 References:
   Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
@@ -27,11 +27,11 @@ TRAINED = ("b", "magnitude", "value")
 
 
 class ScaleByLoraFaState(NamedTuple):
-    """Nothing to keep; the type tells `training.create_state` that gradients go in."""
+    """Empty; its type tells `training.create_state` that it reads gradients."""
 
     @property
     def reads_gradients(self) -> str:
-        """The name of the transform, for the message."""
+        """The name of the transform, for the error message."""
         return "scale_by_lora_fa"
 
 
@@ -41,17 +41,17 @@ def scale_by_lora_fa(
     """Freezes every `a` and preconditions every `b` by it.
 
     Args:
-      damping: of `a^T a`, relative to its mean eigenvalue. As a is frozen and drawn
-        well conditioned, little is needed.
-      relative: False: `damping` is added as it is (1e-8 in PEFT).
+      damping: damping of `a^T a`, relative to its mean eigenvalue. Little is needed,
+        because a is frozen and well-conditioned at init.
+      relative: False adds `damping` as it is (1e-8 in PEFT).
 
     Returns:
       An optax transformation without state; `update` needs the adapters, as `params`,
-      and takes `pairs=` of a population's member. Other leaves pass.
+      and takes `pairs=` for a population member. Other leaves pass through.
 
     Raises:
-      ValueError: negative damping; at `init`, an AdaLora, or an `a` of zeros (as an
-        embedding starts), under which nothing could train.
+      ValueError: negative damping; at `init`, an AdaLora, or an all-zero `a` (as for
+        embeddings at init), with which nothing could train.
 
     Example:
       >>> from lorax.adapters import Lora
@@ -65,7 +65,7 @@ def scale_by_lora_fa(
     _checks.at_least("damping", damping)
 
     def scaled(update: _pairs.Pair, given: _pairs.Pair) -> tuple[jax.Array, jax.Array]:
-        # b has no part in the damping: a alone is inverted.
+        # b does not enter the damping: only a's Gram matrix is inverted.
         only_a = _pairs.Pair(given.a, 0 * given.b, given.scale, given.rank)
         d = _gram.damping_of(only_a, damping, relative)
         n = _gram.damped_spectrum(linalg.dot(given.a.mT, given.a), d)
@@ -86,7 +86,7 @@ def lora_fa(
     weight_decay: _checks.NumberOrSchedule = 0.0,
     full_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW on the second factors alone; magnitude and value follow AdamW as usual.
+    """LoRA-FA with AdamW on the second factors; magnitude and value follow Adam.
 
     Args:
       learning_rate: a number or a schedule, sized as for LoRA.
@@ -95,14 +95,14 @@ def lora_fa(
       b1: decay rate of the first moment.
       b2: decay rate of the second moment.
       eps: added to the root of the second moment; 1e-6 in PEFT.
-      weight_decay: of b; a keeps still.
-      full_decay: True: Full leaves decay to their initial values.
+      weight_decay: decay of b alone.
+      full_decay: True makes Full leaves decay to their initial values.
 
     Returns:
       An optax transformation; `update` needs the adapters, as `params`.
 
     Raises:
-      ValueError: a hyperparameter out of range; at `init`, as `scale_by_lora_fa`.
+      ValueError: a hyperparameter out of range; at `init`, as for `scale_by_lora_fa`.
 
     Example:
       >>> tx = lora_fa(2e-4, weight_decay=0.01)
@@ -123,7 +123,7 @@ def _check_alive(path: str, adapter: Any) -> None:
         alive = bool(jnp.any(adapter.a))
     if not alive:
         raise ValueError(
-            f"{path}: LoRA-FA freezes a, and this one is zero (as an embedding's is at "
-            "the start), so nothing here could train; leave this leaf out, or use "
-            "another optimiser"
+            f"{path}: LoRA-FA freezes a, and this one is zero (as for embeddings at "
+            "init), so nothing here could train; leave this leaf out, or use another "
+            "optimiser"
         )

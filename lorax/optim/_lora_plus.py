@@ -2,15 +2,15 @@
 
     lr_b = ratio * lr_a
 
-The first factor reads wide inputs and the second starts at zero; at one rate for both
-the first hardly learns features. With updates of one size per entry (Adam, sign), equal
-contributions of the two to the loss ask for
+The first factor reads wide inputs and the second starts at zero; with the same learning
+rate for both, the first hardly learns features. With updates of equal size in every
+entry (Adam, sign), equal contributions of both factors to the loss require
 
-    ratio = n / sqrt(m r)                        ("auto", held within [1, 64])
+    ratio = n / sqrt(m r)                        ("auto", clipped to [1, 64])
 
-for a kernel `[n, m]` at rank r: 16 for a square kernel of width 2048 at rank 8. The
-factors are told apart by their *role*. The released code goes by names and treats every
-one-dimensional tensor as a second factor, DoRA's magnitude among them; here magnitude,
+for a kernel `[n, m]` at rank r: 16 for a square kernel of width 2048 at rank 8. Factors
+are identified by their *role*. The released code uses names and treats every
+one-dimensional tensor, including DoRA's magnitude, as a second factor; here magnitude,
 lam and value keep the base rate. AdaLoRA's q counts as b, as in the released code.
 
 References:
@@ -40,7 +40,7 @@ Ratio = Any
 
 
 class ScaleByLoraPlusState(NamedTuple):
-    """State where the ratio is a schedule.
+    """The state if the ratio is a schedule.
 
     Attributes:
       count: updates so far, int32.
@@ -54,16 +54,16 @@ def scale_by_lora_plus(ratio: Ratio = 16.0) -> optax.GradientTransformationExtra
 
         u_a <- u_a,    u_b <- ratio * u_b
 
-    Put it after the moments: before them Adam would divide the ratio out again.
+    Chain it after the moments: before them, Adam would divide the ratio out again.
 
     Args:
-      ratio: a number > 0; a schedule, from the step count to one; "auto", the width
-        rule `clip(n / sqrt(m r), 1, 64)` of each kernel; or rules
-        `[(pattern, number or "auto"), ...]`: the first pattern that matches the whole
-        path decides. 16 is what the paper's sweep recommends.
+      ratio: a number > 0; a schedule, from the step count to a number; "auto", the
+        width rule `clip(n / sqrt(m r), 1, 64)` for each kernel; or rules
+        `[(pattern, number or "auto"), ...]`: the first rule whose pattern matches the
+        whole path wins. 16 is recommended by the paper's sweep.
 
     Returns:
-      An optax transformation; a population's member passes `pairs=` to `update`.
+      An optax transformation; `update` accepts `pairs=` for a population member.
 
     Raises:
       ValueError: a ratio that is not positive; at `init`, a pattern that matches no
@@ -121,23 +121,23 @@ def lora_plus(
     weight_decay: _checks.NumberOrSchedule = 0.0,
     full_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW in which every second factor learns `ratio` times faster.
+    """AdamW with a `ratio` times higher learning rate for every second factor.
 
-    At ratio 1 it is `optax.adamw` with `mask=decay_mask`, to the bit. Decay acts at the
-    base rate on both factors. For another inner optimiser chain the parts:
+    At ratio 1 it is bitwise equal to `optax.adamw` with `mask=decay_mask`. Decay acts
+    at the base rate on both factors. For another inner optimiser, chain the parts:
     `optax.chain(optax.scale_by_lion(), scale_by_lora_plus(16.0),
     optax.scale_by_learning_rate(1e-4))`.
 
     Args:
-      learning_rate: of the first factor and of everything that is none; a number or a
-        schedule. The authors advise half of plain LoRA's.
+      learning_rate: the rate for everything but second factors; a number or a
+        schedule. The authors advise half the rate of plain LoRA.
       ratio: see `scale_by_lora_plus`.
       b1: decay rate of the first moment; Adam's default, as in the released code.
       b2: decay rate of the second moment.
-      eps: added to the root of the second moment. LoRA's first gradients are small:
+      eps: added to the root of the second moment. LoRA's first gradients are small, so
         keep it at 1e-8 or below.
       weight_decay: see `add_decayed_weights`; 0 as in PEFT.
-      full_decay: True: Full leaves decay to their initial values.
+      full_decay: True makes Full leaves decay to their initial values.
 
     Returns:
       An optax transformation.
@@ -157,11 +157,11 @@ def lora_plus(
 
 
 def width_ratio(adapter: Any, rank: Any = None) -> jax.Array | float:
-    """Returns the rule `clip(n / sqrt(m r), 1, 64)` for an adapter's kernel.
+    """Returns the ratio `clip(n / sqrt(m r), 1, 64)` for an adapter's kernel.
 
     Args:
       adapter: a Lora, Dora or AdaLora; only shapes are read.
-      rank: the true rank where a population pads it; None: the adapter's own.
+      rank: the true rank if a population pads it; None for the adapter's own.
     """
     first, second = (
         next(
@@ -180,7 +180,7 @@ def width_ratio(adapter: Any, rank: Any = None) -> jax.Array | float:
 
 
 def _seconds(adapter: Any) -> list[str]:
-    """The fields that hold a second factor; none of an adapter that is left out."""
+    """The fields that hold a second factor; none if the adapter is masked out."""
     if not _trees.is_present(adapter):
         return []
     return [field for field, role in adapter.roles.items() if role in SECOND]
@@ -197,7 +197,7 @@ def _scaled(adapter: Any, ratio: Any) -> Any:
 def _ratio_at(
     ratio: Ratio, path: str, adapter: Any, pairs: Mapping[str, PairStatics] | None
 ) -> Any:
-    """The ratio of one path, from a number, "auto" or rules."""
+    """The ratio for one path, from a number, "auto" or rules."""
     if not _seconds(adapter):
         return 1.0
     if isinstance(ratio, tuple):
@@ -209,13 +209,13 @@ def _ratio_at(
 
 
 def _reads_shapes(ratio: Ratio) -> bool:
-    """True for "auto", also in a rule."""
+    """True for "auto", including in a rule."""
     values = [value for _, value in ratio] if isinstance(ratio, tuple) else [ratio]
     return any(isinstance(value, str) for value in values)
 
 
 def _check_ratio(ratio: Ratio) -> Ratio:
-    """Returns the ratio, rules as a tuple of pairs; ValueError for a bad one."""
+    """Returns the ratio, with rules as a tuple of pairs; ValueError if invalid."""
     if isinstance(ratio, str):
         if ratio != "auto":
             raise ValueError(f"ratio={ratio!r}; give a number, a schedule or 'auto'")
@@ -235,7 +235,7 @@ def _check_rules(rules: tuple[tuple[str, Any], ...], paths: list[str]) -> None:
     for pattern, _ in rules:
         if not any(tree.match(pattern, path) for path in paths):
             raise ValueError(
-                f"ratio: {pattern!r} matches the whole of no path; "
+                f"ratio: {pattern!r} does not match any whole path; "
                 f"{tree.nearest(pattern, paths)}"
             )
     for path in paths:

@@ -3,19 +3,19 @@
     hA = gA M^-1 / s^2 + A X,    hB = N^-1 (gB - A^T gA M^-1 B) / s^2 - X B
 
 with `N = A^T A`, `M = B B^T`: then `s (hA B + A hB)` is the projection of the kernel's
-gradient on what the factors can express (`_projection.py` has the closed form).
+gradient onto what the factors can express (`_projection.py` has the closed form).
 
-At the standard start B = 0 and the first step is exact. At the second `B = O(lr)`, so
-`hA = O(1 / lr)`, and A would be replaced by one minibatch's direction at *any* learning
-rate. N and M are therefore damped by one and the same
+At the standard init B = 0, and the first step is exact. At the second, `B = O(lr)`, so
+`hA = O(1 / lr)`, and one minibatch's direction would replace A at *any* learning rate.
+N and M are therefore both damped by
 
     d = damping * max(tr N, tr M) / rank
 
-which bounds that step. With it X matters slightly to the kernel's update.
+which bounds that step. With damping, X slightly affects the kernel's update.
 
-Moments decide what the kernel then follows. Adam on hA and hB divides every entry by
-its own size and so parts the pair again: the kernel's step is no projection any more.
-Moments of the projected gradient itself keep it one (`_lora_pro_moments.py`).
+The choice of moments decides what the kernel follows. Adam on hA and hB divides every
+entry by its own size, so the kernel's step is no longer a projection. With moments of
+the projected gradient itself it still is (`_lora_pro_moments.py`).
 
 References:
   Wang et al., LoRA-Pro: Are Low-Rank Adapters Properly Optimized?, arXiv:2407.18242.
@@ -37,11 +37,11 @@ MODES = ("rowcol", "factor", "sgd", "full")
 
 
 class ScaleByLoraProState(NamedTuple):
-    """Nothing to keep; the type tells `training.create_state` that gradients go in."""
+    """Empty; its type tells `training.create_state` that it reads gradients."""
 
     @property
     def reads_gradients(self) -> str:
-        """The name of the transform, for the message."""
+        """The name of the transform, for the error message."""
         return "scale_by_lora_pro"
 
 
@@ -50,21 +50,22 @@ def scale_by_lora_pro(
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradients of every pair by LoRA-Pro's.
 
-    It changes norms by orders of magnitude (1 / s^2, inverse Gram matrices): clip the
-    raw gradients, before it. Other leaves pass.
+    This changes norms by orders of magnitude (1 / s^2, inverse Gram matrices), so clip
+    the raw gradients, before this transform. Other leaves pass through.
 
     Args:
-      x: which of the equivalent pairs. "sylvester", the paper's: closest to the raw
-        gradients. "symmetry": both factors move the kernel alike. "zero": no term.
-        Without damping all three move the kernel alike under plain SGD.
-      damping: of the Gram matrices, relative to the larger trace; at least 0. More
-        noise in the gradients wants more of it. 0.1 is for Adam's moments of the
-        factors; before `scale_by_lora_pro_rowcol` or `_full` give what they have.
-      relative: False: `damping` is added as it is (1e-8 in the released code).
+      x: which of the equivalent pairs to use. "sylvester", the paper's: closest to the
+        raw gradients. "symmetry": both factors contribute equally to the kernel's step.
+        "zero": no X term. Without damping, all three give the same kernel step under
+        plain SGD.
+      damping: damping of the Gram matrices, relative to the larger trace; at least 0.
+        Noisier gradients need more. 0.1 suits Adam on the factors; before
+        `scale_by_lora_pro_rowcol` or `_full`, use the same damping as theirs.
+      relative: False adds `damping` as it is (1e-8 in the released code).
 
     Returns:
       An optax transformation without state; `update` needs the adapters, as `params`,
-      and takes `pairs=` of a population's member.
+      and takes `pairs=` for a population member.
 
     Raises:
       ValueError: an unknown `x`, negative damping; at `init`, an AdaLora; at `update`,
@@ -108,19 +109,19 @@ def lora_pro(
     weight_decay: _checks.NumberOrSchedule = 0.0,
     full_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """LoRA-Pro with plain steps, or with one of three forms of Adam.
+    """LoRA-Pro with SGD, or with one of three forms of Adam.
 
-    With P(.) the projection on what the factors can express and g = P(G) that of the
-    kernel's gradient, the kernel steps along
+    With P(.) the projection onto what the factors can express and g = P(G) the
+    projected gradient of the kernel, the kernel steps along
 
-    | mode | step of the kernel | that is full fine-tuning by |
+    | mode | step of the kernel | like full fine-tuning with |
     |---|---|---|
     | rowcol | P(g / root of row and column means of g^2) | Adafactor, no momentum |
     | full | P(Adam's step on g), the paper's | Adam |
     | sgd | g | SGD |
     | factor | s (uA B + A uB), uA, uB Adam's steps on hA, hB | none: LoRA's Adam |
 
-    | mode | moments | state per kernel [n, m] | learning rate sized as for |
+    | mode | moments | state per kernel [n, m] | learning rate as for |
     |---|---|---|---|
     | rowcol | row and column means of g^2 | n + m | full fine-tuning |
     | full | of g, dense | 2 n m | full |
@@ -130,19 +131,20 @@ def lora_pro(
     Leaves outside the pairs (magnitude, value) follow Adam; in "sgd", plain SGD.
 
     Args:
-      learning_rate: a number or a schedule, sized as the table says.
+      learning_rate: a number or a schedule, sized as in the table.
       mode: "rowcol" to follow full fine-tuning in little memory, "full" for parity with
-        the released code, "factor" for Adam on the factors at LoRA's rates.
+        the released code, "factor" for Adam on the factors at LoRA's learning rates.
       x: see `scale_by_lora_pro`.
-      damping: see `scale_by_lora_pro`; None: 0.1 in "factor", 0.01 in the others. Under
-        heavy noise 0.1 is better there too.
+      damping: see `scale_by_lora_pro`; None for 0.1 in "factor" and 0.01 in the other
+        modes. With very noisy gradients, 0.1 is better in those, too.
       relative: see `scale_by_lora_pro`.
-      b1: decay rate of the first moment; None for 0.9, and in "rowcol" none for the
-        factors. A number there adds a momentum of their own size.
+      b1: decay rate of the first moment; None for 0.9, except that the factors get no
+        momentum in "rowcol". A number adds one there, with state of the factors' size.
       b2: decay rate of the second moment.
-      eps: added to the root of the second moment; squared, to the means of "rowcol".
+      eps: added to the root of the second moment; in "rowcol" its square is added to
+        the means.
       weight_decay: see `add_decayed_weights`; 0 as in the released code.
-      full_decay: True: Full leaves decay to their initial values.
+      full_decay: True makes Full leaves decay to their initial values.
 
     Returns:
       An optax transformation; `update` needs the adapters, as `params`.

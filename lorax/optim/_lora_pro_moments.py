@@ -1,17 +1,17 @@
-"""Adam on LoRA-Pro's projected gradient, dense or without ever forming it.
+"""Adam on LoRA-Pro's projected gradient, dense or without forming it.
 
 The projection `g = s (hA B + A hB)` is a kernel-sized matrix of rank 2r,
 
     g = L R,    L = [hA, A],  R = s [B; hB]
 
-"full" keeps Adam's moments of g. "rowcol" keeps the running means p, q of its squares
-along rows and columns, both of which follow from r x r products,
+"full" keeps Adam's moments of g. "rowcol" keeps running means p, q of its squares along
+rows and columns, which need only r x r products,
 
     mean_j g_ij^2 = (L (R R^T) * L)_i / m,      v_ij = p_i q_j / mean(p)
 
 (Adafactor's estimate), and `u = g / sqrt(v)` only rescales rows of L and columns of R.
-Either way u enters in place of the gradient: `U_A = s u B^T`, `U_B = s A^T u` are
-projected once more, so that the kernel's step is the projection of u.
+Either way u replaces the gradient: `U_A = s u B^T`, `U_B = s A^T u` are projected once
+more, so the kernel's step is the projection of u.
 
 References:
   Wang et al., LoRA-Pro: Are Low-Rank Adapters Properly Optimized?, arXiv:2407.18242.
@@ -41,7 +41,7 @@ from lorax.optim import (
 from lorax.types import Adapters, PairStatics
 
 Means = tuple[jax.Array, jax.Array]
-"""Of squares, along rows and along columns."""
+"""Means of squares along rows, and along columns."""
 
 
 class ScaleByRowColState(NamedTuple):
@@ -64,7 +64,7 @@ class ScaleByFullState(NamedTuple):
     Attributes:
       count: updates so far, int32.
       mu: `{path: [n, in, out]}`, the first moment; n layers or experts.
-      nu: `{path: [n, in, out]}`, the second.
+      nu: `{path: [n, in, out]}`, the second moment.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -79,17 +79,19 @@ def scale_by_lora_pro_rowcol(
     damping: _checks.Number = 0.01,
     relative: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Divides the projected gradient by factored root mean squares, n + m numbers.
+    """Divides the projected gradient by factored root mean squares (n + m numbers).
+
+    Chain it after `scale_by_lora_pro`, which is the first projection.
 
     Args:
-      b2: decay rate of the means, corrected for their start at zero.
+      b2: decay rate of the means, which are bias-corrected.
       eps: its square is added to the means.
-      x: of the second projection, see `scale_by_lora_pro`, which comes before this.
-      damping: of the second projection; give the first the same.
-      relative: False: absolute damping.
+      x: X for the second projection, see `scale_by_lora_pro`.
+      damping: damping of the second projection; use the same for the first.
+      relative: False for absolute damping.
 
     Returns:
-      An optax transformation of the pairs; other leaves pass.
+      An optax transformation of the pairs; other leaves pass through.
 
     Raises:
       ValueError: a hyperparameter out of range; at `init`, an AdaLora; at `update`, no
@@ -113,7 +115,7 @@ def _rowcol(
         given = _trees.require_pairs(params, "scale_by_lora_pro_rowcol")
         rows, columns = {}, {}
         for path, pair in _trees.only_pairs(given).items():
-            # Sums of zeros of the factors' own, so that they are sharded alike.
+            # Sums of zeros like the factors, so that they are sharded like them.
             zeros, behind = _pairs.zeros(pair), layout.stack_axes(pair.a, pair.axes)
             rows[path], columns[path] = zeros.a.sum(-1), zeros.b.sum(behind)
         return ScaleByRowColState(jnp.zeros((), jnp.int32), rows, columns)
@@ -155,18 +157,20 @@ def scale_by_lora_pro_full(
     damping: _checks.Number = 0.01,
     relative: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam on the projected gradient itself, as in the paper: state of 2 n m numbers.
+    """Applies Adam to the projected gradient, as in the paper (2 n m numbers of state).
+
+    Chain it after `scale_by_lora_pro`, which is the first projection.
 
     Args:
       b1: decay rate of the first moment.
-      b2: decay rate of the second.
+      b2: decay rate of the second moment.
       eps: added to the root of the second moment.
-      x: of the second projection, see `scale_by_lora_pro`, which comes before this.
-      damping: of the second projection; give the first the same.
-      relative: False: absolute damping.
+      x: X for the second projection, see `scale_by_lora_pro`.
+      damping: damping of the second projection; use the same for the first.
+      relative: False for absolute damping.
 
     Returns:
-      An optax transformation of the pairs; other leaves pass.
+      An optax transformation of the pairs; other leaves pass through.
 
     Raises:
       ValueError: a hyperparameter out of range; at `init`, an AdaLora; at `update`, no
@@ -232,7 +236,7 @@ def moments(
     b2: _checks.Number,
     eps: _checks.Number,
 ) -> optax.GradientTransformation:
-    """Returns the link that each mode of `lora_pro` puts after the projection."""
+    """Returns the transformation that `lora_pro` chains after the projection."""
     first = 0.9 if b1 is None else b1
     adam = _standard.adam(first, b2, eps)
     if mode == "factor":
@@ -250,7 +254,7 @@ def moments(
 
 
 def _thin(h: _pairs.Pair, given: _pairs.Pair) -> tuple[jax.Array, jax.Array]:
-    """L and R, `[n, in, 2 rank]` and `[n, 2 rank, out]`, of the projected gradient."""
+    """The projected gradient's L and R, `[n, in, 2 rank]` and `[n, 2 rank, out]`."""
     left = jnp.concatenate([h.a, given.a], axis=-1)
     return left, given.scale * jnp.concatenate([given.b, h.b], axis=-2)
 
@@ -275,7 +279,7 @@ def _of_matrices(state: ScaleByRowColState, updates: Adapters) -> dict[str, Mean
 def _rescaled(
     left: jax.Array, right: jax.Array, given: _pairs.Pair, p: jax.Array, q: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`u B^T` and `A^T u` of `u = L R / sqrt(p q^T / mean(p))`, never formed."""
+    """`u B^T` and `A^T u` for `u = L R / sqrt(p q^T / mean(p))`, without forming u."""
     left *= jnp.sqrt(p.mean(-1, keepdims=True) / p)[..., None]
     right *= (1 / jnp.sqrt(q))[..., None, :]
     a = linalg.dot(left, linalg.dot(right, given.b.mT))
@@ -283,7 +287,7 @@ def _rescaled(
 
 
 def _averaged(old: Means, new: Means, b2: _checks.Number) -> Means:
-    """The running means, of which the newest has the weight 1 - b2."""
+    """The running means, with weight 1 - b2 on the newest values."""
     rows, columns = (
         b2 * was + (1 - b2) * now.astype(was.dtype)
         for was, now in zip(old, new, strict=True)

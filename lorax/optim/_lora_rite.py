@@ -1,26 +1,27 @@
-"""LoRA-RITE: Adam with a matrix for its second moment, whatever the factors' gauge.
+"""LoRA-RITE: Adam with matrix second moments, invariant to how the product is split.
 
-With the polar decompositions `a = U_a R_a`, `b^T = U_b R_b`, the gradients of the
-factors lose the other's magnitude and become the kernel's own in a basis,
+With the polar decompositions `a = U_a R_a`, `b^T = U_b R_b`, the other factor's
+magnitude is divided out of each factor's gradient, which leaves the kernel's gradient
+in a basis,
 
     g_a = grad_a R_b^-1 = s G U_b,    g_b = grad_b^T R_a^-1 = s G^T U_a
 
-and each has moments on the rank side. For a, with `P = U_b^T U_b,old` (for b likewise):
+and each has moments on the rank side. For a, with `P = U_b^T U_b,old` (b is analogous):
 
     V <- mean of P V P^T and g_a^T g_a / in,        rho <- mean of rho + lost and 0
     M <- mean of M P^T and g_a (V + rho I)^-1/2,    update_a = M R_b^-1
 
-The means are Adam's, corrected for their start at zero. `lost` is the largest fall of
-an eigenvalue from V to P V P^T: what the second moment held outside of the new basis.
+The means are Adam's, with bias correction. `lost` is the largest decrease of an
+eigenvalue from V to P V P^T: the part of the second moment outside the new basis.
 
-Another gauge `(a T, T^-1 b)`, with any invertible T, turns the bases by an orthogonal
-matrix, g, V and M with them, and update_a into update_a T: the product takes the same
-path, exactly. The released code differs from the paper in three ways. Its V is the mean
-above, divided by the inputs, where the paper's sums (Adagrad): here as in the code, so
-that M has entries of size 1. It leaves rho out unless asked: here as in the paper. It
-clips all g together at norm 1 and drops those with an entry above 1 in the mean
-square: not here, as V makes the step independent of the gradient's size; put
-`optax.clip_by_global_norm` before it for outliers.
+Another gauge `(a T, T^-1 b)`, with any invertible T, rotates the bases, and with them
+g, V and M, and turns update_a into update_a T, so the product follows exactly the same
+path. The released code differs from the paper in three ways. Its V is the mean above,
+divided by the number of inputs, where the paper's is a sum (Adagrad); here it is as in
+the code, so that M has entries of size 1. It leaves out rho by default; here rho is
+used, as in the paper. It clips all g together at norm 1 and drops those with an entry
+above 1 in the mean square; neither is done here, because V makes the step independent
+of the gradient's size. Chain `optax.clip_by_global_norm` before it against outliers.
 
 References:
   Yen et al., LoRA Done RITE: Robust Invariant Transformation Equilibration for LoRA
@@ -54,12 +55,12 @@ from lorax.types import Adapters, PairStatics
 
 
 class ScaleByLoraRiteState(NamedTuple):
-    """Bases of the last step, and moments in them.
+    """The bases of the last step, and the moments in them.
 
     Attributes:
       count: updates so far, int32.
       basis: `{path: (a, b)}`, U_a and U_b^T, in the factors' shapes.
-      momentum: `{path: (a, b)}`, M of a and of b, in the factors' shapes.
+      momentum: `{path: (a, b)}`, M of a and b, in the factors' shapes.
       second: `{path: (a, b)}`, V of both, `[n, rank, rank]`.
       escaped: `{path: (a, b)}`, rho of both, `[n]`.
     """
@@ -72,16 +73,16 @@ class ScaleByLoraRiteState(NamedTuple):
 
     @property
     def reads_gradients(self) -> str:
-        """The name of the transform, for messages about its place in a chain."""
+        """The name of the transform, for the error message."""
         return "scale_by_lora_rite"
 
 
 Kept = tuple[Both, Both, Both, Both]
-"""The fields of the state but for the count, of one stack of pairs."""
+"""The fields of the state, except the count, for one stack of pairs."""
 
 
 class _Rates(NamedTuple):
-    """At one step: b1 and b2 without their start, and eps."""
+    """Bias-corrected b1 and b2 for one step, and eps."""
 
     b1: jax.Array
     b2: jax.Array
@@ -89,7 +90,7 @@ class _Rates(NamedTuple):
 
 
 class _Moments(NamedTuple):
-    """Of one factor, as a stack of tall matrices."""
+    """The moments of one factor, as a stack of tall matrices."""
 
     momentum: jax.Array  # [n, long, rank]
     second: jax.Array  # [n, rank, rank]
@@ -102,19 +103,20 @@ def scale_by_lora_rite(
     eps: _checks.Number = 1e-6,
     escape: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces the gradients of every pair by LoRA-RITE's directions; others pass.
+    """Replaces the gradients of every pair by LoRA-RITE's directions.
 
-    Where a factor is zero, the other gets no step, as its gradient is zero.
+    While a factor is zero, the other gets no step, because its gradient is zero. Other
+    leaves pass through.
 
     Args:
       b1: decay rate of the first moment.
-      b2: decay rate of the second.
+      b2: decay rate of the second moment.
       eps: added to the root of the second moment; 1e-6 as released.
-      escape: False: without rho, as the released code does by default.
+      escape: False leaves out rho, as the released code does by default.
 
     Returns:
       An optax transformation; `update` needs the adapters, as `params`, and takes
-      `pairs=` of a population's member.
+      `pairs=` for a population member.
 
     Raises:
       ValueError: a hyperparameter out of range; at `init`, an AdaLora; at `update`, no
@@ -179,14 +181,14 @@ def lora_rite(
     """LoRA-RITE for the factors, Adam for every other leaf (magnitude, value).
 
     Args:
-      learning_rate: a number or a schedule; relative to the factors' sizes, it moves
-        the kernel alike whatever they are.
+      learning_rate: a number or a schedule. The kernel's step does not depend on how
+        the product is split into factors.
       b1: decay rate of the first moment.
       b2: decay rate of the second moment.
-      eps: see `scale_by_lora_rite`; Adam's too.
+      eps: see `scale_by_lora_rite`; also used by Adam.
       escape: see `scale_by_lora_rite`.
-      weight_decay: see `add_decayed_weights`; as invariant as the rest.
-      full_decay: True: Full leaves decay to their initial values.
+      weight_decay: see `add_decayed_weights`; it keeps the invariance.
+      full_decay: True makes Full leaves decay to their initial values.
 
     Returns:
       An optax transformation; `update` needs the adapters, as `params`.
@@ -207,7 +209,7 @@ def lora_rite(
 
 
 def _decay_now(beta: _checks.Number, count: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """The rate at which a mean of `count` values, free of its start, keeps the old."""
+    """The weight of the old value in a bias-corrected mean of `count` values."""
     t = count.astype(dtype)
     return beta * (1 - beta ** (t - 1)) / (1 - beta**t)
 
@@ -215,7 +217,7 @@ def _decay_now(beta: _checks.Number, count: jax.Array, dtype: DTypeLike) -> jax.
 def _turned(
     update: _pairs.Pair, given: _pairs.Pair, kept: Kept, rates: _Rates, escape: bool
 ) -> tuple[jax.Array, jax.Array, Kept]:
-    """The new directions, and what is kept: bases, momentum, V and rho of both."""
+    """The new directions, and the state to keep: bases, momentum, V and rho of both."""
     bases, momentum, second, escaped = kept
     u_a, inverse_a = _polar.parts(given.a)
     u_b, inverse_b = _polar.parts(given.b.mT)
@@ -238,7 +240,7 @@ def _turned(
 def _advanced(
     g: jax.Array, p: jax.Array, old: _Moments, rates: _Rates, escape: bool
 ) -> _Moments:
-    """The moments of one factor after the unmagnified gradient `g: [n, long, rank]`."""
+    """The moments of one factor after its unmagnified gradient `[n, long, rank]`."""
     b1, b2, eps = rates
     moved = linalg.dot(p, linalg.dot(old.second, p.mT))
     lost = jnp.zeros_like(old.escaped)
@@ -253,9 +255,9 @@ def _advanced(
 
 
 def _inverse_root(v: jax.Array, escaped: jax.Array, eps: _checks.Number) -> jax.Array:
-    """`(V + rho I)^-1/2`, eps added to the roots."""
+    """`(V + rho I)^-1/2`, with eps added to the roots."""
     values, vectors = _lapack.eigh((v + v.mT) / 2)
-    # An eigenvalue below the rounding of the largest may be anything, zero too.
+    # Eigenvalues below the largest one's rounding error are arbitrary, maybe zero.
     rounding = v.shape[-1] * jnp.finfo(v.dtype).eps * values[:, -1:]
     roots = jnp.sqrt(jnp.maximum(values, jnp.maximum(rounding, 0)) + escaped) + eps
     return linalg.dot(vectors / roots[:, None, :], vectors.mT)

@@ -1,39 +1,39 @@
-"""Muon on the factors: the polar factor of the momentum, exact on the rank side.
+"""Muon on the factors: the polar factor of the momentum, computed exactly.
 
     m <- beta m + (1 - beta) g,    u = (1 - beta) g + beta m          (Nesterov)
     update = sqrt(max(1, out / in)) polar(u),    polar(U S V^T) = U V^T
 
 This is the published momentum, without bias correction. `optax.contrib.muon` corrects
-it as NAdam does, which weighs the momentum less in the first steps,
+it as NAdam does, which gives the momentum less weight in the first steps,
 
     u = (1 - beta) g + c_t beta m,    c_t = (1 - beta^t) / (1 - beta^(t+1))
 
-(a common factor changes no polar factor): at beta = 0.95 c_t is 0.51 in step 1, where
-both turn along g, 0.68 in step 2, 0.93 in step 10, and goes to 1.
+(a common factor does not change the polar factor): at beta = 0.95, c_t is 0.51 in step
+1, where both directions are that of g, 0.68 in step 2, 0.93 in step 10, and tends to 1.
 
-A factor has one short side, so the polar factor comes exactly from a QR decomposition
-and that of a rank x rank core; no Newton-Schulz steps. With this width scale the update
-of b is sqrt(in / rank) times as large as that of a, entry by entry: LoRA+'s ratio for
-free. Which factors are orthogonalised, and how:
+A factor has one short side, so its polar factor can be computed exactly, by QR and a
+decomposition of the rank x rank core, without Newton-Schulz steps. With this width
+scale the update of b is sqrt(in / rank) times as large per entry as that of a, which
+gives LoRA+'s ratio for free. Which factors are orthogonalised, and how:
 
     b          polar(u_b); a follows Adam (reports find Muon on a to be noise)
     both       polar(u_a), polar(u_b)
     whitened   polar(u_a M^-1/2) M^-1/2,  N^-1/2 polar(N^-1/2 u_b),  without a width
                scale; N = a^T a, M = b b^T. The kernel's step does not depend on how
                the product is split. Not the paper's step size: see split
-    split      whitened / (2 s), LoRA-Muon's: the learning rate bounds the spectral
-               norm of the kernel's step, and decay is of the product (`split_decay`)
+    split      whitened / (2 s), as in LoRA-Muon: the learning rate bounds the spectral
+               norm of the kernel's step, and the product decays (`split_decay`)
     product    the polar factor P of LoRA-Pro's projection of the kernel's gradient
                (rank 2r, from thin cores), projected back to the factors
 
-"split" is steepest descent under the spectral norm. Of the first-order change of the
-kernel, `X + Y = s u_a b + s a u_b`, let each part have a norm of at most 1/2, so that
-the whole has at most 1. `<G, X>` is largest where X is half the polar factor of G
-projected on the rows of b, and `u_a b = polar(u_a M^-1/2) M^-1/2 b` is that polar
-factor: so `u_a = polar(m_a M^-1/2) M^-1/2 / (2 s)` for `m_a` the gradient of a, and b
-likewise. A published summary of the paper has the same equations at s = 1, with
-momentum of the factors' gradients and without Nesterov's look ahead; how the paper
-treats singular M and N was not at hand, and is `damping` here.
+"split" is steepest descent under the spectral norm. Let each part of the kernel's
+first-order change, `X + Y = s u_a b + s a u_b`, have norm at most 1/2, so that the sum
+has norm at most 1. `<G, X>` is largest if X is half the polar factor of G projected
+onto the rows of b, and `u_a b = polar(u_a M^-1/2) M^-1/2 b` is that polar factor. So
+`u_a = polar(m_a M^-1/2) M^-1/2 / (2 s)`, with `m_a` the gradient of a, and b is
+analogous. A published summary of the paper has the same equations at s = 1, with
+momentum on the factors' gradients and without Nesterov's look-ahead. The paper's
+treatment of singular M and N was not available; here it is `damping`.
 
 References:
   Jordan et al., Muon: An optimizer for hidden layers in neural networks (2024).
@@ -74,7 +74,8 @@ class ScaleByMuonFactorsState(NamedTuple):
     """The momentum.
 
     Attributes:
-      momentum: adapters, float32; zero where no factor is orthogonalised.
+      momentum: an adapter tree, at least float32; zero for leaves that are not
+        orthogonalised.
     """
 
     momentum: Adapters
@@ -86,20 +87,22 @@ def scale_by_muon_factors(
     nesterov: bool = True,
     damping: _checks.Number = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces the gradients of factors by orthogonalised momentum; others pass.
+    """Replaces the gradients of factors by orthogonalised momentum.
 
-    A singular value below 1e-6 of the largest gets no step, and neither does a factor
-    whose momentum is below 1e-6 of its partner's: while b is zero the gradient of a is
-    exactly zero, and rounding in its place must not become a whole step.
+    Singular directions below 1e-6 of the largest get no step, and neither does a factor
+    whose momentum is below 1e-6 of its partner's: while b is zero, the gradient of a is
+    exactly zero, and rounding errors must not become a full step. Other leaves pass
+    through.
 
     Args:
-      factors: which, see the module. The published LoRA-Muon is "split"; "whitened" is
-        its direction with 2 s times its step, as the studies here have run it.
+      factors: which factors, and how; see the module docstring. The published LoRA-Muon
+        is "split"; "whitened" takes its direction with 2 s times its step, as the
+        studies here use it.
       beta: decay rate of the momentum; 0.95 as published.
-      nesterov: as published, without the bias correction of `optax.contrib.muon`; see
-        the module.
-      damping: of the Gram matrices in "whitened", "split" and "product", relative to
-        the larger trace; 0 for exact invariance, see `scale_by_lora_pro`.
+      nesterov: whether to look ahead, as published, without the bias correction of
+        `optax.contrib.muon`; see the module docstring.
+      damping: damping of the Gram matrices in "whitened", "split" and "product",
+        relative to the larger trace; 0 for exact invariance, see `scale_by_lora_pro`.
 
     Returns:
       An optax transformation; `update` needs the adapters, as `params`.
@@ -163,24 +166,25 @@ def muon(
     eps: _checks.Number = 1e-8,
     weight_decay: _checks.NumberOrSchedule = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon for the factors, Adam for every other leaf (magnitude, value, with "b" a).
+    """Muon for the factors, Adam for other leaves (magnitude, value; a, too, in "b").
 
-    Whole matrices (`Full`) follow Adam too; for those `optax.contrib.muon` with its
-    `muon_weight_dimension_numbers` serves.
+    Whole matrices (`Full`) also follow Adam; for Muon on those, use
+    `optax.contrib.muon` with its `muon_weight_dimension_numbers`.
 
     Args:
-      learning_rate: of the orthogonalised factors; 0.02 is Muon's own default. With
-        "split" it is the spectral norm of the kernel's step, at most.
-      factors: see the module; the published LoRA-Muon is "split". "whitened" takes 2 s
-        times its step at one learning rate: with alpha = 2 rank, four times.
+      learning_rate: the rate of the orthogonalised factors; 0.02 is Muon's own default.
+        With "split" it bounds the spectral norm of the kernel's step.
+      factors: see `scale_by_muon_factors`; the published LoRA-Muon is "split". At the
+        same learning rate, the step of "whitened" is 2 s times as large: four times
+        with alpha = 2 rank.
       beta: see `scale_by_muon_factors`.
       nesterov: see `scale_by_muon_factors`.
       damping: see `scale_by_muon_factors`.
-      adam_learning_rate: of the leaves that follow Adam; None: `learning_rate`.
-      b1: of Adam.
-      b2: of Adam.
-      eps: of Adam.
-      weight_decay: decoupled, of the factors alone; with "split" of their product.
+      adam_learning_rate: for the leaves trained by Adam; None for `learning_rate`.
+      b1: Adam's decay rate of the first moment.
+      b2: Adam's decay rate of the second moment.
+      eps: Adam's epsilon.
+      weight_decay: decoupled decay of the factors alone; in "split", of their product.
 
     Returns:
       An optax transformation; `update` needs the adapters, as `params`.
@@ -209,7 +213,7 @@ def muon(
 
 
 def _roles(factors: str) -> tuple[str, ...]:
-    """Of the leaves that are orthogonalised."""
+    """The roles of the leaves that are orthogonalised."""
     return ("b",) if factors == "b" else ("a", "b")
 
 
@@ -256,7 +260,7 @@ def _width(out: int, rank: _pairs.Static) -> jax.Array:
 
 
 def _alive(own: jax.Array, other: jax.Array) -> jax.Array:
-    """Zero where a factor's momentum is rounding beside its partner's."""
+    """Zero if a factor's momentum is rounding error compared with its partner's."""
     size, beside = (
         jnp.linalg.norm(x, axis=(1, 2), keepdims=True) for x in (own, other)
     )

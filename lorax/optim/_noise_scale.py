@@ -1,6 +1,6 @@
-"""The gradient noise scale, tracked while training: how large a batch is worth it.
+"""Tracks the gradient noise scale, which tells how large a batch pays off.
 
-With the mean of |g_i|^2 over the microbatches of a step (B1 examples each) and |g|^2 of
+From the mean of |g_i|^2 over the microbatches of a step (B1 examples each) and |g|^2 of
 their mean (B2 examples), unbiased estimates of the squared true gradient and of the
 trace of the per-example covariance Sigma are
 
@@ -8,9 +8,9 @@ trace of the per-example covariance Sigma are
     S     = (|g1|^2 - |g2|^2) / (1 / B1 - 1 / B2)
 
 and the simple noise scale is tr Sigma / |G|^2, in examples. Both are averaged over
-steps on their own, and divided when read: on one test the ratio of means is 114.1 where
-the truth is 113.7 and the mean of ratios 179.9. An estimate of |G|^2 may be negative,
-which is clamped when read and never in the average.
+steps separately, and divided only when read: in one test the ratio of means is 114.1
+and the mean of ratios 179.9, where the truth is 113.7. An estimate of |G|^2 may be
+negative; it is clamped when read, but not in the average.
 
 References:
   McCandlish et al., An Empirical Model of Large-Batch Training, arXiv:1812.06162.
@@ -30,12 +30,12 @@ from lorax.types import MicrobatchNorms
 
 
 class NoiseScaleState(NamedTuple):
-    """Two averages, from zero and not yet corrected for it.
+    """Two running averages from zero, without bias correction.
 
     Attributes:
       count: int32 []; steps measured.
-      covariance: float32 []; of S.
-      gradient: float32 []; of |G|^2.
+      covariance: float32 []; average of S.
+      gradient: float32 []; average of |G|^2.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -46,22 +46,22 @@ class NoiseScaleState(NamedTuple):
 def track_noise_scale(
     decay: float | jax.Array = 0.99,
 ) -> optax.GradientTransformationExtraArgs:
-    """Measures the noise scale and passes the updates unchanged.
+    """Measures the noise scale and passes the updates through unchanged.
 
-    Its update needs `microbatch=MicrobatchNorms(...)`, which a train step that
-    accumulates passes. Of adapters it is the noise scale of the *factors'* gradients:
-    while b is zero only b's count. Read it again after a few hundred steps.
+    Its update needs `microbatch=MicrobatchNorms(...)`, as passed by a train step that
+    accumulates. For adapters it measures the noise scale of the *factors'* gradients:
+    while b is zero, only b's gradient counts. Read it again after a few hundred steps.
 
     Args:
-      decay: of the two averages, in [0, 1). 0.99 looks at about the last hundred steps;
-        one step alone says little.
+      decay: decay rate of the two averages, in [0, 1). 0.99 averages over about the
+        last hundred steps; a single step says little.
 
     Returns:
-      The transformation; read its state by `noise_scale`.
+      An optax transformation; read its state with `noise_scale`.
 
     Raises:
-      ValueError: a decay out of range; (in `update`) no `microbatch`, or one whose two
-        batch sizes are not apart.
+      ValueError: a decay out of range; at `update`, no `microbatch`, or one whose
+        second batch size is not larger than the first.
 
     Example:
       >>> tx = track_noise_scale()
@@ -104,14 +104,14 @@ def noise_scale(opt_state: optax.OptState) -> jax.Array:
     """Returns tr Sigma / |G|^2 in examples, the ratio of the two averages.
 
     Args:
-      opt_state: of `track_noise_scale`, or of anything around it.
+      opt_state: state of `track_noise_scale`, or of a transformation that contains it.
 
     Returns:
-      float32 []; inf where the average of |G|^2 is not above zero (the batch is far
-      below the noise scale, or the decay too short), NaN before the first step.
+      float32 []; inf if the average of |G|^2 is not positive (the batch is far below
+      the noise scale, or the average too short), NaN before the first step.
 
     Raises:
-      ValueError: no state of `track_noise_scale`, or several.
+      ValueError: no `track_noise_scale` state, or several.
     """
     state = _states.find(opt_state, NoiseScaleState, "lorax.optim.track_noise_scale")
     covariance = jnp.maximum(state.covariance, 0)
@@ -132,7 +132,7 @@ def _estimates(norms: MicrobatchNorms | None) -> tuple[jax.Array, jax.Array]:
     if known and not 0 < norms.small_batch < norms.large_batch:
         raise ValueError(
             f"small_batch={norms.small_batch} and large_batch={norms.large_batch}: the "
-            "noise scale is read from the difference, so the second must be larger; "
+            "noise scale comes from their difference, so the second must be larger; "
             "accumulate >= 2 microbatches per step"
         )
     g1, g2, b1, b2 = (jnp.asarray(value, jnp.float32) for value in norms)

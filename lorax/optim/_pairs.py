@@ -1,9 +1,9 @@
 """The (a, b) pairs inside an adapter tree, as stacks of matrices.
 
-Pair transforms need both factors of one kernel, and its scale, at once. They see every
-Lora and Dora as `a: [n, in, rank]`, `b: [n, rank, out]` in float32, whatever the axes
-of the leaf, and `n` the layers, experts or slices in it; other adapters pass. How they
-are applied to a tree is `_pairwise`.
+Pair transforms need both factors of a kernel, and its scale, at once. They see every
+Lora and Dora as `a: [n, in, rank]`, `b: [n, rank, out]` in at least float32, whatever
+the axes of the leaf; `n` counts its layers, experts or slices. Other adapters pass
+through. `_pairwise` applies them to a tree.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorax.adapters.pairs import Both, factors_of, stacked
 from lorax.types import PairStatics
 
 Static = float | jax.Array
-"""A number of a pair: one for all, or `[n, 1, 1]` where members of a stack differ."""
+"""A pair's number: one for the whole stack, or `[n, 1, 1]` if its members differ."""
 
 
 class Pair(NamedTuple):
@@ -26,9 +26,9 @@ class Pair(NamedTuple):
 
     Attributes:
       a: `[n, in, rank]`, at least float32.
-      b: `[n, rank, out]`, likewise.
+      b: `[n, rank, out]`, at least float32.
       scale: the factor on `a @ b`.
-      rank: the true rank; less than `a.shape[-1]` where a population pads it.
+      rank: the true rank; less than `a.shape[-1]` if a population pads it.
     """
 
     a: jax.Array
@@ -42,18 +42,18 @@ def pair_of(adapter: Any, statics: PairStatics | None = None) -> Pair:
 
     Args:
       adapter: a Lora or Dora of parameters, gradients or updates.
-      statics: scale and rank of this member of a population; None: the adapter's own.
+      statics: a population member's scale and rank; None for the adapter's own.
     """
     own = PairStatics(adapter.scale, adapter.rank) if statics is None else statics
     return Pair(*stacked(adapter), own.scale, own.rank)
 
 
 def zeros(adapter: Any) -> Both:
-    """Returns zeros of the factors' shapes, at least float32."""
+    """Returns zeros in the factors' shapes, at least float32."""
     a, b = factors_of(adapter)
     return Both(zeros_like(a), zeros_like(b))
 
 
 def zeros_like(factor: jax.Array) -> jax.Array:
-    """Returns zeros of one factor's shape, at least float32, sharded alike."""
+    """Returns zeros in a factor's shape and sharding, at least float32."""
     return jnp.zeros_like(factor, linalg.wide(factor.dtype))

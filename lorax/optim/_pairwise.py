@@ -1,16 +1,16 @@
-"""One frame for the transforms of (a, b): pairs of equal shapes are taken at once.
+"""Applies transforms of (a, b) to a tree, pairs of equal shapes together.
 
 A transform is a function of one stack of pairs, `(update, given) -> (a, b)` with
-`a: [n, in, rank]` and `b: [n, rank, out]`, that treats each of the n by itself. The
-frame stacks the pairs of all paths with equal shapes along n, calls the function once
-for each such group, and takes the results apart: the program grows with the number of
-different shapes, not with that of paths.
+`a: [n, in, rank]` and `b: [n, rank, out]`, that treats each of the n separately. This
+module stacks the pairs of all paths with equal shapes along n, calls the function once
+per group and splits the results, so the program grows with the number of different
+shapes, not with the number of paths.
 
-A pair that lies on a mesh of several devices stays by itself. Stacking pairs that are
-cut alike would exchange nothing more, and of others it would gather; but a type on an
-Auto mesh does not say how its value is cut, and an Explicit mesh is an Auto one inside
-a transformation (`_states`). A large pair, whose copy costs more than a call, stays by
-itself too.
+A pair on a mesh of several devices is not stacked. Stacking pairs with the same
+sharding would add no communication, but pairs with different shardings would be
+gathered, and a type on an Auto mesh does not tell its value's sharding (inside a
+transformation, an Explicit mesh is an Auto one, too; see `_states`). A large pair,
+whose copy costs more than a call, is not stacked either.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from lorax.optim import _pairs, _states, _trees
 from lorax.types import Adapters, PairStatics
 
 Function = Callable[[_pairs.Pair, _pairs.Pair], tuple[jax.Array, jax.Array]]
-"""`(update, given) -> (a, b)`, the new update, of stacks of pairs."""
+"""`(update, given) -> (a, b)`, the new update; all are stacks of pairs."""
 
 KeepingFunction = Callable[
     [_pairs.Pair, _pairs.Pair, Any], tuple[jax.Array, jax.Array, Any]
 ]
-"""`(update, given, kept) -> (a, b, kept)`; arrays of `kept` lead with the stack."""
+"""`(update, given, kept) -> (a, b, kept)`; arrays in `kept` have leading axis n."""
 
 State = TypeVar("State")
 
 SMALL = 2**16
-"""Numbers in a and b up to which a pair is stacked. On two CPU cores a step of LoRA-Pro
-"factor" over 72 pairs of 25k to 61k numbers takes 0.92 of its time one by one, over 16
-pairs of 131k to 295k numbers 1.44."""
+"""The largest a.size + b.size of a pair that is stacked. On two CPU cores, stacking
+changes the time of a step of LoRA-Pro "factor" by a factor of 0.92 for 72 pairs of 25k
+to 61k numbers, and of 1.44 for 16 pairs of 131k to 295k numbers."""
 
 
 class _Member(NamedTuple):
@@ -66,10 +66,10 @@ def stateless(
     """Returns the transformation that replaces the update of every pair.
 
     Args:
-      name: of the transformation, for messages.
-      function: of stacks of pairs.
-      state: what `init` returns, and `update` hands on.
-      check: of every path and its pair, at `init`.
+      name: the transformation's name, for messages.
+      function: function of stacks of pairs.
+      state: what `init` returns and `update` passes on.
+      check: called with every path and its pair, at `init`.
     """
 
     def init_fn(params: Adapters) -> State:
@@ -101,10 +101,11 @@ def map_pairs(
     """Returns updates with `function(update, given)` in place of every pair.
 
     Args:
-      function: of stacks of pairs; `scale` and `rank` are numbers or `[n, 1, 1]`.
+      function: function of stacks of pairs; `scale` and `rank` are numbers or
+        `[n, 1, 1]`.
       updates: gradients or updates, `{path: Adapter}`.
       adapters: the parameters, as optax passes them.
-      pairs: of a population's member, the scales and ranks that differ.
+      pairs: a population member's own scales and ranks.
 
     Raises:
       ValueError: `adapters` is None.
@@ -125,18 +126,18 @@ def map_kept(
     *,
     stacked: bool = True,
 ) -> tuple[Adapters, dict[str, Any]]:
-    """`map_pairs` for a function that also reads and returns arrays of its own.
+    """`map_pairs` for a function that also reads and returns state of its own.
 
     Args:
-      function: of stacks of pairs and of what is kept of them.
+      function: function of stacks of pairs and of their state.
       updates: see `map_pairs`.
       adapters: see `map_pairs`.
-      kept: `{path: tree of arrays [n, ...]}`; None for a path that it lacks.
+      kept: `{path: tree of arrays [n, ...]}`; the function gets None for other paths.
       pairs: see `map_pairs`.
-      stacked: False: every path by itself, where `kept` is large.
+      stacked: False handles every path separately, for large `kept`.
 
     Returns:
-      The updates, and what the function kept, by path.
+      The updates, and the new state by path.
     """
     given = _trees.require_params(adapters)
     changed, after = dict(updates), {}
@@ -166,13 +167,13 @@ def map_both(
     parts: Sequence[Mapping[str, Both]],
     pairs: Mapping[str, PairStatics] | None = None,
 ) -> tuple[Adapters, list[dict[str, Both]]]:
-    """`map_kept` for states that keep something of both factors, part by part.
+    """`map_kept` for states whose parts each hold something for both factors.
 
     Args:
-      function: see `map_kept`; what it keeps is a tuple of `Both`, one for each part.
+      function: see `map_kept`; its state is a tuple of `Both`, one for each part.
       updates: see `map_pairs`.
       adapters: see `map_pairs`.
-      parts: `{path: Both}`, in the factors' shapes or as stacks already.
+      parts: each `{path: Both}`, in the factors' shapes or already as stacks.
       pairs: see `map_pairs`.
     """
 
@@ -188,7 +189,7 @@ def map_both(
 
 
 def _key(member: _Member) -> tuple[Any, ...]:
-    """What two paths must share to be taken at once."""
+    """What two paths must have in common to be stacked."""
     update, given = member.update, member.given
     arrays = (update.a, update.b, given.a, given.b)
     mesh = _explicit.mesh_of(*arrays)
@@ -200,7 +201,7 @@ def _key(member: _Member) -> tuple[Any, ...]:
 
 
 def _stack(members: list[_Member]) -> tuple[_pairs.Pair, _pairs.Pair, Any]:
-    """One stack of all; scales and ranks that are traced as `[n, 1, 1]`."""
+    """The members as one stack, with traced scales and ranks as `[n, 1, 1]`."""
     if len(members) == 1:
         return members[0].update, members[0].given, members[0].kept
     depths = [one.depth for one in members]

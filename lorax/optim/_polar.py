@@ -1,4 +1,4 @@
-"""Polar factors of thin matrices, exact on the short side; of rounding none."""
+"""Exact polar factors of thin matrices, zero in directions at rounding level."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import jax.numpy as jnp
 
 from lorax import linalg
 
-THRESHOLD = 1e-6  # of the largest: singular values below are rounding
+THRESHOLD = 1e-6  # singular values below this fraction of the largest are rounding
 
 
 def factor(x: jax.Array) -> jax.Array:
-    """Returns `U V^T` of `x = U S V^T: [n, long, short]`, zero where S is rounding."""
+    """Returns `U V^T` for `x = U S V^T: [n, long, short]`, zero where S is rounding."""
     u, _, vt = _svd(x)
     return linalg.dot(u, vt)
 
 
 def parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the polar factor `U V^T` of x, and `V S^-1 V^T`, that of its size.
+    """Returns the polar factor `U V^T` of x and the inverse `V S^-1 V^T` of its size.
 
-    With `x = (U V^T) (V S V^T)` the second is the inverse of the symmetric part, a
-    pseudo-inverse where S is rounding.
+    With `x = (U V^T) (V S V^T)`, the second is the inverse of the symmetric part, or
+    its pseudo-inverse where S is rounding.
     """
     u, s, vt = _svd(x)
     inverse = jnp.where(s > 0, 1 / jnp.where(s > 0, s, 1), 0)[..., None]
@@ -28,13 +28,13 @@ def parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns `U` and `V^T` of `a @ b = U S V^T`, zero where S is rounding."""
+    """Returns `U` and `V^T` for `a @ b = U S V^T`, U being zero where S is rounding."""
     u, s, vt = linalg.low_rank_svd(a, b)
     return jnp.where(s[:, None, :] > THRESHOLD * s[:, None, :1], u, 0), vt
 
 
 def _svd(x: jax.Array) -> linalg.Triplets:
-    """U and S zero where S is rounding."""
+    """The triplets of x, with U and S zero where S is rounding."""
     short = x.shape[-1]
     eye = jnp.broadcast_to(jnp.eye(short, dtype=x.dtype), (len(x), short, short))
     u, s, vt = linalg.low_rank_svd(x, eye)

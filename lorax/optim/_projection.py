@@ -6,8 +6,8 @@ of `|s (hA B + A hB) - G|` are, for any r x r matrix X,
     hA = gA M^-1 / s^2                  + A X
     hB = N^-1 (gB - K M^-1 B) / s^2     - X B,        K = A^T gA = gB B^T
 
-and `s (hA B + A hB)` is the orthogonal projection of G on the tangent space of the
-rank-r matrices at A B: only gA, gB and r x r algebra are needed, never G. With the
+and `s (hA B + A hB)` is the orthogonal projection of G onto the tangent space of the
+rank-r matrices at A B. This needs only gA, gB and r x r algebra, never G. With the
 spectra `N = U diag(n) U^T`, `M = V diag(m) V^T` and `K' = U^T K V`,
 
     s^2 X = -U (K' / c) V^T,    c_ij = m_j (n_i + m_j)    sylvester
@@ -32,13 +32,13 @@ CHOICES = ("sylvester", "symmetry", "zero")
 
 
 class Solution(NamedTuple):
-    """Which of the equivalent factor updates is taken.
+    """Which of the equivalent factor updates to take.
 
     Attributes:
       x: "sylvester": hA, hB as close as possible to gA, gB (the paper's); "symmetry":
-        hA B and A hB as close as possible to one another; "zero".
-      damping: of N and M, see `_gram.damping_of`.
-      relative: False: absolute damping.
+        hA B and A hB as close as possible to each other; "zero".
+      damping: damping of N and M, see `_gram.damping_of`.
+      relative: False for absolute damping.
     """
 
     x: str
@@ -46,7 +46,7 @@ class Solution(NamedTuple):
     relative: bool = True
 
     def checked(self) -> Solution:
-        """Returns itself; ValueError for an unknown `x` or a negative damping."""
+        """Returns itself; ValueError for an unknown `x` or negative damping."""
         _checks.one_of("x", self.x, CHOICES)
         _checks.at_least("damping", self.damping)
         return self
@@ -57,13 +57,13 @@ def project(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns `hA: [n, in, rank]` and `hB: [n, rank, out]`.
 
-    Where a Gram matrix is singular and undamped its pseudo-inverse is taken: at B = 0,
-    hA = 0 and `hB = N^-1 gB / s^2`.
+    A Gram matrix that is singular and undamped is replaced by its pseudo-inverse: at
+    B = 0, hA = 0 and `hB = N^-1 gB / s^2`.
 
     Args:
       update: gA and gB.
       given: A and B, with the scale and the true rank.
-      solution: which hA and hB, and how N and M are damped.
+      solution: which hA and hB to take, and how to damp N and M.
     """
     dot, inverse, x = linalg.dot, _gram.reciprocal, solution.x
     n, m = _gram.spectra(given, solution.damping, solution.relative)

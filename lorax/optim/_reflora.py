@@ -1,22 +1,23 @@
-"""RefLoRA: gradients of the factors in which the product is balanced.
+"""RefLoRA: gradients for the balanced factorisation of the product.
 
-Of all factors `(a P, P^-1 b)` of one product those with equal Gram matrices are the
-smallest, and the paper's bound on the loss after a step is lowest for them. They have
+Of all factors `(a P, P^-1 b)` with the same product, those with equal Gram matrices are
+the smallest, and the paper's bound on the loss after a step is lowest for them. They
+have
 
     P P^T = S,    S N S = M,    S = N^-1/2 (N^1/2 M N^1/2)^1/2 N^-1/2
 
-with `N = a^T a`, `M = b b^T`. A step of gradient descent there, told of a and b, is
+with `N = a^T a`, `M = b b^T`. A gradient descent step there, in terms of a and b, is
 
     grad_a <- grad_a S^-1,    grad_b <- S grad_b
 
-so nothing is ever factored anew: the product takes the step that the balanced factors
-would take, to all orders, and does not depend on how it was split. Adam on these
-gradients is what the released code does; it keeps its moments in the coordinates of a
-and b.
+so nothing is ever refactored: the product takes the step that the balanced factors
+would take, to all orders, and that step does not depend on how the product was split.
+The released code uses Adam on these gradients, with moments in the coordinates of a and
+b.
 
-At b = 0 there is no S: undamped, b would stay zero for ever. The released code takes
-100 steps of plain LoRA first. Here both Gram matrices are damped by one and the same d,
-as in LoRA-Pro, which bounds S from the start and forgets the gauge by as much.
+At b = 0 there is no S: undamped, b would stay zero for ever. The released code starts
+with 100 steps of plain LoRA. Here both Gram matrices are damped by the same d, as in
+LoRA-Pro, which bounds S from the start, at the cost of exact invariance.
 
 References:
   Zhang, Li, Giannakis, RefLoRA: Refactored Low-Rank Adaptation for Efficient
@@ -39,11 +40,11 @@ dot = linalg.dot
 
 
 class ScaleByRefLoraState(NamedTuple):
-    """Nothing to keep; the type tells `training.create_state` that gradients go in."""
+    """Empty; its type tells `training.create_state` that it reads gradients."""
 
     @property
     def reads_gradients(self) -> str:
-        """The name of the transform, for the message."""
+        """The name of the transform, for the error message."""
         return "scale_by_reflora"
 
 
@@ -53,13 +54,13 @@ def scale_by_reflora(
     """Replaces the gradients of every pair by those of the balanced factors.
 
     Args:
-      damping: of the Gram matrices, relative to the larger trace, at least 0. At 0 the
-        balance is exact, and a b of zeros gets no step.
-      relative: False: `damping` is added as it is.
+      damping: damping of the Gram matrices, relative to the larger trace, at least 0.
+        At 0 the balance is exact, but an all-zero b gets no step.
+      relative: False adds `damping` as it is.
 
     Returns:
       An optax transformation without state; `update` needs the adapters, as `params`,
-      and takes `pairs=` of a population's member. Other leaves pass.
+      and takes `pairs=` for a population member. Other leaves pass through.
 
     Raises:
       ValueError: negative damping; at `init`, an AdaLora; at `update`, no adapters.
@@ -105,7 +106,7 @@ def reflora(
       b2: decay rate of the second moment.
       eps: added to the root of the second moment.
       weight_decay: see `add_decayed_weights`.
-      full_decay: True: Full leaves decay to their initial values.
+      full_decay: True makes Full leaves decay to their initial values.
 
     Returns:
       An optax transformation; `update` needs the adapters, as `params`.
@@ -127,7 +128,7 @@ def reflora(
 def balance(
     pair: _pairs.Pair, damping: _checks.Number, relative: bool = True
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns S and its inverse, `[n, rank, rank]`; pseudo-inverses where undamped."""
+    """Returns S and its inverse, `[n, rank, rank]`; pseudo-inverses if undamped."""
     d = _gram.damping_of(pair, damping, relative)
     n, m = _gram.grams(pair)
     m = m + d[..., None] * jnp.eye(m.shape[-1], dtype=m.dtype)[None]

@@ -1,14 +1,14 @@
-"""Scaled gradient descent: each factor preconditioned by the other's Gram matrix.
+"""Scaled gradient descent: preconditions each factor by the other's Gram matrix.
 
     gA <- gA (b b^T + d I)^-1,    gB <- (a^T a + d I)^-1 gB
 
-the gradient in a Riemannian metric under which a rescaling `(a T, T^-1 b)` of the
-factors changes nothing. The kernel then moves by s^2 (P_A G + G P_B): unlike LoRA-Pro,
-what both factors can express is counted twice. d is relative to both factors,
+This is the gradient in a Riemannian metric under which rescaling the factors,
+`(a T, T^-1 b)`, changes nothing. The kernel then moves by s^2 (P_A G + G P_B): unlike
+in LoRA-Pro, what both factors can express counts twice. d is relative to both factors,
 
     d = damping * max(tr a^T a, tr b b^T) / rank
 
-where the released code and PEFT add a constant, tuned between 1e-7 and 100 by task.
+while the released code and PEFT add a constant, tuned between 1e-7 and 100 per task.
 
 References:
   Zhang & Pilanci, Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models,
@@ -27,11 +27,11 @@ from lorax.optim import _decay, _gram, _pairs, _pairwise, _standard
 
 
 class ScaleByGramState(NamedTuple):
-    """Nothing to keep; the type tells `training.create_state` that gradients go in."""
+    """Empty; its type tells `training.create_state` that it reads gradients."""
 
     @property
     def reads_gradients(self) -> str:
-        """The name of the transform, for the message."""
+        """The name of the transform, for the error message."""
         return "scale_by_gram"
 
 
@@ -42,14 +42,14 @@ def scale_by_gram(
 
     Args:
       damping: relative to the larger trace of the two, at least 0. At 0 the
-        pseudo-inverse is taken. 0.1 as for LoRA-Pro under Adam: where b is near zero it
+        pseudo-inverse is taken. 0.1 as for LoRA-Pro with Adam: while b is near zero, it
         bounds the step of a by the learning rate.
-      relative: False: `damping` is added as it is (1e-6 in the released code, 1e-2 in
+      relative: False adds `damping` as it is (1e-6 in the released code, 1e-2 in
         PEFT).
 
     Returns:
       An optax transformation without state; `update` needs the adapters, as `params`,
-      and takes `pairs=` of a population's member. Other leaves pass.
+      and takes `pairs=` for a population member. Other leaves pass through.
 
     Raises:
       ValueError: negative damping; at `init`, an AdaLora; at `update`, no adapters.
@@ -88,8 +88,8 @@ def riemannian(
 ) -> optax.GradientTransformationExtraArgs:
     """Scaled AdamW: AdamW on preconditioned gradients.
 
-    Both factors are preconditioned by the parameters as given; the released code
-    updates a in place first, and preconditions b by the new one.
+    Both factors are preconditioned by the parameters before the step; the released code
+    updates a in place first and preconditions b by the new a.
 
     Args:
       learning_rate: a number or a schedule, sized as for LoRA.
@@ -99,7 +99,7 @@ def riemannian(
       b2: decay rate of the second moment.
       eps: added to the root of the second moment.
       weight_decay: see `add_decayed_weights`.
-      full_decay: True: Full leaves decay to their initial values.
+      full_decay: True makes Full leaves decay to their initial values.
 
     Returns:
       An optax transformation; `update` needs the adapters, as `params`.

@@ -1,24 +1,25 @@
-"""Riemannion: Muon on the manifold of the kernel updates of one rank.
+"""Riemannion: Muon on the manifold of kernel updates of fixed rank.
 
-`D = s a b = U_a C U_b^T`, in orthonormal bases of its columns and rows, is a point; the
-tangent space there has the matrices `A U_b^T + U_a B^T` with `U_a^T A = 0`, and P is
-the projection on it. With the gradient G of the kernel a step is
+A point is `D = s a b = U_a C U_b^T`, in orthonormal bases of its columns and rows. Its
+tangent space consists of the matrices `A U_b^T + U_a B^T` with `U_a^T A = 0`, and P is
+the projection onto it. With the gradient G of the kernel, a step is
 
-    X <- beta P(X) + (1 - beta) P(G)      momentum, carried to the new point
-    Z = P(polar(X))                       X has rank 2 r, so thin cores serve
-    D <- best rank r part of (1 - lr decay) D - lr Z
+    X <- beta P(X) + (1 - beta) P(G)      momentum, transported to the new point
+    Z = P(polar(X))                       X has rank 2 r, so thin cores suffice
+    D <- best rank-r part of (1 - lr decay) D - lr Z
 
-so every step is one of D, whatever its factors. P(G) needs the factors' gradients
-alone: `G U_b = grad_a R_b^-1 / s` and `G^T U_a = grad_b^T R_a^-1 / s` for the polar
-decompositions `a = U_a R_a` and `b^T = U_b R_b`. `scale_by_riemannion` gives Z as steps
-of the factors, `s (u_a b + a u_b) = Z`, and `retract`, the last link, makes of any such
-steps the best rank r part, in the balanced factors nearest to the old ones.
+so every step acts on D, however it is factored. P(G) needs only the factors' gradients:
+`G U_b = grad_a R_b^-1 / s` and `G^T U_a = grad_b^T R_a^-1 / s` for the polar
+decompositions `a = U_a R_a` and `b^T = U_b R_b`. `scale_by_riemannion` returns Z as
+steps of the factors, `s (u_a b + a u_b) = Z`, and `retract`, the last in the chain,
+turns any such steps into the best rank-r part, in the balanced factors nearest to the
+old ones.
 
-The momentum carried on is X, as in Muon, not the orthogonalised Z. This was written
-from the paper's abstract, a published summary of its equations and a reimplementation;
-its own text and code were not at hand. The reimplementation carries Z on and decays
-with a basis where D should stand; both were decided here by what Muon and decay of the
-kernel are. The paper's start from the gradient is a matter of inits.
+The momentum is X, as in Muon, not the orthogonalised Z. This was written from the
+paper's abstract, a published summary of its equations and a reimplementation; the
+paper's text and code were not available. The reimplementation keeps Z as momentum, and
+decays a basis instead of D; both choices here follow Muon and weight decay of the
+kernel. The paper's gradient-based initialisation is left to inits.
 
 References:
   Bogachev et al., LoRA meets Riemannion: Muon Optimizer for Parametrization-independent
@@ -53,11 +54,11 @@ dot = linalg.dot
 
 
 class ScaleByRiemannionState(NamedTuple):
-    """The momentum, a tangent vector, and the point where it was one.
+    """The momentum, which is a tangent vector, and the point to which it belongs.
 
     Attributes:
       basis: `{path: (a, b)}`, U_a and U_b^T, in the factors' shapes.
-      momentum: `{path: (a, b)}`, A and B^T, likewise.
+      momentum: `{path: (a, b)}`, A and B^T, in the factors' shapes.
     """
 
     basis: dict[str, Both]
@@ -65,16 +66,16 @@ class ScaleByRiemannionState(NamedTuple):
 
     @property
     def reads_gradients(self) -> str:
-        """The name of the transform, for messages about its place in a chain."""
+        """The name of the transform, for the error message."""
         return "scale_by_riemannion"
 
 
 Kept = tuple[Both, Both]
-"""The fields of the state, of one stack of pairs."""
+"""The fields of the state, for one stack of pairs."""
 
 
 class RetractState(NamedTuple):
-    """Nothing to keep."""
+    """Empty."""
 
 
 class _Point(NamedTuple):
@@ -87,17 +88,18 @@ class _Point(NamedTuple):
 def scale_by_riemannion(
     beta: _checks.Number = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces the gradients of every pair by the direction Z; others pass.
+    """Replaces the gradients of every pair by the direction Z.
 
-    Chain `retract` behind the learning rate: without it the step is Z's of first order.
-    While b is zero, as at the start, only b gets a step.
+    Chain `retract` after the learning rate: without it, the step equals Z only to first
+    order. While b is zero, as at init, only b gets a step. Other leaves pass through.
 
     Args:
-      beta: decay rate of the momentum; 0.9 as in code for it, Muon's own is 0.95.
+      beta: decay rate of the momentum; 0.9 as in the reimplementation, Muon's own is
+        0.95.
 
     Returns:
       An optax transformation; `update` needs the adapters, as `params`, and takes
-      `pairs=` of a population's member.
+      `pairs=` for a population member.
 
     Raises:
       ValueError: `beta` out of range; at `init`, an AdaLora; at `update`, no adapters.
@@ -141,17 +143,17 @@ def scale_by_riemannion(
 
 
 def retract() -> optax.GradientTransformationExtraArgs:
-    """Makes of the steps of a and b the best rank r part of what D then is.
+    """Turns the steps of a and b into a step to the best rank-r part of the new D.
 
-    With steps u_a, u_b it takes `a b + u_a b + a u_b`, of rank 2 r, to its r largest
-    singular values S, and the factors to `U S^1/2 Q` and `Q^T S^1/2 V^T`, with the
-    rotation Q that keeps them nearest to the old ones. Where that has less than rank r,
-    as at b = 0 under a learning rate of zero, balanced factors would lose a direction
-    for good: there the factors take their own steps.
+    With steps u_a, u_b, it truncates `a b + u_a b + a u_b`, of rank 2 r, to its r
+    largest singular values S, and takes the factors to `U S^1/2 Q` and `Q^T S^1/2 V^T`,
+    with the rotation Q that keeps them nearest to the old ones. If the result has less
+    than rank r, as at b = 0 with a learning rate of zero, balanced factors would lose a
+    direction for good, so the factors take their own steps instead.
 
     Returns:
       An optax transformation without state; `update` needs the adapters, as `params`,
-      and takes `pairs=` of a population's member.
+      and takes `pairs=` for a population member.
 
     Raises:
       ValueError: at `init`, an AdaLora; at `update`, no adapters.
@@ -165,7 +167,7 @@ def retract() -> optax.GradientTransformationExtraArgs:
         rows = jnp.concatenate([own.a, update.a], axis=2)
         columns = jnp.concatenate([own.b + update.b, own.b], axis=1)
         u, s, vt = linalg.low_rank_svd(rows, columns)
-        if s.shape[-1] < rank:  # a kernel of fewer inputs or outputs
+        if s.shape[-1] < rank:  # a kernel with fewer inputs or outputs than that
             return update.a, update.b
         s = s[:, None, :rank]
         real = jnp.arange(rank)[None, None, :] < own.rank
@@ -196,14 +198,14 @@ def riemannion(
     """Riemannion for the factors, Adam for every other leaf (magnitude, value).
 
     Args:
-      learning_rate: the spectral norm of a step of the kernel, about; a number or a
+      learning_rate: roughly the spectral norm of the kernel's step; a number or a
         schedule.
       beta: see `scale_by_riemannion`.
-      adam_learning_rate: of the leaves that follow Adam; None: `learning_rate`.
-      b1: of Adam.
-      b2: of Adam.
-      eps: of Adam.
-      weight_decay: decoupled, of the product of the factors alone.
+      adam_learning_rate: for the leaves trained by Adam; None for `learning_rate`.
+      b1: Adam's decay rate of the first moment.
+      b2: Adam's decay rate of the second moment.
+      eps: Adam's epsilon.
+      weight_decay: decoupled decay of the factors' product alone.
 
     Returns:
       An optax transformation; `update` needs the adapters, as `params`.
@@ -228,7 +230,7 @@ def riemannion(
 
 
 def _half(weight_decay: _checks.NumberOrSchedule) -> _checks.NumberOrSchedule:
-    """Each factor's share: to first order their product decays by the whole."""
+    """Half the decay for each factor: to first order, the product decays in full."""
     if callable(weight_decay):
         return lambda count: 0.5 * weight_decay(count)
     return 0.5 * weight_decay
@@ -237,7 +239,7 @@ def _half(weight_decay: _checks.NumberOrSchedule) -> _checks.NumberOrSchedule:
 def _direction(
     update: _pairs.Pair, given: _pairs.Pair, kept: Kept, beta: _checks.Number
 ) -> tuple[jax.Array, jax.Array, Kept]:
-    """Z as steps of the factors, and the point and momentum to keep."""
+    """Z as steps of the factors, and the new point and momentum."""
     u_a, inverse_a = _polar.parts(given.a)
     u_b, inverse_b = _polar.parts(given.b.mT)
     point = _Point(u_a, u_b)
@@ -257,7 +259,7 @@ def _direction(
 
 
 def _thin(point: _Point, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`L = [A, U_a]` and `R = [U_b, B]`, of which `L R^T` is the tangent vector."""
+    """`L = [A, U_a]` and `R = [U_b, B]`, whose `L R^T` is the tangent vector."""
     left = jnp.concatenate([a, point.a], axis=-1)
     return left, jnp.concatenate([point.b, b], axis=-1)
 
@@ -265,7 +267,7 @@ def _thin(point: _Point, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Arr
 def _projected(
     left: jax.Array, right: jax.Array, point: _Point
 ) -> tuple[jax.Array, jax.Array]:
-    """A and B of `P(L R^T)`."""
+    """The A and B of `P(L R^T)`."""
     a = dot(left, dot(right.mT, point.b))
     return _outside(point.a, a), dot(right, dot(left.mT, point.a))
 
@@ -275,7 +277,7 @@ def _outside(basis: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _rotation(x: jax.Array, rank: _pairs.Static) -> jax.Array:
-    """The orthogonal matrix nearest to x; a population's padding stays by itself."""
+    """The orthogonal matrix nearest to x, the identity on a population's padding."""
     own = jnp.eye(x.shape[-1], dtype=x.dtype)[None]
     padded = jnp.arange(x.shape[-1])[None, :, None] >= rank
     u, _, vt = _lapack.svd(x + jnp.where(padded, own, 0))

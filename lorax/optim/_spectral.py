@@ -1,15 +1,16 @@
-"""Decay of the spectral norm: pull in what is largest, leave the rest alone.
+"""Decay of the spectral norm: shrinks the largest singular value, and no other.
 
     u <- u + weight_decay * grad 0.5 |W|^2,      grad 0.5 |W|_2^2 = sigma_1 u_1 v_1^T
 
-decoupled, before the learning rate: sigma_1 becomes (1 - lr * weight_decay) sigma_1 and
-no other singular value moves. For a Schatten norm with exponent p,
+It is decoupled, before the learning rate: sigma_1 becomes (1 - lr * weight_decay)
+sigma_1 and no other singular value moves. For a Schatten norm with exponent p,
 
     grad 0.5 |W|_Sp^2 = |sigma|_p^(2-p) U S^(p-1) V^T
 
-so p = 2 is Frobenius decay, and an even p a smooth stand-in where sigma_1 is repeated.
-Of the update `D = s a b` it is exact and thin. With `N = a^T a`, `M = b b^T`, the root
-`h = N^1/2` and the leading eigenpair (l, q) of `h M h`, so that l = |a b|_2^2,
+so p = 2 is Frobenius decay, and a larger even p is a smooth substitute if sigma_1 is
+repeated. For the update `D = s a b` it is exact and cheap. With `N = a^T a`,
+`M = b b^T`, the root `h = N^1/2` and the leading eigenpair (l, q) of `h M h`, so that
+l = |a b|_2^2,
 
     z = h q,   y = M z / sqrt(l),      grad_a = s^2 (a y) y^T,   grad_b = s^2 z (z^T b)
 
@@ -17,10 +18,10 @@ and for an even p, with k = p/2 - 1, from products of rank x rank matrices alone
 
     grad_a = s^2 c a M (N M)^k,   grad_b = s^2 c (N M)^k N b,   c = |a b|_Sp^(2-p)
 
-Another p takes the singular value decomposition of a b, from QR and a rank x rank core.
-Nothing is kept between steps. The norm of a whole kernel comes from one power
-iteration a step, warm-started. Names close to this one mean other things: "spectral
-weight decay" elsewhere is a decay of the nuclear norm.
+Any other p needs the singular value decomposition of a b, from QR and a rank x rank
+core. These keep no state. The norm of a whole kernel comes from one warm-started power
+iteration per step. Beware of similar names: "spectral weight decay" elsewhere means
+decay of the nuclear norm.
 
 References:
   Su, kexue.fm 10648 (2024) and 11729 (2026). Yoshida & Miyato, Spectral Norm
@@ -49,10 +50,11 @@ Target = Literal["delta", "factors", "merged", "param"]
 
 
 class DecayedSpectralNormState(NamedTuple):
-    """What power iteration carries.
+    """The state of the power iteration.
 
     Attributes:
-      v: `{path: [*batch, out]}`, float32 unit vectors; empty for exact targets.
+      v: `{path: [n, out]}`, float32 unit vectors for the n matrices of each leaf;
+        empty for exact targets.
     """
 
     v: dict[str, jax.Array]
@@ -66,35 +68,36 @@ def add_decayed_spectral_norm(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the gradient of `weight_decay * 0.5 |.|^2` to the updates.
 
-    | target | the norm of | of | state |
+    | target | norm of | for | state |
     |---|---|---|---|
     | delta | s a b | Lora, Dora | none |
-    | factors | a and b, each by itself | Lora, Dora | none |
-    | merged | the kernel that `merge` gives | Lora, Dora, AdaLora | v |
+    | factors | a and b separately | Lora, Dora | none |
+    | merged | the kernel that `merge` returns | Lora, Dora, AdaLora | v |
     | param | the leaf | a plain tree, or Full | v |
 
-    "merged" is not the default: by itself it *grows* the adapter, until that cancels
-    the leading direction of the pretrained kernel. "factors" bounds "delta", for
-    `0.5 (|a|^2 + |b|^2) >= |a b|`. Magnitudes never decay.
+    "merged" is not the default, because on its own it *grows* the adapter until it
+    cancels the leading direction of the pretrained kernel. "factors" bounds "delta",
+    since `0.5 (|a|^2 + |b|^2) >= |a b|`. Magnitudes never decay.
 
     Args:
-      weight_decay: strength, as of AdamW; keep it times the learning rate below 1. A
-        number, or a schedule, whose count `optax.inject_hyperparams` then keeps.
-      target: which norm.
-      schatten: exponent of the Schatten norm, at least 1; None, the default, is
-        infinity, the spectral norm. "merged" and "param" have that one alone. It shapes
-        the program: under `optax.inject_hyperparams` name it among `static_args`.
-      kernels: from `lorax.discover`, for "param": leaves of more than two dimensions
-        are read by its axes. Two-dimensional ones need none.
+      weight_decay: strength, as for AdamW; keep its product with the learning rate
+        below 1. A number or a schedule; for a schedule, `optax.inject_hyperparams`
+        keeps the count.
+      target: which norm to decay.
+      schatten: exponent of the Schatten norm, at least 1; None, the default, means
+        infinity, the spectral norm. "merged" and "param" support only that. It shapes
+        the program: under `optax.inject_hyperparams`, name it in `static_args`.
+      kernels: from `lorax.discover`, for "param": it gives the axes of leaves with more
+        than two dimensions. Two-dimensional leaves do not need it.
 
     Returns:
       An optax transformation; `update` needs the parameters, and with "merged" the
       extra argument `base=`, the tree that `lorax.init` returned.
 
     Raises:
-      ValueError: an unknown target, an exponent below 1 or one that the target lacks, a
-        negative strength; at `init`, a tree of another kind; at `update`, no parameters
-        or no base.
+      ValueError: an unknown target, an exponent below 1 or unsupported by the target, a
+        negative strength; at `init`, a tree of the wrong kind; at `update`, no
+        parameters or no base.
 
     Example:
       >>> from lorax.adapters import Lora
@@ -121,18 +124,18 @@ def add_decayed_spectral_norm(
 
 
 def _exponent(target: Target, schatten: float | None) -> float:
-    """The exponent of the norm; ValueError for one that the target lacks."""
+    """The exponent of the norm; ValueError if the target does not support it."""
     whole = target in ("merged", "param")
     if isinstance(schatten, jax.core.Tracer):
         raise ValueError(
-            "schatten is traced, and it shapes the program: pass "
+            "schatten is traced, but it shapes the program: use "
             "optax.inject_hyperparams(..., static_args=('schatten',))"
         )
     schatten = math.inf if schatten is None else schatten
     if not schatten >= 1 or (whole and schatten != math.inf):
         raise ValueError(
-            f"schatten={schatten} of target={target!r}; give an exponent of at least 1"
-            + (", here infinity: power iteration finds sigma_1 alone" if whole else "")
+            f"schatten={schatten} for target={target!r}; give an exponent >= 1"
+            + (", here only infinity: power iteration finds sigma_1" if whole else "")
         )
     return schatten
 
@@ -211,11 +214,11 @@ def _added(u: jax.Array, d: jax.Array, strength: _checks.Number) -> jax.Array:
 
 
 def weights(s: jax.Array, schatten: float) -> jax.Array:
-    """Returns `|s|_p^(2-p) s^(p-1)` for falling singular values `[..., k]`."""
+    """Returns `|s|_p^(2-p) s^(p-1)` for descending singular values `[..., k]`."""
     if schatten == math.inf:
         return jnp.where(jnp.arange(s.shape[-1]) == 0, s, 0)
     first = s[..., :1]
-    share = s / jnp.where(first > 0, first, 1)  # of the largest, so that no power fails
+    share = s / jnp.where(first > 0, first, 1)  # so that no power can overflow
     norm = jnp.sum(share**schatten, -1, keepdims=True) ** (1 / schatten)
     scale = jnp.where(first > 0, norm, 1) ** (2 - schatten) * first
     return jnp.where(first > 0, scale * share ** (schatten - 1), 0)
@@ -236,7 +239,7 @@ def _delta(pair: _pairs.Pair, schatten: float) -> tuple[jax.Array, jax.Array]:
 
 
 def _leading(n: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The y and z of the module, `[n, rank, 1]`, from N and M `[n, rank, rank]`."""
+    """The module's y and z, `[n, rank, 1]`, from N and M `[n, rank, rank]`."""
     values, vectors = _lapack.eigh(n)
     roots = jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
     h = dot(vectors * roots, vectors.mT)
@@ -248,7 +251,7 @@ def _leading(n: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _powers(p: float, n: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`c M X^(p/2-1)` and `c X^(p/2-1) N` with `X = N M / tr(N M)`; products alone."""
+    """`c M X^(p/2-1)` and `c X^(p/2-1) N` for `X = N M / tr(N M)`, by products."""
     product = dot(n, m)
     size = _trace(product)  # |sigma|_2^2
     x = product / jnp.where(size > 0, size, 1)
@@ -272,7 +275,7 @@ def _factors(pair: _pairs.Pair, schatten: float) -> tuple[jax.Array, jax.Array]:
 
 def _thin(x: jax.Array, schatten: float) -> jax.Array:
     """The gradient of `0.5 |x|_Sp^2` for `x: [n, long, rank]`."""
-    if schatten < 2:  # small singular values count, and a Gram matrix loses them
+    if schatten < 2:  # small singular values matter, and a Gram matrix loses them
         unit = jnp.broadcast_to(jnp.eye(x.shape[-1]), (len(x), *x.shape[-1:] * 2))
         u, s, vt = linalg.low_rank_svd(x, unit)
         return dot(u * weights(s, schatten)[:, None, :], vt)

@@ -1,10 +1,10 @@
-"""A bound on singular values, kept after every step.
+"""A bound on singular values, enforced after every step.
 
     W <- W - max(sigma_1 - tau, 0) u_1 v_1^T          a leaf of a plain tree
     D = s a b,  sigma_i(D) <- min(sigma_i(D), tau)    an adapter, every i at once
 
-For an adapter the decomposition is exact, so all of D is clipped, and both factors
-carry an equal part of it:
+For an adapter the decomposition is exact, so all singular values of D are clipped, each
+factor taking an equal part of the change:
 
     k_i = 1 - sqrt(min(1, tau / sigma_i)),    a <- a - U k U^T a,    b <- b - b V k V^T
 
@@ -28,10 +28,11 @@ from lorax.types import PyTree
 
 
 class ClipSpectralNormState(NamedTuple):
-    """What power iteration carries.
+    """The state of the power iteration.
 
     Attributes:
-      v: `{path: [*batch, out]}`, float32 unit vectors; empty for adapters.
+      v: `{path: [n, out]}`, float32 unit vectors for the n matrices of each leaf;
+        empty for target "delta".
     """
 
     v: dict[str, jax.Array]
@@ -42,15 +43,15 @@ def clip_spectral_norm(
     target: Literal["delta", "param"] = "delta",
     kernels: Mapping[str, Kernel] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Bounds the spectral norm of what the parameters are after the step.
+    """Bounds the spectral norm of the parameters after the step.
 
-    The last link of a chain, after the learning rate: it reads `params + updates`.
+    Put it last in the chain, after the learning rate: it reads `params + updates`.
 
     Args:
       tau: the bound, positive.
       target: "delta": the update `s a b` of Lora and Dora, exactly. "param": the leaves
-        of a plain tree or Full adapters, by one warm-started power iteration a step,
-        which takes one singular value at a time.
+        of a plain tree or Full adapters, by one warm-started power iteration per step,
+        which clips one singular value at a time.
       kernels: as for `add_decayed_spectral_norm`.
 
     Returns:
@@ -58,7 +59,7 @@ def clip_spectral_norm(
 
     Raises:
       ValueError: a bound that is not positive, an unknown target; at `init`, a tree of
-        another kind; at `update`, no parameters.
+        the wrong kind; at `update`, no parameters.
 
     Example:
       >>> params = {"w": jnp.diag(jnp.array([3.0, 1.0]))}

@@ -1,16 +1,16 @@
-"""Weight decay of the product, half on each factor, that leaves the step alone.
+"""Weight decay of the product, half on each factor, that does not affect the step.
 
     sigma = sqrt(1 - lr weight_decay),    a <- sigma a + u_a / sigma,    b likewise
 
-so that, but for the term of second order,
+so that, up to a second-order term,
 
     a b <- (1 - lr weight_decay) a b + u_a b + a u_b
 
-as decay acts on a whole kernel. Decay of both factors at the usual strength would take
-the product to (1 - lr weight_decay)^2 of itself, and shrink the factors under the step.
+as when a whole kernel decays. Decaying both factors at the usual strength would
+multiply the product by (1 - lr weight_decay)^2 and shrink the factors under the step.
 
-The equations are those of a published summary of the paper, derived again here: the
-paper's own text of them was not at hand.
+The equations come from a published summary of the paper and were re-derived here; the
+paper's own text was not available.
 
 References:
   Cesista et al., LoRA-Muon: Spectral Steepest Descent on the Low-Rank Manifold,
@@ -31,7 +31,7 @@ from lorax.types import Adapters
 
 
 class SplitDecayState(NamedTuple):
-    """What the schedules need.
+    """The step count for the schedules.
 
     Attributes:
       count: updates so far, int32.
@@ -43,13 +43,14 @@ class SplitDecayState(NamedTuple):
 def split_decay(
     weight_decay: _checks.NumberOrSchedule, learning_rate: _checks.NumberOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
-    """Decays the product of every pair by `lr * weight_decay`; other leaves pass.
+    """Decays the product of every pair by `lr * weight_decay`.
 
-    The last link of a chain, after the learning rate: it reads whole steps.
+    Put it last in the chain, after the learning rate: it reads whole steps. Other
+    leaves pass through.
 
     Args:
       weight_decay: strength, at least 0; a number or a schedule.
-      learning_rate: what the steps were multiplied by, a number or a schedule.
+      learning_rate: the learning rate of the steps, a number or a schedule.
 
     Returns:
       An optax transformation; `update` needs the adapters, as `params`.

@@ -1,4 +1,4 @@
-"""Adam as every ready optimiser here has it: optax's, its numbers checked first."""
+"""Adam as used by every optimiser here: optax's, with its hyperparameters checked."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lorax import _checks
 def standard(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """Returns a transformation of optax that works under strict promotion too.
+    """Returns an optax transformation that also works under strict promotion.
 
-    Its bias correction raises a float to an int32 count, which
+    optax's bias correction raises a float to an int32 count, which
     `jax_numpy_dtype_promotion="strict"` refuses. State and values are the same.
 
     Args:
@@ -32,13 +32,13 @@ def standard(
 def adam(
     b1: _checks.Number, b2: _checks.Number, eps: _checks.Number
 ) -> optax.GradientTransformation:
-    """Returns `optax.scale_by_adam`, its hyperparameters checked."""
+    """Returns `optax.scale_by_adam` with its hyperparameters checked."""
     check_moments(b1, b2, eps)
     return standard(optax.scale_by_adam(b1, b2, eps))
 
 
 def check_moments(b1: _checks.Number, b2: _checks.Number, eps: _checks.Number) -> None:
-    """Raises ValueError for hyperparameters of Adam that are out of range."""
+    """Raises ValueError for Adam hyperparameters that are out of range."""
     _checks.average("b1", b1)
     _checks.average("b2", b2)
     _checks.positive("eps", eps)

@@ -1,4 +1,4 @@
-"""The states of transformations inside the state of a chain, found by their kind."""
+"""Builds transformations, and finds their states inside the state of a chain."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ State = TypeVar("State")
 def transformation(
     init_fn: optax.TransformInitFn, update_fn: optax.TransformUpdateExtraArgsFn
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the transformation; on an Explicit mesh the compiler places its algebra.
+    """Returns a transformation that leaves its inner shardings to the compiler.
 
-    Updates and state then lie as those that came in.
+    On an Explicit mesh, updates and state come out sharded as they came in.
     """
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -31,7 +31,7 @@ def transformation(
 
 
 def states(opt_state: Any, kind: type[State]) -> list[State]:
-    """Returns every state of this kind, however deep chains and wrappers hold it."""
+    """Returns every state of this kind, however deeply chains and wrappers nest it."""
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
     return [leaf for leaf in leaves if isinstance(leaf, kind)]
 
@@ -40,9 +40,9 @@ def find(opt_state: optax.OptState, kind: type[State], made_by: str) -> State:
     """Returns the only state of this kind.
 
     Args:
-      opt_state: of any optax transformation, such as `TrainState.opt_state`.
+      opt_state: the state of any optax transformation, such as `TrainState.opt_state`.
       kind: the NamedTuple to look for.
-      made_by: the transformation that has it, for the message.
+      made_by: the transformation that keeps it, for the message.
 
     Raises:
       ValueError: there is none, or more than one.
@@ -50,7 +50,7 @@ def find(opt_state: optax.OptState, kind: type[State], made_by: str) -> State:
     found = states(opt_state, kind)
     if len(found) != 1:
         raise ValueError(
-            f"this needs one {kind.__name__}, which {made_by} keeps, and the optimiser "
+            f"this needs one {kind.__name__}, which {made_by} keeps, but the optimiser "
             f"state holds {len(found)}; pass the state that the optimiser's update "
             "returned"
         )

@@ -1,6 +1,6 @@
-"""Adapter trees as optax hands them over: parts may be left out, and what is asked.
+"""Adapter trees as optax passes them, possibly with parts masked out.
 
-`optax.masked` and `optax.partition` leave whole adapters out, or single fields of one.
+`optax.masked` and `optax.partition` mask whole adapters, or single fields of one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorax.types import Adapters
 
 
 def is_present(adapter: Any) -> bool:
-    """False for an adapter that `optax.masked` or `optax.partition` left out."""
+    """False for an adapter that `optax.masked` or `optax.partition` masked out."""
     return bool(jax.tree.leaves(adapter))
 
 
@@ -39,7 +39,7 @@ def has_triplets(adapter: Any) -> bool:
 
 
 def map_present(function: Callable[[str, Any], Any], adapters: Adapters) -> Adapters:
-    """Returns `{path: function(path, adapter)}`, what is left out as it is."""
+    """Returns `{path: function(path, adapter)}`; masked adapters stay as they are."""
 
     def own(path: str, adapter: Any) -> Any:
         return function(path, adapter) if is_present(adapter) else adapter
@@ -50,7 +50,7 @@ def map_present(function: Callable[[str, Any], Any], adapters: Adapters) -> Adap
 def factor_mask(
     adapters: Adapters, roles: tuple[str, ...] = ("a", "b"), others: bool = False
 ) -> Adapters:
-    """Returns True for the pairs' leaves of these roles, or for all others."""
+    """Returns True for the pairs' leaves with these roles, or for all other leaves."""
 
     def marked(_: str, adapter: Any) -> Any:
         pair, fields = is_pair(adapter), adapter.roles.items()
@@ -62,7 +62,7 @@ def factor_mask(
 
 
 def require_params(adapters: Adapters | None) -> Adapters:
-    """Raises ValueError where an update was called without the parameters."""
+    """Raises ValueError if `update` was called without the parameters."""
     if adapters is None:
         raise ValueError(
             "this transformation reads the adapters: call "
@@ -74,7 +74,7 @@ def require_params(adapters: Adapters | None) -> Adapters:
 def require_adapters(adapters: Any, name: str) -> Adapters:
     """Raises unless this is an adapter tree of real arrays that `name` can act on.
 
-    Whole adapters may be left out, as `optax.masked` and `optax.partition` do.
+    Whole adapters may be masked out, by `optax.masked` or `optax.partition`.
     """
     whole = isinstance(adapters, Mapping) and all(
         hasattr(adapter, "roles") or not is_present(adapter)
@@ -82,42 +82,42 @@ def require_adapters(adapters: Any, name: str) -> Adapters:
     )
     if not whole or not adapters:
         raise ValueError(
-            f"{name} acts on the adapters that lorax.init returns, {{path: Adapter}}; "
-            f"it was given {_told(adapters)}"
+            f"{name} acts on the adapters that lorax.init returns, {{path: Adapter}}, "
+            f"but was given {_told(adapters)}"
         )
     for path, adapter in adapters.items():
         if not is_present(adapter):
             continue
         if not hasattr(adapter, "fields"):
             raise ValueError(
-                f"{path}: {name} reads what an adapter declares of its fields, and "
+                f"{path}: {name} reads the fields that an adapter declares, but "
                 f"{type(adapter).__name__} declares none: make it a subclass of "
                 "lorax.adapters.Parametrisation"
             )
         for leaf in jax.tree.leaves(adapter):
             if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
                 raise ValueError(
-                    f"{path}: {name} needs real factors, and these are {leaf.dtype}"
+                    f"{path}: {name} needs real factors, but these are {leaf.dtype}"
                 )
     return dict(adapters)
 
 
 def require_whole(adapters: Adapters, name: str) -> None:
-    """Raises ValueError for an adapter of which a wrapper of optax left a part out."""
+    """Raises ValueError for an adapter that an optax wrapper has partly masked."""
     for path, adapter in adapters.items():
         fields = [] if not is_present(adapter) else sorted(adapter.roles)
         out = [f for f in fields if isinstance(getattr(adapter, f), optax.MaskedNode)]
         if out:
             raise ValueError(
-                f"{path}: {name} reads the factors of an adapter together, and "
-                f"optax.masked or optax.partition keeps {', '.join(out)} from it; "
-                "label whole adapters, {path: label}, and put what parts them behind: "
+                f"{path}: {name} reads the factors of an adapter together, but "
+                f"optax.masked or optax.partition hides {', '.join(out)} from it; "
+                "label whole adapters, {path: label}, or split the fields afterwards: "
                 f"optax.chain({name}(...), optax.partition(...))"
             )
 
 
 def require_pairs(adapters: Any, name: str) -> Adapters:
-    """Returns the adapters; ValueError for what a transform of (a, b) cannot act on."""
+    """Returns the adapters; ValueError if a transform of (a, b) cannot act on one."""
     given = require_adapters(adapters, name)
     require_whole(given, name)
     for path, adapter in given.items():
@@ -127,24 +127,24 @@ def require_pairs(adapters: Any, name: str) -> Adapters:
         if thin and not is_pair(adapter):
             raise ValueError(
                 f"{path}: {name} acts on pairs a and b whose product is the update, "
-                f"and the {', '.join(thin)} of {type(adapter).__name__} are not such a "
-                "pair; use lora_plus or an optax optimiser for it, by itself or "
-                "through optax.partition, or adapt this leaf with adapter='lora'"
+                f"but the {', '.join(thin)} of {type(adapter).__name__} are not such a "
+                "pair; use lora_plus or an optax optimiser for it, alone or through "
+                "optax.partition, or adapt this leaf with adapter='lora'"
             )
     return given
 
 
 def _told(given: Any) -> str:
-    """What was given in place of adapters, and what to write."""
+    """What was given instead of adapters, and what to write."""
     if getattr(given, "shape", None) == ():
         return (
-            "a number: optax.inject_hyperparams calls every function among the "
-            "arguments as a schedule, a mask too; write optax.inject_hyperparams("
+            "a number: optax.inject_hyperparams calls every callable argument as a "
+            "schedule, including a mask; write optax.inject_hyperparams("
             "make_tx, static_args=('mask',))(..., mask=decay_mask)"
         )
     return (
         f"{jax.tree.structure(given)}; write adapters, params = lorax.init(key, "
-        "params, targets), then tx.init(adapters). (nnx.Optimizer(model, tx) hands "
-        "over the model's own parameters: write nnx.Optimizer(adapted, "
+        "params, targets), then tx.init(adapters). (nnx.Optimizer(model, tx) passes "
+        "the model's own parameters: write nnx.Optimizer(adapted, "
         "on_adapters(tx), wrt=nnx.Param) with lorax.interop.nnx.)"
     )

@@ -1,8 +1,8 @@
-"""Singular directions of whole kernels, by power iteration that carries on.
+"""Singular directions of whole kernels, by power iteration across steps.
 
     v <- W^T W v / |W^T W v|
 
-One product with W and one with its transpose a step; from step to step v follows the
+Each step takes one product with W^T and two with W; from step to step v follows the
 kernel. The kernel of an adapter is `(W0 + a b) * gain`, multiplied factor by factor.
 """
 
@@ -22,7 +22,7 @@ from lorax.linalg import EXACT
 from lorax.optim import _trees
 from lorax.types import Adapters, Axes, PairStatics, PyTree
 
-WARM = 20  # power iterations at init, where the leaf is at hand
+WARM = 20  # power iterations at init, where the leaf is available
 
 
 class Leaf(NamedTuple):
@@ -37,7 +37,7 @@ def leaves(params: PyTree, kernels: Mapping[str, Kernel] | None) -> dict[str, Le
     """Returns the matrices of a plain tree, or of the Full leaves of an adapter tree.
 
     Raises:
-      ValueError: a leaf of more than two dimensions whose axes are not known.
+      ValueError: a leaf of more than two dimensions with unknown axes; no matrices.
     """
     if isinstance(params, Mapping) and any(
         hasattr(a, "roles") for a in params.values()
@@ -63,7 +63,7 @@ def leaves(params: PyTree, kernels: Mapping[str, Kernel] | None) -> dict[str, Le
     if not matrices:
         raise ValueError(
             "target='param' found no matrix: give the parameter tree, or adapters with "
-            "Full leaves (for low-rank ones use target='delta')"
+            "Full leaves (for low-rank adapters use target='delta')"
         )
     return matrices
 
@@ -90,7 +90,7 @@ def _unit(v: jax.Array) -> jax.Array:
 
 
 def start(matrices: Mapping[str, Leaf]) -> dict[str, jax.Array]:
-    """Returns v of every matrix, `[n, out]`, by its path, some iterations warm."""
+    """Returns v, `[n, out]`, for every path, after some warm-up iterations."""
     found = {}
     for path, leaf in matrices.items():
         v = _direction(path, leaf.value.shape[0], leaf.value.shape[2])
@@ -105,7 +105,7 @@ def _warm(w: jax.Array, v: jax.Array) -> jax.Array:
 def leaf_decay(
     matrices: Mapping[str, Leaf], v: Mapping[str, jax.Array]
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Returns `W v v^T = sigma_1 u_1 v_1^T` of every leaf, and the new v."""
+    """Returns `W v v^T = sigma_1 u_1 v_1^T` for every leaf, and the new v."""
     decay, after = {}, {}
     for path, leaf in matrices.items():
         new, wv = _iterate(leaf.value, v[path])
@@ -117,7 +117,7 @@ def leaf_decay(
 def leaf_excess(
     matrices: Mapping[str, Leaf], v: Mapping[str, jax.Array], tau: _checks.Number
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Returns `max(sigma_1 - tau, 0) u_1 v_1^T` of every leaf, and the new v."""
+    """Returns `max(sigma_1 - tau, 0) u_1 v_1^T` for every leaf, and the new v."""
     excess, after = {}, {}
     for path, leaf in matrices.items():
         new, wv = _iterate(leaf.value, v[path])
@@ -141,7 +141,7 @@ def _iterate(w: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
 def changed(
     updates: PyTree, found: Mapping[str, jax.Array], change: Callable
 ) -> PyTree:
-    """Returns updates with `change(update, found)` at the paths that were found."""
+    """Returns updates with `change(update, found)` applied at the paths of `found`."""
     flat = tree.flatten(updates)
     return tree.replace(updates, {p: change(flat[p], x) for p, x in found.items()})
 
@@ -157,14 +157,14 @@ def start_merged(adapters: Adapters) -> dict[str, jax.Array]:
         if not _trees.is_pair(adapter) and adapter.as_lora() is None:
             raise ValueError(
                 f"{path}: target='merged' multiplies by the kernel factor by factor, "
-                f"and {type(adapter).__name__} is not a product of factors; decay "
-                "this path by add_decayed_weights, through optax.partition"
+                f"but {type(adapter).__name__} is not a product of factors; decay "
+                "this path with add_decayed_weights, through optax.partition"
             )
     return {path: _direction(path, *_sizes(adapter)) for path, adapter in own.items()}
 
 
 def _sizes(adapter: Any) -> tuple[int, int]:
-    """The number of matrices that have factors, and their outputs."""
+    """The number of matrices that have factors, and of their outputs."""
     plain = jax.eval_shape(as_lora, adapter)
     n = len(plain.axes.batch)
     return math.prod(plain.b.shape[:n]), math.prod(plain.b.shape[n + 1 :])
@@ -178,9 +178,9 @@ def merged_decay(
 ) -> tuple[Adapters, dict[str, jax.Array]]:
     """Returns the gradient of `0.5 |merge(adapters, base)|_2^2`, and the new v.
 
-    With v fixed it is that of `0.5 |W v|^2`, for any parametrisation. Every field gets
-    it, AdaLoRA's singular values too, but a DoRA magnitude. `Full` leaves get none:
-    they have no base kernel under them.
+    For fixed v it is the gradient of `0.5 |W v|^2`, for any parametrisation. Every
+    field gets one, including AdaLoRA's singular values, except a DoRA magnitude. `Full`
+    leaves get none, because they have no base kernel.
 
     Raises:
       ValueError: no base.
@@ -211,7 +211,7 @@ def merged_decay(
 def _merged(
     adapter: Any, leaf: jax.Array, v: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The new v of one kernel, and the gradient by field."""
+    """The new v of one kernel, and the gradients by field."""
     axes, layers = adapter.axes, adapter.layers
     if layers is not None:
         leaf = jnp.take(leaf, jnp.asarray(layers), axes.batch[0])

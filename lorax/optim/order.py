@@ -1,4 +1,4 @@
-"""The order of transformations in a chain, read off its state."""
+"""Checks the order of transformations in a chain from its state."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 import optax
 
 MOMENTS = {"mu", "nu", "trace", "ema", "momentum", "sum_of_squares"}
-"""Fields in which optax's transforms, and ours, keep moments of gradients."""
+"""State fields in which optax's transforms, and ours, keep moments of gradients."""
 
 
 def require_order(opt_state: optax.OptState) -> None:
-    """Raises ValueError where a transform of gradients comes after their moments.
+    """Raises ValueError if a transform of gradients comes after their moments.
 
-    A transform cannot see its place in `optax.chain`; the chain's state has it. What
-    reads gradients (`reads_gradients` of its state) would get Adam's directions there.
+    A transform cannot see its place in `optax.chain`, but the chain's state shows it.
+    After Adam, a transform that expects gradients (its state has `reads_gradients`)
+    would get Adam's directions instead.
     """
 
     def seen(state: Any) -> tuple[str, str]:
-        """Names the moments and the reader of gradients inside a state, "" for none."""
+        """Returns the names of the moments and of the gradient reader, "" for none."""
         reader = getattr(state, "reads_gradients", "")
         keeps = MOMENTS.intersection(getattr(state, "_fields", ()))
         if reader or keeps:
@@ -32,9 +33,9 @@ def require_order(opt_state: optax.OptState) -> None:
         for own in map(seen, inside):
             if type(state) is tuple and moments and own[1]:  # a chain: in this order
                 raise ValueError(
-                    f"{own[1]} stands behind the transform of {moments} in the chain: "
-                    f"it reads gradients, so write optax.chain({own[1]}(...), ...), "
-                    "Adam or momentum behind it"
+                    f"{own[1]} comes after the transform of {moments} in the chain, "
+                    f"but it reads gradients: write optax.chain({own[1]}(...), ...), "
+                    "with Adam or momentum after it"
                 )
             moments, reader = moments or own[0], reader or own[1]
         return moments, reader

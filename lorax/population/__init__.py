@@ -2,22 +2,22 @@
 
     step_population(state, params, batch) = vmap over k of step(state_k, params, batch)
 
-Members differ in key, learning rate or whatever else `optax.inject_hyperparams`
-exposes, in alpha, and in rank: narrower factors are padded with zeros to the widest,
-which changes nothing, for
+Members may differ in key, in learning rate or anything else that
+`optax.inject_hyperparams` exposes, in alpha, and in rank: narrower factors are padded
+with zeros to the widest, which changes nothing, because
 
     a @ b = [a 0] @ [b; 0],    d loss / d [a 0] = s x^T g [b; 0]^T = [d loss / d a, 0]
 
-and likewise for b, so zero columns have zero gradients. Scale and true rank of a member
-travel beside the state, in `Population.pairs`, to the loss and to `tx.update`: each
-member does what it would have done alone. An optimiser that acts leaf by leaf on the
-*shape* of a factor sees the padded rank, such as the width factors of
-`optax.contrib.muon`; elementwise ones and lorax's own pair transforms do not.
+and likewise for b, so zero columns have zero gradients. Each member's scale and true
+rank are passed along with the state, in `Population.pairs`, to the loss and to
+`tx.update`, so each member trains exactly as it would alone. An optimiser that uses the
+*shape* of each leaf, such as `optax.contrib.muon` with its width factors, sees the
+padded rank; elementwise optimisers and lorax's own pair transforms do not.
 
-What no member's values reach is kept once: the step, and the counts of the optimiser,
-so that a `lax.cond` on a count stays a cond. (Batched, it would run both branches.) A
-count goes on as soon as one member takes the batch: a member that skips a batch which
-others take keeps its factors and moments, but not the place in its schedule.
+What depends on no member's values is kept once: the step, and the optimiser's counts,
+so that a `lax.cond` on a count stays a cond (batched, it would run both branches). A
+count advances as soon as one member takes the batch: a member that skips a batch which
+others take keeps its factors and moments, but moves on in its schedule.
 """
 
 from lorax.population.roster import Roster

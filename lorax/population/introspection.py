@@ -1,7 +1,7 @@
-"""What an optimiser's state is made of: hyperparameters, and counts members share.
+"""Finds hyperparameters, and counts that members share, in an optimiser's state.
 
-Both are read off the state and off what the transformation does with it, whatever
-optax wrapped it in.
+Both are found from the state, and from what the transformation does with it, however
+deeply optax has wrapped it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ def with_hyperparams(
         if name not in known:
             raise ValueError(
                 f"hyperparams[{name!r}]: tx has no such number to set; it has "
-                f"{', '.join(sorted(known)) or 'none'}. Make it by "
-                f"optax.inject_hyperparams(make_tx)({name}=...), a number, no schedule"
+                f"{', '.join(sorted(known)) or 'none'}. Build tx with "
+                f"optax.inject_hyperparams(make_tx)({name}=...), and a number there, "
+                "not a schedule"
             )
         if given.shape != (size,):
             raise ValueError(
-                f"hyperparams[{name!r}] has the shape {given.shape}; give {size} "
-                "numbers, one a member"
+                f"hyperparams[{name!r}] has shape {given.shape}; give {size} "
+                "numbers, one per member"
             )
     new = []
     for path, leaf in leaves:
@@ -53,14 +54,14 @@ def shared_counts(
     pairs: dict[str, PairStatics],
     own: Collection[str] = (),
 ) -> PyTree:
-    """Which leaves of the optimiser state, all `[K, ...]`, need no axis: as booleans.
+    """Returns a tree of booleans: which optimiser-state leaves need no member axis.
 
-    They are the integers, one a member, that depend on no member's values: neither at
-    init nor, given that, after an update.
+    Of the leaves `[K, ...]`, these are the integers with one value per member that do
+    not depend on any member's values, neither at init nor after an update.
 
     Args:
       tx: the optimiser of every member.
-      state: of K members, before the first step.
+      state: state of K members, before the first step.
       params: the frozen base; only shapes are read.
       pairs: the statics in which members differ.
       own: hyperparameters that differ between members.
@@ -90,13 +91,13 @@ def shared_counts(
 
 
 def _is_count(leaf: jax.Array) -> bool:
-    """True for one integer or boolean a member; a key is neither."""
+    """True for one integer or boolean per member; a key is neither."""
     other = jnp.inexact, jax.dtypes.extended
     return leaf.ndim == 1 and not any(jnp.issubdtype(leaf.dtype, d) for d in other)
 
 
 def _scheduled(leaves: Sequence[tuple[tuple[Any, ...], Any]]) -> set[str]:
-    """Hyperparameters that a schedule overwrites: it has a state of its own."""
+    """Hyperparameters that a schedule overwrites, as shown by its own state."""
     return {
         key.key
         for path, _ in leaves
@@ -106,12 +107,12 @@ def _scheduled(leaves: Sequence[tuple[tuple[Any, ...], Any]]) -> set[str]:
 
 
 def _injected(key_path: tuple[Any, ...]) -> str:
-    """The name of a leaf of `inject_hyperparams`, "" for other leaves."""
+    """The name of a leaf from `inject_hyperparams`, "" for other leaves."""
     return key_path[-1].key if INJECTED in key_path[-2:-1] else ""
 
 
 def _batched(function: Callable[..., Any], in_axes: Any, *args: Any) -> list[bool]:
-    """Which leaves of the output depend on a mapped argument, without computing any."""
+    """Which leaves of the output depend on a mapped argument, found without running."""
     found: list[bool] = []
 
     @jax.custom_batching.custom_vmap
@@ -125,7 +126,7 @@ def _batched(function: Callable[..., Any], in_axes: Any, *args: Any) -> list[boo
 
     def watched(*args: Any) -> Any:
         leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(function(*args))]
-        found[:] = [False] * len(leaves)  # and so they stay where vmap meets no axis
+        found[:] = [False] * len(leaves)  # stays so if no leaf is mapped
         return watch(*leaves)
 
     jax.eval_shape(jax.vmap(watched, in_axes), *args)

@@ -1,4 +1,4 @@
-"""Members as one tree, ranks padded by zeros, and who had which scale and rank."""
+"""Stacks members as one tree, with padded ranks, and records their scales and ranks."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from lorax.types import Adapters, PairStatics
 
 
 class Roster(NamedTuple):
-    """Scale and rank of every member, where they differ: numbers of the host.
+    """The scales and ranks of members where they differ, as Python numbers.
 
     Attributes:
-      paths: of the adapters.
-      statics: for each of them a `PairStatics` a member.
+      paths: paths of the adapters.
+      statics: for each path, a `PairStatics` per member.
     """
 
     paths: tuple[str, ...]
     statics: tuple[tuple[PairStatics, ...], ...]
 
     def of(self, index: int) -> dict[str, PairStatics]:
-        """Returns one member's own, by path."""
+        """Returns one member's statics, by path."""
         both = zip(self.paths, self.statics, strict=True)
         return {path: members[index] for path, members in both}
 
     def saved(self) -> dict[str, dict[str, np.ndarray]]:
-        """Returns it as arrays, `{path: {"scale": float64 [K], "rank": int64 [K]}}`."""
+        """Returns the arrays `{path: {"scale": float64 [K], "rank": int64 [K]}}`."""
         return {
             path: {
                 "scale": np.array([own.scale for own in members], np.float64),
@@ -42,21 +42,21 @@ class Roster(NamedTuple):
 
 
 def read(saved: Mapping[str, Any]) -> Roster:
-    """Returns the roster in a population that was saved.
+    """Returns the roster of a saved population.
 
     Args:
-      saved: nested dicts of arrays. Where it has no "roster" an older lorax wrote it,
-        with the bits of the scales in "scale_bits", `{path: uint32 [K, 2]}`.
+      saved: nested dicts of arrays. Without a "roster", it was written by an older
+        lorax, with the bits of the scales in "scale_bits", `{path: uint32 [K, 2]}`.
 
     Raises:
-      ValueError: it has neither.
+      ValueError: there is neither "roster" nor "scale_bits".
     """
     if "roster" in saved:
         return _roster({p: _statics(**own) for p, own in saved["roster"].items()})
     if "scale_bits" not in saved:
         raise ValueError(
-            f"the saved population has {sorted(saved)}, and neither 'roster' nor "
-            "'scale_bits': save it whole, flax.serialization.to_state_dict(population)"
+            f"the saved population has {sorted(saved)}, but neither 'roster' nor "
+            "'scale_bits': save all of flax.serialization.to_state_dict(population)"
         )
     statics = {}
     for path, bits in saved["scale_bits"].items():
@@ -66,7 +66,7 @@ def read(saved: Mapping[str, Any]) -> Roster:
 
 
 def _statics(scale: Iterable[Any], rank: Iterable[Any]) -> tuple[PairStatics, ...]:
-    """Of every member, as numbers of Python."""
+    """Every member's statics, as Python numbers."""
     both = zip(map(float, scale), map(int, rank), strict=True)
     return tuple(PairStatics(*own) for own in both)
 
@@ -78,18 +78,18 @@ def _roster(statics: Mapping[str, tuple[PairStatics, ...]]) -> Roster:
 def enrol(
     members: Sequence[Adapters],
 ) -> tuple[Adapters, dict[str, PairStatics], Roster]:
-    """Returns adapters of leaves `[K, ...]`, and the statics in which they differ.
+    """Returns adapters with leaves `[K, ...]`, and the statics in which they differ.
 
     Args:
-      members: K adapter trees of one parameter tree, at least one.
+      members: at least one adapter tree, all for the same parameter tree.
 
     Returns:
-      The stacked adapters, narrower factors padded with zeros to the widest, every
-      static field that of the first member; for the paths where scales or ranks
-      differ, `PairStatics` of arrays `[K]`; and the same as a roster.
+      The stacked adapters, with narrower factors padded with zeros to the widest and
+      static fields from the first member; `PairStatics` of arrays `[K]` for the paths
+      where scales or ranks differ; and the same as a roster.
 
     Raises:
-      ValueError: members that differ in more; the message names path and field.
+      ValueError: members differ in anything else; the message names path and field.
     """
     _require_paths(members)
     stacked: Adapters = {}
@@ -118,24 +118,24 @@ def _require_paths(members: Sequence[Adapters]) -> None:
         if paths := sorted(members[0].keys() ^ adapters.keys()):
             has, lacks = (k, 0) if paths[0] in adapters else (0, k)
             raise ValueError(
-                f"{paths[0]}: member {has} has an adapter there and member {lacks} has "
-                "none; members must adapt the same leaves"
+                f"{paths[0]}: member {has} has an adapter there, but member {lacks} "
+                "has none; members must adapt the same leaves"
             )
 
 
 def _differing(members: Sequence[Any]) -> tuple[PairStatics, ...]:
-    """Scale and rank of each, () where they are the same or the class has none."""
+    """The members' scales and ranks; () if they are equal or the class has no scale."""
     if not hasattr(members[0], "scale"):
         return ()
-    widths = [getattr(adapter, "rank", 1) for adapter in members]  # 1: it has none
+    widths = [getattr(adapter, "rank", 1) for adapter in members]  # 1 if without rank
     found = _statics([adapter.scale for adapter in members], widths)
     return found if len({*found}) > 1 else ()
 
 
 def _require_alike(path: str, k: int, adapter: Any, first: Any) -> None:
-    """Raises ValueError naming the first field in which two members cannot be stacked.
+    """Raises ValueError naming the first field that keeps two members from stacking.
 
-    Shapes are those of one leaf, which `transform.check` has compared, up to the rank.
+    Shapes, up to the rank, were checked against the leaf by `transform.check`.
     """
     fields = [field.name for field in dataclasses.fields(first)]
     pairs: dict[str, tuple[Any, Any]] = {"class": (type(adapter), type(first))}
@@ -153,7 +153,8 @@ def _require_alike(path: str, k: int, adapter: Any, first: Any) -> None:
     for name, (new, old) in pairs.items():
         if new != old:
             raise ValueError(
-                f"{path}: member {k} has {name}={new!r} and member 0 has {old!r}; "
-                "members of a population differ in key, rank (not of AdaLora), scale "
-                "and hyperparameters alone: train this one in another population"
+                f"{path}: member {k} has {name}={new!r}, but member 0 has {old!r}; "
+                "members of a population may only differ in key, rank (except "
+                "AdaLora), scale and hyperparameters: train this one in another "
+                "population"
             )

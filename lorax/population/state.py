@@ -1,4 +1,4 @@
-"""The states of K members as one, and how it begins and is taken apart."""
+"""The combined state of K members: how to create it and take it apart."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Population:
     """The training states of K members.
 
     Attributes:
-      state: every leaf `[K, ...]`, but for the step and the optimiser's counts, which
-        the members share. Read adapters with `member`: here their static scale is the
-        first member's, and their factors are padded.
+      state: every leaf is `[K, ...]`, except for the step and the optimiser's counts,
+        which the members share. Read adapters with `member`: here their static scale is
+        the first member's, and their factors are padded.
       pairs: `{path: PairStatics}` of arrays `[K]`, for adapters whose scale or rank
-        differs between members: what the program reads.
-      roster: the same as numbers of the host, exact: what `member` gives back. It is
-        static, as the scale of an adapter is: members of other ranks or scales are
-        another program.
+        differs between members; the program reads these.
+      roster: the same as exact Python numbers, which `member` restores. It is static,
+        like the scale of an adapter: members with other ranks or scales are another
+        program.
     """
 
     state: TrainState
@@ -52,7 +52,7 @@ def _saved(population: Population) -> dict[str, Any]:
 
 
 def _read(template: Population, saved: Mapping[str, Any]) -> Population:
-    """The population from what `_saved` made, or an older lorax."""
+    """The population from what `_saved` returned, or an older lorax wrote."""
     found = roster.read(saved)
     parts = {"state": template.state, "pairs": template.pairs}
     read = {
@@ -79,21 +79,21 @@ def create_population(
     """Returns the population before its first step.
 
     Args:
-      keys: K typed keys, one a member.
-      members: K adapter trees for one and the same `params`; ranks and scales may
-        differ, whatever else is static may not.
+      keys: K typed keys, one per member.
+      members: K adapter trees for the same `params`; ranks and scales may differ, other
+        static fields may not.
       tx: the optimiser of every member.
-      params: the frozen base, or the `Base` that holds what all members share; only
-        shapes are read.
+      params: the frozen base, or the `Base` with the arrays that all members share;
+        only shapes are read.
       hyperparams: `{name: K values}` for arguments of an `optax.inject_hyperparams`
-        in `tx`; the members share those not named.
-      model_state: of `create_state`; every member starts from it.
+        in `tx`; members share those not named.
+      model_state: as for `create_state`; every member starts from it.
 
     Returns:
       A Population at step 0.
 
     Raises:
-      ValueError: members that cannot be stacked; the message names path and field. A
+      ValueError: members that cannot be stacked (the message names path and field), a
         number of keys or values other than K, or a hyperparameter that `tx` lacks.
 
     Example:
@@ -116,8 +116,7 @@ def create_population(
     keys = keys if isinstance(keys, jax.Array) else jnp.stack(list(keys))
     if keys.shape != (len(members),):
         raise ValueError(
-            f"{len(members)} members need as many keys, one each; keys has the shape "
-            f"{keys.shape}"
+            f"{len(members)} members need one key each; keys has shape {keys.shape}"
         )
     adapters, pairs, enrolled = roster.enrol(members)
 
@@ -138,8 +137,8 @@ def member(population: Population, index: int) -> Adapters:
     """Returns one member's adapters, with its own ranks and scales.
 
     Args:
-      population: concrete, outside of jit.
-      index: of the member; negative ones count from the end.
+      population: the population, outside jit.
+      index: the member's index; negative ones count from the end.
 
     Raises:
       IndexError: no such member.
@@ -154,7 +153,9 @@ def member(population: Population, index: int) -> Adapters:
       (4, 1)
     """
     if not -population.size <= index < population.size:
-        raise IndexError(f"member {index} of a population of {population.size}")
+        raise IndexError(
+            f"there is no member {index} in a population of {population.size}"
+        )
     stacked = population.state.adapters
     adapters: Adapters = jax.tree.map(lambda leaf: leaf[index], stacked)
     for path, own in population.roster.of(index).items():
@@ -163,5 +164,5 @@ def member(population: Population, index: int) -> Adapters:
 
 
 def unstack(population: Population) -> list[Adapters]:
-    """Returns the adapters of all members, see `member`."""
+    """Returns the adapters of all members; see `member`."""
     return [member(population, k) for k in range(population.size)]

@@ -1,4 +1,4 @@
-"""One step of all members: a train or evaluation step, mapped over them."""
+"""Train and evaluation steps mapped over all members."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def make_population_step(
     `jax.jit(step, donate_argnums=0)`.
 
     Args:
-      loss_fn: as `make_train_step` takes it.
-      tx: the transformation that `create_population` was given.
+      loss_fn: as for `make_train_step`.
+      tx: the transformation given to `create_population`.
       accumulate: microbatches per step.
-      clip_norm: bound on each member's gradient norm; None for none.
+      clip_norm: bound on each member's gradient norm; None for no clipping.
       on_merge: what `lorax.adapt` does when it must form a merged kernel.
-      at_once: members in flight, group after group in the same program; None for all.
-        Activations take as many times the memory of one run.
+      at_once: how many members to run at a time, in one program; None for all.
+        Activations take that many times the memory of a single run.
 
     Returns:
       The step; its metrics are those of `make_train_step`, each `[K]`.
 
     Raises:
       ValueError: `accumulate` or `at_once` below 1, or `clip_norm` not positive.
-      TypeError: `tx` is no optax transformation, or `loss_fn` not callable.
+      TypeError: `tx` is not an optax transformation, or `loss_fn` is not callable.
 
     Example:
       >>> import lorax
@@ -68,7 +68,7 @@ def make_population_step(
     ) -> tuple[Population, Metrics]:
         before = population.state
         after, metrics = _map_members(single, population, params, batch, at_once)
-        # Of what is shared, any member that took the batch has the new value.
+        # Any member that took the batch has the new value of what is shared.
         first = jnp.argmax(after.skipped == before.skipped)
         state = jax.tree.map(
             lambda x, new: new if x.ndim else new[first], before, after
@@ -87,9 +87,9 @@ def make_population_eval_step(
     """Returns `step(population, params, batch) -> metrics`, each `[K]`.
 
     Args:
-      loss_fn: as `make_eval_step` takes it.
+      loss_fn: as for `make_eval_step`.
       on_merge: what `lorax.adapt` does when it must form a merged kernel.
-      at_once: members in flight, as `make_population_step` takes it.
+      at_once: as for `make_population_step`.
 
     Raises:
       ValueError: `at_once` below 1.
@@ -118,13 +118,13 @@ def _map_members(
     batch: PyTree,
     at_once: int | None,
 ) -> Any:
-    """Returns `single(state, params, batch, pairs)` of every member, stacked."""
+    """Returns `single(state, params, batch, pairs)` for every member, stacked."""
     whole = (population.state, population.pairs)
     leaves, structure = jax.tree.flatten(whole)
 
     def one(own: list[jax.Array]) -> Any:
         mine = iter(own)
-        # What has no axis is shared: leaves of members have at least theirs, [K].
+        # A leaf without axes is shared: members' leaves have at least the axis [K].
         both = [next(mine) if leaf.ndim else leaf for leaf in leaves]
         state, pairs = jax.tree.unflatten(structure, both)
         return single(state, params, batch, pairs)

@@ -1,8 +1,8 @@
-"""Learning-rate laws: what to do with a tuned rate when something else changes.
+"""Learning-rate laws: how to adjust a tuned learning rate when something else changes.
 
-Every law is a ratio, `lr(new) = lr(old) * f(new) / f(old)`: the constant in front is
-what was tuned, at a known batch size or rank, with everything else held fixed. Batch
-sizes and noise scales are in the same unit, examples or tokens.
+Every law is a ratio, `lr(new) = lr(old) * f(new) / f(old)`: the constant factor was
+tuned at a known batch size or rank, with everything else held fixed. Batch sizes and
+noise scales are in the same unit, examples or tokens.
 """
 
 from lorax._checks import Number

@@ -1,4 +1,4 @@
-"""The learning rate for another batch size, and the batch size for another rate.
+"""The learning rate for a new batch size, and the batch size for a new learning rate.
 
 References:
   McCandlish et al., An Empirical Model of Large-Batch Training, arXiv:1812.06162.
@@ -27,9 +27,9 @@ def learning_rate_for_batch(
     noise_scale: Number | None = None,
     beta_n: Number = math.inf,
 ) -> Number:
-    """Returns the rate for another batch size, of a rate tuned at `batch`.
+    """Returns the learning rate for a new batch size, given one tuned at `batch`.
 
-    With B the batch size and N the noise scale, the rate is proportional to
+    With B the batch size and N the noise scale, the learning rate is proportional to
 
         linear      B                          SGD, B << N
         sqrt        sqrt(B)                    Adam, Muon: sign-like steps, B small
@@ -38,34 +38,36 @@ def learning_rate_for_batch(
         mean_field  2 / (beta_n / beta + beta / beta_n),
                     beta = (1 + pi N / 2B)^(-1/2)
 
-    "surge" is the small-B limit of "mean_field", for B << pi sigma_i^2 / 2 g_i^2 alone:
-    it goes to zero at large B, where the optimum settles. In "mean_field" N stands for
-    kappa^2, the mean of (sigma_i / g_i)^2 over parameters; the simple noise scale is a
-    loose estimate of it. Where these ratios differ much, no average stands for them:
-    `adam_epsilon_learning_rate` with eps = 0 takes each by itself. The mean-field rate
-    peaks at B = pi N beta_n^2 / (2 (1 - beta_n^2)) if beta_n < 1 and rises throughout
-    otherwise. As N grows "sgd" becomes "linear" and the other two "sqrt". The infinite
-    beta_n of a diagonal Hessian leaves `beta` itself, the square root that saturates.
+    "surge" is the small-B limit of "mean_field", valid only for
+    B << pi sigma_i^2 / 2 g_i^2: at large B it goes to zero, while the true optimum
+    levels off. In "mean_field", N stands for kappa^2, the mean of (sigma_i / g_i)^2
+    over parameters, of which the simple noise scale is a rough estimate. If these
+    ratios differ a lot, no average represents them:
+    `adam_epsilon_learning_rate` with eps = 0 treats each separately. The mean-field
+    rate peaks at B = pi N beta_n^2 / (2 (1 - beta_n^2)) if beta_n < 1, and otherwise
+    rises throughout. As N grows, "sgd" becomes "linear" and the other two "sqrt". The
+    infinite beta_n of a diagonal Hessian leaves `beta` itself, a saturating square
+    root.
 
-    All are for one step of a quadratic loss from the same point. Adapters have the
-    noise scale of their own factors' gradients, and tolerate large batches less than
-    full fine-tuning does.
+    All rules are for one step on a quadratic loss from the same point. For adapters,
+    the noise scale is that of their factors' gradients, and they tolerate large batches
+    less well than full fine-tuning does.
 
     Args:
-      lr: the rate tuned at `batch`.
-      batch: its batch size.
-      new_batch: the batch size wanted.
-      rule: which law; "sqrt" because adapters are trained by Adam.
-      noise_scale: N, needed by the last three rules and read by no other;
+      lr: the learning rate tuned at `batch`.
+      batch: the batch size at which it was tuned.
+      new_batch: the new batch size.
+      rule: which law; "sqrt" by default, because adapters are usually trained by Adam.
+      noise_scale: N, needed by the last three rules and ignored by the others;
         `lorax.optim.noise_scale` measures the simple one, with H the identity.
       beta_n: for "mean_field", sqrt(sum H_ii / sum_{i != j} sign(g_i g_j) H_ij); inf,
         the default, for a diagonal H.
 
     Returns:
-      The rate; a float where all arguments are.
+      The learning rate; a float if all arguments are.
 
     Raises:
-      ValueError: another rule, a noise scale that is missing, or a number that is not
+      ValueError: an unknown rule, a missing noise scale, or a number that is not
         positive.
 
     Example:
@@ -88,25 +90,26 @@ def batch_for_learning_rate(
     noise_scale: float | None = None,
     beta_n: float = math.inf,
 ) -> float:
-    """Returns the batch size for another rate: `learning_rate_for_batch` inverted.
+    """Returns the batch size for a new rate: the inverse of `learning_rate_for_batch`.
 
-    "surge", and "mean_field" with beta_n < 1, have a peak, and below it two batch sizes
-    with the same rate: the smaller one is returned, on the rising side, which takes
-    fewer examples for the same step.
+    "surge", and "mean_field" with beta_n < 1, have a peak, below which two batch sizes
+    have the same rate. The smaller one is returned, on the rising side: it needs fewer
+    examples for the same step.
 
     Args:
-      lr: the rate tuned at `batch`.
-      batch: its batch size.
-      new_lr: the rate wanted.
-      rule: as there.
-      noise_scale: as there.
-      beta_n: as there.
+      lr: the learning rate tuned at `batch`.
+      batch: the batch size at which it was tuned.
+      new_lr: the new learning rate.
+      rule: as for `learning_rate_for_batch`.
+      noise_scale: as for `learning_rate_for_batch`.
+      beta_n: as for `learning_rate_for_batch`.
 
     Returns:
       The batch size, not rounded.
 
     Raises:
-      ValueError: no batch size has this rate, which the message bounds; or as there.
+      ValueError: no batch size has this rate (the message gives the bound), or as for
+        `learning_rate_for_batch`.
 
     Example:
       >>> batch_for_learning_rate(2e-4, 16, 4e-4)
@@ -124,7 +127,7 @@ def batch_for_learning_rate(
     reached = rule == "surge" or (rule == "mean_field" and beta_n < 1)
     if wanted > bound or (wanted == bound and not reached):
         raise ValueError(
-            f"no batch size has new_lr={new_lr} by rule={rule!r}: with noise_scale="
+            f"no batch size has new_lr={new_lr} under rule={rule!r}: with noise_scale="
             f"{noise_scale} the rate stays "
             f"{'at most' if reached else 'below'} {lr * bound / start:.4g}"
         )
@@ -143,7 +146,7 @@ def _smaller_root(y: float, c: float) -> float:
 
 
 def _shape(batch: Number, rule: str, noise_scale: Number, beta_n: Number) -> Number:
-    """The law up to a constant that leaves infinite scales their limits."""
+    """The law up to a constant, chosen so that infinite scales have limits."""
     if rule == "linear":
         return batch
     if rule == "sqrt":
@@ -173,7 +176,7 @@ def _check(rule: str, noise_scale: Number | None, **numbers: Number) -> None:
         if noise_scale is None:
             raise ValueError(
                 f"rule={rule!r} needs noise_scale; lorax.optim.track_noise_scale "
-                "measures one while training"
+                "measures it during training"
             )
         numbers["noise_scale"] = noise_scale
     _checks.all_positive(**numbers)

@@ -1,15 +1,16 @@
-"""Adam's epsilon and noise: what one step is worth on average.
+"""Adam's epsilon and gradient noise: the expected effect of one step.
 
-A step u without memory (beta1 = beta2 = 0) on a batch's gradient x, for each parameter
+Without memory (beta1 = beta2 = 0), the step u on a batch's gradient x is, for each
+parameter,
 
     u = x / sqrt(x^2 + eps^2),    x = g + t z,    z ~ N(0, 1),    t^2 = sigma^2 / B
 
-Both moments of u are exact integrals over one variable. For any a
+Both moments of u are exact integrals over one variable. For any a,
 
     a / sqrt(a^2 + 1) = int_0^inf e^-v erf(a sqrt(v)) dv
     1 / (a^2 + 1)     = int_0^inf e^-v e^(-a^2 v) dv
 
-and with a = x / eps the mean over z goes inside, where r(v)^2 = eps^2 + 2 v t^2:
+and with a = x / eps the mean over z moves inside, with r(v)^2 = eps^2 + 2 v t^2:
 
     E[u]   = int_0^inf e^-v erf(g sqrt(v) / r) dv
     E[u^2] = 1 - int_0^inf e^-v (eps / r) e^(-v g^2 / r^2) dv
@@ -18,14 +19,14 @@ and with a = x / eps the mean over z goes inside, where r(v)^2 = eps^2 + 2 v t^2
     t -> 0       E[u] = softsign(g, eps),        E[u^2] = E[u]^2      no noise
     eps -> inf   E[u] = g / eps,     E[u^2] = (g^2 + t^2) / eps^2     SGD
 
-Closed forms with the same three limits, but for the shape of erf, are
+Closed forms with the same three limits, except for the shape of erf, are
 
     E[u]   ~ g / sqrt(g^2 + eps^2 + pi t^2 / 2)
     E[u^2] ~ (g^2 + t^2) / (g^2 + t^2 + eps^2)
 
 References:
-  Su, kexue.fm 10563, from which the question and the closed form of E[u] come; there
-  one average over parameters stands for all their noise.
+  Su, kexue.fm 10563, the source of the question and of the closed form of E[u]; it
+  represents the noise of all parameters by one average.
 """
 
 from __future__ import annotations
@@ -48,17 +49,17 @@ CERTAIN = 6.0  # erf(6) = 1, exp(-36) = 0: a step without noise or epsilon
 
 
 def adam_epsilon_for_batch(eps: Number, batch: Number, new_batch: Number) -> Number:
-    """Returns Adam's epsilon for another batch size: eps / sqrt(new_batch / batch).
+    """Returns Adam's epsilon for a new batch size: eps / sqrt(new_batch / batch).
 
     While noise dominates the gradient, sqrt(v) ~ sigma / sqrt(B), so this keeps epsilon
-    at the same fraction of it: the rule that goes with the square-root law for the rate
-    (and 1 - beta ~ B for the decays). Valid for B below the noise scale; beyond it
-    sqrt(v) no longer falls.
+    at the same fraction of it. The rule goes with the square-root law for the learning
+    rate (and 1 - beta ~ B for the decay rates). It is valid for B below the noise
+    scale, beyond which sqrt(v) no longer falls.
 
     Args:
-      eps: epsilon at `batch`; it may be 0.
-      batch: its batch size.
-      new_batch: the batch size wanted.
+      eps: epsilon at `batch`; may be 0.
+      batch: the batch size at which eps was tuned.
+      new_batch: the new batch size.
 
     Raises:
       ValueError: a batch size that is not positive, a negative epsilon.
@@ -86,20 +87,21 @@ def softsign(x: jax.Array, eps: Number) -> jax.Array:
 def adam_epsilon_shrinkage(
     gradient: jax.Array, sigma: jax.Array, batch: Number, eps: Number
 ) -> jax.Array:
-    """Returns beta, by which noise shrinks each mean step: E[u_i] = beta_i nu_i.
+    """Returns beta, the factor by which noise shrinks mean steps: E[u_i] = beta_i nu_i.
 
         nu_i = softsign(g_i, eps),    E[u_i] = int_0^inf e^-v erf(g_i sqrt(v) / r_i) dv
 
-    (see the module), within 14 % of sqrt((g^2 + eps^2) / (g^2 + eps^2 + pi t^2 / 2)).
+    (see the module docstring). It is within 14 % of
+    sqrt((g^2 + eps^2) / (g^2 + eps^2 + pi t^2 / 2)).
 
     Args:
       gradient: g, the mean over examples, of any shape.
       sigma: the standard deviation over examples, in the same shape.
       batch: B.
-      eps: epsilon of the optimiser; at 0 the step is the sign.
+      eps: the optimiser's epsilon; at 0 the step is the sign.
 
     Returns:
-      A factor in [0, 1] for each parameter; where g is 0, the limit.
+      A factor in [0, 1] for each parameter; the limit where g is 0.
 
     Raises:
       ValueError: a batch size that is not positive, a negative epsilon.
@@ -111,10 +113,10 @@ def adam_epsilon_shrinkage(
       [0.1585, 0.9545]
     """
     g, t = _noisy(gradient, sigma, batch, eps)
-    g = jnp.where(g == 0, 1e-6 * jnp.hypot(t, eps), g)  # beta is even and smooth there
+    g = jnp.where(g == 0, 1e-6 * jnp.hypot(t, eps), g)  # beta is even and smooth at 0
     mean, _ = _moments(g, t, eps)
     nu = softsign(g, eps)
-    # softsign is concave in |x|, so above 1 there is only rounding
+    # softsign is concave in |x|, so only rounding can exceed 1
     return jnp.minimum(jnp.where(nu == 0, 1, mean / jnp.where(nu == 0, 1, nu)), 1)
 
 
@@ -125,40 +127,40 @@ def adam_epsilon_learning_rate(
     batch: Number,
     eps: Number,
 ) -> jax.Array:
-    """Returns the best rate for one step of Adam with this epsilon, beta1 = beta2 = 0.
+    """Returns the best learning rate for a step of Adam with beta1 = beta2 = 0.
 
-    After a step -eta u the expected loss is L - eta E[u].g + eta^2 E[u.Hu] / 2. With
-    noise that is independent between parameters E[u_i u_j] = E[u_i] E[u_j] off the
+    After a step -eta u, the expected loss is L - eta E[u].g + eta^2 E[u.Hu] / 2. If the
+    noise is independent between parameters, E[u_i u_j] = E[u_i] E[u_j] off the
     diagonal, so the minimum is at
 
         mu_i = E[u_i],    m_i = E[u_i^2]
         eta* = sum_i mu_i g_i / (sum_ij mu_i mu_j H_ij + sum_i H_ii (m_i - mu_i^2))
 
-    with the moments of the module, each parameter with its own ratio of signal to
-    noise. Exact but for the Gaussian form of the noise; with the closed forms of the
-    moments it is right within a factor of 1.4. As eps -> inf the step is SGD's, at the
-    rate eta* / eps. At eps = 0 it is sign descent's; there, if all ratios |g_i| / t_i
-    are equal and s_i = sign g_i, the rate has a peak over the batch size (the surge)
-    only if sum_ij s_i s_j H_ij > 2 tr H.
+    with the moments of the module docstring, each parameter having its own
+    signal-to-noise ratio. This is exact for Gaussian noise; with the closed forms of
+    the moments it would be right within a factor of 1.4. As eps -> inf, the step
+    becomes SGD's, at the rate eta* / eps. At eps = 0 it is that of sign descent; there,
+    if all ratios |g_i| / t_i are equal and s_i = sign g_i, the rate has a peak over the
+    batch size (the surge) only if sum_ij s_i s_j H_ij > 2 tr H.
 
-    For adapters: the gradient of `a` is proportional to b, so early on it can lie below
-    epsilon, and a then trains as under slow SGD while b steps by signs. Keep epsilon at
-    1e-8 or below in float32 and scale the loss up rather than raise it.
+    For adapters: the gradient of `a` is proportional to b, so early on it can be below
+    epsilon, and a then trains as with slow SGD while b takes sign-like steps. Keep
+    epsilon at 1e-8 or below in float32, and scale the loss up rather than raise
+    epsilon.
 
     Args:
       gradient: g, the mean over examples, n entries in any shape.
       sigma: the standard deviation over examples, in the same shape.
-      hessian: H `[n, n]`, or its diagonal in the shape of the gradient where the rest
-        is zero.
+      hessian: H `[n, n]`, or, for a diagonal H, its diagonal in the gradient's shape.
       batch: B.
-      eps: epsilon; at 0 the step is the sign.
+      eps: the optimiser's epsilon; at 0 the step is the sign.
 
     Returns:
-      The rate, a scalar; 0 where every g_i is 0.
+      The learning rate, a scalar; 0 if every g_i is 0.
 
     Raises:
-      ValueError: a batch size that is not positive, a negative epsilon, a Hessian of
-        another shape.
+      ValueError: a batch size that is not positive, a negative epsilon, or a Hessian
+        of another shape.
 
     Example:
       >>> g, sigma, H = jnp.array([0.3]), jnp.array([0.0]), jnp.array([[2.0]])
@@ -170,14 +172,14 @@ def adam_epsilon_learning_rate(
     full, n = _wide(hessian), g.size
     if full.shape not in ((n, n), g.shape):
         raise ValueError(
-            f"hessian has the shape {full.shape}; for a gradient of shape {g.shape} "
+            f"hessian has shape {full.shape}; for a gradient of shape {g.shape} "
             f"give {(n, n)}, or {g.shape} for its diagonal"
         )
     mean, square = _moments(g, t, eps)
     slope = jnp.sum(mean * g)
     if full.shape == (n, n):
         mean, square = mean.reshape(n), square.reshape(n)
-        noise = jnp.maximum(square - mean**2, 0)  # >= 0 but for rounding
+        noise = jnp.maximum(square - mean**2, 0)  # >= 0 up to rounding
         bent = linalg.dot(full, mean)
         curved = jnp.sum(mean * bent) + jnp.sum(jnp.diagonal(full) * noise)
     else:
@@ -188,7 +190,7 @@ def adam_epsilon_learning_rate(
 def _noisy(
     gradient: Any, sigma: Any, batch: Number, eps: Number
 ) -> tuple[jax.Array, jax.Array]:
-    """The mean and the deviation of a batch's gradient, in one shape."""
+    """The mean and standard deviation of a batch's gradient, broadcast together."""
     _checks.all_positive(batch=batch)
     _checks.at_least("eps", eps, infinite=True)
     g, t = jnp.broadcast_arrays(_wide(gradient), _wide(sigma))

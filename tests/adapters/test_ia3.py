@@ -78,9 +78,9 @@ def test_an_embedding_has_gains_on_what_it_writes():
 
 def test_options_out_of_range_are_refused():
     params = {"w": jnp.ones((6, 4))}
-    with pytest.raises(ValueError, match="feedforward=1 of adapter='ia3'; give True"):
+    with pytest.raises(ValueError, match="feedforward=1 for adapter='ia3'; give True"):
         lorax.init(KEY, params, IA3(options={"feedforward": 1}))
     with pytest.raises(ValueError, match="has no option feed; it has feedforward"):
         lorax.init(KEY, params, IA3(options={"feed": True}))
-    with pytest.raises(ValueError, match="has no branch whose input could drop"):
+    with pytest.raises(ValueError, match="has no branch to apply it to"):
         IA3(dropout=0.1)

@@ -104,14 +104,16 @@ def test_sizes_are_split_as_in_lycoris(size, factor, want):
 
 def test_what_cannot_be_is_refused():
     params = {"w": jnp.ones((6, 4))}
-    with pytest.raises(ValueError, match="factor=0 of adapter='lokr'; give a whole"):
+    with pytest.raises(ValueError, match="factor=0 for adapter='lokr'; give a whole"):
         lorax.init(KEY, params, LOKR(options={"factor": 0}))
-    with pytest.raises(ValueError, match="decompose_both=2 of adapter='lokr'"):
+    with pytest.raises(ValueError, match="decompose_both=2 for adapter='lokr'"):
         lorax.init(KEY, params, LOKR(options={"decompose_both": 2}))
     adapter = LoKr(1.0, AXES, w1=jnp.ones((2, 2)), w2=jnp.ones((2, 2)))
-    with pytest.raises(ValueError, match=r"kernel \[4, 4\], and the leaf is \[6, 4\]"):
+    with pytest.raises(ValueError, match=r"kernel \[4, 4\], but the leaf is \[6, 4\]"):
         lorax.merge({"w": adapter}, params)
-    with pytest.raises(ValueError, match=r"it has \['w1'\]; give w1 or w1_a and w1_b"):
+    with pytest.raises(
+        ValueError, match=r"LoKr has \['w1'\]; give w1, or w1_a and w1_b"
+    ):
         lorax.merge({"w": LoKr(1.0, AXES, w1=jnp.ones((2, 2)))}, params)
     kernels = lorax.discover(lambda p, ids: p["w"][ids], params, jnp.arange(3))
     with pytest.raises(ValueError, match="an embedding reads token ids"):

@@ -123,7 +123,10 @@ def test_a_tied_kernel_turns_the_result():
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"block_size": 1}, r"block_size=1 of adapter='oft'; give a whole number >= 2"),
+        (
+            {"block_size": 1},
+            r"block_size=1 for adapter='oft'; give a whole number >= 2",
+        ),
         ({"block_size": 2.0}, r"block_size=2.0 .* whole number"),
         ({"cayley_terms": 1}, r"cayley_terms=1 .* >= 2, or None for the inverse"),
         ({"cayley_terms": True}, r"cayley_terms=True"),
@@ -144,13 +147,13 @@ def test_what_has_no_inputs_to_turn_is_refused():
     kernels = lorax.discover(lambda p, ids: p["w"][ids], params, jnp.arange(3))
     with pytest.raises(ValueError, match="an embedding reads token ids"):
         lorax.init(KEY, params, OFT(options={"block_size": 4}), kernels)
-    with pytest.raises(ValueError, match="has no branch whose input could drop"):
+    with pytest.raises(ValueError, match="has no branch to apply it to"):
         OFT(dropout=0.1)
 
 
 def test_blocks_of_another_model_are_refused():
     adapter = Oft(jnp.zeros((2, 3)), AXES)
-    with pytest.raises(ValueError, match="2 blocks of 3 entries do not turn 8 inputs"):
+    with pytest.raises(ValueError, match="2 blocks of 3 entries do not fit 8 inputs"):
         lorax.merge({"w": adapter}, {"w": jnp.ones((8, 2))})
     with pytest.raises(ValueError, match="2 blocks of 4 entries"):
         lorax.merge({"w": Oft(jnp.zeros((2, 4)), AXES)}, {"w": jnp.ones((6, 2))})

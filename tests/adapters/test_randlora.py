@@ -54,5 +54,5 @@ def test_the_start_and_what_is_shared():
 
 
 def test_there_is_no_branch_whose_input_could_drop():
-    with pytest.raises(ValueError, match="dropout=0.1, and adapter='randlora' has no"):
+    with pytest.raises(ValueError, match="dropout=0.1, but adapter='randlora' has no"):
         lorax.Target("w", adapter="randlora", dropout=0.1)

@@ -149,9 +149,9 @@ def test_they_lie_as_their_embedding_does():
         ({"rows": (-1, 3)}, "give increasing numbers"),
         ({"rows": ()}, "give increasing numbers"),
         ({"rows": (1.5,)}, "give increasing numbers"),
-        ({"adapter": "rows", "rows": None}, "which needs their numbers"),
-        ({"adapter": "lora"}, "train by adapter='rows'"),
-        ({"dropout": 0.1}, "no branch whose input could drop"),
+        ({"adapter": "rows", "rows": None}, "and their numbers"),
+        ({"adapter": "lora"}, "give both adapter='rows'"),
+        ({"dropout": 0.1}, "no branch to apply it to"),
         ({"init": "pissa"}, "init='pissa' has no meaning for adapter='rows'"),
         ({"pattern": "w"}, r"rows=\(2, 9, 10\) .* is used by 'dot'"),
         (
@@ -169,12 +169,14 @@ def test_what_is_refused(target, message):
 
 def test_without_kernels_nobody_knows_what_is_an_embedding():
     params, _ = model(tied)
-    with pytest.raises(ValueError, match="nobody told; .*pass kernels=lorax.discover"):
+    with pytest.raises(
+        ValueError, match="in an unknown way; .*pass kernels=lorax.discover"
+    ):
         lorax.init(jax.random.key(0), params, ROWS("embedding"))
 
 
 def test_another_vocabulary_is_told():
     adapters, params = adapted(tied)
     wider = {**params, "embedding": jnp.zeros((WORDS + 1, WIDTH))}
-    with pytest.raises(ValueError, match="of a vocabulary of 11, and the leaf has 12"):
+    with pytest.raises(ValueError, match="of a vocabulary of 11, but the leaf has 12"):
         lorax.merge(adapters, wider)

@@ -55,7 +55,7 @@ def test_each_rank_has_a_pair_and_the_start():
 @pytest.mark.parametrize("given", [0.0, float("nan"), "0.1", True])
 def test_a_start_that_cannot_train_is_refused(given):
     target = lorax.Target("w", adapter="vera", options={"d_initial": given})
-    with pytest.raises(ValueError, match="d_initial=.*; give a number that is not 0"):
+    with pytest.raises(ValueError, match="d_initial=.*; give a number other than 0"):
         lorax.init(jax.random.key(0), {"w": jnp.ones((9, 9))}, target)
 
 

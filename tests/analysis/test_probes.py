@@ -187,9 +187,9 @@ def test_maps():
         [7, 8, 9, np.nan], [2, np.nan, np.nan, np.nan],
     ]  # fmt: skip
     np.testing.assert_array_equal(found.values, want)
-    with pytest.raises(ValueError, match="one a layer"):
+    with pytest.raises(ValueError, match="one value per layer"):
         analysis.layer_map({"w": np.ones((2, 3))})
-    with pytest.raises(ValueError, match="'h/q' in layer 2 already"):
+    with pytest.raises(ValueError, match="already a value for 'h/q' in layer 2"):
         analysis.layer_map({"h_2/q/kernel": 1, "h.2/q": 1})
 
 

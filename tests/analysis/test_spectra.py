@@ -175,7 +175,7 @@ def test_amplification_of_a_layer_subset_reads_its_layers():
 
 def test_errors_teach():
     full = {"w": lorax.Full(jnp.ones((3, 2)))}
-    with pytest.raises(ValueError, match="low-rank factors, and was given Full"):
+    with pytest.raises(ValueError, match="low-rank factors, but was given Full"):
         analysis.singular_values(full)
     with pytest.raises(ValueError, match="an empty tree"):
         analysis.metrics({})
@@ -184,7 +184,7 @@ def test_errors_teach():
         analysis.subspace_similarity(one, other)
     with pytest.raises(ValueError, match="of='c'; choose one of a, b"):
         analysis.subspace_similarity(one, one, "c")
-    with pytest.raises(ValueError, match="of the same kernel"):
+    with pytest.raises(ValueError, match="fit the same kernel"):
         analysis.subspace_similarity(one, {"x": lora(0, (10, 9))})
     with pytest.raises(ValueError, match="rank=0"):
         analysis.amplification(jax.random.key(0), one, {"x": jnp.ones((12, 9))}, 0)

@@ -229,7 +229,7 @@ def test_shrunk_adapters_are_the_same_function():
 
 def test_shrinking_between_two_choices_would_change_the_function():
     adapters, state = trained(two(), 3, steps=3)[-1]
-    with pytest.raises(ValueError, match="trained on since the last choice"):
+    with pytest.raises(ValueError, match="trained since the last choice"):
         optim.adalora_shrink(adapters, state)
 
 
@@ -262,8 +262,8 @@ def test_a_plain_optimiser_revives_pruned_triplets_and_not_shrunk_ones():
         ({"interval": 0}, "interval=0; give a Python int of at least 1"),
         ({"final_steps": -1}, "final_steps=-1; give a Python int of at least 0"),
         ({"init_budget": 2}, "target_budget=3 is above the initial budget 2"),
-        ({"beta1": 1.0}, "beta1=1.0; give a decay between 0 and 1"),
-        ({"beta2": 0.0}, "beta2=0.0; give a decay between 0 and 1"),
+        ({"beta1": 1.0}, "beta1=1.0; give a decay rate between 0 and 1"),
+        ({"beta2": 0.0}, "beta2=0.0; give a decay rate between 0 and 1"),
         ({"orthogonal_weight": -1.0}, "orthogonal_weight=-1.0; give a number of"),
         ({"orthogonal_form": "frobenius"}, "choose 'decoupled' .*, 'squared' .* or 'n"),
         ({"importance": "mid"}, "importance='mid'; choose 'post'"),
@@ -277,7 +277,7 @@ def test_what_cannot_run_is_refused_at_construction(change, message):
 def test_what_the_adapters_rule_out_is_refused_at_init():
     sgd = optax.sgd(0.1)
     adapters = two()
-    with pytest.raises(ValueError, match="init_budget=8, and the ranks .* sum to 7"):
+    with pytest.raises(ValueError, match="init_budget=8, but the ranks .* sum to 7"):
         optim.adalora(sgd, **SHORT, init_budget=8).init(adapters)
     with pytest.raises(
         ValueError, match="target_budget=8 is above the initial budget 7"
@@ -291,7 +291,7 @@ def test_what_the_adapters_rule_out_is_refused_at_init():
         tx.update(adapters, tx.init(adapters))
     with pytest.raises(TypeError, match="inner must be an optax transformation"):
         optim.adalora(0.1, **SHORT)
-    with pytest.raises(TypeError, match="MultiSteps goes around"):
+    with pytest.raises(TypeError, match="MultiSteps goes outside"):
         optim.adalora(optax.MultiSteps(sgd, 2), **SHORT)
 
 

@@ -28,7 +28,7 @@ def create(tx):
 @pytest.mark.parametrize("name", MOMENTS)
 def test_a_reader_of_gradients_behind_moments_is_refused(reader, name):
     made = reader.__name__
-    told = rf"{made} stands behind the transform of {name} in .*chain\({made}\("
+    told = rf"{made} comes after the transform of {name} in .*chain\({made}\("
     with pytest.raises(ValueError, match=told):
         create(optax.chain(optax.clip(1.0), MOMENTS[name](), reader(), optax.scale(-1)))
     create(optax.chain(optax.clip(1.0), reader(), MOMENTS[name](), optax.scale(-1)))
@@ -45,7 +45,7 @@ def test_wrappers_hide_nothing():
             lambda rate: optax.chain(optax.trace(0.9), optim.lora_pro(rate))
         )(1e-2),
     ):
-        with pytest.raises(ValueError, match="scale_by_lora_pro stands behind"):
+        with pytest.raises(ValueError, match="scale_by_lora_pro comes after"):
             create(tx)
 
 

@@ -325,7 +325,7 @@ def test_errors(row):
     if not row.adalora or row.needs_svd:
         with pytest.raises(
             ValueError,
-            match=r"reads the factors.*keeps .* from it; label whole adapter",
+            match=r"reads the factors.*hides .* from it; label whole adapter",
         ):
             parted.init(tree)
     if row.decays:  # one of our chains, not one made in this table

@@ -196,7 +196,7 @@ def test_errors():
     for strength in (-0.1, math.nan, math.inf, jnp.float32(-1)):
         with pytest.raises(ValueError, match="weight_decay=.*number of at least 0"):
             optim.add_decayed_weights(strength)
-    with pytest.raises(ValueError, match="weight_decay='0.1'; give one number"):
+    with pytest.raises(ValueError, match="weight_decay='0.1'; give a single number"):
         optim.add_decayed_weights("0.1")
     tx = optim.add_decayed_weights(0.1)
     plain = {"w": {"kernel": jnp.ones((2, 2))}}
@@ -214,7 +214,7 @@ def test_errors():
         make.init(TREE)
     lora = TREE["attn/q"]
     wide = Lora(lora.a.astype(jnp.complex64), lora.b, 1.0, problems.DENSE)
-    with pytest.raises(ValueError, match="attn/q: .* real factors, and these are com"):
+    with pytest.raises(ValueError, match="attn/q: .* real factors, but these are com"):
         tx.init({"attn/q": wide})
     to_base = optim.add_decayed_weights(0.1, full=True)
     with pytest.raises(ValueError, match="update.grads, state, adapters, base=params"):

@@ -208,7 +208,7 @@ def test_a_partition_by_role():
     for auto in ("auto", [(".*", "auto")]):
         parted = dict.fromkeys(roles, optim.scale_by_lora_plus(auto))
         with pytest.raises(
-            ValueError, match=r"'auto'\) reads the factors .* keeps .* it"
+            ValueError, match=r"'auto'\) reads the factors .* hides .* it"
         ):
             optax.partition(parted, by_role).init(TREE)
 
@@ -222,13 +222,13 @@ def test_errors():
             optim.lora_plus(1e-3, ratio)
     with pytest.raises(ValueError, match="give a number, a schedule or 'auto'"):
         optim.scale_by_lora_plus("width")
-    with pytest.raises(ValueError, match="ratio=None; give one number"):
+    with pytest.raises(ValueError, match="ratio=None; give a single number"):
         optim.scale_by_lora_plus(None)
     with pytest.raises(ValueError, match="give pairs"):
         optim.scale_by_lora_plus(["attn"])
     with pytest.raises(ValueError, match="ratio=-2.0; give a number > 0"):
         optim.scale_by_lora_plus([(".*", -2.0)])
-    with pytest.raises(ValueError, match="'attn' matches the whole of no path; near"):
+    with pytest.raises(ValueError, match="'attn' does not match any whole path; near"):
         optim.scale_by_lora_plus([("attn", 2.0)]).init(TREE)
     with pytest.raises(ValueError, match="no rule matches 'dora'; end the rules"):
         optim.scale_by_lora_plus([("attn/q", 2.0)]).init(TREE)

@@ -137,7 +137,7 @@ def test_where_it_stands_in_a_chain():
         ),
         (optax.chain(optim.lora_rite(0.1), optim.scale_by_gram()), "scale_by_gram"),
     ):
-        with pytest.raises(ValueError, match=f"{name} stands behind"):
+        with pytest.raises(ValueError, match=f"{name} comes after"):
             training.create_state(jax.random.key(0), w, tx)
 
 

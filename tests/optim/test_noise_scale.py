@@ -93,7 +93,7 @@ def test_what_cannot_be_measured_is_refused():
     state = tx.init(GRADS)
     with pytest.raises(ValueError, match="accumulate >= 2"):
         tx.update(GRADS, state)
-    with pytest.raises(ValueError, match="large_batch=8: the noise scale is read from"):
+    with pytest.raises(ValueError, match="large_batch=8: the noise scale comes from"):
         tx.update(GRADS, state, microbatch=MicrobatchNorms(1.0, 1.0, 8, 8))
     with pytest.raises(ValueError, match="holds 0"):
         optim.noise_scale(optax.sgd(0.1).init(GRADS))

@@ -324,7 +324,7 @@ def test_errors_say_what_to_do():
     base = lorax.quantize(params, RULES, kernels)
     with pytest.raises(ValueError, match="up: the leaf is quantised, and adapter='fu"):
         lorax.init(KEY, base, [lorax.Target("up", adapter="full")], kernels)
-    with pytest.raises(ValueError, match="up: the leaf is quantised already"):
+    with pytest.raises(ValueError, match="up: the leaf is already quantised"):
         lorax.quantize(base, [("up", "int8")], kernels)
     with pytest.raises(ValueError, match="groups of 48 inputs do not divide inputs of"):
         lorax.quantize(params, [("up", Int4(group=48))], kernels)

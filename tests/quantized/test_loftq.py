@@ -201,14 +201,14 @@ def test_errors():
     given = lorax.init(KEY, dense, lorax.Target("w", rank=4))
     rules = [("w", "nf4")]
     for steps in (0, 2.0, True):
-        with pytest.raises(ValueError, match="steps=.*whole number from 1.*quantize"):
+        with pytest.raises(ValueError, match="steps=.*whole number >= 1.*quantize"):
             lorax.loftq(*given, rules, steps=steps)
     with pytest.raises(ValueError, match="quantise .'v'.*on .'w'.*lorax.quantize"):
         lorax.loftq(*given, [("v", "nf4")])
     dora = lorax.init(KEY, dense, lorax.Target("w", rank=4, adapter="dora"))
     with pytest.raises(ValueError, match="w: the update of Dora is not a product"):
         lorax.loftq(*dora, rules)
-    with pytest.raises(ValueError, match="w: the leaf is quantised already"):
+    with pytest.raises(ValueError, match="w: the leaf is already quantised"):
         lorax.loftq(given[0], lorax.quantize(dense, rules), rules)
     with pytest.raises(ValueError, match="w: groups of 48 inputs do not divide"):
         lorax.loftq(*given, [("w", Int8(group=48))])

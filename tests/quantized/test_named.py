@@ -87,7 +87,9 @@ def test_names_of_codes_and_of_leaves():
     assert [*lorax.init(KEY, params, [target], kernels)[0]] == ["w"]
     described = lorax.describe(params, target, kernels)
     reasons = {leaf.path: leaf.reason for leaf in described.left_out}
-    assert reasons["scaled"].startswith("made of w, and the same operation reads both")
+    assert reasons["scaled"].startswith(
+        "made from w, and the same operation reads both"
+    )
 
 
 def test_a_name_of_two_kernels_or_of_another_leaf_is_refused():

@@ -126,7 +126,7 @@ def test_verbs_that_need_the_kernel_say_so(tmp_path):
     start = lambda **fields: lorax.init(
         KEY, params, [lorax.Target(".*q", rank=2, **fields)], kernels
     )
-    with pytest.raises(ValueError, match="layer/q: .* its codes can hold no update"):
+    with pytest.raises(ValueError, match="layer/q: .* its codes cannot hold an update"):
         lorax.merge(adapters, params)
     with pytest.raises(ValueError, match="layer/q: init='pissa' reads the kernel"):
         start(init="pissa")
@@ -157,11 +157,11 @@ def test_verbs_that_need_the_kernel_say_so(tmp_path):
         lorax.adapt(model.fn)({"layer/k": other["layer/q"]}, params, model.x)
     short = {**params, "layer": {**params["layer"], "q": jnp.ones((4, 4), jnp.int8)}}
     with pytest.raises(
-        ValueError, match="layer/q: the leaf is int8.4, 4. and discover"
+        ValueError, match="layer/q: the leaf is int8.4, 4., but discover"
     ):
         lorax.init(KEY, short, [TARGET], kernels)
     with pytest.raises(
-        ValueError, match="layer/q: the program makes this kernel of lay"
+        ValueError, match="layer/q: the program computes this kernel from lay"
     ):
         lorax.quantize(params, [(".*q", "int8")], kernels)
     with pytest.raises(
@@ -194,7 +194,7 @@ def test_a_stack_that_a_loop_indexes_is_refused():
 
     kernels = lorax.discover(fn, params, x)
     with pytest.raises(
-        ValueError, match="q: .*a loop counts is none: scan over the st"
+        ValueError, match="q: .*a loop's counter is not .*: scan over the st"
     ):
         lorax.init(KEY, params, [TARGET], kernels)
     stack = {"q": jnp.ones((DEPTH, IN, IN))}
@@ -228,7 +228,7 @@ def test_inside_shard_map_it_is_not_followed():
         out_specs=cut,
     )(x, p["q"], p["s"])
     kernels = lorax.discover(fn, params, normal(0, 3, IN))
-    with pytest.raises(ValueError, match="q: .*nor is it followed into shard_map"):
+    with pytest.raises(ValueError, match="q: .*shard_map .* are not followed"):
         lorax.init(KEY, params, [TARGET], kernels)
 
 
