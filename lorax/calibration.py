@@ -30,8 +30,6 @@ from lorax.types import ActivationStats, Adapters, Covariance, GradSketch, PyTre
 Chosen = dict[str, tuple[Target, Kernel]]
 Stats = GradSketch | ActivationStats | Covariance
 KEPT = 2  # x rank: the directions that LoRA-GA uses
-WIDTH = 8  # x rank: the columns of the sketch. On the spectrum i^-0.5, 4 passes then
-# lose 0.1 % of the exact first step's cosine with G; 2 x rank + 8 would lose 1 %
 
 
 def calibrate(
