@@ -117,7 +117,7 @@ def test_what_a_preprocessor_says(tmp_path):
     assert (plain.mean, plain.std) == ((0.0,), (1.0,))
     grey = np.full((8, 8, 1), 0.25, np.float32)
     np.testing.assert_array_equal(plain(grey), np.full((8, 8, 3), 0.25))
-    with pytest.raises(ValueError, match="an image has 3 channels and the model reads"):
+    with pytest.raises(ValueError, match="an image has 3 channels, but the model"):
         look.Look(8, 1)(np.zeros((8, 8, 3)))
     wrong = {
         "do_center_crop=true is not implemented": {"do_center_crop": True},
@@ -144,7 +144,7 @@ def test_the_digits_run(tmp_path):
     results = finetune.run(config, str(tmp_path))
     assert results["valid_accuracy"] > 0.9 > results["base_valid_accuracy"]
     config.model.labels = 3
-    with pytest.raises(ValueError, match="3 labels and digits has 2: set config.model"):
+    with pytest.raises(ValueError, match="3 labels, but digits has 2: set config"):
         finetune.run(config, str(tmp_path / "other"))
 
 
