@@ -95,7 +95,7 @@ def test_compressed_and_inside_an_archive(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no member 'in/y.csv'.*in/x.csv"):
         records.read(tmp_path / "x.zip/in/y.csv")
     (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(text)[:-9])
-    with pytest.raises(ValueError, match=r"cut.csv.gz is no intact gzip"):
+    with pytest.raises(ValueError, match=r"cut.csv.gz is not an intact gzip"):
         records.read(tmp_path / "cut.csv.gz")
 
 
@@ -116,7 +116,7 @@ BROKEN = [
         "a.jsonl",
         b'{"a": "1", "b": "2"}\n{"a": 1, "b": NaN}\n',
         2,
-        "NaN is no JSON value .under 'b'",
+        "NaN is not a JSON value .under 'b'",
     ),
     ("a.jsonl", b'{"a": "1", "b": "2"}\n{"a": "1"}\n', 2, r"no 'b' among \['a'\]"),
     ("a.jsonl", b'{"a": "1", "b": "2"}\n{"a": 1, "b": null}\n', 2, "no 'b' among"),
