@@ -171,8 +171,8 @@ def register(
         return functools.partial(register, name, sees_shapes=sees_shapes)
     if name == "chain":
         raise ValueError(
-            "the optimiser name 'chain' is reserved for chains of links; register this "
-            "one under another name"
+            "optimiser name 'chain' belongs to chains of links; register this one "
+            "under another"
         )
     registry.require_free("optimiser", name, READY.get(name), make)
     READY[name] = make

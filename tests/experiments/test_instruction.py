@@ -130,7 +130,7 @@ def test_documents_of_every_kind(tmp_path):
     assert plain_text.read(text, "<|book|>").texts == ("one\n", "\ntwo")
     listed = tmp_path / "a.json"
     listed.write_text('["one", 2, "three"]')
-    with pytest.warns(UserWarning, match=r"a.json\[1\]: 'text' is 2, no text"):
+    with pytest.warns(UserWarning, match=r"a.json\[1\]: 'text' is 2, not text"):
         found = plain_text.read(listed)
     assert (found.texts, len(found.malformed)) == (("one", "three"), 1)
     rows = write(tmp_path / "a.jsonl", {"story": "one"}, {"story": "two"})

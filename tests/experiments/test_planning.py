@@ -384,7 +384,7 @@ def test_a_search_counts_layers_where_a_stack_holds_periods_of_them(monkeypatch)
 def test_a_search_without_a_setting(searched, monkeypatch):
     topology = topologies.parse("v5e:2x4")
     monkeypatch.setattr(best, "candidates", lambda *_: [])
-    with pytest.raises(ValueError, match="no mesh divides .* a batch of 8, its half"):
+    with pytest.raises(ValueError, match="no mesh divides .* a batch of 8, or half"):
         best.run(tiny(), topology)
     big = [one._replace(memory=1e12) for one in searched]
     monkeypatch.setattr(best, "candidates", lambda *_: big)

@@ -70,7 +70,7 @@ def load(split: str, form: str = "lora_format") -> Data:
         name = FILES[form][split]
     except KeyError:
         raise ValueError(
-            f"E2E has no split {split!r} of form {form!r}: choose one of "
+            f"E2E has no split {split!r} of form {form!r}: choose from "
             f"{[(f, s) for f, splits in FILES.items() for s in splits]}."
         ) from None
     return read(paths.find(name))

@@ -76,11 +76,11 @@ def load(root: str | os.PathLike[str], task: str, split: str = "train") -> Data:
       ValueError: there is no such task or split.
     """
     if task not in TASKS:
-        raise ValueError(f"GLUE has no task {task!r}: choose one of {sorted(TASKS)}.")
+        raise ValueError(f"GLUE has no task {task!r}: choose from {sorted(TASKS)}.")
     found = TASKS[task]
     if split not in ("train", *found.dev):
         raise ValueError(
-            f"{task} has no split {split!r} with labels: choose one of "
+            f"{task} has no split {split!r} with labels: choose from "
             f"{('train', *found.dev)}."
         )
     path = paths.find(pathlib.Path(root, task, f"{split}.tsv"))
@@ -129,7 +129,7 @@ def sentences(name: str, split: str = "train") -> Data:
     """
     if name not in BY_FILE or split not in TENTHS:
         raise ValueError(
-            f"no set {name!r} with split {split!r}: choose among {sorted(BY_FILE)} and "
+            f"no set {name!r} with split {split!r}: choose from {sorted(BY_FILE)} and "
             f"{list(TENTHS)}."
         )
     folder, files = BY_FILE[name]

@@ -123,7 +123,7 @@ PAIRS: dict[
 def _pair(values: dict[str, Any], form: str | None) -> tuple[str, str]:
     """Returns prompt and response of a row."""
     if form is not None and form not in PAIRS:
-        raise ValueError(f"form={form!r}: choose one of {sorted(PAIRS)}.")
+        raise ValueError(f"form={form!r}: choose from {sorted(PAIRS)}.")
     for name, (columns, take) in PAIRS.items():
         if form in (None, name) and all(column in values for column in columns):
             prompt, response = take(values)
