@@ -147,7 +147,7 @@ def _mesh(sharding: ml_collections.ConfigDict) -> None:
     """All 1: one device, nothing sharded. -1: the devices that the others leave."""
     sharding.data = 1  # copies of the model
     sharding.fsdp = 1  # slices of leaves, gathered where they are used
-    sharding.expert = 1  # for mixtures: the experts of a layer, and rows
+    sharding.expert = 1  # for mixtures: slices of a layer's experts, and of rows
     sharding.context = 1  # stripes of each row; needs model.attention = "flash"
     sharding.tensor = 1  # slices of heads, hidden units and vocabulary
     sharding.rules = ()  # (regex of paths, mesh axes by dimension), first wins

@@ -122,7 +122,7 @@ def run(
         least = min(one.memory for one in found) / topologies.GIB
         raise ValueError(
             f"{topology}: of {len(found)} settings, even the smallest should take "
-            f"{least:.1f} GiB a chip; use more chips, or a smaller data.batch_size"
+            f"{least:.1f} GiB per chip; use more chips, or a smaller data.batch_size"
         )
     tell(f"{len(found)} settings, of which {len(fitting)} should fit")
     plans = []
@@ -140,9 +140,7 @@ def render(plans: list[estimates.Plan]) -> str:
     def fits(p: estimates.Plan) -> bool:
         return p.memory is not None and (p.memory.headroom or 0) >= 0
 
-    lines = [
-        f"{'GiB a chip':>10} {'room':>7} {'tokens/s/chip':>14} {'MFU':>6}  settings"
-    ]
+    lines = [f"{'GiB/chip':>10} {'room':>7} {'tokens/s/chip':>14} {'MFU':>6}  settings"]
     for plan in sorted(plans, key=lambda p: (not fits(p), -p.pace)):
         total = f"{plan.memory.total / gib:.2f}" if plan.memory else "-"
         room = plan.memory.headroom if plan.memory else None
@@ -151,9 +149,7 @@ def render(plans: list[estimates.Plan]) -> str:
             (f"{plan.pace:,.0f}", f"{plan.mfu:.1%}") if plan.pace else ("-", "-")
         )
         lines.append(f"{total:>10} {said:>7} {pace:>14} {mfu:>6}  {plan.settings}")
-    lines.append(
-        "Estimates, not measured; products, HBM and transfers one after another."
-    )
+    lines.append("Estimates, not measured; products, HBM and transfers do not overlap.")
     return "\n".join(lines)
 
 

@@ -103,7 +103,7 @@ def render(found: list[tuple[Run, estimates.Plan]]) -> str:
             f"{run.name:<24}{cells[0]:>10}" + "".join(f"{c:>22}" for c in cells[1:])
         )
         lines.append(
-            f"{'':<24}{run.pace:,.0f} tokens a second and chip, MFU {run.mfu:.1%}; "
+            f"{'':<24}{run.pace:,.0f} tokens/s per chip, MFU {run.mfu:.1%}; "
             f"estimated {plan.pace:,.0f} and {plan.mfu:.1%}"
         )
     return "\n".join(lines)

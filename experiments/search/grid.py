@@ -100,7 +100,7 @@ def kind_of(name: str, config: ml_collections.ConfigDict) -> type:
         near = [field for field in known if field.rpartition(".")[2] == last]
         near += difflib.get_close_matches(name, known, n=4, cutoff=0.5)
         told = ", ".join(dict.fromkeys(near)) or f"sections {', '.join(config)}"
-        raise ValueError(f"--grid: the config has no field {name}; near it: {told}")
+        raise ValueError(f"--grid: the config has no field {name}; try {told}")
     holder, _, last = name.rpartition(".")
     kind = at(config, holder).get_type(last)
     if kind not in KINDS:

@@ -51,7 +51,7 @@ class RunTable:
             except (ValueError, KeyError, TypeError) as e:
                 if number < len(given):
                     raise ValueError(
-                        f"{self.path}, line {number} is not a run's; mend or remove it"
+                        f"{self.path}, line {number} is not a run's; fix or remove it"
                     ) from e
                 logging.warning("%s: the last line is cut off; dropped", self.path)
             else:

@@ -49,7 +49,7 @@ def recovered(base: float, adapted: float, full: float) -> float:
     return (base - adapted) / (base - full) if base > full else math.nan
 
 
-NO_SHARE = "Full fine-tuning gained less than LoRA here, so no share of it is given."
+NO_SHARE = "Full fine-tuning gained less than LoRA here, so its share is left blank."
 
 
 def summary_table(

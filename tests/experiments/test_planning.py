@@ -321,13 +321,13 @@ def test_a_report_says_what_is_estimated_and_what_does_not_fit():
     assert rows["transfers"] == "0.25 s at 50 GB/s a link"
     assert rows["step, all at once"] == f"2 s {bound}"
     assert rows["step, one after another"] == f"3.75 s {bound}"
-    assert rows["tokens a second and chip"] == f"267, one after another {bound}"
+    assert rows["tokens/s per chip"] == f"267, one after another {bound}"
     assert rows["MFU"] == f"26.7%, one after another {bound}"
     assert "times the step" in rows["error"]
     assert rows["cycles"] == "7 (XLA estimate, not measured)"
-    assert rows["evaluation instead"] == "1.000 GiB a chip"
-    assert rows["HBM read and written"] == "2.000 GiB a chip and step"
-    assert rows["to and from the host"] == "0.250 GiB a chip and step"
+    assert rows["evaluation instead"] == "1.000 GiB per chip"
+    assert rows["HBM read and written"] == "2.000 GiB per chip and step"
+    assert rows["to and from the host"] == "0.250 GiB per chip and step"
     assert "7; 3 kernels have none" in rendering.render(made(1, 1, "", opaque=3))
     assert made(15 * 2**30, 1, "").verdict == "fits, with less than 10% room"
     assert made(16 * 2**30, 1, "").verdict == "does not fit"

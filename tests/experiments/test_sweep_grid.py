@@ -43,9 +43,9 @@ def test_values_are_read_as_the_types_of_their_fields():
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("adapter.rnak=2", r"no field adapter.rnak; near it: adapter.rank"),
-        ("rank=2", r"no field rank; near it: adapter.rank"),
-        ("xyz.w=2", r"no field xyz.w; near it: sections adapter, data"),
+        ("adapter.rnak=2", r"no field adapter.rnak; try adapter.rank"),
+        ("rank=2", r"no field rank; try adapter.rank"),
+        ("xyz.w=2", r"no field xyz.w; try sections adapter, data"),
         ("adapter=2", r"adapter is a section; it has adapter.*, adapter.rank"),
         ("adapter.rank=2,four", r"adapter.rank=four: the field holds int; this is str"),
         ("adapter.rank=8.0", r"rank=8.0: the field holds int; this is float"),
