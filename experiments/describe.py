@@ -13,10 +13,14 @@ from absl import app, flags
 
 from experiments.reading import command
 
-_PATTERNS = flags.DEFINE_list("patterns", ["all-linear"], "Kernels to adapt.")
+_PATTERNS = flags.DEFINE_list(
+    "patterns", ["all-linear"], "Kernels to adapt: all-linear, or patterns of paths."
+)
 _RANK = flags.DEFINE_integer("rank", 8, "Rank of the adapters.", lower_bound=1)
 _ADAPTER = flags.DEFINE_string("adapter", "lora", "Adapter, such as dora or vera.")
-_LABELS = flags.DEFINE_integer("labels", 0, "Classes of a new classification head.")
+_LABELS = flags.DEFINE_integer(
+    "labels", 0, "Classes of a new classification head; 0: no new head."
+)
 _QUANTIZE = flags.DEFINE_string("quantize", "", "Format, as in config.model.quantize.")
 
 

@@ -20,7 +20,9 @@ from experiments.reading import checking, command
 from experiments.recipes import finetune
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, command.CONFIG)
-_ADAPTER = flags.DEFINE_string("evaluated", None, "Folder of adapters; else the base.")
+_ADAPTER = flags.DEFINE_string(
+    "evaluated", None, "Folder of adapters; without it, the base alone is scored."
+)
 _SCORES = flags.DEFINE_string("scores", None, "Where to write the scores as JSON.")
 
 

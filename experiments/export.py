@@ -37,7 +37,9 @@ from lorax.interop import engines
 
 _MODEL = flags.DEFINE_string("base", None, "The checkpoint: a directory or a hub id.")
 _ADAPTER = flags.DEFINE_string("trained", None, "Folder of lorax or PEFT adapters.")
-_INITIAL = flags.DEFINE_string("initial", None, "Folder of the adapters after init.")
+_INITIAL = flags.DEFINE_string(
+    "initial", None, "Folder of the initial adapters, if it is not beside --trained."
+)
 _TO = flags.DEFINE_string("to", None, "Folder to write; created if missing.")
 _FORM = flags.DEFINE_enum(
     "form", "merged", ["merged", "peft", "lorax"], "What to write."
@@ -45,9 +47,15 @@ _FORM = flags.DEFINE_enum(
 _QUANTIZE = flags.DEFINE_string("quantize", "", "The run's config.model.quantize.")
 _SCAN = flags.DEFINE_bool("scan", True, "The run's config.model.scan.")
 _PLUGINS = flags.DEFINE_list("plugins", [], "Modules that register adapters.")
-_CHECK = flags.DEFINE_bool("check", False, "Say which engines can load it.")
-_UNIFORM = flags.DEFINE_bool("uniform", False, "One rank and alpha for all modules.")
-_SHRINK = flags.DEFINE_bool("adalora_shrink", False, "Leave out pruned triplets.")
+_CHECK = flags.DEFINE_bool(
+    "check", False, "With --form=peft: say which engines can load what was written."
+)
+_UNIFORM = flags.DEFINE_bool(
+    "uniform", False, "With --form=peft: one rank and one alpha for all modules."
+)
+_SHRINK = flags.DEFINE_bool(
+    "adalora_shrink", False, "Leave out the triplets that AdaLoRA pruned."
+)
 
 
 def main(argv: Sequence[str]) -> None:

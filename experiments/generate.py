@@ -24,12 +24,14 @@ _ADAPTER = flags.DEFINE_string("adapter", None, "Folder of lorax or PEFT adapter
 _QUANTIZE = flags.DEFINE_string("quantize", "", "Format, as in config.model.quantize.")
 _SCAN = flags.DEFINE_bool("scan", True, "The run's config.model.scan.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeatable.")
-_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most new tokens.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy; above, samples.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Likeliest tokens to sample; 0: all.")
+_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Maximum new tokens.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of the sampling; 0: greedy.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Likeliest tokens to sample from; 0: all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Probability mass to sample from.")
 _BEAMS = flags.DEFINE_integer("beams", 1, "Width of the beam search; 1: none.")
-_PENALTY = flags.DEFINE_float("length_penalty", 1.0, "Exponent of a beam's length.")
+_PENALTY = flags.DEFINE_float(
+    "length_penalty", 1.0, "Exponent of the length that divides a beam's score."
+)
 _REPEAT = flags.DEFINE_integer("no_repeat", 0, "Length of n-grams not to repeat.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text to stop at; repeatable.")
 _PLUGINS = flags.DEFINE_list("plugins", [], "Modules that register adapters.")

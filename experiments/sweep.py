@@ -11,7 +11,7 @@ Runs that differ only in LoRA's learning rate, rank and alpha train as one popul
 each member as it would have trained alone; "full" and the source's bits per byte are
 then left out. Alpha is taken as given: a grid over ranks alone also changes the scale
 alpha / rank. The table is sorted by a reported figure; to choose hyperparameters on
-documents other than those reported, use `experiments.tune`.
+documents other than those reported, use `lorax tune`.
 """
 
 import pathlib
@@ -30,9 +30,9 @@ _WORKDIR = flags.DEFINE_string(
 )
 _GRID = flags.DEFINE_string("grid", None, "`field=value,value; field=value,value`.")
 _JOBS = flags.DEFINE_integer("jobs", 1, "Processes at a time.", lower_bound=1)
-_POPULATIONS = flags.DEFINE_bool("populations", True, "Train similar runs as one.")
+_POPULATIONS = flags.DEFINE_bool("populations", True, "Train similar runs together.")
 _MEMBERS = flags.DEFINE_integer(
-    "members", 16, "Most members of a population.", lower_bound=1
+    "members", 16, "Maximum members of a population.", lower_bound=1
 )
 _METRIC = flags.DEFINE_string(
     "metric", "", "Result to sort by, such as lora.test_bpb; else the task's own."

@@ -19,7 +19,7 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for `sweep.json`; `runs/<run.name>-tune` by default."
 )
 _FACTOR = flags.DEFINE_float("factor", 2.0, "Ratio of neighbouring learning rates.")
-_RUNS = flags.DEFINE_integer("runs", 9, "Most learning rates to try per method.")
+_RUNS = flags.DEFINE_integer("runs", 9, "Maximum learning rates per method.")
 
 
 def main(argv: Sequence[str]) -> None:

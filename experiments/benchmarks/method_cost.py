@@ -8,7 +8,7 @@ the compiled gradient, as ratios to LoRA's. Methods get settings that train at m
 many parameters as LoRA.
 
 Methods that act on a kernel's inputs need the gradient with respect to what they
-return, which LoRA does not need at the first kernel: that is one more product, to
+return, which LoRA does not need at the first kernel: one product on top of
 `2 depth - 1` frozen ones.
 """
 

@@ -134,7 +134,7 @@ def run(
 
 
 def render(plans: list[estimates.Plan]) -> str:
-    """Returns the plans as a table, those that fit first, and the fastest of them."""
+    """Returns the plans as a table: those that fit first, each group by speed."""
     gib = topologies.GIB
 
     def fits(p: estimates.Plan) -> bool:

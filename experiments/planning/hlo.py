@@ -150,7 +150,7 @@ def _shape(kind: str, dims: str, layout: str) -> Shape:
 def _calls(
     instruction: Instruction, computations: dict[str, dict[str, Instruction]]
 ) -> list[tuple[bool, str, int]]:
-    """Returns the computations an instruction calls: by control flow?, name, trips."""
+    """Returns `(by control flow, name, trips)` of what an instruction calls."""
     found = []
     named = {
         how: re.findall(r"[\w.\-]+", what)

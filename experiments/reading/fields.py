@@ -142,7 +142,7 @@ def rule_of(name: str) -> Rule | None:
 
 
 def leaves(config: ml_collections.ConfigDict) -> Iterable[tuple[str, Any]]:
-    """Yields `(dotted name, value)` for every field inside the sections."""
+    """Yields `(dotted name, value)` for every field that is not a section."""
     for name, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
             yield from ((f"{name}.{inner}", held) for inner, held in leaves(value))

@@ -144,7 +144,7 @@ def entries(shapes: Shapes) -> int:
 
 
 def best_of_rank(change: np.ndarray, shapes: Shapes) -> float:
-    """Returns the cosine of a change to its best approximation of rank RANK.
+    """Returns the cosine of a change to its best part of rank RANK in every kernel.
 
     Args:
       change: `[entries]`.

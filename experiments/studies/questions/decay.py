@@ -14,7 +14,7 @@ from lorax import analysis
 
 STRENGTH = 1.0  # decay of the factors: lr * STRENGTH of each at every step
 SPECTRAL = (0.01, 0.1)
-"""Strengths of the update's decay, whose gradient scales with the factors.
+"""Strengths of the update's decay, whose gradient grows with the update's own size.
 
 They are not comparable with STRENGTH; at 1 the toy model learns next to nothing.
 """

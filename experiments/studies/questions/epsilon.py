@@ -2,7 +2,7 @@
 
 The gradient of `a` is proportional to b, which starts at zero: with a large epsilon, a
 trains as with slow SGD while b takes sign-like steps. The loss does not tell for how
-many coordinates epsilon dominates, so a sweep shows where it begins to suffer.
+many coordinates epsilon dominates, but a sweep shows where the loss begins to suffer.
 
 References:
   Su, kexue.fm 10563 (Adam's epsilon and scaling laws); `lorax.scaling`.
