@@ -31,7 +31,7 @@ class Pair(NamedTuple):
 
 
 def read(path: str | os.PathLike[str]) -> list[Pair]:
-    """Reads a table with columns "anchor" and "positive"; pairs that share texts group.
+    """Reads a table's "anchor" and "positive"; pairs that share a text are one group.
 
     Args:
       path: see `records.read`.
