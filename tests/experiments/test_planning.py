@@ -318,7 +318,7 @@ def test_a_report_says_what_is_estimated_and_what_does_not_fit():
     bound = "(estimate, not measured)"
     assert rows["products"] == "1 s at 197 TFLOP/s"
     assert rows["HBM"] == "2 s at 819 GB/s"
-    assert rows["transfers"] == "0.25 s at 50 GB/s a link"
+    assert rows["transfers"] == "0.25 s at 50 GB/s per link"
     assert rows["step, all at once"] == f"2 s {bound}"
     assert rows["step, one after another"] == f"3.75 s {bound}"
     assert rows["tokens/s per chip"] == f"267, one after another {bound}"
