@@ -1,8 +1,8 @@
-"""What the configs share: their sections, in one order, and the argument language.
+"""What the configs share: their sections, in a fixed order, and how arguments are read.
 
-A config is values only, in flat sections `run, distributed, model, adapter, optimizer,
-population, data, sharding, eval`; code that turns values into objects lives in
-`experiments/trainer/objects.py`.
+A config holds only values, in flat sections `run, distributed, model, adapter,
+optimizer, population, data, sharding, eval`; the code that turns values into objects is
+in `experiments/trainer/objects.py`.
 """
 
 import ml_collections
@@ -22,12 +22,12 @@ SECTIONS = (
 POPULATION = ("seed", "learning_rate", "rank", "alpha")
 """What members of a population may differ in: zipped tuples, `()` for the config's own.
 
-All empty, there is no population.
+If all are empty, there is no population.
 """
 
 
 def sections() -> ml_collections.ConfigDict:
-    """Returns a config of empty sections, in the house's order, and no population."""
+    """Returns a config of empty sections, in the usual order, and no population."""
     config = ml_collections.ConfigDict()
     for name in SECTIONS:
         config[name] = ml_collections.ConfigDict()
@@ -37,9 +37,9 @@ def sections() -> ml_collections.ConfigDict:
 
 
 def checkpoint_run() -> ml_collections.ConfigDict:
-    """Returns what most runs of `experiments.recipes.finetune` have in common.
+    """Returns what most configs for `experiments.recipes.finetune` have in common.
 
-    A config sets its own name, source, patterns, learning rate, sizes and task.
+    Each config then sets its own name, source, patterns, learning rate, sizes and task.
     """
     config = sections()
     _run(config.run)
@@ -54,28 +54,28 @@ def checkpoint_run() -> ml_collections.ConfigDict:
 
 
 def _run(run: ml_collections.ConfigDict) -> None:
-    """How long, and what is kept."""
+    """How long to train, and what to save."""
     run.seed = 0
     run.methods = ("lora",)  # or ("full",)
     run.plugins = ()  # modules that register methods of your own
-    run.wandb = ""  # a project of Weights & Biases, to which metrics are sent too
+    run.wandb = ""  # a Weights & Biases project that also gets the metrics; "": none
     run.steps = 1_000
     run.log_every = 100
     run.label_smoothing = 0.0
-    run.loss = ""  # the task's own; else "distillation", or of preferences
-    #   "dpo" (their own), "ipo", "orpo", "simpo", "kto"
-    run.loss_options = ()  # of that loss, such as (("beta", 0.1),)
-    run.loss_chunk = -1  # positions whose logits are made at a time; 0: all; -1: auto
-    run.router_loss = 0.0  # x a mixture's balance loss; -1: by the model's config.json
-    run.router_z_loss = 0.0  # x that of its routers' logits; ST-MoE has 0.001
-    run.skip_nonfinite = 3  # steps in a row; then the run stops
-    run.save_every = 0  # steps; 0: no checkpoints, a stop ends the run
-    run.save_keep = 3  # of the newest, so that two may be damaged
-    run.save_deadline = 25.0  # seconds between SIGTERM and giving up
+    run.loss = ""  # "" for the task's default; else "distillation", or for preferences
+    #   "dpo" (their default), "ipo", "orpo", "simpo", "kto"
+    run.loss_options = ()  # for that loss, such as (("beta", 0.1),)
+    run.loss_chunk = -1  # positions whose logits are computed at once; 0: all; -1: auto
+    run.router_loss = 0.0  # weight of a mixture's balance loss; -1: from config.json
+    run.router_z_loss = 0.0  # weight of its router z-loss; ST-MoE uses 0.001
+    run.skip_nonfinite = 3  # steps in a row to skip before the run stops
+    run.save_every = 0  # steps; 0: no checkpoints, and a stopped run cannot resume
+    run.save_keep = 3  # checkpoints kept, the newest, so that two may be damaged
+    run.save_deadline = 25.0  # seconds after SIGTERM in which the last save must finish
 
 
 def _processes(distributed: ml_collections.ConfigDict) -> None:
-    """Several of them; what is not set comes from the environment."""
+    """Several processes; what is not set comes from the environment."""
     distributed.coordinator = ""  # host:port of process 0
     distributed.processes = config_dict.placeholder(int)
     distributed.process = config_dict.placeholder(int)
@@ -83,18 +83,18 @@ def _processes(distributed: ml_collections.ConfigDict) -> None:
 
 
 def _model(model: ml_collections.ConfigDict) -> None:
-    """Which checkpoint, and how it computes."""
+    """Which checkpoint to load, and how it computes."""
     model.source = ""  # a directory, a GGUF file, or a hub id
-    model.random = ml_collections.ConfigDict()  # a config.json: drawn, no result
-    model.published = ml_collections.ConfigDict()  # of the source, for a plan
-    model.teacher = ""  # as source, of run.loss = "distillation"
-    model.quantize = ""  # "nf4", or pattern=format,...: a base in a few bits a weight
-    model.labels = 0  # of a classification head; 0: none
-    model.head = ""  # of an encoder: "none" for hidden states; "" the checkpoint's
+    model.random = ml_collections.ConfigDict()  # a config.json: random weights, to test
+    model.published = ml_collections.ConfigDict()  # config.json of the source, to plan
+    model.teacher = ""  # for run.loss = "distillation"; given as source is
+    model.quantize = ""  # "nf4", or pattern=format,...: the base in a few bits a weight
+    model.labels = 0  # classes of a new classification head; 0: none
+    model.head = ""  # of an encoder; "none": hidden states; "": the checkpoint's
     model.dtype = ""  # of the computation; "" for the checkpoint's
-    model.scan = True  # a loop over the layers; False compiles longer: faster on GPUs
+    model.scan = True  # loop over layers; False: slower to compile, faster on GPUs
     model.remat = "none"  # or "full", "dots", "save=q,k,v; offload=input"
-    model.attention = "plain"  # "flash": in linear memory, of the Llama family
+    model.attention = "plain"  # "flash": linear memory, for the Llama family
     model.dispatch = ""  # "dense": every expert of a mixture on every token
 
 
@@ -108,18 +108,18 @@ def _adapter(adapter: ml_collections.ConfigDict) -> None:
     adapter.init = "standard"
     adapter.options = ()
     adapter.calibration_batches = 8
-    adapter.redistribute = 1.0  # init "eva": x its rank that a kernel may get
+    adapter.redistribute = 1.0  # init "eva": multiple of its rank that a kernel may get
     adapter.dropout = 0.0
     adapter.train_whole = ()
 
 
 def _optimizer(optimizer: ml_collections.ConfigDict) -> None:
-    """AdamW behind a warm-up and a cosine."""
+    """AdamW with warm-up and cosine decay."""
     optimizer.name = "adamw"
     optimizer.options = ()
     optimizer.chain = ()
     optimizer.wrap = ()
-    optimizer.rates = ()  # of some paths, such as (("classifier_.*", 3e-3),)
+    optimizer.rates = ()  # peaks of their own by path, as (("classifier_.*", 3e-3),)
     optimizer.learning_rate = ml_collections.ConfigDict()
     optimizer.learning_rate.lora = 2e-4
     optimizer.learning_rate.full = 1e-5
@@ -132,12 +132,12 @@ def _optimizer(optimizer: ml_collections.ConfigDict) -> None:
 
 
 def _data(data: ml_collections.ConfigDict) -> None:
-    """Which task, in batches of which size."""
+    """Which task, and batches of which size."""
     data.task = ""  # one of experiments.tasks.TASKS
     data.train = ""  # a table below the folder of data sets, or a path
-    data.valid = ""  # likewise; of task "instructions" "": the last tenth of train
-    data.pooling = ""  # of task "pairs": "mean", "cls", ...; "" as modules.json says
-    data.scale = 20.0  # of its cosines
+    data.valid = ""  # likewise; task "instructions": "" is the last tenth of train
+    data.pooling = ""  # task "pairs": "mean", "cls", ...; "": as modules.json says
+    data.scale = 20.0  # task "pairs": multiplies the cosines
     data.train_rows = 0  # 0: all
     data.valid_rows = 0  # 0: all
     data.lengths = (128,)  # of the buckets, in tokens
@@ -146,33 +146,33 @@ def _data(data: ml_collections.ConfigDict) -> None:
 
 
 def _mesh(sharding: ml_collections.ConfigDict) -> None:
-    """All 1: one device, and nothing is sharded. -1: what the others leave."""
+    """All 1: one device, nothing sharded. -1: the devices that the others leave."""
     sharding.data = 1  # copies of the model
     sharding.fsdp = 1  # slices of leaves, gathered where they are used
-    sharding.expert = 1  # experts of a layer, and rows; of mixtures
-    sharding.context = 1  # stretches of rows; with model.attention = "flash"
+    sharding.expert = 1  # for mixtures: slices of a layer's experts, and of rows
+    sharding.context = 1  # stripes of each row; needs model.attention = "flash"
     sharding.tensor = 1  # slices of heads, hidden units and vocabulary
     sharding.rules = ()  # (regex of paths, mesh axes by dimension), first wins
     sharding.may_replicate = ()  # logical axes left whole if indivisible
-    sharding.adapters = "auto"  # or as their "kernels", cut along "all" axes, "whole"
+    sharding.adapters = "auto"  # or as "kernels" are, along "all" axes, or "whole"
     sharding.topology = ""  # for a plan: v5e:4x4, v5p-128, cpu:8
 
 
 def _eval(held_out: ml_collections.ConfigDict) -> None:
-    """What is judged, and how often."""
+    """What to evaluate, and how often."""
     held_out.every = 500
-    held_out.rows = 600  # of the validation set, while training; 0: all
-    held_out.final_rows = 0  # of it, at the end; 0: all
+    held_out.rows = 600  # validation rows during training; 0: all
+    held_out.final_rows = 0  # validation rows at the end; 0: all
     held_out.batch_size = 32
-    held_out.test = 0  # prompts of the test set to write for, once; 0: none
+    held_out.test = 0  # test prompts to generate for, once at the end; 0: none
 
 
 def shrink(config: ml_collections.ConfigDict, fields: dict) -> None:
-    """Makes a run a path check: 20 steps of a drawn model on movie reviews.
+    """Makes a run a smoke test: 20 steps of a tiny random model on movie reviews.
 
     Args:
-      config: of a labelled task.
-      fields: the config.json of the model to draw.
+      config: the config of a labelled task.
+      fields: the config.json of the tiny model.
     """
     config.run.steps, config.run.log_every = 20, 5
     config.model.random = ml_collections.ConfigDict(fields)
@@ -187,13 +187,13 @@ def shrink(config: ml_collections.ConfigDict, fields: dict) -> None:
 
 
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> dict:
-    """Reads what follows the colon of `--config=x:runlocal,seed=3`.
+    """Reads what follows the colon in `--config=x:runlocal,seed=3`.
 
     Args:
       arg: comma-separated `name=value`; a bare `name` is `name=True`. None or "" for
         the defaults.
-      **defaults: the arguments the config knows, each with its default, whose type the
-        value is read as.
+      **defaults: the arguments the config knows, with their defaults; values are
+        converted to the type of the default.
 
     Returns:
       The defaults, overridden by `arg`.
@@ -210,7 +210,7 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> dict:
         name, equals, text = item.partition("=")
         if name not in defaults:
             raise ValueError(
-                f"{name!r} is no argument of this config; it knows "
+                f"{name!r} is not an argument of this config; it knows "
                 f"{', '.join(defaults) or 'none'}"
             )
         kind = type(defaults[name])

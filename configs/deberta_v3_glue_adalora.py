@@ -1,14 +1,14 @@
-"""DeBERTaV3-base on a GLUE task with AdaLoRA: a total rank that goes where it is felt.
+"""DeBERTaV3-base on a GLUE task with AdaLoRA: the total rank goes where it matters.
 
     lorax run --config=deberta_v3_glue_adalora \
         --config.data.root=/path/to/glue_data
 
 Claimed: MNLI accuracy 90.76 (mismatched 90.79) with 1.27 M parameters, GLUE average
-89.31, against 90.65 and 88.34 of LoRA (Zhang et al., arXiv:2303.10512, table 1).
-Never run at full size: neither the checkpoint nor GLUE can be had here. The rate, the
-warm-ups and the interval are those of the released NLU/scripts/run_debertav3_mnli.sh,
-whose ranks of 3 and 1 are the smallest of the table's. For the checkpoint see
-`deberta_v3_glue_lora`. `:runlocal` is a path check, no result.
+89.31, against LoRA's 90.65 and 88.34 (Zhang et al., arXiv:2303.10512, table 1). Never
+run at full size: neither the checkpoint nor GLUE is available here. The learning rate,
+warm-ups and interval are those of the released NLU/scripts/run_debertav3_mnli.sh, whose
+ranks of 3 and 1 are the smallest in the table. For the checkpoint see
+`deberta_v3_glue_lora`. `:runlocal` is a smoke test, not a result.
 """
 
 import ml_collections

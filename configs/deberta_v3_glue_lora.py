@@ -5,17 +5,17 @@
 
 Claimed: MNLI accuracy 90.65 (mismatched 90.69) with 1.33 M parameters, GLUE average
 88.34 (Zhang et al., arXiv:2303.10512, table 1, row "LoRA (r=8)"; full fine-tuning 89.90
-and 88.09). Never run at full size: neither the checkpoint nor GLUE can be had here.
-Rank, matrices, batch and epochs are the paper's; so is the rate, though published for
-AdaLoRA alone. It falls linearly there, here by a cosine; the classifier's dropout of
-0.15 is left out.
+and 88.09). Never run at full size: neither the checkpoint nor GLUE is available here.
+Rank, matrices, batch and epochs are the paper's; so is the learning rate, though it was
+published only for AdaLoRA. It decays linearly there and by a cosine here; the
+classifier's dropout of 0.15 is left out.
 
-Microsoft's repository holds no safetensors and no tokenizer.json: save the model once
-by transformers, `AutoModel.from_pretrained(...).save_pretrained(folder)` and likewise
-the tokenizer, and give `--config.model.source=folder`.
+Microsoft's repository has neither safetensors nor a tokenizer.json: save the model once
+with transformers, `AutoModel.from_pretrained(...).save_pretrained(folder)`, and the
+tokenizer likewise, and give `--config.model.source=folder`.
 
-`:runlocal` runs 20 steps of a tiny model that is drawn at random on movie reviews: a
-path check, no result.
+`:runlocal` runs 20 steps of a tiny, randomly initialised model on movie reviews: a
+smoke test, not a result.
 """
 
 import ml_collections

@@ -4,8 +4,8 @@
     lorax plan --config=gemma3_27b_lora --quantize=nf4
 
 Claimed: nothing; the shapes are those of the text model in its config.json. Never run
-at full size: neither the checkpoint nor a TPU can be had here. What is known is what
-the compiler says.
+at full size: neither the checkpoint nor a TPU is available here. All that is known is
+what the compiler says.
 
 `:runlocal` shrinks the shapes, for a plan on `cpu:8`.
 """

@@ -3,10 +3,10 @@
     lorax plan --config=gemma4_31b_lora
     lorax plan --config=gemma4_31b_lora --quantize=nf4
 
-Claimed: nothing. The setting, LoRA on v5p:2x2x1 (8 cores), is that in which tunix and
-qwix are reported at 763 tokens a second (arXiv 2605.25645). Never run at full size:
-neither the checkpoint nor a TPU can be had here. What is known is what the compiler
-says; the shapes were not held against the checkpoint's own config.json.
+Claimed: nothing. In this setting, LoRA on v5p:2x2x1 (8 cores), tunix and qwix are
+reported to reach 763 tokens a second (arXiv 2605.25645). Never run at full size:
+neither the checkpoint nor a TPU is available here. All that is known is what the
+compiler says; the shapes were not compared with the checkpoint's own config.json.
 
 `:runlocal` shrinks the shapes, for a plan on `cpu:8`.
 """
@@ -39,7 +39,7 @@ PUBLISHED = {
     "torch_dtype": "bfloat16",
     "vocab_size": 262_144,
 }
-"""Of the text model, entered by hand: 30.7 billion parameters."""
+"""The fields of the text model, entered by hand: 30.7 billion parameters."""
 
 TINY = {
     "global_head_dim": 32,

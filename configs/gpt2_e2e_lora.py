@@ -4,14 +4,14 @@
     lorax run --config=gpt2_e2e_lora:runlocal
 
 Claimed: BLEU 70.4 +- 0.1 with 0.35 M parameters (Hu et al., arXiv:2106.09685, table 3,
-row "GPT-2 M (LoRA)"; full fine-tuning 68.2). Never run at full size: the checkpoint
-cannot be had here. Hyperparameters are the paper's (its table 11, E2E); two things
-differ: the released code adapts the q and v parts of the fused kernel, here the kernel
-has one adapter for q, k and v together; and its learning rate falls linearly, here by a
-cosine.
+row "GPT-2 M (LoRA)"; full fine-tuning 68.2). Never run at full size: the checkpoint is
+not available here. Hyperparameters are the paper's (its table 11, E2E), with two
+differences: the released code adapts the q and v parts of the fused kernel, while here
+the kernel has one adapter for q, k and v together; and its learning rate decays
+linearly, here by a cosine.
 
 `:runlocal` adapts a real model of 260 thousand parameters, trained on stories, to the
-same data: `stories260k` below the folder of data sets (`$LORAX_DATA`).
+same data: `stories260k` in the folder of data sets (`$LORAX_DATA`).
 """
 
 import ml_collections
@@ -58,12 +58,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def _shrink(config: ml_collections.ConfigDict) -> None:
-    """A real model of 260 thousand parameters, on the same data."""
+    """Takes a real model of 260 thousand parameters, on the same data."""
     config.run.steps = 1_000
     config.run.log_every = 50
     config.run.label_smoothing = 0.0
     config.model.source = "stories260k"
-    config.adapter.patterns = ("all-linear",)  # width 64: q and v are too few
+    config.adapter.patterns = ("all-linear",)  # width 64: q and v are not enough
     config.adapter.dropout = 0.0
     config.optimizer.learning_rate.lora = 1e-2
     config.optimizer.learning_rate.full = 2e-3

@@ -2,7 +2,7 @@
 
     lorax run --config=llama2_math_dora
 
-Claimed: GSM8K accuracy 53.07 at rank 8, by a reproduction (the LoRA-MGPO paper's table;
+Claimed: GSM8K accuracy 53.07 at rank 8, in a reproduction (the LoRA-MGPO paper's table;
 LoRA 42.08 there, at one learning rate for all). Never run at full size; see
 `llama2_math_pissa.py` for what differs from the published runs, and for `:runlocal`.
 """

@@ -2,10 +2,10 @@
 
     lorax run --config=llama2_math_pissa
 
-Claimed: GSM8K accuracy 44.54 at rank 8, by a reproduction (the LoRA-MGPO paper's table;
-LoRA 42.08, full fine-tuning 59.36 there). Never run at full size: the checkpoint
-cannot be had here, and the published runs train on 100,000 rows of MetaMathQA, here on
-GSM8K's own 7,473. Scored by bits per byte of the answers, not by accuracy.
+Claimed: GSM8K accuracy 44.54 at rank 8, in a reproduction (the LoRA-MGPO paper's table;
+LoRA 42.08, full fine-tuning 59.36 there). Never run at full size: the checkpoint is not
+available here. The published runs train on 100,000 rows of MetaMathQA, this one on
+GSM8K's own 7,473. It is scored by bits per byte of the answers, not by accuracy.
 
 `:runlocal` adapts the real model of 260 thousand parameters in `stories260k` for 200
 steps: it learns the form of the answers, not mathematics.

@@ -2,10 +2,10 @@
 
     lorax plan --config=llama3_405b_lora
 
-Claimed: nothing; the shapes are those that its config.json publishes. Never run at full
-size: neither the checkpoint nor a TPU can be had here. What is known is what the
+Claimed: nothing; the shapes are those of its config.json. Never run at full size:
+neither the checkpoint nor a TPU is available here. All that is known is what the
 compiler says (docs/results/planner.md). In bfloat16 the weights alone take 755 GiB, so
-that eight chips of 95.73 GiB are too few; what flows between layers waits in the host's
+eight chips of 95.73 GiB are too few; the inputs of the layers are offloaded to host
 memory.
 
 `:runlocal` shrinks the shapes, for a plan on `cpu:8`.

@@ -3,12 +3,13 @@
     lorax plan --config=llama3_70b_lora
     lorax plan --config=llama3_70b_lora:v5p
 
-Claimed: nothing; the shapes are those that its config.json publishes. Never run at full
-size: neither the checkpoint nor a TPU can be had here. What is known is what the
-compiler says (docs/results/planner.md): that 64 x 4,096 tokens fit.
+Claimed: nothing; the shapes are those of its config.json. Never run at full size:
+neither the checkpoint nor a TPU is available here. All that is known is what the
+compiler says (docs/results/planner.md): 64 x 4,096 tokens fit.
 
 `:v5p` takes 64 chips of a v5p (the cloud's v5p-128), whose memory has room for whole
-products: no tensor devices. `:runlocal` shrinks the shapes, for a plan on `cpu:8`.
+products, so that no tensor parallelism is needed. `:runlocal` shrinks the shapes, for a
+plan on `cpu:8`.
 """
 
 import ml_collections

@@ -2,10 +2,10 @@
 
     lorax plan --config=llama3_8b_lora
 
-Claimed: nothing; the shapes are those that its config.json publishes. Never run at full
-size: neither the checkpoint nor a TPU can be had here. What is known is what the
-compiler says (docs/results/planner.md): that 16 x 4,096 tokens fit, frozen kernels in
-bfloat16, adapters and moments in float32, each layer recomputed.
+Claimed: nothing; the shapes are those of its config.json. Never run at full size:
+neither the checkpoint nor a TPU is available here. All that is known is what the
+compiler says (docs/results/planner.md): 16 x 4,096 tokens fit, with frozen kernels in
+bfloat16, adapters and moments in float32, and each layer recomputed.
 
 `:runlocal` shrinks the shapes, for a plan on `cpu:8`.
 """
@@ -75,7 +75,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def shrink(config: ml_collections.ConfigDict) -> None:
-    """Makes the shapes small, and the machine eight CPU devices."""
+    """Shrinks the shapes, and takes eight CPU devices."""
     config.model.published.update(TINY)
     config.adapter.rank = 4
     config.data.lengths = (32,)

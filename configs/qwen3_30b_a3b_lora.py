@@ -7,8 +7,8 @@ For 4 chips of a v5p set config.sharding.topology=v5p:2x2x1 and
 config.sharding.expert=4.
 
 Claimed: nothing; the shapes are those of its config.json. Never run at full size:
-neither the checkpoint nor a TPU can be had here. What is known is what the compiler
-says. Every expert has a pair of its own; the router stays as it is.
+neither the checkpoint nor a TPU is available here. All that is known is what the
+compiler says. Every expert has its own pair of factors; the router is frozen.
 
 `:runlocal` shrinks the shapes, for a plan on `cpu:8`.
 """

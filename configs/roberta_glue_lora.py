@@ -4,12 +4,12 @@
         --config.data.root=/path/to/glue_data
 
 Claimed: MNLI accuracy 87.5 with 0.3 M parameters (Hu et al., arXiv:2106.09685, table 2,
-row "RoB base (LoRA)"; full fine-tuning 87.6). Never run at full size: neither
-the checkpoint nor GLUE can be had here. Hyperparameters are the paper's (its table 9,
-MNLI); its learning rate falls linearly, here by a cosine.
+row "RoB base (LoRA)"; full fine-tuning 87.6). Never run at full size: neither the
+checkpoint nor GLUE is available here. Hyperparameters are the paper's (its table 9,
+MNLI), but its learning rate decays linearly, here by a cosine.
 
-`:runlocal` runs 20 steps of a tiny model that is drawn at random on movie reviews: a
-path check, no result.
+`:runlocal` runs 20 steps of a tiny, randomly initialised model on movie reviews: a
+smoke test, not a result.
 """
 
 import ml_collections

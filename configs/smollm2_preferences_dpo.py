@@ -1,16 +1,17 @@
-"""SmolLM2-135M-Instruct prefers short descriptions: DPO with LoRA, on a CPU.
+"""SmolLM2-135M-Instruct learns to prefer short descriptions: DPO with LoRA, on a CPU.
 
     python -m experiments.studies.shorter_answers --study_rows=preferences
     lorax run --config=smollm2_preferences_dpo
     lorax run --config=smollm2_preferences_dpo:runlocal
 
-No paper claims a number here; what came of it is in docs/results/preferences.md. The
-first command writes the rows: of two references of E2E that say all there is to say,
-the shorter one is preferred. beta is the paper's (Rafailov et al., arXiv:2305.18290);
-the learning rate was fixed beforehand and not tuned.
+No paper claims a number here; the results are in docs/results/preferences.md. The first
+command writes the rows: of two E2E references that both mention every fact, the shorter
+one is preferred. beta is the paper's (Rafailov et al., arXiv:2305.18290); the learning
+rate was fixed beforehand and not tuned.
 
-Overrides one is likely to want: `--config.run.loss=simpo`, and
-`--config.run.loss_options="(('beta', 0.3),)"`. The checkpoint: docs/howto/gguf.md.
+Useful overrides: `--config.run.loss=simpo`, and
+`--config.run.loss_options="(('beta', 0.3),)"`. For the checkpoint see
+docs/howto/gguf.md.
 """
 
 import ml_collections
@@ -40,7 +41,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.task = "preferences"
     config.data.train = "preferences/train.jsonl"  # below the folder of data sets
     config.data.valid = "preferences/valid.jsonl"
-    config.data.template = "{prompt}"  # of prompts that are texts; chats have their own
+    config.data.template = "{prompt}"  # for text prompts; chats have their own
     config.data.lengths = (128, 160, 208)
     config.data.batch_size = 4
 

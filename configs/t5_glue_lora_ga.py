@@ -5,9 +5,10 @@
 
 Claimed: SST-2 accuracy 94.11, five tasks on average 87.77, after one epoch (Wang et
 al., arXiv:2407.05000, table 1, row "LoRA-GA"; full fine-tuning 94.75 and 87.91). Never
-run at full size: neither the checkpoint nor GLUE can be had here. That table gave every
-method the learning rate 1e-4, at which LoRA is undertrained. `:runlocal` runs 20 steps
-of a tiny model that is drawn at random on movie reviews: a path check, no result.
+run at full size: neither the checkpoint nor GLUE is available here. That table gives
+every method the learning rate 1e-4, at which LoRA is undertrained. `:runlocal` runs 20
+steps of a tiny, randomly initialised model on movie reviews: a smoke test, not a
+result.
 """
 
 import ml_collections

@@ -5,8 +5,8 @@
 
 Claimed: five tasks on average 88.44 (Wang et al., arXiv:2407.18242, table 1, row
 "LoRA-Pro"; full fine-tuning 87.91). Never run at full size: neither the checkpoint nor
-GLUE can be had here. Mode "rowcol", where the paper has "full" (set
-`--config.optimizer.options` for that). `:runlocal` is a path check, no result.
+GLUE is available here. The mode is "rowcol", where the paper has "full" (set
+`--config.optimizer.options` for that). `:runlocal` is a smoke test, not a result.
 """
 
 import ml_collections

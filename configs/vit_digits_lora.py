@@ -2,15 +2,16 @@
 
     lorax run --config=vit_digits_lora
 
-Never run at full size: the checkpoint cannot be had here, and nobody publishes a number
-for these digits. Rank, rate and what trains whole are those of PEFT's own example,
-`examples/image_classification`, ViT-base on Food101. What a small ViT does that is
-trained from nothing is in docs/results/images.md.
+Never run at full size: the checkpoint is not available here, and no published number
+for these digits is known. Rank, learning rate and what trains whole are those of PEFT's
+own example, `examples/image_classification`, ViT-base on Food101. For a small ViT
+trained from scratch see docs/results/images.md.
 
 For images of your own give `--config.data.name` an .npz file or a folder, see
-`experiments/data/vision/image_sets.py`, and `--config.model.labels` their classes.
+`experiments/data/vision/image_sets.py`, and `--config.model.labels` the number of their
+classes.
 
-`:runlocal` runs 20 steps of a tiny model that is drawn at random: a path check, no
+`:runlocal` runs 20 steps of a tiny, randomly initialised model: a smoke test, not a
 result.
 """
 
@@ -52,7 +53,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.data.task = "images"
     config.data.name = "digits"
-    config.data.classes = ()  # numbers of those to take; () for all
+    config.data.classes = ()  # indices of the classes to keep; () for all
     config.data.held_out = 0.2  # of every class
     config.data.split_seed = 0
     config.data.batch_size = 128

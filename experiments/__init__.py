@@ -1,1 +1,1 @@
-"""Experiments on lorax: the files here are commands, the rooms what they call."""
+"""Experiments on lorax: the files here are commands, the folders what they call."""

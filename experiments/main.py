@@ -1,10 +1,10 @@
-"""Trains as a config says.
+"""Trains from a config.
 
     lorax run --config=quickstart
     lorax run --config=my_config.py --config.adapter.rank=16 --workdir=runs/mine
 
-A config is a Python file, or the name of one that comes with lorax. Any value of it can
-be overridden; a name that it lacks is refused. In a checkout `python -m
+A config is a Python file, or the name of one that comes with lorax. Any of its fields
+can be overridden; one that it does not have is refused. In a checkout `python -m
 experiments.main` is the same command.
 """
 
@@ -25,7 +25,7 @@ _WORKDIR = flags.DEFINE_string(
 def main(argv: Sequence[str]) -> None:
     """Trains as the flags say."""
     if len(argv) > 1:
-        raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+        raise app.UsageError(f"arguments that are not flags: {argv[1:]}")
     # jax and flax load only once the flags are right
     from experiments.machine import distributed, memory, record
     from experiments.reading import fields

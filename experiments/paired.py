@@ -25,13 +25,13 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def difference(off: np.ndarray, digits: int = 4) -> str:
-    """Returns a paired difference with its 95 % interval, and whether it covers 0.
+    """Returns a paired difference with its 95 % interval, and says if it covers 0.
 
-    A run that diverged has no difference, which is another thing than none shown.
+    If a run diverged there is no difference to report: the text is "not finite".
 
     Args:
       off: `[seeds]`, one value minus the other, seed by seed.
-      digits: behind the point.
+      digits: decimal places.
     """
     if not np.isfinite(off).all():
         return "not finite"
@@ -41,10 +41,10 @@ def difference(off: np.ndarray, digits: int = 4) -> str:
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """The median over rounds of one step's time over another's in the same round."""
+    """Returns the median over rounds of `numerator / denominator`."""
     return statistics.median(ratios(numerator, denominator))
 
 
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
-    """One step's time over another's, round by round."""
+    """Returns `numerator / denominator`, round by round."""
     return [a / b for a, b in zip(numerator, denominator, strict=True)]

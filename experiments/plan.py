@@ -1,11 +1,11 @@
-"""Plans a run for machines that are not there: compiles its train step, runs nothing.
+"""Plans a run on machines you do not have: compiles its train step, runs nothing.
 
     lorax plan --config=llama3_70b_lora --topology=v5e:16x16
 
-Reports what every chip would hold, whether it fits, and how long a step would take.
+Reports what each chip would hold, whether it fits, and how long a step would take.
 `--quantize=nf4` plans a quantised base; `--search` finds the best mesh, remat, batch
-and base format; `--published` plans runs whose speed others published. Needs libtpu
-(`pip install -e '.[tpu]'`), but no TPU; `--topology=cpu:8` needs neither.
+and base format; `--published` plans runs whose speed others have published. Needs
+libtpu (`pip install -e '.[tpu]'`), but no TPU; `--topology=cpu:8` needs neither.
 """
 
 import sys
@@ -19,20 +19,20 @@ from experiments.reading import command
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, command.CONFIG)
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "v5e:4x4, v5p-128, cpu:8, ...; config.sharding.topology if not."
+    "topology", None, "v5e:4x4, v5p-128, cpu:8, ...; else config.sharding.topology."
 )
 _SEARCH = flags.DEFINE_bool("search", False, "Find the best mesh, remat and batch.")
-_PUBLISHED = flags.DEFINE_bool("published", False, "Plan runs of others, and compare.")
-_QUANTIZE = flags.DEFINE_string("quantize", None, "For config.model.quantize.")
+_PUBLISHED = flags.DEFINE_bool("published", False, "Plan published runs, and compare.")
+_QUANTIZE = flags.DEFINE_string("quantize", None, "Sets config.model.quantize.")
 _FORM = flags.DEFINE_enum(
-    "form", "adapt", ["adapt", "merge"], "merge: a step that materialises adapters."
+    "form", "adapt", ["adapt", "merge"], "merge: a step that merges the adapters."
 )
 
 
 def main(argv: Sequence[str]) -> None:
     """Plans as the flags say."""
     if len(argv) > 1:
-        raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+        raise app.UsageError(f"arguments that are not flags: {argv[1:]}")
     if _PUBLISHED.value:
         topologies.prepare()  # before jax is loaded
         from experiments.planning import published

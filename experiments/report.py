@@ -1,8 +1,8 @@
-"""Draws what a run did: results, curves, spectra and ranks of its updates, config.
+"""Draws a finished run: its results, curves, spectra and ranks of updates, and config.
 
     lorax report runs/quickstart
 
-Writes `report.html` into the folder of the run, one file that needs no other. Without a
+Writes `report.html` into the run's folder, as one self-contained file. Without a
 folder, in a checkout, writes the pages of results from the runs of the studies:
 `docs/results.md`, `docs/results/claims.md` and `docs/results/benchmark/README.md`;
 nothing is pasted by hand.
@@ -18,7 +18,7 @@ from experiments.reading import command
 
 
 def main(argv: Sequence[str]) -> None:
-    """Writes the page, or those of the studies."""
+    """Writes the run's page, or the pages of the studies."""
     studies = lorax_cli.ROOT / "experiments" / "studies"
     if len(argv) > 2 or (len(argv) == 1 and not studies.is_dir()):
         raise app.UsageError("give the folder of one run, such as runs/quickstart")

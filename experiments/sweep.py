@@ -1,17 +1,17 @@
-r"""Runs a config over a grid of its fields, and tables what comes out.
+r"""Runs a config over a grid of its fields, and prints a table of the results.
 
     lorax sweep --config=quickstart --workdir=runs/sweep \
         --grid="adapter.rank=2,8; optimizer.learning_rate.lora=5e-3,1e-2" --jobs=2
 
-`--dry_run` lists the runs and how they are grouped into processes. What is finished
-stands in `runs.jsonl` (see `experiments/search/runs.py`); the same command goes on
-from there, and tries again what failed. `--config.field=value` sets a field of all.
+`--dry_run` lists the runs and how they are grouped into processes. Finished runs are
+kept in `runs.jsonl` (see `experiments/search/runs.py`); the same command resumes from
+there, and retries what failed. `--config.field=value` sets a field of every run.
 
-Runs that differ in nothing but LoRA's learning rate, rank and alpha train as one
-population, each member as it would have trained alone; "full" and the source's bits per
-byte are then left out. Alpha is as given: over ranks alone the scale alpha / rank
-changes. The table is sorted by a reported figure; to choose hyperparameters by
-documents apart from those reported, use `experiments.tune`.
+Runs that differ only in LoRA's learning rate, rank and alpha train as one population,
+each member as it would have trained alone; "full" and the source's bits per byte are
+then left out. Alpha is taken as given: a grid over ranks alone also changes the scale
+alpha / rank. The table is sorted by a reported figure; to choose hyperparameters on
+documents other than those reported, use `lorax tune`.
 """
 
 import pathlib
@@ -29,22 +29,22 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of all runs; `runs/<run.name>-sweep` by default."
 )
 _GRID = flags.DEFINE_string("grid", None, "`field=value,value; field=value,value`.")
-_JOBS = flags.DEFINE_integer("jobs", 1, "Processes side by side.", lower_bound=1)
-_POPULATIONS = flags.DEFINE_bool("populations", True, "Train runs as one where alike.")
+_JOBS = flags.DEFINE_integer("jobs", 1, "Processes at a time.", lower_bound=1)
+_POPULATIONS = flags.DEFINE_bool("populations", True, "Train similar runs together.")
 _MEMBERS = flags.DEFINE_integer(
-    "members", 16, "Most members of a population.", lower_bound=1
+    "members", 16, "Maximum members of a population.", lower_bound=1
 )
 _METRIC = flags.DEFINE_string(
-    "metric", "", "Result to sort by, such as lora.test_bpb; the task's own by default."
+    "metric", "", "Result to sort by, such as lora.test_bpb; else the task's own."
 )
-_BEST = flags.DEFINE_enum("best", "auto", ["auto", "min", "max"], "Which is first.")
+_BEST = flags.DEFINE_enum("best", "auto", ["auto", "min", "max"], "Which comes first.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs, and run none.")
 
 
 def main(argv: Sequence[str]) -> None:
     """Sweeps as the flags say."""
     if len(argv) > 1:
-        raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
+        raise app.UsageError(f"arguments that are not flags: {argv[1:]}")
     config = _CONFIG.value
     folder = pathlib.Path(_WORKDIR.value or f"runs/{config.run.name}-sweep")
     overrides = config_flags.get_override_values(flags.FLAGS["config"])

@@ -1,9 +1,9 @@
 """Finds each method's learning rate: `lorax tune --config=...`.
 
-A geometric sweep at the config's own length of training, judged on the `selection`
-documents, which no reported figure uses. A sweep whose best lies at an end is extended
-until the optimum is bracketed. Prints a table and writes `sweep.json`; the winners are
-then written into the config by hand, with the sweep in its docstring.
+Sweeps geometrically over full-length runs of the config and judges them on the
+`selection` documents, which no reported figure uses. A sweep whose best rate is at an
+end is extended until the optimum is bracketed. Prints a table and writes `sweep.json`;
+you then write the winners into the config by hand, with the sweep in its docstring.
 """
 
 import pathlib
@@ -19,7 +19,7 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for `sweep.json`; `runs/<run.name>-tune` by default."
 )
 _FACTOR = flags.DEFINE_float("factor", 2.0, "Ratio of neighbouring learning rates.")
-_RUNS = flags.DEFINE_integer("runs", 9, "Most learning rates to try per method.")
+_RUNS = flags.DEFINE_integer("runs", 9, "Maximum learning rates per method.")
 
 
 def main(argv: Sequence[str]) -> None:

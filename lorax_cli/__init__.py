@@ -1,10 +1,10 @@
-"""The command `lorax`, and the folders of programs and configs that it runs.
+"""The command `lorax`, and where the programs and configs that it runs are.
 
-In a checkout `experiments/` and `configs/` lie beside this package, in an installed one
-inside it. They are programs: their modules import each other as `experiments.data` and
-`configs.common`, names that belong to whoever runs Python, so nothing installs them as
-packages of their own. This package is apart from `lorax`, whose import loads jax: some
-programs set flags of XLA before that, and `lorax --help` should not wait for it.
+In a checkout `experiments/` and `configs/` are next to this package; once installed,
+they are inside it. They are programs, not libraries: their modules import each other as
+`experiments.data` and `configs.common`, and names this generic must not be installed as
+top-level packages. This package is separate from `lorax`, whose import loads jax: some
+programs set XLA flags before that, and `lorax --help` should not wait for it.
 """
 
 import pathlib
@@ -15,25 +15,25 @@ ROOT = HERE if (HERE / "experiments").is_dir() else HERE.parent
 CONFIGS = ROOT / "configs"
 
 COMMANDS = {
-    "run": "train as a config says",
+    "run": "train from a config",
     "sweep": "run a config over a grid of its fields",
-    "tune": "find the learning rate of a config",
+    "tune": "find the best learning rate for a config",
     "evaluate": "score a checkpoint, with or without adapters",
-    "generate": "write text with a checkpoint and its adapters",
+    "generate": "generate text with a checkpoint and its adapters",
     "export": "merge adapters, or write them for PEFT, vLLM and llama.cpp",
-    "describe": "say what adapters would train in a model, and what they leave out",
-    "plan": "say what a run needs on a TPU that is not here",
-    "report": "draw what a run did as one HTML page",
+    "describe": "show what adapters would train in a model, and what they leave out",
+    "plan": "estimate what a run needs on a TPU that you do not have",
+    "report": "draw a finished run as one HTML page",
 }
 """What each subcommand does."""
 
 
 def module(command: str) -> str:
-    """The module of a subcommand."""
+    """Returns the module of a subcommand."""
     return f"experiments.{'main' if command == 'run' else command}"
 
 
 def configs() -> list[str]:
-    """The names of the configs that come with lorax."""
+    """Returns the names of the configs that come with lorax."""
     hidden = {"__init__", "common"}
     return sorted(f.stem for f in CONFIGS.glob("*.py") if f.stem not in hidden)

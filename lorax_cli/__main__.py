@@ -10,15 +10,15 @@ import lorax_cli
 
 
 def main() -> None:
-    """Runs the program of a subcommand with the arguments that follow it."""
+    """Runs the subcommand's program with the arguments that follow it."""
     given, *arguments = sys.argv[1:] or ["--help"]
     if given in ("-h", "--help", "help"):
         print(usage())
     elif given in ("-V", "--version", "version"):
         print(importlib.metadata.version("lorax-flax"))
     elif given in lorax_cli.COMMANDS:
-        # As `python -m` would, but for the programs' own folder in front: modules of
-        # the working directory can be named as plug-ins.
+        # As `python -m` does, but with the programs' own folder first; the working
+        # directory stays on the path, so that plugins can be named from it.
         sys.path[:1] = [str(lorax_cli.ROOT), ""]
         sys.argv = [f"lorax {given}", *arguments]
         told = {"COMMAND": f"lorax {given}"}
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def usage() -> str:
-    """One screen: the commands, the configs, and where to read on."""
+    """Returns one screen of help: the commands, the configs, and where to read on."""
     rows = [f"  {name:<10}{does}" for name, does in lorax_cli.COMMANDS.items()]
     configs = textwrap.wrap(", ".join(lorax_cli.configs()), 76)
     return "\n".join(

@@ -1,1 +1,1 @@
-"""Benchmarks whose figures the README quotes, each with the command that makes it."""
+"""Benchmarks whose figures the README quotes, each with the command that runs it."""

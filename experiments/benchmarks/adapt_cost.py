@@ -1,16 +1,15 @@
-"""What adaptation costs: `lorax.adapt` against hand-written LoRA, and the clock.
+"""What adaptation costs: `lorax.adapt` against hand-written LoRA.
 
     python -m experiments.benchmarks.adapt_cost --out=adapt_cost.json
 
-Prints three markdown tables for a GPT-2-shaped model, gradient of the loss with respect
-to the adapters: XLA's count of FLOPs and temporary memory in four variants (plain,
-`nn.scan`, `nn.remat`, both), the time to trace and compile, and the time of a step. All
-programs must agree in loss and gradients (`measure.agree_alike`) before anything is
-reported.
+Prints three markdown tables for the gradient of a GPT-2-shaped model's loss with
+respect to the adapters: XLA's count of FLOPs and temporary memory in four variants
+(plain, `nn.scan`, `nn.remat`, both), the time to trace and compile, and the time of a
+step. All programs must agree in loss and gradients (`measure.agree_alike`) before
+anything is reported.
 
-On Linux, XLA:CPU maps and unmaps its temporary memory at every call, and spends a part
-of every step on the page faults; `frameworks` has the setting of malloc that keeps the
-memory.
+On Linux, XLA:CPU maps and unmaps its temporary memory at every call, and spends part of
+every step on page faults; `frameworks` has the malloc setting that keeps the memory.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _WIDTH = flags.DEFINE_integer("width", 512, "Width of the model, a multiple of 8
 _BATCH = flags.DEFINE_integer("batch", 8, "Sequences in a batch, of 128 tokens each.")
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Interleaved rounds of timed steps.")
 _BUILDS = flags.DEFINE_integer("builds", 3, "Interleaved rounds of compilations.")
-_THREADS = flags.DEFINE_integer("threads", 2, "CPU cores for XLA and torch alike.")
+_THREADS = flags.DEFINE_integer("threads", 2, "CPU cores for both XLA and torch.")
 _OUT = flags.DEFINE_string("out", None, "Where to write every figure as JSON.")
 
 VARIANTS = {
@@ -51,7 +50,7 @@ VARIANTS = {
 
 
 def cases(shape: gpt2.Shape, **switches: Any) -> dict[str, programs.Case]:
-    """The three programs of one variant."""
+    """Returns the three programs of one variant."""
     adapted = programs.adapted(shape, **switches)
     return {
         "lorax": adapted,
@@ -72,10 +71,10 @@ def compile_checked(made: Mapping[str, programs.Case]) -> dict[str, Any]:
 
 
 def counts(shape: gpt2.Shape) -> dict[str, Any]:
-    """XLA's own FLOPs and temporary bytes, by variant and program.
+    """Returns XLA's own FLOPs and temporary bytes, by variant and program.
 
-    A loop's body is counted once. Unrolled by two it is counted twice, so the
-    difference is one layer, and `total_flops` is the count with all trips.
+    XLA counts a loop's body once. Unrolled by two it is counted twice, so the
+    difference is one layer, and `total_flops` is the count for all iterations.
     """
     table: dict[str, Any] = {}
     for variant, on in VARIANTS.items():
@@ -92,7 +91,7 @@ def counts(shape: gpt2.Shape) -> dict[str, Any]:
 
 
 def builds(shape: gpt2.Shape, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """CPU seconds to trace, lower and compile, by variant and program."""
+    """Returns CPU seconds to trace, lower and compile, by variant and program."""
     table = {}
     for variant, on in VARIANTS.items():
         made = cases(shape, **on)
@@ -104,7 +103,7 @@ def builds(shape: gpt2.Shape, rounds: int) -> dict[str, dict[str, list[float]]]:
 
 
 def steps(shape: gpt2.Shape, rounds: int, threads: int) -> dict[str, list[float]]:
-    """Seconds of one step of the plain variant, by program."""
+    """Returns seconds per step of the plain variant, by program."""
     made = cases(shape)
     compiled = compile_checked(made)
     made["no adapter term"] = programs.frozen(made["lorax"], shape)
@@ -129,7 +128,7 @@ def steps(shape: gpt2.Shape, rounds: int, threads: int) -> dict[str, list[float]
 
 
 def count_table(table: Mapping[str, Any], layers: int) -> str:
-    """FLOPs and memory as markdown."""
+    """Returns FLOPs and memory as markdown."""
     header = ["variant", "GFLOPs", "/ hand-written", "/ materialised"]
     header += ["one layer x trips, GFLOPs", "/ materialised, all trips"]
     header += ["temp MB", "temp / hand-written"]
@@ -153,7 +152,7 @@ def count_table(table: Mapping[str, Any], layers: int) -> str:
 
 
 def build_table(table: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Compile times as markdown."""
+    """Returns compile times as markdown."""
     header = ["trace + compile", "lorax CPU s", "hand-written CPU s", "ratio of best"]
     rows = []
     for variant, by in table.items():
@@ -163,7 +162,7 @@ def build_table(table: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
 
 
 def step_table(table: Mapping[str, Sequence[float]]) -> str:
-    """Step times as markdown."""
+    """Returns step times as markdown."""
     header = ["step", "best ms", "median ms", "range ms"]
     header += ["best / no adapter term", "median of paired ratios"]
     bare, rows = table["no adapter term"], []
@@ -183,7 +182,7 @@ def step_table(table: Mapping[str, Sequence[float]]) -> str:
 
 
 def pin(threads: int) -> None:
-    """Keeps this process to so many cores; call it before XLA counts its threads."""
+    """Pins this process to `threads` cores; call it before XLA counts its threads."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))[:threads]
         os.sched_setaffinity(0, cores)

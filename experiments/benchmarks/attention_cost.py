@@ -1,9 +1,9 @@
-"""What the implementations of attention cost on this machine, beside plain attention.
+"""What the implementations of attention cost on this machine, relative to plain.
 
     python -m experiments.benchmarks.attention_cost
 
-Prints a markdown table: the time of a causal attention's value and gradients, float32,
-as the median of ratios to plain attention in interleaved rounds, and the compiler's
+Prints a markdown table for the value and gradients of causal attention in float32: the
+time, as the median ratio to plain attention over interleaved rounds, and the compiler's
 temporary memory.
 """
 
@@ -22,13 +22,13 @@ from experiments.machine import tables, timing
 from lorax import attention
 
 NAMES = ("plain", "lean", "tiles")
-"""Those that every platform has."""
+"""The implementations that every platform has."""
 
 _ROUNDS = flags.DEFINE_integer("attention_rounds", 9, "Interleaved rounds.")
 
 
 class Shape(NamedTuple):
-    """Sizes of one attention; heads of 64."""
+    """Sizes of an attention; heads have size 64."""
 
     batch: int
     time: int
@@ -40,7 +40,7 @@ SHAPES = (Shape(4, 256, 12, 12), Shape(2, 1024, 12, 12), Shape(1, 2048, 8, 2))
 
 
 class Cost(NamedTuple):
-    """Of one implementation: its time over plain attention's, and MiB."""
+    """An implementation's time over plain attention's, and its temporary MiB."""
 
     ratio: float
     temporary: float

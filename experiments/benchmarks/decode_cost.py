@@ -1,14 +1,14 @@
-"""What a cache saves in decoding, and what adapters beside the base cost.
+"""What a cache saves in decoding, and what unmerged adapters cost.
 
     python -m experiments.benchmarks.decode_cost --source=stories260k
     python -m experiments.benchmarks.decode_cost --adapters=64 --decode_sequences=8
 
-Greedy decoding of a checkpoint, the same tokens by every row: with the cache; by one
-jitted loop that reads the whole fixed-length sequence again for every token; and by
-transformers' `generate` with its cache, where torch and transformers are installed.
-With `--adapters` instead: LoRA of rank 8 on every linear kernel, merged; beside the
-base (`lorax.adapt`); and as many sets of it in one stack, each row with its own
-(`compose.route`). All are interleaved in one run, compilation apart.
+Greedy decoding of a checkpoint, with the same tokens from every way: with the cache; in
+one jitted loop that reads the whole fixed-length sequence again for every token; and
+with transformers' `generate` and its cache, if torch and transformers are installed.
+With `--adapters`, instead: LoRA of rank 8 on every linear kernel, merged; beside the
+base (`lorax.adapt`); and as that many sets in one stack, with each row routed to its
+own (`compose.route`). All are interleaved in one run, without compilation.
 """
 
 import functools
@@ -36,13 +36,13 @@ _BATCH = flags.DEFINE_integer(
 _ROUNDS = flags.DEFINE_integer("decode_rounds", 5, "Interleaved rounds.")
 
 _ADAPTERS = flags.DEFINE_integer(
-    "adapters", 0, "Sets in a stack that rows are routed to; 0: no adapters."
+    "adapters", 0, "Adapter sets in the stack that rows are routed to; 0: none."
 )
 
 PROMPT = "Once upon a time"
 RANK = 8
 SPREAD = 0.02
-"""Standard deviation of what is added to fresh factors, whose update is zero."""
+"""Standard deviation of the noise on fresh factors, whose update would be zero."""
 
 
 def uncached(model: Any, prompt: Sequence[int], count: int) -> Callable[..., Any]:
@@ -64,7 +64,7 @@ def uncached(model: Any, prompt: Sequence[int], count: int) -> Callable[..., Any
 
 
 def transformers_model(source: str) -> Any:
-    """The same checkpoint in transformers; None where it is not installed."""
+    """Returns the checkpoint in transformers; None if that is not installed."""
     try:
         import transformers
     except ImportError:
@@ -74,7 +74,7 @@ def transformers_model(source: str) -> Any:
 
 
 def compare(source: str, count: int, batch: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every way, by round."""
+    """Returns the seconds of every way, by round."""
     model, params, tokenizer = loading.load_model(source)
     prompt = examples.prompt_ids(tokenizer, PROMPT)
     engine = decoding.causal(model, len(prompt) + count)
@@ -107,7 +107,7 @@ def compare(source: str, count: int, batch: int, rounds: int) -> dict[str, list[
 
 
 def adapter_sets(model: Any, params: Any, prompt: Sequence[int], count: int) -> Any:
-    """Returns so many adapter sets, away from their init."""
+    """Returns `count` adapter sets, away from their init."""
     read = lambda params, tokens: model.apply({"params": params}, tokens)
     kernels = lorax.discover(read, params, jnp.array([prompt]))
 
@@ -124,7 +124,7 @@ def adapter_sets(model: Any, params: Any, prompt: Sequence[int], count: int) -> 
 def serve(
     source: str, count: int, batch: int, rounds: int, adapters: int
 ) -> dict[str, list[float]]:
-    """Seconds of decoding with adapters merged, beside the base, and routed."""
+    """Returns seconds of decoding with adapters merged, beside the base, and routed."""
     model, params, tokenizer = loading.load_model(source)
     prompt = examples.prompt_ids(tokenizer, PROMPT)
     sets = adapter_sets(model, params, prompt, adapters)

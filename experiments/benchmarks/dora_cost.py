@@ -1,8 +1,8 @@
-"""What DoRA's magnitudes cost beside plain LoRA.
+"""What DoRA's magnitudes cost, compared with plain LoRA.
 
     python -m experiments.benchmarks.dora_cost --out=dora_cost.json
 
-Prints a markdown table for the GPT-2-shaped model of `adapt_cost`, value and gradient
+Prints a markdown table for value and gradient of the GPT-2-shaped model of `adapt_cost`
 with respect to all adapters: XLA's count of FLOPs and temporary memory in four variants
 (a loop's body counted once), and the time of a step, interleaved with LoRA's. The flags
 are those of `adapt_cost`.
@@ -25,7 +25,7 @@ from experiments.machine import tables, timing
 
 
 def compare(shape: gpt2.Shape, rounds: int, **switches: Any) -> dict[str, Any]:
-    """Cost of a DoRA step over that of the LoRA step of the same program."""
+    """Returns the cost of a DoRA step over that of the same program's LoRA step."""
     cases = {
         name: programs.adapted(shape, name, **switches) for name in ("lora", "dora")
     }
@@ -43,7 +43,7 @@ def compare(shape: gpt2.Shape, rounds: int, **switches: Any) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """The figures as markdown."""
+    """Returns the figures as markdown."""
     header = ["variant", "FLOPs / LoRA", "temp memory / LoRA", "best ms, LoRA"]
     header += ["best ms, DoRA", "median of paired ratios"]
     return tables.markdown(

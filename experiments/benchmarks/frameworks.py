@@ -2,40 +2,39 @@ r"""A whole train step of lorax beside PEFT + PyTorch, `flax.nnx.LoRA` and qwix.
 
     python -m experiments.benchmarks.frameworks --profile --out=frameworks.json
 
-Forward, backward and the AdamW update of what is trained, of a GPT-2-shaped model with
-the same weights, factors and batch, interleaved in one run on the same pinned cores.
-Prints a markdown table, a row a method and program; `--profile` another of where the
-time goes. Before anything is timed, the programs must agree: loss and gradients of the
-first step are compared with the same step in float64, and no program may be ten times
-as far from it as the best one (`agreement`); the losses of the next two steps are held
-to ten times that. Gradients are read from Adam's first moments, so it is the timed
-programs that agree. Compilation is apart, in a column of its own.
+Forward, backward and AdamW update of a GPT-2-shaped model, with the same weights,
+factors and batch, interleaved in one run on the same pinned cores. Prints a markdown
+table with a row for each method and program; `--profile` prints another one of where
+the time goes. Before anything is timed, the programs must agree: loss and gradients of
+the first step are compared with the same step in float64, and no program may be ten
+times as far from it as the best one (`agreement`); for the losses of the next two
+steps, the limit is ten times higher. Gradients are read from Adam's first moments, so
+it is the timed programs that agree. Compilation has a column of its own.
 
 In bfloat16 lorax and PEFT keep the adapters in float32; full fine-tuning trains
-float32 masters in lorax, and the bfloat16 weights themselves in torch.
+float32 master weights in lorax, and the bfloat16 weights themselves in torch.
 
-Methods: LoRA, DoRA, AdaLoRA on the linears of the blocks, full fine-tuning of every
-parameter, and "none", the same model with three biases trained: the frameworks' own
-difference.
+Methods: LoRA, DoRA and AdaLoRA on the linears of the blocks, full fine-tuning of every
+parameter, and "none", the same model with three biases trained, which shows how far the
+frameworks themselves differ.
 
-Equal for AdaLoRA: triplets, scale (PEFT divides by rank + 1e-5), the cubic budget from
-r to r / 2 a matrix over 1,000 steps of which the last 100 are fixed, a choice of
-triplets at *every* step (PEFT's default; lorax's is every tenth or rarer), importance
-with both decays 0.85 after the update, and PEFT's penalty, 0.5 times the mean of the
-norms. Not equal: PEFT ranks by a threshold and drops ties, lorax drops one of them. The
-row "lorax, its own penalty" has the step to orthonormality after AdamW, in closed form,
-as `lorax.optim.adalora` takes it unless told otherwise; of it only the loss of the
-first step is held to the others.
+For AdaLoRA, these are equal: triplets, scale (PEFT divides by rank + 1e-5), the cubic
+budget from r to r / 2 per matrix over 1,000 steps of which the last 100 are fixed, a
+choice of triplets at *every* step (PEFT's default; lorax's is every tenth or rarer),
+importance with both decays 0.85 after the update, and PEFT's penalty, 0.5 times the
+mean of the norms. One thing differs: PEFT ranks by a threshold and drops all ties,
+lorax drops one of them. The row "lorax, its own penalty" has the default of
+`lorax.optim.adalora`, a closed-form step to orthonormality after AdamW; only the loss
+of its first step is compared with the others.
 
-lorax runs `lorax.training.make_train_step`, which also takes the gradients' norm and
-leaves out steps that are not finite; the other programs do neither. torch runs its
-fused AdamW and its fused attention; lorax, nnx and qwix the attention of
-`gpt2_shaped`.
+lorax runs `lorax.training.make_train_step`, which also computes the gradients' norm and
+skips non-finite steps; the other programs do neither. torch runs its fused AdamW and
+fused attention; lorax, nnx and qwix run the attention of `gpt2_shaped`.
 
-On a CPU malloc keeps what is freed (`experiments.machine.memory`), as it does in
-`experiments.main`, for every program alike; `--nokeep_memory` leaves malloc as it is,
-and the profile counts the page faults of either. On a GPU set
-`XLA_PYTHON_CLIENT_PREALLOCATE=false`, or jax takes the memory that torch needs.
+On a CPU, malloc keeps freed memory (`experiments.machine.memory`) for every program, as
+in `experiments.main`; `--nokeep_memory` leaves malloc alone, and the profile counts the
+page faults of either. On a GPU set `XLA_PYTHON_CLIENT_PREALLOCATE=false`, or jax takes
+the memory that torch needs.
 """
 
 from __future__ import annotations
@@ -67,15 +66,15 @@ from experiments.machine import memory, tables, timing
 _METHODS = flags.DEFINE_list(
     "methods", ["lora", "dora", "adalora", "full", "none"], "Which to compare."
 )
-_COMPILE = flags.DEFINE_bool("compile", False, "Rows for torch.compile as well.")
+_COMPILE = flags.DEFINE_bool("compile", False, "Also add rows for torch.compile.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Of frozen weights and activations."
 )
 _DEVICE = flags.DEFINE_enum(
-    "device", "auto", ["auto", "cpu", "cuda"], "auto: cuda where torch and jax see it."
+    "device", "auto", ["auto", "cpu", "cuda"], "auto: cuda if torch and jax see it."
 )
-_KEEP = flags.DEFINE_bool("keep_memory", True, "malloc keeps what is freed, on a CPU.")
-_PROFILE = flags.DEFINE_bool("profile", False, "Also say where the time goes.")
+_KEEP = flags.DEFINE_bool("keep_memory", True, "On a CPU, keep freed memory.")
+_PROFILE = flags.DEFINE_bool("profile", False, "Also show where the time goes.")
 
 PACKAGES = ("jax", "flax", "optax", "torch", "peft", "qwix")
 
@@ -85,15 +84,15 @@ class Setting(NamedTuple):
 
     dtype: str = "float32"
     device: str = "cpu"  # torch's name
-    compiled: bool = False  # by torch.compile, as well
+    compiled: bool = False  # whether to add rows for torch.compile
 
 
 class Contest(NamedTuple):
     """The programs of one method."""
 
     trainers: dict[str, trainers.Trainer]  # lorax first
-    missing: dict[str, str]  # why a program is not among them
-    alike: dict[str, bool]  # False: of other gradients, by design
+    missing: dict[str, str]  # program -> why it is missing
+    alike: dict[str, bool]  # False: gradients differ by design
     reference: trainers.Reference
 
 
@@ -115,7 +114,7 @@ def contest(method: str, shape: gpt2.Shape, setting: Setting) -> Contest:
         try:
             args = case, shape, method, setting.device, compiled
             made[row] = trainers.of_torch(*args)
-        except Exception as error:  # torch.compile's are of many classes
+        except Exception as error:  # torch.compile raises many classes
             if not compiled:
                 raise
             missing[row] = _reason(error)
@@ -149,7 +148,7 @@ def _reason(error: Exception) -> str:
 def compare(
     method: str, shape: gpt2.Shape, setting: Setting, rounds: int
 ) -> dict[str, Any]:
-    """Every program's agreement, build and step time."""
+    """Returns every program's agreement, build time and step time."""
     made = contest(method, shape, setting)
     errors = agreement.require(made.trainers, made.alike, made.reference, setting.dtype)
     steps = {name: trainer.step for name, trainer in made.trainers.items()}
@@ -164,9 +163,9 @@ def compare(
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown, a row a method and program; a ratio below 1 is lorax being faster."""
+    """Returns markdown with a row per method and program; below 1, lorax is faster."""
     header = ["method, program", "build s", "best ms", "median ms", "range ms"]
-    header += ["lorax / it, best", "paired, median", "paired, range"]
+    header += ["lorax / this, best", "paired, median", "paired, range"]
     rows = []
     for method, result in results.items():
         lorax = result["seconds"]["lorax"]
@@ -189,19 +188,19 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def chosen_device(wanted: str) -> str:
-    """Returns torch's name of the device, and sets jax to the same.
+    """Returns torch's name for the device, and sets jax to use the same.
 
     Raises:
-      RuntimeError: cuda is asked for and one of the two has none.
+      RuntimeError: cuda is asked for, but torch or jax does not see it.
     """
     seen = torch_peft.available() and torch_peft.sees_cuda()
     both = seen and jax.default_backend() == "gpu" if wanted != "cpu" else False
     if wanted == "cuda" and not both:
         raise RuntimeError(
             f"--device=cuda: torch sees cuda: {seen}; jax runs on "
-            f"{jax.default_backend()}; install both for it, or pass --device=cpu"
+            f"{jax.default_backend()}; install both for CUDA, or pass --device=cpu"
         )
-    if both:  # float32 is to mean float32, in torch as here
+    if both:  # float32 must mean float32, in both
         jax.config.update("jax_default_matmul_precision", "highest")
         return "cuda"
     jax.config.update("jax_platforms", "cpu")

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# The GPU's benchmark, one command on a machine with one GPU, jax and torch:
+# The GPU benchmark, in one command, on a machine with one GPU, jax and torch:
 #
 #   experiments/benchmarks/gpu.sh gpu.json
 #
-# Train steps beside PEFT, decoding, and the core's tests on the GPU; each part has a limit
-# of its own, and what it ended with stays in the JSON. SIZES=toy rehearses it anywhere;
-# PARTS chooses among "lorax torch decode tests", and ROWS among the rows of `gpu/ours.py`.
-# Where the GPU holds both (100 GiB), lorax and torch compile side by side, JAX in 45 % of
-# the memory; their timed steps exclude each other.
+# It compares train steps with PEFT, times decoding, and runs the core tests on the GPU;
+# each part has its own time limit, and keeps the rows that it finished in the JSON.
+# SIZES=toy is a smoke test that runs anywhere; PARTS chooses among "lorax torch decode
+# tests", and ROWS among the rows of `gpu/ours.py`. If the GPU has room for both (100 GiB),
+# lorax and torch compile in parallel, JAX in 45 % of the memory; their timed steps exclude
+# each other.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -38,7 +39,7 @@ one() {
     lorax) run 260 lorax --gpu_only="$rows" ;;
     torch) run 330 torch --gpu_only="$rows" ;;
     decode) run 70 decode --gpu_only="$rows" ;;
-    tests) # several processes share the GPU; float32 is to mean float32
+    tests) # several processes share the GPU; float32 must mean float32
       JAX_DEFAULT_MATMUL_PRECISION=highest timeout "${TESTS_LIMIT:-110}" "$PYTHON" \
         -m pytest -v -n "${WORKERS:-12}" -W default -p no:cacheprovider \
         ${TESTS:-$core} >"$files/tests.log" 2>&1

@@ -1,14 +1,14 @@
-"""What a gradient costs under each parametrisation beside LoRA's of rank 8.
+"""What a gradient costs with each parametrisation, compared with rank-8 LoRA.
 
     python -m experiments.benchmarks.method_cost
 
 A network of square kernels with tanh between them, every kernel adapted. Prints a
-markdown table: trainable parameters, XLA's count of the FLOPs of the compiled gradient
-and its temporary memory as ratios to LoRA's. Methods are given settings that train
-LoRA's number of parameters or fewer.
+markdown table: trainable parameters, and XLA's count of FLOPs and temporary memory of
+the compiled gradient, as ratios to LoRA's. Methods get settings that train at most as
+many parameters as LoRA.
 
-What acts on a kernel's inputs needs the gradient of what it returns, which the first
-kernel of the network does not have to compute under LoRA: one product more of
+Methods that act on a kernel's inputs need the gradient with respect to what they
+return, which LoRA does not need at the first kernel: one product on top of
 `2 depth - 1` frozen ones.
 """
 
@@ -50,12 +50,12 @@ METHODS: dict[str, Mapping[str, Any]] = {
 
 
 class Cost(NamedTuple):
-    """Of one method.
+    """The cost of one method.
 
     Attributes:
-      parameters: that train, of all kernels.
-      flops: of the gradient, by XLA.
-      temp: bytes of temporary memory, by XLA.
+      parameters: number of trainable parameters, over all kernels.
+      flops: of the gradient, as XLA counts them.
+      temp: bytes of temporary memory, as XLA counts them.
     """
 
     parameters: int
@@ -64,7 +64,7 @@ class Cost(NamedTuple):
 
 
 def loss(params: Any, x: jax.Array) -> jax.Array:
-    """A scalar of the network's output."""
+    """Returns a scalar of the network's output."""
     for name in sorted(params):
         x = jnp.tanh(x @ params[name])
     return jnp.sum(x**2)

@@ -1,17 +1,17 @@
-"""What one update of each optimiser costs beside AdamW's.
+"""What an update of each optimiser costs, compared with AdamW's.
 
     python -m experiments.benchmarks.optimizer_cost --table=optimizer_cost.json
 
-The adapters are GPT-2 small's: 12 layers of width 768, all six linears, rank 16, a dict
-of Lora by path (of AdaLora for AdaLoRA). Prints a markdown table: XLA's count of FLOPs,
-bytes of state, and the time of an update, all interleaved in one run, as ratios to
-AdamW on the same tree; and the share of a whole train step (forward and backward of 8 x
-128 tokens, then the update of AdamW) that an update takes.
+The adapters are those of GPT-2 small: 12 layers of width 768, all six linears, rank 16,
+a dict of Lora by path (of AdaLora for AdaLoRA). Prints a markdown table: XLA's count of
+FLOPs, bytes of state, and the time of an update, all interleaved in one run, as ratios
+to AdamW on the same tree; and an update's share of a whole train step (forward and
+backward of 8 x 128 tokens, then AdamW's update).
 
     python -m experiments.benchmarks.optimizer_cost --small_pairs=73
 
-measures programs in its place: lines of compiled HLO, the time to build them and that
-of an update, for so many small pairs of one shape, and of as many different shapes.
+measures programs instead: lines of compiled HLO, and the times to build them and to
+make an update, for that many small pairs of the same shape, and of different shapes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from experiments.machine import tables, timing
 from lorax import optim
 
 _ROUNDS = flags.DEFINE_integer("updates", 11, "Interleaved rounds of timed updates.")
-_SMALL = flags.DEFINE_integer("small_pairs", 0, "How many; 0 for GPT-2's adapters.")
+_SMALL = flags.DEFINE_integer("small_pairs", 0, "Number; 0: GPT-2's adapters.")
 _OUT = flags.DEFINE_string("table", None, "Where to write every figure as JSON.")
 
 SHAPE = gpt2.Shape(layers=12, width=768, heads=12, rank=16, batch=8)
@@ -82,7 +82,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 
 
 def adapters(shape: gpt2.Shape, method: str = "lora") -> lorax.Adapters:
-    """The tree of adapters, every factor away from zero."""
+    """Returns the tree of adapters, with every factor away from zero."""
     width, hidden = shape.width, shape.hidden
     sizes = {name: (width, width) for name in "qkvo"}
     sizes |= {"up": (width, hidden), "down": (hidden, width)}
@@ -98,7 +98,7 @@ def adapters(shape: gpt2.Shape, method: str = "lora") -> lorax.Adapters:
 
 
 def compiled(tx: Any, tree: lorax.Adapters) -> tuple[Any, Any]:
-    """The compiled update, and its arguments."""
+    """Returns the compiled update, and its arguments."""
     state = tx.init(tree)
     grads = jax.tree.map(lambda x: 0.1 * x, tree)
     update = jax.jit(lambda g, s, a: tx.update(g, s, a))
@@ -106,12 +106,12 @@ def compiled(tx: Any, tree: lorax.Adapters) -> tuple[Any, Any]:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all arrays."""
+    """Returns the bytes of all arrays."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def compare(shape: gpt2.Shape, rounds: int) -> dict[str, dict[str, Any]]:
-    """Every optimiser's update on the same tree, interleaved."""
+    """Measures every optimiser's update on the same tree, interleaved."""
     plain, svd = adapters(shape), adapters(shape, "adalora")
     budget = shape.layers * len(gpt2.LINEARS) * shape.rank
     made = {name: compiled(make(), plain) for name, make in OPTIMIZERS.items()}
@@ -136,14 +136,14 @@ def compare(shape: gpt2.Shape, rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def train_step_ms(shape: gpt2.Shape, rounds: int) -> float:
-    """The forward and backward pass of the adapted model."""
+    """Returns milliseconds of the adapted model's forward and backward pass."""
     case = programs.adapted(shape)
     step = measure.runner(measure.compile_step(case), case)
     return 1e3 * statistics.median(timing.interleave({"step": step}, rounds)["step"])
 
 
 def small_pairs(count: int, equal: bool, rank: int = 8) -> lorax.Adapters:
-    """Pairs of kernels `[48, 40]`, or of `[48, 40]`, `[49, 40]` and so on."""
+    """Returns pairs for kernels `[48, 40]`, or `[48, 40]`, `[49, 40]` and so on."""
     params = {f"w_{i}": jnp.zeros((48 + (0 if equal else i), 40)) for i in range(count)}
     made, _ = lorax.init(jax.random.key(0), params, lorax.Target(".*", rank=rank))
     return jax.tree.map(
@@ -154,7 +154,7 @@ def small_pairs(count: int, equal: bool, rank: int = 8) -> lorax.Adapters:
 def compare_programs(
     count: int, rounds: int, names: Sequence[str] = tuple(OPTIMIZERS)
 ) -> dict[str, dict[str, Any]]:
-    """Lines, seconds to build and milliseconds to run, on equal and unequal shapes."""
+    """Returns lines, build seconds and run milliseconds, for equal and other shapes."""
     rows: dict[str, dict[str, Any]] = {name: {} for name in names}
     runs: dict[str, Any] = {}
     for kind in ("equal", "unequal"):
@@ -176,7 +176,7 @@ def _run(step: Any, args: Any) -> Any:
 
 
 def programs_table(rows: dict[str, dict[str, Any]]) -> str:
-    """The figures of `compare_programs` as markdown."""
+    """Returns the figures of `compare_programs` as markdown."""
     header, kinds = ["update"], ("equal", "unequal")
     for kind in kinds:
         header += [f"HLO lines, {kind} shapes", "/ AdamW", "build s", "best ms"]
@@ -201,7 +201,7 @@ def programs_table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def table(rows: dict[str, dict[str, Any]], step_ms: float) -> str:
-    """The figures as markdown."""
+    """Returns the figures as markdown."""
     header = ["update", "GFLOPs", "state MB", "state / AdamW", "best ms"]
     header += ["best / AdamW", "median of paired ratios", "share of a train step"]
     whole = step_ms + rows["adamw"]["ms"]

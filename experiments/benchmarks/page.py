@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks.page
 
-It reads those of `PARTS` that are in `docs/results/benchmarks`; nothing is pasted by
-hand. Each processor has its own file of `frameworks`, because their libraries favour
-one or another.
+It reads the files of `PARTS` that are in `docs/results/benchmarks`; nothing is pasted
+by hand. Each processor has its own file of `frameworks`, because the libraries are
+tuned for different processors.
 """
 
 import json
@@ -24,23 +24,23 @@ FOLDER = DOCS / "results" / "benchmarks"
 
 HEAD = """# Performance
 
-An adapted step costs what hand-written LoRA costs. This page has whole steps, beside
-PEFT and others. [What the parts cost](results/costs.md) has the adapters, DoRA's
+An adapted step costs as much as hand-written LoRA. This page compares whole steps with
+PEFT and others. [What the parts cost](results/costs.md) covers the adapters, DoRA's
 magnitudes, populations, optimisers, decoding and attention;
-[quantised bases](results/quantized.md) have a page of their own.
+[quantised bases](results/quantized.md) have their own page.
 
 Written by `python -m experiments.benchmarks.page` from the JSON files in
-`docs/results/benchmarks`. What is compared with what, and what differs, stands at the
-top of `experiments/benchmarks/frameworks.py` and `scaling_cost.py`.
+`docs/results/benchmarks`. What is compared, and what differs, is explained at the top
+of `experiments/benchmarks/frameworks.py` and `scaling_cost.py`.
 """
 
 SUMMARY = """## In short
 
-The time of a train step (forward, backward, AdamW) over the other program's, best of
-all rounds; below 1 lorax is faster. On a CPU the processor decides: on Intel it is
-XLA's backward pass of the model itself that falls behind, not the adapters. Malloc
-keeps what a step frees, for every program, as `experiments.main` sets it. Our aim was
-1.0 beside PEFT.
+The figures are lorax's time for a train step (forward, backward, AdamW) over the other
+program's, best of all rounds; below 1, lorax is faster. On a CPU, it depends on the
+processor: on Intel the backward pass of the model itself is slower in XLA, not the
+adapters. For every program, malloc keeps what a step frees, as `experiments.main` sets
+it. Our goal was 1.0 against PEFT.
 """
 
 PROCESSORS = {
@@ -52,7 +52,7 @@ RIVALS = {
     "`flax.nnx.LoRA`": ("flax.nnx.LoRA",),
     "qwix": ("qwix",),
 }
-"""Label of a row -> the names under which the program stands in the JSON files."""
+"""Label of a row -> the program's names in the JSON files."""
 
 METHODS = {
     "lora": "LoRA",
@@ -62,16 +62,17 @@ METHODS = {
     "none": "no adapters",
 }
 
-GPU = """A model of the shape of Llama 3.2 1B, drawn, in bfloat16; 8 sequences of 2,048
-random tokens, rank 16 on every linear kernel, AdamW. PEFT runs as Hugging Face's
-Trainer does with `bf16=True`, with torch's fused attention and AdamW; both programs
-start from the same files. MFU counts the operations that the model needs (`sizes.py`:
-no recomputation, half of causal attention) over the card's dense bfloat16 peak, 989
-TFLOP/s. Memory is torch's peak, or the arguments and temporaries that XLA counts."""
+GPU = """A randomly initialised model with the shape of Llama 3.2 1B, in bfloat16; 8
+sequences of 2,048 random tokens, rank 16 on every linear kernel, AdamW. PEFT runs as
+Hugging Face's Trainer does with `bf16=True`, with torch's fused attention and AdamW;
+both programs start from the same files. MFU counts the operations that the model needs
+(`sizes.py`: no recomputation, half of causal attention) over the card's dense bfloat16
+peak, 989 TFLOP/s. Memory is torch's peak, or the arguments and temporaries that XLA
+counts."""
 
 
 def summary(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a row for each other program and processor, a column for each method.
+    """Returns markdown: a row for each program and processor, a column per method.
 
     Args:
       results: of `frameworks`, by the name of the JSON file.
@@ -88,7 +89,7 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _ratio(seconds: dict[str, list[float]], names: Sequence[str]) -> str:
-    """The best times' ratio to the first of the programs that ran."""
+    """Returns the ratio of best times to the first of the programs that ran."""
     for name in names:
         if name in seconds:
             return f"{min(seconds['lorax']) / min(seconds[name]):.2f}"
@@ -121,12 +122,12 @@ PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
         _frameworks,
     ),
     "frameworks_intel": (
-        "The same as malloc is, with a page fault for most of a step's memory",
+        "The same with malloc's defaults, and a page fault for most of a step's memory",
         _frameworks,
     ),
     "scaling": ("Cost of adapters by rank, width, depth and number", _scaling),
 }
-"""Title and text by the name of a JSON file."""
+"""Name of a JSON file -> (title, text)."""
 
 
 def write(

@@ -1,20 +1,21 @@
-"""What a population costs: K members in one program against K runs, one after another.
+"""What a population costs: K members in one program against K consecutive runs.
 
     python -m experiments.benchmarks.population_cost --out=population_cost.json
 
 Train steps (adapted GPT-2-shaped model, Adam) of members that differ in seed, learning
-rate and alpha. A run of its own has its scale in the program's text, as LoRA is written
-by hand, so K members take K programs; the population takes one. Prints XLA's count of
+rate and alpha. A single run has its scale in the program's text, as in hand-written
+LoRA, so K members take K programs; the population takes one. Prints XLA's count of
 FLOPs, the wall and CPU time of a step per adapter, and the number and time of
-compilations. All members must agree with their own runs (`measure.agree_alike`) before
-anything is reported.
+compilations. All members must agree with their single runs (`measure.agree_alike`)
+before anything is reported.
 
-The arithmetic costs the same on XLA:CPU: its batched thin products are as fast as so
-many separate ones. What differs is memory. The population's temporaries are K times
-those of one run, out of the caches, and from 32 MB on (glibc's largest threshold) they
-are mapped anew and page-faulted at every step, where those of a small run come from the
-heap. A setting of malloc keeps the memory (see `frameworks`), and `at_once` bounds the
-temporaries: the table has every batch with all members at once and one at a time.
+The arithmetic costs the same on XLA:CPU: its batched thin products are as fast as the
+same number of separate ones. What differs is memory. The population's temporaries are K
+times those of one run and do not fit the caches; from 32 MB (glibc's largest threshold)
+they are mapped again and page-faulted at every step, while those of a small run come
+from the heap. A malloc setting keeps the memory (see `frameworks`), and `at_once`
+bounds the temporaries: the table has every batch with all members at once and one at a
+time.
 """
 
 from __future__ import annotations
@@ -56,14 +57,14 @@ class Program(NamedTuple):
     state: Any
 
     def lower(self, *inputs: Any) -> jax.stages.Lowered:
-        """Traces the step, its state donated."""
+        """Traces the step, with its state donated."""
         return jax.jit(self.step, donate_argnums=0).lower(self.state, *inputs)
 
 
 def make(
     shape: gpt2.Shape, size: int, at_once: int
 ) -> tuple[Program, list[Program], Any, Any]:
-    """The population, its members' own runs, the base and a batch."""
+    """Returns the population, its members' single runs, the base and a batch."""
     case = programs.adapted(shape)
     model = gpt2.Gpt2(shape)
 
@@ -91,7 +92,7 @@ def make(
 
 
 def _member(adapters: Any, k: int) -> Any:
-    """Adapters of another alpha, and factors of their own."""
+    """Returns adapters with another alpha and other factors."""
 
     def noise(leaf: jax.Array) -> jax.Array:
         return 1e-3 * jax.random.normal(jax.random.key(k), leaf.shape)
@@ -104,7 +105,7 @@ def _member(adapters: Any, k: int) -> Any:
 
 
 def measured(shape: gpt2.Shape, size: int, rounds: int, at_once: int) -> dict[str, Any]:
-    """Everything there is to know of one shape; `at_once` is to divide `size`."""
+    """Measures everything for one shape; `at_once` must divide `size`."""
     together, alone, *inputs = make(shape, size, at_once)
     seconds, compiled = _timed(together, inputs)
     each, singles = zip(*(_timed(program, inputs) for program in alone), strict=True)
@@ -163,16 +164,16 @@ def agreeing_steps(
 
 
 def _gradients(opt_state: Any) -> list[jax.Array]:
-    """The gradients of the first step, from Adam's first moments.
+    """Returns the gradients of the first step, from Adam's first moments.
 
-    Its first updates are their signs, which rounding turns where a gradient is zero but
-    for rounding.
+    Its first updates are only their signs, which rounding flips where a gradient is
+    zero up to rounding.
     """
     return [mu / (1 - BETA1) for mu in jax.tree.leaves(optax.tree.get(opt_state, "mu"))]
 
 
 def _timed(program: Program, inputs: Sequence[Any]) -> tuple[float, Any]:
-    """CPU seconds, and what was built."""
+    """Returns CPU seconds to build, and what was built."""
     jax.clear_caches()
     began = time.process_time()
     made = program.lower(*inputs).compile()
@@ -180,7 +181,7 @@ def _timed(program: Program, inputs: Sequence[Any]) -> tuple[float, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]], size: int) -> str:
-    """Everything as markdown, a row a batch size and group."""
+    """Returns everything as markdown, with a row per batch size and group."""
     header = ["sequences in a batch, members at once"]
     header += ["GFLOPs per adapter-step", "/ one run"]
     header += ["ms per adapter-step", "best / in turn", "median of paired ratios"]

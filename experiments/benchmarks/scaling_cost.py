@@ -4,14 +4,15 @@
         --figure=scaling.png
 
 A train step (forward, backward, AdamW) of a GPT-2-shaped model with LoRA on the linears
-of its blocks, beside the same program without adapters, in which three biases are
-trained so that the backward pass crosses the same activations. XLA's own counts, which
-have no noise: FLOPs, bytes of temporaries and of arguments (parameters, adapters,
-moments, batch). Beside them the CPU seconds to trace and compile, best of `--builds`,
-and how many programs two steps compile, the second with other factors.
+of its blocks, compared with the same program without adapters, in which three biases
+are trained so that the backward pass crosses the same activations. It reports XLA's own
+counts, which are free of noise: FLOPs, bytes of temporaries and of arguments
+(parameters, adapters, moments, batch); the CPU seconds to trace and compile, best of
+`--builds`; and how many programs two steps compile, the second with other factors.
 
-"adapters" is a batch whose examples take turns over a stack of that many adapters, by
-`lorax.compose.route`, all of them trained; the second step gives every example another.
+"adapters" is a batch whose examples take turns in a stack of that many adapters, with
+`lorax.compose.route`, and all adapters train; in the second step, every example gets
+another adapter.
 
 One thing is varied at a time; the others stay at `BASE`.
 """
@@ -64,14 +65,14 @@ TICKS = (1, 1.25, 1.5, 2, 3, 4, 5)
 
 
 class Point(NamedTuple):
-    """A program and the two batches that it is run on."""
+    """A program and the two batches on which it runs."""
 
     case: programs.Case
     batches: tuple[Any, Any]
 
 
 def point(sweep: str, value: int, base: gpt2.Shape) -> tuple[Point, gpt2.Shape]:
-    """The adapted program at one value, and its sizes."""
+    """Returns the adapted program at one value, and its sizes."""
     if sweep == "adapters":
         return routed(value, base), base
     field = {"depth": "layers"}.get(sweep, sweep)
@@ -84,7 +85,7 @@ def _single(case: programs.Case) -> Point:
 
 
 def routed(count: int, shape: gpt2.Shape) -> Point:
-    """The mean loss of examples that each have one of `count` adapters."""
+    """Returns the mean loss of examples with one of `count` adapters each."""
     case, model = programs.adapted(shape), gpt2.Gpt2(shape)
 
     def one(params: Any, tokens: jax.Array) -> jax.Array:
@@ -104,7 +105,7 @@ def routed(count: int, shape: gpt2.Shape) -> Point:
 
 
 def measured(at: Point, builds: int) -> dict[str, float]:
-    """Everything there is to know of one program."""
+    """Measures everything for one program."""
     best = float("inf")
     for _ in range(builds):
         traces: list[int] = []
@@ -116,7 +117,7 @@ def measured(at: Point, builds: int) -> dict[str, float]:
         best = min(best, time.process_time() - began)
     memory: Any = compiled.memory_analysis()
     for batch in at.batches:
-        jitted.trace(state, at.case.params, batch)  # anew only for other types
+        jitted.trace(state, at.case.params, batch)  # traces again only for other types
         state, _ = compiled(state, at.case.params, batch)
     return {
         "flops": measure.cost(compiled).flops,
@@ -128,7 +129,7 @@ def measured(at: Point, builds: int) -> dict[str, float]:
 
 
 def _counted(case: programs.Case, traces: list[int]) -> tuple[Any, Any]:
-    """The jitted step, which tells whenever jax traces it, and its state."""
+    """Returns the jitted step, which records each trace, and its state."""
     step, state = trainers.plain(case)
 
     def counted(*args: Any) -> Any:
@@ -141,7 +142,7 @@ def _counted(case: programs.Case, traces: list[int]) -> tuple[Any, Any]:
 def compare(
     sweeps: Mapping[str, Sequence[int]], base: gpt2.Shape, builds: int
 ) -> list[dict[str, Any]]:
-    """Every point of every sweep, with and without adapters."""
+    """Measures every point of every sweep, with and without adapters."""
 
     @functools.cache
     def bare(shape: gpt2.Shape) -> dict[str, float]:
@@ -151,7 +152,7 @@ def compare(
     for sweep, values in sweeps.items():
         for value in values:
             at, shape = point(sweep, value, base)
-            # rank changes nothing where there are no adapters
+            # without adapters, rank makes no difference
             without = bare(dataclasses.replace(shape, rank=base.rank))
             row: dict[str, Any] = {"sweep": sweep, "value": value}
             row |= {"adapted": measured(at, builds), "without": without}
@@ -160,7 +161,7 @@ def compare(
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Everything as markdown."""
+    """Returns everything as markdown."""
     units = {"flops": 1e9, "temp_bytes": 1e6, "argument_bytes": 1e6, "build_seconds": 1}
     names = ("GFLOPs", "temp MB", "argument MB", "trace + compile CPU s")
     header = ["what is varied"]
@@ -177,7 +178,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-    """Draws the ratios, a panel a sweep."""
+    """Draws the ratios, with a panel per sweep."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""Examples to batches of a few static shapes.
+"""Turns examples into batches of a few static shapes.
 
-Each length that batches may have is one compilation, so examples are sorted into
-buckets by the shortest length that holds them and padded to it.
+Each batch length costs one compilation, so examples are sorted into buckets by the
+shortest length that holds them, and padded to it.
 
 Language modelling (`next_token`), with tokens t_0 .. t_n and their loss mask:
 
@@ -9,7 +9,7 @@ Language modelling (`next_token`), with tokens t_0 .. t_n and their loss mask:
     targets: int32 [batch, length]    t_1 .. t_n
     weights: float32 [batch, length]  the mask of the targets; 0 on padding
     bytes:   int32 [batch]            UTF-8 bytes of the text trained on
-    index:   int32 [batch]            place of the example in the list given; -1 fills
+    index:   int32 [batch]            position of the example in its list; -1: filler
 
 Classification (`labelled`):
 
@@ -23,7 +23,7 @@ Images (`pictured`): as classification, but instead of tokens and real
 
     pixels:  float32 [batch, height, width, channels]
 
-Padding is known by its weight alone, so any id may fill.
+Padding is recognised only by its weight, so any id may be used for it.
 """
 
 import bisect
@@ -36,12 +36,12 @@ from experiments.data.examples import Example
 
 Batch = dict[str, np.ndarray]
 WHOLE = slice(None)
-# one example, the length to pad it to, the id that fills -> a row of a batch
+# one example, the length to pad it to, the padding id -> a row of a batch
 Collate = Callable[[Example, int, int], Batch]
 
 
 def next_token(example: Example, length: int, pad_id: int) -> Batch:
-    """A row that predicts each token from those before it, on every side."""
+    """Returns a row that predicts each token from those before it, on every side."""
     tokens, mask = example["tokens"], example["loss_mask"]
     return {
         "inputs": _padded(tokens[..., :-1], length, pad_id),
@@ -52,7 +52,7 @@ def next_token(example: Example, length: int, pad_id: int) -> Batch:
 
 
 def labelled(example: Example, length: int, pad_id: int) -> Batch:
-    """A row with one label."""
+    """Returns a row with one label."""
     tokens = example["tokens"]
     return {
         "tokens": _padded(tokens, length, pad_id),
@@ -63,7 +63,7 @@ def labelled(example: Example, length: int, pad_id: int) -> Batch:
 
 
 def pictured(example: Example, length: int, pad_id: int) -> Batch:
-    """An image with one label; all are of one size, whatever the length."""
+    """Returns an image with one label; all have the same size, whatever the length."""
     del length, pad_id
     return {
         "pixels": example["pixels"],
@@ -73,9 +73,9 @@ def pictured(example: Example, length: int, pad_id: int) -> Batch:
 
 
 def positions(example: Example) -> int:
-    """Model positions that an example takes: its last token may be a target only.
+    """Returns how many positions an example takes: its last token may only be a target.
 
-    An image has one size, and buckets do not apply to it: 0.
+    Images all have the same size, so buckets do not apply to them: 0.
     """
     if "pixels" in example:
         return 0
@@ -91,25 +91,25 @@ def training_batches(
     collate: Collate = next_token,
     part: slice = WHOLE,
 ) -> grain.MapDataset:
-    """An endless dataset of batches, indexed by step.
+    """Returns an endless dataset of batches, indexed by step.
 
-    A batch comes from one bucket, and buckets take turns by their share of the
-    examples. Every bucket goes through its own in a fresh order each epoch. All is a
-    function of `(seed, step)`, whatever the number of processes: resuming needs no
-    other state, and with more of them or fewer the examples follow on.
+    A batch comes from one bucket, and buckets take turns in proportion to their number
+    of examples. Every bucket goes through its examples in a fresh order each epoch.
+    Everything is a function of `(seed, step)`, whatever the number of processes, so
+    resuming needs no other state, and may use more or fewer processes.
 
     Args:
-      examples: what `experiments.data.examples` or `classification` makes.
+      examples: as made by `experiments.data.examples` or `classification`.
       batch_size: rows.
       lengths: of the buckets, in any order; the longest must hold every example.
       pad_id: fills rows; see `tokenization.padding_id`.
       seed: of the order.
       collate: `next_token`, `labelled` or `pictured`.
-      part: the rows of every batch that are made here, where several processes make
-        one batch together.
+      part: the rows of every batch that are made here, if several processes make one
+        batch together.
 
     Raises:
-      ValueError: if an example fits no length, or there are none.
+      ValueError: an example is longer than all lengths, or there are no examples.
     """
     kept = [bucket for bucket in _buckets(examples, lengths) if bucket[1]]
     parts = []
@@ -132,10 +132,10 @@ def evaluation_batches(
     collate: Collate = next_token,
     part: slice = WHOLE,
 ) -> list[Batch]:
-    """Batches in which every example counts once.
+    """Returns batches in which every example counts once.
 
-    The last batch of a bucket is filled up with rows of weight 0, so that processes
-    that make batches together all make as many.
+    The last batch of a bucket is filled up with rows of weight 0, so that all processes
+    make the same number of batches.
 
     Args:
       examples: see `training_batches`, as for the other arguments.
@@ -159,7 +159,7 @@ def evaluation_batches(
 
 
 def stack(rows: Iterable[Batch]) -> Batch:
-    """Rows -> a batch."""
+    """Stacks rows into a batch."""
     rows = [*rows]
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
@@ -167,7 +167,7 @@ def stack(rows: Iterable[Batch]) -> Batch:
 def _buckets(
     examples: Sequence[Example], lengths: Sequence[int]
 ) -> list[tuple[int, list[int]]]:
-    """(length, indices of the examples padded to it), shortest first."""
+    """Returns (length, indices of the examples padded to it), shortest first."""
     if not examples or not lengths:
         raise ValueError(
             f"{len(examples)} examples and lengths {list(lengths)}: give one or more "
@@ -190,7 +190,7 @@ def _buckets(
 def _row(
     examples: Sequence[Example], length: int, pad_id: int, collate: Collate
 ) -> Callable[[int], Batch]:
-    """Index of an example -> its padded row."""
+    """Returns a function from the index of an example to its padded row."""
     return lambda i: {
         **collate(examples[i], length, pad_id),
         "index": np.asarray(i, np.int32),
@@ -198,12 +198,12 @@ def _row(
 
 
 def _filler(row: Batch) -> Batch:
-    """A row like another one that counts nothing, its tokens kept as valid ids."""
+    """Returns a copy of a row with weight 0; its tokens stay valid ids."""
     silent = {k: np.zeros_like(v) for k, v in row.items() if k in ("weights", "bytes")}
     return {**row, **silent, "index": np.asarray(-1, np.int32)}
 
 
 def _padded(values: np.ndarray, length: int, fill: int) -> np.ndarray:
-    """`[..., n]` -> `[..., length]`."""
+    """Pads `[..., n]` to `[..., length]`."""
     border = [(0, 0)] * (values.ndim - 1) + [(0, length - values.shape[-1])]
     return np.pad(values, border, constant_values=fill)

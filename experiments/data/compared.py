@@ -1,8 +1,8 @@
-"""Completions that are compared, as examples: `[sides, length]` for every prompt.
+"""Examples of compared completions: `[sides, length]` for every prompt.
 
-The two sides are what was chosen and what was rejected. Of completions that are judged
-alone they are the prompt's own completion and that of another prompt, by which KTO
-tells how far the policy has gone; `desirable` is beside them then.
+The two sides are the chosen and the rejected completion. For completions that are
+judged alone, they are the prompt's own completion and another prompt's, by which KTO
+estimates how far the policy has moved; such examples also have `desirable`.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ PLAIN = "{prompt}"
 
 
 class Encoder:
-    """Prompts with a completion to tokens: texts, and chats by their template."""
+    """Encodes prompts and completions as tokens: texts, and chats by their template."""
 
     def __init__(
         self,
@@ -31,8 +31,8 @@ class Encoder:
 
         Args:
           tokenizer: of the model.
-          template: what the model sees of a prompt that is text; holds `{prompt}`.
-          load: finds the template of chats, asked for by the first of them.
+          template: what the model sees for a text prompt; holds `{prompt}`.
+          load: loads the chat template, when the first chat needs it.
 
         Raises:
           ValueError: the template does not hold `{prompt}` once.
@@ -45,18 +45,18 @@ class Encoder:
         self._chat: tuple[templates.ChatTemplate, templates.Ends] | None = None
 
     def __call__(self, prompt: Words, completion: Words) -> Example:
-        """One example: the prompt unseen by the loss, the completion and its end in it.
+        """Returns one example, with the loss on the completion and its end only.
 
         Raises:
-          ValueError: a chat, and a template for texts.
+          ValueError: a chat, although the template is for texts.
         """
         if isinstance(prompt, str) and isinstance(completion, str):
             text = self._text.replace(PLAIN, prompt)
             return examples.encode_pair(self._tokenizer, text, completion)
         if self._text != PLAIN:
             raise ValueError(
-                f"template={self._text!r} is for prompts that are texts, and these are "
-                f"chats, which the checkpoint's own template renders; give {PLAIN!r}"
+                f"template={self._text!r} is for text prompts, but these are chats, "
+                f"which the checkpoint's own template renders; give {PLAIN!r}"
             )
         if self._chat is None:
             found = self._load()
@@ -70,7 +70,7 @@ class Encoder:
 def pairs(
     encode: Encoder, rows: Sequence[Row], max_length: int, source: str
 ) -> examples.Encoded:
-    """Examples of pairs, cut at the end, see `examples.truncate`."""
+    """Returns examples of pairs, truncated as in `examples.truncate`."""
     made = (
         examples.together([encode(row.prompt, side) for side in row.completions])
         for row in rows
@@ -81,16 +81,16 @@ def pairs(
 def judged(
     encode: Encoder, rows: Sequence[Row], max_length: int, source: str, seed: int
 ) -> examples.Encoded:
-    """Examples of rows that are judged alone, each with another row's completion.
+    """Returns examples of rows judged alone, each with another row's completion.
 
-    The other row is the one before it in a shuffle of all: neighbours in a file may
-    share a prompt. TRL takes the neighbour in a batch.
+    The other row is the one before it in a shuffle of all rows, because neighbours in a
+    file may share a prompt. TRL takes the neighbour in the batch.
 
     Raises:
-      ValueError: also fewer than two rows.
+      ValueError: fewer than two rows, or a mix of texts and chats.
     """
     if len(rows) < 2:
-        raise ValueError(f"{source}: one row has no other one to be compared with")
+        raise ValueError(f"{source}: a single row has no other to be compared with")
     order = np.random.default_rng(seed).permutation(len(rows))
     before = dict(zip(order, np.roll(order, 1), strict=True))
 
@@ -106,6 +106,6 @@ def judged(
 
 
 def collate(example: Example, length: int, pad_id: int) -> batches.Batch:
-    """A row of a batch, `[sides, length]`."""
+    """Returns a row of a batch, `[sides, length]`."""
     row = batches.next_token(example, length, pad_id)
     return row | {k: v for k, v in example.items() if k == "desirable"}

@@ -1,12 +1,12 @@
-"""Token sequences with a loss mask: prompt in, response and EOS trained on.
+"""Token sequences with a loss mask: a prompt, and a response with EOS to train on.
 
 An example is a dict of numpy arrays:
 
     tokens:    int32 [length]    BOS (if the tokenizer opens with one), text, EOS
     loss_mask: float32 [length]  1 where the token is to be predicted
-    bytes:     int32 []          UTF-8 bytes of the text trained on, EOS not counted
+    bytes:     int32 []          UTF-8 bytes of the text trained on, without EOS
 
-Examples that are compared are one, `[sides, length]`, see `together`.
+Sequences that are compared form one example, `[sides, length]`; see `together`.
 """
 
 import warnings
@@ -21,7 +21,7 @@ Example = dict[str, np.ndarray]
 
 
 class Pair(NamedTuple):
-    """A prompt and the text that shall follow it."""
+    """A prompt and the text that should follow it."""
 
     prompt: str
     response: str
@@ -29,15 +29,15 @@ class Pair(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The examples that can be trained on, and what truncation did to the others."""
+    """The examples that can be trained on, and how many were truncated or dropped."""
 
     examples: list[Example]
-    truncated: int = 0  # lost the end of their response, EOS too; still in `examples`
-    dropped: int = 0  # lost all of it: nothing left to train on
+    truncated: int = 0  # lost the end of their response, and EOS; still in `examples`
+    dropped: int = 0  # lost all of their response: nothing left to train on
 
 
 def prompt_ids(tokenizer: tokenization.Tokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt, in training and in generation alike: BOS once, then the text."""
+    """Returns a prompt's ids, for training and generation: BOS once, then the text."""
     ids = tokenizer.encode(prompt)
     if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id]:
         return ids
@@ -47,14 +47,14 @@ def prompt_ids(tokenizer: tokenization.Tokenizer, prompt: str) -> list[int]:
 def encode_pair(
     tokenizer: tokenization.Tokenizer, prompt: str, response: str
 ) -> Example:
-    """One example: the prompt unseen by the loss, the response and EOS in it.
+    """Returns one example, with the loss on the response and EOS only.
 
-    The two are tokenised apart and joined, so that a prompt has the same tokens in
+    The two are tokenised separately and joined, so that a prompt has the same tokens in
     generation, where no response follows. EOS is there once, whether or not the
-    response ends in its text.
+    response already ends with its text.
 
     Raises:
-      ValueError: if the tokenizer has no EOS, without which generation never learns to
+      ValueError: the tokenizer has no EOS, without which the model never learns to
         stop.
 
     Example:
@@ -64,8 +64,8 @@ def encode_pair(
     """
     if tokenizer.eos_id is None:
         raise ValueError(
-            f"{tokenizer.name} has no EOS token, so no response would ever end: name "
-            "one as `eos_token` in tokenizer_config.json."
+            f"{tokenizer.name} has no EOS token, so no response would ever end: set "
+            "`eos_token` in tokenizer_config.json."
         )
     opened = prompt_ids(tokenizer, prompt)
     closed = tokenizer.encode(response)
@@ -80,32 +80,32 @@ def encode_pairs(
     max_length: int,
     source: str,
 ) -> Encoded:
-    """Examples of prompts and responses, see `encode_pair` and `truncate`."""
+    """Returns examples of prompts and responses; see `encode_pair` and `truncate`."""
     encoded = (encode_pair(tokenizer, pair.prompt, pair.response) for pair in pairs)
     return truncate(encoded, max_length, source)
 
 
 def truncate(examples: Iterable[Example], max_length: int, source: str) -> Encoded:
-    """Cuts examples at the end, and drops those with nothing left to train on.
+    """Truncates examples at the end, and drops those with nothing left to train on.
 
     Args:
-      examples: whole ones.
-      max_length: positions of the model. An example keeps one token more, as the last
-        is a target only.
+      examples: complete ones.
+      max_length: positions of the model. An example keeps one token more, because the
+        last is only a target.
       source: names the data in the warning.
 
     Returns:
-      The examples and two counts. If any was dropped, a warning says how many. The
+      The examples and two counts. If any were dropped, a warning says how many. The
       `bytes` of a truncated example are scaled to its share of trained tokens.
 
     Raises:
-      ValueError: if all are dropped.
+      ValueError: all examples are dropped.
     """
     kept: list[Example] = []
     truncated = dropped = 0
     for example in examples:
         cut = _cut(example, max_length + 1)
-        # the first token is no target: nothing comes before it
+        # the first token is not a target: nothing comes before it
         if not cut["loss_mask"][..., 1:].any(-1).all():
             dropped += 1
             continue
@@ -119,15 +119,15 @@ def truncate(examples: Iterable[Example], max_length: int, source: str) -> Encod
     if dropped:
         warnings.warn(
             f"{source}: dropped {dropped} of {dropped + len(kept)} examples, whose "
-            f"response lies wholly beyond max_length={max_length}"
-            + (f"; {truncated} more lost its end." if truncated else "."),
+            f"response starts beyond max_length={max_length}"
+            + (f"; {truncated} more lost the end of it." if truncated else "."),
             stacklevel=2,
         )
     return Encoded(kept, truncated, dropped)
 
 
 def make(tokens: Sequence[int], loss_mask: Sequence[int], text: str) -> Example:
-    """An example from lists; `text` is what is trained on, for `bytes`."""
+    """Makes an example from lists; `text` is what is trained on, for `bytes`."""
     return {
         "tokens": np.asarray(tokens, np.int32),
         "loss_mask": np.asarray(loss_mask, np.float32),
@@ -136,7 +136,7 @@ def make(tokens: Sequence[int], loss_mask: Sequence[int], text: str) -> Example:
 
 
 def together(sides: Sequence[Example]) -> Example:
-    """One example of several, filled up to the longest with what nothing trains on."""
+    """Stacks several examples into one, padded to the longest, outside of the loss."""
     longest = max(len(side["tokens"]) for side in sides)
 
     def filled(name: str) -> np.ndarray:
@@ -151,7 +151,7 @@ def together(sides: Sequence[Example]) -> Example:
 
 
 def trained_text(tokenizer: tokenization.Tokenizer, example: Example) -> Iterator[str]:
-    """The runs of tokens that an example trains on, decoded one by one."""
+    """Yields the decoded runs of tokens that an example trains on."""
     mask = np.concatenate([[0], example["loss_mask"] > 0, [0]])
     edges = np.flatnonzero(np.diff(mask))
     for begin, end in edges.reshape(-1, 2):
@@ -159,7 +159,7 @@ def trained_text(tokenizer: tokenization.Tokenizer, example: Example) -> Iterato
 
 
 def _cut(example: Example, length: int) -> Example:
-    """The first `length` tokens."""
+    """Returns an example's first `length` tokens."""
     mask = example["loss_mask"]
     if mask.shape[-1] <= length:
         return example

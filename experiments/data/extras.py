@@ -1,4 +1,4 @@
-"""Optional libraries, imported when first used, with the command that installs them."""
+"""Optional libraries: imported on first use, or an error says how to install them."""
 
 import importlib
 from typing import Any
@@ -9,11 +9,11 @@ def require(module: str, extra: str, purpose: str) -> Any:
 
     Args:
       module: its import name.
-      extra: the extra of this distribution that brings it.
+      extra: the extra of this package that installs it.
       purpose: what needs it, for the error.
 
     Raises:
-      ImportError: if it is not installed; the message is the command that does so.
+      ImportError: it is not installed; the message has the command that installs it.
 
     Example:
       >>> require("json", "interop", "this line").dumps([1])

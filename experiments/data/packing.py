@@ -1,7 +1,7 @@
-"""Several examples in one row, so that little of it is padding.
+"""Packing: several examples in one row, so that little of it is padding.
 
-A row of a packed batch, for models that take segments (documents do not see each other
-and positions begin anew), so that packing changes no example's loss:
+Packed batches are for models that take segments: examples do not see each other and
+positions restart, so packing does not change any example's loss. A batch holds:
 
     inputs:    int32 [batch, length]
     targets:   int32 [batch, length]
@@ -9,11 +9,11 @@ and positions begin anew), so that packing changes no example's loss:
     segments:  int32 [batch, length]    1, 2, .. in a row; 0 on padding
     positions: int32 [batch, length]    from 0 in every segment
     bytes:     int32 [batch]            of all its examples
-    index:     int32 [batch, length]    place of the token's example; -1 on padding
+    index:     int32 [batch, length]    position of the token's example; -1 on padding
 
 grain's own packers pack what one process reads. Here the rows are one sequence, made
-from lengths and a seed alone, of which every process reads its part: their number may
-change between two steps and no example is lost or repeated.
+only from lengths and a seed, of which every process reads its part. The number of
+processes may therefore change between steps, and no example is lost or repeated.
 """
 
 import functools
@@ -25,7 +25,7 @@ import numpy as np
 from experiments.data import batches
 from experiments.data.examples import Example
 
-OPEN = 64  # rows that an example may still go to
+OPEN = 64  # rows that are still being filled
 ENDLESS = 2**40
 
 
@@ -37,23 +37,22 @@ def packed_batches(
     seed: int,
     part: slice = batches.WHOLE,
 ) -> grain.MapDataset:
-    """An endless dataset of packed batches, indexed by step.
+    """Returns an endless dataset of packed batches, indexed by step.
 
     Every epoch packs all examples once, in a fresh order: each goes to the first open
-    row that has room. Rows are counted through all epochs, so to start at a late step
-    the plans of the epochs before are made again, from lengths alone; nothing else is
-    replayed.
+    row that has room. Rows are numbered through all epochs, so starting at a late step
+    recomputes the plans of earlier epochs, from lengths only; nothing else is replayed.
 
     Args:
-      examples: what `experiments.data.examples` or `plain_text` makes.
+      examples: as made by `experiments.data.examples` or `plain_text`.
       batch_size: rows.
       length: of a row, in tokens; it must hold every example.
       pad_id: fills rows; see `tokenization.padding_id`.
       seed: of the order.
-      part: the rows of every batch that are made here, see `training_batches`.
+      part: the rows of every batch that are made here; see `training_batches`.
 
     Raises:
-      ValueError: if an example does not fit, or there are none.
+      ValueError: an example does not fit, or there are none.
     """
     sizes = np.array([batches.positions(example) for example in examples])
     if not len(sizes) or sizes.max() > length:
@@ -61,7 +60,7 @@ def packed_batches(
         raise ValueError(
             f"{len(sizes)} examples for rows of {length} tokens"
             + (f"; examples[{worst}] takes {sizes[worst]}" if len(sizes) else "")
-            + ": truncate them (`examples.truncate`), or make rows longer."
+            + ": truncate them (`examples.truncate`), or use longer rows."
         )
     rows = Rows(sizes, length, seed)
 
@@ -76,7 +75,7 @@ def packed_batches(
 
 
 class Rows:
-    """Which examples every row holds, by the number of the row through all epochs."""
+    """Which examples each row holds, with rows numbered through all epochs."""
 
     def __init__(self, sizes: np.ndarray, length: int, seed: int) -> None:
         """Plans the first epoch.
@@ -88,7 +87,7 @@ class Rows:
         """
         self._sizes, self._length, self._seed = sizes, length, seed
         self._plan = functools.lru_cache(2)(self._planned)
-        self._ends = [len(self._plan(0))]  # rows up to the end of every epoch so far
+        self._ends = [len(self._plan(0))]  # number of rows up to the end of each epoch
 
     def __getitem__(self, number: int) -> list[int]:
         """Returns the examples of a row."""
@@ -98,7 +97,7 @@ class Rows:
         return self._plan(epoch)[number - (self._ends[epoch - 1] if epoch else 0)]
 
     def _planned(self, epoch: int) -> list[list[int]]:
-        """First fit over the open rows; the fullest is closed for a new one."""
+        """Packs by first fit; where none fits, a new row replaces the fullest."""
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._sizes))
         room = np.zeros(OPEN, int)
         held: list[list[int]] = [[] for _ in range(OPEN)]
@@ -118,7 +117,7 @@ class Rows:
 def _row(
     members: Sequence[tuple[int, Example]], length: int, pad_id: int
 ) -> batches.Batch:
-    """One row: the examples one behind another."""
+    """Returns one row, with its examples one after the other."""
     made = {
         "inputs": np.full(length, pad_id, np.int32),
         "targets": np.full(length, pad_id, np.int32),

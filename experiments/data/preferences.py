@@ -1,11 +1,11 @@
-"""Preferences as rows of JSON lines, in the forms that TRL reads.
+"""Preferences as JSON lines, in the forms that TRL reads.
 
 - `{"prompt": .., "chosen": .., "rejected": ..}`: two completions of a prompt;
 - `{"prompt": .., "completion": .., "label": true}`: one, desirable or not.
 
-All of them are texts, or all are lists of messages `{"role": .., "content": ..}`. Two
-chats may lack a prompt, or have its text alone beside them: what they open with alike
-is the prompt then.
+The values are all texts, or all lists of messages `{"role": .., "content": ..}`. Two
+chats may come without a prompt, or with only its text; the messages that they share at
+the start are then the prompt.
 """
 
 import os
@@ -18,7 +18,7 @@ from experiments.data.sources.instruction import Chat
 Words = str | Chat
 """A text, or messages."""
 SIDES = ("chosen", "rejected")
-"""Columns of two completions."""
+"""The columns of a pair of completions."""
 
 
 class Row(NamedTuple):
@@ -26,8 +26,8 @@ class Row(NamedTuple):
 
     Attributes:
       prompt: what they complete.
-      completions: chosen and rejected; or one alone.
-      desirable: of one alone, whether it is.
+      completions: chosen and rejected, or a single one.
+      desirable: whether a single completion is desirable.
     """
 
     prompt: Words
@@ -49,8 +49,8 @@ def read_pairs(path: str | os.PathLike[str]) -> Rows:
       path: see `records.read`; JSON lines, or any table.
 
     Raises:
-      ValueError: no row is good. One that mixes texts and messages, whose completions
-        are the same, or one of which is empty, is malformed.
+      ValueError: no row is good. A row that mixes texts and messages, or whose
+        completions are equal or empty, is malformed.
     """
     return _read(path, SIDES, _pair)
 
@@ -62,7 +62,7 @@ def read_judged(path: str | os.PathLike[str]) -> Rows:
       path: see `records.read`; JSON lines, or any table.
 
     Raises:
-      ValueError: no row is good. One that mixes texts and messages, or whose label is
+      ValueError: no row is good. A row that mixes texts and messages, or whose label is
         neither true nor false, is malformed.
     """
     return _read(path, ("prompt", "completion", "label"), _judged)
@@ -91,16 +91,16 @@ def _pair(values: dict[str, Any]) -> Row:
 
 
 def _parted(prompt: Any, chosen: Chat, rejected: Chat) -> tuple[Chat, list[Chat]]:
-    """What two chats open with alike, and how each of them goes on."""
+    """Returns the messages that two chats share at the start, and the rest of each."""
     places = range(min(len(chosen), len(rejected)))
     differ = (i for i in places if chosen[i] != rejected[i])
     opening = chosen[: next(differ, len(places))]
     while opening and opening[-1]["role"] == "assistant":
-        opening.pop()  # where an answer is the same and what follows it differs
+        opening.pop()  # an answer that both share belongs to the completions
     if not opening or prompt not in (None, *(m["content"] for m in opening)):
         raise records.MalformedRow(
-            "'chosen' and 'rejected' are chats that do not open with one prompt; give "
-            "'prompt' as a list of messages"
+            "'chosen' and 'rejected' are chats that do not begin with the same prompt; "
+            "give 'prompt' as a list of messages"
         )
     return opening, [chosen[len(opening) :], rejected[len(opening) :]]
 
@@ -114,17 +114,17 @@ def _judged(values: dict[str, Any]) -> Row:
 
 
 def _prompt(found: Any) -> Words:
-    """A text, or messages that the assistant is to go on with."""
+    """Returns a prompt: a text, or messages that the assistant is to continue."""
     if isinstance(found, str):
         return found
     messages = instruction.read_messages(found, "prompt")
     if messages[-1]["role"] == "assistant":
-        raise records.MalformedRow("'prompt' ends with a message of the assistant")
+        raise records.MalformedRow("'prompt' ends with an assistant message")
     return messages
 
 
 def _completion(found: Any, column: str, prompt: Any) -> Words:
-    """What completes a prompt, of its kind."""
+    """Returns a completion, of the same kind as its prompt."""
     if isinstance(prompt, str) and isinstance(found, str):
         if not found.strip():
             raise records.MalformedRow(f"{column!r} is empty")
@@ -137,6 +137,6 @@ def _completion(found: Any, column: str, prompt: Any) -> Words:
     messages = instruction.read_messages(found, column)
     if messages[0]["role"] != "assistant":
         raise records.MalformedRow(
-            f"{column!r} does not begin with a message of the assistant"
+            f"{column!r} does not begin with an assistant message"
         )
     return messages

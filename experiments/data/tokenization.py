@@ -1,7 +1,7 @@
 """Tokenizers: bytes, a checkpoint directory's `tokenizer.json`, a GGUF file's own.
 
-No tokenizer here ever adds special tokens unasked: `encode` gives the tokens of the
-text alone, and what opens and closes a sequence is put there by `examples`, once.
+No tokenizer here adds special tokens unasked: `encode` returns only the tokens of the
+text, and `examples` adds what opens and closes a sequence, once.
 """
 
 import json
@@ -21,27 +21,27 @@ class Tokenizer(Protocol):
 
     name: str  # where it comes from, for messages
     vocabulary: int  # ids are 0 .. vocabulary - 1
-    bos_id: int | None  # opens every sequence; None if this tokenizer opens none
+    bos_id: int | None  # opens every sequence; None if sequences have no BOS
     eos_id: int | None  # closes every response
-    pad_id: int | None  # fills batches; None if it has no such token
+    pad_id: int | None  # pads batches; None if it has no such token
     special_tokens: Mapping[str, str]  # "bos_token" and so on -> its text
-    marks: Mapping[str, int]  # texts that are one token wherever they stand -> its id
+    marks: Mapping[str, int]  # texts that are always a single token -> its id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, nothing added."""
+        """Returns the ids of the text, with nothing added."""
 
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        """Ids of the text, and the characters that each stands for."""
+        """Returns the ids of the text, and the characters that each stands for."""
 
     def encode_classified(self, first: str, second: str | None = None) -> list[int]:
-        """Ids of a sentence or a pair of them, with the marks the model expects."""
+        """Returns a sentence's or a pair's ids, with the special tokens expected."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, special tokens left out."""
+        """Returns the text of the ids, without special tokens."""
 
 
 class ByteTokenizer:
-    """Every byte of UTF-8 is a token; three more open, close and fill.
+    """Every UTF-8 byte is a token; three more are BOS, EOS and padding.
 
     Example:
       >>> tokenizer = ByteTokenizer()
@@ -61,40 +61,40 @@ class ByteTokenizer:
     marks: Mapping[str, int] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, nothing added."""
+        """Returns the ids of the text, with nothing added."""
         return list(text.encode())
 
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        """Ids of the text, and the character that each byte is part of."""
+        """Returns the ids of the text, and the character that each byte is part of."""
         spans = [(i, i + 1) for i, c in enumerate(text) for _ in c.encode()]
         return self.encode(text), spans
 
     def encode_classified(self, first: str, second: str | None = None) -> list[int]:
-        """`bos first eos`, and `second eos` behind it."""
+        """Returns `bos first eos`, followed by `second eos` for a pair."""
         ids = [256, *self.encode(first), 257]
         return ids if second is None else [*ids, *self.encode(second), 257]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the bytes; what is no UTF-8 becomes a replacement character."""
+        """Returns the text of the bytes, with replacement characters where invalid."""
         return bytes(i for i in ids if 0 <= i < 256).decode(errors="replace")
 
 
 class JsonTokenizer:
-    """A `tokenizer.json`, with the special tokens that the files beside it name."""
+    """A `tokenizer.json`, with the special tokens named by the files beside it."""
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
         """Reads the files.
 
         Args:
-          source: directory of a checkpoint, with `tokenizer.json` and, as a rule,
+          source: directory of a checkpoint, with `tokenizer.json` and usually
             `tokenizer_config.json` and `special_tokens_map.json`; or a GGUF file, which
-            holds what stands in them.
+            holds their content.
 
         Raises:
-          FileNotFoundError: if there is no `tokenizer.json`; where there is a
-            sentencepiece model, the message holds the command that converts it.
-          ValueError: if a file cannot be read, or names a token that is not in the
-            vocabulary; says which file and which key.
+          FileNotFoundError: there is no `tokenizer.json`; if there is a sentencepiece
+            model, the message has the command that converts it.
+          ValueError: a file cannot be read, or names a token that is not in the
+            vocabulary; the message names the file and the key.
         """
         path = pathlib.Path(source)
         named = str(path if is_gguf(path) else path / "tokenizer.json")
@@ -104,7 +104,7 @@ class JsonTokenizer:
             self._tokenizer = library.Tokenizer.from_buffer(content)
         except Exception as e:  # the library raises bare Exception
             raise ValueError(f"{named}: not a tokenizers file: {e}") from e
-        # What a training script once set must not cut or fill our texts.
+        # Truncation and padding that a training script once set must not apply here.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.name = named
@@ -116,7 +116,7 @@ class JsonTokenizer:
         self.eos_id = ids.get("eos_token")
         self.pad_id = ids.get("pad_token")
         bos_id = ids.get("bos_token")
-        # GPT-2 has a BOS token, but opens no sequence with it: ask, do not guess.
+        # GPT-2 has a BOS token, but no sequence begins with it: ask, do not guess.
         opened = self._tokenizer.encode("a", add_special_tokens=True).ids
         asked = configs["tokenizer_config.json"].get("add_bos_token")
         where = f"{path / 'tokenizer_config.json'}: add_bos_token"
@@ -125,33 +125,33 @@ class JsonTokenizer:
         self.bos_id = bos_id if opens else None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, nothing added."""
+        """Returns the ids of the text, with nothing added."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        """Ids of the text, and the characters that each stands for."""
+        """Returns the ids of the text, and the characters that each stands for."""
         encoded = self._tokenizer.encode(text, add_special_tokens=False)
         return list(encoded.ids), list(encoded.offsets)
 
     def encode_classified(self, first: str, second: str | None = None) -> list[int]:
-        """A sentence or a pair, as the file's post-processor marks them."""
+        """Returns the ids of a sentence or a pair, from the file's post-processor."""
         return list(self._tokenizer.encode(first, second, add_special_tokens=True).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, special tokens left out."""
+        """Returns the text of the ids, without special tokens."""
         return str(self._tokenizer.decode([int(i) for i in ids]))
 
 
 def load(name: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a config: "bytes", a checkpoint directory, or a GGUF file."""
+    """Loads a tokenizer: "bytes", a checkpoint directory, or a GGUF file."""
     return ByteTokenizer() if name == "bytes" else JsonTokenizer(name)
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
-    """The id that fills batches.
+    """Returns the id that pads batches.
 
-    Padding is told apart by its weight 0, never by its id: without a pad token any id
-    will do, and where that is EOS, the EOS that ends a response stays in the loss.
+    Padding is recognised by its weight 0, never by its id: without a pad token any id
+    will do, and if that is EOS, the EOS that ends a response stays in the loss.
     """
     candidates = (tokenizer.pad_id, tokenizer.eos_id, 0)
     return next(i for i in candidates if i is not None)
@@ -166,29 +166,29 @@ def require_vocabulary(tokenizer: Tokenizer, vocab_size: int, config: str) -> No
     Args:
       tokenizer: of the data.
       vocab_size: of the model.
-      config: where that stands, such as "base/config.json".
+      config: where `vocab_size` comes from, such as "base/config.json".
 
     Raises:
-      ValueError: if the tokenizer has ids that the model lacks.
+      ValueError: the tokenizer has ids that the model lacks.
     """
     if tokenizer.vocabulary > vocab_size:
         raise ValueError(
             f"{tokenizer.name} has ids up to {tokenizer.vocabulary - 1}, but "
             f"`vocab_size` in {config} is {vocab_size}: the model has no embedding for "
-            "the last ones. Take the tokenizer that came with the checkpoint."
+            "the last ones. Use the tokenizer that came with the checkpoint."
         )
 
 
 def require_ids(tokens: Sequence[int], vocab_size: int, where: str) -> None:
-    """Checks that all ids are a model's: indexing by others would be silent.
+    """Checks that all ids are a model's, since indexing with others fails silently.
 
     Raises:
-      ValueError: if an id is negative or too large; names the first.
+      ValueError: an id is negative or too large; names the first.
     """
     for i, token in enumerate(tokens):
         if not 0 <= token < vocab_size:
             raise ValueError(
-                f"{where}: token {i} is {token}, outside of the model's vocabulary of "
+                f"{where}: token {i} is {token}, outside the model's vocabulary of "
                 f"{vocab_size}."
             )
 
@@ -199,7 +199,7 @@ SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls
 def _special_tokens(
     folder: pathlib.Path, configs: Mapping[str, dict[str, Any]], tokenizer: Any
 ) -> tuple[dict[str, str], dict[str, int]]:
-    """The texts and the ids of the special tokens that the files name."""
+    """Returns the texts and ids of the special tokens that the files name."""
     texts: dict[str, str] = {}
     ids: dict[str, int] = {}
     for file, values in configs.items():
@@ -216,22 +216,22 @@ def _special_tokens(
                     "to different tokenizers, or the token was never added."
                 )
             texts[key], ids[key] = text, token
-    if texts:  # so that `decode` leaves them out wherever they stand
+    if texts:  # so that `decode` always leaves them out
         tokenizer.add_special_tokens(list(texts.values()))
     return texts, ids
 
 
-# The last has the last word, as in transformers.
+# The last one wins, as in transformers.
 CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
 
 
 def is_gguf(source: str | os.PathLike[str]) -> bool:
-    """True for the name of a GGUF file."""
+    """Whether the name is that of a GGUF file."""
     return pathlib.Path(source).suffix == ".gguf"
 
 
 def read_files(source: pathlib.Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
-    """A tokenizer.json, and the objects in the files of `CONFIGS`.
+    """Returns the tokenizer.json, and the objects in the files of `CONFIGS`.
 
     Args:
       source: a directory, or a GGUF file.
@@ -246,7 +246,7 @@ def read_files(source: pathlib.Path) -> tuple[bytes, dict[str, dict[str, Any]]]:
 
 
 def read_configs(source: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The objects in the files of `CONFIGS`; {} stands for a missing file."""
+    """Returns the objects in the files of `CONFIGS`; {} for a missing file."""
     if is_gguf(source):
         return _configs(_of_gguf(source))
     return {name: read_config(source / name) for name in CONFIGS}
@@ -263,7 +263,7 @@ def _configs(files: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object; {} if the file is missing."""
+    """Reads a JSON object; {} if the file is missing."""
     if not path.is_file():
         return {}
     try:
@@ -273,7 +273,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _how_to_get(folder: pathlib.Path) -> str:
-    """What to do where there is no tokenizer.json."""
+    """Says what to do if there is no tokenizer.json."""
     lacks = f"{folder} has no tokenizer.json"
     if not folder.is_dir():
         return f"{lacks}: there is no such directory."
@@ -284,6 +284,6 @@ def _how_to_get(folder: pathlib.Path) -> str:
         f"{lacks}, only the sentencepiece model {models[0]}. Convert it once, where "
         'transformers and sentencepiece are installed: `python -c "from transformers '
         f"import AutoTokenizer as T; T.from_pretrained('{folder}')"
-        f".save_pretrained('{folder}')\"`. If the model was trained behind a BOS "
-        'token, see that tokenizer_config.json then says `"add_bos_token": true`.'
+        f".save_pretrained('{folder}')\"`. If the model was trained with a BOS token "
+        'in front, make sure that tokenizer_config.json says `"add_bos_token": true`.'
     )

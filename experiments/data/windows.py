@@ -18,7 +18,7 @@ Batch = dict[str, np.ndarray]
 
 
 def stream(docs: Sequence[documents.Document]) -> np.ndarray:
-    """Joins documents into one array of bytes, each behind a separator.
+    """Joins documents into one array of bytes, with a separator before each.
 
     Returns:
       uint8 `[bytes]`.
@@ -29,17 +29,17 @@ def stream(docs: Sequence[documents.Document]) -> np.ndarray:
 def training_batches(
     docs: Sequence[documents.Document], batch_size: int, length: int, seed: int
 ) -> grain.MapDataset:
-    """An endless dataset of random windows, indexed by step.
+    """Returns an endless dataset of random windows, indexed by step.
 
     Every epoch visits each stretch of `length` bytes once, in a fresh order and from a
-    fresh offset, so small texts are not cut at the same bytes each time. Indexing by
-    step makes the order a function of `(seed, step)`: resuming needs no other state.
+    fresh offset, so that small texts are not cut at the same bytes each time. The order
+    is a function of `(seed, step)`, so resuming needs no other state.
     """
     text = stream(docs)
     starts = len(text) // length - 1
     if starts < 1:
         raise ValueError(
-            f"{len(text)} bytes of text are too few for windows of {length}: shorten "
+            f"{len(text)} bytes of text are too few for windows of {length}: reduce "
             "`data.length` or give more text."
         )
 
@@ -63,16 +63,16 @@ def evaluation_batches(
     length: int,
     limit: int | None = None,
 ) -> list[Batch]:
-    """The documents' bytes in consecutive windows, each scored once.
+    """Returns the documents' bytes in consecutive windows, each byte scored once.
 
-    Each window is scored from a cold start (its first byte sees only the byte before),
-    which is slightly pessimistic, and equally so for every model compared.
+    Each window is scored from a cold start (its first target sees only one byte before
+    it), which is slightly pessimistic, and equally so for every model compared.
 
     Args:
       docs: held-out documents.
-      batch_size: windows a batch; padding windows of weight 0 fill the last one.
-      length: bytes a window.
-      limit: score about so many bytes, in windows spread evenly over the text; None
+      batch_size: windows per batch; padding windows of weight 0 fill the last one.
+      length: bytes per window.
+      limit: score about this many bytes, in windows spread evenly over the text; None
         scores all.
     """
     text = stream(docs)
@@ -94,7 +94,7 @@ def evaluation_batches(
 
 
 def _example(window: np.ndarray) -> Batch:
-    """`[length + 1]` bytes -> one row of a batch."""
+    """Turns `[length + 1]` bytes into a row of a batch."""
     window = window.astype(np.int32)
     weights = np.ones(len(window) - 1, np.float32)
     return {"inputs": window[:-1], "targets": window[1:], "weights": weights}

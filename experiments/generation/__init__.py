@@ -1,1 +1,1 @@
-"""Models that write: loading them, continuing texts, and what goes out of a run."""
+"""Generating models: loading them, continuing texts, and exporting trained ones."""

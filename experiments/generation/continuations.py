@@ -13,10 +13,10 @@ BUCKET = 32  # tokens; prompts are padded to a multiple
 def stop_at(
     tokenizer: tokenization.Tokenizer, texts: Sequence[str]
 ) -> Callable[[list[int]], int | None] | None:
-    """Returns how many tokens to keep, once one of the texts has come; None without.
+    """Returns a function that counts the tokens to keep before a stop text, or None.
 
-    What is kept never holds a stop text, though it may lack what a token carried
-    before one.
+    What is kept never holds a stop text, but may lack characters before it that belong
+    to the same token.
     """
     if not texts:
         return None
@@ -45,25 +45,25 @@ def make_writer(
     stop: Sequence[str] = (),
     end_ids: Sequence[int] = (),
 ) -> Callable[..., list[str]]:
-    """Returns `write(params, key=None) -> the continuations`, compiled for the prompts.
+    """Returns `write(params, key=None) -> continuations`, compiled for the prompts.
 
     The parameters are plain, or `unmerged.Unmerged`.
 
     Args:
-      model: a causal one.
-      tokenizer: its own.
+      model: a causal model.
+      tokenizer: the model's tokenizer.
       prompts: texts.
-      max_tokens: most new tokens of each.
+      max_tokens: maximum number of new tokens for each.
       batch: prompts at a time.
-      rule: how a token is chosen, without beams; of it, `no_repeat` also with beams.
-      beams: more than 1 search.
-      length_penalty: of a search.
+      rule: how a token is chosen; a beam search uses only its `no_repeat`.
+      beams: more than 1 for a beam search.
+      length_penalty: of the beam search.
       stop: texts that end a continuation; not with beams.
-      end_ids: tokens that do beside the tokenizer's EOS, such as a chat's, see
-        `experiments.data.chat.templates.turn_ends`.
+      end_ids: tokens that end a continuation like the tokenizer's EOS, such as a
+        chat's; see `experiments.data.chat.templates.turn_ends`.
 
     Raises:
-      ValueError: a prompt without tokens, stop texts or a temperature with beams.
+      ValueError: a prompt without tokens, or stop texts or a temperature with beams.
     """
     ids = [examples.prompt_ids(tokenizer, prompt) for prompt in prompts]
     slots = -(-max(map(len, ids)) // BUCKET) * BUCKET + max_tokens
@@ -73,7 +73,7 @@ def make_writer(
     pad = tokenization.padding_id(tokenizer)
     if beams > 1:
         if stop or rule.temperature:
-            raise ValueError("beams=... searches: neither stop nor temperature apply")
+            raise ValueError("stop and temperature do not apply to a search by beams")
         search = beam.make_search(
             engine,
             batch=batch,

@@ -1,9 +1,9 @@
-"""A small byte-level decoder, scanned over its layers and lean on a CPU.
+"""A small byte-level decoder, scanned over its layers and efficient on a CPU.
 
 Pre-norm blocks of causal attention with rotary positions and a squared-ReLU MLP. The
-residual stream is kept as `[batch * time, width]` from end to end: XLA:CPU multiplies
-two-dimensional operands at full speed, and pays several times the FLOPs for gradients
-that contract two leading axes. Only attention's inner products see four axes.
+residual stream is `[batch * time, width]` throughout: XLA:CPU multiplies
+two-dimensional operands at full speed, but gradients that contract two leading axes
+take several times as long. Only attention's inner products see four axes.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, batch: int) -> jax.Array:
-        """Mixes rows of the same sequence, of which there are `batch`."""
+        """Mixes the rows of each of the `batch` sequences."""
         width = x.shape[-1]
         split = (batch, -1, self.heads, width // self.heads)
         q, k, v = (  # [batch, time, heads, head_dim]
@@ -42,23 +42,23 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps each row by itself."""
+        """Maps each row separately."""
         h = nn.Dense(self.hidden, use_bias=False, name="up")(x)
-        # Squared ReLU (Primer, 2109.08668): as good as GELU, and no transcendental.
+        # Squared ReLU (Primer, 2109.08668): as good as GELU, without transcendentals.
         return nn.Dense(x.shape[-1], use_bias=False, name="down")(
             jnp.square(nn.relu(h))
         )
 
 
 class Block(nn.Module):
-    """One layer, in the carry-and-output form that `nn.scan` asks for."""
+    """One layer, in the carry-and-output form that `nn.scan` needs."""
 
     heads: int
     hidden: int
 
     @nn.compact
     def __call__(self, x: jax.Array, batch: int) -> tuple[jax.Array, None]:
-        """Maps the residual stream to the next, with nothing to stack."""
+        """Returns the next residual stream, and no output to stack."""
         x += Attention(self.heads, name="attn")(nn.RMSNorm(name="norm_attn")(x), batch)
         x += Mlp(self.hidden, name="mlp")(nn.RMSNorm(name="norm_mlp")(x))
         return x, None
@@ -73,8 +73,8 @@ class Decoder(nn.Module):
       width: size of the residual stream.
       heads: attention heads; `width / heads` is the head's size and must be even.
       hidden: width of the MLP.
-      prefix: learned places before every sequence, `prefix: [prefix, width]`, that give
-        no logits (the LoRA paper's prefix-embedding tuning); see `with_prefix`.
+      prefix: learned positions before every sequence, `prefix: [prefix, width]`, that
+        give no logits (the LoRA paper's prefix-embedding tuning); see `with_prefix`.
     """
 
     vocabulary: int
@@ -115,10 +115,10 @@ class Decoder(nn.Module):
 def with_prefix(
     model: Decoder, params: Any, tokens: jax.typing.ArrayLike
 ) -> tuple[Decoder, dict[str, Any]]:
-    """Returns the model with places before every sequence, and its parameters.
+    """Returns the model with a learned prefix, and its parameters.
 
-    They begin as the embeddings of real tokens, which trains more stably than random
-    ones (Li and Liang, Prefix-Tuning, arXiv:2101.00190).
+    The prefix begins as the embeddings of real tokens, which train more stably than
+    random ones (Li and Liang, Prefix-Tuning, arXiv:2101.00190).
 
     Args:
       model: without a prefix.
@@ -130,7 +130,7 @@ def with_prefix(
 
 
 def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
-    """Rotary position embedding (Su et al., 2104.09864), halves rotated together.
+    """Applies rotary position embeddings (Su et al., 2104.09864), rotating halves.
 
     Args:
       x: `[batch, time, heads, head_dim]` with an even `head_dim`.

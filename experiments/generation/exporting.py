@@ -1,4 +1,4 @@
-"""An adapted model for other programs: merged into a checkpoint, or as an adapter."""
+"""Exports an adapted model: merged into a checkpoint, or as an adapter."""
 
 import json
 import pathlib
@@ -34,13 +34,13 @@ def export(
       adapter: folder of adapters.
       to: folder to write; it must not be the base's.
       form: "merged", "peft" or "lorax".
-      initial: folder of the adapters at the start; None for `initial/` beside `adapter`
-        if there is one.
-      adalora_shrink: without AdaLoRA's pruned triplets.
-      quantize: `config.model.quantize` of the run. What is merged is dense, and holds
-        the base as it was quantised; an adapter beside `initial/` is for the original.
+      initial: folder of the initial adapters; None for `initial/` beside `adapter` if
+        there is one.
+      adalora_shrink: whether to leave out AdaLoRA's pruned triplets.
+      quantize: `config.model.quantize` of the run. A merged model is dense, and holds
+        the base as quantised; an adapter beside `initial/` is for the original base.
       scan: `config.model.scan` of the run.
-      uniform: of an adapter for PEFT: one rank and one alpha for all modules.
+      uniform: whether an adapter for PEFT gets one rank and one alpha for all modules.
 
     Returns:
       The config of the base.
@@ -52,21 +52,21 @@ def export(
     if adalora_shrink and form == "merged":
         raise ValueError(
             "--adalora_shrink with --form=merged: a merged kernel has no triplets to "
-            "leave out; leave the flag out, or write --form=peft or lorax"
+            "leave out; remove the flag, or give --form=peft or --form=lorax"
         )
     path, target = loading.find(source), pathlib.Path(to)
     if target.resolve() == path.resolve():
-        raise ValueError(f"--to={to} is the base's own folder: give another")
+        raise ValueError(f"--to={to} is the base's own folder; give another one")
     beside = pathlib.Path(initial or pathlib.Path(adapter).parent / "initial")
     start = checkpoint.load_adapters(beside) if initial or beside.is_dir() else None
     model, params = loading.read(path, quantize if start is None else "", scan=scan)
     config = model.config
     if start is None:
         adapters, params = loading.load_adapters(adapter, model, params)
-    elif quantize and form == "merged":  # what the init left is what was quantised
+    elif quantize and form == "merged":  # the run quantised what the init left
         params = quantizing.quantized(model, _moved(params, start), quantize)
         adapters = checkpoint.load_adapters(adapter)
-    else:  # of the moved base, which is not at hand: to_lora checks what can be checked
+    else:  # they fit the moved base, which is not here: to_lora checks what it can
         adapters = compose.to_lora(checkpoint.load_adapters(adapter), start)
     if adalora_shrink:
         adapters = optim.adalora_shrink(adapters)
@@ -83,7 +83,7 @@ def export(
 
 
 def _moved(params: Any, start: Adapters) -> Any:
-    """The base from which an init has moved a part into adapters."""
+    """Returns the base without the part that an init moved into the adapters."""
     leaves = tree.flatten(params)
     wide = {path: leaves[path] - a.delta(leaves[path]) for path, a in start.items()}
     moved = {path: w.astype(leaves[path].dtype) for path, w in wide.items()}
@@ -91,7 +91,7 @@ def _moved(params: Any, start: Adapters) -> Any:
 
 
 def _write_tokenizer(path: pathlib.Path, target: pathlib.Path) -> None:
-    """The files of the base's tokenizer beside the merged model."""
+    """Writes the files of the base's tokenizer beside the merged model."""
     if tokenization.is_gguf(path):
         content, configs = tokenization.read_files(path)
         (target / "tokenizer.json").write_bytes(content)

@@ -1,4 +1,4 @@
-"""Checkpoints and adapters by the names people give: folders, data sets, the hub."""
+"""Finds and loads checkpoints and adapters: folders, data sets, packages, the hub."""
 
 import pathlib
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ from lorax.types import Adapters
 def load_model(
     source: str, quantize: str = "", **kwargs: Any
 ) -> tuple[Any, Any, tokenization.Tokenizer]:
-    """Returns the model, its parameters and its tokenizer; of one of images, of bytes.
+    """Returns the model, its parameters and its tokenizer (bytes for vision models).
 
     Args:
-      source: a checkpoint below the folder of data sets, a directory, a GGUF file,
-        either of these in a package, "package:NAME/PATH", or a hub id.
+      source: a checkpoint in the folder of data sets, a directory, a GGUF file, either
+        of these in a package, "package:NAME/PATH", or a hub id.
       quantize: as `config.model.quantize`, see `quantizing.rules`.
-      **kwargs: of `lorax.interop.hf.load`, or of `lorax.interop.gguf.load`.
+      **kwargs: for `lorax.interop.hf.load`, or `lorax.interop.gguf.load`.
 
     Raises:
-      ValueError: also if the tokenizer has ids that the model lacks.
+      ValueError: among other things, the tokenizer has ids that the model lacks.
     """
     path = find(source)
     model, params = read(path, quantize, **kwargs)
@@ -47,7 +47,8 @@ def read(path: pathlib.Path, quantize: str = "", **kwargs: Any) -> tuple[Any, An
     """Returns the model and the parameters in a directory or a GGUF file.
 
     Raises:
-      ValueError: also `quantize="file"` for a directory, which has no codes to keep.
+      ValueError: among other things, `quantize="file"` for a directory, which has no
+        codes to keep.
     """
     rules: Any = quantizing.rules(quantize) or None
     if tokenization.is_gguf(path):
@@ -57,7 +58,7 @@ def read(path: pathlib.Path, quantize: str = "", **kwargs: Any) -> tuple[Any, An
         return gguf.load(path, quantize=quantize if kept else rules, **kwargs)
     if quantize == quantizing.OF_FILE:
         raise ValueError(
-            f"quantize={quantize!r} keeps the codes of a GGUF file, and {path} is "
+            f"quantize={quantize!r} keeps the codes of a GGUF file, but {path} is "
             f"a directory; give a format: {', '.join(FORMATS)}"
         )
     return hf.load(path, quantize=rules, **kwargs)
@@ -73,12 +74,12 @@ def load_base(
     """Returns the model, its parameters and its tokenizer.
 
     Args:
-      config: `config.model`. `source` is a checkpoint below the folder of data sets, a
-        directory, a GGUF file, or a hub id; where `random` is not empty, its fields are
-        the config.json of a model that is drawn, which reads bytes.
-      key: draws that model, or a head that the checkpoint lacks.
+      config: `config.model`. `source` is as for `load_model`; if `random` is not empty,
+        its fields are the config.json of a randomly initialised model, which reads
+        bytes.
+      key: initialises that model, or a head that the checkpoint lacks.
       place: where the parameters go.
-      dense: True: whatever `config.quantize` says.
+      dense: ignores `config.quantize`.
     """
     quantize = "" if dense else config.quantize
     switches = {"labels": config.labels, "head": "classification"}
@@ -108,8 +109,8 @@ def load_base(
         switches |= {"key": key}
     elif config.labels:
         raise ValueError(
-            f"config.model.labels={config.labels}: a model in a GGUF file has no head "
-            "for labels; give the checkpoint of an encoder"
+            f"config.model.labels={config.labels}: a model in a GGUF file has no "
+            "classification head; give the checkpoint of an encoder"
         )
     return load_model(
         config.source,
@@ -138,7 +139,7 @@ def find(source: str, files: Sequence[str] = hf.HUB_FILES) -> pathlib.Path:
 
     Args:
       source: as for `load_model`.
-      files: patterns of what is downloaded of a hub id.
+      files: patterns of the files to download for a hub id.
     """
     if tokenization.is_gguf(source):
         return _file(source)
@@ -146,7 +147,7 @@ def find(source: str, files: Sequence[str] = hf.HUB_FILES) -> pathlib.Path:
 
 
 def check(source: str) -> None:
-    """Raises FileNotFoundError for a mistyped local name; a hub id passes unasked."""
+    """Raises FileNotFoundError for a mistyped local name; hub ids are not checked."""
     if tokenization.is_gguf(source):
         _file(source)
     else:
@@ -154,7 +155,7 @@ def check(source: str) -> None:
 
 
 def _file(source: str) -> pathlib.Path:
-    """The GGUF file of a name, which is never looked up on the hub."""
+    """Returns a GGUF file by its name, which is never looked up on the hub."""
     if source.startswith(sources.PACKAGE):
         return sources.in_package(source, file=True)
     given = pathlib.Path(source).expanduser()
@@ -172,8 +173,8 @@ def load_adapters(folder: str, model: Any, params: Any) -> tuple[Adapters, Any]:
 
     Args:
       folder: of the adapters.
-      model: whose they are.
-      params: the plain parameters; returned as a `lorax.Base` where the adapters have
+      model: the model that they adapt.
+      params: the plain parameters; returned as a `lorax.Base` if the adapters have
         frozen arrays.
     """
     if (pathlib.Path(folder) / "adapter_config.json").exists():

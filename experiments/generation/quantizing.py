@@ -1,4 +1,4 @@
-"""What `config.model.quantize` means: a base in a few bits a weight."""
+"""What `config.model.quantize` means: a base in a few bits per weight."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ OF_FILE = "file"
 
 
 def rules(text: str) -> list[tuple[str, str | None]]:
-    """Returns the rules of `lorax.quantize` that a text stands for.
+    """Returns the rules for `lorax.quantize` that a text stands for.
 
     Args:
-      text: a format for the kernels that "all-linear" takes, such as "nf4"; or pairs,
-        of which the first match wins, such as ".*down.*=int8,all-linear=nf4"; "none" in
-        place of a format leaves kernels as they are. None for "" and for "file".
+      text: a format for the kernels that "all-linear" matches, such as "nf4"; or pairs,
+        of which the first match wins, such as ".*down.*=int8,all-linear=nf4". The
+        format "none" leaves kernels as they are. "" and "file" have no rules.
 
     Raises:
       ValueError: a format that `lorax.quantize` does not know.
@@ -51,5 +51,5 @@ def quantized(model: Any, params: Any, text: str) -> Any:
 
 
 def packed(params: Any) -> bool:
-    """True for parameters some of which are quantised."""
+    """Whether some of the parameters are quantised."""
     return any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized)))

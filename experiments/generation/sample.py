@@ -29,10 +29,10 @@ def sample_text(
       prompt: bytes to start from, at least one.
       length: bytes to add.
       context: bytes the model sees, at most as many as it was trained on.
-      temperature: of the softmax sampled from; towards 0, the likeliest byte.
+      temperature: of the softmax; 0 is greedy.
 
     Returns:
-      Prompt and continuation.
+      The prompt and its continuation.
     """
     if not prompt:
         raise ValueError("eval.prompt is empty: give at least one byte to continue")
@@ -56,9 +56,9 @@ def _continue(
     end: jax.Array,
     temperature: jax.Array,
 ) -> jax.Array:
-    """Fills `tokens[begin:end]`, the model re-reading its whole window for each.
+    """Fills `tokens[begin:end]`, with a pass over the whole window for each byte.
 
-    Attention is causal, so what lies behind the last byte of the window is never seen.
+    Attention is causal, so bytes of the window that are not filled yet are never seen.
     """
 
     def add(i: jax.Array, tokens: jax.Array) -> jax.Array:

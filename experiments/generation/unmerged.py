@@ -1,4 +1,4 @@
-"""A model whose adapters stay beside their base: a quantised one stays packed."""
+"""A model with adapters that are not merged, so that a quantised base stays packed."""
 
 import functools
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from lorax.types import Adapters
 
 
 class Unmerged(NamedTuple):
-    """Stands wherever plain parameters do, for a function made by `either`.
+    """Takes the place of plain parameters, for a function made by `either`.
 
     Attributes:
       adapters: by path; {} for the base alone.
       params: the base, some leaves of which may be quantised.
-      start: the adapters that training began with; {} where they changed nothing.
+      start: the adapters that training began with; {} if they changed nothing.
     """
 
     adapters: Adapters
@@ -22,7 +22,7 @@ class Unmerged(NamedTuple):
     start: Adapters = {}
 
     def at_start(self) -> "Unmerged":
-        """The model that training began with, on the same base."""
+        """Returns the model that training began with, on the same base."""
         return Unmerged(self.start, self.params)
 
 

@@ -1,1 +1,1 @@
-"""What a run stands on: its disk, processes, devices, signals and clock."""
+"""The machine that a run uses: disk, processes, devices, signals and clock."""

@@ -1,7 +1,7 @@
 """Files of a run on a disk that may fail: full, read-only, gone.
 
-An error names the path, a file that is replaced is the old one or the new one, and of
-JSON lines the one that a full disk or a kill has torn is dropped with a note.
+Errors name the path, files are replaced atomically, and a JSON line that was cut short
+by a full disk or a kill is dropped with a warning.
 """
 
 import contextlib
@@ -16,25 +16,25 @@ from absl import logging
 
 @contextlib.contextmanager
 def failing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Names the path in an OSError, of which a failed `write` or `flush` has none."""
+    """Names the path in an OSError, which a failed `write` or `flush` does not."""
     try:
         yield
     except OSError as error:
         raise OSError(
             error.errno,
             f"{path} could not be written: {error.strerror or error}. Make room there, "
-            "or see that it may be written to, and start the same command once more",
+            "or make it writable, and run the same command again",
         ) from error
 
 
 def replace(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a whole file: after an error the one before is still there.
+    """Writes a whole file; after an error, the previous one is still there.
 
     Raises:
       OSError: it cannot be written; names the path.
     """
     path = pathlib.Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # its own: two may write
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # one per process
     with failing(path):
         try:
             with open(part, "w", encoding="utf-8") as file:
@@ -49,7 +49,7 @@ def replace(path: str | os.PathLike[str], text: str) -> None:
 
 
 def append(path: str | os.PathLike[str], value: Any) -> None:
-    """Adds one JSON line; behind a torn one it begins a line of its own.
+    """Appends a JSON line, on a new line even if the last one was cut short.
 
     Raises:
       OSError: it cannot be written; names the path.
@@ -61,7 +61,7 @@ def append(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    r"""Reads JSON lines; one that a failing write cut short is logged and dropped.
+    r"""Reads JSON lines; those that a failed write cut short are logged and dropped.
 
     Example:
       >>> import tempfile

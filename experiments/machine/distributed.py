@@ -3,8 +3,8 @@
     distributed.initialize(config.distributed)  # before anything asks for devices
 
 Every process runs the same program on the same global arrays (JAX's multi-controller
-model), so that losses, metrics and what is decoded are the same everywhere; only the
-first process writes.
+model), so losses, metrics and generated text are the same everywhere; only the first
+process writes.
 """
 
 import os
@@ -18,16 +18,17 @@ COORDINATOR, COUNT, NUMBER = (
     "JAX_NUM_PROCESSES",
     "JAX_PROCESS_ID",
 )
-"""The environment of one process among several on CPU or GPU machines."""
+"""Environment variables of one process among several on CPU or GPU machines."""
 
 
 def wanted(config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> bool:
     """Whether several processes are to run together.
 
     Args:
-      config: `config.distributed`; its `coordinator`, if set, says yes.
-      environ: `JAX_COORDINATOR_ADDRESS`, a SLURM step of several tasks (not the shell
-        of a job, which has their number too) or a TPU pod's list of hosts say so too.
+      config: `config.distributed`; if its `coordinator` is set, they are.
+      environ: they are, too, with `JAX_COORDINATOR_ADDRESS`, a SLURM step of several
+        tasks (not just the shell of a job, which also has their number), or a TPU pod's
+        list of hosts.
     """
     hosts = environ.get("TPU_WORKER_HOSTNAMES", "")
     tasks = environ.get("SLURM_NTASKS", 1) if "SLURM_STEP_NODELIST" in environ else 1
@@ -42,14 +43,14 @@ def wanted(config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -
 def initialize(
     config: Mapping[str, Any], environ: Mapping[str, str] = os.environ
 ) -> None:
-    """Joins the processes, if there are several; to be called before JAX has devices.
+    """Joins the processes, if there are several; call it before JAX has devices.
 
-    When a process dies, the others are aborted (SIGABRT, from C++) once its heartbeat
-    has been missing for `config["heartbeat"]` seconds: no Python code runs then.
+    When a process dies, the others are aborted (SIGABRT, from C++) after its heartbeat
+    has been missing for `config["heartbeat"]` seconds; no Python code runs then.
 
     Args:
       config: `config.distributed`: `coordinator` "host:port", `processes`, `process`,
-        `heartbeat` in seconds. What is not set comes from the environment.
+        `heartbeat` in seconds. Fields that are not set come from the environment.
       environ: see `wanted`.
     """
     if not wanted(config, environ):

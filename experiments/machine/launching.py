@@ -1,7 +1,7 @@
-"""One command as several processes of one program on this machine.
+"""Runs one command as several cooperating processes on this machine.
 
-Every process gets so many devices of the CPU. Output is prefixed by the process; when
-one ends badly the others are ended too.
+Every process gets a number of CPU devices. Output is prefixed with the process; when
+one fails, the others are stopped too.
 """
 
 import os
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from experiments.machine import distributed
 
 _THREADS = 4
-"""Of XLA's pool, a device. With one each, devices that come to the collectives of
-different axes in a different order wait for each other for ever."""
+"""Threads in XLA's pool for each device. With only one, devices that reach collectives
+of different axes in different orders deadlock."""
 
 
 def environment(process: int, processes: int, devices: int, port: int) -> dict:
@@ -37,7 +37,7 @@ def environment(process: int, processes: int, devices: int, port: int) -> dict:
 
 
 def free_port() -> int:
-    """Returns a port that nothing listens on."""
+    """Returns a free port."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return s.getsockname()[1]
@@ -46,13 +46,13 @@ def free_port() -> int:
 def launch(
     command: Sequence[str], processes: int, devices: int, grace: float = 10.0
 ) -> int:
-    """Runs the command in every process and returns the first bad exit code, or 0.
+    """Runs the command in every process; returns the first non-zero exit code, or 0.
 
     Args:
       command: program and arguments.
-      processes: how many.
-      devices: of the CPU, of each process.
-      grace: seconds that the others have between SIGTERM and SIGKILL.
+      processes: number of processes.
+      devices: CPU devices of each process.
+      grace: seconds between SIGTERM and SIGKILL for the others.
     """
     port = free_port()
     running = [

@@ -1,4 +1,4 @@
-"""How much is held, and what XLA frees on a CPU and asks for again at every step."""
+"""Peak memory, and keeping on a CPU what XLA frees and allocates again every step."""
 
 import ctypes
 import importlib.metadata
@@ -9,23 +9,23 @@ import sys
 
 import jax
 
-# What `mallopt` sets, by its number in glibc's malloc.h.
+# Settings of `mallopt`, by their numbers in glibc's malloc.h.
 _SETTINGS = {
     -8: 1,  # arenas
-    -4: 0,  # blocks that are mapped for themselves
-    -1: -1,  # free bytes at the top that are handed back: never
-    -2: 2**28,  # bytes to ask the kernel for beside those that are needed
+    -4: 0,  # blocks that are mapped separately
+    -1: -1,  # free bytes at the top above which memory is returned: never
+    -2: 2**28,  # extra bytes to ask the kernel for
 }
 
 
 def peak() -> int:
-    """Returns the most bytes held so far: of the fullest device, on a CPU in all."""
+    """Returns the peak bytes in use: of the fullest device, or on a CPU the process."""
     told = [device.memory_stats() or {} for device in jax.local_devices()]
     found = [stats.get("peak_bytes_in_use", 0) for stats in told]
     if any(found):
         return max(found)
     try:
-        import resource  # of Unix
+        import resource  # Unix only
     except ImportError:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
@@ -33,16 +33,16 @@ def peak() -> int:
 
 
 def keep() -> bool:
-    """Makes glibc's malloc keep what is freed, for the rest of the process.
+    """Makes glibc's malloc keep freed memory, for the rest of the process.
 
-    XLA:CPU takes a program's temporaries from malloc at every call. glibc maps large
-    ones anew, and the kernel clears their pages: 97,000 page faults a step for the
-    model of `experiments.benchmarks.frameworks`, none once they are kept. The process
-    then holds on to what it held at its largest. Call it before JAX starts its threads,
-    which is when it is first asked for a device.
+    XLA:CPU allocates a program's temporaries with malloc at every call. glibc maps
+    large ones anew each time, and the kernel clears their pages: 97,000 page faults per
+    step for the model of `experiments.benchmarks.frameworks`, and none once they are
+    kept. The process then never shrinks below its peak. Call this before JAX starts its
+    threads, which it does when it is first asked for a device.
 
     Returns:
-      False where there is no `mallopt`, as with other libraries than glibc.
+      False if there is no `mallopt`, because the C library is not glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -51,10 +51,10 @@ def keep() -> bool:
 
 
 def keep_on_cpu() -> bool:
-    """`keep` where JAX will compute on the CPU, as far as can be told before it starts.
+    """Calls `keep` if JAX seems about to compute on the CPU, judged before it starts.
 
     Returns:
-      True where it was done.
+      Whether memory is kept.
     """
     if chosen := os.environ.get("JAX_PLATFORMS", ""):
         return chosen.startswith("cpu") and keep()

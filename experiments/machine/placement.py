@@ -1,4 +1,4 @@
-"""Where the arrays of a program lie: on one device, or on a mesh of several.
+"""Where the arrays of a program are placed: on one device, or on a mesh of several.
 
 place = placement.make_place(config.sharding)
 batch = place.put(rows)  # this process's part of a batch
@@ -22,10 +22,10 @@ Batch = Mapping[str, Any]
 
 
 class Place(NamedTuple):
-    """Where parameters, state and batches lie.
+    """Where parameters, state and batches are placed.
 
     Attributes:
-      mesh: the devices; None: one device, and nothing is said of any sharding.
+      mesh: the devices; None: one device, without any sharding.
       config: `config.sharding`.
     """
 
@@ -39,15 +39,15 @@ class Place(NamedTuple):
         return place_params(self.mesh, self.config, model, shapes)
 
     def scope(self) -> AbstractContextManager[Any]:
-        """Inside of it, models keep their activations cut along the batch."""
+        """Returns a context in which models shard activations along the batch."""
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
     def part(self, rows: int) -> slice:
         """Returns the rows of a batch of `rows` that this process makes.
 
         Raises:
-          ValueError: the devices do not divide the batch, or this process's share of it
-            is not one stretch.
+          ValueError: the devices do not divide the batch, or this process's rows are
+            not contiguous.
         """
         if self.mesh is None:
             return slice(None)
@@ -66,12 +66,12 @@ class Place(NamedTuple):
         if sum(stop - start for start, stop in own) != end - begin:
             raise ValueError(
                 f"process {jax.process_index()} has the rows {sorted(own)} of {rows}, "
-                "no single stretch; put data and fsdp before the others in the mesh"
+                "which are not contiguous; put data and fsdp first in the mesh"
             )
         return slice(begin, end)
 
     def put(self, batch: Batch) -> Batch:
-        """Returns the whole batch, of which this process gives its part."""
+        """Returns the whole batch, to which this process contributes its part."""
         if self.mesh is None:
             return batch
         where = sharding.batch_sharding(self.mesh)
@@ -85,8 +85,8 @@ def place_params(
     """Returns the placement of a model's parameters on a mesh, by its family's axes.
 
     Args:
-      mesh: of Auto axes.
-      config: `config.sharding`; its `rules` go before the family's axes.
+      mesh: with Auto axes.
+      config: `config.sharding`; its `rules` take precedence over the family's axes.
       model: of `lorax.models`.
       shapes: its parameters, abstract or not.
     """
@@ -106,13 +106,13 @@ def make_place(config: Mapping[str, Any] | None) -> Place:
     """Returns the place that `config.sharding` describes.
 
     Args:
-      config: sizes of the mesh by its axes, `sharding.AXES` (-1: what is left),
-        all 1 or none of them for one device; and `may_replicate`, logical axes that
-        stay whole where the mesh does not divide them.
+      config: sizes of the mesh axes, `sharding.AXES` (-1: the devices that are left),
+        all 1 or not given for one device; and `may_replicate`, logical axes that stay
+        whole if the mesh does not divide them.
 
     Raises:
-      ValueError: several processes and a mesh of one device, or sizes that do not make
-        up the devices.
+      ValueError: several processes with a mesh of one device, or sizes whose product is
+        not the number of devices.
     """
     sizes = {axis: (config or {}).get(axis, 1) for axis in sharding.AXES}
     if set(sizes.values()) != {1}:
@@ -120,6 +120,6 @@ def make_place(config: Mapping[str, Any] | None) -> Place:
     if jax.process_count() > 1:
         raise ValueError(
             f"{jax.process_count()} processes, but config.sharding asks for one device;"
-            f" set one of {', '.join(sharding.AXES)} (-1: all that the others leave)"
+            f" set one of {', '.join(sharding.AXES)} (-1: what the others leave)"
         )
     return ALONE

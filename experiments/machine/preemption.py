@@ -1,4 +1,4 @@
-"""A run that is told to go: it saves, says so by its exit code, and starts again.
+"""Preemption: a run that is told to stop saves, and exits with a code that says so.
 
     with preemption.Preemption(deadline=60) as preempted:
         for step in range(start, steps):
@@ -9,9 +9,9 @@
                     checkpoints.wait()
                 sys.exit(preemption.EXIT_PREEMPTED)
 
-A process on its own listens for SIGTERM. Among several JAX listens, and agrees on one
-step at which all of them stop, whichever of them was told; our own handler would take
-the signal from it, so there is none.
+A single process listens for SIGTERM. With several, JAX listens and agrees on one step
+at which all of them stop, whichever of them got the signal; a handler of our own would
+take the signal away from JAX, so there is none.
 """
 
 import contextlib
@@ -29,21 +29,22 @@ from jax.experimental import multihost_utils
 EXIT_PREEMPTED = 75
 """Exit code of a run that was told to stop and has saved: start it again.
 
-EX_TEMPFAIL of sysexits.h; 143, the shell's code for SIGTERM, is a run that has not.
+It is EX_TEMPFAIL of sysexits.h; 143, the shell's code for SIGTERM, means that the run
+has not saved.
 """
 EXIT_DEADLINE = 74
-"""Exit code of a run whose save took longer than it had: EX_IOERR of sysexits.h."""
+"""Exit code of a run that could not save in time: EX_IOERR of sysexits.h."""
 
 
 class Preemption:
-    """Listens for SIGTERM inside its `with` block; the handler before it comes back.
+    """Listens for SIGTERM inside its `with` block, then restores the previous handler.
 
     The handler only sets a flag, so a second signal during the save changes nothing.
 
     Args:
-      deadline: seconds that `saving` may take; None for any. Keep it below what the
-        cluster leaves between SIGTERM and SIGKILL (30 s on Kubernetes and on
-        preemptible VMs, `KillWait` on SLURM, 30 s there by default).
+      deadline: seconds that `saving` may take; None for no limit. Keep it below the
+        time that the cluster leaves between SIGTERM and SIGKILL (30 s on Kubernetes and
+        preemptible VMs; `KillWait` on SLURM, 30 s by default).
 
     Raises:
       ValueError: the deadline is not positive.
@@ -57,7 +58,7 @@ class Preemption:
     """
 
     def __init__(self, deadline: float | None = 25.0) -> None:
-        """Installs nothing yet."""
+        """Checks the deadline; the handler is installed on entry."""
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline must be positive, or None; got {deadline!r}")
         self.deadline = deadline
@@ -69,8 +70,8 @@ class Preemption:
         if jax.process_count() == 1:
             if threading.current_thread() is not threading.main_thread():
                 raise RuntimeError(
-                    "Preemption must be entered in the main thread: Python allows "
-                    "signal handlers nowhere else"
+                    "Preemption must be entered in the main thread: Python does not "
+                    "allow signal handlers elsewhere"
                 )
             self._previous = signal.signal(signal.SIGTERM, self._tell)
             self._installed = True
@@ -78,7 +79,7 @@ class Preemption:
 
     def __exit__(self, *_: object) -> None:
         if self._installed:
-            # None: a handler that was not set from Python, and cannot be set again.
+            # None: the handler was not set from Python, and cannot be restored.
             previous = signal.SIG_DFL if self._previous is None else self._previous
             signal.signal(signal.SIGTERM, previous)
             self._installed = False
@@ -87,10 +88,10 @@ class Preemption:
         self._told = True
 
     def should_stop(self, step: int) -> bool:
-        """True from the step on at which to save and stop, the same on all processes.
+        """Whether to save and stop now; all processes get True at the same step.
 
         Args:
-          step: steps done; each call with the next one, on every process.
+          step: steps done; every process calls this after every step.
         """
         if jax.process_count() > 1 and not self._told:
             self._told = bool(multihost_utils.reached_preemption_sync_point(step))
@@ -98,11 +99,11 @@ class Preemption:
 
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:
-        """Bounds the time of what is inside: past the deadline the process is gone.
+        """Limits the time of what is inside: at the deadline, the process exits.
 
-        It leaves by `os._exit`, for a save that hangs (a file system, a barrier of
-        processes) would hang any clean-up too. The steps before are whole: orbax
-        renames a step into place when it is complete.
+        It exits by `os._exit`, because a save that hangs (in a file system, or at a
+        barrier) would hang any clean-up too. Earlier checkpoints stay intact: orbax
+        renames a step into place only when it is complete.
 
         Args:
           step: named in the message.
@@ -113,7 +114,7 @@ class Preemption:
             if not done.wait(self.deadline):
                 print(
                     f"preempted: step {step} was not saved within {self.deadline:g} s; "
-                    "going on later from the step before it",
+                    "the run will resume from the checkpoint before it",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -1,4 +1,4 @@
-"""What a run was: its config, the command, versions, the commit of the code."""
+"""Records what a run was: config, command, versions, and the commit of the code."""
 
 import datetime
 import json
@@ -19,16 +19,16 @@ PACKAGES = ("lorax-flax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def program() -> str:
-    """The program as it was typed: `lorax run`, or `python -m experiments.main`."""
+    """Returns the program as typed: `lorax run`, or `python -m experiments.main`."""
     main = sys.modules["__main__"]
-    if hasattr(main, "COMMAND"):  # of `lorax_cli`
+    if hasattr(main, "COMMAND"):  # set by `lorax_cli`
         return main.COMMAND
     spec = getattr(main, "__spec__", None)
     return f"python -m {spec.name}" if spec else pathlib.Path(sys.argv[0]).stem
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of Python and of those distributions that are installed."""
+    """Returns the versions of Python and of the packages that are installed."""
     found = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -39,7 +39,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def commit(folder: pathlib.Path) -> str | None:
-    """The commit of a checkout, with a "+" behind it where files have changed since.
+    """Returns the commit of a checkout, with a "+" if tracked files have changed since.
 
     None outside a repository, or without git.
     """
@@ -60,11 +60,11 @@ def commit(folder: pathlib.Path) -> str | None:
 
 
 def write(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Writes `run.json` into the folder of a run, which is made if need be.
+    """Writes `run.json` into the folder of a run, which is created if missing.
 
     Args:
       folder: of the run.
-      config: its values.
+      config: of the run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     told = {

@@ -1,4 +1,4 @@
-"""Tables and figures: markdown, colours, and what they are of."""
+"""Tables and figures: markdown, colours, and how they were measured."""
 
 import datetime
 import os
@@ -17,14 +17,14 @@ COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
     *("#E69F00", "#56B4E9", "#F0E442", "#000000"),
 )
-"""Okabe and Ito's, told apart with any colour vision."""
+"""Okabe and Ito's palette, distinguishable with any colour vision."""
 
 
 def about(packages: Sequence[str]) -> dict[str, Any]:
-    """Returns what a table is of: date, command, device, versions, malloc's settings.
+    """Returns how a table was measured: date, command, device, versions, malloc.
 
     Args:
-      packages: names of distributions; those that are not installed are left out.
+      packages: names of packages; those that are not installed are left out.
     """
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -44,7 +44,7 @@ def caption(facts: Mapping[str, Any]) -> str:
 
 
 def _device() -> str:
-    """The accelerator, or the processor and how many of its cores may be used."""
+    """Returns the accelerator, or the processor and how many cores may be used."""
     if jax.default_backend() != "cpu":
         return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     own = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
@@ -56,7 +56,7 @@ def _device() -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table; columns of numbers are aligned to the right."""
+    """Returns a markdown table, its columns of numbers aligned to the right."""
     columns = zip(*rows, strict=True)
     aligned = ["---:" if _is_numbers(column) else "---" for column in columns]
     lines = [header, aligned or ["---"] * len(header), *rows]
@@ -64,7 +64,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_numbers(cells: Sequence[str]) -> bool:
-    """Whether every cell of a column that says something begins with a number."""
+    """Whether every cell that is not empty begins with a number."""
     words = [cell.strip("*` ") for cell in cells]
     told = [word for word in words if word.strip("-") and not word.startswith("not ")]
     return bool(told) and all(re.match(r"[-+<>~]?\d", word) for word in told)

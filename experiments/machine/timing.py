@@ -1,4 +1,4 @@
-"""Timing side by side: interleaved rounds, and what a process has used."""
+"""Comparative timing: interleaved rounds, and what a process has used."""
 
 import resource
 import time
@@ -16,15 +16,15 @@ def interleave(
     rounds: int,
     clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Runs every step once a round, in alternating order.
+    """Runs every step once per round, in alternating order.
 
-    A busy machine then slows all of them alike, and the ratios hold.
+    A busy machine then slows all of them alike, so that ratios hold.
 
     Args:
-      steps: what to time, by name; of arrays that one returns the end is awaited.
-      rounds: how often.
-      clock: `time.process_time` counts this process alone, on all its threads; of
-        `usage` each entry is an array.
+      steps: what to time, by name; arrays that a step returns are waited for.
+      rounds: number of rounds.
+      clock: `time.process_time` counts only this process, on all its threads; with
+        `usage`, each entry is an array.
 
     Returns:
       Seconds by name, one per round.
@@ -40,7 +40,7 @@ def interleave(
 
 
 def usage() -> np.ndarray:
-    """Wall seconds, CPU seconds, those of them in the kernel, and minor page faults."""
+    """Returns wall, CPU and kernel CPU seconds, and the number of minor page faults."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     wall, cpu = time.perf_counter(), used.ru_utime + used.ru_stime
     return np.array([wall, cpu, used.ru_stime, used.ru_minflt])

@@ -1,1 +1,1 @@
-"""Pages that are drawn of runs."""
+"""Pages about runs."""

@@ -10,7 +10,7 @@ from experiments.machine import tables
 from lorax import analysis
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-"""By label: the values on the x-axis, and those on the y-axis."""
+"""Label -> (values on the x-axis, values on the y-axis)."""
 
 
 def lines(series: Series, x: str, y: str, *, logarithmic: bool = False) -> str:
@@ -18,9 +18,10 @@ def lines(series: Series, x: str, y: str, *, logarithmic: bool = False) -> str:
 
     Args:
       series: what to draw.
-      x: the label of the x-axis, which counts: its ticks are whole numbers.
+      x: the label of the x-axis, which is a count: its ticks are integers.
       y: the label of the y-axis.
-      logarithmic: the y-axis; what is not positive is then left out.
+      logarithmic: makes the y-axis logarithmic; values that are not positive are then
+        left out.
     """
     figure, axes = _figure(6.4, 3.0)
     for i, (label, (at, values)) in enumerate(series.items()):
@@ -40,7 +41,7 @@ def lines(series: Series, x: str, y: str, *, logarithmic: bool = False) -> str:
 
 
 def rank_map(values: Mapping[str, Any], title: str) -> str:
-    """Returns an SVG of one number a matrix and layer.
+    """Returns an SVG with a number for each matrix and layer.
 
     Args:
       values: as for `lorax.analysis.layer_map`.
@@ -66,14 +67,14 @@ def rank_map(values: Mapping[str, Any], title: str) -> str:
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib.figure  # imported here: a second
+    import matplotlib.figure  # imported here: slow
 
     figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
 def _svg(figure: Any) -> str:
-    """The text of an SVG that can stand inside a page."""
+    """Returns the text of an SVG that can be embedded in a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()

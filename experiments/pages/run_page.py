@@ -17,7 +17,7 @@ from lorax.types import Adapters
 
 NAME = "report.html"
 LEFT_OUT = ("run", "step", "time", "weight", "skipped", "bytes", "nats")
-"""Of a line of metrics.jsonl, what has no curve."""
+"""Keys in metrics.jsonl that get no curve."""
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -48,7 +48,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     """
     if not (folder / "metrics.jsonl").exists():
         runs = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
-        hint = f"; runs lie below it: {', '.join(runs)}" if runs else ""
+        hint = f"; there are runs below it: {', '.join(runs)}" if runs else ""
         raise FileNotFoundError(
             f"{folder} has no metrics.jsonl, so it is not the folder of a run{hint}"
         )
@@ -78,7 +78,7 @@ def _section(title: str, *parts: str) -> str:
 
 
 def _facts(told: Mapping[str, Any]) -> dict[str, str]:
-    """Of run.json what is not the config, as rows."""
+    """Returns everything in run.json but the config, as rows."""
     facts = {name: str(told[name]) for name in ("command", "began") if name in told}
     for name, value in told.get("commit", {}).items():
         facts[f"commit of {name}" if name == "lorax" else f"commit, {name}"] = (
@@ -92,7 +92,7 @@ def _facts(told: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _config(told: Mapping[str, Any]) -> str:
-    """The config as `--config.a.b=value` flags, one a line."""
+    """Returns the config as lines `a.b = value`."""
     values = _flat(told.get("config", {}))
     if not values:
         return "run.json is missing: the run was not started by `lorax run`"
@@ -100,7 +100,7 @@ def _config(told: Mapping[str, Any]) -> str:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Leaves of nested dicts by dotted names, as people read them."""
+    """Returns the leaves of nested dicts by dotted names, formatted for people."""
     rows: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -128,7 +128,7 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _curves(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A figure for every metric of two steps or more; a line a run."""
+    """Returns a figure for every metric with two or more steps, with a line per run."""
     found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for row in rows:
         for name in row.keys() - set(LEFT_OUT):
@@ -147,13 +147,13 @@ def _curves(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _adapters(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The folders of what was trained: one, or those of a population's members."""
+    """Returns the adapter folders: a single one, or those of a population's members."""
     members = sorted(folder.glob("members/*"), key=lambda path: int(path.name))
     return [path for path in (folder / "adapter", *members) if path.is_dir()]
 
 
 def _updates(path: pathlib.Path) -> str:
-    """Spectra and ranks of the updates in a folder of adapters."""
+    """Draws spectra and ranks of the updates in a folder of adapters."""
     adapters = checkpoint.load_adapters(path)
     initial = path.parent / "initial"
     if initial.is_dir():  # the init moved a part of the kernels into the factors
@@ -182,7 +182,7 @@ def _updates(path: pathlib.Path) -> str:
 
 
 def _spectra(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Singular values over the largest, the mean over the layers of a stack."""
+    """Returns singular values over the largest, averaged over the layers of a stack."""
     series = {}
     for path, found in values.items():
         found = np.asarray(found)
@@ -193,7 +193,7 @@ def _spectra(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kept(adapters: Adapters, values: Mapping[str, Any]) -> str:
-    """Of methods that give ranks away, such as AdaLoRA, how many are left."""
+    """Draws how many ranks are left, for methods that prune them, such as AdaLoRA."""
     left = {
         path: (values[path] > 1e-6 * values[path].max()).sum(-1)
         for path, adapter in adapters.items()

@@ -1,1 +1,1 @@
-"""Compiling a train step for machines that are not there, and what that tells."""
+"""Plans: a train step compiled for machines that you do not have, and what it tells."""

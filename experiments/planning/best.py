@@ -1,8 +1,8 @@
-"""The best mesh, remat, batch and base format of a run on a topology.
+"""Finds the best mesh, remat, batch and base format for a run on a topology.
 
-Compiling takes minutes, so settings are ranked by estimates that take none, of memory
-and of the time a token takes; of those that should fit, the EACH fastest of every base
-format are compiled: the estimate does not know how well the compiler unpacks a format.
+Compiling takes minutes, so settings are first ranked by quick estimates of their memory
+and time per token. Of those that should fit, the EACH fastest of every base format are
+compiled, because the estimates do not know how well the compiler unpacks a format.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lorax.interop import hf
 from lorax.models import remat
 
 EACH = 2
+"""Settings to compile for each base format."""
 TENSOR = (1, 2, 4, 8, 16)
 """Devices along the tensor axis."""
 REMAT = (
@@ -32,9 +33,9 @@ REMAT = (
     "dots",
 )
 BATCHES = (0.5, 1, 2, 4)
-"""Times the batch of the config."""
+"""Multiples of the config's batch."""
 FORMATS = ("", "int8", "nf4")
-"""Of the base, where adapters train."""
+"""Formats of the base, if adapters train."""
 
 
 class Candidate(NamedTuple):
@@ -42,8 +43,8 @@ class Candidate(NamedTuple):
 
     Attributes:
       config: of the run.
-      memory: bytes of one chip, roughly.
-      seconds: of one chip for each of its tokens, roughly.
+      memory: estimated bytes on one chip.
+      seconds: estimated seconds of one chip per token.
     """
 
     config: ml_collections.ConfigDict
@@ -55,8 +56,8 @@ class Layer(NamedTuple):
     """What one token needs in one layer.
 
     Attributes:
-      sizes: elements of each tensor that has a name.
-      operations: that make it.
+      sizes: elements of each named tensor.
+      operations: operations that compute each.
     """
 
     sizes: dict[str, int]
@@ -66,7 +67,7 @@ class Layer(NamedTuple):
 def candidates(
     config: ml_collections.ConfigDict, topology: topologies.Topology
 ) -> list[Candidate]:
-    """Returns the settings that the shapes allow, the least time a token first.
+    """Returns the settings that the shapes allow, the fastest per token first.
 
     None of them holds more copies of the model than the config does.
     """
@@ -75,7 +76,7 @@ def candidates(
     formats = FORMATS if method == "lora" else ("",)
     data = max(config.sharding.data, 1)
     kept = [config.sharding.get(axis, 1) for axis in sharding.OPTIONAL]
-    whole = data * math.prod(kept)  # none of them is searched
+    whole = data * math.prod(kept)  # these axes are not searched
     for tensor, quantize in itertools.product(TENSOR, formats):
         if topology.chips % (tensor * whole):
             continue
@@ -87,7 +88,7 @@ def candidates(
         other.eval.batch_size = other.data.batch_size
         try:
             built = program.build(other, devices)
-        except ValueError:  # an axis that this mesh does not divide
+        except ValueError:  # this mesh does not divide an axis
             continue
         found += _sized(other, config.data.batch_size, built, topology)
     return sorted(found, key=lambda one: one.seconds)
@@ -103,16 +104,16 @@ def run(
     Args:
       config: of the run.
       topology: to compile for.
-      tell: gets a line about each, as it is done.
+      tell: called with a line about each plan when it is done.
 
     Raises:
-      ValueError: no mesh fits the shapes, or nothing fits the memory.
+      ValueError: no mesh divides the shapes, or nothing fits in memory.
     """
     found = candidates(config, topology)
     if not found:
         raise ValueError(
-            f"{topology}: no mesh divides the axes of the leaves and a batch of "
-            f"{config.data.batch_size}, its half, double or fourfold; change "
+            f"{topology}: no mesh divides both the axes of the leaves and a batch of "
+            f"{config.data.batch_size}, or half, twice or four times that; change "
             "data.batch_size"
         )
     room = topology.chip.hbm * (1 - estimates.RESERVE) if topology.chip else math.inf
@@ -120,8 +121,8 @@ def run(
     if not fitting:
         least = min(one.memory for one in found) / topologies.GIB
         raise ValueError(
-            f"{topology}: of {len(found)} settings the smallest should take "
-            f"{least:.1f} GiB a chip; take more chips, or a smaller data.batch_size"
+            f"{topology}: of {len(found)} settings, even the smallest should take "
+            f"{least:.1f} GiB per chip; use more chips, or a smaller data.batch_size"
         )
     tell(f"{len(found)} settings, of which {len(fitting)} should fit")
     plans = []
@@ -133,15 +134,13 @@ def run(
 
 
 def render(plans: list[estimates.Plan]) -> str:
-    """Returns the plans as a table, the most tokens a second first, what fits above."""
+    """Returns the plans as a table: those that fit first, each group by speed."""
     gib = topologies.GIB
 
     def fits(p: estimates.Plan) -> bool:
         return p.memory is not None and (p.memory.headroom or 0) >= 0
 
-    lines = [
-        f"{'GiB a chip':>10} {'room':>7} {'tokens/s/chip':>14} {'MFU':>6}  settings"
-    ]
+    lines = [f"{'GiB/chip':>10} {'room':>7} {'tokens/s/chip':>14} {'MFU':>6}  settings"]
     for plan in sorted(plans, key=lambda p: (not fits(p), -p.pace)):
         total = f"{plan.memory.total / gib:.2f}" if plan.memory else "-"
         room = plan.memory.headroom if plan.memory else None
@@ -150,14 +149,12 @@ def render(plans: list[estimates.Plan]) -> str:
             (f"{plan.pace:,.0f}", f"{plan.mfu:.1%}") if plan.pace else ("-", "-")
         )
         lines.append(f"{total:>10} {said:>7} {pace:>14} {mfu:>6}  {plan.settings}")
-    lines.append(
-        "Estimates, not measured; products, HBM and transfers one after another."
-    )
+    lines.append("Estimates, not measured; products, HBM and transfers do not overlap.")
     return "\n".join(lines)
 
 
 def _fastest(found: list[Candidate]) -> list[Candidate]:
-    """The first EACH of every format."""
+    """Returns the first EACH of every format."""
     own = {q: [c for c in found if c.config.model.quantize == q] for q in FORMATS}
     return [candidate for some in own.values() for candidate in some[:EACH]]
 
@@ -168,12 +165,12 @@ def _sized(
     built: program.Program,
     topology: topologies.Topology,
 ) -> list[Candidate]:
-    """The candidates of one mesh and format: every remat and batch.
+    """Returns the candidates of one mesh and format: every remat and batch.
 
     Args:
-      config: of them, with a row for each part of the batch.
-      rows: the batch of the run.
-      built: from that config.
+      config: their config, with one row for each part of the batch.
+      rows: the run's batch size.
+      built: the program of that config.
       topology: to compile for.
     """
     model, mesh = program.make_model(config.model).config, built.placed.mesh.shape
@@ -198,8 +195,8 @@ def _sized(
         tokens = other.data.batch_size * max(config.data.lengths) / shares  # of a chip
         again = sum(n for name, n in layer.operations.items() if name not in kept)
         work = operations + again * depth
-        # leaves are gathered for both passes and for the recomputation between them;
-        # tensor devices add up what o and down return, as often, and their gradients
+        # leaves are gathered for both passes and the recomputation between them; tensor
+        # devices sum the outputs of o and down as often, and their gradients
         tensor = mesh["tensor"]
         summed = 12 * depth * model.width * model.dtype.itemsize * (1 - 1 / tensor)
         step = tokens * work / tensor / chip.flops
@@ -213,11 +210,11 @@ def _sized(
 
 
 def _layer(model: Any) -> Layer:
-    """What a token needs, of a decoder's sizes."""
+    """Returns what a token needs in a layer, from a decoder's sizes."""
     kv = getattr(model, "kv_heads", model.heads)
     size = getattr(model, "head_dim", model.width // model.heads)
     mixed, shared, width = model.heads * size, kv * size, model.width
-    hidden = model.hidden * getattr(model, "chosen", 1)  # of all experts it visits
+    hidden = model.hidden * getattr(model, "chosen", 1)  # of all the experts it visits
     sizes = {"input": width, "q": mixed, "k": shared, "v": shared, "attention": mixed}
     sizes |= {"o": width, "gate": hidden, "up": hidden, "down": width}
     read = dict.fromkeys(("q", "k", "v", "gate", "up"), width)
@@ -226,7 +223,7 @@ def _layer(model: Any) -> Layer:
 
 
 def _kept(policy: str) -> tuple[str, ...]:
-    """The names whose tensors a policy keeps."""
+    """Returns the names whose tensors a policy keeps."""
     if policy == "dots":
         return ("q", "k", "v", "o", "gate", "up", "down")
     lists = remat.parse(policy)
@@ -240,7 +237,7 @@ def _each(
     config: ml_collections.ConfigDict,
     tensor: int,
 ) -> float:
-    """Bytes of one chip for a token: what is kept, one layer at work, whole logits."""
+    """Returns one chip's bytes per token: kept tensors, a working layer, all logits."""
     lists = remat.parse(policy)
     kept = {"input", *_kept(policy)} - {*(lists.offload if lists else ())}
     cut = {

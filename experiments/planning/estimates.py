@@ -1,4 +1,4 @@
-"""A plan: what one chip would hold and do, as the compiler sees it."""
+"""Plans: what one chip would hold and do, according to the compiler."""
 
 import math
 import pathlib
@@ -16,23 +16,23 @@ from experiments.planning import topology as topologies
 from lorax import analysis
 
 RESERVE = 0.1
-"""Share of the memory that a plan should leave free."""
+"""Share of memory that a plan should leave free."""
 
 
 class Memory(NamedTuple):
-    """Bytes of one chip.
+    """Bytes on one chip.
 
     Attributes:
       weights: frozen parameters.
       adapters: what trains.
-      optimizer: its state, and what else the train state holds.
+      optimizer: the optimiser's state, and the rest of the train state.
       batch: the examples.
-      activations: the compiler's temporaries, gradients among them.
+      activations: the compiler's temporaries, gradients included.
       program: the code.
-      evaluation: temporaries of an evaluation between steps, for which the first three
-        stay; None: not asked for.
-      arguments: all arguments as the compiler lays them out; the first four, padded.
-      limit: what there is; None: unknown.
+      evaluation: temporaries of an evaluation between steps, beside the first three;
+        None: not asked for.
+      arguments: all arguments as the compiler lays them out: the first four, padded.
+      limit: the memory of the chip; None: unknown.
     """
 
     weights: int
@@ -47,7 +47,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Of arguments (the state is updated in place), temporaries and code."""
+        """Bytes of arguments (the state is updated in place), temporaries and code."""
         return self.arguments + self.activations + self.program
 
     @property
@@ -57,21 +57,21 @@ class Memory(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a compilation told.
+    """The result of a compilation.
 
     Attributes:
-      topology: what was compiled for.
+      topology: what it was compiled for.
       mesh: sizes by axis.
-      settings: what a sweep may change, as words.
-      memory: of one chip; None where the compiler ran out of it.
-      refused: the compiler's own words, where it did.
-      flops: operations of one chip in a step, recomputation included; of plain
-        attention, in which every token reads every other.
+      settings: what a search may change, in words.
+      memory: of one chip; None if the compiler ran out of it.
+      refused: the compiler's own words, if it did.
+      flops: operations of one chip in a step, with recomputation; attention counts as
+        plain, where every token reads every other.
       model_flops: without recomputation.
-      facts: what the program's text says; None: it was not written out.
-      times: of a step; None on a CPU, or where the text could not be read.
+      facts: read from the program's text; None: it could not be written out.
+      times: of a step; None on a CPU, or if the text could not be read.
       seconds: of tracing and compiling.
-      tokens: of a batch.
+      tokens: in a batch.
     """
 
     topology: topologies.Topology
@@ -88,14 +88,14 @@ class Plan(NamedTuple):
 
     @property
     def pace(self) -> float:
-        """Tokens a second and chip, at `times.apart`; 0 where it is unknown."""
+        """Tokens per second and chip, at `times.apart`; 0 if it is unknown."""
         if self.times is None:
             return 0.0
         return self.tokens / self.topology.chips / self.times.apart
 
     @property
     def mfu(self) -> float:
-        """Share of the chip's peak that the model's own operations take, likewise."""
+        """Model FLOP utilisation: the model's operations over the peak, likewise."""
         return self.times.products / self.times.apart if self.times else 0.0
 
     @property
@@ -123,10 +123,10 @@ def make_plan(
       config: see `program.build`.
       topology: from `topology.parse`.
       form: see `program.build`.
-      evaluated: compiles an evaluation, too, for the memory that it takes.
+      evaluated: also compiles an evaluation, for the memory that it takes.
 
     Raises:
-      ValueError: what `program.build` and `topology.devices` refuse.
+      ValueError: see `program.build` and `topology.devices`.
       ModuleNotFoundError: libtpu is missing.
     """
     began = time.perf_counter()
@@ -180,7 +180,7 @@ def _times(
     mesh: jax.sharding.Mesh,
     topology: topologies.Topology,
 ) -> roofline.Times | None:
-    """The terms of a step's time."""
+    """Returns the terms of a step's time."""
     chip = topology.chip
     if chip is None or facts is None:
         return None
@@ -200,7 +200,7 @@ def settings(
     mesh: Mapping[str, int],
     form: str = "adapt",
 ) -> str:
-    """What a sweep may change, in words."""
+    """Returns what a search may change, in words."""
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.items())
     (method,) = config.run.methods
     merged = ", merged kernels" if form == "merge" else ""
@@ -254,7 +254,7 @@ def _compile(lowered: Any) -> tuple[Any, traffic.Facts | None]:
     """Compiles, and reads the program's text.
 
     `as_text` of libtpu 0.0.52 fails on some large programs (RET_CHECK in
-    hlo_instruction.cc), so the text that the compiler itself writes is kept for then.
+    hlo_instruction.cc), so the text that the compiler itself dumps is the fallback.
     """
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(

@@ -1,6 +1,6 @@
-"""The text of a compiled program as instructions, and how often each of them runs.
+"""Parses the text of a compiled program into instructions, and how often each runs.
 
-The text is XLA's own, without promises.
+The text is XLA's own, and its format comes without guarantees.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Shape(NamedTuple):
     Attributes:
       text: as written, `bf16[8192,7168]`.
       nbytes: of all elements.
-      space: where it lies: 0 in HBM, 5 in the host's memory, else on the chip.
+      space: where it is: 0 in HBM, 5 in the host's memory, else on the chip.
     """
 
     text: str
@@ -43,11 +43,11 @@ class Instruction(NamedTuple):
 
     Attributes:
       name: of its result.
-      op: what it does.
+      op: the operation.
       shapes: of its result, or of a tuple's parts.
-      operands: their names.
-      root: whether its result is that of the computation.
-      rest: of the line, behind the operands.
+      operands: names of its operands.
+      root: whether its result is the computation's.
+      rest: of the line, after the operands.
     """
 
     name: str
@@ -62,10 +62,10 @@ class Module(NamedTuple):
     """A program.
 
     Attributes:
-      computations: instructions by the computation's name, and by their own.
-      times: how often a computation runs in one run of the program.
-      scheduled: those reached by control flow, whose lines run one after another; the
-        others are parts of one instruction.
+      computations: computation -> instruction -> `Instruction`, by name.
+      times: how often each computation runs in one run of the program.
+      scheduled: computations reached by control flow, whose lines run one after
+        another; the others are parts of a single instruction.
     """
 
     computations: dict[str, dict[str, Instruction]]
@@ -73,7 +73,7 @@ class Module(NamedTuple):
     scheduled: frozenset[str]
 
     def steps(self) -> Iterator[tuple[str, Instruction, int]]:
-        """Every scheduled instruction, with its computation and how often it runs."""
+        """Yields `(computation, instruction, times)` for scheduled instructions."""
         for name in self.scheduled:
             for instruction in self.computations[name].values():
                 yield name, instruction, self.times[name]
@@ -106,13 +106,13 @@ def parse(text: str) -> Module:
 
 
 def called(instruction: Instruction) -> str | None:
-    """The computation that a fusion stands for."""
+    """Returns the computation that a fusion calls."""
     found = re.search(r"\bcalls=%?([\w.\-]+)", instruction.rest)
     return found[1] if found else None
 
 
 def _split(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """The computations by name, and which of them is the program."""
+    """Returns the computations by name, and the name of the entry."""
     found: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -150,7 +150,7 @@ def _shape(kind: str, dims: str, layout: str) -> Shape:
 def _calls(
     instruction: Instruction, computations: dict[str, dict[str, Instruction]]
 ) -> list[tuple[bool, str, int]]:
-    """The computations that an instruction runs: by control flow or not, how often."""
+    """Returns `(by control flow, name, trips)` of what an instruction calls."""
     found = []
     named = {
         how: re.findall(r"[\w.\-]+", what)
@@ -168,7 +168,7 @@ def _calls(
 
 
 def _trips(loop: Instruction, condition: dict[str, Instruction]) -> int:
-    """How often a loop runs: as noted, or as its condition compares; else once."""
+    """Returns a loop's trip count: as noted, or from its condition; else 1."""
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(noted[1])
     said = condition.values()

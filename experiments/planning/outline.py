@@ -1,4 +1,4 @@
-"""A model as its config.json or the header of its GGUF file describes it, unread."""
+"""A model as its config.json or GGUF header describes it, without its weights."""
 
 import math
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ from lorax.interop import files, hf
 
 
 def read(source: str, labels: int = 0) -> Any:
-    """Returns the Flax module of a checkpoint; of weights, nothing is read.
+    """Returns the Flax module of a checkpoint, without reading weights.
 
     Args:
-      source: as for `loading.load_model`; of a hub id, config.json is downloaded.
+      source: as for `loading.load_model`; for a hub id, config.json is downloaded.
       labels: of a classification head; 0: what the checkpoint has.
 
     Raises:
       FileNotFoundError: no such checkpoint.
-      ValueError: an architecture or a field that is not implemented.
+      ValueError: an architecture or a field is not implemented.
     """
     switches: dict[str, Any] = {}
     if labels:
@@ -46,10 +46,10 @@ class Outline(NamedTuple):
     """What adapters would train in a model.
 
     Attributes:
-      kind: the model's type, as config.json has it.
-      parameters: of the base.
+      kind: the model's type, as in config.json.
+      parameters: number of parameters of the base.
       found: the leaves that train, those that are left out, and why.
-      nbytes: of what a run holds whatever its batch, by name.
+      nbytes: bytes that a run holds whatever its batch, by name.
     """
 
     kind: str
@@ -59,15 +59,15 @@ class Outline(NamedTuple):
 
 
 def make(model: Any, targets: Sequence[lorax.Target], quantize: str = "") -> Outline:
-    """Says what targets would train in a model; nothing is computed.
+    """Describes what targets would train in a model, without computing anything.
 
     Args:
       model: a Flax module of `lorax.models`.
-      targets: those of `lorax.init`.
+      targets: as for `lorax.init`.
       quantize: as `config.model.quantize`.
 
     Raises:
-      ValueError: targets that `lorax.init` refuses, rules that `lorax.quantize` does.
+      ValueError: `lorax.init` refuses the targets, or `lorax.quantize` the rules.
     """
     shapes = hf.abstract(model)
 

@@ -1,8 +1,7 @@
-"""The real train step of a config, traced with shapes alone and their shardings.
+"""The real train step of a config, traced with only shapes and their shardings.
 
-What trains is made as `experiments.trainer.fit` makes it: the task's loss,
-`lorax.init`, the config's optimiser, `lorax.training.make_train_step`. No array is ever
-made.
+It is built as for a run: the task's loss, `lorax.init`, the config's optimiser,
+`lorax.training.make_train_step`. No array is ever allocated.
 """
 
 import dataclasses
@@ -34,10 +33,10 @@ class Program(NamedTuple):
       state: abstract, with shardings.
       params: likewise.
       batch: likewise.
-      scores: `(Unmerged, batch) -> metrics`, jitted: as a run evaluates between steps.
-      held_out: a batch that it evaluates.
-      placed: where the parameters lie, and why.
-      tokens: of a batch.
+      scores: `(Unmerged, batch) -> metrics`, jitted: a run's evaluation between steps.
+      held_out: a batch to evaluate.
+      placed: where the parameters are placed, and why.
+      tokens: in a batch.
     """
 
     step: Any
@@ -62,7 +61,7 @@ class Program(NamedTuple):
 
 
 def make_mesh(config: ml_collections.ConfigDict, devices: Any) -> Any:
-    """The mesh of `config.sharding`, over these devices."""
+    """Returns the mesh of `config.sharding` over these devices."""
     sizes = {axis: config.get(axis, 1) for axis in sharding.AXES}
     return sharding.make_mesh(**sizes, devices=devices)
 
@@ -75,20 +74,20 @@ def build(
     """Makes the train step of a config for these devices.
 
     Args:
-      config: of a run whose task is to respond; `config.model.published` has the fields
-        of its config.json, or `source` names a directory with one.
+      config: of a run with a response task; `config.model.published` or
+        `config.model.random` has the fields of its config.json.
       devices: of the topology.
       form: "adapt": the step that trains; "merge": one whose loss reads merged kernels,
-        which is what adapters cost where they are materialised.
+        to see what materialising adapters costs.
 
     Raises:
       ValueError: a mesh that does not divide the devices, the batch or an axis of a
-        leaf; a task that has no such batch.
+        leaf, or a loss that plans do not support.
     """
     if config.run.get("loss"):
         raise ValueError(
-            f"config.run.loss={config.run.loss!r}: a plan knows the step of next "
-            "tokens alone; give '' and a task that responds"
+            f"config.run.loss={config.run.loss!r}: plans only support the next-token "
+            "loss; give '' and a response task, such as 'instructions'"
         )
     mesh = make_mesh(config.sharding, devices)
     model = make_model(config.model)
@@ -120,14 +119,14 @@ def build(
 
 
 def make_model(config: ml_collections.ConfigDict) -> Any:
-    """The model that a config.json describes, in one dtype, without its weights."""
+    """Returns the model that a config.json describes, in one dtype, without weights."""
     if config.published:
         fields = config.published.to_dict()
     elif config.random:
         fields = config.random.to_dict()
     else:
         raise ValueError(
-            "a plan needs the shapes alone: give the fields of the checkpoint's "
+            "a plan needs the model's shapes: give the fields of the checkpoint's "
             "config.json as config.model.published"
         )
     dtype = jnp.dtype(config.dtype or "float32")
@@ -138,19 +137,19 @@ def make_model(config: ml_collections.ConfigDict) -> Any:
 def make_batch(
     config: ml_collections.ConfigDict, section: str, mesh: Any
 ) -> dict[str, Any]:
-    """The longest batch that `experiments.data.batches.next_token` makes, abstract.
+    """Returns the longest batch of `experiments.data.batches.next_token`, abstract.
 
     Args:
       config: of the run.
-      section: that has its `batch_size`, "data" or "eval".
-      mesh: over which it lies.
+      section: the section with its `batch_size`, "data" or "eval".
+      mesh: the mesh that it is sharded over.
     """
     rows, length = config[section].batch_size, max(config.data.lengths)
     where = sharding.batch_sharding(mesh)
     parts = sharding.row_parts(mesh.shape)
     if rows % parts:
         raise ValueError(
-            f"{section}.batch_size={rows} is not divided by the {parts} devices of "
+            f"{section}.batch_size={rows} is not a multiple of the {parts} devices of "
             "data x fsdp that share a batch; change it, or the mesh"
         )
 
@@ -171,12 +170,12 @@ def make_state(
     shapes: Any,
     batch: Any,
 ) -> tuple[training.TrainState, Any, Any]:
-    """The abstract train state, its base, and the optimiser that it belongs to."""
+    """Returns the abstract train state, its base, and its optimiser."""
     (method,) = config.run.methods
     kernels = lorax.discover(loss_fn, shapes, batch)
     targets = [
-        # inits that look at data start from factors of the same shapes; where the
-        # run moves ranks between kernels (adapter.redistribute), of the same sum
+        # inits that read data start from factors of the same shapes; if the run moves
+        # ranks between kernels (adapter.redistribute), with the same total rank
         dataclasses.replace(t, init="standard", options=())
         if inits.of_target(t).stats
         else t
@@ -189,8 +188,8 @@ def make_state(
 
     if config.model.quantize == quantizing.OF_FILE:
         raise ValueError(
-            "config.model.quantize='file': a plan reads no file; give the format that "
-            "comes near its codes, such as 'int4'"
+            "config.model.quantize='file': a plan does not read the file; give the "
+            "format closest to its codes, such as 'int4'"
         )
     rules = quantizing.rules(config.model.quantize)
 
@@ -206,7 +205,7 @@ def make_state(
 def make_step(
     loss_fn: Any, tx: Any, clip_norm: float | None, form: str
 ) -> Callable[..., Any]:
-    """The train step in one of its forms."""
+    """Returns the train step in one of its forms."""
     if form == "adapt":
         simple = training.simple_loss(loss_fn)
         return training.make_train_step(simple, tx, clip_norm=clip_norm)
@@ -234,10 +233,10 @@ def make_step(
 
 
 def spelled_out(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The same run with plain attention and on one device, to count its operations.
+    """Returns the same run with plain attention on one device, to count operations.
 
-    What a Pallas kernel does in its grid cannot be counted, nor how many of its turns a
-    device takes when others send it their tokens.
+    The work in a Pallas kernel's grid cannot be counted, nor how much of a ring's work
+    each device does.
     """
     other = config.copy_and_resolve_references()  # ConfigDict(config) shares sections
     other.model.attention = "plain"
@@ -247,7 +246,7 @@ def spelled_out(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def without_remat(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The same run spelled out, nothing recomputed."""
+    """Returns the same run spelled out, with nothing recomputed."""
     other = spelled_out(config)
     other.model.remat = "none"
     return other

@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Renders a plan as text."""
 
 from experiments.planning import estimates, published
 
@@ -27,19 +27,19 @@ def _memory(plan: estimates.Plan) -> list[tuple[str, str]]:
         if memory.evaluation is not None:
             rows.append(("evaluation instead", _each(memory.evaluation)))
         if memory.limit is not None and memory.headroom is not None:
-            rows.append(("there is", _each(memory.limit)))
+            rows.append(("available", _each(memory.limit)))
             rows.append(("headroom", f"{memory.headroom:8.1%}"))
     return rows
 
 
 def _work(plan: estimates.Plan) -> list[tuple[str, str]]:
     rows = [
-        ("operations", f"{plan.flops:.4g} a chip and step"),
+        ("operations", f"{plan.flops:.4g} per chip and step"),
         ("  without recomputation", f"{plan.model_flops:.4g}"),
     ]
     facts = plan.facts
     if facts is None:
-        unknown = "not known: the compiler did not write the program out"
+        unknown = "unknown: the compiler did not write the program out"
         return rows if plan.refused else [*rows, ("collectives", unknown)]
     if facts.cycles is not None:
         left = f"; {facts.opaque} kernels have none" if facts.opaque else ""
@@ -61,10 +61,10 @@ def _times(plan: estimates.Plan) -> list[tuple[str, str]]:
         ("products", f"{times.products:.3g} s at {peak:.0f} TFLOP/s"),
         ("  and recomputed", f"{times.recomputed:.3g} s"),
         ("HBM", f"{times.hbm:.3g} s at {speed:,.0f} GB/s"),
-        ("transfers", f"{times.transfers:.3g} s at {link:.0f} GB/s a link"),
+        ("transfers", f"{times.transfers:.3g} s at {link:.0f} GB/s per link"),
         ("step, all at once", f"{times.together:.3g} s ({BOUND})"),
         ("step, one after another", f"{times.apart:.3g} s ({BOUND})"),
-        ("tokens a second and chip", f"{plan.pace:,.0f}, one after another ({BOUND})"),
+        ("tokens/s per chip", f"{plan.pace:,.0f}, one after another ({BOUND})"),
         ("MFU", f"{plan.mfu:.1%}, one after another ({BOUND})"),
         ("error", published.ERROR),
     ]
@@ -72,4 +72,4 @@ def _times(plan: estimates.Plan) -> list[tuple[str, str]]:
 
 def _each(nbytes: float) -> str:
     unit, name = (2**30, "GiB") if nbytes >= 2**27 else (2**20, "MiB")
-    return f"{nbytes / unit:8.3f} {name} a chip"
+    return f"{nbytes / unit:8.3f} {name} per chip"

@@ -1,13 +1,13 @@
-"""How long a step takes, from three terms: products, HBM, transfers between chips.
+"""Estimates a step's time from three terms: products, HBM, transfers between chips.
 
     products  = operations / the chip's peak in bfloat16
     HBM       = bytes read and written / its bandwidth
-    transfers = bytes that cross a chip's links / the links that its group uses
+    transfers = bytes that cross a chip's links / bandwidth of the links its group uses
 
-Products run at the peak, memory and links at what is published; neither latency nor the
-host is counted. Where all three run at once a step takes the longest, where none do,
-their sum: `together` and `apart`. Published runs lie nearer to the sum
-(`planning.published`), so that is what tokens a second and MFU are made of.
+Products run at the peak, memory and links at their published bandwidth; neither latency
+nor the host is counted. If all three overlap, a step takes the longest of them
+(`together`); if none do, their sum (`apart`). Published runs are closer to the sum
+(`planning.published`), so tokens per second and MFU are computed from it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Times(NamedTuple):
 
     Attributes:
       products: of the model itself.
-      recomputed: of products that remat makes again.
+      recomputed: of products that remat computes again.
       hbm: of reading and writing HBM.
       transfers: of receiving from other chips.
     """
@@ -36,12 +36,12 @@ class Times(NamedTuple):
 
     @property
     def together(self) -> float:
-        """All three at once."""
+        """If all three overlap."""
         return max(self.products + self.recomputed, self.hbm, self.transfers)
 
     @property
     def apart(self) -> float:
-        """One after another."""
+        """If nothing overlaps."""
         return sum(self)
 
 
@@ -55,7 +55,7 @@ def transfer_seconds(
     Args:
       collectives: of one device.
       devices: of the mesh, flattened; `coords` says where in the torus a chip is.
-      topology: what links there are.
+      topology: has the links.
     """
     assert topology.chip is not None
     places = [tuple(device.coords) for device in devices]
@@ -68,7 +68,7 @@ def transfer_seconds(
     total = 0.0
     for one in collectives:
         crossing = _share(one.kind, len(spans[one.group])) * one.nbytes * one.times
-        # permutations come in pairs, one each way around
+        # permutations come in pairs, one in each direction
         count = 2 if one.kind == "collective-permute" else found[one.group]
         total += crossing / (count * topology.chip.link)
     return total
@@ -77,8 +77,8 @@ def transfer_seconds(
 def links(places: Sequence[tuple[int, ...]], shape: Sequence[int], wraps: int) -> int:
     """Returns over how many links a chip receives what its group gathers.
 
-    A dimension that the group spans gives a link; two where it is closed, and the group
-    goes all around it.
+    Each dimension that the group spans gives one link, or two if it is closed and the
+    group goes all the way around.
 
     Args:
       places: coordinates of the group's chips.
@@ -100,7 +100,7 @@ def links(places: Sequence[tuple[int, ...]], shape: Sequence[int], wraps: int) -
 
 
 def _share(kind: str, group: int) -> float:
-    """What crosses a chip's links, in sizes of a transfer's result."""
+    """Returns what crosses a chip's links, as a multiple of the transfer's result."""
     rest = (group - 1) / group
     return {
         "all-gather": rest,

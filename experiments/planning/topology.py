@@ -1,8 +1,7 @@
-"""Names of TPU slices, what their chips are, and their devices without the chips.
+"""TPU slices: their names, the figures of their chips, and devices to compile for.
 
-libtpu names a slice by its generation and the shape of its torus, in chips:
-`v5e:4x4`. The cloud counts chips for v5e and v6e, and TensorCores, two a chip, for v4
-and v5p.
+libtpu names a slice by its generation and the shape of its torus, in chips: `v5e:4x4`.
+The cloud counts chips for v5e and v6e, and TensorCores, two per chip, for v4 and v5p.
 """
 
 import importlib.util
@@ -21,12 +20,13 @@ class Chip(NamedTuple):
     """One chip of a generation.
 
     Attributes:
-      hbm: bytes that the compiler lets a program have; less than what is built in.
-      flops: bf16 operations a second, as published.
-      clock: cycles a second: `flops` over what its matrix units do in a cycle.
-      bandwidth: bytes a second of HBM, as published.
-      link: bytes a second that one link of the torus carries each way, as published.
-      wraps: a dimension of the torus is closed where it is a multiple of this.
+      hbm: bytes that the compiler lets a program use, less than the chip has.
+      flops: bf16 operations per second, as published.
+      clock: cycles per second: `flops` over what its matrix units do in a cycle.
+      bandwidth: bytes per second of HBM, as published.
+      link: bytes per second that one link of the torus carries in each direction, as
+        published.
+      wraps: a dimension of the torus is closed if it is a multiple of this.
     """
 
     hbm: float
@@ -38,16 +38,17 @@ class Chip(NamedTuple):
 
 
 GIB = 2**30
-CHIPS = {  # matrix units: 4 of 128 x 128 a core, on v6e 256 x 256
+CHIPS = {  # matrix units: 4 of 128 x 128 per core, on v6e 256 x 256
     "v4": Chip(30.75 * GIB, 275e12, 275e12 / (2 * 4 * 128**2 * 2), 1200e9, 50e9, 4),
     "v5e": Chip(15.75 * GIB, 197e12, 197e12 / (4 * 128**2 * 2), 819e9, 50e9, 16),
     "v5p": Chip(95.73 * GIB, 459e12, 459e12 / (2 * 4 * 128**2 * 2), 2765e9, 100e9, 4),
     "v6e": Chip(31.24 * GIB, 918e12, 918e12 / (4 * 256**2 * 2), 1638e9, 100e9, 16),
 }
-"""HBM: as the compiler of libtpu 0.0.52 says it when a program needs more. Peaks and
-bandwidths: docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p and v6e. A link is a
-share of what they give for a chip: 1,600 Gbps of v5e and 4,800 of v5p, 800 GBps of v6e
-both ways, over four links in two dimensions, or six in three; v4: arXiv:2304.01433."""
+"""HBM: as reported by the compiler of libtpu 0.0.52 when a program needs more. Peaks
+and bandwidths: docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p and v6e. A link
+is a share of what they give for a chip: 1,600 Gbps for v5e and 4,800 for v5p, 800 GBps
+for v6e in both directions, over four links in two dimensions, or six in three; v4:
+arXiv:2304.01433."""
 
 FLAT = {
     1: "1x1",
@@ -70,13 +71,13 @@ CUBES = {
     1024: "8x8x8",
 }
 SOLID = ("v4", "v5p")
-"""Generations whose torus has three dimensions, and whose chips have two cores."""
+"""Generations with a three-dimensional torus and two cores per chip."""
 CLOUD = {
     **{f"v5litepod-{n}": f"v5e:{shape}" for n, shape in FLAT.items()},
     **{f"v6e-{n}": f"v6e:{shape}" for n, shape in FLAT.items()},
     **{f"{kind}-{n}": f"{kind}:{cube}" for kind in SOLID for n, cube in CUBES.items()},
 }
-"""The cloud's names of slices."""
+"""The cloud's names of slices -> libtpu's."""
 
 
 class Topology(NamedTuple):
@@ -85,8 +86,8 @@ class Topology(NamedTuple):
     Attributes:
       name: libtpu's, or `cpu:8`.
       given: as the user wrote it.
-      chips: how many.
-      chip: what each is; None for the CPU.
+      chips: number of chips.
+      chip: the kind of chip; None for the CPU.
       shape: of the torus; () for the CPU.
     """
 
@@ -97,7 +98,7 @@ class Topology(NamedTuple):
     shape: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        """The name, with the chips counted."""
+        """Returns the name, with the number of chips."""
         said = f" ({self.given})" if self.given != self.name else ""
         return f"{self.name}{said}: {self.chips} {'chips' if self.chip else 'devices'}"
 
@@ -109,7 +110,7 @@ def parse(name: str) -> Topology:
       name: `v5e:4x4`, `v5p:4x4x4`, a name of the cloud such as `v5p-128`, or `cpu:8`.
 
     Raises:
-      ValueError: a name that is none of these.
+      ValueError: any other name.
 
     Example:
       >>> print(parse("v5p-128"))
@@ -123,7 +124,7 @@ def parse(name: str) -> Topology:
         raise ValueError(
             f"unknown topology {name!r}: give libtpu's name, such as v5e:4x4 or "
             f"v5p:4x4x4 (of {', '.join(CHIPS)}), the cloud's, such as v5litepod-16 or "
-            "v5p-128 (it counts cores), or cpu:8"
+            "v5p-128 (which counts cores), or cpu:8"
         )
     shape = tuple(int(n) for n in found[2].split("x"))
     want = 3 if found[1] in SOLID else 2
@@ -138,8 +139,8 @@ def parse(name: str) -> Topology:
 def prepare() -> None:
     """Sets what libtpu reads when it is loaded, on a machine without a TPU.
 
-    It must not ask the cloud who this machine is, and may share the machine: nothing
-    runs, so there is no chip to hold.
+    It must not ask the cloud what this machine is, and may be loaded by several
+    processes: nothing runs, so there is no chip to lock.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -147,7 +148,7 @@ def prepare() -> None:
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Returns the devices of a topology: of the CPU here, or TPUs to compile for.
+    """Returns the devices of a topology: CPU devices, or TPUs to compile for.
 
     Raises:
       ModuleNotFoundError: libtpu is not installed.
@@ -166,13 +167,13 @@ def devices(topology: Topology) -> list[Any]:
         return found[: topology.chips]
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
-            "libtpu is not installed, and it is what compiles for TPUs, also where "
-            "there is none: pip install -e '.[tpu]'; or plan for --topology=cpu:8"
+            "libtpu is not installed; it compiles for TPUs even on machines without "
+            "one: pip install -e '.[tpu]', or plan for --topology=cpu:8"
         )
     prepare()
     from jax.experimental import topologies
 
-    # a device is a chip: of v4 the two cores are two devices unless they are joined
+    # a device is a chip; the two cores of a v4 are two devices unless they are joined
     joined = {"chip_config_name": "megacore"} if topology.name.startswith("v4:") else {}
     try:
         made = topologies.get_topology_desc(
@@ -186,12 +187,12 @@ def devices(topology: Topology) -> list[Any]:
 
 
 def needs_child(topology: Topology) -> bool:
-    """Whether only a process of its own can have the topology's devices."""
+    """Whether the topology's devices need a process of their own."""
     return topology.chip is None and not os.environ.get(CHILD)
 
 
 def run_with_devices(command: Sequence[str], count: int) -> int:
-    """Runs a command in a child with so many CPU devices; returns its exit code."""
+    """Runs a command in a child with `count` CPU devices; returns its exit code."""
     flag = f"--xla_force_host_platform_device_count={count}"
     env = os.environ | {
         CHILD: "1",

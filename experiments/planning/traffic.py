@@ -1,7 +1,7 @@
 """What a compiled program moves: between chips, to and from HBM, and to the host.
 
-Every instruction counts as often as the loops around it run; what the text does not say
-counts for nothing.
+Every instruction counts as often as the loops around it run; what the text does not
+say is not counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COLLECTIVES = (
     "collective-permute",
 )
 HOST = 5
-"""XLA's number of the host's memory."""
+"""XLA's number for the host's memory."""
 _UNMOVED = {
     "parameter",
     "tuple",
@@ -39,7 +39,7 @@ _UNMOVED = {
     *COLLECTIVES,
     *(f"{kind}-start" for kind in COLLECTIVES),
 }
-"""Instructions that move nothing themselves; transfers are counted apart."""
+"""Instructions that move nothing themselves; transfers are counted separately."""
 
 
 class Collective(NamedTuple):
@@ -50,8 +50,8 @@ class Collective(NamedTuple):
       shape: of its result on one device, as written, `bf16[8192,7168]`.
       nbytes: of that result.
       times: how often it runs.
-      group: places in the mesh, flattened, of the first devices that take part; of a
-        permutation the two of its first pair. Empty: all.
+      group: indices, in the flattened mesh, of the first group of devices; for a
+        permutation, of its first pair. Empty: all devices.
     """
 
     kind: str
@@ -62,11 +62,11 @@ class Collective(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What was read from a program; bytes are those of one device.
+    """What was read from a program; bytes are for one device.
 
     Attributes:
-      cycles: XLA's estimates, added up; None where it gives none.
-      opaque: kernels not of XLA's making (Pallas), for which it has no cycles.
+      cycles: the sum of XLA's estimates; None if it gives none.
+      opaque: number of custom kernels (Pallas), for which XLA has no cycles.
       collectives: transfers between devices.
       hbm: bytes read from HBM or written to it.
       host: bytes sent to the host's memory or fetched from it.
@@ -79,7 +79,7 @@ class Facts(NamedTuple):
     host: int
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes that one device receives, by kind."""
+        """Returns the bytes that one device receives, by kind."""
         found: dict[str, int] = {}
         for one in self.collectives:
             found[one.kind] = found.get(one.kind, 0) + one.nbytes * one.times
@@ -106,7 +106,7 @@ def read(text: str) -> Facts:
 
 
 def _collectives(module: hlo.Module) -> list[Collective]:
-    """Every transfer once, though XLA writes asynchronous ones out in parts."""
+    """Returns every transfer once, although XLA splits asynchronous ones into parts."""
     found = []
     for _, one, times in module.steps():
         found += [_collective(part, times) for part in _begun(one, module)]
@@ -114,7 +114,7 @@ def _collectives(module: hlo.Module) -> list[Collective]:
 
 
 def _begun(one: hlo.Instruction, module: hlo.Module) -> Iterator[hlo.Instruction]:
-    """The transfers that an instruction makes or begins; parts that go on are none."""
+    """Yields the transfers that an instruction begins, not those that it continues."""
     if one.op.removesuffix("-start") in COLLECTIVES:
         yield one
     inside = hlo.called(one) or ""
@@ -137,7 +137,7 @@ def _collective(one: hlo.Instruction, times: int) -> Collective:
 
 
 def group_of(text: str) -> tuple[int, ...]:
-    """The first group of devices that an instruction's attributes name; (): all.
+    """Returns the first group of devices in an instruction's attributes; () for all.
 
     Example:
       >>> group_of("replica_groups=[2,4]<=[4,2]T(1,0)")
@@ -171,9 +171,9 @@ def group_of(text: str) -> tuple[int, ...]:
 def _moved(
     one: hlo.Instruction, own: dict[str, hlo.Instruction], module: hlo.Module
 ) -> int:
-    """Bytes of HBM that an instruction reads and writes.
+    """Returns the bytes of HBM that an instruction reads and writes.
 
-    Of a stack of which a fusion reads or writes a slice, the slice alone.
+    If a fusion reads or writes a slice of a stack, only the slice counts.
     """
     if one.op in _UNMOVED or one.op.endswith("-done"):
         return 0
@@ -192,7 +192,7 @@ def _moved(
 
 
 def _written(one: hlo.Instruction, inside: dict[str, hlo.Instruction]) -> int:
-    """Bytes of an instruction's results in HBM; of an updated stack, the part."""
+    """Returns an instruction's result bytes in HBM; of an updated stack, the part."""
     roots = [i for i in inside.values() if i.root]
     parts = roots
     if roots and roots[0].op == "tuple":
@@ -204,7 +204,7 @@ def _written(one: hlo.Instruction, inside: dict[str, hlo.Instruction]) -> int:
             made = inside[made.operands[0]]
         whole = shape.nbytes
         if made and (made.op == "parameter" or made.op in COLLECTIVES):
-            whole = 0  # passed on, or counted apart
+            whole = 0  # passed on, or counted separately
         elif made and made.op == "dynamic-update-slice" and made.operands[1] in inside:
             whole = sum(part.nbytes for part in inside[made.operands[1]].shapes)
         total += whole if shape.space == 0 else 0
@@ -214,7 +214,7 @@ def _written(one: hlo.Instruction, inside: dict[str, hlo.Instruction]) -> int:
 def _read(
     place: int, inside: dict[str, hlo.Instruction], module: hlo.Module, held: int
 ) -> int:
-    """Bytes that a fusion reads of its operand number `place`."""
+    """Returns the bytes that a fusion reads of its operand number `place`."""
     own = [
         i
         for i in inside.values()
@@ -226,11 +226,11 @@ def _read(
 def _used(
     name: str, inside: dict[str, hlo.Instruction], module: hlo.Module, held: int
 ) -> int:
-    """Bytes that the readers of a value in a fusion read of it."""
+    """Returns the bytes of a value that its readers in a fusion read."""
     total = 0
     for reader in inside.values():
         if name not in reader.operands or reader.op in ("tuple", *COLLECTIVES):
-            continue  # passed on, or counted apart
+            continue  # passed on, or counted separately
         if reader.op in ("dynamic-slice", "slice"):
             total += sum(shape.nbytes for shape in reader.shapes)
         elif reader.op == "dynamic-update-slice" and reader.operands[0] == name:
@@ -248,7 +248,7 @@ def _used(
 
 
 def _to_host(one: hlo.Instruction) -> int:
-    """Bytes that an instruction moves to or from the host's memory."""
+    """Returns the bytes that an instruction moves to or from the host's memory."""
     if one.op not in (
         "dynamic-slice-start",
         "dynamic-update-slice-start",

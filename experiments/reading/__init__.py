@@ -1,1 +1,1 @@
-"""From what was typed to a config that a run can finish: flags, fields, plugins."""
+"""Turns what was typed into a config that a run can finish: flags, fields, plugins."""

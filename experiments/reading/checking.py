@@ -1,9 +1,9 @@
-"""A config as a whole, checked where it is read: nothing is loaded or trained before.
+"""Checks a config as a whole as soon as it is read, before any loading or training.
 
-`fields` holds what each value may be. Here stand the names that other tables know
-(optimisers, inits, tasks, to which plugins may add) and what two fields must agree on;
-an optimiser, its chain and the targets are built once, for what they say about their
-own arguments.
+`fields` says what each single value may be. This module checks names that other tables
+hold (optimisers, inits and tasks, to which plugins may add) and fields that must agree
+with each other. The optimiser, its chain and the targets are built once, so that they
+check their own arguments.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def check_runs(runs: Iterable[tuple[str, ml_collections.ConfigDict]]) -> None:
-    """Raises ValueError, naming the run, for the first that could not finish.
+    """Raises ValueError, naming the run, for the first one that could not finish.
 
     Args:
-      runs: what tells each from the others, and its config.
+      runs: for each run, what distinguishes it from the others, and its config.
     """
     for told, config in runs:
         try:
@@ -52,7 +52,7 @@ def check_runs(runs: Iterable[tuple[str, ml_collections.ConfigDict]]) -> None:
 
 
 def _targets(config: ml_collections.ConfigDict, method: str) -> None:
-    """Makes the targets of a method, which check themselves."""
+    """Builds the targets of a method, which check themselves."""
     if method == "lora" and not config.adapter.patterns:
         raise ValueError(
             "config.adapter.patterns=(): give at least one pattern, such as "
@@ -61,8 +61,8 @@ def _targets(config: ml_collections.ConfigDict, method: str) -> None:
     rho, init = config.adapter.get("redistribute", 1.0), config.adapter.init
     if rho > 1 and init != "eva":
         raise ValueError(
-            f"config.adapter.redistribute={rho}: ranks go where the components of "
-            f"init='eva' explain most, and the init is {init!r}; give 1.0, or 'eva'"
+            f"config.adapter.redistribute={rho}: only init='eva' measures which kernels"
+            f" need more rank, and the init is {init!r}; give 1.0, or init='eva'"
         )
     try:
         for target in objects.make_targets(method, config.adapter):
@@ -74,7 +74,7 @@ def _targets(config: ml_collections.ConfigDict, method: str) -> None:
 def _optimizer(
     config: ml_collections.ConfigDict, name: str, steps: int, method: str = ""
 ) -> None:
-    """Makes an optimiser, for what it says about its arguments."""
+    """Builds an optimiser, which checks its arguments."""
     rate = config.learning_rate[method] if method else config.learning_rate
     try:
         optimizers.make_optimizer(rate, steps, config)
@@ -88,12 +88,12 @@ def _optimizer(
 
 
 def _byte_model(config: ml_collections.ConfigDict) -> None:
-    """Heads divide the width, into sizes that rotary embeddings can halve."""
+    """Checks that heads split the width into even sizes, as rotary embeddings need."""
     if config.width % (2 * config.heads):
         raise ValueError(
             f"config.model.width={config.width} and config.model.heads={config.heads}: "
-            "the width has to be a multiple of twice the heads, for each head's size "
-            "is even"
+            "the width must be a multiple of twice the heads, because each head's size "
+            "must be even"
         )
     if config.vocabulary < 256:
         raise ValueError(
@@ -103,7 +103,7 @@ def _byte_model(config: ml_collections.ConfigDict) -> None:
 
 
 def _quantized(config: ml_collections.ConfigDict) -> None:
-    """What a quantised base can do, and what trains beside it."""
+    """Checks the format of a quantised base, and that what trains fits it."""
     text, (method,) = config.model.quantize, config.run.methods
     try:
         quantizing.rules(text)
@@ -119,50 +119,53 @@ def _quantized(config: ml_collections.ConfigDict) -> None:
     if not tokenization.is_gguf(config.model.source) or config.model.random:
         raise ValueError(
             "config.model.quantize='file' keeps the codes of a GGUF file, and "
-            f"config.model.source={config.model.source!r} is not one; give a format"
+            f"config.model.source={config.model.source!r} is not one; give a format "
+            "such as 'nf4'"
         )
     targets = objects.make_targets(method, config.adapter)
     if not all(inits.of_target(target).keeps_base for target in targets):
         raise ValueError(
-            "config.model.quantize='file' keeps the codes of the file, and "
+            "config.model.quantize='file' keeps the codes of the file, but "
             f"config.adapter.init={config.adapter.init!r} moves a part of each kernel "
-            "into the adapter; give a format, by which what is left is quantised"
+            "into the adapter; give a format such as 'nf4', which quantises the rest"
         )
 
 
 def _shared_rows(config: ml_collections.ConfigDict) -> None:
-    """What devices need that share the rows of a batch."""
+    """Checks what devices need in order to share the rows of a batch."""
     context, own = config.sharding.get("context", 1), config.model.attention
     if context == 1:
         return
     if own not in attention.STRIPED:
         raise ValueError(
             f"config.sharding.context={context} and config.model.attention="
-            f"{own!r}: devices share rows by attention in a ring; give 'flash'"
+            f"{own!r}: devices that share rows compute attention in a ring; give "
+            "'flash'"
         )
     for length in config.data.lengths:
         if length % context**2:
             raise ValueError(
                 f"config.data.lengths: {length} tokens are not a multiple of "
-                f"sharding.context={context} squared, and rows are shared in stripes"
+                f"sharding.context={context} squared, which sharing rows in stripes "
+                "needs"
             )
 
 
 def _loss(config: ml_collections.ConfigDict) -> None:
-    """The loss, that the task has it, and its options."""
+    """Checks that the task offers the loss, and the loss its options."""
     run, task, teacher = config.run, config.data.task, config.model.teacher
     own = {"preferences": tuple(prefer.METHODS)}
     own |= dict.fromkeys(("e2e", "instructions"), (distillation.NAME,))
     known = own.get(task, ())
     if run.loss not in ("", *known):
         raise ValueError(
-            f"config.run.loss={run.loss!r}: the task {task!r} has its own, ''"
-            + "".join(f", or {name!r}" for name in known)
+            f"config.run.loss={run.loss!r}: give '' for the default loss of the task "
+            f"{task!r}" + "".join(f", or {name!r}" for name in known)
         )
     if bool(teacher) != (run.loss == distillation.NAME):
         raise ValueError(
             f"config.model.teacher={teacher!r} and config.run.loss={run.loss!r}: "
-            f"{distillation.NAME!r} needs a teacher, and no other loss has one"
+            f"{distillation.NAME!r} needs a teacher, and no other loss uses one"
         )
     if teacher:
         try:
@@ -172,21 +175,20 @@ def _loss(config: ml_collections.ConfigDict) -> None:
     if not run.loss and task != "preferences":
         if run.loss_options:
             raise ValueError(
-                f"config.run.loss_options={run.loss_options!r}: the own loss of the "
-                f"task {task!r} has none; give ()"
+                f"config.run.loss_options={run.loss_options!r}: the default loss of "
+                f"the task {task!r} has no options; give ()"
             )
         return
     if run.label_smoothing:
         raise ValueError(
-            f"config.run.label_smoothing={run.label_smoothing}: it is of next tokens, "
-            "and this loss has no such thing; give 0.0. That of DPO is one of "
+            f"config.run.label_smoothing={run.label_smoothing}: it applies only to the "
+            "next-token loss; give 0.0. DPO's own label smoothing is one of "
             "config.run.loss_options"
         )
     if run.router_loss or run.router_z_loss:
         raise ValueError(
             f"config.run.router_loss={run.router_loss}, router_z_loss="
-            f"{run.router_z_loss}: they are added to the loss of next tokens, and this "
-            "is another one; give 0.0"
+            f"{run.router_z_loss}: they are added only to the next-token loss; give 0.0"
         )
     make = distillation if run.loss == distillation.NAME else prefer
     try:
@@ -196,7 +198,7 @@ def _loss(config: ml_collections.ConfigDict) -> None:
 
 
 def _checkpoint_run(config: ml_collections.ConfigDict) -> None:
-    """What `experiments.recipes.finetune` needs beside its fields."""
+    """Checks what `experiments.recipes.finetune` needs beyond valid fields."""
     if len(config.run.methods) != 1:
         raise ValueError(
             f"config.run.methods={config.run.methods!r}: a run from a checkpoint "
@@ -233,6 +235,6 @@ def _checkpoint_run(config: ml_collections.ConfigDict) -> None:
     whole = "classification", "images", "pairs", "preferences", "text_to_text"
     if data.packed and data.task in whole:
         raise ValueError(
-            f"config.data.packed=True: examples of {data.task!r} are not packed; set "
-            "it to False"
+            f"config.data.packed=True: the task {data.task!r} does not pack examples; "
+            "set it to False"
         )

@@ -1,10 +1,10 @@
-"""How every command starts: what is wrong with its flags or config is one sentence.
+"""How every command starts: a mistake in its flags or config ends in one sentence.
 
     if __name__ == "__main__":
         command.run(main)
 
-A mistake in what was typed ends the process with exit code 1 and no traceback; one in
-the code of a config file, or in ours, keeps its own.
+A mistake in what was typed ends the process with exit code 1 and no traceback; an error
+in the code of a config file, or in lorax itself, keeps its traceback.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from experiments.machine import record
 CONFIG = "A config file, or the name of one that comes with lorax; see lorax --help."
 """The help of `--config`."""
 _OF_ABSL = re.compile(r"^<[^>]*>: |;\s+repeat this option to specify a list of values")
-"""What absl adds to the help of a flag."""
+"""What absl adds to a flag's help text."""
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> None:
@@ -47,19 +47,19 @@ def refusing() -> Iterator[None]:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parses flags; what is wrong with them is one sentence."""
+    """Parses flags; where they are wrong, exits with one sentence."""
     if {"--help", "-h", "-help"} & set(argv):
         print(_help())
         sys.exit()
     try:
         left = flags.FLAGS(_with_configs(argv))
-        if not flags.FLAGS["verbosity"].present:  # libraries say at INFO what they lack
+        if not flags.FLAGS["verbosity"].present:  # at INFO libraries log what they lack
             logging.set_verbosity(logging.WARNING)
         _require_file()
         return left
     except flags.Error as error:
         sys.exit(f"{_name()}: {_of_a_flag(str(error))}")
-    except (AttributeError, KeyError) as error:  # an override of no field
+    except (AttributeError, KeyError) as error:  # an override of an unknown field
         if any(
             f.name == "get_config" for f in traceback.extract_tb(error.__traceback__)
         ):
@@ -73,7 +73,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _help() -> str:
-    """The program's docstring, and a line or two for each of its flags."""
+    """Returns the program's docstring, and a line or two for each of its flags."""
     lines = [(sys.modules["__main__"].__doc__ or "").strip(), ""]
     for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
         choices = getattr(flag.parser, "enum_values", None)
@@ -86,7 +86,7 @@ def _help() -> str:
 
 
 def _with_configs(argv: Sequence[str]) -> list[str]:
-    """The arguments, the names of lorax's own configs replaced by their files."""
+    """Replaces the names of lorax's own configs in the arguments by their files."""
     found = []
     for before, given in zip(["", *argv], argv, strict=False):
         flag, equals, value = given.partition("=")
@@ -99,12 +99,12 @@ def _with_configs(argv: Sequence[str]) -> list[str]:
 
 
 def find_config(given: str) -> str:
-    """Returns the file of a config and its argument.
+    """Returns the file of a config, and its argument if it has one.
 
     Args:
       given: a file, or the name of one of lorax's configs, `configs/quickstart.py` or
-        `quickstart`; an argument may follow, as in `quickstart:runlocal`. What is
-        neither is returned as it is.
+        `quickstart`; an argument may follow, as in `quickstart:runlocal`. Anything
+        else is returned unchanged.
     """
     name, colon, argument = given.partition(":")
     own = (lorax_cli.ROOT / name, lorax_cli.CONFIGS / f"{name}.py")
@@ -114,7 +114,7 @@ def find_config(given: str) -> str:
 
 
 def _of_a_flag(text: str) -> str:
-    """The sentence in an error of absl's; an error of a config's code stays whole."""
+    """Reduces an absl error to its sentence; one from a config's code stays whole."""
     if missing := re.search(r"Flag (--\w+) must have a value", text):
         return f"give {missing[1]}, see {_name()} --help"
     *before, last = text.strip().splitlines()
@@ -124,7 +124,7 @@ def _of_a_flag(text: str) -> str:
 
 
 def _require_file() -> None:
-    """Ends the process, naming its neighbours, where the config file is not there."""
+    """Exits, naming similar configs, if the config file does not exist."""
     if "config" not in flags.FLAGS or not flags.FLAGS["config"].present:
         return
     given = config_flags.get_config_filename(flags.FLAGS["config"])
@@ -141,5 +141,5 @@ def _require_file() -> None:
 
 
 def _name() -> str:
-    """The program, for the front of an error."""
+    """Returns the program's name, with which errors begin."""
     return record.program().removeprefix("python -m ")

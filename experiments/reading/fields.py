@@ -1,7 +1,7 @@
-"""What the fields of a config may hold: one table, read before any work is done.
+"""What the fields of a config may hold: one table, checked before any work is done.
 
-A row is a regular expression of a field's dotted name and the rule for its value; the
-first row that matches the whole name decides, as everywhere in the house. Fields of a
+Each row is a regular expression for a field's dotted name and the rule for its value;
+the first row that matches the whole name wins, as everywhere in lorax. Fields of a
 model's `config.json` have rules of their own in `lorax.models`.
 """
 
@@ -22,12 +22,12 @@ SKIPPED = r"model\.(random|published)\..*"
 
 
 def such_as(rule: Rule, example: str) -> Rule:
-    """The same rule, with an example of what it takes."""
+    """Returns the same rule, with an example of a valid value."""
     return Rule(f"{rule.says}, such as {example}", rule.fits)
 
 
 def pairs(example: str) -> Rule:
-    """A tuple of pairs with a name in front."""
+    """Returns the rule for a tuple of pairs (name, value)."""
 
     def fits(item: Any) -> bool:
         named = isinstance(item, tuple | list) and len(item) == 2
@@ -38,12 +38,12 @@ def pairs(example: str) -> Rule:
 
 
 NAME = Rule("a name", lambda v: isinstance(v, str) and v != "")
-RATE = number(most=1e3, above=0)  # 1,000: far above any that trains, below what is lost
+RATE = number(most=1e3, above=0)  # far above any rate that trains
 SHARE = number(0, 1)
 BELOW_ONE = number(0, below=1)
 POSITIVE = number(above=0)
 PATTERNS = such_as(listed(NAME), "('all-linear',)")
-CHOSEN = Rule("-1 to choose by the sizes", lambda v: v == -1)
+CHOSEN = Rule("-1 to choose it from the sizes", lambda v: v == -1)
 AXIS = whole(1) | Rule("-1 for what the other axes leave", lambda v: v == -1)
 
 RULES: tuple[tuple[str, Rule], ...] = (
@@ -88,7 +88,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"adapter\.dropout", BELOW_ONE),
     (r"adapter\.options", pairs("(('gamma', 64.0),)")),
     (r"adapter\.(adapter|scaling|init)", NAME),
-    # optimizer, and that of the quickstart's base
+    # optimizer, and the one that pretrains the quickstart's base
     (r"(optimizer|model\.pretrain)\.(adam_)?learning_rate", RATE),
     (r"optimizer\.learning_rate\.(lora|full)", RATE),
     (r"(optimizer|model\.pretrain)\.warmup_steps", whole()),
@@ -135,16 +135,16 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"eval\.temperature", number(0)),
     (r"eval\.prompt", NAME),
 )
-"""The rule of every field that a config of ours has, by its dotted name."""
+"""The rule for every field of lorax's own configs, by its dotted name."""
 
 
 def rule_of(name: str) -> Rule | None:
-    """The rule for a field; None where the table has none."""
+    """Returns the rule for a field, or None if the table has none."""
     return next((rule for row, rule in RULES if re.fullmatch(row, name)), None)
 
 
 def leaves(config: ml_collections.ConfigDict) -> Iterable[tuple[str, Any]]:
-    """`(dotted name, value)` of every field, sections apart."""
+    """Yields `(dotted name, value)` for every field that is not a section."""
     for name, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
             yield from ((f"{name}.{inner}", held) for inner, held in leaves(value))
@@ -155,7 +155,7 @@ def leaves(config: ml_collections.ConfigDict) -> Iterable[tuple[str, Any]]:
 def require(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError for the first field whose value its rule does not allow.
 
-    Fields that the table does not know, of a config of somebody's own, pass.
+    Fields that the table does not know, as in a user's own config, pass.
     """
     for name, value in leaves(config):
         rule = None if re.fullmatch(SKIPPED, name) else rule_of(name)

@@ -1,10 +1,10 @@
-"""Packages of somebody else's, imported by name before anything is built.
+"""Plugins: a user's own modules, imported by name before anything is built.
 
     config.run.plugins = ("my_package.methods",)
 
-Such a module registers what it has when it is imported: `lorax.adapters.register`,
-`lorax.inits.register`, `experiments.trainer.optimizers.register`. Names of the config
-reach it then: `config.adapter.adapter`, `config.adapter.init`, `config.optimizer.name`.
+On import, such a module registers what it offers: `lorax.adapters.register`,
+`lorax.inits.register`, `experiments.trainer.optimizers.register`. The config can then
+name it: `config.adapter.adapter`, `config.adapter.init`, `config.optimizer.name`.
 """
 
 import importlib
@@ -14,20 +14,20 @@ import ml_collections
 
 
 def load(config: ml_collections.ConfigDict) -> None:
-    """Imports what `config.run.plugins` names; see `import_all`."""
+    """Imports the modules in `config.run.plugins`; see `import_all`."""
     import_all(config.run.get("plugins", ()), "config.run.plugins")
 
 
 def import_all(names: Iterable[str], where: str) -> None:
-    """Imports modules by name; once imported, a module is not run again.
+    """Imports modules by name; a module that is already imported does not run again.
 
     Args:
       names: dotted names, such as "my_package.methods".
-      where: what holds them, for the error.
+      where: the field or flag that holds them, for the error.
 
     Raises:
-      ValueError: the module cannot be found.
-      RuntimeError: it failed as it was imported; why, is the error behind this one.
+      ValueError: a module cannot be found.
+      RuntimeError: importing a module failed; the error behind this one says why.
     """
     for name in names:
         try:
@@ -37,8 +37,8 @@ def import_all(names: Iterable[str], where: str) -> None:
             if isinstance(error, ModuleNotFoundError) and name.startswith(missing):
                 raise ValueError(
                     f"{where}: no module {missing!r} was found for {name!r}; give the "
-                    "dotted name of one that is installed, or that lies below the "
-                    "folder from which the command runs or one in PYTHONPATH"
+                    "dotted name of one that is installed, or that is in the working "
+                    "directory or on PYTHONPATH"
                 ) from error
             raise RuntimeError(
                 f"{where}: importing {name!r} failed: {type(error).__name__}: {error}"

@@ -1,1 +1,1 @@
-"""Whole runs, a page each, read downwards: from a config to files in a workdir."""
+"""Whole runs, each one file to read from top to bottom: from a config to a workdir."""

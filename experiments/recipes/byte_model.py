@@ -1,6 +1,6 @@
 """Pretrains a base, adapts it by every method of the config, and reports.
 
-Everything lands in the workdir: `metrics.jsonl`, `tensorboard/`, `curves.svg`,
+Everything is written to the workdir: `metrics.jsonl`, `tensorboard/`, `curves.svg`,
 `results.json` and `adapter/`, which `lorax.checkpoint.load_adapters` reads back.
 """
 
@@ -47,9 +47,9 @@ def train(
       workdir: folder for everything that the run writes.
 
     Returns:
-      For "base" and each method the values of the closing table: `test_bpb` and
-      `source_bpb` (held-out bits per byte), and for methods `trainable`,
-      `trainable_share`, `opt_state_bytes`, `step_ms` and, beside "full", `recovered`.
+      For "base" and each method, the values of the closing table: `test_bpb` and
+      `source_bpb` (held-out bits per byte) and, for methods, `trainable`,
+      `trainable_share`, `opt_state_bytes`, `step_ms` and, if "full" ran, `recovered`.
     """
     # ------------------------------------------------------------------ setup
     plugins.load(config)
@@ -118,7 +118,7 @@ class Ground(NamedTuple):
       loss_fn: `(params, batch) -> (loss, metrics)`.
       base: the parameters to adapt.
       documents: to train on.
-      folder: where the batch of a step goes that is not finite.
+      folder: where the batch of a non-finite step is written.
     """
 
     loss_fn: Callable[..., Any]
@@ -138,7 +138,7 @@ def adapt(
     """Adapts the base to the documents, at the config's learning rate or another.
 
     Raises:
-      NonFiniteError: too many steps were not finite; a batch of them is in the folder.
+      NonFiniteError: too many steps were not finite; the last batch is in the folder.
     """
     if learning_rate is None:
         learning_rate = config.optimizer.learning_rate[method]
@@ -169,11 +169,11 @@ def adapt(
 def cost_and_gain(
     done: Fit, results: dict[str, dict[str, float]], name: str, base: Any
 ) -> dict[str, float]:
-    """What a method trained and took, and its share of what "full" gained.
+    """Returns what a method trained, what it took, and its share of "full"'s gain.
 
     Args:
       done: the method's fit.
-      results: with the `test_bpb` of all.
+      results: has the `test_bpb` of every method.
       name: of the method.
       base: the parameters that it adapted.
     """
@@ -197,7 +197,7 @@ def show_sample(
     params: Any,
     label: str,
 ) -> None:
-    """Prints how a model continues the prompt of the config."""
+    """Prints how a model continues the config's prompt."""
     text = sample_text(
         jax.random.key(config.run.seed),
         model,
@@ -212,7 +212,7 @@ def show_sample(
 
 
 def describe_tuning(config: ml_collections.ConfigDict) -> str:
-    """The line below the table: the learning rates, and how they were found."""
+    """Returns the line below the table: learning rates, and how they were tuned."""
     rates = ", ".join(
         f"{LABELS[m]} {config.optimizer.learning_rate[m]:g}" for m in config.run.methods
     )

@@ -7,26 +7,26 @@ from typing import Any
 from experiments.machine import disk
 from experiments.trainer import metrics
 
-# Okabe and Ito's colour-blind-safe palette; the marker tells the runs apart in grey.
+# Okabe and Ito's colour-blind-safe palette; markers distinguish the runs in grey.
 STYLE = {"lora": ("#0072B2", "o", "LoRA"), "full": ("#D55E00", "s", "full fine-tuning")}
 DARK = {"lora": "#56B4E9", "full": "#E69F00"}
 """The palette's lighter colours, for a dark page."""
 
 INK = {False: "#24292f", True: "#d0d7de"}
-"""Of text and axes, on a light page and on a dark one."""
+"""Colours of text and axes, on a light page and on a dark one."""
 
 
 def draw_curves(
     rows: Sequence[dict[str, Any]], base: float, folder: str | pathlib.Path
 ) -> None:
-    """Draws bits per byte against step: training as thin lines, held out with markers.
+    """Draws bits per byte by step: training as thin lines, held-out with markers.
 
     Writes `curves.svg` and, for a dark page, `curves-dark.svg`. Both are transparent.
 
     Args:
-      rows: the lines of `metrics.jsonl`. Those with `loss` (in nats) or `test_bpb` are
+      rows: the lines of `metrics.jsonl`; those with `loss` (in nats) or `test_bpb` are
         drawn.
-      base: bits per byte of the model before adaptation, a dashed line.
+      base: bits per byte of the model before adaptation, drawn as a dashed line.
       folder: where to write the figures.
     """
     for dark, name in ((False, "curves.svg"), (True, "curves-dark.svg")):
@@ -37,8 +37,8 @@ def draw_curves(
 
 
 def _figure(rows: Sequence[dict[str, Any]], base: float, dark: bool) -> Any:
-    """The figure in the colours of one page; small, so that its text stays large."""
-    import matplotlib.figure  # imported here: a second, and an optional extra
+    """Returns the figure for one kind of page; small, so that its text stays large."""
+    import matplotlib.figure  # imported here: slow, and an optional extra
     from matplotlib import ticker
 
     figure = matplotlib.figure.Figure(figsize=(5.2, 3.5), layout="constrained")

@@ -1,10 +1,10 @@
-"""Adapts a Hugging Face checkpoint to a task, and reports what the task is judged by.
+"""Adapts a Hugging Face checkpoint to a task, and reports the task's scores.
 
     lorax run --config=gpt2_e2e_lora:runlocal
 
-In the workdir: `metrics.jsonl`, `adapter/` (`lorax.checkpoint.load_adapters`),
-`results.json`, and what the task writes; beside `adapter/`, if the init moved a part of
-the base, `initial/`, with which `experiments.export` brings it back to the original.
+The workdir gets `metrics.jsonl`, `adapter/` (`lorax.checkpoint.load_adapters`),
+`results.json`, and what the task writes; and, if the init moved a part of the base,
+`initial/`, with which `experiments.export` makes an adapter for the original base.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from experiments.trainer.fit import Output, fit, schedule_of
 from lorax import inits
 from lorax.types import Adapters
 
-RANDOM = "random base: path check, no result"
+RANDOM = "random base: a smoke test, not a result"
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
@@ -141,8 +141,8 @@ def score(
 
     Args:
       config: of a run of `experiments.recipes.finetune`.
-      adapter: folder of adapters, ours or PEFT's; None scores the base.
-      folder: where the task puts what it writes.
+      adapter: folder of adapters, lorax's or PEFT's; None scores the base.
+      folder: where the task writes its files.
     """
     plugins.load(config)
     key = jax.random.fold_in(jax.random.key(config.run.seed), 0)

@@ -1,11 +1,11 @@
-"""Trains many LoRA adapters at once on one base: what `config.population` zips.
+"""Trains many LoRA adapters at once on one base, as `config.population` says.
 
     lorax run --config=quickstart \
         --config.population.learning_rate="(5e-3, 1e-2, 2e-2)"
 
 One compiled step trains all members on the same batches, in the order of `run.seed`; a
-member's own seed draws its adapters. In the workdir: `metrics.jsonl`, `results.json`
-and `members/<k>/`, which `lorax.checkpoint.load_adapters` reads back.
+member's own seed initialises its adapters. The workdir gets `metrics.jsonl`,
+`results.json` and `members/<k>/`, which `lorax.checkpoint.load_adapters` reads back.
 """
 
 import json
@@ -43,7 +43,7 @@ from lorax import population, training, tree
 
 
 class Member(NamedTuple):
-    """What is a member's own."""
+    """The values of one member."""
 
     seed: int
     learning_rate: float
@@ -52,28 +52,28 @@ class Member(NamedTuple):
 
 
 WHOLE = ("seed", "rank")
-"""Fields of a member that are whole numbers."""
+"""Fields of a member that are integers."""
 
 
 def members(config: ml_collections.ConfigDict) -> list[Member]:
-    """Reads `config.population`; [] where all of it is empty.
+    """Reads `config.population`; [] if all of it is empty.
 
     Raises:
-      ValueError: an unknown field, tuples of unequal length, or a value of a wrong
+      ValueError: an unknown field, tuples of unequal length, or a value of the wrong
         kind.
     """
     given = {name: value for name, value in config.population.items() if value != ()}
     if unknown := sorted(set(given) - set(Member._fields)):
         raise ValueError(
             f"config.population.{unknown[0]}: members differ in "
-            f"{', '.join(Member._fields)}; remove it, or run it as experiments apart"
+            f"{', '.join(Member._fields)}; remove it, or run separate experiments"
         )
     for name, values in given.items():
         if not (isinstance(values, tuple) and all(_fits(name, v) for v in values)):
             wanted = "whole numbers" if name in WHOLE else "positive numbers"
             raise ValueError(
-                f"config.population.{name}={values!r}; give a tuple of {wanted}, one a "
-                "member, such as (1, 2), or () for the config's own"
+                f"config.population.{name}={values!r}; give a tuple of {wanted}, one "
+                "for each member, such as (1, 2), or () for the config's own"
             )
     sizes = {name: len(values) for name, values in given.items()}
     if len(set(sizes.values())) > 1:
@@ -98,22 +98,22 @@ def _fits(name: str, value: Any) -> bool:
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
-    """Trains a population where the config has one, else every method of the config."""
+    """Trains a population if the config has one, else every method of the config."""
     if members(config):
         return train(config, workdir)
     return train_methods(config, workdir)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
-    """Trains every member and reports, a row a member.
+    """Trains all members and reports, with a row for each.
 
     Args:
       config: as `configs/quickstart.py` returns it, with a population.
       workdir: folder for everything that the run writes.
 
     Returns:
-      "base": `{"test_bpb"}`; "members": for each its own values, `test_bpb` (held-out
-      bits per byte), `trainable` and `skipped`; "step_ms" of all members together.
+      "base": `{"test_bpb"}`; "members": for each, its values, `test_bpb` (held-out bits
+      per byte), `trainable` and `skipped`; "step_ms": of all members together.
     """
     # ------------------------------------------------------------------ setup
     plugins.load(config)
@@ -177,14 +177,14 @@ def prepare_members(
     batches: grain.MapDataset,
     bars: rich.progress.Progress,
 ) -> Prepared:
-    """All members in one program; the base is what they share."""
+    """Prepares all members as one program; they share the base."""
 
     def make_tx(learning_rate: float) -> optax.GradientTransformation:
         return optimizers.make_optimizer(
             learning_rate, config.run.steps, config.optimizer
         )
 
-    # Keys as `byte_model.adapt` draws them, so that a member is that run.
+    # Keys as in `byte_model.adapt`, so that a member equals that run.
     keys = [jax.random.fold_in(jax.random.key(m.seed), 1) for m in chosen]
     init_keys, step_keys = zip(*map(jax.random.split, keys), strict=True)
     kernels = lorax.discover(loss_fn, base, batches[0])
@@ -205,7 +205,7 @@ def prepare_members(
 
 
 class Report:
-    """A hook: every so often the bar moves, and the metrics get a line a member.
+    """A hook that moves the bar and writes each member's metrics at intervals.
 
     Attributes:
       clock: of the steps; every report is a lap.
@@ -225,7 +225,7 @@ class Report:
         self._log, self.clock = log, Clock()
 
     def __call__(self, step: Step) -> None:
-        """Reports where that is due."""
+        """Reports if a report is due."""
         if not step.due(self._every):
             return
         loss = jax.device_get(step.metrics["loss"])  # [K]; waits for the step
@@ -242,9 +242,9 @@ def start(
     base: Any,
     kernels: Any,
 ) -> tuple[lorax.Adapters, Any]:
-    """Returns a member's adapters at init, and the base with what it is lent.
+    """Returns a member's initial adapters, and the base with their frozen arrays.
 
-    Members share the frozen arrays of a method: those that the first one drew.
+    Members share a method's frozen arrays: those that the first member drew.
 
     Raises:
       ValueError: the init moves a part of the base.
@@ -256,14 +256,14 @@ def start(
     if tree.split(params)[0] is not tree.split(base)[0]:
         raise ValueError(
             f"config.adapter.init={adapter.init!r} moves a part of the base into the "
-            "adapters, and members share one base: use init='standard', or run the "
+            "adapters, but members share one base: use init='standard', or run the "
             "members one by one"
         )
     return adapters, params
 
 
 def table(results: dict[str, Any]) -> rich.table.Table:
-    """The closing table, a row a member; the best is bold."""
+    """Returns the closing table, with a row for each member and the best in bold."""
     header = (
         "member",
         "held-out\nbits/byte",

@@ -1,8 +1,8 @@
 """The base model: trained once on the standard library's source, then cached.
 
 The cache's key is a hash of everything the base depends on: the model and pretraining
-values of the config, the text itself and the versions of this code. The file appears
-by an atomic rename, so a run that is killed, or two at once, leave no half of one.
+values of the config, the text itself and the version of this code. The file is renamed
+into place atomically, so a killed run, or two at once, never leave half a file.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from experiments.machine import disk
 from experiments.trainer import metric_log, nonfinite, objects, optimizers, prepare
 from experiments.trainer.fit import Output, Schedule, fit
 
-# Bumped when the model's or the pretraining code's meaning changes.
+# Bumped when the model or the pretraining code changes what it computes.
 VERSION = 1
 
 
@@ -57,7 +57,7 @@ def load_or_train(
             logging.info("base model read from %s", path)
             return params
         except (safetensors.SafetensorError, ValueError, OSError) as e:
-            logging.warning("%s cannot be read (%s): training the base anew", path, e)
+            logging.warning("%s cannot be read (%s): training the base again", path, e)
     path.parent.mkdir(parents=True, exist_ok=True)  # fails before the work, not after
     guard = nonfinite.Guard(path.parent, nonfinite.LIMIT)
     params = _train(config, model, example, bars, metrics_writer, guard)
@@ -66,7 +66,7 @@ def load_or_train(
 
 
 def fingerprint(config: ml_collections.ConfigDict) -> str:
-    """Hash of what decides the base: config, text and versions of the code."""
+    """Returns a hash of what determines the base: config, text and code versions."""
     values = {
         "versions": [VERSION, documents.VERSION],
         "seed": config.run.seed,
@@ -80,7 +80,7 @@ def fingerprint(config: ml_collections.ConfigDict) -> str:
 
 
 def cache_dir(configured: str) -> pathlib.Path:
-    """`configured`, or `lorax` under the user's cache directory (XDG)."""
+    """Returns `configured`, or `lorax` in the user's cache directory (XDG)."""
     if configured:
         return pathlib.Path(configured).expanduser()
     user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -95,7 +95,7 @@ def _train(
     metrics_writer: metric_log.Writer,
     guard: nonfinite.Guard,
 ) -> Any:
-    """Trains every leaf from a random start."""
+    """Trains every leaf from a random initialisation."""
     init_key, fit_key = jax.random.split(jax.random.key(config.run.seed))
     params = jax.jit(model.init)(init_key, example)["params"]
     hp = config.model.pretrain
@@ -130,7 +130,7 @@ def _save(path: pathlib.Path, params: Any) -> None:
 
 
 def _load(path: pathlib.Path, abstract: Any) -> Any:
-    """Reads parameters; a ValueError if they are not of the shapes of `abstract`."""
+    """Reads parameters; ValueError if their shapes are not those of `abstract`."""
     flat = safetensors.numpy.load_file(path)
     params = flax.traverse_util.unflatten_dict(flat, sep="/")
     described = jax.tree.map(lambda x: (x.shape, str(x.dtype)), params)

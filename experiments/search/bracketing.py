@@ -1,4 +1,4 @@
-"""A search for a learning rate that goes on until the best lies between two others."""
+"""A learning rate search that goes on until the best rate is between two others."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,13 @@ from collections.abc import Callable
 def bracket(
     score: Callable[[float], float], start: float, factor: float, limit: int
 ) -> dict[float, float]:
-    """Scores `start`, its neighbours, and on downhill until the best is inside.
+    """Scores `start` and its neighbours, and goes downhill until the best is inside.
 
     Args:
-      score: of a learning rate, lower is better; NaN counts as worst.
+      score: scores a learning rate; lower is better, and NaN is worst.
       start: the first learning rate.
-      factor: ratio of neighbours.
-      limit: most evaluations to spend.
+      factor: ratio of neighbouring rates.
+      limit: maximum number of evaluations.
 
     Returns:
       Learning rate -> score, in order of learning rate.

@@ -1,16 +1,16 @@
-"""What a sweep runs: a grid over fields of a config, and which runs go as one.
+"""What a sweep runs: a grid over fields of a config, and which runs train as one.
 
     values = grid.parse_grid("adapter.rank=2,8; adapter.init=pissa", config)
     runs = make_runs(config, values)
     jobs = make_jobs(runs, overrides={})
 
-A job is one process of `experiments.main`: a run of its own, or a population. Runs
-become one population where they differ in nothing but LoRA's learning rate, rank and
-alpha, and their init leaves the base as it is: members share base and batches. Runs of
-different `run.seed` do not, for it seeds the base and the order of the batches too.
+A job is one process of `experiments.main`: a single run, or a population. Runs become
+one population if they differ only in LoRA's learning rate, rank and alpha, and their
+init leaves the base as it is: members share base and batches. Runs with different
+`run.seed` do not, because it also seeds the base and the order of the batches.
 
-Alpha is as given: a grid over `adapter.rank` alone keeps `adapter.alpha`, so the scale
-alpha / rank changes with it.
+Alpha is taken as given: a grid over `adapter.rank` alone keeps `adapter.alpha`, so the
+scale alpha / rank changes with the rank.
 """
 
 import copy
@@ -31,18 +31,18 @@ POOLED = {
     "adapter.rank": "rank",
     "adapter.alpha": "alpha",
 }
-"""Fields in which members of a population may differ, and what it calls them."""
+"""Fields in which members of a population may differ -> their names in `population`."""
 COMMON = ("base.test_bpb", "lora.test_bpb", "lora.trainable")
-"""What a population and a run of its own both report."""
+"""What both a population and a single run report."""
 
 
 class Run(NamedTuple):
     """One point of the grid.
 
     Attributes:
-      fields: its values, by the grid's fields.
-      config: the whole of it.
-      hash: of that.
+      fields: the grid's fields -> their values here.
+      config: the whole config.
+      hash: the hash of `config`.
     """
 
     fields: dict[str, Any]
@@ -50,7 +50,7 @@ class Run(NamedTuple):
     hash: str
 
     def told(self) -> str:
-        """The values of its fields, as they would be typed."""
+        """Returns the values of its fields, as they would be typed."""
         return ", ".join(f"{k}={flag_text(v)}" for k, v in self.fields.items())
 
 
@@ -59,9 +59,9 @@ class Job(NamedTuple):
 
     Attributes:
       name: of its folder.
-      runs: one, or the members in their order.
-      flags: the overrides of the config that make it.
-      why: the run is no member of a population; "" where it could be.
+      runs: the single run, or the members in order.
+      flags: the config overrides that define it.
+      why: why the run cannot be in a population; "" if it could.
     """
 
     name: str
@@ -76,8 +76,8 @@ def make_runs(
     """Returns every combination of `parse_grid`'s values, the last field fastest."""
     if any(value != () for value in config.get("population", {}).values()):
         raise ValueError(
-            "config.population is set: a sweep makes its populations itself; give the "
-            f"values to --grid, as {', '.join(POOLED)}"
+            "config.population is set, but a sweep makes its populations itself; give "
+            f"the values to --grid, as {', '.join(POOLED)}"
         )
     runs = []
     for point in itertools.product(*values.values()):
@@ -90,7 +90,7 @@ def make_runs(
 
 
 def digest(config: ml_collections.ConfigDict) -> str:
-    """A hash of every value of a config, references resolved."""
+    """Returns a hash of every value of a config, with references resolved."""
     text = json.dumps(config.to_dict(), sort_keys=True, default=repr)
     return _short(text)
 
@@ -103,14 +103,14 @@ def make_jobs(
     metric: str = "",
     most: int = 16,
 ) -> list[Job]:
-    """Groups the runs into as few processes as may be.
+    """Groups the runs into as few processes as possible.
 
     Args:
       runs: those still to do.
-      overrides: fields that the command line sets besides, with their values.
-      populations: False: every run goes alone.
-      metric: what is asked of the results; a population reports COMMON alone.
-      most: members of one population; each takes the activations of a run.
+      overrides: other fields that the command line sets, with their values.
+      populations: False: every run is a process of its own.
+      metric: the result that is asked for; a population reports only COMMON.
+      most: most members of one population; each needs the activations of a run.
     """
     groups: dict[Any, list[Run]] = {}
     whys: dict[Any, str] = {}
@@ -137,11 +137,11 @@ def make_jobs(
 
 
 def apart(config: ml_collections.ConfigDict) -> str:
-    """Why a run cannot be a member of a population; "" if it can."""
+    """Returns why a run cannot be a member of a population; "" if it can."""
     if "source" in config.model:
         return "runs from a checkpoint have no populations"
     if config.run.methods[:1] != ("lora",):
-        return f"run.methods={config.run.methods} starts with another than lora"
+        return f"run.methods={config.run.methods} does not start with lora"
     init = inits.REGISTRY[config.adapter.init]
     if not init.keeps_base or init.stats:
         return f"adapter.init={config.adapter.init} does not leave the base as it is"
@@ -153,14 +153,14 @@ def apart(config: ml_collections.ConfigDict) -> str:
 
 
 def flag_text(value: Any) -> str:
-    """The text from which a flag of the config reads the value."""
+    """Returns the text from which a config flag reads the value."""
     if isinstance(value, bool):
         return str(value).lower()
     return value if isinstance(value, str) else repr(value)
 
 
 def describe(runs: Sequence[Run], jobs: Sequence[Job], at_once: int) -> str:
-    """Lists the jobs, each with its runs, and says what to know of them."""
+    """Lists the jobs with their runs, and what to know about them."""
     left = sum(len(job.runs) for job in jobs)
     lines = [
         f"{len(runs)} runs: {len(runs) - left} finished before, {left} to do in "
@@ -179,16 +179,16 @@ def describe(runs: Sequence[Run], jobs: Sequence[Job], at_once: int) -> str:
     beside = {m for job in pooled for m in job.runs[0].config.run.methods} - {"lora"}
     if beside:
         lines.append(
-            f"populations train lora alone, not {', '.join(sorted(beside))}; "
+            f"populations train only lora, not {', '.join(sorted(beside))}; "
             "--populations=false, or a --metric of it, trains all of run.methods"
         )
     return "\n".join(lines)
 
 
 def _pool(config: ml_collections.ConfigDict) -> str:
-    """Equal for the runs that one population can hold: a hash of all else."""
+    """Returns a hash of the other fields, equal for runs that can share a program."""
     rest = copy.deepcopy(config)
-    # AdaLoRA's allocation and Muon's factor of the width would see padded ranks.
+    # AdaLoRA's allocation and Muon's width factor would see padded ranks.
     cls = adapters.get(config.adapter.adapter)
     padded = cls.padded and not cls.counts_ranks
     ranks = padded and config.optimizer.name not in optimizers.SEES_SHAPES
@@ -201,7 +201,7 @@ def _pool(config: ml_collections.ConfigDict) -> str:
 
 
 def _flags_of(members: Sequence[Run]) -> list[tuple[str, Any]]:
-    """The grid's fields as overrides; what members differ in, as tuples."""
+    """Returns the grid's fields as overrides, as tuples where members differ."""
     flags = []
     for name, value in members[0].fields.items():
         values = tuple(member.fields[name] for member in members)

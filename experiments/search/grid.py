@@ -1,7 +1,7 @@
 """A grid over the fields of a config, as text: `adapter.rank=2,8; adapter.init=pissa`.
 
-Everything wrong with it is found before anything runs: an unknown field, a value of
-another type than the field's.
+All mistakes in it are found before anything runs: unknown fields, and values that are
+not of their field's type.
 """
 
 import ast
@@ -22,20 +22,20 @@ def parse_grid(
 ) -> dict[str, list[Any]]:
     """Reads `field=value,value; field=value`.
 
-    Commas and semicolons inside brackets or quotes do not split. A value is a Python
-    literal where it is one, else a string; a field of strings takes any text.
+    Commas and semicolons inside brackets or quotes do not split. A value is read as a
+    Python literal if possible, else as a string; a string field takes any text.
 
     Args:
       text: the grid.
-      config: whose fields they are.
-      overridden: fields that the command line sets besides.
+      config: the config that has the fields.
+      overridden: other fields that the command line sets.
 
     Returns:
       Field -> its values, in the order given.
 
     Raises:
-      ValueError: an unknown field, a value of another type than the field's, a field or
-        value given twice, no values, or an open bracket or quote.
+      ValueError: an unknown field, a value that is not of the field's type, a field or
+        value given twice, no values, or an unclosed bracket or quote.
 
     Example:
       >>> config = ml_collections.ConfigDict({"adapter": {"rank": 8, "init": "x"}})
@@ -64,7 +64,7 @@ def parse_grid(
 
 
 def split(text: str, separator: str) -> list[str]:
-    """Splits where the separator is inside no bracket and no quote."""
+    """Splits at separators outside brackets and quotes."""
     parts, closing, quote = [""], [], ""
     pairs = {"(": ")", "[": "]", "{": "}"}
     for letter in text:
@@ -86,11 +86,11 @@ def split(text: str, separator: str) -> list[str]:
 
 
 def kind_of(name: str, config: ml_collections.ConfigDict) -> type:
-    """The type of a field; ValueError for what is no field, or cannot be swept."""
+    """Returns the type of a field; ValueError if it is unknown or cannot be swept."""
     known = [field for field, _ in fields.leaves(config)]
     if name.startswith("population."):
         raise ValueError(
-            f"--grid: {name}: a sweep makes its populations itself; give the field of "
+            f"--grid: {name}: a sweep makes its populations itself; give a field of "
             "the run, such as adapter.rank"
         )
     if inside := [field for field in known if field.startswith(f"{name}.")]:
@@ -100,7 +100,7 @@ def kind_of(name: str, config: ml_collections.ConfigDict) -> type:
         near = [field for field in known if field.rpartition(".")[2] == last]
         near += difflib.get_close_matches(name, known, n=4, cutoff=0.5)
         told = ", ".join(dict.fromkeys(near)) or f"sections {', '.join(config)}"
-        raise ValueError(f"--grid: the config has no field {name}; near it: {told}")
+        raise ValueError(f"--grid: the config has no field {name}; try {told}")
     holder, _, last = name.rpartition(".")
     kind = at(config, holder).get_type(last)
     if kind not in KINDS:
@@ -111,7 +111,7 @@ def kind_of(name: str, config: ml_collections.ConfigDict) -> type:
 
 
 def read_value(name: str, text: str, kind: type) -> Any:
-    """Reads a value as the type of its field; ValueError if it is of another."""
+    """Reads a value as its field's type; ValueError if it is of another type."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -132,7 +132,7 @@ def read_value(name: str, text: str, kind: type) -> Any:
 
 
 def at(config: ml_collections.ConfigDict, path: str) -> Any:
-    """What stands at a dotted path; the config itself at ""."""
+    """Returns what is at a dotted path; "" is the config itself."""
     for name in filter(None, path.split(".")):
         config = config[name]
     return config

@@ -1,4 +1,4 @@
-"""The processes of a sweep: some side by side, none left behind."""
+"""The processes of a sweep: several at a time, none left behind."""
 
 import contextlib
 import json
@@ -24,10 +24,10 @@ class Asked(NamedTuple):
     """What is asked of a sweep.
 
     Attributes:
-      config: the file of the config, as it was typed.
+      config: the config file, as it was typed.
       overrides: fields that the command line sets besides the grid, with their values.
-      at_once: processes side by side.
-      populations: whether runs that are alike train as one.
+      at_once: processes at a time.
+      populations: whether similar runs train as one.
       members: most members of a population.
       metric: dotted name in the results to sort by; "": the task's own.
       best: "min", "max" or "auto".
@@ -45,10 +45,10 @@ class Asked(NamedTuple):
 
 
 def sweep(folder: pathlib.Path, every: Sequence[Run], asked: Asked) -> int:
-    """Does what is not done yet, prints the table and returns the exit code.
+    """Runs what is not finished yet, prints the table and returns the exit code.
 
     Raises:
-      ValueError: another sweep has the folder, or no result has the metric.
+      ValueError: another sweep uses the folder, or no result has the metric.
     """
     with contextlib.ExitStack() as stack:
         if not asked.dry_run:
@@ -72,7 +72,7 @@ def sweep(folder: pathlib.Path, every: Sequence[Run], asked: Asked) -> int:
 
 
 def make_command(config: str) -> Callable[[Job, pathlib.Path], list[str]]:
-    """Returns `(job, its folder) -> the command line`, for the file of a config."""
+    """Returns `(job, its folder) -> command line` for a config file."""
 
     def command(job: Job, folder: pathlib.Path) -> list[str]:
         main = [sys.executable, "-m", "lorax_cli", "run", f"--config={config}"]
@@ -87,7 +87,7 @@ def fill(
     at_once: int,
     command: Callable[[Job, pathlib.Path], Sequence[str]],
 ) -> int:
-    """Launches the jobs, writes the lines and returns how many runs failed."""
+    """Launches the jobs, adds their lines to the table and counts failed runs."""
     failed, left = 0, len(jobs)
 
     def finished(job: Job, lines: list[Line]) -> None:
@@ -119,24 +119,24 @@ def launch(
     finished: Callable[[Job, list[Line]], None],
     grace: float = 30.0,
 ) -> None:
-    """Runs every job in a process, some side by side; a failure stops no other.
+    """Runs every job in its own process; a failure does not stop the others.
 
-    However it is left, SIGTERM and Ctrl-C included, no process stays behind.
+    However this function ends, by SIGTERM or Ctrl-C too, no process is left running.
 
     Args:
       jobs: in the order in which they start.
-      at_once: how many side by side.
-      command: of a job and its folder.
+      at_once: how many run at a time.
+      command: `(job, its folder) -> command line`.
       folder: of the sweep; a job's is `folder/<name>`, with its output in `log.txt`.
-      finished: gets each job with its lines, one a run, as soon as it is over.
-      grace: seconds that processes have between SIGTERM and SIGKILL; a run that keeps
-        itself saves meanwhile. A second signal ends them at once.
+      finished: called with each job and its lines, one per run, as soon as it ends.
+      grace: seconds between SIGTERM and SIGKILL, in which a run with checkpoints saves.
+        A second signal kills the processes at once.
 
     Raises:
       SystemExit: after a signal, with 128 and its number.
     """
     environment = dict(os.environ)
-    if at_once > 1:  # or the first process takes most of an accelerator's memory
+    if at_once > 1:  # else the first process takes most of an accelerator's memory
         share = f"{0.9 / at_once:.2f}"
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
     waiting = list(reversed(jobs))
@@ -145,7 +145,7 @@ def launch(
     def start(job: Job) -> None:
         own = folder / job.name
         own.mkdir(parents=True, exist_ok=True)
-        (own / "results.json").unlink(missing_ok=True)  # of another try
+        (own / "results.json").unlink(missing_ok=True)  # of an earlier try
         with open(own / "log.txt", "wb") as log:
             process = subprocess.Popen(
                 command(job, own),
@@ -153,7 +153,7 @@ def launch(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C comes to us alone
+                start_new_session=True,  # Ctrl-C reaches only us
             )
         running[process] = job, time.monotonic()
 
@@ -175,7 +175,7 @@ def launch(
 
 
 def lines_of(job: Job, folder: pathlib.Path, code: int) -> list[Line]:
-    """The lines of a job that is over, one a run, but for the seconds."""
+    """Returns the lines of a finished job, one per run, without the seconds."""
     results, tail = None, ""
     if code == 0:
         try:
@@ -193,7 +193,7 @@ def lines_of(job: Job, folder: pathlib.Path, code: int) -> list[Line]:
             line |= {"exit_code": code, "log": str(log), "tail": tail}
         elif len(job.runs) == 1:
             line["results"] = results
-        else:  # in the form of a run of its own
+        else:  # in the form of a single run
             row = results["members"][k]
             own = {name: row[name] for name in ("test_bpb", "trainable", "skipped")}
             line["results"] = {"base": results["base"], "lora": own}
@@ -205,9 +205,9 @@ def lines_of(job: Job, folder: pathlib.Path, code: int) -> list[Line]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM: an exception could come between two lines of ours.
+    """Collects SIGINT and SIGTERM instead of raising between any two lines.
 
-    It could leave a process that we have started and not yet noted down, or half a
+    An exception could leave a process that was started but not yet recorded, or half a
     table.
     """
     told: list[int] = []
@@ -227,7 +227,7 @@ def _signals() -> Iterator[list[int]]:
 def _stop(
     running: dict[subprocess.Popen, Any], grace: float, told: Sequence[int]
 ) -> None:
-    """Ends the processes, at the latest after the grace or at a second signal."""
+    """Ends the processes; kills them after the grace or at a second signal."""
 
     def alive() -> list[subprocess.Popen]:
         return [process for process in running if process.poll() is None]
@@ -247,7 +247,7 @@ def _stop(
 
 
 def _finite(value: Any) -> Any:
-    """The same without NaN and infinities, which JSON has not: None."""
+    """Replaces NaN and infinities, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {name: _finite(held) for name, held in value.items()}
     if isinstance(value, list):

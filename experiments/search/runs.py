@@ -1,10 +1,11 @@
 """The table of a sweep's runs.
 
-`runs.jsonl` holds a JSON line a run: "fields" (of the grid), "hash" (of the complete
-config), "ok", "results", "seconds" (of the process), "workdir", and of a member of a
-population "member" and "population", its number and theirs. A failed run has the end of
-its log instead of results, and is tried again. A line of another hash counts for
-nothing. One parent writes the file, whole and by rename.
+`runs.jsonl` holds a JSON line for each run: "fields" (of the grid), "hash" (of the
+complete config), "ok", "results", "seconds" (of the process), "workdir" and, for a
+member of a population, "member" and "population" (its index and their number). A failed
+run has the end of its log instead of results, and is retried. Lines with a hash that is
+not in the grid are ignored. Only the parent process writes the file, whole and by
+rename.
 """
 
 import contextlib
@@ -22,19 +23,19 @@ from experiments.search.combinations import COMMON, Run
 
 Line = dict[str, Any]
 LESS = ("bpb", "loss", "perplexity", "seconds", "_ms", "bytes", "trainable")
-"""Words in the name of a metric of which less is better."""
+"""Words in the names of metrics for which less is better."""
 
 
 class RunTable:
     """The lines of `folder/runs.jsonl`.
 
-    A last line that was cut off is dropped.
+    If the last line is cut off, it is dropped.
 
     Args:
       folder: of the sweep.
 
     Raises:
-      ValueError: another line is not one of a run.
+      ValueError: any other line is not a run's.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -50,14 +51,14 @@ class RunTable:
             except (ValueError, KeyError, TypeError) as e:
                 if number < len(given):
                     raise ValueError(
-                        f"{self.path}, line {number} is not a run's; mend or remove it"
+                        f"{self.path}, line {number} is not a run's; fix or remove it"
                     ) from e
                 logging.warning("%s: the last line is cut off; dropped", self.path)
             else:
                 self.lines.append(line)
 
     def add(self, lines: Sequence[Line]) -> None:
-        """Appends lines: after it the file has all of them, or none."""
+        """Appends lines atomically: the file gets all of them, or none."""
         self.lines += lines
         handle, partial = tempfile.mkstemp(dir=self.path.parent, suffix=".partial")
         try:
@@ -72,12 +73,12 @@ class RunTable:
             raise
 
     def latest(self, run: Run) -> Line | None:
-        """The last line of the run; one that is finished goes before a failed one."""
+        """Returns the run's last line; finished ones take precedence over failed."""
         own = [line for line in self.lines if line["hash"] == run.hash]
         return next(reversed([line for line in own if line["ok"]] or own), None)
 
     def finished(self, run: Run, metric: str = "") -> bool:
-        """Whether the run has a line, and in it what is asked of a run of its own."""
+        """Whether the run is finished, with the metric if a single run reports it."""
         line = self.latest(run)
         if line is None or not line["ok"]:
             return False
@@ -87,7 +88,7 @@ class RunTable:
 
 @contextlib.contextmanager
 def only_one(folder: pathlib.Path) -> Iterator[None]:
-    """Holds the folder for this process; ValueError if another one has it."""
+    """Locks the folder for this process; ValueError if another one holds it."""
     from lorax.checkpoint import folders  # jax loads only once the grid is right
 
     folders.require_directory(folder)
@@ -104,14 +105,14 @@ def only_one(folder: pathlib.Path) -> Iterator[None]:
 
 
 def value_of(results: Any, name: str) -> Any:
-    """The number at a dotted name of the results; None if there is none."""
+    """Returns the number at a dotted name of the results; None if there is none."""
     for part in name.split("."):
         results = results.get(part) if isinstance(results, dict) else None
     return results if isinstance(results, int | float) else None
 
 
 def names_of(results: Any, prefix: str = "") -> list[str]:
-    """The dotted names of all numbers."""
+    """Returns the dotted names of all numbers."""
     names = []
     for name, value in results.items():
         if isinstance(value, dict):
@@ -122,7 +123,7 @@ def names_of(results: Any, prefix: str = "") -> list[str]:
 
 
 def default_metric(results: Line, config: Any) -> str:
-    """What a run is judged by: of the first method, or what the base is judged by."""
+    """Returns the metric to sort by: the first method's, or one of the base's."""
     if "base" in results:
         return f"{config.run.methods[0]}.test_bpb"
     return next((name for name in results if f"base_{name}" in results), "steps")
@@ -134,10 +135,10 @@ def report(
     """Returns the runs as a Markdown table, best first, failed ones last.
 
     Args:
-      table: with their lines.
-      runs: of the grid.
+      table: holds their lines.
+      runs: the runs of the grid.
       metric: dotted name in the results; "" for `default_metric`.
-      best: "min", "max", or "auto": less is better of names with a word of LESS.
+      best: "min", "max", or "auto": "min" for names that contain a word of LESS.
 
     Raises:
       ValueError: no finished run has the metric.

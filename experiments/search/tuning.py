@@ -1,6 +1,6 @@
-"""Each method's learning rate: a geometric sweep until the best lies inside of it.
+"""Each method's learning rate: a geometric sweep until the best rate is inside it.
 
-Every rate trains as long as the config says, and is judged on the `selection`
+Every rate trains for as long as the config says, and is judged on the `selection`
 documents, which no reported figure uses.
 """
 
@@ -23,7 +23,7 @@ from experiments.trainer import metric_log, metrics, nonfinite, objects, progres
 from experiments.trainer.fit import Output
 
 Sweep = dict[float, float]
-"""Learning rate -> bits per byte; infinite where the run diverged."""
+"""Learning rate -> bits per byte; infinite if the run diverged."""
 
 
 def tune(
@@ -32,10 +32,11 @@ def tune(
     """Sweeps every method of the config, prints the table and writes `sweep.json`.
 
     Args:
-      config: as `configs/quickstart.py` returns it; its learning rates are the first.
+      config: as `configs/quickstart.py` returns it; the sweep starts at its learning
+        rates.
       folder: for `sweep.json` and `metrics.jsonl`.
       factor: ratio of neighbouring learning rates.
-      most: learning rates of a method.
+      most: maximum number of learning rates per method.
     """
     console = rich.console.Console()
     with metric_log.Writer(folder) as log:
@@ -60,13 +61,13 @@ def make_score(
     log: metric_log.Writer,
     folder: pathlib.Path,
 ) -> Callable[[str, float], float]:
-    """Returns `(method, learning rate) -> bits per byte` of the selection documents.
+    """Returns `(method, learning rate) -> bits per byte` on the selection documents.
 
     Args:
       config: of the runs.
-      console: for progress, and for what diverged.
+      console: shows progress and diverged runs.
       log: gets every score.
-      folder: for the batches of a run that diverged.
+      folder: gets the batch at which a run diverged.
     """
     topics = documents.topics()
     selection = windows.evaluation_batches(
@@ -97,7 +98,7 @@ def make_score(
 
 
 def table(sweeps: Mapping[str, Sweep]) -> rich.table.Table:
-    """The rates of every method, its best in bold."""
+    """Returns a table of the rates of every method, with the best in bold."""
     out = rich.table.Table("method", "learning rate", "selection bits/byte")
     for method, sweep in sweeps.items():
         best = min(sweep, key=sweep.__getitem__)
@@ -108,5 +109,5 @@ def table(sweeps: Mapping[str, Sweep]) -> rich.table.Table:
 
 
 def _finite(sweep: Sweep) -> dict[float, float | None]:
-    """The same without infinity, which JSON has not: None."""
+    """Replaces infinity, which JSON does not have, by None."""
     return {rate: bits if math.isfinite(bits) else None for rate, bits in sweep.items()}

@@ -1,1 +1,1 @@
-"""Questions, one file each: a command, a table, a figure, results as JSON."""
+"""Studies, one file per question: a command, a table, a figure, results as JSON."""

@@ -1,16 +1,16 @@
-"""Eight methods on a real checkpoint and real data, each at a learning rate of its own.
+"""Eight methods on a real checkpoint and real data, each at its own learning rate.
 
     python -m experiments.studies.e2e_methods --study_dir=docs/results/e2e_methods
 
 The base of 260 thousand parameters and the data of `configs/gpt2_e2e_lora.py:runlocal`:
-rank 4 on every linear kernel, 200 steps of 32 examples. A method gets the four learning
-rates of one grid on seed 0, and more while the best lies at its edge, held against the
-last 600 rows of the validation set; at the best rate three fresh seeds are held
-against the first 600. All runs are about five hours of one core each.
+rank 4 on every linear kernel, 200 steps of 32 examples. On seed 0, a method gets the
+four learning rates of one grid, and more while the best lies at its edge, judged on the
+last 600 rows of the validation set; at its best rate, three fresh seeds are judged on
+the first 600. All runs together take about five hours of one core.
 
-Every run is a line of `runs.jsonl`, so a study that was cut short goes on; until all
-are there, it says what is missing. Two processes that share the work, by
-`--study_methods`, may share the folder.
+Every run is a line of `runs.jsonl`, so an interrupted study resumes; until all runs are
+there, it says which are missing. Two processes that divide the work by
+`--study_methods` may share the folder.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ from experiments.generation import loading
 from experiments.studies.method import comparison, trial
 from experiments.tasks import losses, respond
 
-_ONLY = flags.DEFINE_list("study_methods", [], "Run these alone; none: all.")
-_MINUTES = flags.DEFINE_float("study_minutes", None, "Start no run after as many.")
+_ONLY = flags.DEFINE_list("study_methods", [], "Methods to run; none: all.")
+_MINUTES = flags.DEFINE_float("study_minutes", None, "Time limit for new runs.")
 
 GRID = (1e-3, 10**-2.5, 1e-2, 10**-1.5)
 SEEDS = (1, 2, 3)
@@ -40,13 +40,13 @@ Chosen = dict[str, Any]
 
 
 def _adalora(matrices: int = 35, start: int = 6) -> Chosen:
-    """From rank 6 to an average of 4, a matrix; the same scale as LoRA's."""
+    """From rank 6 to an average of 4 per matrix, with LoRA's scale."""
     budget = {
         "target_budget": RANK * matrices,
         "initial_warmup": STEPS // 10,
         "final_steps": STEPS // 3,
-        # As it was run: the paper's sum of 0.1 a matrix, before the moments. It is not
-        # the default any more (docs/results/orthogonality says why).
+        # As it was run: the paper's sum of 0.1 per matrix, before the moments. This is
+        # no longer the default (docs/results/orthogonality says why).
         "orthogonal_form": "squared",
         "orthogonal_weight": 0.1 * matrices,
     }
@@ -71,7 +71,7 @@ METHODS: dict[str, Chosen] = {
     },
     "full": {"run.methods": ("full",)},
 }
-"""Fields of the config that a method changes."""
+"""Method -> the fields of the config that it changes."""
 
 
 class Setting(NamedTuple):
@@ -82,7 +82,7 @@ class Setting(NamedTuple):
       base: the parameters.
       train: seed -> batches.
       choose: parameters -> bits per byte on the rows that choose a rate.
-      report: likewise on the rows reported.
+      report: likewise on the reported rows.
     """
 
     loss_fn: Callable[..., Any]
@@ -93,7 +93,7 @@ class Setting(NamedTuple):
 
 
 def configured(method: str, **fields: Any) -> ml_collections.ConfigDict:
-    """The config of `runlocal` with the method in place."""
+    """Returns the config of `runlocal` with the method in place."""
     config = gpt2_e2e_lora.get_config("runlocal").unlock()
     config.run.steps, config.adapter.rank = STEPS, RANK
     config.adapter.alpha = 8.0 * RANK
@@ -104,7 +104,7 @@ def configured(method: str, **fields: Any) -> ml_collections.ConfigDict:
 
 
 def make_setting(config: ml_collections.ConfigDict, rows: int = ROWS) -> Setting:
-    """Reads model and data, once for all."""
+    """Reads model and data, once for all methods."""
     data = config.data
     model, base, tokenizer = loading.load_base(config.model, jax.random.key(0))
     pad = tokenization.padding_id(tokenizer)
@@ -132,7 +132,7 @@ def make_setting(config: ml_collections.ConfigDict, rows: int = ROWS) -> Setting
 def study(
     method: str, setting: Setting, runs: comparison.Runs, config: Any, grid: Any = GRID
 ) -> None:
-    """Makes the runs of a method that are not there yet, each a line of `runs`."""
+    """Makes a method's missing runs, each a line of `runs`."""
     make = trial.make_run(
         config, setting.loss_fn, setting.base, setting.train, config.run.methods[0]
     )
@@ -153,10 +153,10 @@ def study(
 
 
 def read(runs: comparison.Runs, grid: Any = GRID) -> tuple[dict[str, Any], list[str]]:
-    """Returns results by method as `comparison.table` takes them, and what is missing.
+    """Returns results by method, for `comparison.table`, and what is missing.
 
     Args:
-      runs: those made so far.
+      runs: the runs so far.
       grid: the learning rates that every method gets.
     """
     results, missing = {}, []
@@ -176,11 +176,11 @@ def read(runs: comparison.Runs, grid: Any = GRID) -> tuple[dict[str, Any], list[
 
 
 def main(argv: Sequence[str]) -> None:
-    """Goes on with the study, prints the table, draws the figure."""
+    """Resumes the study, prints the table, draws the figure."""
     del argv
     folder = comparison.folder("e2e_methods")
     configs = {method: configured(method) for method in METHODS}
-    # What a run depends on: a line made under other settings counts for nothing.
+    # What a run depends on: lines made under other settings are ignored.
     settings = {m: _digest(config) for m, config in configs.items()}
     runs = comparison.Runs(folder / "runs.jsonl", settings, _MINUTES.value)
     if read(runs)[1]:
@@ -205,9 +205,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _digest(config: ml_collections.ConfigDict) -> str:
-    """Of the fields that a run depends on: others may come to the config and go."""
+    """Returns a digest of the fields that a run depends on; others may change."""
     sections = [config[name].to_dict() for name in ("adapter", "optimizer")]
-    if sections[0].get("redistribute") == 1:  # as before there was the field
+    if sections[0].get("redistribute") == 1:  # as before the field existed
         del sections[0]["redistribute"]
     run = [config.run[name] for name in ("methods", "steps", "label_smoothing")]
     data = [config.data[n] for n in ("form", "train_rows", "lengths", "batch_size")]

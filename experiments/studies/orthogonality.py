@@ -1,21 +1,21 @@
-"""What does AdaLoRA's pull to orthonormality cost, and in which form the least?
+"""What does AdaLoRA's pull to orthonormality cost, and which form costs least?
 
     python -m experiments.studies.orthogonality --study_dir=docs/results/orthogonality
 
-P diag(lam) Q against LoRA at equal rank, and nothing is pruned, so that nothing but
-the parametrisation and the penalty tell the two apart. The student is
-x <- x + tanh(x W_k) over four kernels 48 x 48; the teacher's kernels differ by an
-update of full rank whose singular values fall by 0.8 each, or by its first four ("low
-rank"); targets have noise. Adam, adapters of rank 4, 64 examples a step. What counts is
-the noiseless error on fresh inputs over that of the start, and beside it the mean of
-|p^T p - I| and |q q^T - I| (Frobenius norms), and s_4 / s_1, the smallest over the
-largest singular value of an update, in the kernel where it is least: near zero there,
-the adapter has spent a triplet on a direction that others have already.
+P diag(lam) Q against LoRA at equal rank without pruning, so that the two differ only in
+the parametrisation and the penalty. The student is x <- x + tanh(x W_k) over four
+kernels 48 x 48; the teacher's kernels differ by an update of full rank whose singular
+values decay by a factor of 0.8, or by its first four ("low rank"); targets have noise.
+Adam, adapters of rank 4, 64 examples per step. The score is the noiseless error on
+fresh inputs, relative to the start. The tables also have the mean of |p^T p - I| and
+|q q^T - I| (Frobenius norms), and s_4 / s_1, the smallest over the largest singular
+value of an update, in the kernel where it is least: near zero, the adapter has spent a
+triplet on a direction that other triplets already have.
 
 Every arm has its own learning rate in every setting: four, a factor 2 apart, and up to
 three more while the best lies at the edge, on four seeds; twelve other seeds are
-reported, each beside LoRA on the same seed. Every rate is a line of `runs.jsonl`, so a
-study that was cut short goes on.
+reported, each paired with LoRA on the same seed. Every rate is a line of `runs.jsonl`,
+so an interrupted study resumes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from experiments.studies.method import comparison
 from lorax import _lapack, optim
 from lorax.adapters import adalora
 
-_MINUTES = flags.DEFINE_float("orthogonality_minutes", None, "Begin no run after.")
+_MINUTES = flags.DEFINE_float("orthogonality_minutes", None, "Time limit in minutes.")
 
 WIDTH, DEPTH, BATCH, HELD_OUT, RANK, NOISE = 48, 4, 64, 512, 4, 0.1
 Adapter = Literal["lora", "adalora"]
@@ -54,7 +54,7 @@ class Setting(NamedTuple):
     Attributes:
       steps: of a run.
       low_rank: whether the teacher's change has the adapters' rank.
-      falls: whether the rate falls linearly to zero.
+      falls: whether the rate decays linearly to zero.
     """
 
     steps: int
@@ -68,9 +68,9 @@ class Arm(NamedTuple):
     Attributes:
       adapter: "lora" or "adalora".
       form: of the penalty.
-      weight: of it.
+      weight: of the penalty.
       std: of p and q at the start; None for the init's 0.02, 0 for orthonormal ones.
-      lam_rate: of lam, over that of p and q.
+      lam_rate: lam's learning rate over that of p and q.
     """
 
     adapter: Adapter = "adalora"
@@ -106,11 +106,11 @@ SETTINGS = {
     "400 steps, the rate falls": (Setting(400, falls=True), PENALTIES | ABLATIONS),
     "400 steps, a teacher of low rank": (Setting(400, low_rank=True), ABLATIONS),
 }
-"""By name: what its arms share, and the arms."""
+"""Name -> (what the arms share, the arms)."""
 
 
 def teacher(key: jax.Array, values: Any) -> tuple[dict, dict]:
-    """Frozen kernels, and those to learn, by the singular values of the change."""
+    """Returns frozen kernels, and those to learn, from the change's singular values."""
     base, goal = {}, {}
     for k in range(DEPTH):
         keys = jax.random.split(jax.random.fold_in(key, k), 3)
@@ -129,17 +129,17 @@ def network(params: Any, x: jax.Array) -> jax.Array:
 
 
 class Numbers(NamedTuple):
-    """What may be traced, so that arms of one form share a program.
+    """Values that may be traced, so that arms with the same form share a program.
 
     Attributes:
       rate: the peak.
       steps: of the run.
-      falls: whether the rate falls linearly to zero.
+      falls: whether the rate decays linearly to zero.
       values: the singular values of the change to learn, `[WIDTH]`.
       weight: of the penalty.
-      grown: p and q at the start over the init's.
+      grown: scale of p and q at the start, over the init's.
       orthonormal: whether they start orthonormal instead.
-      lam_rate: of lam, over that of p and q.
+      lam_rate: lam's learning rate over that of p and q.
     """
 
     rate: Any
@@ -153,7 +153,7 @@ class Numbers(NamedTuple):
 
 
 def numbers(setting: Setting, arm: Arm, rate: float) -> Numbers:
-    """What a run takes besides its form."""
+    """Returns what a run takes besides its form."""
     values = 0.8 ** np.arange(WIDTH)
     values[RANK if setting.low_rank else WIDTH :] = 0
     grown = 1.0 if not arm.std else arm.std / adalora.STD
@@ -212,13 +212,13 @@ def _run(adapter: Adapter, form: Any, seed: jax.Array, given: Numbers) -> Any:
 
 
 def flatness(merged: Any, params: Any) -> jax.Array:
-    """The least over kernels of s_4 / s_1, singular values of the update."""
+    """Returns the least s_4 / s_1 over kernels, of the update's singular values."""
     values = [_lapack.svd(merged[k] - params[k])[1] for k in params]
     return jnp.min(jnp.stack([s[RANK - 1] / s[0] for s in values]))
 
 
 def distances(adapters: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """The mean of |p^T p - I| and of |q q^T - I|; zeros for LoRA."""
+    """Returns the means of |p^T p - I| and |q q^T - I|; zeros for LoRA."""
     found = [a for a in adapters.values() if {"p", "q"} <= set(a.roles)]
     if not found:
         return jnp.zeros(()), jnp.zeros(())
@@ -233,7 +233,7 @@ def distances(adapters: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
 
 
 def _started(given: Numbers, adapters: Any) -> Any:
-    """The adapters with p and q of the arm's size, or orthonormal."""
+    """Returns the adapters with p and q at the arm's scale, or orthonormal."""
 
     def size(x: jax.Array) -> jax.Array:
         return jnp.where(given.orthonormal, _lapack.qr(x)[0], given.grown * x)
@@ -242,7 +242,7 @@ def _started(given: Numbers, adapters: Any) -> Any:
 
 
 def _allocated(given: Numbers, form: Any, adam: Any) -> Any:
-    """AdaLoRA around Adam; its budget is all its triplets."""
+    """Returns AdaLoRA around Adam, with a budget of all triplets."""
 
     def scaled(updates: Any, params: Any) -> Any:
         del params
@@ -260,15 +260,15 @@ def _allocated(given: Numbers, form: Any, adam: Any) -> Any:
 
 
 def study(name: str, arm: str, runs: comparison.Runs) -> dict[str, Any]:
-    """Makes the runs of an arm that are not there yet; returns what it found.
+    """Makes an arm's missing runs, and returns its results.
 
     Args:
       name: of the setting.
-      arm: of its arms.
-      runs: those made so far.
+      arm: one of its arms.
+      runs: the runs so far.
 
     Returns:
-      "rate", "grid" {rate: mean error of the choosing seeds}, "final" by reported seed,
+      "rate", "grid" {rate: mean error on the choosing seeds}, "final" by reported seed,
       "distance" [p, q], means over the reported seeds, and "flat" by seed.
     """
     setting, own = SETTINGS[name][0], SETTINGS[name][1][arm]
@@ -304,7 +304,7 @@ def study(name: str, arm: str, runs: comparison.Runs) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The markdown table of a setting."""
+    """Returns the markdown table of a setting."""
     header = ["arm", "rate", "error", "minus LoRA (95 %)", "on the choosing seeds"]
     rows = []
     for arm, own in found.items():
@@ -327,14 +327,14 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def digest(arm: Arm) -> str:
-    """Of what all runs of an arm depend on besides the setting that their key names."""
+    """Returns a digest of what an arm's runs depend on, besides the setting."""
     sizes = WIDTH, DEPTH, BATCH, HELD_OUT, RANK, NOISE, CHOOSE, REPORT
     told = json.dumps([arm, sizes, {k: s for k, (s, _) in SETTINGS.items()}])
     return hashlib.sha256((told + jax.__version__).encode()).hexdigest()[:16]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Goes on with the study, writes the tables."""
+    """Resumes the study, and writes the tables."""
     del argv
     folder = comparison.folder("orthogonality")
     digests = {arm: digest(own) for arm, own in (PENALTIES | ABLATIONS).items()}

@@ -1,15 +1,16 @@
-"""What a base in a few bits costs in quality: one model, one task, several formats.
+"""What a quantised base costs in quality: one model, one task, several formats.
 
     python -m experiments.studies.quantized_base \
         --study_dir=docs/results/quantized_base \
         --study_model=SmolLM2-135M-Instruct.Q4_1.gguf
 
-The model is adapted to E2E's pairs by LoRA of rank 8 on every linear kernel, 200 steps
-of 8, each base with the same adapters, rates and batches; bits per byte are those of
-the first rows of the validation set, before and after. The learning rate is fixed
-beforehand and the same for all. "file" keeps the codes of a GGUF file as they are.
+The model is adapted to E2E's pairs with LoRA of rank 8 on every linear kernel, 200
+steps of 8 pairs; every base gets the same adapters, rates and batches. Bits per byte
+are measured on the first rows of the validation set, before and after. The learning
+rate was fixed beforehand and is the same for all. "file" keeps the codes of a GGUF file
+as they are.
 
-Every run is a line of `runs.jsonl`, so a study that was cut short goes on.
+Every run is a line of `runs.jsonl`, so an interrupted study resumes.
 """
 
 import functools
@@ -31,16 +32,16 @@ from experiments.studies import e2e_methods
 from experiments.studies.method import comparison, trial
 
 _MODEL = flags.DEFINE_string("study_model", None, "A GGUF file, or a checkpoint.")
-_MINUTES = flags.DEFINE_float("base_minutes", None, "Start no run after as many.")
+_MINUTES = flags.DEFINE_float("base_minutes", None, "Time limit for new runs.")
 _SEEDS = flags.DEFINE_list("base_seeds", ["1"], "Seeds of adapters and batches.")
 
 FORMS = ("", "nf4", "int8", "int4", "fp8")
-"""`config.model.quantize` of every row; the first is what the others are held to."""
+"""`config.model.quantize` of every row; the others are compared with the first."""
 STEPS, ROWS, RATE = 200, 200, 1e-3
 
 
 def configured(source: str, form: str, **fields: Any) -> ml_collections.ConfigDict:
-    """The config of a row."""
+    """Returns the config of a row."""
     config = gpt2_e2e_lora.get_config("runlocal").unlock()
     config.run.steps = STEPS
     config.model.source, config.model.quantize = source, form
@@ -52,7 +53,7 @@ def configured(source: str, form: str, **fields: Any) -> ml_collections.ConfigDi
 
 
 def measured(config: ml_collections.ConfigDict, seed: int, rows: int) -> dict[str, Any]:
-    """One run: bits per byte before and after, and the size of the base."""
+    """Makes one run: bits per byte before and after, and the size of the base."""
     setting = e2e_methods.make_setting(config, rows)
     make = trial.make_run(config, setting.loss_fn, setting.base, setting.train)
     before = setting.report(unmerged.Unmerged({}, setting.base))
@@ -61,7 +62,7 @@ def measured(config: ml_collections.ConfigDict, seed: int, rows: int) -> dict[st
 
 
 def bits_a_weight(params: Any) -> float:
-    """Of the kernels that are quantised; of a dense base, of all its leaves."""
+    """Returns the bits per weight of the quantised kernels, or of a dense base."""
     leaves = [*lorax.tree.flatten(params).values()]
     packed = [leaf for leaf in leaves if quantizing.packed(leaf)]
     counted = packed or leaves
@@ -69,10 +70,10 @@ def bits_a_weight(params: Any) -> float:
 
 
 def table(lines: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: a row for each base, held to the gain of the dense one.
+    """Returns markdown with a row for each base, compared with the dense one's gain.
 
-    The share is of the way that the dense base goes, from where that begins: a base
-    that begins worse for being rounded has gained nothing by it.
+    The share is measured from where the dense base starts, so that a base that starts
+    worse because it is rounded does not gain by it.
 
     Args:
       lines: by format, a line for each seed.
@@ -99,7 +100,7 @@ def table(lines: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Goes on with the study, and prints the table."""
+    """Resumes the study, and prints the table."""
     del argv
     folder = comparison.folder("quantized_base")
     source = _MODEL.value or ""
@@ -124,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _digest(config: ml_collections.ConfigDict) -> str:
-    """Of what a run depends on; the model by its name, wherever it lies."""
+    """Returns a digest of what a run depends on; the model counts by its name only."""
     name = config.model.source.rpartition("/")[2]
     sections = [config[name].to_dict() for name in ("adapter", "optimizer")]
     data = [config.data[n] for n in ("form", "train_rows", "lengths", "batch_size")]

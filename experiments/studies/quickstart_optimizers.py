@@ -3,13 +3,13 @@
     python -m experiments.studies.quickstart_optimizers --study_dir=runs/optimizers
 
 The base and the task of `configs/quickstart.py`: a byte model of Python source learns
-the English of its manual, LoRA of rank 8 on every linear kernel. Every method gets
+the English of its manual, with LoRA of rank 8 on every linear kernel. Every method gets
 learning rates a factor 2 apart, on seed 0 and the `selection` documents, until the best
-lies between two others (9 at most); reported is that rate on other seeds and the `test`
-documents, every few steps: mean, standard error, and the paired difference to LoRA with
-its 95 % interval.
+lies between two others (9 at most). That rate is then reported on other seeds and the
+`test` documents, every few steps: mean, standard error, and the paired difference to
+LoRA with its 95 % interval.
 
-A method's results land in a file of its own, so a run that was cut short goes on.
+Each method's results go to a file of their own, so an interrupted study resumes.
 """
 
 import json
@@ -32,14 +32,14 @@ from experiments.trainer import metric_log, metrics, objects, progress
 
 _STEPS = flags.DEFINE_integer("study_steps", 90, "Steps of training.", lower_bound=2)
 _EVERY = flags.DEFINE_integer("study_every", 10, "Steps between two evaluations.")
-_LOCAL = flags.DEFINE_bool("study_toy", False, "Toy sizes, to test the wiring.")
+_LOCAL = flags.DEFINE_bool("study_toy", False, "Toy sizes, for a smoke test.")
 
 AXES = ("step", "held-out bits per byte")
 MOST = 9  # learning rates of a method
 
 
 class Method(NamedTuple):
-    """What of the config a method changes, and its first learning rate."""
+    """What a method changes in the config, and its first learning rate."""
 
     optimizer: str
     rate: float
@@ -61,7 +61,7 @@ METHODS = {
 
 
 def configured(method: Method, toy: bool, steps: int) -> ml_collections.ConfigDict:
-    """The quickstart's config with the method in place."""
+    """Returns the quickstart's config with the method in place."""
     config = quickstart.get_config("runlocal" if toy else None).unlock()
     config.run.steps = steps
     config.optimizer.name = method.optimizer
@@ -74,7 +74,7 @@ def configured(method: Method, toy: bool, steps: int) -> ml_collections.ConfigDi
 def study(
     method: Method, loss_fn: Any, base: Any, config: Any, seeds: int, every: int
 ) -> dict[str, Any]:
-    """Chooses the rate on seed 0 and the selection documents, reports other seeds."""
+    """Chooses a rate on seed 0 and the selection documents, and reports other seeds."""
     topics = documents.topics()
     size = config.eval.batch_size, config.data.length
     selection = windows.evaluation_batches(topics.selection, *size)
@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _read(path: pathlib.Path, settings: Any) -> dict[str, Any] | None:
-    """Returns what an earlier run of the same settings found."""
+    """Returns what an earlier run with the same settings found, or None."""
     if not path.exists():
         return None
     known = json.loads(path.read_text())

@@ -4,13 +4,12 @@
     python -m experiments.studies.run --study=all --minutes=60
     python -m experiments.studies.run --study=all:smoke
 
-A study's folder (below `--study_dir`, by default `runs/studies`; the committed ones
-are below `docs/results/studies`) gets
-`runs.jsonl`, a line a run, so that a study which was cut short goes on; `times.json`,
-the time of a step of every arm, measured side by side when the runs are there (deleted,
-it is measured anew); `results.json`, and the figure. `:smoke` proves the path at toy
-sizes below `runs/smoke`: its figures are marked, and `experiments.report` refuses its
-results.
+A study's folder (in `--study_dir`, by default `runs/studies`; the committed ones are in
+`docs/results/studies`) gets `runs.jsonl`, with a line for each run, so that an
+interrupted study resumes; `times.json`, the step times of all arms, measured together
+once the runs are there (delete it to measure again); `results.json`, and the figure.
+`:smoke` tests the code at toy sizes in `runs/smoke`: its figures are marked, and
+`experiments.report` refuses its results.
 """
 
 import importlib
@@ -25,11 +24,11 @@ from experiments.machine import disk
 from experiments.studies.method import comparison, findings, panels, shared, text
 
 _STUDY = flags.DEFINE_string("study", None, "A study, or all; with :smoke, toy sizes.")
-_MINUTES = flags.DEFINE_float("minutes", None, "Begin no run after as many.")
+_MINUTES = flags.DEFINE_float("minutes", None, "Time limit for new runs.")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Goes on with one study or all, prints the tables."""
+    """Resumes one study or all, and prints the tables."""
     del argv
     name, _, form = (_STUDY.value or "").partition(":")
     if form not in ("", "smoke"):
@@ -53,13 +52,13 @@ def main(argv: Sequence[str]) -> None:
 def go_on(
     module: Any, setting: shared.Setting, folder: pathlib.Path, minutes: float | None
 ) -> dict[str, Any]:
-    """Makes the runs that are missing, writes results and figure, returns the results.
+    """Makes missing runs, writes results and figure, and returns the results.
 
     Args:
       module: of the study, with STUDY and PANELS.
       setting: what the studies share.
       folder: where its files go.
-      minutes: after which no run is begun.
+      minutes: time limit for new runs.
     """
     study = module.STUDY
     settings = {

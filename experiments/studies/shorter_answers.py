@@ -1,15 +1,15 @@
-"""What preferences teach: SmolLM2 learns from pairs, made by rule, to be brief.
+"""What preferences teach: SmolLM2 learns to be brief from pairs that a rule made.
 
     python -m experiments.studies.shorter_answers \
         --study_dir=docs/results/shorter_answers \
         --study_model=SmolLM2-135M-Instruct.Q4_1.gguf
 
-Of two references of E2E for one meaning representation the shorter one is preferred,
-where both name every value and the longer one has half as many characters again. A
-model that prefers them should write less and lose none of the values. The rows go into
-`--study_rows` (by default a temporary folder), which alone writes them and stops.
+Of two E2E references for one meaning representation, the shorter one is preferred if
+both name every value and the longer one has at least half as many characters again. A
+model with these preferences should write less without losing values. The rows are
+written to a temporary folder; `--study_rows` writes them to a folder, and stops.
 
-Every run is a line of `runs.jsonl`, so a study that was cut short goes on.
+Every run is a line of `runs.jsonl`, so an interrupted study resumes.
 """
 
 import functools
@@ -37,32 +37,32 @@ from experiments.studies.method import comparison
 
 _MODEL = flags.DEFINE_string("study_model", None, "A GGUF file, or a checkpoint.")
 _ROWS = flags.DEFINE_string("study_rows", None, "Write the rows there, and stop.")
-_LOSSES = flags.DEFINE_list("study_losses", ["dpo", "simpo"], "Of run.loss.")
+_LOSSES = flags.DEFINE_list("study_losses", ["dpo", "simpo"], "Values of run.loss.")
 
 SPLITS = {"train": ("train",), "valid": ("valid", "test")}
-"""Of the rows, and the splits of E2E that they come from; these share no prompts."""
+"""Splits of the rows -> the E2E splits that they come from, which share no prompts."""
 LONGER = 1.5
-"""x the characters of the chosen reference that the rejected one has at least."""
+"""Least characters of the rejected reference, as a multiple of the chosen one's."""
 ASKED = "Describe this restaurant: "
 WRITTEN, TOKENS = 40, 96
-"""Held-out prompts that are answered, and the most tokens of an answer."""
+"""Number of held-out prompts to answer, and the most tokens of an answer."""
 
 
 def values(prompt: str) -> dict[str, str]:
-    """What a meaning representation says, by its slots."""
+    """Returns the values in a meaning representation, by slot."""
     return dict(re.findall(r"(\w[\w ]*)\[([^\]]*)\]", prompt))
 
 
 def named(text: str, said: dict[str, str]) -> float:
-    """The share of the values that a text has, whatever the case."""
+    """Returns the share of the values that a text names, ignoring case."""
     return statistics.mean(value.lower() in text.lower() for value in said.values())
 
 
 def rows(groups: Sequence[e2e.Group]) -> list[dict[str, Any]]:
-    """Preferences of meaning representations, those left out that give none.
+    """Returns preferences, leaving out meaning representations that give none.
 
-    Whether a place is for families is said in too many ways to be looked up: such
-    representations are left out.
+    There are too many ways to say whether a place is for families to look them up:
+    representations with that slot are left out.
     """
     found = []
     for group in groups:
@@ -77,7 +77,7 @@ def rows(groups: Sequence[e2e.Group]) -> list[dict[str, Any]]:
 
 
 def row(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
-    """A row of JSON lines, as chats."""
+    """Returns a row of JSON lines, as chats."""
 
     def message(role: str, text: str) -> list[dict[str, str]]:
         return [{"role": role, "content": text}]
@@ -103,7 +103,7 @@ def write_rows(folder: pathlib.Path) -> None:
 def configured(
     source: str, loss: str, folder: pathlib.Path
 ) -> ml_collections.ConfigDict:
-    """The config of a run."""
+    """Returns the config of a run."""
     config = smollm2_preferences_dpo.get_config().unlock()
     config.model.source, config.run.loss = source, loss
     if loss != "dpo":
@@ -114,7 +114,7 @@ def configured(
 
 
 def measured(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """One run: scores of held-out pairs, and of what is written, before and after."""
+    """Makes one run: scores of held-out pairs and generated texts, before and after."""
     with tempfile.TemporaryDirectory() as folder:
         results = finetune.run(config, folder)
         model, params, tokenizer = loading.load_base(config.model, jax.random.key(0))
@@ -135,7 +135,7 @@ def measured(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def writer(
     config: ml_collections.ConfigDict, model: Any, tokenizer: Any
 ) -> Callable[..., list[str]]:
-    """Returns `write(params)`: answers to the first held-out prompts, greedily."""
+    """Returns `write(params)`, which answers the first held-out prompts greedily."""
     template = templates.load(loading.find(config.model.source), tokenizer)
     ends = templates.turn_ends(tokenizer, template)
     prompts = [
@@ -154,12 +154,12 @@ def writer(
 
 
 def held_out(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
-    """The rows whose prompts are answered."""
+    """Returns the rows whose prompts are answered."""
     return list(disk.read_lines(pathlib.Path(config.data.valid)))[:WRITTEN]
 
 
 def told(config: ml_collections.ConfigDict, texts: Sequence[str]) -> dict[str, float]:
-    """Mean characters of texts, and the share of the values that they name."""
+    """Returns mean characters of texts, and the share of values that they name."""
     prompts = [row["prompt"][0]["content"] for row in held_out(config)]
     pairs = [(text.strip(), values(p)) for text, p in zip(texts, prompts, strict=True)]
     return {
@@ -169,7 +169,7 @@ def told(config: ml_collections.ConfigDict, texts: Sequence[str]) -> dict[str, f
 
 
 def table(lines: dict[str, dict[str, Any]]) -> str:
-    """Markdown: what is held out before and after, a row a loss."""
+    """Returns markdown with held-out scores before and after, with a row per loss."""
     cells = []
     for loss, line in lines.items():
         scores, written = line["scores"], line["written"]
@@ -198,7 +198,7 @@ def table(lines: dict[str, dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Writes the rows; or goes on with the study, and prints the table."""
+    """Writes the rows, or resumes the study and prints the table."""
     del argv
     if _ROWS.value:
         write_rows(pathlib.Path(_ROWS.value))
@@ -222,7 +222,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _digest(config: ml_collections.ConfigDict) -> str:
-    """Of what a run depends on; the model by its name, wherever it lies."""
+    """Returns a digest of what a run depends on; the model counts by its name only."""
     kept = config.copy_and_resolve_references().unlock()
     kept.model.source = config.model.source.rpartition("/")[2]
     kept.data.train = kept.data.valid = ""

@@ -3,22 +3,22 @@
     python -m experiments.studies.teacher_student --study_dir=runs/teacher_student
 
 A student with frozen kernels W_k sees batches (x, x W*_k + noise) of teachers
-W*_k = W_k + D_k of low rank. Adapters are trained with a learning rate that falls
-linearly to zero; what counts is the noiseless distance, sum |W_k + update - W*_k|^2
-over sum |D_k|^2.
+W*_k = W_k + D_k, with D_k of low rank. Adapters are trained with a learning rate that
+decays linearly to zero; the score is the noiseless distance, sum |W_k + update -
+W*_k|^2 over sum |D_k|^2.
 
-Problems: "one kernel", 64 x 48, a teacher of rank 4, methods of one rank; "unequal
-ranks": six kernels 32 x 32 whose teachers have the ranks 8, 4, 2, 1, 0 and 0, LoRA of
-rank 3 each against AdaLoRA of the same total at its end.
+Problems: "one kernel", 64 x 48, a teacher of rank 4, methods of the same rank; "unequal
+ranks", six kernels 32 x 32 whose teachers have the ranks 8, 4, 2, 1, 0 and 0, LoRA of
+rank 3 each against AdaLoRA with the same total at its end.
 
-The floor is the distance that the start leaves reachable: an adapter of rank r moves
-the kernel that `init` returned by any matrix of rank r, and what lies beyond the r
-largest singular values of (teacher - that kernel) stays.
+The floor is the least distance that can be reached from the start: an adapter of rank r
+can move the kernel that `init` returned by any matrix of rank r, and what lies beyond
+the r largest singular values of (teacher - that kernel) remains.
 
 Every method has the same number of learning rates, a factor 2 apart, chosen on seeds
-that are not reported; a best rate at an end of the grid moves the grid. Reported are
-other seeds: mean and standard error, and the paired difference to LoRA with its 95 %
-interval. Everything is one vmapped program a method.
+that are not reported; if the best is at an end, the grid moves. Other seeds are
+reported: mean and standard error, and the paired difference to LoRA with its 95 %
+interval. Each method is one vmapped program.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from lorax import _lapack, optim
 from lorax import adapters as adapter_classes
 
 _STEPS = flags.DEFINE_integer("steps", 400, "Steps of training.", lower_bound=20)
-_RATES = flags.DEFINE_integer("rates", 9, "Learning rates of a method's grid.")
+_RATES = flags.DEFINE_integer("rates", 9, "Number of learning rates in a grid.")
 
 BATCH = 32
 AXES = ("step", "relative squared distance")
 
 
 class Problem(NamedTuple):
-    """Sizes of the kernels, ranks of their teachers, noise on the targets."""
+    """The kernels' shape, the teachers' ranks, and the noise on the targets."""
 
     shape: tuple[int, int]
     ranks: tuple[int, ...]
@@ -60,7 +60,7 @@ class Method(NamedTuple):
     """How adapters start and train.
 
     Attributes:
-      target: of the kernels.
+      target: for the kernels.
       make_tx: `(rate, steps) -> optimiser`; the rate may be a schedule.
       centre: the middle of the grid of learning rates.
     """
@@ -110,7 +110,7 @@ ALLOCATION = {
 
 
 def teacher(problem: Problem, key: jax.Array) -> tuple[dict, dict]:
-    """Frozen kernels, and the changes to learn, each of norm 1 for every rank."""
+    """Returns frozen kernels, and the changes to learn, with singular values 1."""
     n, m = problem.shape
     base, change = {}, {}
     for k, rank in enumerate(problem.ranks):
@@ -123,7 +123,7 @@ def teacher(problem: Problem, key: jax.Array) -> tuple[dict, dict]:
 
 
 def loss_fn(params: Any, batch: Any) -> jax.Array:
-    """Half the squared error of all kernels, the mean over the batch."""
+    """Returns half the squared error of all kernels, averaged over the batch."""
     x, targets = batch
 
     def error(name: str) -> jax.Array:
@@ -136,7 +136,7 @@ def loss_fn(params: Any, batch: Any) -> jax.Array:
 def examples(
     problem: Problem, key: jax.Array, goal: Any, step: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The batch of a step: inputs, and by kernel what the goal makes of them."""
+    """Returns the batch of a step: inputs, and the goal's noisy outputs by kernel."""
     own = jax.random.split(jax.random.fold_in(key, step), 1 + len(goal))
     x = jax.random.normal(own[0], (BATCH, problem.shape[0]))
     targets = {
@@ -147,7 +147,7 @@ def examples(
 
 
 def least_distance(params: Any, goal: Any, rank: int) -> jax.Array:
-    """The squared distance to the goal that changes of a rank leave (Eckart-Young)."""
+    """Returns the least squared distance to the goal at a rank (Eckart-Young)."""
 
     def values(w: jax.Array, g: jax.Array) -> jax.Array:
         return _lapack.svd(g - w)[1]
@@ -199,7 +199,7 @@ def make_run(problem: Problem, method: Method, steps: int) -> Callable[..., Any]
 def sweep(
     problem: Problem, method: Method, steps: int, seeds: int, count: int
 ) -> dict[str, Any]:
-    """Chooses the learning rate on the first seeds, reports the next ones."""
+    """Chooses the learning rate on the first seeds, and reports the next ones."""
     run, shift = make_run(problem, method, steps), 0
     choose, report = np.arange(seeds), seeds + np.arange(seeds)
     while True:

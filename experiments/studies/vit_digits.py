@@ -2,13 +2,13 @@
 
     python -m experiments.studies.vit_digits --study_dir=docs/results/vit_digits
 
-A ViT of 0.2 million parameters learns the digits 0 to 4 of scikit-learn's set, whole.
-It is then adapted to all ten by 200 images, 300 steps of 32, with a new head. Half of
-the set is held out: rates are chosen by the first 300 of those images on seeds of their
-own, and the error is that on the others. Below the pretrained arms stands the same
-model trained from nothing.
+All parameters of a ViT (0.2 million) learn the digits 0 to 4 of scikit-learn's set. The
+model is then adapted to all ten with 200 images, 300 steps of 32, and a new head. Half
+of the set is held out: the first 300 of those images choose the rates, on separate
+seeds, and the others give the error. The last arm is the same model trained from
+scratch.
 
-Every run is a line of `runs.jsonl`, so a study that was cut short goes on.
+Every run is a line of `runs.jsonl`, so an interrupted study resumes.
 """
 
 import hashlib
@@ -43,10 +43,10 @@ class Arm(NamedTuple):
     """One way to train.
 
     Attributes:
-      patterns: of what LoRA adapts beside the head; () for the head alone.
-      rates: of the grid.
+      patterns: what LoRA adapts beside the head; () for the head alone.
+      rates: the grid of learning rates.
       method: "lora" or "full".
-      pretrained: from the first five digits; else from nothing.
+      pretrained: whether it starts from the first five digits, or from scratch.
     """
 
     patterns: tuple[str, ...]
@@ -70,10 +70,10 @@ class Setting(NamedTuple):
 
     Attributes:
       loss_fn: `(params, batch) -> (loss, metrics)`.
-      base: parameters drawn at random.
+      base: random initial parameters.
       train: seed -> batches, indexed by step.
-      tuned: share of errors among the images that choose rates.
-      report: likewise among the others.
+      tuned: parameters -> error rate on the images that choose rates.
+      report: likewise on the others.
     """
 
     loss_fn: Callable[..., Any]
@@ -84,7 +84,7 @@ class Setting(NamedTuple):
 
 
 def configured(**fields: Any) -> ml_collections.ConfigDict:
-    """The config of every run, but for its arm."""
+    """Returns the config of every run, without its arm."""
     config = vit_digits_lora.get_config("runlocal").unlock()
     config.run.steps = STEPS
     config.model.random.update(SIZES)
@@ -96,7 +96,7 @@ def configured(**fields: Any) -> ml_collections.ConfigDict:
 
 
 def make_setting(config: ml_collections.ConfigDict, rows: int) -> Setting:
-    """Draws the model and reads the data; `rows` train, 0 for all."""
+    """Initialises the model and reads the data; `rows` images train, 0 for all."""
     model, base, _ = loading.load_base(config.model, jax.random.key(0))
     seen = look.look_of(None, model.config.image, model.config.channels)
     found = image_sets.load(config.data)
@@ -119,7 +119,7 @@ def make_setting(config: ml_collections.ConfigDict, rows: int) -> Setting:
 
 
 def pretrained(config: ml_collections.ConfigDict) -> Any:
-    """Returns the parameters after the first five digits, all of them trained."""
+    """Trains all parameters on the first five digits, and returns them."""
     own = config.copy_and_resolve_references().unlock()
     own.data.classes, own.model.labels = FIRST, len(FIRST)
     setting = make_setting(own, 0)
@@ -134,7 +134,7 @@ def pretrained(config: ml_collections.ConfigDict) -> Any:
 def study(
     name: str, config: ml_collections.ConfigDict, setting: Setting, runs: Any
 ) -> dict[str, Any]:
-    """Makes the runs of an arm that are not there yet, and returns its results."""
+    """Makes an arm's missing runs, and returns its results."""
     arm = ARMS[name]
     make = trial.make_run(
         config, setting.loss_fn, setting.base, setting.train, arm.method
@@ -166,7 +166,7 @@ def study(
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row for each arm, held to full fine-tuning."""
+    """Returns markdown with a row for each arm, compared with full fine-tuning."""
     best = np.array(results["full fine-tuning"]["curves"])[:, -1]
     rows = []
     for name, found in results.items():
@@ -186,7 +186,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Goes on with the study, and prints the table."""
+    """Resumes the study, and prints the table."""
     del argv
     folder = comparison.folder("vit_digits")
     configs = {name: _of_arm(arm) for name, arm in ARMS.items()}
@@ -210,7 +210,7 @@ def _of_arm(arm: Arm) -> ml_collections.ConfigDict:
 
 
 def _digest(config: ml_collections.ConfigDict) -> str:
-    """Of what a run depends on."""
+    """Returns a digest of what a run depends on."""
     sections = [config[n].to_dict() for n in ("model", "adapter", "optimizer", "data")]
     told = json.dumps([STEPS, TUNED, ROWS, sections], default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What a checkpoint is adapted to: batches, a loss, and the scores that matter."""
+"""The tasks that a checkpoint is adapted to: batches, a loss, and scores."""
 
 from experiments.tasks.base import Task
 from experiments.tasks.classify import make_classify
@@ -17,6 +17,6 @@ TASKS = {
     "text_to_text": make_text_to_text,
     "preferences": make_prefer,
 }
-"""By `config.data.task`: `(config, model, tokenizer) -> Task`."""
+"""`config.data.task` -> `(config, model, tokenizer) -> Task`."""
 
 __all__ = ["TASKS", "Task"]

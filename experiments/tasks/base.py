@@ -12,7 +12,7 @@ Scores = dict[str, Any]
 
 
 def asked(rows: int, held_out: Sized) -> int:
-    """How many rows of a held-out set a field asks for: 0 stands for all."""
+    """Returns how many rows of a held-out set a field asks for; 0 means all."""
     return min(rows or len(held_out), len(held_out))
 
 
@@ -22,15 +22,15 @@ class Task(NamedTuple):
     Attributes:
       train: batches, indexed by step.
       loss_fn: `(params, batch) -> (mean loss, {"weight": what it is the mean over})`,
-        written for plain parameters; with a reference `(params, batch, said)`.
-      evaluate: parameters, merged ones or `unmerged.Unmerged`, to scores on a part of
-        the validation set, cheap enough for now and then.
-      report: such parameters and the workdir to the final scores: as much of the
-        validation set as `eval.final_rows` says, and the test set if it is asked for.
-      reference: `(frozen, params, batch) -> said`, what models that do not train say of
-        a batch, see `lorax.training`; None: the loss needs none.
-      frozen: what the reference reads beside the base, a teacher's parameters; None:
-        the adapters that training begins with.
+        written for plain parameters; with a reference, `(params, batch, said)`.
+      evaluate: `(params) -> scores` on a part of the validation set, cheap enough to be
+        called during training; `params` are merged, or `unmerged.Unmerged`.
+      report: `(params, workdir) -> final scores`: on as much of the validation set as
+        `eval.final_rows` says, and on the test set if that is asked for.
+      reference: `(frozen, params, batch) -> said`, the outputs of frozen models on a
+        batch, see `lorax.training`; None if the loss needs none.
+      frozen: what the reference reads beside the base, such as a teacher's parameters;
+        None: the adapters that training begins with.
     """
 
     train: grain.MapDataset

@@ -1,4 +1,4 @@
-"""Sentences and pairs of them, labelled, for an encoder with a classification head."""
+"""Labelled sentences or sentence pairs, for an encoder with a classification head."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def make_classify(
     """Returns the task of `config.data`.
 
     Raises:
-      ValueError: the model's head has another number of labels than the data.
+      ValueError: the model's head and the data differ in the number of labels.
     """
     data, lengths = config.data, config.data.lengths
     pad = tokenization.padding_id(tokenizer)
@@ -69,10 +69,10 @@ def make_classify(
 
 
 def require_labels(model: Any, count: int, name: str) -> None:
-    """Raises ValueError unless a model's head has the labels of a set."""
+    """Raises ValueError unless the model's head has `count` labels."""
     if model.config.labels != count:
         raise ValueError(
-            f"the head has {model.config.labels} labels and {name} has {count}: "
+            f"the head has {model.config.labels} labels, but {name} has {count}: "
             f"set config.model.labels to {count}"
         )
 
@@ -80,7 +80,7 @@ def require_labels(model: Any, count: int, name: str) -> None:
 def make_scores(
     model: Any, names: Sequence[str], place: placement.Place
 ) -> Callable[[Any, Sequence[Any]], Scores]:
-    """Returns `(params, batches) -> scores`, by their names in `scoring.labels`."""
+    """Returns `(params, batches) -> scores`, named as in `scoring.labels`."""
     predict = make_predict(model)
 
     def scored(params: Any, held_out: Sequence[Any]) -> Scores:
@@ -91,7 +91,7 @@ def make_scores(
 
 
 def make_loss(model: Any) -> Any:
-    """Cross-entropy of the labels; of one number its squared error."""
+    """Returns the cross-entropy of the labels, or the squared error of a number."""
 
     def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = _logits(model, params, batch)
@@ -108,14 +108,14 @@ def make_loss(model: Any) -> Any:
 
 
 def _logits(model: Any, params: Any, batch: Any) -> jax.Array:
-    """Of sentences or of images, `[batch, labels]`."""
+    """Returns the logits of sentences or images, `[batch, labels]`."""
     if "pixels" in batch:
         return model.apply({"params": params}, batch["pixels"])
     return model.apply({"params": params}, batch["tokens"], real=batch["real"])
 
 
 def make_predict(model: Any) -> Any:
-    """Returns `(params, batch) -> the label or the number of every row`."""
+    """Returns `(params, batch) -> the predicted label or number of every row`."""
 
     @jax.jit
     @unmerged.either
@@ -129,7 +129,7 @@ def make_predict(model: Any) -> Any:
 def _collected(
     predict: Any, params: Any, held_out: Iterable[Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions and labels of every example once."""
+    """Returns predictions and labels, with every example once."""
     found = [(predict(params, b), b["labels"], b["index"]) for b in held_out]
     rows = [map(sharding.fetch, row) for row in found]  # all have been dispatched
     predicted, true, index = map(np.concatenate, zip(*rows, strict=True))

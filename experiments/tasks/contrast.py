@@ -1,4 +1,4 @@
-"""Pairs of texts of one meaning, for sentence embeddings: in-batch negatives."""
+"""Pairs of texts with the same meaning, for sentence embeddings: in-batch negatives."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,12 +27,13 @@ def make_contrast(
 ) -> Task:
     """Returns the task of `config.data`.
 
-    Pairs are the rows of the tables `data.train` and `data.valid`, or where these are
-    empty sentences of one label of the set `data.name`. How hidden states are pooled
-    says the checkpoint's modules.json, or `data.pooling`.
+    Pairs are the rows of the tables `data.train` and `data.valid` or, if these are
+    empty, pairs of sentences with the same label from the set `data.name`.
+    `data.pooling`, or else the checkpoint's modules.json, says how hidden states are
+    pooled.
 
     Raises:
-      ValueError: a model that has no hidden states to pool.
+      ValueError: the model has no hidden states to pool.
     """
     data, lengths = config.data, config.data.lengths
     pad = tokenization.padding_id(tokenizer)
@@ -76,14 +77,14 @@ def make_contrast(
 def read_pairs(
     data: ml_collections.ConfigDict, split: str
 ) -> list[sentence_pairs.Pair]:
-    """The pairs of a split, "train" or "valid"."""
+    """Returns the pairs of a split, "train" or "valid"."""
     if data[split]:
         return sentence_pairs.read(paths.find(data[split]))
     return sentence_pairs.of_labels(glue.load_split(data, split))
 
 
 def pooling_of(config: ml_collections.ConfigDict) -> Pooling:
-    """The pooling asked for, or that of the checkpoint."""
+    """Returns the pooling that is asked for, or else the checkpoint's."""
     if config.data.pooling:
         return Pooling(config.data.pooling)
     if config.model.random:
@@ -103,7 +104,7 @@ def make_embed(model: Any, pool: Pooling) -> Callable[..., jax.Array]:
     head = getattr(model.config, "head", None)
     if head not in (None, "none"):
         raise ValueError(
-            f"config.model.head: the encoder has the head {head!r}, and pairs need its "
+            f"config.model.head: the encoder has the head {head!r}, but pairs need its "
             "hidden states; give 'none'"
         )
     how = {"hidden": True} if head is None else {}
@@ -116,7 +117,7 @@ def make_embed(model: Any, pool: Pooling) -> Callable[..., jax.Array]:
 
 
 def both(embed: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """Returns `(params, batch) -> (anchors, positives)`, embedded side by side."""
+    """Returns `(params, batch) -> (anchors, positives)`, embedded in one batch."""
 
     def run(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         tokens, real = (
@@ -129,7 +130,7 @@ def both(embed: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 def make_loss(embed: Callable[..., jax.Array], scale: float) -> Callable[..., Any]:
-    """In-batch negatives; see `lorax.losses.in_batch_negatives`."""
+    """Returns the loss with in-batch negatives, `lorax.losses.in_batch_negatives`."""
     run = both(embed)
 
     def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -145,11 +146,12 @@ def make_loss(embed: Callable[..., jax.Array], scale: float) -> Callable[..., An
 def make_scores(
     embed: Callable[..., jax.Array], place: placement.Place
 ) -> Callable[[Any, Sequence[Any]], Scores]:
-    """Returns `(params, batches) -> scores` of finding an anchor's group.
+    """Returns `(params, batches) -> scores` for finding an anchor's group.
 
-    Every anchor is looked up among the positives of all held-out pairs: the share whose
-    nearest is of its group (`valid_recall_1`), or one of the five nearest
-    (`valid_recall_5`); and the mean inverse rank of the first (`valid_mrr`).
+    Every anchor is looked up among the positives of all held-out pairs. The scores are
+    the share of anchors whose nearest positive is of their group (`valid_recall_1`), or
+    one of the five nearest (`valid_recall_5`), and the mean inverse rank of the first
+    such positive (`valid_mrr`).
     """
     predict = jax.jit(unmerged.either(both(embed)))
 
@@ -167,7 +169,7 @@ def make_scores(
 
 
 def retrieval(anchors: Any, positives: Any, groups: Any) -> Scores:
-    """The scores of `make_scores`, of embeddings `[n, width]`."""
+    """Returns the scores of `make_scores` from embeddings `[n, width]`."""
     ranks = []
     for begin in range(0, len(anchors), 1024):
         part = slice(begin, begin + 1024)

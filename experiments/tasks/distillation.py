@@ -1,8 +1,8 @@
-"""A teacher in place of the text's own next tokens, for tasks that respond.
+"""Distillation: a teacher instead of the text's own next tokens, for response tasks.
 
-The teacher is another checkpoint with the same tokens. Its parameters are an argument
-of the train step; its hidden states are read once a batch, and its logits are made
-beside the student's, a few positions at a time.
+The teacher is another checkpoint with the same tokenizer. Its parameters are an
+argument of the train step; its hidden states are computed once per batch, and its
+logits with the student's, a few positions at a time.
 """
 
 import functools
@@ -21,13 +21,13 @@ from lorax import losses, training
 from lorax.losses import Head, Predictions
 
 NAME = "distillation"
-"""`config.run.loss`."""
+"""The value of `config.run.loss`."""
 ALL = 2**31 - 1
 """A chunk that holds every position."""
 
 
 class Teacher(NamedTuple):
-    """What a task says of its teacher, see `tasks.Task`; without any, nothing."""
+    """The last two fields of `tasks.Task`; both None without a teacher."""
 
     reference: training.Reference | None = None
     frozen: Any = None
@@ -39,17 +39,17 @@ def make(
     tokenizer: tokenization.Tokenizer,
     place: placement.Place = placement.ALONE,
 ) -> tuple[Callable[..., Any], Teacher]:
-    """Returns the loss of `(params, batch, said)`, and the teacher that says it.
+    """Returns the loss of `(params, batch, said)`, and the teacher.
 
     Raises:
-      ValueError: a teacher with other tokens than the student.
+      ValueError: the teacher's tokens are not the student's.
     """
     other, frozen = load(config.model, tokenizer, place)
     words, teachers = model.config.vocabulary, other.config.vocabulary
     if teachers < words:
         raise ValueError(
-            f"config.model.teacher has {teachers} tokens and the student {words}: a "
-            "teacher must know all that the student may write"
+            f"config.model.teacher has {teachers} tokens and the student {words}: the "
+            "teacher must know every token that the student can produce"
         )
     divergence = loss_of(config.run)
 
@@ -71,11 +71,11 @@ def make(
 
 
 def loss_of(run: ml_collections.ConfigDict) -> Callable[..., losses.Divergence]:
-    """The divergence with the options of `run.loss_options`, tried on one token.
+    """Returns the divergence with `run.loss_options`, after a try on one token.
 
     Raises:
-      TypeError: an option that it does not have.
-      ValueError: one out of range.
+      TypeError: an unknown option.
+      ValueError: an option out of range.
     """
     chunk = {causal.AUTO: None, 0: ALL}.get(run.loss_chunk, run.loss_chunk)
     loss = functools.partial(
@@ -91,10 +91,10 @@ def load(
     tokenizer: tokenization.Tokenizer,
     place: placement.Place,
 ) -> tuple[Any, Any]:
-    """The teacher and its parameters, which compute as the student does.
+    """Returns the teacher and its parameters, in the student's dtype and sharding.
 
     Raises:
-      ValueError: its tokenizer is another one.
+      ValueError: its tokenizer is not the student's.
     """
     own = config.copy_and_resolve_references().unlock()
     own.source, own.random, own.quantize = config.teacher, {}, ""
@@ -103,24 +103,24 @@ def load(
     if told[0] != told[1]:
         raise ValueError(
             f"config.model.teacher={config.teacher!r} has another tokenizer than the "
-            "student: next tokens can be compared one by one only if both have the "
-            "same; give a teacher of the student's family"
+            "student: their next tokens can only be compared if both have the same "
+            "one; give a teacher of the student's family"
         )
     return model, params
 
 
 SAMPLE = "A teacher's tokens are 12 of 345, e.g. naïve—for (x) in range(7):\n\treturn"
-"""A text that tokenizers of different families cut differently."""
+"""A text that tokenizers of different families split differently."""
 
 
 def hidden_of(model: Any, params: Any, batch: Any) -> jax.Array:
-    """What the head of a model reads of a batch."""
+    """Returns the hidden states of a batch, which the model's head reads."""
     packed = {k: batch[k] for k in ("segments", "positions") if k in batch}
     return model.apply({"params": params}, batch["inputs"], hidden=True, **packed)
 
 
 def narrowed(head: Head, words: int) -> Head:
-    """A head without the rows that fill up its vocabulary beyond `words`."""
+    """Returns a head without the rows that pad its vocabulary beyond `words`."""
     if head.vocabulary == words:
         return head
     kernel = head.kernel[:words] if head.tied else head.kernel[:, :words]

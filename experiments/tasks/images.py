@@ -12,8 +12,8 @@ from experiments.machine import placement
 from experiments.tasks import base, classify
 from experiments.tasks.base import Task
 
-SIZE = (0,)  # of the bucket: all images are of one size
-PAD = 0  # no example is shorter than another
+SIZE = (0,)  # one bucket: all images have the same size
+PAD = 0  # never used: no example is shorter than another
 
 
 def make_images(
@@ -25,7 +25,7 @@ def make_images(
     """Returns the task of `config.data`; the tokenizer is not used.
 
     Raises:
-      ValueError: the model's head has another number of labels than the data.
+      ValueError: the model's head and the data differ in the number of labels.
     """
     del tokenizer
     data, judged = config.data, config.eval.batch_size
@@ -62,5 +62,5 @@ def make_images(
 
 
 def folder_of(config: ml_collections.ConfigDict) -> pathlib.Path | None:
-    """Returns the folder of a checkpoint; None for a model that is drawn."""
+    """Returns the folder of a checkpoint; None for a randomly initialised model."""
     return None if config.random else loading.find(config.source)

@@ -1,4 +1,4 @@
-"""Losses of models that write: cross-entropy of what is to be written."""
+"""Losses of generating models: the cross-entropy of target tokens."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,18 +11,18 @@ from lorax import attention, losses
 from lorax.models import experts, layers
 
 AUTO = -1
-"""A chunk for `chunk_for` to choose."""
+"""A chunk that `chunk_for` chooses."""
 
 LARGE = 2**26
-"""Logits of a batch that are worth chunks: 256 MiB of them, and as much of gradient."""
+"""Logits of a batch from which chunks pay: 256 MiB, and as much for their gradient."""
 
 
 class Routers(NamedTuple):
-    """Weights of what routers of a mixture of experts add to its loss.
+    """Weights of the router losses of a mixture of experts.
 
     Attributes:
-      balance: of `experts.balance_loss`; `AUTO`: as the model's config.json says.
-      z: of `experts.z_loss`.
+      balance: weight of `experts.balance_loss`; `AUTO`: from the model's config.json.
+      z: weight of `experts.z_loss`.
     """
 
     balance: float = 0.0
@@ -35,16 +35,16 @@ UNWEIGHTED = Routers()
 def make_causal(
     model: Any, smoothing: float = 0.0, chunk: int = AUTO, routers: Routers = UNWEIGHTED
 ) -> Callable[..., Any]:
-    """Cross-entropy of the responses, `(params, batch) -> (mean nats, metrics)`.
+    """Returns the cross-entropy of responses, `(params, batch) -> (mean, metrics)`.
 
     Args:
-      model: tokens to logits, or to hidden states.
+      model: maps tokens to logits, or to hidden states.
       smoothing: share of the target that is spread over the vocabulary.
-      chunk: positions of every row whose logits are made at a time; 0: all; `AUTO`.
-      routers: weights of the losses of routers.
+      chunk: positions per row whose logits are computed at once; 0: all; or `AUTO`.
+      routers: weights of the router losses.
 
     Raises:
-      ValueError: such weights, and a model without routers.
+      ValueError: router losses for a model without routers.
     """
     if any(routers):
         return _routed(model, smoothing, chunk, routers)
@@ -63,7 +63,7 @@ def make_causal(
 def _routed(
     model: Any, smoothing: float, chunk: int, routers: Routers
 ) -> Callable[..., Any]:
-    """As `make_causal`, with the losses of routers on all tokens but padding."""
+    """As `make_causal`, with router losses on all tokens except padding."""
     config = model.config
     if not hasattr(config, "experts"):
         raise ValueError(
@@ -105,15 +105,15 @@ def of_model(
     smoothing: float,
     chunk: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The mean over the weights, with nats and bytes of the sums beside it.
+    """Returns the weighted mean loss, and the metrics weight, nats and bytes.
 
     Args:
       model: has the head.
       params: of the model.
       batch: with `targets`, `weights` and `bytes`.
-      read: the model's logits, or with `hidden=True` its hidden states.
+      read: returns the model's logits, or with `hidden=True` its hidden states.
       smoothing: share of the target that is spread over the vocabulary.
-      chunk: positions of every row whose logits are made at a time; 0: all; `AUTO`.
+      chunk: positions per row whose logits are computed at once; 0: all; or `AUTO`.
     """
     if chunk == AUTO:
         chunk = chunk_for(batch["targets"].shape, model.config)
@@ -131,13 +131,13 @@ def of_model(
 
 
 def log_probs(model: Any, params: Any, batch: Any, chunk: int) -> jax.Array:
-    """The log-probability of every target, `[rows, positions]`.
+    """Returns the log-probability of every target, `[rows, positions]`.
 
     Args:
-      model: tokens to logits, or to hidden states.
+      model: maps tokens to logits, or to hidden states.
       params: of the model.
       batch: with `inputs` and `targets`.
-      chunk: positions of every row whose logits are made at a time; 0: all; `AUTO`.
+      chunk: positions per row whose logits are computed at once; 0: all; or `AUTO`.
     """
     inputs, targets = batch["inputs"], batch["targets"]
     if chunk == AUTO:
@@ -151,7 +151,7 @@ def log_probs(model: Any, params: Any, batch: Any, chunk: int) -> jax.Array:
 
 
 def chunk_for(shape: tuple[int, int], config: Any) -> int:
-    """The chunk of a batch `[rows, positions]`; 0 where all logits are few."""
+    """Returns the chunk for a batch `[rows, positions]`; 0 if its logits are few."""
     if shape[0] * shape[1] * config.vocabulary < LARGE:
         return 0
     return losses.chunk_of((*shape, config.width), config.vocabulary)
@@ -160,7 +160,7 @@ def chunk_for(shape: tuple[int, int], config: Any) -> int:
 def weighted(
     logits: jax.Array, batch: Any, smoothing: float
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The same of logits."""
+    """Returns what `of_model` does, from logits."""
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     weight = batch["weights"].sum()
     total = (nll * batch["weights"]).sum()

@@ -1,8 +1,8 @@
 """Preferences for a causal model: pairs of completions, or completions judged alone.
 
 The reference is the model that training begins with: the same base with its adapters
-off, or as they began. Held-out pairs are scored as TRL reports them: rewards, how often
-the chosen completion has the higher one (`rewards/accuracies`), and by how much
+off, or as initialised. Held-out pairs are scored as in TRL: rewards, how often the
+chosen completion has the higher one (`rewards/accuracies`), and by how much
 (`rewards/margins`).
 """
 
@@ -27,18 +27,19 @@ from lorax.losses import preferences as of
 from lorax.losses.preferences import Completions, Pair
 
 Tally = dict[str, tuple[jax.Array, jax.Array]]
-"""By name, a sum over rows and how many they are."""
+"""Name -> (sum over rows, number of rows)."""
 
 
 class Method(NamedTuple):
-    """A loss of preferences.
+    """A preference loss.
 
     Attributes:
-      loss: of `lorax.losses.preferences`; its options are `run.loss_options`.
-      judge: the loss with its options, completions of policy and reference, and the
-        batch -> a tally with the losses under "loss".
-      compares: with a reference.
-      pairs: of a chosen and a rejected completion; False: completions judged alone.
+      loss: from `lorax.losses.preferences`; its options are `run.loss_options`.
+      judge: `(loss with options, policy's completions, reference's completions, batch)
+        -> tally`, with the losses under "loss".
+      compares: whether it compares with a reference.
+      pairs: whether rows are a chosen and a rejected completion; False: completions
+        judged alone.
     """
 
     loss: Callable[..., Any]
@@ -53,7 +54,7 @@ def make_prefer(
     tokenizer: tokenization.Tokenizer,
     place: placement.Place = placement.ALONE,
 ) -> Task:
-    """Returns the task of `config.data`, for a model that reads tokens one way."""
+    """Returns the task of `config.data`, for a causal model."""
     data, lengths = config.data, config.data.lengths
     pad, method = tokenization.padding_id(tokenizer), METHODS[config.run.loss or "dpo"]
     found = encode(config, tokenizer, method)
@@ -111,11 +112,11 @@ def make_prefer(
 
 
 def loss_of(run: ml_collections.ConfigDict) -> Callable[..., Any]:
-    """The loss of `run.loss` with its options, tried on two rows.
+    """Returns the loss `run.loss` with its options, after a try on two rows.
 
     Raises:
-      TypeError: an option that it does not have.
-      ValueError: one out of range.
+      TypeError: an unknown option.
+      ValueError: an option out of range.
     """
     method = METHODS[run.loss or "dpo"]
     loss = functools.partial(method.loss, **dict(run.loss_options))
@@ -130,7 +131,7 @@ def loss_of(run: ml_collections.ConfigDict) -> Callable[..., Any]:
 def encode(
     config: ml_collections.ConfigDict, tokenizer: tokenization.Tokenizer, method: Method
 ) -> dict[str, examples.Encoded]:
-    """The rows of "train" and "valid" as tokens."""
+    """Encodes the rows of "train" and "valid" as tokens."""
     data = config.data
 
     def load() -> templates.ChatTemplate:
@@ -155,10 +156,10 @@ def encode(
 def make_score(
     model: Any, chunk: int, pairs: bool
 ) -> Callable[[Any, Any], Completions]:
-    """Returns `(params, batch) -> the completions of both sides`, `[rows, 2]`.
+    """Returns `(params, batch) -> completions of both sides`, `[rows, 2]`.
 
-    Pairs are read as twice the rows. Of completions judged alone, the other side has no
-    gradient: it is read by itself, so that no backward pass goes through it.
+    Pairs are read as twice as many rows. For completions judged alone, the other side
+    has no gradient: it is read separately, so that no backward pass goes through it.
     """
 
     def read(params: Any, batch: Any) -> Completions:
@@ -180,7 +181,7 @@ def make_score(
 
 
 def _judge_pairs(loss: Any, policy: Completions, said: Any, batch: Any) -> Tally:
-    """Rewards of pairs, each pair once."""
+    """Tallies the rewards of pairs, each pair once."""
     own = _sides(policy)
     found = loss(Pair(*own)) if said is None else loss(Pair(*own), Pair(*_sides(said)))
     counts = _counts(batch)
@@ -196,7 +197,7 @@ def _judge_pairs(loss: Any, policy: Completions, said: Any, batch: Any) -> Tally
 
 
 def _judge_alone(loss: Any, policy: Completions, said: Any, batch: Any) -> Tally:
-    """Rewards of what is desirable, called chosen, and of what is not."""
+    """Tallies the rewards of desirable rows, called chosen, and of the others."""
     (own, other), (own_said, other_said) = _sides(policy), _sides(said)
     counts, desirable = _counts(batch), batch["desirable"]
     baseline = of.kto_baseline(other, other_said, counts)
@@ -219,22 +220,22 @@ METHODS: Mapping[str, Method] = {
     "simpo": Method(of.simpo, _judge_pairs, compares=False),
     "kto": Method(of.kto, _judge_alone, pairs=False),
 }
-"""By `config.run.loss`; "" is "dpo"."""
+"""`config.run.loss` -> method; "" is "dpo"."""
 
 
 def _sides(found: Completions) -> tuple[Completions, Completions]:
-    """`[rows, 2]` to the two sides."""
+    """Splits `[rows, 2]` into the two sides."""
     first, second = (jax.tree.map(lambda x, i=i: x[:, i], found) for i in (0, 1))
     return first, second
 
 
 def _counts(batch: Any) -> jax.Array:
-    """`[rows]`: 1, or 0 for those that only fill the batch."""
+    """Returns `[rows]`: 1, or 0 for rows that only fill up the batch."""
     return (batch["weights"].sum((1, 2)) > 0).astype(jnp.float32)
 
 
 def _means(tally: Tally) -> dict[str, jax.Array]:
-    """Means of a tally, 0 of nothing; and the margin of the rewards' means."""
+    """Returns the means of a tally, 0 for no rows, and the margin of mean rewards."""
     found = {k: total / jnp.maximum(count, 1) for k, (total, count) in tally.items()}
     margin = found["rewards/chosen"] - found["rewards/rejected"]
     return found | {"rewards/margins": margin}

@@ -1,8 +1,8 @@
 """Prompts and responses for a causal model: E2E, or rows of instructions.
 
-The loss is on the response and its EOS alone. E2E's test prompts are written for and
-scored by BLEU, NIST and ROUGE-L; `test.jsonl` then has every prompt, what was written,
-and the references.
+The loss is on the response and its EOS only. For E2E's test prompts, responses are
+generated and scored by BLEU, NIST and ROUGE-L; `test.jsonl` then has every prompt, the
+generated text, and the references.
 """
 
 import json
@@ -31,7 +31,7 @@ def make_respond(
     tokenizer: tokenization.Tokenizer,
     place: placement.Place = placement.ALONE,
 ) -> Task:
-    """Returns the task of `config.data`, for a model that reads tokens one way."""
+    """Returns the task of `config.data`, for a causal model."""
     data, lengths = config.data, config.data.lengths
     pad = tokenization.padding_id(tokenizer)
     valid = encode(data, tokenizer, "valid", data.valid_rows)
@@ -74,7 +74,7 @@ def encode(
     split: str,
     rows: int = 0,
 ) -> Sequence[examples.Example]:
-    """The first rows of a split as tokens, all of them for 0."""
+    """Returns the first `rows` of a split as tokens; 0: all."""
     pairs = read_pairs(data, split)[: rows or None]
     found = examples.encode_pairs(tokenizer, pairs, max(data.lengths), split)
     if found.truncated:
@@ -83,9 +83,9 @@ def encode(
 
 
 def read_pairs(data: ml_collections.ConfigDict, split: str) -> Sequence[examples.Pair]:
-    """The prompts and responses of a split, "train" or "valid".
+    """Returns the prompts and responses of a split, "train" or "valid".
 
-    Where the table of the second is "", it is the last tenth of the first's.
+    If `data.valid` is "", the last tenth of the training table is held out.
     """
     if data.task == "e2e":
         found: Any = e2e.load(split, data.form)
@@ -99,8 +99,8 @@ def read_pairs(data: ml_collections.ConfigDict, split: str) -> Sequence[examples
     kept = len(found.pairs) - math.ceil(len(found.pairs) / 10)
     if not kept:
         raise ValueError(
-            f"{path} has one good row, and a tenth of the rows is held out; give more, "
-            "or data.valid"
+            f"{path} has one good row, and a tenth of the rows is held out; give more "
+            "rows, or data.valid"
         )
     return found.pairs[:kept] if split == "train" else found.pairs[kept:]
 
@@ -127,7 +127,7 @@ def write_test(
     params: Any,
     folder: pathlib.Path,
 ) -> Scores:
-    """Answers the test prompts and scores the answers."""
+    """Generates responses to the test prompts, scores them and writes them down."""
     form = config.data.form
     groups = e2e.groups(e2e.load("test", form).pairs)[: config.eval.test]
     write = continuations.make_writer(

@@ -1,7 +1,7 @@
 """Labelled sentences as text to text: T5 reads a prompt and writes the label's name.
 
 A prompt is the set's name and the sentences, "sst-2 sentence: ...", as in T5's own
-mixture; what is written is compared with the label's name, word for word.
+mixture; the output must equal the label's name exactly.
 """
 
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ def make_text_to_text(
     """Returns the task of `config.data`.
 
     Raises:
-      ValueError: labels that are numbers.
+      ValueError: the labels are numbers.
     """
     data, lengths = config.data, config.data.lengths
     pad, eos = tokenization.padding_id(tokenizer), _eos(tokenizer)
     train, valid = (glue.load_split(data, split) for split in ("train", "valid"))
     if not train.labels:
-        raise ValueError(f"{data.name} has numbers, not labels, and no names to write")
+        raise ValueError(f"{data.name} has numbers, not labels with names to write")
     names = Names(train.labels, [[*tokenizer.encode(n), *eos] for n in train.labels])
     write = decoding.make_generate(
         decoding.sequence_to_sequence(model, names.longest + 1).map(unmerged.either),
@@ -84,11 +84,11 @@ class Names(NamedTuple):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest name."""
+        """The number of tokens in the longest name."""
         return max(map(len, self.ids))
 
     def collate(self, example: Example, length: int, fill: int) -> dict[str, Any]:
-        """A row of a batch: the prompt filled up to `length`, and the name to write."""
+        """Returns a row of a batch: the prompt padded to `length`, and the name."""
         label, tokens = int(example["label"]), example["tokens"]
         target = self.ids[label]
         rest = self.longest - len(target)
@@ -107,7 +107,7 @@ def _encoded(
     found: classification.Data,
     rows: int,
 ) -> list[Example]:
-    """The first rows of a split as prompts, all of them for 0."""
+    """Returns the first `rows` of a split as prompts; 0: all."""
     longest = max(data.lengths)
     return [
         {
@@ -119,7 +119,7 @@ def _encoded(
 
 
 def make_loss(model: Any, smoothing: float = 0.0, chunk: int = losses.AUTO) -> Any:
-    """Cross-entropy of the written names."""
+    """Returns the cross-entropy of the names to write."""
 
     def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         shifted = t5.shift_right(batch["targets"], model.config)
@@ -143,7 +143,7 @@ def _prompt(
     row: classification.Labelled,
     longest: int,
 ) -> list[int]:
-    """Tokens of a prompt, its end cut where it is too long, and EOS."""
+    """Returns the tokens of a prompt, truncated if it is too long, and EOS."""
     text = f"{name.lower()} sentence: {row.first}"
     if row.second is not None:
         text = f"{name.lower()} sentence1: {row.first} sentence2: {row.second}"

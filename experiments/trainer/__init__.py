@@ -1,1 +1,1 @@
-"""The inner loop, and what it needs: optimisers, metrics, checkpoints, the guard."""
+"""The inner loop and what it needs: optimisers, metrics, checkpoints, the guard."""

@@ -1,4 +1,4 @@
-"""A fit with all that goes around it: reports, evaluations, a guard, checkpoints."""
+"""Fits a prepared run: the loop with its reports, evaluations, guard, checkpoints."""
 
 import contextlib
 import functools
@@ -17,10 +17,10 @@ from experiments.trainer.loop import MERGED, Clock, Prepared, Step, loop
 
 
 class Schedule(NamedTuple):
-    """How long, and how often what is done.
+    """How long to train, and how often to report and evaluate.
 
     Attributes:
-      steps: how many.
+      steps: number of steps.
       log_every: steps between two reports.
       eval_every: steps between two evaluations, 0 for one at the end.
     """
@@ -31,11 +31,11 @@ class Schedule(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Where a run is told of.
+    """Where a run reports.
 
     Attributes:
       name: of the run, in the progress bar and the metrics.
-      bars: where the progress bar goes.
+      bars: the display that gets the run's progress bar.
       log: where metrics go, None for nowhere.
     """
 
@@ -44,25 +44,25 @@ class Output(NamedTuple):
     log: metric_log.Writer | None = None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Appends values to the metrics, where there are any."""
+        """Appends values to the metrics log, if there is one."""
         if self.log:
             self.log.write(self.name, step, values)
 
 
 class Fit(NamedTuple):
-    """What a fit leaves behind.
+    """The result of a fit.
 
     Attributes:
       adapters: the trained leaves, by path.
       params: the parameters that the adapters belong to.
       trainable: number of trained array elements.
       opt_state_bytes: size of the optimiser's state.
-      step_ms: median milliseconds a step, compilation and evaluation left out; NaN if
+      step_ms: median milliseconds per step, without compilation and evaluation; NaN if
         no step was left to make.
       evaluation: what `evaluate` returned after the last step, {} without it.
       initial: the adapters at the start, if their init moved a part of the base; else
         None.
-      merge: as that of `loop.Prepared`.
+      merge: as in `loop.Prepared`.
     """
 
     adapters: dict[str, Any]
@@ -75,7 +75,7 @@ class Fit(NamedTuple):
     merge: Callable[..., Any] = MERGED
 
     def merged(self) -> Any:
-        """Parameters with what was learned: plain ones, or packed as the base is."""
+        """Returns the adapted parameters: plain ones, or quantised as the base is."""
         return self.merge(self.adapters, self.params)
 
 
@@ -94,16 +94,17 @@ def fit(
     keep: keeping.Keep | None = None,
     guard: nonfinite.Guard | None = None,
 ) -> Fit:
-    """Makes the steps of a run that was prepared, or those that it has left.
+    """Makes all steps of a prepared run, or those left after its last checkpoint.
 
     Args:
       prepared: the run; its state is donated.
       batches: indexed by step.
-      schedule: how long, and how often what is done.
-      output: where it is told of.
-      evaluate: what `prepared.merge` makes -> values to write; None for none.
-      keep: how the run keeps itself, to go on after a stop; None: not at all.
-      guard: stops the run after too many steps that are not finite.
+      schedule: how long to train, and how often to report and evaluate.
+      output: where the run reports.
+      evaluate: maps what `prepared.merge` returns to values to write; None: never.
+      keep: where and how the run saves itself, to resume after a stop; None: it does
+        not.
+      guard: stops the run after too many non-finite steps.
     """
     with contextlib.ExitStack() as stack:
         start, hooks = 0, list[Callable[[Step], None]]()
@@ -138,14 +139,14 @@ def fit(
 
 
 def _watch(guard: nonfinite.Guard, step: Step) -> None:
-    """A hook: the guard looks at every step, and at the last one before it ends."""
+    """A hook: the guard checks every step, and after the last leaves none unchecked."""
     guard.watch(step.number, step.batch, step.metrics)
     if step.last:
         guard.finish()
 
 
 class Report:
-    """A hook: every so often the bar moves, and the metrics get a line."""
+    """A hook that moves the bar and writes metrics every `schedule.log_every` steps."""
 
     def __init__(
         self, tokens: int, schedule: Schedule, output: Output, clock: Clock
@@ -153,9 +154,9 @@ class Report:
         """Adds a bar.
 
         Args:
-          tokens: of a step.
-          schedule: how often.
-          output: where it is told.
+          tokens: number of tokens in a step.
+          schedule: how often to report.
+          output: where to report.
           clock: of the steps; every report is a lap.
         """
         self._tokens, self._every = tokens, schedule.log_every
@@ -164,12 +165,12 @@ class Report:
         self._losses: list[Any] = []
 
     def __call__(self, step: Step) -> None:
-        """Takes the loss, and reports where that is due."""
+        """Records the loss, and reports if a report is due."""
         self._losses.append(step.metrics["loss"])
         if not step.due(self._every):
             return
         found = jax.device_get((step.metrics, self._losses))  # waits for the step
-        # The mean since the last report: batches differ by their documents.
+        # The mean since the last report: single batches are noisy.
         values = {**found[0], "loss": statistics.fmean(map(float, found[1]))}
         seconds = self._clock.lap(step.number)
         pace = self._tokens / seconds
@@ -179,7 +180,7 @@ class Report:
 
 
 class Scores:
-    """What the model is judged by, every so often and at the end."""
+    """The evaluations of the model, at intervals and at the end."""
 
     def __init__(
         self,
@@ -196,7 +197,7 @@ class Scores:
         self._values: dict[str, float] = {}
 
     def after(self, step: Step) -> None:
-        """A hook: evaluates where that is due, the clock stopped."""
+        """A hook: evaluates if that is due, with the clock paused."""
         if self._evaluate is None or not step.due(self._every):
             return
         jax.block_until_ready(step.state)
@@ -207,7 +208,7 @@ class Scores:
             self._output.write(step.number, self._values)
 
     def final(self, state: Any) -> dict[str, float]:
-        """The last values; anew where the run was over when it was taken up again."""
+        """Returns the last values; evaluates if a resumed run had no steps left."""
         if self._evaluate is not None and not self._values:
             self._values = self._evaluate(self._merge(state.adapters, self._params))
         return self._values

@@ -1,4 +1,4 @@
-"""A run that goes on after a stop: what it saves of itself, when, and how it leaves.
+"""Resumable runs: what a run saves of itself, when, and how it exits.
 
     with keeping.Keeper(keep, params) as keeper:
         state, start = keeper.restore(state)
@@ -6,10 +6,10 @@
             state, metrics = train_step(state, params, batches[step - 1])
             keeper.after(state, step)
 
-Told to stop (SIGTERM), it saves and leaves with `preemption.EXIT_PREEMPTED`; the same
-command then goes on from there, bit for bit. What an abort leaves behind (a process of
-several that died takes the others with it, and no Python code runs then) is the last
-complete save.
+On SIGTERM the run saves and exits with `preemption.EXIT_PREEMPTED`; the same command
+then resumes from there, bit for bit. After an abort (when one of several processes
+dies, it takes the others with it, and no Python code runs then) the last complete save
+remains.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ FREE = (
     *("distributed.", "sharding.", "eval."),
     *("run.name", "run.log_every", "run.save_", "run.skip_nonfinite"),
 )
-"""Fields of the config in which a run may differ from the one it goes on with."""
+"""Fields of the config in which a run may differ from the one that it resumes."""
 
 
 class Keep(NamedTuple):
-    """How a run keeps itself.
+    """Where and how a run saves itself.
 
     Attributes:
       folder: of the checkpoints.
-      config: of the run, whole.
+      config: the whole config of the run.
     """
 
     folder: pathlib.Path
@@ -44,21 +44,20 @@ class Keep(NamedTuple):
 
 
 def make_keep(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Keep | None:
-    """Returns how a run keeps itself; None if `config.run.save_every` is 0."""
+    """Returns how a run saves itself; None if `config.run.save_every` is 0."""
     return Keep(workdir / "checkpoints", config) if config.run.save_every else None
 
 
 class Keeper(contextlib.ExitStack):
-    """Saves every so often, and when the run is told to stop."""
+    """Saves every `run.save_every` steps, and when the run is told to stop."""
 
     def __init__(self, keep: Keep, params: Any) -> None:
         """Opens the folder.
 
         Args:
-          keep: folder and config; of the config `run.save_every` (steps),
-            `run.save_keep` (how many) and `run.save_deadline` (seconds that the last
-            save may take).
-          params: the base, as adapters were initialised on it.
+          keep: folder and config; it reads `run.save_every` (steps), `run.save_keep`
+            (how many) and `run.save_deadline` (seconds that the last save may take).
+          params: the base on which the adapters were initialised.
         """
         super().__init__()
         self._run, self._folder = keep.config.run, keep.folder
@@ -80,10 +79,11 @@ class Keeper(contextlib.ExitStack):
         return self
 
     def restore(self, state: Any) -> tuple[Any, int]:
-        """Returns the newest state that is whole and its step; else `state` and 0.
+        """Returns the newest complete state and its step; else `state` and 0.
 
         Raises:
-          ValueError: it is of another run: another base, targets, or config.
+          ValueError: the checkpoint is of another run, with another base, targets or
+            config.
         """
         found = self._checkpoints.restore(state)
         if found is None:
@@ -92,14 +92,14 @@ class Keeper(contextlib.ExitStack):
         for name in sorted(then.keys() | now.keys()):
             if then.get(name) != now.get(name) and not name.startswith(FREE):
                 raise ValueError(
-                    f"{self._folder} holds a run of {name}={then.get(name)!r}, and "
-                    f"this one has {now.get(name)!r}: take another workdir, or delete "
+                    f"{self._folder} holds a run with {name}={then.get(name)!r}, but "
+                    f"this one has {now.get(name)!r}: use another workdir, or delete "
                     "that folder"
                 )
         return found.state, int(found.data["batches"])
 
     def after(self, state: Any, step: int) -> None:
-        """To be called after every step, by every process.
+        """Saves if a save is due; every process calls it after every step.
 
         Raises:
           SystemExit: the run was told to stop, and has saved.
@@ -115,18 +115,18 @@ class Keeper(contextlib.ExitStack):
 
 
 def save_and_verify(path: pathlib.Path, adapters: Any, params: Any) -> None:
-    """Saves the adapters and asserts that what is read back is what was saved."""
+    """Saves the adapters, and checks that they read back as they were saved."""
     checkpoint.save_adapters(path, adapters, params, overwrite=True)
     restored = checkpoint.load_adapters(path, params=params)
     same = jax.tree.map(np.array_equal, restored, adapters)  # or it raises
     for name, array in checkpoint.load_frozen(path).items():
         same[name] = np.array_equal(array, tree.split(params)[1][name])
     if not all(jax.tree.leaves(same)):
-        raise OSError(f"{path}: the adapters read back are not those saved")
+        raise OSError(f"{path}: the adapters read back differ from those saved")
 
 
 def _flat(config: Any, front: str = "") -> dict[str, Any]:
-    """`{"run.steps": ...}`."""
+    """Flattens a nested config to `{"run.steps": ...}`."""
     if not isinstance(config, dict) or not config:
         return {front.rstrip("."): config}
     found: dict[str, Any] = {}

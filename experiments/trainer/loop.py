@@ -1,4 +1,4 @@
-"""The one inner loop, its clock, and the step that it makes.
+"""The only training loop, its clock, and its compiled step.
 
     clock = loop.Clock()
     state = loop.loop(prepared, batches, hooks, clock=clock, steps=90)
@@ -20,19 +20,19 @@ from experiments.machine import placement
 
 
 class Clock:
-    """Times steps by stretches, from one lap to the next, pauses left out.
+    """Times steps from one lap to the next, without pauses.
 
     Attributes:
-      seconds: of a step, by stretch.
+      seconds: seconds per step, for each lap.
     """
 
     def __init__(self, start: int = 0) -> None:
-        """Starts the first stretch behind step `start`."""
+        """Starts the first lap after step `start`."""
         self.seconds: list[float] = []
         self._step, self._began = start, time.perf_counter()
 
     def lap(self, step: int) -> float:
-        """Ends a stretch with `step`, begins the next; returns its seconds a step."""
+        """Ends a lap with `step`, and begins the next; returns seconds per step."""
         now = time.perf_counter()
         self.seconds.append((now - self._began) / (step - self._step))
         self._step, self._began = step, now
@@ -40,7 +40,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside counts for no step."""
+        """Stops the clock for what happens inside."""
         paused = time.perf_counter()
         try:
             yield
@@ -49,7 +49,7 @@ class Clock:
 
 
 class Compiled:
-    """A train step, compiled once for every shape of a batch."""
+    """A train step, compiled once for each batch shape."""
 
     def __init__(
         self, step: Callable[..., Any], lies: Any = None, rest: Sequence[Any] = ()
@@ -59,8 +59,8 @@ class Compiled:
         Args:
           step: `(state, params, batch, *rest) -> (state, metrics)`; the state is
             donated.
-          lies: shardings of the state that it returns; None: as they come.
-          rest: what the step takes behind the batch, the same every time.
+          lies: shardings of the state that it returns; None: left to the compiler.
+          rest: what the step takes after the batch, the same every time.
         """
         self._rest = tuple(rest)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(lies, None))
@@ -69,7 +69,7 @@ class Compiled:
     def __call__(
         self, state: Any, params: Any, batch: Any, clock: Clock | None = None
     ) -> tuple[Any, Any]:
-        """Makes a step; the clock is paused where it has to be compiled."""
+        """Makes a step; pauses the clock while it is compiled."""
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._by_shapes:
             with clock.paused() if clock else contextlib.nullcontext():
@@ -78,7 +78,7 @@ class Compiled:
         return self._by_shapes[shapes](state, params, batch, *self._rest)
 
     def traced(self, state: Any, params: Any, batch: Any) -> Any:
-        """Returns the jaxpr of a step, which is neither compiled nor made."""
+        """Returns the jaxpr of a step, without compiling or running it."""
         return self._step.trace(state, params, batch, *self._rest).jaxpr
 
 
@@ -87,15 +87,15 @@ MERGED = jax.jit(lorax.merge)
 
 
 class Prepared(NamedTuple):
-    """A run that can make its first step.
+    """A run that is ready for its first step.
 
     Attributes:
       state: as `training.create_state` or `population.create_population` makes it.
       params: the base that the adapters belong to.
       step: the train step.
-      place: where batches lie.
-      merge: what is evaluated, of adapters and params: as `MERGED`, or `Unmerged`.
-      tokens: of the first batch, for the pace that is told.
+      place: where batches go.
+      merge: makes what is evaluated from adapters and params: `MERGED` or `Unmerged`.
+      tokens: number of tokens in the first batch, for the reported throughput.
       initial: the adapters at the start, if their init moved a part of the base; else
         None.
     """
@@ -115,9 +115,9 @@ class Step(NamedTuple):
     Attributes:
       number: of the step; the first is 1.
       last: whether it is the last one.
-      state: after it; donated to the next.
-      batch: that it was given.
-      metrics: that it returned.
+      state: the state after the step; donated to the next.
+      batch: the batch of the step.
+      metrics: what the step returned beside the state.
     """
 
     number: int
@@ -127,7 +127,7 @@ class Step(NamedTuple):
     metrics: dict[str, Any]
 
     def due(self, every: int) -> bool:
-        """Whether what is done every so many steps is due; 0: after the last alone."""
+        """Whether something done every `every` steps is due; 0: only after the last."""
         return self.last or bool(every and self.number % every == 0)
 
 
@@ -146,9 +146,9 @@ def loop(
       prepared: the run; its state is donated.
       batches: indexed by step.
       hooks: called after every step, in this order.
-      clock: of the steps.
+      clock: times the steps.
       steps: the number of the last step.
-      start: steps that the state has made.
+      start: steps that the state has already made.
     """
     state = prepared.state
     stream = ahead(batches, start, steps)
@@ -162,6 +162,6 @@ def loop(
 
 
 def ahead(dataset: grain.MapDataset, start: int, stop: int) -> Iterator[Any]:
-    """The batches `start` to `stop`, made by threads before they are asked for."""
+    """Returns the batches `start` to `stop`, prefetched by threads."""
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     return iter(dataset[start:stop].to_iter_dataset(options))

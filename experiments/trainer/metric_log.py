@@ -1,8 +1,8 @@
-"""Metrics: JSON lines, TensorBoard where tensorboardX is installed, W&B if asked.
+"""Metrics: JSON lines, TensorBoard if tensorboardX is installed, W&B if asked for.
 
-Both are written before `write` returns, so that a disk that fails ends the run there
-and then. tensorboardX's own `SummaryWriter` has a thread for it: it dies of the first
-error, and the run then waits without end for a place in its queue.
+Both files are written before `write` returns, so that a failing disk ends the run at
+once. tensorboardX's own `SummaryWriter` writes in a thread: the first error kills the
+thread, and the run then waits forever for room in its queue.
 """
 
 import contextlib
@@ -21,25 +21,25 @@ from experiments.machine import disk, record
 from lorax.checkpoint import folders
 
 SYNC_SECONDS = 30
-"""Between two calls that see TensorBoard's file onto the disk itself."""
+"""Seconds between two flushes of TensorBoard's file to disk."""
 
 
 class Writer:
     """Writes scalars to `metrics.jsonl` and `tensorboard/<run>/`.
 
-    One line holds one call: `{"run": "lora", "step": 10, "time": 1.7, "loss": 2.5}`,
-    `time` in seconds since the writer was opened. A value that is not finite becomes
-    `null`, for JSON has no NaN.
+    Each call writes one line: `{"run": "lora", "step": 10, "time": 1.7, "loss": 2.5}`,
+    with `time` in seconds since the writer was opened. A value that is not finite
+    becomes `null`, because JSON has no NaN.
 
     Args:
-      workdir: folder to write to, made if need be.
-      fresh: an earlier run's metrics are replaced; False: they stay, see `rewind`.
-      project: of Weights & Biases, to which everything is sent as well; "": to none.
+      workdir: folder to write to, created if missing.
+      fresh: replaces an earlier run's metrics; False keeps them, see `rewind`.
+      project: a Weights & Biases project that gets everything too; "" for none.
 
     Raises:
-      ValueError: the workdir is a file, or a link to nothing; a project is given and
+      ValueError: the workdir is a file or a broken link, or a project is given and
         wandb is not installed.
-      OSError: it cannot be written to; names the path, here and in every method.
+      OSError: writing failed; names the path, here and in every method.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Writer:
             logging.warning("tensorboardX is not installed: writing JSON lines only")
 
     def rewind(self, step: int) -> None:
-        """Drops what an earlier run wrote of later steps: they come once more."""
+        """Drops an earlier run's lines after `step`: those steps are made again."""
         self._lines.close()
         kept = [line for line in read(self._workdir) if line["step"] <= step]
         disk.replace(self._path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -94,7 +94,7 @@ class Writer:
 
     def close(self) -> None:
         """Flushes and closes every file."""
-        with contextlib.ExitStack() as files:  # all, though one fail
+        with contextlib.ExitStack() as files:  # all of them, even if one fails
             for board in self._boards.values():
                 files.callback(board.close)
             if self._wandb is not None:
@@ -107,7 +107,7 @@ class Writer:
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        """Closes the files, whatever happened; an error before goes first."""
+        """Closes the files in any case; an error from before takes precedence."""
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():
             self.close()
 
@@ -118,7 +118,8 @@ class _Board:
     Args:
       tensorboard: the module tensorboardX.
       folder: of the file.
-      start: the first step; what older files hold from there on is hidden. 0: nothing.
+      start: the first step; TensorBoard hides what older files hold from there on. 0
+        hides nothing.
     """
 
     def __init__(self, tensorboard: Any, folder: pathlib.Path, start: int) -> None:
@@ -149,16 +150,16 @@ class _Board:
         self._file.write(event.SerializeToString())
 
     def close(self) -> None:
-        """Sees the file onto the disk and closes it."""
+        """Flushes the file to disk and closes it."""
         with disk.failing(self._path), contextlib.closing(self._file):
             self._file.flush()
 
 
 class _Wandb:
-    """A run of Weights & Biases, of the folder's name; of a run that goes on, the same.
+    """A Weights & Biases run, named after the folder; a resumed run continues it.
 
-    Steps are metrics of their own, "lora/step": W&B's may not fall, and where "full"
-    follows "lora" they do.
+    Steps are metrics of their own, "lora/step": W&B's own step must not decrease, and
+    it would where "full" follows "lora".
     """
 
     def __init__(self, workdir: pathlib.Path, project: str, fresh: bool) -> None:
@@ -166,8 +167,8 @@ class _Wandb:
             import wandb  # imported here: nothing else needs it
         except ImportError as error:
             raise ValueError(
-                f"config.run.wandb={project!r}: the package of Weights & Biases is not "
-                "installed; pip install wandb, or give ''"
+                f"config.run.wandb={project!r}: the package wandb is not installed; "
+                "pip install wandb, or give ''"
             ) from error
         told = workdir / record.FILE
         known = workdir / "wandb_id"
@@ -197,5 +198,5 @@ class _Wandb:
 
 
 def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
-    """Reads back the lines of `workdir/metrics.jsonl`, see `disk.read_lines`."""
+    """Reads back the lines of `workdir/metrics.jsonl`; see `disk.read_lines`."""
     return disk.read_lines(pathlib.Path(workdir) / "metrics.jsonl")

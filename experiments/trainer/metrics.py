@@ -1,4 +1,4 @@
-"""What a run is judged by: bits per byte, trainable size, time; and their table."""
+"""The figures of a run: bits per byte, trainable size, time; and their table."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -20,8 +20,8 @@ def make_bits_per_byte(loss_fn: LossFn) -> Callable[[Any, Iterable[Any]], float]
     """Returns `evaluate(params, batches)`, the mean bits per byte over all targets.
 
     Args:
-      loss_fn: `(params, batch) -> (mean loss in nats, metrics)`, `metrics["weight"]`
-        the number of targets that the mean is over.
+      loss_fn: `(params, batch) -> (mean loss in nats, metrics)`, where
+        `metrics["weight"]` is the number of targets in the mean.
     """
     jitted = jax.jit(loss_fn)
 
@@ -35,27 +35,27 @@ def make_bits_per_byte(loss_fn: LossFn) -> Callable[[Any, Iterable[Any]], float]
 
 
 def size(tree: Any) -> int:
-    """Number of array elements in a tree; of quantised leaves, of weights."""
+    """Returns the number of array elements in a tree; of weights if quantised."""
     return sum(x.size for x in jax.tree.leaves(tree, is_leaf=is_quantized))
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of the arrays in a tree."""
+    """Returns the bytes of the arrays in a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def recovered(base: float, adapted: float, full: float) -> float:
-    """Share of full fine-tuning's gain that an adapted model has."""
+    """Returns the share of full fine-tuning's gain that an adapted model reaches."""
     return (base - adapted) / (base - full) if base > full else math.nan
 
 
-NO_SHARE = "Full fine-tuning gained less than LoRA here, so no share of it is given."
+NO_SHARE = "Full fine-tuning gained less than LoRA here, so its share is left blank."
 
 
 def summary_table(
     results: Mapping[str, Mapping[str, float]], caption: str
 ) -> rich.table.Table:
-    """The closing table, a row a model.
+    """Returns the closing table, with a row for each model.
 
     Args:
       results: row name -> the values that `experiments.recipes.byte_model.train`
@@ -86,7 +86,7 @@ def summary_table(
 
 
 def _cell(form: str, values: Mapping[str, float]) -> str:
-    """The formatted values, or blank if the row lacks one or it says nothing."""
+    """Returns the formatted value, or blank where it is missing or meaningless."""
     if "recovered" in form and not values.get("recovered", 0) <= 1:
         return ""
     try:

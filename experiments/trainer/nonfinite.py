@@ -1,7 +1,7 @@
-"""Steps that are not finite: a few may be skipped, then the run stops and says why.
+"""Non-finite steps: a few may be skipped, then the run stops and says why.
 
 The train step itself leaves the state as it was before such a step (see
-`lorax.training.make_train_step`); here they are counted:
+`lorax.training.make_train_step`); this module counts them:
 
     guard = nonfinite.Guard(folder, limit=3)
     guard.start(state.skipped)
@@ -25,16 +25,16 @@ import numpy as np
 from lorax.checkpoint import storage
 
 LIMIT = 3
-"""Steps in a row that may be skipped where a config does not say (the quickstart)."""
+"""Steps in a row that may be skipped if the config does not say (the quickstart)."""
 
 UPDATE = ", but the adapters, the optimiser's state or the model's would not be"
 GRADIENT_ADVICE = (
-    "Lower the learning rate, clip the gradients, or look for what that batch holds"
+    "Lower the learning rate, clip the gradients, or look at what that batch holds"
 )
 UPDATE_ADVICE = (
-    "Look at the learning rate and its schedule at that step, at the optimiser's "
-    "epsilon (0 makes 0 / 0 of a zero gradient, and float16 rounds 1e-8 to 0), at the "
-    "dtype of the adapters (float32 is safe), and at statistics that the model keeps"
+    "Check the learning rate and its schedule at that step, the optimiser's epsilon "
+    "(with 0, a zero gradient gives 0 / 0, and float16 rounds 1e-8 to 0), the dtype of "
+    "the adapters (float32 is safe), and statistics that the model keeps"
 )
 
 
@@ -46,14 +46,14 @@ class Guard:
     """Stops a run after more than `limit` steps in a row that were not finite.
 
     A step is not finite if its loss or gradient norm is not, or if the train step
-    skipped it for what adapters, optimiser or model state would have become. One
-    without target tokens is skipped too, and counts as neither. Where the step counts
-    what it skipped, that number alone is fetched, when the next step has been
+    skipped it because adapters, optimiser or model state would not have been. A step
+    without target tokens is skipped too, and counts as neither. If the train step
+    counts what it skipped, only that number is fetched, once the next step has been
     dispatched, so that the device does not wait for the host.
 
     Args:
-      folder: where the batch goes, as `nonfinite-step-17.npz`.
-      limit: how many steps in a row are skipped; 0 stops at the first.
+      folder: where the batch is written, as `nonfinite-step-17.npz`.
+      limit: how many steps in a row may be skipped; 0 stops at the first.
 
     Raises:
       ValueError: `limit` is negative.
@@ -78,26 +78,26 @@ class Guard:
         self._waiting: tuple[int, Any, Mapping[str, Any]] | None = None
 
     def start(self, skipped: int) -> None:
-        """To be called where a run goes on: how many steps its state has skipped."""
+        """Sets how many steps the state has skipped so far, for a resumed run."""
         self._skipped = float(skipped)
 
     def watch(self, step: int, batch: Any, metrics: Mapping[str, Any]) -> None:
-        """Takes a step that was dispatched, and looks at the one before it.
+        """Takes a step that was dispatched, and checks the one before it.
 
         Args:
           step: its number, for the message.
-          batch: what it was given; kept until the next call, so it must not be donated.
+          batch: its batch; kept until the next call, so it must not be donated.
           metrics: what it returned.
 
         Raises:
-          NonFiniteError: on all processes alike, for the metrics are the same.
+          NonFiniteError: on all processes alike, because their metrics are the same.
         """
         previous, self._waiting = self._waiting, (step, batch, metrics)
         if previous is not None:
             self._look(*previous)
 
     def finish(self) -> None:
-        """Looks at the last step; NonFiniteError as `watch`."""
+        """Checks the last step; raises as `watch` does."""
         previous, self._waiting = self._waiting, None
         if previous is not None:
             self._look(*previous)
@@ -106,7 +106,7 @@ class Guard:
         before = self._skipped
         if "skipped" in metrics:
             self._skipped = float(jax.device_get(metrics["skipped"]))
-            if self._skipped == before:  # of most steps this is all that is fetched
+            if self._skipped == before:  # usually this is all that is fetched
                 self.in_a_row = 0
                 return
         names = ("loss", "grad_norm", "weight")
@@ -132,7 +132,7 @@ class Guard:
         path = self.folder / f"nonfinite-step-{step}{part}.npz"
         try:
             save_batch(path, batch)
-        except OSError as error:  # no reason to lose the step's number
+        except OSError as error:  # the message must still name the step
             return f"Its batch could not be written to {path}: {error}."
         return f"Its batch is in {path}, for numpy.load."
 
@@ -141,11 +141,11 @@ def save_batch(path: pathlib.Path, batch: Any) -> None:
     """Writes a tree of arrays as `npz`, which loads with `allow_pickle=False`.
 
     Args:
-      path: the file; its folder is made.
+      path: the file; its folder is created.
       batch: any tree; the leaf `x` of a dict is called `batch/x`. Small floats and
-        integers that numpy lacks (bfloat16, int4) are widened, which is exact; of a
-        PRNG key the data is written, of an object its `str`. Arrays sharded over
-        processes are gathered, so all of them must call this.
+        integers that numpy lacks (bfloat16, int4) are widened, which is exact; a PRNG
+        key is written as its data, an object as its `str`. Arrays sharded over
+        processes are gathered, so all processes must call this.
     """
     arrays: dict[str, Any] = {}
     for key_path, leaf in jtu.tree_flatten_with_path(batch)[0]:

@@ -14,7 +14,7 @@ METHODS = ("lora", "full")
 
 
 def make_model(config: ml_collections.ConfigDict) -> decoder.Decoder:
-    """The decoder that `config.model` describes."""
+    """Returns the decoder that `config.model` describes."""
     return decoder.Decoder(
         vocabulary=config.vocabulary,
         layers=config.layers,
@@ -25,9 +25,9 @@ def make_model(config: ml_collections.ConfigDict) -> decoder.Decoder:
 
 
 def make_loss(model: decoder.Decoder) -> Callable[..., Any]:
-    """Cross-entropy as `(params, batch) -> (mean nats a target, {"weight": targets})`.
+    """Returns `(params, batch) -> (mean cross-entropy in nats, {"weight": targets})`.
 
-    Nothing in it knows of adapters: `lorax` transforms it as it is.
+    It knows nothing of adapters: `lorax` transforms it as it is.
     """
 
     def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -40,11 +40,11 @@ def make_loss(model: decoder.Decoder) -> Callable[..., Any]:
 
 
 def make_targets(method: str, config: ml_collections.ConfigDict) -> list[lorax.Target]:
-    """What trains under a method.
+    """Returns the targets that a method trains.
 
     Args:
       method: "lora" for low-rank factors and the leaves trained whole beside them;
-        "full" for every leaf whole, by the same train step.
+        "full" for every leaf whole, with the same train step.
       config: `config.adapter`.
     """
     if method == "full":

@@ -1,4 +1,4 @@
-"""From the values of `config.optimizer` to an optax transformation.
+"""Turns the values of `config.optimizer` into an optax transformation.
 
 `config.optimizer.name` is one of READY, to which `register` adds, or "chain":
 
@@ -8,9 +8,9 @@
         ("lora_plus", 16.0), ("spectral_decay", 0.1))
     config.optimizer.wrap = (("adalora", {"target_budget": 96, ...}), ("accumulate", 4))
 
-A link is a name and its arguments: a number for the first, or a dict by name. The
-learning rate is put in where it belongs. Links stand in the order of STAGES; wrappers
-go around the whole, the first innermost.
+A link is a name and its arguments: a number for the first one, or a dict by name. The
+learning rate is inserted where it belongs. Links must be in the order of STAGES;
+wrappers go around the whole chain, the first innermost.
 """
 
 import functools
@@ -30,7 +30,7 @@ STAGES = ("clip", "pair", "moments", "ratio", "decay", "learning_rate", "project
 
 
 class Link(NamedTuple):
-    """A transformation of a chain, and where it stands."""
+    """A transformation of a chain, and the stage where it belongs."""
 
     stage: str
     make: Callable[..., Any]
@@ -64,11 +64,11 @@ def _adamw(
 def scale_by_path(
     factors: Sequence[tuple[str, Any]],
 ) -> optax.GradientTransformation:
-    """Multiplies the updates of whole paths: learning rates of their own.
+    """Multiplies the updates of each path by a factor, as a learning rate of its own.
 
     Args:
       factors: pairs (regular expression of a path, factor); the first that matches the
-        path from its start to its end decides, and others keep their step.
+        whole path wins, and the updates of other paths are unchanged.
     """
 
     def factor(path: str) -> Any:
@@ -108,7 +108,7 @@ LINKS = {
     "clip_spectral": Link("project", optim.clip_spectral_norm),
     "retract": Link("project", optim.retract),
 }
-"""Transformations by the name that a chain gives them."""
+"""Transformations by the name that a chain uses for them."""
 
 READY = {
     "adamw": _adamw,
@@ -126,14 +126,14 @@ READY = {
 """Whole optimisers by name, `(learning_rate, **options)`; "muon" is for whole trees."""
 
 SEES_SHAPES = {"muon"}
-"""Names in READY whose step depends on the shapes of factors, not on values alone:
-members of a population are then not padded to one rank."""
+"""Names in READY whose step depends on the shapes of factors, not only on values:
+members of a population are then not padded to a common rank."""
 
 WRAPPERS = {"adalora": optim.adalora, "accumulate": optax.MultiSteps}
-"""What goes around an optimiser, by name, `(inner, **options)`."""
+"""Wrappers of an optimiser by name, `(inner, **options)`."""
 
 FIELDS = ("b1", "b2", "weight_decay", "adam_learning_rate")
-"""Fields of the config that a READY optimiser gets if it takes them."""
+"""Fields of the config that are passed to a READY optimiser if it takes them."""
 
 SCHEDULE = ("learning_rate", "warmup_steps", "final_share", "clip_norm", "tuned")
 BUILD = ("name", "options", "chain", "wrap", "rates", "steps", "batch_size")
@@ -145,21 +145,21 @@ def register(
 ) -> Any:
     """Registers an optimiser under a name, for `config.optimizer.name`.
 
-    Its arguments are fields of `config.optimizer` in a config of your own, as
-    `config.optimizer.momentum = 0.9`, or stand in `config.optimizer.options`.
+    Its arguments are fields of `config.optimizer` in your own config, such as
+    `config.optimizer.momentum = 0.9`, or are given in `config.optimizer.options`.
 
     Args:
       name: what the config says.
       make: `(learning_rate, **arguments) -> optax transformation`; the rate is a
         schedule. None: returns a decorator.
-      sees_shapes: True: its step depends on the shape of a factor, as widths of Muon
-        do, so that ranks of a population are not padded for it.
+      sees_shapes: whether its step depends on the shape of a factor, as Muon's does;
+        the ranks of a population are then not padded.
 
     Returns:
       The function, or the decorator.
 
     Raises:
-      ValueError: a name that another function has, or "chain".
+      ValueError: the name is taken by another function, or is "chain".
 
     Example:
       >>> make = lambda learning_rate, momentum=0.9: optax.sgd(learning_rate, momentum)
@@ -184,18 +184,20 @@ def register(
 def make_optimizer(
     learning_rate: float, steps: int, config: ml_collections.ConfigDict
 ) -> Any:
-    """The optimiser under linear warm-up and cosine decay to `final_share` of the peak.
+    """Returns the optimiser, with linear warm-up and cosine decay of the learning rate.
 
-    Clipping by global norm is the train step's too (`clip_norm`).
+    The rate decays to `final_share` of the peak. The train step can clip by global norm
+    too (`clip_norm`).
 
     Args:
       learning_rate: the peak; under `optax.inject_hyperparams` a traced number.
       steps: length of the schedule.
       config: `config.optimizer`, or `config.model.pretrain`. `options`, pairs `(name,
-        value)`, are further arguments of a READY optimiser and go before fields.
+        value)`, are further arguments of a READY optimiser and take precedence over
+        fields.
 
     Raises:
-      ValueError: an unknown name, a chain in another order than STAGES, a field that
+      ValueError: an unknown name, a chain in another order than STAGES, or a field that
         the optimiser does not take.
     """
     warmup = min(config.warmup_steps, steps // 2)
@@ -210,8 +212,8 @@ def make_optimizer(
     if config.name == "chain":
         if own:
             raise ValueError(
-                f"optimizer.{own[0]}={config[own[0]]!r}: a chain takes its arguments "
-                "from its links; remove the field"
+                f"optimizer.{own[0]}={config[own[0]]!r}: the links of a chain hold its "
+                "arguments; remove the field"
             )
         tx = make_chain(config.get("chain", ()), schedule(learning_rate))
     elif config.name in READY:
@@ -220,7 +222,7 @@ def make_optimizer(
         given = dict(config.get("options", ()))
         if config.get("chain", ()):
             raise ValueError(
-                f"optimizer.chain is given, and optimizer.name={config.name!r} does "
+                f"optimizer.chain is given, but optimizer.name={config.name!r} does "
                 "not read it; set optimizer.name to 'chain', or the chain to ()"
             )
         _require_options("optimizer.options", config.name, make, given)
@@ -228,7 +230,7 @@ def make_optimizer(
         fields = {f: config[f] for f in FIELDS if f in config and f in takes}
         fields |= {f: config[f] for f in own}
         if config.name == "lora_pro" and given.get("mode", "rowcol") == "rowcol":
-            fields.pop("b1", None)  # no momentum, unless `options` ask for one
+            fields.pop("b1", None)  # no momentum, unless `options` asks for it
         options = {**fields, **given}
         if options.get("adam_learning_rate") is not None:
             options["adam_learning_rate"] = schedule(options["adam_learning_rate"])
@@ -236,7 +238,7 @@ def make_optimizer(
     else:
         raise ValueError(
             f"optimizer.name={config.name!r} is not one of {', '.join(READY)}, chain; "
-            "an optimiser of your own is registered by a module of config.run.plugins"
+            "register an optimiser of your own in a module of config.run.plugins"
         )
     if own_rates := config.get("rates", ()):
         tx = optax.chain(tx, _rated(own_rates, learning_rate, config))
@@ -258,19 +260,20 @@ def _rated(
 
 
 def make_chain(links: Any, learning_rate: Any) -> optax.GradientTransformation:
-    """Chains links, the learning rate among them.
+    """Chains links, and inserts the learning rate.
 
     Args:
       links: pairs `(name, arguments)`.
       learning_rate: a number or a schedule.
 
     Raises:
-      ValueError: no link, an unknown name, or links that are not in the order of
+      ValueError: no links, an unknown name, or links that are not in the order of
         STAGES.
     """
     if not links:
         raise ValueError(
-            "optimizer.chain is empty: give links such as ('adam', {}), or a name"
+            "optimizer.chain is empty: give links such as ('adam', {}), or another "
+            "optimizer.name"
         )
     made: list[tuple[str, Any]] = []
     for name, given in links:
@@ -283,8 +286,8 @@ def make_chain(links: Any, learning_rate: Any) -> optax.GradientTransformation:
     if stages != sorted(stages):
         right = sorted(made, key=lambda link: STAGES.index(LINKS[link[0]].stage))
         raise ValueError(
-            f"optimizer.chain: {', '.join(name for name, _ in made)} is no order that "
-            f"means what it says ({' -> '.join(STAGES)}); write "
+            f"optimizer.chain: {', '.join(name for name, _ in made)} is not in the "
+            f"order of stages ({' -> '.join(STAGES)}); write "
             f"{', '.join(name for name, _ in right)}"
         )
     last = STAGES.index("learning_rate")
@@ -317,7 +320,7 @@ def _wrapped(tx: Any, name: str, given: Any, steps: int) -> Any:
 
 
 def _link(name: str, given: Any) -> Any:
-    """Makes a link of a chain from a number for its first argument, or a dict."""
+    """Makes a link from its arguments: a number for the first one, or a dict."""
     make = LINKS[name].make
     if given is None:
         return make()
@@ -343,7 +346,7 @@ def _require_options(
 
 
 def _decayed(adapters: dict[str, Any]) -> dict[str, Any]:
-    """Factors decay, and kernels trained whole; magnitudes, norms and biases do not."""
+    """Marks factors and whole kernels to decay, not magnitudes, norms and biases."""
     factors = optim.decay_mask(adapters)
 
     def mask(path: str, adapter: Any) -> Any:
@@ -355,9 +358,9 @@ def _decayed(adapters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layer_matrices(adapters: dict[str, Any]) -> dict[str, Any]:
-    """Which leaves Muon orthogonalises: the stacked kernels `[layers, in, out]`.
+    """Marks the leaves that Muon orthogonalises: stacked kernels `[layers, in, out]`.
 
-    Embedding, head and norms are Adam's, as Muon's author advises.
+    Embedding, head and norms use Adam, as Muon's author advises.
     """
     return {
         path: jax.tree.map(

@@ -1,4 +1,4 @@
-"""From what is to be fitted to a run that can make its first step."""
+"""Prepares a run: from a problem to adapters, optimiser state and a train step."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -23,17 +23,17 @@ class Problem(NamedTuple):
 
     Attributes:
       loss_fn: `(params, batch) -> (loss, metrics)`, written for plain parameters; with
-        a reference `(params, batch, said)`.
-      params: the parameters to start from; left as they are.
+        a reference, `(params, batch, said)`.
+      params: the parameters to start from; they are not modified.
       targets: what trains.
       tx: any optax transformation.
       batches: indexed by step.
-      quantize: rules of `lorax.quantize` for the base that an init leaves, so that what
-        it moves into the adapters is not rounded; None: the base stays as it is.
-      reference: `(frozen, params, batch) -> said`, as `training.make_train_step` takes
-        it; None: the loss needs none.
+      quantize: rules for `lorax.quantize`, applied to the base after init, so that what
+        an init moves into the adapters is not rounded; None: not quantised here.
+      reference: `(frozen, params, batch) -> said`, as in `training.make_train_step`;
+        None if the loss needs none.
       frozen: what the reference reads beside the base; None: the adapters that training
-        begins with, {} where they change nothing.
+        begins with, or {} where they change nothing.
     """
 
     loss_fn: Callable[..., Any]
@@ -46,7 +46,7 @@ class Problem(NamedTuple):
     frozen: Any = None
 
     def given(self, batch: Any) -> tuple[Any, ...]:
-        """What the loss takes behind the base: a batch, and what is said of it."""
+        """Returns what the loss takes after the base: a batch, and its reference."""
         if self.reference is None:
             return (batch,)
         frozen = {} if self.frozen is None else self.frozen
@@ -54,12 +54,12 @@ class Problem(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """What an init that looks at data gets.
+    """How an init that reads data is calibrated.
 
     Attributes:
-      batches: how many of the first ones.
-      redistribute: with the init "eva", how many times its rank a kernel may get where
-        its components explain most; 1: every kernel keeps its own.
+      batches: how many batches it reads, from the first.
+      redistribute: with the init "eva", the largest multiple of its rank that a kernel
+        may get where its components explain most; 1: every kernel keeps its own rank.
     """
 
     batches: int = 1
@@ -67,11 +67,11 @@ class Calibration(NamedTuple):
 
 
 FIRST_BATCH = Calibration()
-"""The first batch, and every kernel keeps its rank."""
+"""One batch, and every kernel keeps its rank."""
 
 
 def calibration_of(config: ml_collections.ConfigDict) -> Calibration:
-    """Returns what the config of an adapter says."""
+    """Returns the calibration that an adapter's config asks for."""
     return Calibration(config.calibration_batches, config.get("redistribute", 1.0))
 
 
@@ -86,19 +86,19 @@ def prepare(
     merge: Callable[..., Any] = MERGED,
     tell: Callable[[description.Description], None] | None = None,
 ) -> Prepared:
-    """Finds the kernels, draws the adapters, and lays out what trains.
+    """Finds the kernels, initialises the adapters, and places what trains.
 
     Args:
       key: a typed key.
       problem: what is fitted.
       clip_norm: bound on the gradients' global norm, None for none.
-      calibration: for inits that look at data.
-      place: where batches lie.
-      placed: where the parameters lie; adapters and optimiser follow them.
-      merge: what is evaluated: plain parameters, as by default, or
-        `unmerged.Unmerged`, which holds no second copy of the model. A quantised base
-        is never merged.
-      tell: gets what the targets adapt and leave out, unless all train whole leaves.
+      calibration: for inits that read data.
+      place: where batches go.
+      placed: where the parameters are; adapters and optimiser follow them.
+      merge: what is evaluated: plain parameters, the default, or `unmerged.Unmerged`,
+        which needs no second copy of the model. A quantised base is never merged.
+      tell: called with what the targets adapt and leave out, unless all of them train
+        whole leaves.
     """
     example = place.put(problem.batches[0])  # of all processes together
     said = jax.eval_shape(problem.given, example)[1:]
@@ -121,7 +121,7 @@ def prepare(
     start = {} if same else jax.tree.map(jnp.copy, state.adapters)  # not donated
     if quantizing.packed(params):
         merge = unmerged.Unmerged
-    if problem.reference:  # what it says is of the model at the start
+    if problem.reference:  # it reads the model at the start
         merge = functools.partial(unmerged.Unmerged, start=start)
     return Prepared(
         state,
@@ -141,14 +141,14 @@ def calibrated(
     calibration: Calibration,
     place: placement.Place = placement.ALONE,
 ) -> tuple[Sequence[lorax.Target], Any]:
-    """Returns the targets, with the ranks that data gives them, and data's statistics.
+    """Returns the targets, with ranks chosen from the data, and the data's statistics.
 
     Args:
       key: as for `begin`.
       problem: what is fitted.
       kernels: as `lorax.discover` finds them.
-      calibration: what of the data is looked at.
-      place: where batches lie.
+      calibration: how much of the data is read.
+      place: where batches go.
     """
     params, targets = problem.params, problem.targets
     if not any(inits.of_target(target).stats for target in targets):
@@ -170,13 +170,13 @@ def calibrated(
 def begin(
     key: jax.Array, problem: Problem, kernels: Any, stats: Any = None
 ) -> tuple[training.TrainState, Any]:
-    """Returns the train state at the start, and the base that its adapters belong to.
+    """Returns the initial train state, and the base that its adapters belong to.
 
     Args:
       key: a typed key.
       problem: what is fitted.
       kernels: as `lorax.discover` finds them.
-      stats: of `calibrated`.
+      stats: from `calibrated`.
     """
     init_key, step_key = jax.random.split(key)
     adapters, params = lorax.init(
@@ -197,7 +197,7 @@ def make_step(
       problem: what is fitted.
       clip_norm: bound on the gradients' global norm, None for none.
       lies: as for `Compiled`.
-      start: adapters that training begins with, for a reference that has nothing else.
+      start: the initial adapters, for a reference if `problem.frozen` is None.
     """
     loss_fn, reference = training.simple_loss(problem.loss_fn), problem.reference
     step = training.make_train_step(
@@ -206,26 +206,26 @@ def make_step(
     if reference is None:
         return Compiled(step, lies)
     frozen = start if problem.frozen is None else problem.frozen
-    return Compiled(step, lies, (None, frozen))  # no pairs of a population
+    return Compiled(step, lies, (None, frozen))  # None: no pairs of a population
 
 
 def laid_out(
     state: Any, params: Any, lies: Any, placed: sharding.Placed
 ) -> tuple[Any, Any]:
-    """State and base on their devices; of the base the frozen arrays beside it.
+    """Returns state and base on their devices, frozen arrays of the base included.
 
     Args:
       state: the train state.
       params: the base.
       lies: shardings of the state.
-      placed: where the parameters lie.
+      placed: where the parameters are.
     """
     base_lies = None
     if isinstance(params, lorax.Base):
         base_lies = sharding.base_shardings(params, state.adapters, placed)
     elif quantizing.packed(params):
         base_lies = placed.tree(params)
-    # device_put of a key asks for devices of this process alone
+    # device_put of a key accepts only devices of this process
     state = jax.jit(lambda state: state, out_shardings=lies)(state)
     if base_lies is not None:
         params = jax.jit(lambda params: params, out_shardings=base_lies)(params)

@@ -9,7 +9,7 @@ import rich.progress
 from experiments.machine import memory
 from lorax import description
 
-SHOWN = 40  # leaves in a table; of more, those that are left out alone
+SHOWN = 40  # leaves in a table; if there are more, only those left out
 
 
 class Meter:
@@ -39,7 +39,7 @@ def tell_targets(console: rich.console.Console, found: description.Description) 
 
 @contextlib.contextmanager
 def bars(console: rich.console.Console) -> Iterator[rich.progress.Progress]:
-    """Bars drawn on `console` while the context is open."""
+    """Draws bars on `console` while the context is open."""
     columns = (
         rich.progress.TextColumn("{task.description:>10}"),
         rich.progress.BarColumn(),

@@ -57,7 +57,7 @@ def test_the_page_has_a_row_for_every_claim_and_refuses_toy_results(tmp_path):
     command = "`python -m experiments.studies.run --study=inits --study_dir="
     assert f"1800 CPU-seconds, {command}docs/results/studies`" in page
     (folder / "results.json").write_text(json.dumps({**found, "smoke": True}))
-    with pytest.raises(ValueError, match="of toy sizes"):
+    with pytest.raises(ValueError, match="at toy sizes"):
         scorecard.write(tmp_path)
 
 

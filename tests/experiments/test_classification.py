@@ -42,14 +42,14 @@ def test_malformed_rows(tmp_path):
     with pytest.warns(UserWarning, match="dropped 2 malformed of 3"):
         data = classification.read(path, labels=["neg", "pos"])
     assert data.malformed == (
-        f"{path}:3: 'label' is 'maybe', none of 'neg', 'pos'",
+        f"{path}:3: 'label' is 'maybe', not one of 'neg', 'pos'",
         f"{path}:4: 'sentence' is empty",
     )
 
 
 def test_a_number_that_is_none_is_malformed(tmp_path):
     path = write(tmp_path / "a.csv", "sentence,label\nx,2.5\ny,nan\nz,much\n")
-    with pytest.warns(UserWarning, match="(?s):3: 'label' is 'nan', no finite.*'much'"):
+    with pytest.warns(UserWarning, match="(?s):3: 'label' is 'nan', not a fin.*'much'"):
         data = classification.read(path, labels=NUMBERS)
     assert [row.label for row in data.rows] == [2.5]
     assert data.labels == ()

@@ -34,7 +34,7 @@ def test_argument_language():
     assert parse(None) == {"runlocal": False, "rank": 8, "lr": 1e-3}
     assert parse("runlocal,lr=0.1") == {"runlocal": True, "rank": 8, "lr": 0.1}
     assert parse("runlocal=false")["runlocal"] is False
-    with pytest.raises(ValueError, match="'rnak' is no argument of this config"):
+    with pytest.raises(ValueError, match="'rnak' is not an argument of this config"):
         parse("rnak=4")
     with pytest.raises(ValueError, match="give a value of type int"):
         parse("rank=many")

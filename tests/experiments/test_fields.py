@@ -145,7 +145,7 @@ REFUSED = [
     (CHECKPOINT, "sharding.data", 0, "or -1 for what the other axes leave"),
     (CHECKPOINT, "sharding.rules", ((1, 2),), "it must be pairs"),
     (CHECKPOINT, "sharding.context", 2, "attention='plain': .* a ring; give 'flash'"),
-    ("roberta_glue_lora", "data.packed", True, "'classification' are not packed"),
+    ("roberta_glue_lora", "data.packed", True, "'classification' does not pack"),
 ]
 
 

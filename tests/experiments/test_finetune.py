@@ -110,5 +110,5 @@ def test_the_first_rows_are_a_fair_sample(name):
 @needs_data
 def test_a_head_of_another_size_is_refused(tmp_path):
     config = config_of("roberta_glue_lora", 2, **{"model.labels": 5})
-    with pytest.raises(ValueError, match="head has 5 labels and .* has 2"):
+    with pytest.raises(ValueError, match="head has 5 labels, but .* has 2"):
         finetune.run(config, str(tmp_path))

@@ -64,7 +64,7 @@ def test_stop_texts_sampling_and_beams(stories):
     ids = tokenizer.encode(BEGIN + whole[0])[len(tokenizer.encode(BEGIN)) :]
     ended = make(end_ids=[ids[9]])(params)[0]
     assert ended == tokenizer.decode(ids[: ids.index(ids[9])]) != whole[0]
-    with pytest.raises(ValueError, match="neither stop nor temperature apply"):
+    with pytest.raises(ValueError, match="stop and temperature do not apply"):
         make(beams=3, stop=["x"])
 
 

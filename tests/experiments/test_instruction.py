@@ -55,10 +55,10 @@ def test_a_chat_keeps_its_own_system_message(tmp_path):
 BROKEN = [
     ({"prompt": "p", "response": " "}, "'response' is empty"),
     ({"prompt": "p", "response": 3}, "are str and int, expected two texts"),
-    ({"instruction": ["i"], "output": "o"}, "'instruction' or 'input' is no text"),
-    ({"text": "t"}, "columns .'text'. are of no form in"),
+    ({"instruction": ["i"], "output": "o"}, "'instruction' or 'input' is not text"),
+    ({"text": "t"}, "columns .'text'. match none of"),
     ({"messages": []}, "'messages' is not a list of messages"),
-    ({"messages": CHAT[:1]}, "no message of the assistant: nothing to train on"),
+    ({"messages": CHAT[:1]}, "no assistant message: nothing to train on"),
     ({"messages": [{"role": "bot", "content": "x"}]}, r"messages\[0\]: .*'assistant'"),
     (
         {"messages": [CHAT[0], {"role": "assistant", "content": None}]},
@@ -130,7 +130,7 @@ def test_documents_of_every_kind(tmp_path):
     assert plain_text.read(text, "<|book|>").texts == ("one\n", "\ntwo")
     listed = tmp_path / "a.json"
     listed.write_text('["one", 2, "three"]')
-    with pytest.warns(UserWarning, match=r"a.json\[1\]: 'text' is 2, no text"):
+    with pytest.warns(UserWarning, match=r"a.json\[1\]: 'text' is 2, not text"):
         found = plain_text.read(listed)
     assert (found.texts, len(found.malformed)) == (("one", "three"), 1)
     rows = write(tmp_path / "a.jsonl", {"story": "one"}, {"story": "two"})

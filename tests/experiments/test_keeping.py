@@ -73,7 +73,7 @@ def test_a_finished_run_is_only_reported_once_more(whole):
 @needs_data
 def test_another_config_is_named(whole):
     folder, _ = whole
-    with pytest.raises(ValueError, match=r"optimizer\.b1=0\.9, and this one has 0\.8"):
+    with pytest.raises(ValueError, match=r"optimizer\.b1=0\.9, but this one has 0\.8"):
         finetune.run(config(**{"optimizer.b1": 0.8}), str(folder))
 
 

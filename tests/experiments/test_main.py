@@ -36,7 +36,7 @@ CONFIG = "--config=configs/quickstart.py"
             "log_every=0; it must be an int",
         ),
         ([CONFIG, "--config.adapter.init=pisa"], "init='pisa'; choose one of"),
-        ([f"{CONFIG}:runlocl"], "'runlocl' is no argument of this config"),
+        ([f"{CONFIG}:runlocl"], "'runlocl' is not an argument of this config"),
         (["--config=configs/quickstrt.py"], "lorax's configs: configs/quickstart.py"),
         (["--config=quikstart"], "Give a file, or the name of one of lorax's configs"),
     ],

@@ -185,7 +185,7 @@ def test_wrappers_go_around_the_first_innermost():
         ({"name": "chain", "chain": (("adan", None),)}, "'adan' is not one of clip"),
         (
             {"name": "chain", "chain": (("adam", None), ("lora_pro", None))},
-            "adam, lora_pro is no order .*write lora_pro, adam",
+            "adam, lora_pro is not in the order .*write lora_pro, adam",
         ),
         (
             {"name": "chain", "chain": (("spectral_decay", 0.1), ("lora_plus", 2.0))},

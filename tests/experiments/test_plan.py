@@ -34,7 +34,7 @@ def test_a_plan_in_a_child_with_eight_devices():
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("cpu:8: 8 devices\n")
     assert "data=1 fsdp=4 tensor=2, 8 x 32 tokens, remat full" in done.stdout
-    assert re.search(r"all-gather +\d+\.\d+ MiB a chip", done.stdout)
+    assert re.search(r"all-gather +\d+\.\d+ MiB per chip", done.stdout)
 
 
 def test_an_unknown_topology_is_a_usage_error():
@@ -49,7 +49,7 @@ def test_a_small_plan_for_a_tpu():
     done = command("--topology=v5litepod-4")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "v5e:2x2 (v5litepod-4): 4 chips" in done.stdout
-    assert "fits" in done.stdout and "15.750 GiB a chip" in done.stdout
+    assert "fits" in done.stdout and "15.750 GiB per chip" in done.stdout
     assert done.stdout.count("XLA estimate, not measured") == 1
     assert re.search(
         r"step, all at once +\S+ s \(estimate, not measured\)", done.stdout

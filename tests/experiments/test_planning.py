@@ -257,8 +257,14 @@ def test_merged_kernels_are_another_program():
     ("changes", "said"),
     [
         ({"sharding__fsdp": 3}, "3 devices do not make up the 8 there are"),
-        ({"data__batch_size": 12}, "data.batch_size=12 is not divided by the 8 devi"),
-        ({"eval__batch_size": 12}, "eval.batch_size=12 is not divided by the 8 devi"),
+        (
+            {"data__batch_size": 12},
+            "data.batch_size=12 is not a multiple of the 8 devi",
+        ),
+        (
+            {"eval__batch_size": 12},
+            "eval.batch_size=12 is not a multiple of the 8 devi",
+        ),
         (
             {"model__published": {"num_key_value_heads": 2}, "sharding__tensor": 4},
             r"kv_heads\) .* has size 2, which the 4 devices of tensor do not divide",
@@ -316,16 +322,16 @@ def test_a_report_says_what_is_estimated_and_what_does_not_fit():
     bound = "(estimate, not measured)"
     assert rows["products"] == "1 s at 197 TFLOP/s"
     assert rows["HBM"] == "2 s at 819 GB/s"
-    assert rows["transfers"] == "0.25 s at 50 GB/s a link"
+    assert rows["transfers"] == "0.25 s at 50 GB/s per link"
     assert rows["step, all at once"] == f"2 s {bound}"
     assert rows["step, one after another"] == f"3.75 s {bound}"
-    assert rows["tokens a second and chip"] == f"267, one after another {bound}"
+    assert rows["tokens/s per chip"] == f"267, one after another {bound}"
     assert rows["MFU"] == f"26.7%, one after another {bound}"
     assert "times the step" in rows["error"]
     assert rows["cycles"] == "7 (XLA estimate, not measured)"
-    assert rows["evaluation instead"] == "1.000 GiB a chip"
-    assert rows["HBM read and written"] == "2.000 GiB a chip and step"
-    assert rows["to and from the host"] == "0.250 GiB a chip and step"
+    assert rows["evaluation instead"] == "1.000 GiB per chip"
+    assert rows["HBM read and written"] == "2.000 GiB per chip and step"
+    assert rows["to and from the host"] == "0.250 GiB per chip and step"
     assert "7; 3 kernels have none" in rendering.render(made(1, 1, "", opaque=3))
     assert made(15 * 2**30, 1, "").verdict == "fits, with less than 10% room"
     assert made(16 * 2**30, 1, "").verdict == "does not fit"
@@ -382,7 +388,7 @@ def test_a_search_counts_layers_where_a_stack_holds_periods_of_them(monkeypatch)
 def test_a_search_without_a_setting(searched, monkeypatch):
     topology = topologies.parse("v5e:2x4")
     monkeypatch.setattr(best, "candidates", lambda *_: [])
-    with pytest.raises(ValueError, match="no mesh divides .* a batch of 8, its half"):
+    with pytest.raises(ValueError, match="no mesh divides .* a batch of 8, or half"):
         best.run(tiny(), topology)
     big = [one._replace(memory=1e12) for one in searched]
     monkeypatch.setattr(best, "candidates", lambda *_: big)

@@ -52,7 +52,7 @@ def test_names_of_the_package_are_checked_like_ours():
     with pytest.raises(ValueError, match="unexpected keyword argument 'momentum'"):
         checking.check(config)
     config.optimizer.name, config.optimizer.chain = "chain", (("adam", {}),)
-    with pytest.raises(ValueError, match="optimizer.momentum=0.8: a chain takes its"):
+    with pytest.raises(ValueError, match="optimizer.momentum=0.8: the links of a"):
         checking.check(config)
     config = configs.get_config()
     config.adapter.options = (("size", 4),)

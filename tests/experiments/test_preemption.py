@@ -92,7 +92,7 @@ def test_a_save_past_its_deadline_is_left(tmp_path, capfd):
     code, lines = run(tmp_path, stop_at=9, deadline=["1.5"])
     assert code == EXIT_DEADLINE and lines[-1] == "saving"
     reached = lines[-2].removeprefix("step ")
-    told = f"step {reached} was not saved within 1.5 s; going on later from the step"
+    told = f"step {reached} was not saved within 1.5 s; the run will resume from the"
     assert told in capfd.readouterr().err
     assert (tmp_path / "7").is_dir() and not (tmp_path / reached).exists()
 

@@ -66,15 +66,15 @@ TEXTS = {"prompt": "p", "chosen": "a", "rejected": "b"}
         ({"chosen": "a"}, "no 'rejected'"),
         (
             {"prompt": [USER, *said("x")], "chosen": said("a"), "rejected": said("b")},
-            "'prompt' ends with a message of the assistant",
+            "'prompt' ends with an assistant message",
         ),
         (
             {"prompt": [USER], "chosen": [USER], "rejected": said("b")},
-            "'chosen' does not begin with a message of the assistant",
+            "'chosen' does not begin with an assistant message",
         ),
         (
             {"prompt": "ho", "chosen": [USER, *said("a")], "rejected": [USER]},
-            "do not open with one prompt",
+            "do not begin with the same prompt",
         ),
     ],
 )
@@ -140,7 +140,7 @@ def test_completions_judged_alone_have_that_of_another_row_beside_them():
     assert sorted(t[1] for t in others) == [*"abcdef"]
     assert all(t[0] != t[1] for t in others)
     assert [bool(e["desirable"]) for e in found] == [True] * 3 + [False] * 3
-    with pytest.raises(ValueError, match="one row has no other one"):
+    with pytest.raises(ValueError, match="a single row has no other"):
         compared.judged(encoder("{prompt}"), rows[:1], 9, "train", seed=0)
 
 
@@ -240,13 +240,13 @@ def test_a_run_on_judged_rows_parts_them(tmp_path):
 def test_losses_and_options_that_a_task_has_not_are_named(tmp_path):
     config = config_of("dpo", tmp_path, PAIRS).unlock()
     for fields, told in (
-        ({"run.loss": "ppo"}, "run.loss='ppo': the task 'preferences' has its own"),
+        ({"run.loss": "ppo"}, "run.loss='ppo': give '' for .* 'preferences'"),
         ({"run.loss_options": (("gamma", 1.0),)}, "run.loss_options: .*gamma"),
         ({"run.loss_options": (("beta", 0.0),)}, "beta=0.0; it must be above 0"),
-        ({"run.label_smoothing": 0.1}, "run.label_smoothing=0.1: it is of next tokens"),
+        ({"run.label_smoothing": 0.1}, "run.label_smoothing=0.1: it applies only"),
         ({"model.teacher": "gpt2"}, "'distillation' needs a teacher"),
-        ({"data.packed": True}, "examples of 'preferences' are not packed"),
-        ({"data.task": "e2e", "data.form": "official", "run.loss": "dpo"}, "'e2e' has"),
+        ({"data.packed": True}, "task 'preferences' does not pack examples"),
+        ({"data.task": "e2e", "data.form": "official", "run.loss": "dpo"}, "'e2e', or"),
         (
             {
                 "data.task": "classification",
@@ -254,7 +254,7 @@ def test_losses_and_options_that_a_task_has_not_are_named(tmp_path):
                 "run.loss": "",
                 "run.loss_options": (("beta", 1.0),),
             },
-            "own loss of the task 'classification' has none",
+            "default loss of the task 'classification' has no options",
         ),
     ):
         other = config.copy_and_resolve_references().unlock()

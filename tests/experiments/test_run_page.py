@@ -82,7 +82,7 @@ def test_adapters_without_factors_are_said_to_have_none(run, base):
 
 
 def test_what_is_not_a_run_is_refused(run):
-    with pytest.raises(FileNotFoundError, match="runs lie below it: mine"):
+    with pytest.raises(FileNotFoundError, match="there are runs below it: mine"):
         run_page.write(run.parent)
     (run / "results.json").write_text("{")
     with pytest.raises(ValueError, match="results.json cannot be read"):

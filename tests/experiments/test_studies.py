@@ -195,7 +195,7 @@ def test_the_page_refuses_toy_results_and_names_what_was_not_run(tmp_path):
     assert "studies/ranks/figure.png" in page
     assert "Not run at all: batch_sizes, budgets, decay" in page
     (folder / "results.json").write_text(json.dumps({**told, "smoke": True}))
-    with pytest.raises(ValueError, match="of toy sizes"):
+    with pytest.raises(ValueError, match="at toy sizes"):
         findings.write(tmp_path)
 
 

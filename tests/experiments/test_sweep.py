@@ -54,7 +54,7 @@ def test_a_bad_line_before_the_last_is_an_error(tmp_path):
     (run,) = runs_of("adapter.rank=2")
     text = '{"hash": 1}\n' + json.dumps(line_of(run)) + "\n"
     (tmp_path / "runs.jsonl").write_text(text)
-    with pytest.raises(ValueError, match="line 1 is not a run's; mend or remove it"):
+    with pytest.raises(ValueError, match="line 1 is not a run's; fix or remove it"):
         runs.RunTable(tmp_path)
 
 

@@ -43,9 +43,9 @@ def test_values_are_read_as_the_types_of_their_fields():
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("adapter.rnak=2", r"no field adapter.rnak; near it: adapter.rank"),
-        ("rank=2", r"no field rank; near it: adapter.rank"),
-        ("xyz.w=2", r"no field xyz.w; near it: sections adapter, data"),
+        ("adapter.rnak=2", r"no field adapter.rnak; try adapter.rank"),
+        ("rank=2", r"no field rank; try adapter.rank"),
+        ("xyz.w=2", r"no field xyz.w; try sections adapter, data"),
         ("adapter=2", r"adapter is a section; it has adapter.*, adapter.rank"),
         ("adapter.rank=2,four", r"adapter.rank=four: the field holds int; this is str"),
         ("adapter.rank=8.0", r"rank=8.0: the field holds int; this is float"),
@@ -56,7 +56,7 @@ def test_values_are_read_as_the_types_of_their_fields():
         ("adapter.rank=2;adapter.rank=4", "rank is given here and by --grid; keep one"),
         ("run.steps=2", "run.steps is given here and by --config.run.steps; keep one"),
         (f"{RATE}=1,1.0", "has the value 1.0 twice"),
-        ("population.rank=(1, 2)", "makes its populations itself; give the field of"),
+        ("population.rank=(1, 2)", "makes its populations itself; give a field of"),
         ("adapter.rank", "'adapter.rank' has no values; write field=value,value"),
         (" ; ", "--grid is empty; write field=value"),
         ("adapter.patterns=('a',", r"lacks a closing \)"),
@@ -78,7 +78,7 @@ def test_a_field_that_no_flag_can_set_is_refused():
 
 def test_a_population_of_the_configs_own_is_refused():
     config = config_of(population__rank=(1, 2))
-    with pytest.raises(ValueError, match="config.population is set: a sweep makes its"):
+    with pytest.raises(ValueError, match="config.population is set, but a sweep"):
         runs_of(f"{RATE}=1e-3,1e-2", config)
 
 
@@ -196,7 +196,7 @@ def test_the_list_says_how_runs_are_grouped():
     assert "4 runs: 1 finished before, 3 to do in 2 processes, 2 at once" in told
     assert "population of 2\n    adapter.rank=2, adapter.init=standard\n" in told
     assert "alone (adapter.init=pissa does not leave the base as it is)" in told
-    assert "alpha is as given" in told and "lora alone, not full" in told
+    assert "alpha is as given" in told and "only lora, not full" in told
     made = runs_of(
         "adapter.rank=2,8; adapter.alpha=2,8", config_of(run__methods=("lora",))
     )

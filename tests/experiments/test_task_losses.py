@@ -68,7 +68,7 @@ def test_a_config_says_how_many_positions():
     said = "config.run.loss_chunk.*-2"
     with pytest.raises(ValueError, match=said) as error:
         fields.require(config)
-    assert re.search("-1 to choose by the sizes", str(error.value))
+    assert re.search("-1 to choose it from the sizes", str(error.value))
 
 
 @pytest.mark.once

@@ -1,1 +1,1 @@
-"""Programs of ours to be timed, their sizes, and what XLA says they cost."""
+"""lorax's programs to time, their sizes, and what XLA says they cost."""

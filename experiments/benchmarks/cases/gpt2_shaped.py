@@ -1,8 +1,8 @@
-"""A GPT-2-shaped Flax model that is lean on a CPU, with `scan` and `remat` switches.
+"""A GPT-2-shaped Flax model that is efficient on a CPU, with `scan` and `remat`.
 
-Two choices matter to XLA:CPU here, by 3 to 5 % of a step each: layer norm centres the
+Two choices matter on XLA:CPU, by 3 to 5 % of a step each: layer norm centres the
 activation before squaring it, and GELU is the tanh form that GPT-2 itself uses. The
-layout of attention, the mask and the softmax were within noise.
+layout of attention, the mask and the softmax made no measurable difference.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Dense = Callable[..., nn.Module]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of the model and of a batch; the defaults are the issue's benchmark."""
+    """Sizes of the model and of a batch."""
 
     layers: int = 6
     width: int = 512
@@ -41,7 +41,7 @@ class Shape:
 
     @property
     def scale(self) -> float:
-        """What multiplies the low-rank product."""
+        """The factor of the low-rank product."""
         return self.alpha / self.rank
 
 
@@ -51,7 +51,7 @@ def layer_norm(name: str) -> nn.LayerNorm:
 
 
 class Block(nn.Module):
-    """One pre-norm layer, in the carry-and-output form that `nn.scan` asks for."""
+    """One pre-norm layer, in the carry-and-output form that `nn.scan` needs."""
 
     shape: Shape
     dense: Dense
@@ -81,9 +81,9 @@ class Gpt2(nn.Module):
     Attributes:
       shape: sizes.
       dense: the linear layer of the blocks, called as `dense(features, name=...)`.
-      scan: stack the layers on axis 0 of every leaf under `h/` and loop over them.
-      remat: recompute each layer in the backward pass.
-      unroll: layers per trip of the loop; it changes the program's text, not its value.
+      scan: stacks the layers on axis 0 of every leaf under `h/`, and loops over them.
+      remat: recomputes each layer in the backward pass.
+      unroll: layers per iteration of the loop; it changes the program, not its value.
     """
 
     shape: Shape
@@ -117,7 +117,10 @@ class Gpt2(nn.Module):
 
 
 def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Mean loss of predicting `tokens[:, 1:]`; tokens are `[batch, time + 1]`."""
+    """Returns the mean loss of predicting `tokens[:, 1:]`; tokens `[batch, time + 1]`.
+
+    It is computed in float32 or wider.
+    """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return losses.mean()

@@ -1,4 +1,4 @@
-"""Counting and timing: XLA's own cost model, interleaved rounds, best of several."""
+"""Counts and checks: XLA's own cost model, and how closely programs must agree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experiments.benchmarks.cases.programs import Case
 class Cost(NamedTuple):
     """What XLA says about a compiled program."""
 
-    flops: float  # the body of a loop counted once
+    flops: float  # with the body of a loop counted once
     temp: int  # bytes
 
 
@@ -32,13 +32,13 @@ def cost(compiled: jax.stages.Compiled) -> Cost:
 
 
 def runner(compiled: jax.stages.Compiled, case: Case) -> Callable[[], Any]:
-    """Each call runs one step to its end."""
+    """Returns a function that runs one step to its end."""
     inputs = case.inputs()
     return lambda: jax.block_until_ready(compiled(*inputs))
 
 
 def builder(case: Case) -> Callable[[], None]:
-    """Each call traces, lowers and compiles the step from nothing."""
+    """Returns a function that traces, lowers and compiles the step from scratch."""
 
     def build() -> None:
         jax.clear_caches()
@@ -48,28 +48,28 @@ def builder(case: Case) -> Callable[[], None]:
 
 
 SPREAD = 10.0
-"""How far above the smallest error of a program another's may be."""
+"""How many times the smallest error of all programs another's may be."""
 
 
 def limit(errors: Iterable[float], dtype: str = "float32") -> float:
-    """Returns what no error of several programs may exceed.
+    """Returns the largest error allowed, given the errors of several programs.
 
-    Programs round in different orders, which depends on the processor, so what one can
-    expect of them is read off the best: `SPREAD` times the smallest error, or the
-    dtype's own rounding where that is larger.
+    Programs round in different orders, depending on the processor, so the best one sets
+    the limit: `SPREAD` times the smallest error, or times the dtype's rounding if that
+    is larger.
     """
     return SPREAD * max(float(jnp.finfo(dtype).eps), min(errors))
 
 
 def agree_alike(found: Mapping[str, Any], exact: Any) -> None:
-    """Raises unless several float32 programs are about equally close to the truth.
+    """Raises unless several float32 programs are about equally close to float64.
 
     Args:
       found: a pytree of arrays by the program's name.
       exact: the same in float64; errors are relative to an array's largest entry.
 
     Raises:
-      AssertionError: an error above `limit`; it names the program.
+      AssertionError: an error is above `limit`; names the program.
     """
 
     def error(value: Any, true: Any) -> float:
@@ -84,8 +84,8 @@ def agree_alike(found: Mapping[str, Any], exact: Any) -> None:
     for name, off in errors.items():
         if not off <= allowed:  # NaN as well
             raise AssertionError(
-                f"{name} is {off:.1e} off float64, and what the best program reaches "
-                f"allows {allowed:.1e}"
+                f"{name} is {off:.1e} off float64; the best program's error allows "
+                f"{allowed:.1e}"
             )
 
 

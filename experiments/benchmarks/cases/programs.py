@@ -1,4 +1,4 @@
-"""One loss in four ways: adapted, by hand, with the kernel formed, without adapters."""
+"""One loss in four ways: adapted, by hand, materialised, and without adapters."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from experiments.benchmarks.cases import gpt2_shaped as gpt2
 Loss = Callable[..., jax.Array]
 
 WHOLE = {"full": ".*", "none": "h_0/[qkv]/bias"}
+"""Method without factors -> the leaves that it trains whole."""
 MOVED = {"b": 0.02, "lam": 1.0}
-"""Fields that are zero at the start, and the size of what they are moved by."""
-"""What is trained as it is, by the name of a method that has no factors."""
+"""Fields that start at zero -> the size of the noise added to them."""
 
 
 class Case(NamedTuple):
@@ -33,7 +33,7 @@ class Case(NamedTuple):
     tokens: jax.Array
 
     def step(self) -> Loss:
-        """A fresh value-and-gradient function, which no cache has seen."""
+        """Returns a new value-and-gradient function, which no cache has seen."""
 
         def step(trained: Any, params: Any, batch: jax.Array) -> Any:
             return jax.value_and_grad(self.loss)(trained, params, batch)
@@ -41,12 +41,12 @@ class Case(NamedTuple):
         return step
 
     def inputs(self) -> tuple[Any, Any, jax.Array]:
-        """The arguments of a step."""
+        """Returns the arguments of a step."""
         return self.trained, self.params, self.tokens
 
 
 class LoraDense(nn.Module):
-    """LoRA as one writes it by hand: the factors live in the collection `lora`."""
+    """Hand-written LoRA, with the factors in the collection `lora`."""
 
     features: int
     rank: int
@@ -66,14 +66,14 @@ class LoraDense(nn.Module):
 def adapted(
     shape: gpt2.Shape, method: str = "lora", dtype: Any = jnp.float32, **switches: Any
 ) -> Case:
-    """`lorax.adapt` of the model's loss, with every factor away from zero.
+    """Returns `lorax.adapt` of the model's loss, with every factor away from zero.
 
     Args:
       shape: sizes.
-      method: of the block's linears: "lora", "dora" or "adalora"; "full" trains every
+      method: "lora", "dora" or "adalora" on the blocks' linears; "full" trains every
         parameter of the model, and "none" the biases of `frozen`.
-      dtype: of the frozen parameters and so of the activations.
-      **switches: of `gpt2_shaped.Gpt2`.
+      dtype: of the frozen parameters, and so of the activations.
+      **switches: for `gpt2_shaped.Gpt2`.
     """
     batch, key = gpt2.tokens(shape), jax.random.key(1)
     loss = loss_of(gpt2.Gpt2(shape, **switches))
@@ -94,7 +94,7 @@ def adapted(
     for i, (path, adapter) in enumerate(sorted(adapters.items())):
         draw = functools.partial(jax.random.normal, jax.random.fold_in(key, i))
         for field, size in MOVED.items():
-            if field in adapter.roles:  # away from the start, where the update is zero
+            if field in adapter.roles:  # at the start, the update is zero
                 moved = size * draw(getattr(adapter, field).shape)
                 own: Any = adapters[path]
                 adapters[path] = dataclasses.replace(own, **{field: moved})
@@ -102,7 +102,7 @@ def adapted(
 
 
 def by_hand(case: Case, shape: gpt2.Shape, **switches: Any) -> Case:
-    """The same program with `LoraDense`, the factors as a plain nested dict."""
+    """Returns the same program with `LoraDense`, the factors as a nested dict."""
     dense: Any = functools.partial(LoraDense, rank=shape.rank, scale=shape.scale)
     model = gpt2.Gpt2(shape, dense, **switches)
 
@@ -115,7 +115,7 @@ def by_hand(case: Case, shape: gpt2.Shape, **switches: Any) -> Case:
 
 
 def materialised(case: Case, shape: gpt2.Shape, **switches: Any) -> Case:
-    """The same program with `W + scale * a @ b` formed before the model runs."""
+    """Returns the same program with `W + scale * a @ b` formed before it runs."""
     plain = loss_of(gpt2.Gpt2(shape, **switches))
 
     def loss(lora: Any, params: Any, batch: jax.Array) -> jax.Array:
@@ -131,7 +131,7 @@ def materialised(case: Case, shape: gpt2.Shape, **switches: Any) -> Case:
 
 
 def frozen(case: Case, shape: gpt2.Shape) -> Case:
-    """The step without its adapter term (of the model that is not scanned).
+    """Returns the unscanned model's step without its adapter term.
 
     It differentiates the q, k and v biases of the first layer: the backward pass then
     crosses exactly the activations that an adapter's gradients need, and no kernel
@@ -150,7 +150,7 @@ def frozen(case: Case, shape: gpt2.Shape) -> Case:
 
 
 def nested(adapters: Any) -> dict[str, Any]:
-    """`{path: Lora}` as the `lora` collection of `LoraDense`."""
+    """Turns `{path: Lora}` into the `lora` collection of `LoraDense`."""
     flat = {}
     for path, adapter in adapters.items():
         owner = tuple(path.split("/")[:-1])
@@ -159,7 +159,7 @@ def nested(adapters: Any) -> dict[str, Any]:
 
 
 def in_float64(case: Case) -> Any:
-    """Returns the case's loss and gradients in float64, by which others are judged."""
+    """Returns the case's loss and gradients in float64, the reference for others."""
     with jax.enable_x64(True):
         wide = jax.tree.map(
             lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)),
@@ -169,7 +169,7 @@ def in_float64(case: Case) -> Any:
 
 
 def loss_of(model: nn.Module) -> Loss:
-    """The mean loss `(params, batch) -> []` of a model."""
+    """Returns the mean loss `(params, batch) -> []` of a model."""
 
     def loss(params: Any, batch: jax.Array) -> jax.Array:
         logits: Any = model.apply({"params": params}, batch[:, :-1])
@@ -180,6 +180,6 @@ def loss_of(model: nn.Module) -> Loss:
 
 @functools.cache
 def _weights(shape: gpt2.Shape, scan: bool) -> Any:
-    """Random parameters; drawing them takes longer to compile than a step."""
+    """Returns random parameters, cached because they take long to compile."""
     model = gpt2.Gpt2(shape, scan=scan)
     return jax.jit(model.init)(jax.random.key(0), gpt2.tokens(shape)[:, :-1])["params"]

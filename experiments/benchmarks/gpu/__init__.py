@@ -1,1 +1,1 @@
-"""Whole train steps and decoding on one GPU, beside PEFT on torch.compile."""
+"""Whole train steps and decoding on one GPU, compared with PEFT on torch.compile."""

@@ -1,6 +1,6 @@
-"""lorax's part: train steps by method, attention and base; decoding; the files shared.
+"""lorax's part: train steps by method, attention and base; decoding; shared files.
 
-The steps are those that `experiments` trains with: `experiments.tasks.losses`, a model
+The steps are those with which `experiments` trains: `experiments.tasks.losses`, a model
 of `lorax.models`, `lorax.training.make_train_step`.
 """
 
@@ -29,11 +29,11 @@ class Row(NamedTuple):
 
     Attributes:
       method: "lora", "dora", "adalora" or "full".
-      attention: of `llama.Config`; "": that of the sizes.
-      remat: of `llama.Config`.
+      attention: as in `llama.Config`; "": as in the sizes.
+      remat: as in `llama.Config`.
       scan: likewise.
       quantize: the format of the base; "": none.
-      chunk: of `losses.make_causal`; 0: the logits of all tokens at once.
+      chunk: as in `losses.make_causal`; 0: the logits of all tokens at once.
     """
 
     method: str = "lora"
@@ -64,7 +64,7 @@ class Trainer(NamedTuple):
     """A compiled train step.
 
     Attributes:
-      steps: trains so often and waits for the end; the loss before each update.
+      steps: makes a number of steps and waits; returns the loss before each update.
       facts: build seconds, and bytes as XLA counts them.
     """
 
@@ -73,7 +73,7 @@ class Trainer(NamedTuple):
 
 
 def write_files(sizes: Sizes, directory: pathlib.Path) -> None:
-    """Draws the base and adapters, and writes what every program starts from."""
+    """Initialises base and adapters, and writes what every program starts from."""
     dtype = jnp.dtype(sizes.dtype)
     config = llama.Config.from_hf(sizes.model, dtype=dtype, param_dtype=dtype)
     model = llama.Model(config)
@@ -87,7 +87,7 @@ def write_files(sizes: Sizes, directory: pathlib.Path) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _base(directory: pathlib.Path, scan: bool, quantize: str) -> tuple[Any, Any]:
-    """The model and its parameters."""
+    """Returns the model and its parameters."""
     return hf.load(directory, scan=scan, quantize=quantizing.rules(quantize) or None)
 
 
@@ -103,7 +103,7 @@ def make_trainer(sizes: Sizes, directory: pathlib.Path, name: str) -> Trainer:
     model, params = _base(directory, row.scan, row.quantize)
     adapters, base = _adapted(sizes, row, model, params)
     penalty = 0.0
-    if row.method == "adalora":  # which PEFT adds to the loss that it returns
+    if row.method == "adalora":  # PEFT adds it to the loss that it returns
         penalty = float(trainers.peft_penalty(adapters))
     attention = row.attention or sizes.attention
     config = dataclasses.replace(model.config, attention=attention, remat=row.remat)
@@ -119,7 +119,7 @@ def make_trainer(sizes: Sizes, directory: pathlib.Path, name: str) -> Trainer:
 
 
 def _adapted(sizes: Sizes, row: Row, model: Any, params: Any) -> tuple[Any, Any]:
-    """Adapters on every linear kernel of the base, the same from every call."""
+    """Returns adapters on every linear kernel of the base, the same in every call."""
     loss = losses.make_causal(model)
     kernels = lorax.discover(loss, params, _batch(sizes))
     target = lorax.Target(
@@ -168,11 +168,11 @@ DECODERS = {
     "adapters beside the base": "",
     "adapters beside an nf4 base": "nf4",
 }
-"""Formats of the base, by the row of the table."""
+"""Row of the table -> the format of the base."""
 
 
 def decoder(sizes: Sizes, directory: pathlib.Path, name: str) -> Callable[[], Any]:
-    """Returns greedy decoding, one of `DECODERS`."""
+    """Returns greedy decoding, for one of `DECODERS`."""
     model, params = _base(directory, True, DECODERS[name])
     adapters = peft.load(directory / "lora", model.config, params)
     engine = decoding.causal(model, sizes.prompt + sizes.new)

@@ -1,11 +1,11 @@
-"""One part of the GPU's benchmark; `experiments/benchmarks/gpu.sh` runs them all.
+"""Runs one part of the GPU benchmark; `experiments/benchmarks/gpu.sh` runs all.
 
     python -m experiments.benchmarks.gpu.parts \
         --gpu_part=lorax --gpu_files=gpu --gpu_out=gpu.json
 
-Every part adds its rows to the JSON as they end, so that one that fails or runs out of
-time costs its own row alone. "files" comes first: it writes the checkpoint and the
-adapters that the others start from.
+Every part adds each row to the JSON when it ends, so that one that fails or runs out of
+time only costs its own row. "files" comes first: it writes the checkpoint and the
+adapters from which the others start.
 """
 
 import fcntl
@@ -29,7 +29,7 @@ _SIZES = flags.DEFINE_enum("gpu_sizes", "1b", sorted(sizes.SIZES), "How large.")
 _FILES = flags.DEFINE_string(
     "gpu_files", None, "Folder of the checkpoint and adapters."
 )
-_OUT = flags.DEFINE_string("gpu_out", None, "The JSON, to which the part adds its own.")
+_OUT = flags.DEFINE_string("gpu_out", None, "JSON file to which the part adds rows.")
 _ROWS = flags.DEFINE_list("gpu_only", [], "Names of rows; empty: all.")
 
 PACKAGES = ("jax", "flax", "optax", "torch", "peft", "transformers")
@@ -40,10 +40,10 @@ COMMAND = "experiments/benchmarks/gpu.sh gpu.json"
 def timed(
     trainer: ours.Trainer, size: sizes.Sizes, files: pathlib.Path
 ) -> dict[str, Any]:
-    """Trains a few steps unmeasured, then the blocks, alone on the GPU.
+    """Makes a few unmeasured steps, then the timed blocks, alone on the GPU.
 
-    Parts may run side by side, as programs compile on the processor for longer than
-    they run: a lock in `files` keeps the timed steps apart.
+    Parts may run in parallel, since programs take longer to compile on the CPU than to
+    run: a lock in `files` keeps the timed steps apart.
     """
     with open(files / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -57,7 +57,7 @@ def timed(
 
 
 def told(method: str, row: dict[str, Any], size: sizes.Sizes) -> dict[str, Any]:
-    """Adds tokens/s and the share of the peak that the model's own operations are."""
+    """Adds tokens/s, and MFU: the model's own operations over the peak."""
     best = min(row["seconds"])
     row |= {"method": method, "tokens_per_second": size.tokens / best}
     if top := sizes.peak():
@@ -68,7 +68,7 @@ def told(method: str, row: dict[str, Any], size: sizes.Sizes) -> dict[str, Any]:
 def lorax_rows(
     size: sizes.Sizes, files: pathlib.Path, only: Sequence[str]
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What to run, by name."""
+    """Returns what to run, by name."""
 
     def row(name: str) -> dict[str, Any]:
         found = timed(ours.make_trainer(size, files, name), size, files)
@@ -83,7 +83,7 @@ def torch_rows(
     only: Sequence[str],
     compiled: Sequence[bool] = (True, False),
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What to run, by name."""
+    """Returns what to run, by name."""
 
     def row(method: str, compiled: bool) -> dict[str, Any]:
         theirs.peak_bytes()
@@ -105,7 +105,7 @@ def torch_rows(
 def decode_rows(
     size: sizes.Sizes, files: pathlib.Path, only: Sequence[str]
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What to run, by name."""
+    """Returns what to run, by name."""
 
     def row(make: Callable[..., Callable[[], Any]], *name: str) -> dict[str, Any]:
         generate = make(size, files, *name)
@@ -129,7 +129,7 @@ def decode_rows(
 
 
 def tests_row(files: pathlib.Path) -> dict[str, Any]:
-    """What `pytest -v -n` printed to `tests.log`, also where it was stopped."""
+    """Reads what `pytest -v -n` printed to `tests.log`, even if it was stopped."""
     text = (files / "tests.log").read_text()
     told = re.findall(r"^\[gw\d+\] \[ *\d+%\] (\w+) (\S.*?) *$", text, re.MULTILINE)
     row: dict[str, Any] = {word: [n for w, n in told if w == word] for word in WORDS}
@@ -141,7 +141,7 @@ def add(path: pathlib.Path, section: str, name: str, value: Any) -> None:
     """Adds an entry to the JSON."""
     facts = tables.about(PACKAGES) | {"command": COMMAND}
     with open(path, "a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as parts may run side by side
+        fcntl.flock(file, fcntl.LOCK_EX)  # parts may run in parallel
         file.seek(0)
         result = json.loads(file.read() or "{}")
         result.setdefault("about", facts)
@@ -167,7 +167,7 @@ def main(argv: Sequence[str]) -> None:
     for name, run in made[_PART.value](size, files, only).items():
         try:
             row = run()
-        except Exception as error:  # theirs are of many classes; memory is one
+        except Exception as error:  # of many classes; memory is one
             row = {"not_run": f"{type(error).__name__}: {str(error).strip()[:300]}"}
         add(out, section, name, row)
         shown = {key: value for key, value in row.items() if key != "losses"}

@@ -1,4 +1,4 @@
-"""What runs on the GPU: the shape of the model, of a batch, and how often."""
+"""What runs on the GPU: the shapes of the model and a batch, and how often."""
 
 import dataclasses
 from typing import Any
@@ -11,18 +11,18 @@ from lorax.models import llama
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of the benchmark; the defaults are the ones that the page shows.
+    """Sizes of the benchmark; the defaults are those of the page.
 
     Attributes:
       model: fields of the checkpoint's config.json.
-      batch: sequences of a step.
-      time: tokens of a sequence.
+      batch: sequences per step.
+      time: tokens per sequence.
       rank: of the adapters; alpha is twice that.
       blocks: timed blocks; the best and the spread of their means are reported.
-      steps: of a block, after which the device is waited for.
+      steps: steps per block; the device is waited for after each block.
       prompt: tokens of a prompt, in decoding.
       new: tokens to add.
-      attention: of `llama.Config`, where a row does not choose.
+      attention: as in `llama.Config`, unless a row chooses another.
       dtype: of frozen weights and activations.
     """
 
@@ -39,11 +39,11 @@ class Sizes:
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """The number of tokens in a step."""
         return self.batch * self.time
 
     def draw(self) -> np.ndarray:
-        """Returns random tokens `[batch, time + 1]`, the same to every program."""
+        """Returns random tokens `[batch, time + 1]`, the same for every program."""
         high = self.model["vocab_size"]
         draw = np.random.default_rng(0)
         return draw.integers(0, high, (self.batch, self.time + 1), dtype=np.int32)
@@ -63,7 +63,7 @@ ONE_BILLION = {
     "tie_word_embeddings": True,
     "vocab_size": 128_256,
 }
-"""The shape of Llama 3.2 1B; the weights are drawn."""
+"""The shape of Llama 3.2 1B; the weights are random."""
 
 TOY = ONE_BILLION | {
     "hidden_size": 64,
@@ -92,22 +92,22 @@ SIZES = {
 }
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bfloat16 FLOP/s of the SXM cards, by a part of their name; NVIDIA's sheets."""
+"""Dense bfloat16 FLOP/s of the SXM cards, by part of their name; NVIDIA's figures."""
 
 
 def peak() -> float | None:
-    """Of the device here; None where it is not known."""
+    """Returns the peak of this device; None if it is not known."""
     kind = jax.devices()[0].device_kind
     return next((PEAKS[name] for name in PEAKS if name in kind), None)
 
 
 def model_flops(sizes: Sizes, method: str) -> float:
-    """Operations that a step needs, whatever a program does.
+    """Returns the operations that a step needs, whatever a program does.
 
-    Two a weight and token of every product, forward; as many for the gradient of the
-    activations; and, where all trains, for that of the weights. Causal attention counts
-    half of its scores, and twice that in the backward pass. Adapters, norms and
-    recomputation are not counted.
+    Each product counts two per weight and token in the forward pass, as many for the
+    gradient of the activations and, in full fine-tuning, as many for that of the
+    weights. Causal attention counts half of its scores, and twice that in the backward
+    pass. Adapters, norms and recomputation are not counted.
     """
     config = llama.Config.from_hf(sizes.model)
     heads = config.heads + config.kv_heads

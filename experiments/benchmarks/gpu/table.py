@@ -1,4 +1,4 @@
-"""The GPU's figures as markdown."""
+"""The GPU benchmark's figures as markdown."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ GIB = 2**30
 
 
 def steps(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row a train step; the last column is of PEFT compiled, the same method."""
+    """Returns a row per train step; the last column compares with compiled PEFT."""
     header = ["train step", "first call s", "best ms", "range ms", "tokens/s", "MFU"]
     header += ["memory GiB", "speed / PEFT compiled"]
     lines = []
@@ -27,14 +27,14 @@ def steps(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def agreement(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """How far the losses of lorax and of PEFT are apart, by method."""
+    """Says how far the losses of lorax and PEFT differ, by method."""
     parts = []
     for method in ("lora", "dora", "adalora", "full"):
         ours = rows.get(f"lorax, {method}", {}).get("losses")
         theirs = _rivals(method, rows)
         if ours is None or not theirs:
             continue
-        count = 1 if method == "adalora" else None  # theirs holds the penalty
+        count = 1 if method == "adalora" else None  # PEFT's includes the penalty
         penalty = rows[f"lorax, {method}"]["penalty"]
         off = max(
             abs(own + penalty - other) / other
@@ -43,11 +43,11 @@ def agreement(rows: Mapping[str, Mapping[str, Any]]) -> str:
         )
         parts.append(f"{method} {off:.0e}")
     found = ", ".join(parts)
-    return f"Losses differ, relative, at any step (AdaLoRA's first) by: {found}."
+    return f"Largest relative difference of losses (AdaLoRA: first step): {found}."
 
 
 def decoding(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row a way of decoding."""
+    """Returns a row per way of decoding."""
     header = ["decoding", "first call s", "best s", "tokens/s"]
     lines = []
     for name, row in rows.items():
@@ -60,7 +60,7 @@ def decoding(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def tests(suite: Mapping[str, Any]) -> str:
-    """One sentence, and the names of what failed."""
+    """Returns one sentence, and the names of failed tests."""
     failed = [*suite["FAILED"], *suite["ERROR"]]
     told = f"Tests on the GPU: {suite['PASSED']} passed, {suite['SKIPPED']} skipped, "
     told += f"{len(failed)} failed"
@@ -69,7 +69,7 @@ def tests(suite: Mapping[str, Any]) -> str:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Everything that the JSON holds."""
+    """Returns everything in the JSON as markdown."""
     parts = []
     if rows := result.get("steps"):
         parts += [steps(rows), agreement(rows)]
@@ -81,7 +81,7 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 def _memory(row: Mapping[str, Any]) -> float:
-    """The peak that torch saw, or arguments and temporaries as XLA counts them."""
+    """Returns torch's peak, or arguments and temporaries as XLA counts them."""
     if "peak_bytes" in row:
         return row["peak_bytes"]
     return row["argument_bytes"] + row["temporary_bytes"]

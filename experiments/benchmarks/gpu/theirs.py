@@ -1,8 +1,8 @@
 """PEFT's part: the same checkpoint, adapters and tokens in transformers and torch.
 
-As Hugging Face's Trainer runs with `bf16=True`: adapters in float32 under autocast,
-torch's fused attention and fused AdamW. Full fine-tuning trains the bfloat16 weights
-themselves; lorax keeps a float32 master of them.
+It runs as Hugging Face's Trainer does with `bf16=True`: float32 adapters under
+autocast, torch's fused attention and fused AdamW. Full fine-tuning trains the bfloat16
+weights themselves; lorax keeps float32 master weights.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from experiments.benchmarks.rivals import torch_peft, trainers
 
 
 def device() -> str:
-    """Where torch runs."""
+    """Returns the device on which torch runs."""
     return "cuda" if torch_peft.sees_cuda() else "cpu"
 
 
@@ -44,7 +44,7 @@ def _model(directory: pathlib.Path, sizes: Sizes, adapters: str | None) -> Any:
     made: Any = peft.PeftModel.from_pretrained(
         model, folder, is_trainable=True, config=config
     )
-    return made.base_model  # a PeftModel of no task leaves AdaLoRA's penalty out
+    return made.base_model  # a PeftModel without a task omits AdaLoRA's penalty
 
 
 def make_trainer(
@@ -56,7 +56,7 @@ def make_trainer(
       sizes: of the benchmark.
       directory: of the checkpoint and the adapters.
       method: "lora", "dora", "adalora" or "full".
-      compiled: by `torch.compile`.
+      compiled: whether to use `torch.compile`.
     """
     import torch
 
@@ -96,12 +96,12 @@ def make_trainer(
 
 
 def peak_bytes() -> int:
-    """Most bytes that torch has held on the GPU since the last call; lets them go."""
+    """Returns torch's peak GPU bytes since the last call, and frees its cache."""
     import torch
 
     if device() == "cpu":
         return 0
-    torch.compiler.reset()  # what is compiled holds on to its model
+    torch.compiler.reset()  # compiled code keeps its model alive
     gc.collect()
     peak = torch.cuda.max_memory_allocated()
     torch.cuda.empty_cache()
@@ -110,7 +110,7 @@ def peak_bytes() -> int:
 
 
 def decoder(sizes: Sizes, directory: pathlib.Path) -> Callable[[], Any]:
-    """Greedy decoding by transformers' `generate`, PEFT's adapters merged."""
+    """Returns greedy decoding by transformers' `generate`, with adapters merged."""
     import torch
 
     model = _model(directory, sizes, "lora").merge_and_unload().eval()

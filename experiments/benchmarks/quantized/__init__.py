@@ -1,1 +1,1 @@
-"""Bases in a few bits a weight: what they cost, and what they lose."""
+"""Quantised bases: what they cost, and what they lose."""

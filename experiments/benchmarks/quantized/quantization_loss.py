@@ -1,12 +1,12 @@
-"""What quantising loses of real kernels, and how much LoftQ and QPiSSA give back.
+"""What quantising real kernels loses, and how much LoftQ and QPiSSA recover.
 
     python -m experiments.benchmarks.quantized.quantization_loss
     python -m experiments.benchmarks.quantized.quantization_loss \
         --checkpoint=model.gguf --of_layers=15 --ranks=8,16,64
 
 Prints a markdown table of || W - (Q + s A B) ||_F / || W ||_F over all kernels that
-"all-linear" takes, in groups of 64 inputs. The first QPiSSA is its first iteration,
-which quantises what PiSSA leaves; the other numbers are the steps of `lorax.loftq`.
+"all-linear" matches, in groups of 64 inputs. "QPiSSA" is its first iteration, which
+quantises what PiSSA leaves; the numbers in other columns are steps of `lorax.loftq`.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from lorax.interop import hf
 from lorax.quantized import NF4, Format, Int4
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "stories260k", "A directory or GGUF.")
-_LAYERS = flags.DEFINE_list("of_layers", [], "Which layers of the model; all if empty.")
-_RANKS = flags.DEFINE_list("ranks", ["4", "16"], "Of the adapters.")
+_LAYERS = flags.DEFINE_list("of_layers", [], "Layers of the model; empty: all.")
+_RANKS = flags.DEFINE_list("ranks", ["4", "16"], "Ranks of the adapters.")
 
 FORMATS: dict[str, Format] = {"NF4": NF4(), "int4": Int4()}
 WAYS = {
@@ -35,7 +35,7 @@ WAYS = {
     "QPiSSA 1": ("pissa", 1),
     "QPiSSA 5": ("pissa", 5),
 }
-"""Start and steps by the heading of a column; no steps: the residual is quantised."""
+"""Column -> (init, steps of `loftq`); 0 steps: the residual is quantised."""
 
 Kernels = Mapping[str, lorax.Kernel]
 
@@ -43,12 +43,12 @@ Kernels = Mapping[str, lorax.Kernel]
 def linear(
     model: Any, params: Any, layers: Sequence[int]
 ) -> tuple[dict[str, jax.Array], Kernels]:
-    """Returns the kernels in groups of 64, of some layers of each stack, and their use.
+    """Returns kernels with a multiple of 64 inputs, of some layers, and their use.
 
     Args:
       model: of `lorax.models`.
       params: dense.
-      layers: numbers of layers; all if there are none.
+      layers: indices of the layers to take from each stack; empty: all.
     """
     call = lambda params, *tokens: model.apply({"params": params}, *tokens)
     found = lorax.discover(call, params, *hf.example(model))
@@ -69,7 +69,7 @@ def linear(
 def losses(
     dense: Mapping[str, jax.Array], kernels: Kernels, form: Format, rank: int
 ) -> dict[str, float]:
-    """Returns the relative error by column, "plain" first."""
+    """Returns the relative error by column, with "plain" first."""
 
     def lost(init: str, steps: int) -> float:
         target = lorax.Target("all-linear", rank=rank, init=init)
@@ -85,7 +85,7 @@ def losses(
 
 
 def relative(found: Mapping[str, jax.Array], dense: Mapping[str, jax.Array]) -> float:
-    """Returns the error of all kernels together in the Frobenius norm."""
+    """Returns the relative error of all kernels together in the Frobenius norm."""
     squares = lambda leaves: sum(float(jnp.sum(leaf**2)) for leaf in leaves)
     error = squares(found[path] - dense[path] for path in dense)
     return (error / squares(dense.values())) ** 0.5

@@ -1,12 +1,12 @@
-"""What a LoRA step costs on a base in a few bits a weight, beside a dense one.
+"""What a LoRA step costs on a quantised base, compared with a dense one.
 
     python -m experiments.benchmarks.quantized.step_cost \
         --quantized_model=SmolLM2-135M-Instruct.Q4_1.gguf
 
 Value and gradient with respect to LoRA of rank 8 on every linear kernel, interleaved in
-one run: bytes of the base, XLA's temporary memory, the time of a step over that of the
-dense base, and that of decoding every kernel once. A step decodes each kernel twice,
-forward and backward; with `--quantized_remat=full` three times.
+one run: bytes of the base, XLA's temporary memory, the time of a step, and the time to
+decode every kernel once, all relative to the dense base. A step decodes each kernel
+twice, forward and backward; with `--quantized_remat=full` three times.
 """
 
 import functools
@@ -36,9 +36,9 @@ class Case(NamedTuple):
     """A compiled step on one base.
 
     Attributes:
-      step: makes it.
+      step: makes a step.
       decode: decodes every quantised kernel once.
-      base_bytes: of the parameters.
+      base_bytes: bytes of the parameters.
       temporaries: bytes that XLA needs beside arguments and results.
     """
 
@@ -76,7 +76,7 @@ def make_case(model: Any, base: Any, tokens: jax.Array, form: str) -> Case:
 def compare(
     source: str, rows: int, length: int, rounds: int, remat: str = "none"
 ) -> dict[str, dict[str, float]]:
-    """Returns the figures of every format; arguments as the flags."""
+    """Returns the figures of every format; arguments are those of the flags."""
     model, base, _ = loading.load_model(source, remat=remat)
     high = model.config.vocabulary
     tokens = jax.random.randint(jax.random.key(1), (rows, length + 1), 0, high)
@@ -98,7 +98,7 @@ def compare(
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
-    """The figures as markdown."""
+    """Returns the figures as markdown."""
     header = ["base", "bytes of the base", "temporaries", "step, paired", "best ms"]
     header.append("decoding once / dense step")
     return tables.markdown(

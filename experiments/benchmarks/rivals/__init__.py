@@ -1,1 +1,1 @@
-"""Other frameworks at the same task, and whether all compute the same."""
+"""Other frameworks on the same task, and whether all of them compute the same."""

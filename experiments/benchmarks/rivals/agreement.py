@@ -1,8 +1,8 @@
-"""Whether train steps of several frameworks compute the same.
+"""Checks that train steps of several frameworks compute the same.
 
-Two programs that both round to float32 differ by what their orders of summation do,
-which depends on the processor. The ruler is therefore the same step in float64: every
-program's error against it is measured, and none may be far above the smallest one.
+Two float32 programs differ by their orders of summation, which depend on the processor.
+The reference is therefore the same step in float64: every program's error against it is
+measured, and none may be far above the smallest one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Errors(NamedTuple):
     Attributes:
       gradients: by program, the largest error of a gradient relative to the largest
         entry of its array.
-      limit: what none of them may exceed.
+      limit: the largest error allowed.
     """
 
     gradients: dict[str, float]
@@ -36,20 +36,20 @@ def require(
     dtype: str = "float32",
     steps: int = 3,
 ) -> Errors:
-    """Raises unless all trainers compute the same; it runs their first steps.
+    """Runs the first steps of all trainers, and raises unless they compute the same.
 
-    The gradients and losses of the first step are held to `measure.limit`, and the
-    losses of the next steps, which tell whether the updates agree, to ten times that.
+    The limit for gradients and losses of the first step is `measure.limit`; for losses
+    of the next steps, which show whether the updates agree, it is ten times that.
 
     Args:
-      trainers: by name, none of which has made a step.
-      alike: those whose gradients are not to be held to the reference, False.
+      trainers: by name; none of them has made a step yet.
+      alike: False for those whose gradients are not to be compared.
       reference: loss and gradients of the first step in float64.
       dtype: in which the programs compute.
-      steps: to run.
+      steps: number of steps to run.
 
     Raises:
-      AssertionError: a program that trains other arrays, or is too far off.
+      AssertionError: a program trains other arrays, or is too far off.
     """
     losses = {name: [trainer.step()] for name, trainer in trainers.items()}
     errors = {
@@ -61,8 +61,8 @@ def require(
     for name, (error, path) in errors.items():
         if not error <= limit:  # NaN as well
             raise AssertionError(
-                f"{name}: the gradient of {path} is {error:.1e} off float64, and what "
-                f"the best program reaches allows {limit:.1e}"
+                f"{name}: the gradient of {path} is {error:.1e} off float64; the best "
+                f"program's error allows {limit:.1e}"
             )
     first = next(iter(trainers))
     for name, trainer in trainers.items():
@@ -76,10 +76,10 @@ def require(
 
 
 def _error(name: str, moments: Named, expected: Named) -> tuple[float, str]:
-    """The largest relative error of a gradient, and the path that has it.
+    """Returns the largest relative error of a gradient, and its path.
 
-    The gradient of the keys' bias is rounding alone, for a softmax does not see it, and
-    is measured by the queries'.
+    The gradient of the keys' bias is only rounding, because a softmax does not depend
+    on it; its error is relative to the queries' instead.
     """
     if set(moments) != set(expected):
         raise AssertionError(f"{name} trains {sorted(moments)}")

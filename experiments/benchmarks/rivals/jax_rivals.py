@@ -1,8 +1,8 @@
-"""LoRA of the same model by other JAX libraries: `flax.nnx.LoRA`, and qwix's provider.
+"""LoRA of the same model in other JAX libraries: `flax.nnx.LoRA`, and qwix's provider.
 
-Each function turns an unscanned case of LoRA into one of its library: the same weights,
-factors and scale, the factors alone trained. Wherever the library leaves a choice, it
-is the faster one: `nnx` modules are split once, outside of the jitted step.
+Each function turns an unscanned LoRA case into one of its library: the same weights,
+factors and scale, with only the factors trained. Where a library leaves a choice, the
+faster one is taken: `nnx` modules are split once, outside the jitted step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Rival(NamedTuple):
 
 
 class LoraLinear(nnx.Module):
-    """A linear layer with `nnx.LoRA` beside it; that has no scale of its own."""
+    """A linear layer with `nnx.LoRA` beside it, which has no scale of its own."""
 
     def __init__(
         self, inputs: int, features: int, shape: gpt2.Shape, rngs: nnx.Rngs
@@ -99,7 +99,7 @@ class Gpt2(nnx.Module):
 
 
 def of_nnx(case: programs.Case, shape: gpt2.Shape) -> Rival:
-    """`flax.nnx.LoRA`."""
+    """Builds the case with `flax.nnx.LoRA`."""
     model = nnx.eval_shape(lambda: Gpt2(shape, nnx.Rngs(0)))
     graph, lora, *others = nnx.split(model, nnx.LoRAParam, ...)
     given: dict[str, Any] = {}
@@ -135,7 +135,7 @@ def of_nnx(case: programs.Case, shape: gpt2.Shape) -> Rival:
 
 
 def of_qwix(case: programs.Case, shape: gpt2.Shape) -> Rival:
-    """The `LoraProvider` of qwix; ImportError where it is not installed."""
+    """Builds the case with qwix's `LoraProvider`; ImportError without qwix."""
     import qwix
 
     linears = "|".join(gpt2.LINEARS)

@@ -1,11 +1,11 @@
-"""Where the time of a train step goes, by leaving parts of it out.
+"""Where the time of a train step goes, measured by leaving parts of it out.
 
 The parts of one framework are interleaved with those of the other. Backward is the
-gradient's time less the forward pass's, the update the whole step's less the
-gradient's, the adapters the whole step's less that of the same model without adapters
-(three biases trained): medians over rounds. A forward pass of jax keeps nothing for a
-backward pass, torch's does. AdaLoRA's penalty is part of the update in lorax, and of
-the gradient in PEFT.
+gradient's time minus the forward pass's; the update is the whole step's minus the
+gradient's; the adapters are the whole step's minus that of the same model without
+adapters (three biases trained). All are medians over rounds. jax's forward pass keeps
+nothing for a backward pass, torch's does. AdaLoRA's penalty is part of the update in
+lorax, and of the gradient in PEFT.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Parts = dict[str, Callable[[], Any]]
 
 
 def of_lorax(shape: gpt2.Shape, method: str, dtype: Any) -> Parts:
-    """The steps of lorax with parts left out."""
+    """Returns lorax's steps with parts left out."""
     case = programs.adapted(shape, method, dtype)
     loss = jax.jit(case.loss).lower(*case.inputs()).compile()
     parts: Parts = {
@@ -41,7 +41,7 @@ def of_lorax(shape: gpt2.Shape, method: str, dtype: Any) -> Parts:
 
 
 def of_torch(shape: gpt2.Shape, method: str, dtype: Any, device: str) -> Parts:
-    """The steps of PEFT + PyTorch with parts left out."""
+    """Returns the steps of PEFT + PyTorch with parts left out."""
     import torch
 
     case = programs.adapted(shape, method, dtype)
@@ -69,7 +69,7 @@ def of_torch(shape: gpt2.Shape, method: str, dtype: Any, device: str) -> Parts:
 def measured(
     method: str, shape: gpt2.Shape, dtype: Any, device: str = "cpu", rounds: int = 5
 ) -> dict[str, dict[str, list[list[float]]]]:
-    """Returns `measure.usage` of every part, by framework, part and round."""
+    """Returns `timing.usage` of every part, by framework, part and round."""
     parts = {"lorax": of_lorax(shape, method, dtype)}
     if torch_peft.available():
         parts["PyTorch"] = of_torch(shape, method, dtype, device)
@@ -83,9 +83,9 @@ def measured(
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown, a row a method and framework, milliseconds."""
+    """Returns markdown in milliseconds, with a row per method and framework."""
     header = ["method, program", "step ms", "forward", "backward", "update"]
-    header += ["of it the adapters", "CPU time in the kernel", "page faults a step"]
+    header += ["of which adapters", "CPU time in the kernel", "page faults per step"]
     rows = []
     for method, by in results.items():
         for who, parts in by.items():

@@ -1,4 +1,4 @@
-"""The same model in PyTorch with Hugging Face PEFT: a yardstick from outside JAX."""
+"""The same model in PyTorch with Hugging Face PEFT: a comparison from outside JAX."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from experiments.benchmarks.cases import gpt2_shaped as gpt2
 from experiments.benchmarks.cases import programs
 
 ADALORA: dict[str, Any] = {"total_step": 1000, "tinit": 0, "tfinal": 100, "deltaT": 1}
-"""AdaLoRA's settings in PEFT's names, in steps; the last is its default."""
+"""AdaLoRA's settings by PEFT's names, in steps; the last is PEFT's default."""
 
 PENALTY = 0.5
 """AdaLoRA's weight on orthogonality, PEFT's default."""
 
-# lorax's field, and where PEFT has it
+# lorax's field -> where PEFT has it
 _FIELDS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "lora": {
         "a": lambda layer: layer.lora_A["default"].weight,
@@ -44,26 +44,26 @@ class Adapted(NamedTuple):
 
 
 def available() -> bool:
-    """True where torch and peft are installed."""
+    """Whether torch and peft are installed."""
     return all(importlib.util.find_spec(name) for name in ("torch", "peft"))
 
 
 def sees_cuda() -> bool:
-    """True where torch has a GPU."""
+    """Whether torch has a GPU."""
     import torch
 
     return torch.cuda.is_available()
 
 
 def pin(threads: int) -> None:
-    """Keeps torch to so many threads."""
+    """Limits torch to `threads` threads."""
     import torch
 
     torch.set_num_threads(threads)
 
 
 def oriented(path: str, parameter: Any) -> Any:
-    """A torch tensor in lorax's orientation: what belongs to a kernel is transposed."""
+    """Returns a torch tensor in lorax's orientation: kernels are transposed."""
     turned = path.endswith("/kernel") and parameter.ndim == 2
     return parameter.T if turned else parameter
 
@@ -116,14 +116,14 @@ def adapted(
                 parameter, value = get(layer), getattr(adapter, field)
                 parameter.copy_(_tensor(value.T).reshape(parameter.shape))
                 trained[path, field] = parameter
-    # what PeftModelForCausalLM calls; a PeftModel of no task leaves out the penalty
+    # what PeftModelForCausalLM calls; a PeftModel without a task omits the penalty
     return Adapted(made.base_model, trained)
 
 
 def step(
     case: programs.Case, shape: gpt2.Shape, threads: int
 ) -> Callable[[], tuple[float, Any]]:
-    """Forward and backward of LoRA.
+    """Returns LoRA's forward and backward pass.
 
     Args:
       case: from `programs.adapted`.
@@ -161,7 +161,7 @@ def _tensor(array: Any) -> Any:
 
 
 def _paths(model: Any, params: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
-    """Every parameter of the plain model with its path in Flax's tree."""
+    """Yields every parameter of the plain model with its path in Flax's tree."""
     for name, parameter in model.named_parameters():
         *owner, leaf = re.sub(r"^h\.", "h_", name).split(".")
         node: Any = params
@@ -172,7 +172,7 @@ def _paths(model: Any, params: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
 
 
 def _filled(shape: gpt2.Shape, params: Mapping[str, Any]) -> Any:
-    """A torch module with the parameters of an unscanned `gpt2_shaped.Gpt2`."""
+    """Returns a torch module with the parameters of an unscanned `gpt2_shaped.Gpt2`."""
     import torch
 
     model = _model(shape)
@@ -186,7 +186,7 @@ def _filled(shape: gpt2.Shape, params: Mapping[str, Any]) -> Any:
 
 
 def _model(shape: gpt2.Shape) -> Any:
-    """The module; it returns the loss the way PEFT expects it of transformers."""
+    """Returns the module, whose loss comes as PEFT expects it from transformers."""
     from torch import nn
     from torch.nn import functional
 

@@ -1,7 +1,7 @@
-"""Whole train steps side by side: lorax's, another JAX library's, and PyTorch's.
+"""Whole train steps to compare: lorax's, other JAX libraries', and PyTorch's.
 
-Every trainer runs forward, backward and AdamW (rate 1e-3, decay 0.01, else the defaults
-that optax and torch share) on what it trains, and keeps its own state.
+Every trainer runs forward, backward and AdamW (rate 1e-3, decay 0.01, otherwise the
+defaults that optax and torch share) on what it trains, and keeps its own state.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ Named = dict[tuple[str, str], Any]
 class Trainer(NamedTuple):
     """A compiled train step."""
 
-    step: Callable[[], float]  # trains once, to the end; the loss before the update
-    moments: Callable[[], Named]  # Adam's first, which tell the gradients of step one
-    build_seconds: float  # to trace and compile; of torch.compile the first passes
+    step: Callable[[], float]  # makes a step; returns the loss before the update
+    moments: Callable[[], Named]  # Adam's first moments: the gradients of step one
+    build_seconds: float  # to trace and compile; for torch.compile, the first passes
 
 
 def optimizer(method: str, adapters: Any, own_penalty: bool = False) -> Any:
-    """AdamW; for AdaLoRA with its allocation and penalty.
+    """Returns AdamW, for AdaLoRA with its allocation and penalty.
 
     Args:
       method: the case's.
       adapters: for their total rank.
-      own_penalty: False: PEFT's, 0.5 times the mean of the norms, through autodiff;
-        True: lorax's default, a step after AdamW in closed form.
+      own_penalty: False: PEFT's penalty, 0.5 times the mean of the norms, by autodiff;
+        True: lorax's default, a closed-form step after AdamW.
     """
     adamw = optax.adamw(RATE, weight_decay=DECAY)
     if method != "adalora":
@@ -70,12 +70,12 @@ def optimizer(method: str, adapters: Any, own_penalty: bool = False) -> Any:
 
 
 def peft_penalty(adapters: Any) -> jax.Array:
-    """AdaLoRA's penalty as PEFT adds it to the loss."""
+    """Returns AdaLoRA's penalty as PEFT adds it to the loss."""
     return torch_peft.PENALTY * orthogonal_penalty(adapters, "norm")
 
 
 class Reference(NamedTuple):
-    """The first step of a case in float64, by the definition of an adapted model."""
+    """The first step of a case in float64, from the definition of an adapted model."""
 
     loss: float
     gradients: Named
@@ -100,7 +100,7 @@ def reference(case: programs.Case, shape: gpt2.Shape, method: str) -> Reference:
 
 
 def named(adapters: Mapping[str, Any]) -> Named:
-    """The arrays of a tree of adapters."""
+    """Returns the arrays of a tree of adapters."""
     return {
         (path, field): np.asarray(getattr(adapter, field))
         for path, adapter in adapters.items()
@@ -109,7 +109,7 @@ def named(adapters: Mapping[str, Any]) -> Named:
 
 
 def whole(params: Any) -> Named:
-    """The arrays of a tree of parameters, as `Full` adapters would hold them."""
+    """Returns the arrays of a parameter tree, as `Full` adapters would hold them."""
     flat = traverse_util.flatten_dict(params, sep="/")
     return {(path, "value"): np.asarray(leaf) for path, leaf in flat.items()}
 
@@ -117,7 +117,7 @@ def whole(params: Any) -> Named:
 def of_lorax(
     case: programs.Case, shape: gpt2.Shape, method: str, own_penalty: bool = False
 ) -> Trainer:
-    """The step of `lorax.training`."""
+    """Returns the step of `lorax.training`."""
     loss_fn = training.simple_loss(programs.loss_of(gpt2.Gpt2(shape)))
     tx = optimizer(method, case.trained, own_penalty)
     step = training.make_train_step(loss_fn, tx, on_merge="error")
@@ -131,21 +131,21 @@ def of_lorax(
 
 
 def of_loss(case: programs.Case, names: Callable[[Any], Named]) -> Trainer:
-    """The step that one writes by hand around a loss.
+    """Returns a hand-written step around a loss.
 
     Args:
       case: what is trained, as its library keeps it.
-      names: of a tree like `case.trained`.
+      names: names the arrays of a tree like `case.trained`.
     """
     return _started(*plain(case), case, lambda state: state[1], names)
 
 
 def plain(case: programs.Case) -> tuple[Callable[..., Any], Any]:
-    """AdamW around the gradients of a case.
+    """Puts AdamW around the gradients of a case.
 
     Returns:
-      `step(state, params, batch) -> (state, loss)`, and the state, whose arrays are its
-      own.
+      `step(state, params, batch) -> (state, loss)`, and the state, whose arrays are
+      copies.
     """
     tx = optax.adamw(RATE, weight_decay=DECAY)
     gradients = case.step()
@@ -167,7 +167,7 @@ def _started(
     moments_in: Callable[[Any], Any],
     names: Callable[[Any], Named],
 ) -> Trainer:
-    """Compiles `(state, params, batch) -> (state, loss)`, the state donated."""
+    """Compiles `(state, params, batch) -> (state, loss)`, with the state donated."""
     inputs = case.params, case.tokens
     began = time.perf_counter()
     lowered = jax.jit(step, donate_argnums=0).lower(state, *inputs)
@@ -192,14 +192,14 @@ def of_torch(
     device: str = "cpu",
     compiled: bool = False,
 ) -> Trainer:
-    """The loop of PEFT's documentation, by torch's fused AdamW.
+    """Returns the loop of PEFT's documentation, with torch's fused AdamW.
 
     Args:
       case: from `programs.adapted`.
       shape: its sizes.
-      method: its.
-      device: torch's name of it.
-      compiled: run the model through `torch.compile`.
+      method: its method.
+      device: torch's name of the device.
+      compiled: whether to run the model through `torch.compile`.
     """
     import torch
 

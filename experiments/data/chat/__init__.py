@@ -1,1 +1,1 @@
-"""Chats: what a checkpoint's template makes of them, in a sandbox with limits."""
+"""Chats: a checkpoint's template renders them, in a sandbox with limits."""

@@ -1,4 +1,4 @@
-"""Limits on what a chat template may take: time, output, the size of any value."""
+"""Limits on what a chat template may use: time, output, the size of any value."""
 
 import contextlib
 import contextvars
@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-# Characters of one value, and the largest whole number a call may be given: what a
-# very long document needs, and what one string operation does in well under a second.
+# Characters of one value, and the largest integer a call may be given: enough for a
+# very long document, and one string operation still takes well under a second.
 LARGEST = 1_000_000
 
 
 class Limits(NamedTuple):
-    """What one rendering may take."""
+    """What one rendering may use."""
 
     seconds: float = 2.0
     characters: int = 4_000_000  # of output; a book has about one million
@@ -24,7 +24,7 @@ class LimitError(Exception):
 
 
 class _Budget:
-    """What is left to the rendering under way."""
+    """What the current rendering may still use."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -32,7 +32,7 @@ class _Budget:
         self.characters = limits.characters
 
     def spend(self, characters: int) -> None:
-        """Counts output and looks at the clock."""
+        """Counts output and checks the time."""
         self.characters -= characters
         if self.characters < 0:
             raise LimitError(f"it writes more than {self.limits.characters} characters")
@@ -47,7 +47,7 @@ _budget: contextvars.ContextVar[_Budget] = contextvars.ContextVar("budget")
 
 @contextlib.contextmanager
 def limited(limits: Limits) -> Iterator[None]:
-    """Renderings inside share one budget."""
+    """Sets one budget for all renderings inside."""
     token = _budget.set(_Budget(limits))
     try:
         yield
@@ -56,7 +56,7 @@ def limited(limits: Limits) -> Iterator[None]:
 
 
 def spend(characters: int) -> str:
-    """Counts against the rendering's budget; there is none while compiling."""
+    """Counts against the rendering's budget; while compiling there is none."""
     budget = _budget.get(None)
     if budget is not None:
         budget.spend(characters)
@@ -70,7 +70,7 @@ PASSING = frozenset(["", "Namespace", "dict", "format", "get", "spend"])
 def check_arguments(
     name: str, args: Sequence[Any], kwargs: Mapping[str, Any], exempt: int = 0
 ) -> None:
-    """Looks at the clock and at what a call is given.
+    """Checks the time and the arguments of a call.
 
     The first `exempt` arguments may be any number: a filter's first is its value.
     """
@@ -91,7 +91,7 @@ def check_arguments(
 
 
 def bounded(value: Any) -> Any:
-    """The value, if it is not too large."""
+    """Returns the value, or raises if it is too large."""
     bound(size(value), "a value")
     return value
 
@@ -103,7 +103,7 @@ def bound(size: int, what: str) -> None:
 
 
 def size(value: Any) -> int:
-    """Characters and elements in a value, nested ones too; stops counting when over."""
+    """Counts characters and elements of a value, nested too, up to the bound."""
     size, rest = 0, [value]
     while rest and size <= LARGEST:
         value = rest.pop()
@@ -121,7 +121,7 @@ def size(value: Any) -> int:
 
 
 def pieces(values: Any, separator: str) -> list[str]:
-    """Strings to be joined, their sizes counted as they come."""
+    """Returns the strings to join, after counting the size of each."""
     pieces = []
     for value in values:
         spend(size(bounded(value)) + len(separator))

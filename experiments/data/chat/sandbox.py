@@ -1,17 +1,17 @@
 """A jinja2 sandbox for chat templates: programs that come with a checkpoint.
 
-A template is code by a stranger. jinja2's immutable sandbox keeps it from Python's
+A template is a stranger's code. jinja2's immutable sandbox keeps it away from Python's
 internals; what is added here keeps it from running or growing without end:
 
-- every turn of a loop, every call and every filter looks at the clock;
-- every value printed counts towards the size of the output, whatever becomes of it, and
+- every loop iteration, every call and every filter checks the time;
+- every printed value counts towards the size of the output, whatever becomes of it, and
   so does the text in the body of a loop or a macro, each time it runs;
-- what operators, calls and filters are given and make is bounded, so that no single
-  step between two looks at the clock is long.
+- the arguments and results of operators, calls and filters are bounded, so that no
+  single step between two checks takes long.
 
-All of it is done on jinja2's own syntax tree, in the thread that renders: no signals,
-no processes, no tracing. It stops templates that are broken or careless, and the known
-tricks; for templates that you believe to be hostile, use a process of limited memory.
+All of this happens on jinja2's own syntax tree, in the thread that renders: no signals,
+no processes, no tracing. It stops broken or careless templates, and the known tricks;
+for templates that may be hostile, use a process with limited memory.
 """
 
 import datetime
@@ -40,7 +40,7 @@ def compile_template(source: str, begin: str, end: str) -> jinja2.Template:
       end: printed where it ends.
 
     Raises:
-      jinja2.TemplateError: if it is no template.
+      jinja2.TemplateError: it is not a valid template.
     """
     environment = _Environment(begin, end)
     tree = environment.parse(source)
@@ -57,7 +57,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def __init__(self, begin: str, end: str) -> None:
         super().__init__(
-            trim_blocks=True,  # as transformers has them
+            trim_blocks=True,  # as in transformers
             lstrip_blocks=True,
             extensions=[_Generation, jinja2.ext.loopcontrols],
             finalize=_printed,
@@ -123,7 +123,7 @@ class _Generation(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012 (jinja2's protocol)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """The block, a call of `_mark` with the body as its caller."""
+        """Parses the block into a call of `_mark` with the body as its caller."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         call = self.call_method("_mark")
@@ -135,7 +135,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _instrument(tree: jinja2.nodes.Template, environment: jinja2.Environment) -> None:
-    """Adds to the syntax tree what looks at the clock and at sizes."""
+    """Adds the checks of time and sizes to the syntax tree."""
     nodes = jinja2.nodes
     for reference in tree.find_all(nodes.NSRef):
         if reference.attr.startswith("_"):
@@ -147,26 +147,26 @@ def _instrument(tree: jinja2.nodes.Template, environment: jinja2.Environment) ->
         text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         node.body.insert(0, nodes.ExprStmt(_call("spend", nodes.Const(text))))
     for concat in list(tree.find_all(nodes.Concat)):
-        # the node itself becomes the checked one, around a copy of what it was
+        # the node itself becomes the checked one, around a copy of the original
         inner = nodes.Concat([_call("bounded", node) for node in concat.nodes])
         concat.nodes = [_call("bounded", inner)]
     tree.set_environment(environment)
-    tree.set_lineno(1)  # of what was added; the rest keeps its own
+    tree.set_lineno(1)  # for the added nodes; the others keep theirs
 
 
 def _call(name: str, argument: jinja2.nodes.Expr) -> jinja2.nodes.Expr:
-    """A call of an attribute of the environment."""
+    """Returns a call of an attribute of the environment."""
     function = jinja2.nodes.EnvironmentAttribute(name)
     return jinja2.nodes.Call(function, [argument], [], None, None)
 
 
 def _printed(value: Any) -> Any:
-    """Passes on what `{{ .. }}` prints, counted."""
+    """Counts what `{{ .. }}` prints, and passes it on."""
     limits.spend(limits.size(limits.bounded(value)))
     return value
 
 
-# What jinja2 itself hands to filters, before their first argument.
+# What jinja2 itself passes to filters, before their first argument.
 PASSED = (
     jinja2.Environment,
     jinja2.nodes.EvalContext,
@@ -175,7 +175,7 @@ PASSED = (
 
 
 def _checked(function: Callable[..., Any], exempt: int) -> Callable[..., Any]:
-    """A filter or test that looks at the clock, its arguments and its result."""
+    """Wraps a filter or test to check the time, its arguments and its result."""
 
     @functools.wraps(function)  # keeps jinja2's mark of what is passed in
     def checked(*args: Any, **kwargs: Any) -> Any:

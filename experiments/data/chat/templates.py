@@ -1,13 +1,13 @@
-"""Chats to text and tokens by the template that comes with a checkpoint.
+"""Turns chats into text and tokens with the template that comes with a checkpoint.
 
-What is trained on is what the assistant writes: its text and the mark that ends its
-turn. Where the template has `{% generation %}` blocks, they say what that is. Elsewhere
-it is found by rendering twice a turn: the chat before it, with the prompt for the
-assistant to go on, must be a prefix of the chat with it, and the rest is the turn.
+Training is on what the assistant writes: its text and the mark that ends its turn. If
+the template has `{% generation %}` blocks, they mark it. Otherwise each turn is found
+by rendering twice: the chat before the turn, with the generation prompt, must be a
+prefix of the chat with the turn, and the rest is the turn.
 
-A model that was never trained to end its turn never does. Where a template writes
-nothing behind what the assistant said, the mark of the next message ends the turn and
-is trained on; see `turn_ends`, by which generation stops:
+A model that was never trained to end its turn never does. If a template writes nothing
+after the assistant's words, the mark of the next message ends the turn and is trained
+on; `turn_ends` finds it, and generation stops there:
 
     ends = templates.turn_ends(tokenizer, template)
     encoded = templates.encode_chats(tokenizer, template, chats, max_length, source)
@@ -29,7 +29,7 @@ Message = Mapping[str, Any]  # "role", "content" and what else the template know
 
 
 class ChatTemplateError(ValueError):
-    """A template that cannot be used, or does not fit a chat; names its file."""
+    """A template cannot be used, or does not fit a chat; the message names its file."""
 
 
 class Rendered(NamedTuple):
@@ -43,13 +43,13 @@ class Ends(NamedTuple):
     """What ends a turn of the assistant, in training and in generation.
 
     Attributes:
-      ids: tokens that do, each of which generation stops at.
-      texts: a mark that the tokenizer has not as one token, as ChatML's on the
-        tokenizer of a base; generation stops at it as text.
+      ids: end tokens; generation stops at each of them.
+      texts: a mark that is not a single token, such as ChatML's with a base model's
+        tokenizer; generation stops at it as text.
       marks: the texts of both.
-      closing: what comes between the assistant's words and the next message's, up to
-        the mark that ends the turn: put behind the last turn. "" where the template
-        ends turns itself.
+      closing: what comes between the assistant's words and the next message, up to and
+        including the mark that ends the turn; it is added after the last turn. "" if
+        the template ends turns itself.
     """
 
     ids: tuple[int, ...]
@@ -75,19 +75,19 @@ class ChatTemplate:
           source: the jinja2 template.
           name: where it comes from, for messages.
           special_tokens: what the template knows as `bos_token` and so on.
-          seconds: that one rendering may take.
-          characters: that it may write.
+          seconds: time limit of one rendering.
+          characters: limit of its output.
 
         Raises:
-          ChatTemplateError: if it is no jinja2 template.
+          ChatTemplateError: it is not a jinja2 template.
         """
         self._jinja2 = extras.require("jinja2", "interop", f"The chat template {name}")
-        from experiments.data.chat import sandbox  # it needs jinja2 to be there
+        from experiments.data.chat import sandbox  # it needs jinja2
 
         self._limits = limits.Limits(seconds, characters)
         self.name = name
         self.special_tokens = dict(special_tokens)
-        # Marks that no text holds by accident, nor by design of whoever wrote it.
+        # Marks that no text can contain, by accident or on purpose.
         nonce = secrets.token_hex(8)
         self._begin, self._end = f"\x02{nonce}\x02", f"\x03{nonce}\x03"
         try:
@@ -100,14 +100,14 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = False
     ) -> Rendered:
-        """The chat as text.
+        """Renders a chat as text.
 
         Args:
           messages: in order.
           add_generation_prompt: end with what comes before the assistant's next turn.
 
         Raises:
-          ChatTemplateError: if the template raises, loops or writes too much.
+          ChatTemplateError: the template raises, loops or writes too much.
         """
         plain = [{k: v for k, v in m.items() if v is not None} for m in messages]
         values = {
@@ -136,7 +136,7 @@ class ChatTemplate:
         return self._unmarked(marked)
 
     def _unmarked(self, marked: str) -> Rendered:
-        """Takes the marks of generation blocks out, and notes where they were."""
+        """Removes the marks of generation blocks, and records where they were."""
         text, spans = "", []
         first, *blocks = marked.split(self._begin)
         text += first
@@ -150,14 +150,14 @@ class ChatTemplate:
 def load(
     directory: str | os.PathLike[str], tokenizer: tokenization.Tokenizer
 ) -> ChatTemplate:
-    """The chat template of a checkpoint directory, or of a GGUF file.
+    """Loads the chat template of a checkpoint directory or a GGUF file.
 
-    It is `chat_template.jinja` or, where there is none, `chat_template` in
-    `tokenizer_config.json`: a string, or a list of named ones, of which "default".
+    It is `chat_template.jinja` or, if there is none, `chat_template` in
+    `tokenizer_config.json`: a string, or the one named "default" in a list.
 
     Raises:
-      ChatTemplateError: if there is none.
-      ValueError: if the file is not what it should be, naming file and key.
+      ChatTemplateError: there is none.
+      ValueError: a field of the file has the wrong type; names file and key.
     """
     folder = pathlib.Path(directory)
     path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
@@ -172,13 +172,13 @@ def load(
         raise ChatTemplateError(
             f"{folder} has no chat template: neither {path.name}, nor `chat_template` "
             f"in {config.name}. Base models have none: write one to {path}, or train "
-            "on prompt and response."
+            "on prompts and responses."
         )
     return ChatTemplate(found, f"{config}:chat_template", tokenizer.special_tokens)
 
 
 def _default(templates: list[Any], where: str) -> str | None:
-    """The one of several named templates that is called "default"."""
+    """Returns the template named "default", or None."""
     named = {}
     for i, template in enumerate(templates):
         at = f"{where}[{i}]"
@@ -190,14 +190,14 @@ def _default(templates: list[Any], where: str) -> str | None:
 def assistant_spans(
     template: ChatTemplate, messages: Sequence[Message]
 ) -> tuple[str, tuple[tokenization.Span, ...]]:
-    """The chat's text, and the characters of it that the assistant writes.
+    """Returns the chat's text, and the spans of it that the assistant writes.
 
     A span ends with the mark that ends the turn, if the template writes one; white
-    space behind that is not in it.
+    space after it is not included.
 
     Raises:
-      ChatTemplateError: if the template changes what stands before a turn depending on
-        what follows, so that turns cannot be told apart.
+      ChatTemplateError: the text before a turn depends on what follows, so that turns
+        cannot be told apart.
     """
     whole = template.render(messages)
     if whole.generated:
@@ -219,18 +219,18 @@ def assistant_spans(
 
 
 PROBE = "Zephyr"
-"""Content of the messages that `turn_ends` renders; no template writes it."""
+"""Content of the messages that `turn_ends` renders; no template writes it itself."""
 
 
 def turn_ends(tokenizer: tokenization.Tokenizer, template: ChatTemplate) -> Ends:
     """Finds what ends a turn of the assistant, by rendering short chats.
 
-    It is what the template writes behind the assistant's words. Where that is nothing,
-    it is the mark that opens the next message, if it is one token: the model then
-    learns to write it, and generation stops there.
+    It is what the template writes after the assistant's words. If that is nothing, it
+    is the mark that opens the next message, provided that it is a single token: the
+    model then learns to write it, and generation stops there.
 
     Raises:
-      ChatTemplateError: if nothing ends a turn; says what to add to the template.
+      ChatTemplateError: nothing ends a turn; says what to add to the template.
     """
     turn = [{"role": role, "content": PROBE} for role in ("user", "assistant")]
     text, spans = assistant_spans(template, turn)
@@ -246,7 +246,7 @@ def turn_ends(tokenizer: tokenization.Tokenizer, template: ChatTemplate) -> Ends
         try:
             longer = template.render([*turn, {"role": role, "content": PROBE}]).text
         except ChatTemplateError:
-            continue  # a role that the template does not have, or not there
+            continue  # a role that the template does not allow here
         behind = longer[end:] if longer.startswith(text[:end]) else ""
         opening = _longest(tokenizer, behind.lstrip().startswith)
         if opening:
@@ -258,7 +258,7 @@ def turn_ends(tokenizer: tokenization.Tokenizer, template: ChatTemplate) -> Ends
 
 
 def _end_of_call(tokenizer: tokenization.Tokenizer, template: ChatTemplate) -> str:
-    """The mark that ends a turn with a call of a tool, for it may be one of its own."""
+    """Returns the mark that ends a turn with a tool call, which may be its own."""
     call = {"type": "function", "function": {"name": PROBE, "arguments": {}}}
     answer = {"role": "assistant", "content": PROBE, "tool_calls": [call]}
     try:
@@ -272,7 +272,7 @@ def _end_of_call(tokenizer: tokenization.Tokenizer, template: ChatTemplate) -> s
 
 
 def _longest(tokenizer: tokenization.Tokenizer, stands: Callable[[str], bool]) -> str:
-    """The longest of the tokenizer's marks that stands there, "" for none."""
+    """Returns the longest of the tokenizer's marks that fits; "" for none."""
     return max(filter(stands, filter(None, tokenizer.marks)), key=len, default="")
 
 
@@ -281,11 +281,11 @@ def _endless(
 ) -> ChatTemplateError:
     eos = tokenizer.special_tokens.get("eos_token")
     return ChatTemplateError(
-        f"{template.name}: nothing ends {turn}: the template writes no mark behind the "
-        f"assistant's words, and no next message begins with one token of "
+        f"{template.name}: nothing ends {turn}: the template writes no mark after the "
+        f"assistant's words, and no next message begins with a single token of "
         f"{tokenizer.name}. A model trained on it would never stop. Write "
-        "{{ eos_token }}" + (f", here {eos!r}," if eos else "") + " behind the content "
-        "of the assistant's messages, inside of {% generation %} where that is used."
+        "{{ eos_token }}" + (f", here {eos!r}," if eos else "") + " after the content "
+        "of the assistant's messages, inside {% generation %} if that is used."
     )
 
 
@@ -295,10 +295,10 @@ def closed_spans(
     messages: Sequence[Message],
     ends: Ends,
 ) -> tuple[str, tuple[tokenization.Span, ...]]:
-    """As `assistant_spans`, each span with the mark that ends it, see `turn_ends`.
+    """As `assistant_spans`, with each span up to its end mark; see `turn_ends`.
 
     Raises:
-      ChatTemplateError: as `assistant_spans`, and for a turn that nothing ends.
+      ChatTemplateError: as `assistant_spans`, or nothing ends a turn.
     """
     text, spans = assistant_spans(template, messages)
     closed = []
@@ -323,7 +323,7 @@ def prompt_ids(
     template: ChatTemplate,
     messages: Sequence[Message],
 ) -> list[int]:
-    """Ids of a chat that the assistant is to go on with."""
+    """Returns the ids of a chat that the assistant is to continue."""
     return tokenizer.encode(template.render(messages, True).text)
 
 
@@ -334,7 +334,7 @@ def encode_chat(
     ends: Ends | None = None,
     after: int = 0,
 ) -> examples.Example:
-    """One example: the whole chat, the assistant's turns and their ends in the loss.
+    """Returns one example: a chat, with the assistant's turns and ends in the loss.
 
     The template writes BOS and EOS where it wants them; none is added.
 
@@ -342,11 +342,11 @@ def encode_chat(
       tokenizer: of the model.
       template: of the chats.
       messages: in order.
-      ends: from `turn_ends`, which None calls.
-      after: so many messages are only read, what the assistant says in them too.
+      ends: from `turn_ends`; None calls it.
+      after: the first `after` messages are not trained on, even the assistant's.
 
     Raises:
-      ChatTemplateError: if the template does not fit the chat, or a turn never ends.
+      ChatTemplateError: the template does not fit the chat, or a turn never ends.
     """
     ends = ends or turn_ends(tokenizer, template)
     text, spans = closed_spans(tokenizer, template, messages, ends)
@@ -354,7 +354,7 @@ def encode_chat(
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if len(turns) != len(spans):
         raise ChatTemplateError(
-            f"{template.name}: the assistant has {len(turns)} turns and the template "
+            f"{template.name}: the assistant has {len(turns)} turns, but the template "
             f"marks {len(spans)}; put {{% generation %}} around each turn once"
         )
     kept = [(i, span) for i, span in zip(turns, spans, strict=True) if i >= after]
@@ -370,7 +370,7 @@ def encode_chats(
     max_length: int,
     source: str,
 ) -> examples.Encoded:
-    """Examples of chats, see `encode_chat` and `examples.truncate`."""
+    """Returns examples of chats; see `encode_chat` and `examples.truncate`."""
     ends = turn_ends(tokenizer, template)
     encoded = (encode_chat(tokenizer, template, chat, ends) for chat in chats)
     return examples.truncate(encoded, max_length, source)
@@ -379,6 +379,6 @@ def encode_chats(
 def _inside(
     places: Iterable[tokenization.Span], spans: Iterable[tokenization.Span]
 ) -> Iterator[int]:
-    """1 for tokens that begin in a span."""
+    """Yields 1 for tokens that begin in a span, else 0."""
     inside = {i for begin, end in spans for i in range(begin, end)}
     return (int(begin in inside and end > begin) for begin, end in places)

@@ -1,8 +1,8 @@
-"""Sentences, or pairs of them, with a label or a number: tables, GLUE, small sets.
+"""Sentences or sentence pairs with a label or a number: tables, GLUE, small sets.
 
 An example is a dict of numpy arrays, see `batches.labelled`:
 
-    tokens: int32 [length]    with the marks that the tokenizer puts around sentences
+    tokens: int32 [length]    with the tokenizer's special tokens around sentences
     label:  int32 or float32 []
 """
 
@@ -32,12 +32,12 @@ class Labelled(NamedTuple):
 
     first: str
     second: str | None
-    label: int | float  # place in `Data.labels`; a number if those are empty
+    label: int | float  # index in `Data.labels`; a number if those are empty
     where: str = ""  # "file:line"
 
 
 class Data(NamedTuple):
-    """Rows, and the names of their labels; none if the label is a number."""
+    """Rows, and the names of their labels; empty if labels are numbers."""
 
     rows: tuple[Labelled, ...]
     labels: tuple[str, ...]
@@ -58,14 +58,13 @@ def read(
     Args:
       path: see `records.read`.
       columns: names in the table; "sentence" and "label" by default.
-      labels: names of the classes in the order of their numbers, as the training set
-        has them; `NUMBERS` if the label is a number; None to take all that occur, in
-        order of name.
+      labels: names of the classes in the order of their numbers, as in the training
+        set; `NUMBERS` if labels are numbers; None for all that occur, sorted by name.
       header: see `records.read`.
 
     Raises:
-      ValueError: if no row is good, see `records.read`. A row whose label is none of
-        `labels`, or no finite number, is malformed.
+      ValueError: no row is good, see `records.read`. A row whose label is not one of
+        `labels`, or not a finite number, is malformed.
     """
     columns = columns or Columns()
     needed = [name for name in columns if name is not None]
@@ -102,11 +101,10 @@ def encode(
     max_length: int,
     source: str,
 ) -> Encoded:
-    """Examples of labelled sentences, cut to `max_length` tokens.
+    """Returns examples of labelled sentences, truncated to `max_length` tokens.
 
-    What is too long loses its end, but keeps the token that marks it. No row is
-    dropped, so scores are over all rows; how many were cut is counted, and a warning
-    says so.
+    A sentence that is too long loses its end, but keeps the final special token. No row
+    is dropped, so scores are over all rows; a warning says how many were truncated.
     """
     kept: list[Example] = []
     kind = np.int32 if data.labels else np.float32
@@ -127,7 +125,7 @@ def encode(
 
 
 def counts(rows: Iterable[Labelled], labels: Sequence[str]) -> dict[str, int]:
-    """How many rows each label has: the accuracy of always guessing one of them."""
+    """Counts the rows of each label, which give the accuracy of a constant guess."""
     found = [0] * len(labels)
     for row in rows:
         found[int(row.label)] += 1
@@ -135,18 +133,18 @@ def counts(rows: Iterable[Labelled], labels: Sequence[str]) -> dict[str, int]:
 
 
 def _require_label(text: str, column: str, labels: Sequence[str] | None) -> None:
-    """A label is one of those given, or a finite number where none are."""
+    """Checks that a label is in `labels` or, if those are empty, a finite number."""
     if labels is None:
         if not text:
             raise records.MalformedRow(f"{column!r} is empty")
     elif labels:
         if text not in labels:
             some = ", ".join(map(repr, labels[:8])) + ", ..." * (len(labels) > 8)
-            raise records.MalformedRow(f"{column!r} is {text!r}, none of {some}")
+            raise records.MalformedRow(f"{column!r} is {text!r}, not one of {some}")
     else:
         try:
             finite = math.isfinite(float(text))
         except ValueError:
             finite = False
         if not finite:
-            raise records.MalformedRow(f"{column!r} is {text!r}, no finite number")
+            raise records.MalformedRow(f"{column!r} is {text!r}, not a finite number")

@@ -1,17 +1,17 @@
-"""Real text that every CPython carries, as documents split without leakage.
+"""Real text that comes with every CPython, as documents split without leakage.
 
 Two domains, neither of which needs a network:
 
-- `source`: the Python files of the standard library, what the base model reads;
+- `source`: the Python files of the standard library, on which the base is pretrained;
 - `topics`: the English of `pydoc_data.topics` (the language reference behind
-  `help("assert")`), what the base model is adapted to.
+  `help("assert")`), to which the base is adapted.
 
-What is held out is held out as whole documents, and two documents that share a run of
-`RUN` words never sit on two sides of a split. The topics quote one another at length
-("compound" contains "with", "for", "try"), so they are first grouped into *families*,
-the connected components of sharing such a run, and families are split. Source files
-that share one with any topic (`pdb.py` is the "debugger" topic) are left out of
-pretraining altogether.
+Whole documents are held out, and two documents that share a run of `RUN` words are
+never on different sides of a split. The topics quote one another at length ("compound"
+contains "with", "for", "try"), so they are first grouped into *families*, the connected
+components of sharing such a run, and families are split. Source files that share a run
+with any topic (`pdb.py` with the "debugger" topic) are left out of pretraining
+altogether.
 """
 
 import functools
@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 # Bumped when what the functions below return changes: it is part of the base's cache
-# key, so that no base trained on other text is ever picked up.
+# key, so that a base trained on other text is never used.
 VERSION = 1
 
 # Length in words of a quotation: the 13-gram overlap rule of Brown et al. (2020).
@@ -39,7 +39,7 @@ SKIPPED = frozenset(
 
 
 class Document(NamedTuple):
-    """One text held whole on one side of a split."""
+    """One text, always whole and on one side of a split."""
 
     name: str
     text: bytes
@@ -54,11 +54,11 @@ class Splits(NamedTuple):
 
 
 def topics() -> Splits:
-    """The English of `pydoc_data.topics`, split by families of topics.
+    """Returns the English of `pydoc_data.topics`, split by families of topics.
 
     Families are ordered by size and dealt out in a fixed pattern, three of five to
     `train` and one each to `test` and `selection`, so that the split is the same on
-    every machine with the same CPython and alike across CPython versions.
+    every machine with the same CPython, and similar across CPython versions.
     """
     dealt = ("train", "train", "test", "train", "selection")
     splits: dict[str, list[Document]] = {name: [] for name in Splits._fields}
@@ -71,28 +71,28 @@ def topics() -> Splits:
     return Splits(**{name: tuple(found) for name, found in splits.items()})
 
 
-# One in so many top-level modules and packages of the library is held out.
+# One in this many top-level modules and packages of the library is held out.
 HELD_OUT_EVERY = 20
 
 
 def source_train() -> tuple[Document, ...]:
-    """The standard library's source files to train on."""
+    """Returns the standard library's source files to train on."""
     held_out = _held_out_modules()
     return _unquoted(d for d in raw_source() if _top_level(d.name) not in held_out)
 
 
 def source_test() -> tuple[Document, ...]:
-    """The standard library's source files held out, whole modules and packages."""
+    """Returns the held-out source files, whole modules and packages."""
     held_out = _held_out_modules()
     return _unquoted(d for d in raw_source() if _top_level(d.name) in held_out)
 
 
 @functools.cache
 def raw_source() -> tuple[Document, ...]:
-    """Every source file of the standard library but `SKIPPED`, in order of name.
+    """Returns all source files of the standard library but `SKIPPED`, sorted by name.
 
     Raises:
-      FileNotFoundError: if this interpreter carries no source files.
+      FileNotFoundError: this interpreter comes without source files.
     """
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     found = []
@@ -115,10 +115,10 @@ def raw_source() -> tuple[Document, ...]:
 
 
 def raw_topics() -> tuple[Document, ...]:
-    """Every topic of `pydoc_data.topics`, in order of name.
+    """Returns every topic of `pydoc_data.topics`, sorted by name.
 
     Raises:
-      FileNotFoundError: if this interpreter carries none.
+      FileNotFoundError: this interpreter comes without them.
     """
     try:
         texts = importlib.import_module("pydoc_data.topics").topics
@@ -151,7 +151,7 @@ def families(documents: Sequence[Document]) -> list[tuple[Document, ...]]:
 
 
 def runs(text: bytes) -> set[str]:
-    """All runs of `RUN` consecutive words, without case, space or punctuation."""
+    """Returns all runs of `RUN` consecutive words, ignoring case and punctuation."""
     words = re.findall(r"\w+", text.decode("utf-8", "ignore").lower())
     return {" ".join(words[i : i + RUN]) for i in range(len(words) - RUN + 1)}
 
@@ -169,7 +169,9 @@ def _without_repeats(family: Iterable[Document]) -> tuple[Document, ...]:
                 paragraphs.append(paragraph)
             seen.add(normal)
         text = "\n\n".join(paragraphs).encode()
-        if len(text) >= len(document.text) // 2:  # else only its scaffolding is left
+        if (
+            len(text) >= len(document.text) // 2
+        ):  # else little but its scaffolding is left
             kept.append(Document(document.name, text))
     return tuple(kept)
 
@@ -180,12 +182,12 @@ def _top_level(name: str) -> str:
 
 
 def _held_out_modules() -> frozenset[str]:
-    """Every so-manieth top-level name, from the middle of the first stretch on."""
+    """Returns every `HELD_OUT_EVERY`-th top-level name, from half of that number on."""
     modules = sorted({_top_level(d.name) for d in raw_source()})
     return frozenset(modules[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY])
 
 
 def _unquoted(found: Iterable[Document]) -> tuple[Document, ...]:
-    """The documents that share no run of words with any topic."""
+    """Returns the documents that share no run of words with any topic."""
     quotable = set().union(*(runs(topic.text) for topic in raw_topics()))
     return tuple(d for d in found if quotable.isdisjoint(runs(d.text)))

@@ -1,14 +1,14 @@
-"""The E2E NLG challenge: restaurants' meaning representations to sentences.
+"""The E2E NLG challenge: from meaning representations of restaurants to sentences.
 
 Two forms of the same data:
 
-- "lora_format": the files that the LoRA paper's GPT-2 was trained on, `mr||reference`
-  a line, both tokenised already: score with `tokenize="none"`;
+- "lora_format": the files on which the LoRA paper's GPT-2 was trained, with lines
+  `mr||reference`, both already tokenised: score with `tokenize="none"`;
 - "official": `mr,ref` tables in the release's zip archive, as people wrote them: score
   with `tokenize="13a"`.
 
-Training takes every pair; generation is scored once a meaning representation, against
-all of its references (630 groups in the test set).
+Training takes every pair; generation is scored once for each meaning representation,
+against all of its references (630 groups in the test set).
 
 References: Novikova et al., "The E2E dataset", arXiv:1706.09254; Hu et al., "LoRA",
 arXiv:2106.09685, table 3.
@@ -42,7 +42,7 @@ TOKENIZE = {"lora_format": "none", "official": "13a"}
 
 
 class Group(NamedTuple):
-    """A prompt and all the references that its answer is scored against."""
+    """A prompt and all the references against which its output is scored."""
 
     prompt: str
     references: tuple[str, ...]
@@ -56,15 +56,15 @@ class Data(NamedTuple):
 
 
 def load(split: str, form: str = "lora_format") -> Data:
-    """One split from the folder of data sets.
+    """Loads one split from the folder of data sets.
 
     Args:
       split: "train", "valid" or "test".
       form: "lora_format" or "official".
 
     Raises:
-      ValueError: if there is no such split or form.
-      FileNotFoundError: if the data are not there; see `paths.find`.
+      ValueError: there is no such split or form.
+      FileNotFoundError: the data are missing; see `paths.find`.
     """
     try:
         name = FILES[form][split]
@@ -77,10 +77,10 @@ def load(split: str, form: str = "lora_format") -> Data:
 
 
 def read(path: str | os.PathLike[str]) -> Data:
-    """A file of either form: a table if it ends in `.csv`, else `mr||reference` lines.
+    """Reads a file of either form: a `.csv` table, or `mr||reference` lines.
 
-    The prompt of a pair is the meaning representation with `||` behind it, which parts
-    it from what is to be written.
+    The prompt of a pair is the meaning representation followed by `||`, which separates
+    it from the sentence to write.
     """
     if str(path).removesuffix(".gz").endswith(".csv"):
         made = records.read(path, columns=["mr", "ref"], use=_stripped)
@@ -95,7 +95,7 @@ def read(path: str | os.PathLike[str]) -> Data:
 
 
 def groups(pairs: Iterable[Pair]) -> list[Group]:
-    """Pairs by prompt, in the order in which prompts first come."""
+    """Groups pairs by prompt, in the order in which prompts first occur."""
     gathered: dict[str, list[str]] = {}
     for pair in pairs:
         gathered.setdefault(pair.prompt, []).append(pair.response)
@@ -103,7 +103,7 @@ def groups(pairs: Iterable[Pair]) -> list[Group]:
 
 
 def _split_line(row: records.Row) -> records.Row:
-    """`mr||reference` -> its two columns."""
+    """Splits `mr||reference` into its two columns."""
     parts = row.values["text"].split(SEPARATOR)
     if len(parts) != 2:
         raise records.MalformedRow(f"{len(parts) - 1} times '||', expected it once")
@@ -111,7 +111,7 @@ def _split_line(row: records.Row) -> records.Row:
 
 
 def _stripped(row: records.Row) -> records.Row:
-    """Strips both columns; neither may be empty."""
+    """Strips both columns, neither of which may be empty."""
     values = {name: row.values[name].strip() for name in ("mr", "ref")}
     for name, text in values.items():
         if not text:

@@ -1,8 +1,8 @@
-"""The GLUE tasks in the layout of their download, and three small sets beside them.
+"""The GLUE tasks in the layout of their download, and three small sets.
 
     ROOT/CoLA/train.tsv  ROOT/CoLA/dev.tsv  ROOT/MNLI/dev_matched.tsv  ...
 
-GLUE's test sets have no labels, so what is reported is the score on `dev`.
+GLUE's test sets have no labels, so scores are reported on `dev`.
 
 References: Wang et al., "GLUE", arXiv:1804.07461. Casanueva et al., "Efficient intent
 detection with dual sentence encoders", arXiv:2003.04807 (banking77). Pang and Lee,
@@ -25,16 +25,16 @@ ENTAILMENT = ("entailment", "not_entailment")
 
 
 class Task(NamedTuple):
-    """One task: its columns, its labels in order, and what it is scored by."""
+    """One task: its columns, its labels in order, and its scores."""
 
     columns: Columns
     labels: tuple[str, ...]
     scores: tuple[str, ...]  # of `experiments.tasks.scoring.labels`, the main one first
-    header: tuple[str, ...] | None = None  # of files that have none
+    header: tuple[str, ...] | None = None  # for files without a header line
     dev: tuple[str, ...] = ("dev",)
 
 
-# Label orders are those of the hub's `glue`, which published heads were trained with.
+# Label orders are those of the hub's `glue`, with which published heads were trained.
 TASKS = {
     "CoLA": Task(
         Columns(),
@@ -65,15 +65,15 @@ TASKS = {
 
 
 def load(root: str | os.PathLike[str], task: str, split: str = "train") -> Data:
-    """One split of a GLUE task.
+    """Loads one split of a GLUE task.
 
     Args:
-      root: the folder that holds one folder a task.
-      task: a name of `TASKS`.
+      root: the folder with a folder for each task.
+      task: a name in `TASKS`.
       split: "train" or one of the task's `dev`.
 
     Raises:
-      ValueError: if there is no such task or split.
+      ValueError: there is no such task or split.
     """
     if task not in TASKS:
         raise ValueError(f"GLUE has no task {task!r}: choose from {sorted(TASKS)}.")
@@ -88,7 +88,7 @@ def load(root: str | os.PathLike[str], task: str, split: str = "train") -> Data:
 
 
 def banking77(split: str = "train") -> Data:
-    """Questions to a bank by intent: 10,003 to train on, 3,080 to test, 77 labels.
+    """Loads questions to a bank by intent: 10,003 train, 3,080 test, 77 labels.
 
     Args:
       split: "train" or "test".
@@ -110,22 +110,22 @@ BY_FILE = {
         {"objective": "plot.tok.gt9.5000", "subjective": "quote.tok.gt9.5000"},
     ),
 }
-# The sets have no split of their own: of ten lines of each label in a row, eight train.
+# The sets have no split of their own: of every ten lines of a label, eight train.
 TENTHS = {"train": range(8), "valid": (8,), "test": (9,)}
 
 
 def sentences(name: str, split: str = "train") -> Data:
-    """Pang and Lee's sentence sets, one file a label, a sentence a line.
+    """Loads one of Pang and Lee's sets: a file for each label, a sentence per line.
 
-    A sentence that occurs twice is taken where it first stands, so that none is on two
-    sides of a split.
+    Only the first occurrence of a sentence is kept, so that none is on both sides of a
+    split.
 
     Args:
       name: "sentence_polarity" or "subjectivity".
       split: "train" (8 of 10 sentences), "valid" or "test" (1 each).
 
     Raises:
-      ValueError: if there is no such set or split.
+      ValueError: there is no such set or split.
     """
     if name not in BY_FILE or split not in TENTHS:
         raise ValueError(
@@ -150,15 +150,15 @@ def sentences(name: str, split: str = "train") -> Data:
 
 
 def load_split(data: ml_collections.ConfigDict, split: str) -> Data:
-    """A split of `config.data.name`: a GLUE task, or a set of the folder of data sets.
+    """Loads a split of `config.data.name`: a GLUE task, or one of the small sets.
 
-    Its rows stand in one fixed random order, so that the first ones are a fair sample:
-    files are often sorted by label.
+    Rows come in a fixed random order, so that the first ones are a fair sample: files
+    are often sorted by label.
 
     Args:
       data: `config.data`: `name`, and for GLUE tasks `root`, the folder that holds
         them.
-      split: "train" or "valid"; of MNLI the matched validation set.
+      split: "train" or "valid"; for MNLI, the matched validation set.
     """
     found = _read(data, split)
     order = np.random.default_rng(0).permutation(len(found.rows))
@@ -175,5 +175,5 @@ def _read(data: ml_collections.ConfigDict, split: str) -> Data:
 
 
 def scores_of(name: str) -> tuple[str, ...]:
-    """What a set is judged by."""
+    """Returns the scores that a set is judged by."""
     return TASKS[name].scores if name in TASKS else ("accuracy",)

@@ -1,4 +1,4 @@
-"""Rows of Hugging Face datasets: a directory saved to disk, or a name on the hub."""
+"""Rows of Hugging Face datasets: from a directory on disk, or a name on the hub."""
 
 import pathlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ PREFIX = "hf:"
 
 
 def rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`(where, values)` of each row; class labels become their names.
+    """Yields `(where, values)` of each row; class labels become their names.
 
     Args:
       name: "hf:PATH_OR_NAME:SPLIT", such as "hf:stanfordnlp/sst2:train", with
@@ -18,8 +18,8 @@ def rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         `save_to_disk` wrote.
 
     Raises:
-      ValueError: if the name is of another form or there is no such split.
-      ImportError: if `datasets` is not installed.
+      ValueError: the name has another form, or there is no such split.
+      ImportError: `datasets` is not installed.
     """
     where, _, split = name.removeprefix(PREFIX).rpartition(":")
     if not where or not split:
@@ -33,7 +33,7 @@ def rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _load(where: str, split: str) -> Any:
-    """One split of a dataset."""
+    """Loads one split of a dataset."""
     library = extras.require("datasets", "interop", f"Reading {where}")
     if not pathlib.Path(where).is_dir():
         name, _, config = where.partition("@")
@@ -47,7 +47,7 @@ def _load(where: str, split: str) -> Any:
 
 
 def _named(feature: Any, value: Any) -> Any:
-    """The name of a class label; -1 stands for none."""
+    """Returns the name of a class label; None for -1, which means no label."""
     if not hasattr(feature, "int2str") or value is None:
         return value
     return None if value < 0 else feature.int2str(value)

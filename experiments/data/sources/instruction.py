@@ -1,14 +1,14 @@
 """Instructions as JSON lines: prompt and response, or chats.
 
-Forms of rows, by the columns they have:
+The columns of a row tell its form:
 
 - "messages": `{"messages": [{"role": .., "content": ..}, ..]}`, a chat;
 - "prompt", "response";
 - "instruction", "output" and perhaps "input": Alpaca's;
 - "question", "answer": GSM8K's.
 
-All can be read as chats, for a model with a chat template; all but the first as pairs,
-for one without.
+All of them can be read as chats, for a model with a chat template, and all but the
+first as pairs, for a model without one.
 """
 
 import os
@@ -44,12 +44,12 @@ def read_pairs(
 
     Args:
       path: see `records.read`; JSON lines, or any table.
-      template: what the model sees of a prompt; it must hold `{prompt}`.
-      form: the form of all rows; None to go by the columns of each.
+      template: what the model sees for a prompt; it must hold `{prompt}` once.
+      form: the form of all rows; None to tell it from the columns of each.
 
     Raises:
-      ValueError: if no row is good, or the template has no `{prompt}`. A row that fits
-        no form, or whose response is empty, is malformed.
+      ValueError: no row is good, or the template does not hold `{prompt}` once. A row
+        of no known form, or whose response is empty, is malformed.
     """
     if template.count("{prompt}") != 1:
         raise ValueError(
@@ -75,21 +75,19 @@ def read_chats(
 
     Args:
       path: see `records.read`.
-      system: a system message for chats that open with none.
+      system: a system message for chats that do not begin with one.
       form: see `read_pairs`.
 
     Raises:
-      ValueError: if no row is good. A chat without an assistant's message, or with one
-        that is no text, is malformed.
+      ValueError: no row is good. A chat without an assistant message, or with a message
+        that is not text, is malformed.
     """
 
     def use(row: records.Row) -> records.Row:
         if form == "messages" or (form is None and "messages" in row.values):
             messages = read_messages(row.values.get("messages"))
             if not any(message["role"] == "assistant" for message in messages):
-                raise records.MalformedRow(
-                    "no message of the assistant: nothing to train on"
-                )
+                raise records.MalformedRow("no assistant message: nothing to train on")
         else:
             prompt, response = _pair(row.values, form)
             messages = [
@@ -105,10 +103,10 @@ def read_chats(
 
 
 def _alpaca(values: dict[str, Any]) -> tuple[Any, Any]:
-    """Instruction and, where there is one, its input below."""
+    """Returns the instruction, with its input below if there is one, and the output."""
     parts = (values["instruction"], values.get("input"))
     if not all(isinstance(part, str | None) for part in parts):
-        raise records.MalformedRow("'instruction' or 'input' is no text")
+        raise records.MalformedRow("'instruction' or 'input' is not text")
     return "\n\n".join(part for part in parts if part), values["output"]
 
 
@@ -123,7 +121,7 @@ PAIRS: dict[
 
 
 def _pair(values: dict[str, Any], form: str | None) -> tuple[str, str]:
-    """Prompt and response of a row."""
+    """Returns prompt and response of a row."""
     if form is not None and form not in PAIRS:
         raise ValueError(f"form={form!r}: choose from {sorted(PAIRS)}.")
     for name, (columns, take) in PAIRS.items():
@@ -138,18 +136,18 @@ def _pair(values: dict[str, Any], form: str | None) -> tuple[str, str]:
                 raise records.MalformedRow(f"{columns[1]!r} is empty")
             return prompt, response
     known = [columns for columns, _ in PAIRS.values()]
-    raise records.MalformedRow(f"columns {sorted(values)} are of no form in {known}")
+    raise records.MalformedRow(f"columns {sorted(values)} match none of {known}")
 
 
 def read_messages(found: Any, column: str = "messages") -> Chat:
-    """Returns a chat, or raises MalformedRow for what is none."""
+    """Returns a chat, or raises MalformedRow if it is not one."""
     if not isinstance(found, list) or not found:
         raise records.MalformedRow(f"{column!r} is not a list of messages")
     for i, message in enumerate(found):
         at = f"{column}[{i}]"
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise records.MalformedRow(
-                f"{at}: expected an object with a role of {ROLES}"
+                f"{at}: expected an object with a role in {ROLES}"
             )
         content = message.get("content")
         written = message["role"] == "assistant"

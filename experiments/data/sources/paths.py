@@ -1,4 +1,4 @@
-"""Where real data lies: the one place that knows."""
+"""Where the data sets are: no other module knows."""
 
 import os
 import pathlib
@@ -8,22 +8,22 @@ VARIABLE = "LORAX_DATA"
 
 
 def root() -> pathlib.Path:
-    """The folder of data sets: `$LORAX_DATA`, else `../shared/data` by the repository.
+    """Returns the folder of data sets: `$LORAX_DATA`, else `../shared/data`.
 
-    It need not exist.
+    The latter is relative to the repository. The folder need not exist.
     """
     return pathlib.Path(os.environ.get(VARIABLE) or ROOT.parent / "shared" / "data")
 
 
 def find(name: str | os.PathLike[str]) -> pathlib.Path:
-    """A name below the folder of data sets, else below the working directory.
+    """Finds a name in the folder of data sets, else in the working directory.
 
     Args:
       name: such as "e2e_nlg/lora_format/test.txt.gz", or an absolute path. A part may
         be a zip archive: "e2e_nlg/e2e-dataset.zip/e2e-dataset/devset.csv".
 
     Raises:
-      FileNotFoundError: if neither the path nor an archive on the way to it exists.
+      FileNotFoundError: neither the path nor an archive on the way to it exists.
     """
     places = (root() / name, pathlib.Path(name))
     for path in places:

@@ -1,8 +1,8 @@
-"""Language modelling on plain text: documents to fixed windows of tokens.
+"""Language modelling on plain text: from documents to fixed windows of tokens.
 
-Documents are joined, each behind BOS and before EOS as far as the tokenizer has them,
-and cut into windows of `length` predictions. A window's last token is the next one's
-first, so that every token of the stream but the first is predicted exactly once.
+Documents are joined, each with BOS before and EOS after it if the tokenizer has them,
+and cut into windows of `length` predictions. The last token of a window is the first of
+the next, so that every token of the stream but the first is predicted exactly once.
 """
 
 import os
@@ -32,12 +32,12 @@ def read(
     Args:
       path: `.jsonl`, `.csv`, `.tsv` or "hf:.." with a column of texts; `.json`, a list
         of texts; any other file is plain text. All may end in `.gz`.
-      separator: what stands between the documents of a plain text, such as
-        "<|book|>"; None if it is one document.
+      separator: what separates the documents of a plain text, such as "<|book|>"; None
+        if it is one document.
       column: of a table.
 
     Raises:
-      ValueError: if there is no text.
+      ValueError: there is no text.
     """
     name = str(path).removesuffix(".gz")
     if name.startswith("hf:") or name.endswith((".jsonl", ".csv", ".tsv")):
@@ -59,22 +59,22 @@ def read(
 def windows(
     tokenizer: tokenization.Tokenizer, texts: Iterable[str], length: int, source: str
 ) -> list[Example]:
-    """Examples of `length + 1` tokens; the last may be shorter.
+    """Returns examples of `length + 1` tokens; the last may be shorter.
 
-    The `bytes` of all windows sum to the UTF-8 bytes of the texts: each window's is
-    the share of its document's bytes that its tokens are.
+    The `bytes` of all windows sum to the UTF-8 bytes of the texts: a document's bytes
+    are shared equally among its tokens.
 
     Args:
       tokenizer: of the model.
       texts: documents.
-      length: predictions a window.
+      length: predictions per window.
       source: names the data in errors.
 
     Raises:
-      ValueError: if there are fewer than two tokens.
+      ValueError: there are fewer than two tokens.
     """
     if length < 1:
-        raise ValueError(f"length={length}: a window has one prediction or more.")
+        raise ValueError(f"length={length}: a window has at least one prediction.")
     streams, sizes = [], []
     for text in texts:
         ids = [*tokenizer.encode(text)]
@@ -85,16 +85,16 @@ def windows(
         sizes += [0.0] * len(opened) + [size] * len(ids) + [0.0] * len(closed)
     if len(streams) < 2:
         raise ValueError(
-            f"{source}: {len(streams)} tokens of text, nothing to predict."
+            f"{source}: {len(streams)} tokens of text leave nothing to predict."
         )
     tokens = np.asarray(streams, np.int32)
     return _cut(tokens, np.cumsum(sizes), length)
 
 
 def repair_mojibake(text: str) -> str:
-    """UTF-8 that was once read as Windows-1252, read as what it was.
+    """Repairs UTF-8 that was once decoded as Windows-1252.
 
-    Runs of characters that cannot have come about that way stay as they are.
+    Runs of characters that cannot have arisen that way are left alone.
 
     Example:
       >>> repair_mojibake("itâ€™s a cafÃ©, not a café")
@@ -114,7 +114,7 @@ def repair_mojibake(text: str) -> str:
 
 
 def _wrongly_read() -> dict[str, int]:
-    """Character -> the byte above 127 that Windows-1252 reads as it."""
+    """Returns character -> the byte above 127 that Windows-1252 decodes to it."""
     table = {}
     for byte in range(128, 256):
         try:
@@ -128,7 +128,7 @@ _WRONGLY_READ = _wrongly_read()
 
 
 def _utf8(run: bytearray) -> str:
-    """The bytes as UTF-8, or as they were read."""
+    """Decodes the bytes as UTF-8 or, if invalid, as they were read."""
     try:
         # Windows-1252 has no character for the last byte of a closing quote, E2 80 9D,
         # and much software drops it
@@ -139,14 +139,14 @@ def _utf8(run: bytearray) -> str:
 
 
 def _text(row: records.Row, column: str) -> records.Row:
-    """A row with text in it."""
+    """Returns a row with text in its column."""
     if not isinstance(row.values[column], str) or not row.values[column].strip():
-        raise records.MalformedRow(f"{column!r} is {row.values[column]!r}, no text")
+        raise records.MalformedRow(f"{column!r} is {row.values[column]!r}, not text")
     return row
 
 
 def _cut(tokens: np.ndarray, sizes: np.ndarray, length: int) -> list[Example]:
-    """Windows of a stream; `sizes` is the running sum of bytes up to each token."""
+    """Cuts a stream into windows; `sizes` is the running sum of bytes per token."""
     made = []
     edges = [*range(0, len(tokens) - 1, length), len(tokens) - 1]
     # a first token that is text, not BOS, is never predicted: its bytes do not count
@@ -166,5 +166,5 @@ def _cut(tokens: np.ndarray, sizes: np.ndarray, length: int) -> list[Example]:
 
 
 def _steps(edges: Sequence[int]) -> Iterable[tuple[int, int]]:
-    """Neighbours."""
+    """Returns pairs of neighbouring edges."""
     return zip(edges[:-1], edges[1:], strict=True)

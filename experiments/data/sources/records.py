@@ -1,7 +1,7 @@
-"""Rows of CSV, TSV, JSON lines and text files; what is malformed is named and counted.
+"""Rows of CSV, TSV, JSON lines and text files; malformed rows are named and counted.
 
-A path may end in `.gz`, or lead through a zip archive as if that were a folder:
-`e2e-dataset.zip/e2e-dataset/devset.csv`. The kind of a file follows from its ending.
+A path may end in `.gz`, or go through a zip archive as if that were a folder:
+`e2e-dataset.zip/e2e-dataset/devset.csv`. The extension tells the kind of a file.
 """
 
 import csv
@@ -21,13 +21,13 @@ from experiments.data.sources import hub
 # How many malformed rows a warning or an error lists in full.
 LISTED = 5
 
-csv.field_size_limit(2**24)  # one document a field; the default is 128 KiB
+csv.field_size_limit(2**24)  # a field may be a document; the default is 128 KiB
 
 
 class Row(NamedTuple):
-    """One good row and where it stood."""
+    """One good row and where it came from."""
 
-    where: str  # "file:line", the line that the row begins on
+    where: str  # "file:line", the line on which the row begins
     values: dict[str, Any]  # column -> str; for JSON lines, any JSON value
 
 
@@ -36,11 +36,11 @@ class Records(NamedTuple):
 
     path: str
     rows: tuple[Row, ...]
-    malformed: tuple[str, ...] = ()  # "file:line: reason", one a row
+    malformed: tuple[str, ...] = ()  # "file:line: reason" for each
 
 
 class MalformedRow(ValueError):
-    """A row that cannot be used; `records.convert` counts it and goes on."""
+    """A row cannot be used; `records.convert` counts it and goes on."""
 
 
 def read(
@@ -51,23 +51,23 @@ def read(
     encoding: str = "utf-8",
     use: Callable[[Row], Row] | None = None,
 ) -> Records:
-    """Reads a file of rows by its ending: `.csv`, `.tsv`, `.jsonl` or `.json`.
+    """Reads a file of rows by its extension: `.csv`, `.tsv`, `.jsonl` or `.json`.
 
-    `.json` is a list of objects. In a `.tsv`, quotes are letters, as in GLUE. And
-    "hf:NAME:SPLIT" is a Hugging Face dataset, see `hub.rows`.
+    `.json` is a list of objects. In a `.tsv`, quotes are ordinary characters, as in
+    GLUE. "hf:NAME:SPLIT" is a Hugging Face dataset, see `hub.rows`.
 
     Args:
-      path: the file, perhaps with `.gz` after its ending or inside a zip archive.
-      columns: what every row must have.
-      header: the columns' names, of a CSV or TSV whose first line is no header.
+      path: the file, perhaps with `.gz` after its extension, or inside a zip archive.
+      columns: the columns that every row must have.
+      header: the column names of a CSV or TSV whose first line is not a header.
       encoding: of the file; lines that are not valid in it are malformed rows.
       use: see `convert`; applied to rows that have all columns.
 
     Returns:
-      The good rows. If there are malformed ones too, a warning names the first.
+      The good rows. If there are malformed ones too, a warning lists the first.
 
     Raises:
-      ValueError: for another ending, or if no row is good.
+      ValueError: another extension, or no row is good.
     """
     kind = pathlib.Path(str(path).removesuffix(".gz")).suffix
     found: Iterable[Row | str]
@@ -99,15 +99,15 @@ def convert(
     found: Iterable[Row | str],
     use: Callable[[Row], Row],
 ) -> Records:
-    """Applies a conversion to each row, setting aside the rows that it refuses.
+    """Applies a conversion to each row, and sets aside the rows that it refuses.
 
     Args:
       path: for messages.
-      found: rows, and "file:line: reason" of rows that are malformed already.
-      use: returns the row as it shall be, or raises `MalformedRow`.
+      found: rows, and "file:line: reason" for rows already known to be malformed.
+      use: returns the converted row, or raises `MalformedRow`.
 
     Raises:
-      ValueError: if no row is left.
+      ValueError: no row is left.
     """
     rows, malformed = [], []
     for row in found:
@@ -136,10 +136,10 @@ def convert(
 def read_lines(
     path: str | os.PathLike[str], encoding: str = "utf-8"
 ) -> list[Row | str]:
-    """The file's lines that are not blank, as rows with the one column "text".
+    """Returns the file's non-blank lines, as rows with the single column "text".
 
-    Lines end at line feeds alone: the separators that `str.splitlines` adds occur
-    inside real text. Undecodable lines come as "file:line: reason".
+    Lines end only at line feeds: the other separators of `str.splitlines` occur inside
+    real text. Undecodable lines come as "file:line: reason".
     """
     found: list[Row | str] = []
     for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
@@ -156,10 +156,10 @@ def read_lines(
 def read_list(
     path: str | os.PathLike[str], column: str, encoding: str = "utf-8"
 ) -> list[Row]:
-    """The elements of one JSON list, as rows with the one column named.
+    """Returns the elements of a JSON list, as rows with the single column `column`.
 
     Raises:
-      ValueError: if it is no JSON list.
+      ValueError: it is not a JSON list.
     """
     try:
         values = json.loads(
@@ -175,10 +175,10 @@ def read_list(
 
 
 def read_text(path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
-    """The whole file as text.
+    """Returns the whole file as text.
 
     Raises:
-      ValueError: if it is not valid in the encoding; names the line.
+      ValueError: it is not valid in the encoding; names the line.
     """
     data = read_bytes(path)
     try:
@@ -189,10 +189,10 @@ def read_text(path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The content of a file: plain, `.gz`, or a member of a zip archive.
+    """Returns the content of a file: plain, `.gz`, or a member of a zip archive.
 
     Raises:
-      FileNotFoundError: if there is none; for an archive, lists its members.
+      FileNotFoundError: there is no such file; for an archive, lists its members.
     """
     path = pathlib.Path(path)
     archive = next(
@@ -212,12 +212,12 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         try:
             return gzip.decompress(data)
         except (OSError, EOFError) as e:
-            raise ValueError(f"{path} is no intact gzip file: {e}") from e
+            raise ValueError(f"{path} is not an intact gzip file: {e}") from e
     return data
 
 
 def _not_valid(error: UnicodeDecodeError) -> str:
-    """The reason in a few words."""
+    """Returns the reason in a few words."""
     byte = error.object[error.start]
     return f"byte 0x{byte:02x} is not valid {error.encoding}; is it another encoding?"
 
@@ -228,7 +228,7 @@ def _tabular(
     header: Sequence[str] | None,
     encoding: str,
 ) -> Iterator[Row | str]:
-    """Rows of a CSV (quoted fields may span lines) or TSV (quotes are letters)."""
+    """Yields rows of a CSV (quoted fields may span lines) or a TSV (no quoting)."""
     bad: list[str] = []
 
     def lines() -> Iterator[str]:
@@ -237,7 +237,7 @@ def _tabular(
                 yield line.decode(encoding).removeprefix("\ufeff")
             except UnicodeDecodeError as e:
                 bad.append(f"{path}:{number}: {_not_valid(e)}")
-                yield "\n"  # an empty row, which is skipped: line numbers stay true
+                yield "\n"  # an empty row, which is skipped: line numbers stay right
 
     reader = csv.reader(
         lines(),
@@ -269,24 +269,24 @@ def _tabular(
 
 
 def _require_once(where: str, names: Sequence[str]) -> None:
-    """ValueError naming a column that stands in a header twice.
+    """Raises ValueError if a column is in a header twice.
 
-    A column without a name may: nothing can ask for it.
+    Columns without a name may be: nothing can ask for them.
     """
     for name in filter(None, names):
         places = [i for i, other in enumerate(names, 1) if other == name]
         if len(places) > 1:
             raise ValueError(
-                f"{where}: the column {name!r} stands {len(places)} times in the "
-                f"header, at {', '.join(map(str, places))} of {len(names)}: rename or "
-                "remove all but the one that is meant"
+                f"{where}: the column {name!r} is in the header {len(places)} times, "
+                f"at {', '.join(map(str, places))} of {len(names)}: rename or remove "
+                "all but the one that is meant"
             )
 
 
 def _json(
     path: str | os.PathLike[str], kind: str, encoding: str
 ) -> Iterator[Row | str]:
-    """Rows of JSON lines, or of one JSON list."""
+    """Yields the rows of JSON lines, or of a JSON list."""
     if kind == ".json":
         for row in read_list(path, "", encoding):
             yield _object(row.where, row.values[""])
@@ -308,14 +308,14 @@ def _json(
 
 
 def _object(where: str, value: Any) -> Row | str:
-    """A row, or what is wrong with it."""
+    """Returns a row, or what is wrong with it."""
     if isinstance(value, dict):
         return Row(where, value)
     return f"{where}: expected an object, got {type(value).__name__}"
 
 
 def _key_of_constant(text: str) -> str:
-    """Names the key under which NaN or an infinity stands, if that is what is wrong."""
+    """Names the key that holds NaN or an infinity, if that is what is wrong."""
     try:
         value = json.loads(text)
         for key in value if isinstance(value, dict) else ():
@@ -329,15 +329,15 @@ def _key_of_constant(text: str) -> str:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, whose parser would take the last of two equal keys."""
+    """Makes a JSON object, refusing equal keys, of which Python would keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands more than once in an object")
+        raise ValueError(f"the key {twice!r} is in an object more than once")
     return found
 
 
 def _no_constant(name: str) -> Any:
-    """NaN and the infinities are no JSON, and no label or text either."""
-    raise ValueError(f"{name} is no JSON value")
+    """Refuses NaN and the infinities, which are neither JSON nor a label or text."""
+    raise ValueError(f"{name} is not a JSON value")

@@ -1,8 +1,8 @@
-"""Pairs of texts that mean the same: rows of a table, or sentences of one label.
+"""Pairs of texts that mean the same: rows of a table, or sentences with the same label.
 
 An example is a dict of numpy arrays, see `collate`:
 
-    tokens:   int32 [length]  the longer of the two, by which a row finds its bucket
+    tokens:   int32 [length]  the longer of the two, which determines the row's bucket
     anchor:   int32 [length]
     positive: int32 [length]
     group:    int32 []        rows of one group are not each other's negatives
@@ -19,7 +19,7 @@ from experiments.data.examples import Encoded, Example
 from experiments.data.sources import classification, records
 
 COLUMNS = ("anchor", "positive")
-"""As sentence-transformers names them."""
+"""The columns, as sentence-transformers names them."""
 
 
 class Pair(NamedTuple):
@@ -31,13 +31,13 @@ class Pair(NamedTuple):
 
 
 def read(path: str | os.PathLike[str]) -> list[Pair]:
-    """Reads a table of the columns "anchor" and "positive"; equal texts are one group.
+    """Reads a table's "anchor" and "positive"; pairs that share a text are one group.
 
     Args:
       path: see `records.read`.
 
     Raises:
-      ValueError: if no row is good; a row with an empty text is malformed.
+      ValueError: no row is good; a row with an empty text is malformed.
     """
 
     def use(row: records.Row) -> records.Row:
@@ -54,7 +54,7 @@ def read(path: str | os.PathLike[str]) -> list[Pair]:
 
 
 def _joined(texts: Sequence[tuple[str, str]]) -> list[int]:
-    """Numbers pairs so that those which share a text have one number."""
+    """Numbers pairs so that those that share a text get the same number."""
     first: dict[str, int] = {}
     root = list(range(len(texts)))
 
@@ -73,11 +73,11 @@ def _joined(texts: Sequence[tuple[str, str]]) -> list[int]:
 def of_labels(data: classification.Data) -> list[Pair]:
     """Pairs each sentence with the next of its label; the label is the group.
 
-    A sentence is in one pair, so that none is looked up among positives that it is one
-    of; the last of an odd number is in none.
+    Each sentence is in one pair only, so that none is looked up among positives that
+    include it; the last of an odd number is left out.
 
     Raises:
-      ValueError: labels that are numbers.
+      ValueError: the labels are numbers.
     """
     if not data.labels:
         raise ValueError("numbers do not make groups: give a set with labels")
@@ -95,7 +95,7 @@ def of_labels(data: classification.Data) -> list[Pair]:
 def encode(
     tokenizer: tokenization.Tokenizer, pairs: Sequence[Pair], max_length: int
 ) -> Encoded:
-    """Examples of pairs; a text that is too long loses its end, not its last mark."""
+    """Returns examples of pairs; long texts are truncated but keep the last token."""
     made: list[Example] = []
     truncated = 0
     for pair in pairs:
@@ -112,7 +112,7 @@ def encode(
 
 
 def collate(example: Example, length: int, pad_id: int) -> batches.Batch:
-    """A row: both texts `[2, length]`, what of them is real, and the group."""
+    """Returns a row: both texts `[2, length]`, which tokens are real, and the group."""
     texts = [example[name] for name in COLUMNS]
     pad = lambda ids: np.pad(ids, (0, length - len(ids)), constant_values=pad_id)
     return {

@@ -4,13 +4,13 @@
 |---|---|---|
 | digits | 1,797 handwritten digits, 8 x 8 shades of grey (scikit-learn) | by seed |
 | NAME.npz | `images` [n, height, width] or [.., channels], `labels` [n] | by seed |
-| NAME | a folder with train.npz and valid.npz | as it is |
+| NAME | a folder with train.npz and valid.npz | as given |
 | NAME | a folder with a folder of images for every class | by seed |
 
 Arrays hold bytes, or floats from 0 to 1. Relative names are looked up in the folder of
 data sets. A split by seed holds out the same share of every class.
 
-    pixels: float32 [height, width, channels], as the model's preprocessor has them
+    pixels: float32 [height, width, channels], scaled as the model's preprocessor does
     label:  int32 []
 
 References: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
@@ -54,12 +54,12 @@ def load(data: ml_collections.ConfigDict) -> dict[str, Images]:
 
     Args:
       data: `name`; `held_out`, the share of every class to hold out, and `split_seed`,
-        where the set comes in one; `classes`, numbers of those to take, which are then
-        0, 1 and so on; () for all.
+        for sets without a split; `classes`, the classes to keep, which are renumbered
+        from 0; () for all.
 
     Raises:
       FileNotFoundError: no such set.
-      ValueError: files that are not images with labels, or classes that are not there.
+      ValueError: files that are not images with labels, or unknown classes.
     """
     if data.name == "digits":
         return _split(_chosen(digits(), data.classes), data)
@@ -73,7 +73,7 @@ def load(data: ml_collections.ConfigDict) -> dict[str, Images]:
 
 
 def digits() -> Images:
-    """Scikit-learn's digits: sixteen shades of grey, in the order of the package."""
+    """Returns scikit-learn's digits: 17 shades of grey, in the order of the package."""
     library = extras.require("sklearn.datasets", "experiments", "the set 'digits'")
     found = library.load_digits()
     pixels = (found.images / 16.0).astype(np.float32)[..., None]
@@ -81,12 +81,10 @@ def digits() -> Images:
 
 
 def arrays(path: pathlib.Path) -> Images:
-    """The images and labels of an .npz file."""
+    """Reads the images and labels of an .npz file."""
     with np.load(path, allow_pickle=False) as file:
         if missing := {"images", "labels"} - set(file.files):
-            raise ValueError(
-                f"{path}: there is no {sorted(missing)} among {file.files}"
-            )
+            raise ValueError(f"{path}: {sorted(missing)} are missing from {file.files}")
         pixels, labels = file["images"], file["labels"]
     pixels = pixels[..., None] if pixels.ndim == 3 else pixels
     whole = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
@@ -109,7 +107,7 @@ def arrays(path: pathlib.Path) -> Images:
 
 
 def folders(path: pathlib.Path) -> Images:
-    """The images in a folder for every class, in order of name."""
+    """Reads images from a folder for every class, sorted by name."""
     library = extras.require("PIL.Image", "experiments", str(path))
     names = sorted(p.name for p in path.iterdir() if p.is_dir())
     endings = set(library.registered_extensions())
@@ -128,8 +126,8 @@ def folders(path: pathlib.Path) -> Images:
             labels.append(label)
     if len(names) < 2:
         raise ValueError(
-            f"{path}: {len(names)} folders of classes; give train.npz and valid.npz, "
-            "or a folder of images for every class"
+            f"{path}: {len(names)} class folders; give train.npz and valid.npz, or a "
+            "folder of images for each of two or more classes"
         )
     return Images(pixels, np.array(labels, np.int32), tuple(names))
 
@@ -147,13 +145,13 @@ def _inside(pixels: np.ndarray) -> bool:
 
 
 def _chosen(found: Images, classes: Sequence[int]) -> Images:
-    """The images of some classes, numbered anew in their order."""
+    """Keeps the images of some classes, renumbered in the order given."""
     if not classes:
         return found
     if unknown := sorted(set(classes) - set(range(len(found.names)))):
         raise ValueError(
-            f"data.classes={tuple(classes)}: there is no {unknown[0]}; the set has the "
-            f"classes 0 to {len(found.names) - 1}"
+            f"data.classes={tuple(classes)}: there is no class {unknown[0]}; the set "
+            f"has the classes 0 to {len(found.names) - 1}"
         )
     kept = found.chosen(np.flatnonzero(np.isin(found.labels, classes)))
     number = {old: new for new, old in enumerate(classes)}

@@ -10,7 +10,7 @@ from experiments.data import tokenization
 from lorax import untrusted
 
 METHODS = {0: "nearest", 1: "lanczos3", 2: "linear", 3: "cubic"}
-"""Of `jax.image.resize`, by the numbers of PIL."""
+"""Methods of `jax.image.resize` by PIL's numbers."""
 
 
 class Look(NamedTuple):
@@ -18,9 +18,9 @@ class Look(NamedTuple):
 
     Attributes:
       size: height and width.
-      channels: 1 or 3, as a rule.
-      mean: taken off pixels from 0 to 1, one of all channels or one of each.
-      std: what divides the rest, likewise.
+      channels: usually 1 or 3.
+      mean: subtracted from pixels in [0, 1]; one for all channels or one for each.
+      std: divides the difference, likewise.
       method: of `jax.image.resize`.
     """
 
@@ -34,7 +34,7 @@ class Look(NamedTuple):
         """Returns an image as the model reads it, float32.
 
         Raises:
-          ValueError: other channels than the model's, which are not one.
+          ValueError: the image has neither one channel nor as many as the model.
 
         Example:
           >>> Look(2, 1)(np.array([[[0.0], [1.0]], [[0.5], [1.0]]]))[..., 0]
@@ -43,8 +43,8 @@ class Look(NamedTuple):
         """
         if pixels.shape[-1] not in (1, self.channels):
             raise ValueError(
-                f"an image has {pixels.shape[-1]} channels and the model reads "
-                f"{self.channels}: convert the images, or give those in shades of grey"
+                f"an image has {pixels.shape[-1]} channels, but the model reads "
+                f"{self.channels}: convert the images, or give greyscale ones"
             )
         shape = self.size, self.size, pixels.shape[-1]
         if pixels.shape != shape:
@@ -58,13 +58,13 @@ def look_of(folder: pathlib.Path | None, size: int, channels: int) -> Look:
     """Returns what a checkpoint's preprocessor_config.json says.
 
     Args:
-      folder: of the checkpoint; None, or one without the file: pixels from -1 to 1, as
-        ViT and SigLIP were trained.
+      folder: of the checkpoint; with None, or without the file, pixels go from -1 to 1,
+        as ViT and SigLIP were trained.
       size: height and width that the model reads.
-      channels: that it reads.
+      channels: channels that the model reads.
 
     Raises:
-      ValueError: a field of another type, or what is not implemented.
+      ValueError: a field has the wrong type, or asks for what is not implemented.
     """
     path = folder / "preprocessor_config.json" if folder else None
     fields = tokenization.read_config(path) if path else {}
@@ -81,8 +81,8 @@ def look_of(folder: pathlib.Path | None, size: int, channels: int) -> Look:
     if not scaled or abs(255 * factor - 1) > 1e-6:
         raise ValueError(
             f"{path}: do_rescale={scaled} and rescale_factor={factor} are not "
-            f"implemented: pixels go from 0 to 1, by 1/255; fold other factors into "
-            "image_mean and image_std"
+            f"implemented: pixels are scaled to [0, 1] by 1/255; fold other factors "
+            "into image_mean and image_std"
         )
     numbers = untrusted.listed(untrusted.number(), 1)
     mean = tuple(take("image_mean", numbers, (0.5,)))
@@ -93,7 +93,7 @@ def look_of(folder: pathlib.Path | None, size: int, channels: int) -> Look:
     if {len(mean), len(std)} - {1, channels}:
         raise ValueError(
             f"{path}: image_mean and image_std have {len(mean)} and {len(std)} "
-            f"numbers, and the model reads {channels} channels"
+            f"numbers, but the model reads {channels} channels"
         )
     known = untrusted.Rule(f"one of {sorted(METHODS)}", lambda v: v in METHODS)
     return Look(size, channels, mean, std, METHODS[take("resample", known, 2)])

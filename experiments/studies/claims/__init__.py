@@ -1,1 +1,1 @@
-"""Studies of one claim of a paper each, on problems where it can be decided."""
+"""Studies of one paper's claim each, on problems where it can be decided."""

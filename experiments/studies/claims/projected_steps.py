@@ -1,23 +1,23 @@
-"""LoRA-Pro: does it step and walk as full fine-tuning does, and end lower than LoRA?
+"""LoRA-Pro: does it follow full fine-tuning, and does it end lower than LoRA?
 
     python -m experiments.studies.claims.projected_steps
 
-The claim: the pair's step is full fine-tuning's, projected on what the factors can
-express, so the adapter follows full fine-tuning where LoRA does not. Students and
-cosines are those of `walks`: one kernel 48 x 32, and two layers; noise 0, 1 and 4 on
-the targets; adapters of rank 4, 32 examples a step, 150 steps.
+The claim: the pair's step is full fine-tuning's step projected onto what the factors
+can express, so the adapter follows full fine-tuning where LoRA does not. Students and
+cosines are those of `walks`: one kernel 48 x 32, or two layers; noise 0, 1 and 4 on the
+targets; adapters of rank 4, 32 examples per step, 150 steps.
 
-Under "SGD, one rate" all arms have the rate that is best for full fine-tuning, as the
-theorem has it. Under "SGD" and "Adam" each has its own: of seven, a factor 2 apart, and
-up to three more while the best lies at the edge, the best on four seeds. Twelve other
-seeds are reported, each beside LoRA and full fine-tuning on the same seed. The figures
-behind an arm are its damping; "rowcol" has a momentum where its name says so. Full
-fine-tuning's own cosines are 1; the table's row has the ceiling of the change's in
-their place: those of the best part of rank 4 of its change.
+Under "SGD, one rate" all arms use the rate that is best for full fine-tuning, as in the
+theorem. Under "SGD" and "Adam" each arm has its own rate: the best on four seeds among
+seven, a factor 2 apart, and up to three more while the best lies at the edge. Twelve
+other seeds are reported, each paired with LoRA and full fine-tuning on the same seed.
+The number after an arm is its damping; "rowcol" has momentum only where its name says
+so. Full fine-tuning's own cosines are 1; for the change, its row shows the ceiling
+instead: the cosine of its change to the best rank-4 part of it.
 
-Under Adam "full" is the paper's algorithm; "rowcol" and "factor" keep less state.
-"rowcol" without a momentum aims at steps that have none, so its steps are far from
-Adam's by design; of it the claims are held to what the steps add up to.
+Under Adam, "full" is the paper's algorithm; "rowcol" and "factor" keep less state.
+"rowcol" without momentum aims at steps without momentum, so its steps are far from
+Adam's by design; for it, the claims only concern what the steps add up to.
 """
 
 import functools
@@ -40,7 +40,7 @@ from experiments.studies.claims import walks
 from experiments.studies.method import comparison, panels, scorecard
 from lorax import optim
 
-_MINUTES = flags.DEFINE_float("projected_minutes", None, "Begin no run after as many.")
+_MINUTES = flags.DEFINE_float("projected_minutes", None, "Time limit for new runs.")
 
 STEPS = 150
 PROBLEMS: dict[str, walks.Shapes] = {
@@ -49,7 +49,7 @@ PROBLEMS: dict[str, walks.Shapes] = {
 }
 NOISES = (0.0, 1.0, 4.0)
 CHOOSE, REPORT = tuple(range(100, 104)), tuple(range(12))
-LATER, EARLY = slice(10, None), slice(2, 10)  # steps 11 on, and 3 to 10
+LATER, EARLY = slice(10, None), slice(2, 10)  # from step 11, and steps 3 to 10
 DRAWN = slice(4, None, 5)  # steps 5, 10, 15 ...
 MEASURES = ("step", "reachable", "early", "end")
 RULES = ("SGD, one rate", "SGD", "Adam")
@@ -61,7 +61,7 @@ LORA = lorax.Target(".*", rank=walks.RANK, alpha=walks.RANK)
 
 
 class Arm(NamedTuple):
-    """What trains, and by which step.
+    """What trains, and by which optimiser.
 
     Attributes:
       method: "whole" (full fine-tuning), "lora", or a mode of LoRA-Pro.
@@ -88,11 +88,11 @@ ADAM = {
     **_damped("LoRA-Pro, factor", "factor"),
 }
 ARMS = {"SGD, one rate": SGD, "SGD": SGD, "Adam": ADAM}
-"""By rule and name."""
+"""Rule -> name -> arm."""
 
 
 class Cell(NamedTuple):
-    """Where arms are compared."""
+    """A setting in which arms are compared."""
 
     rule: str
     problem: str
@@ -100,7 +100,7 @@ class Cell(NamedTuple):
 
     @property
     def optimizer(self) -> str:
-        """Full fine-tuning's: "SGD" or "Adam"."""
+        """Full fine-tuning's optimiser: "SGD" or "Adam"."""
         return self.rule.partition(",")[0]
 
     def __str__(self) -> str:
@@ -120,7 +120,7 @@ DREW = {
         "LoRA-Pro, factor 0.1",
     ),
 }
-"""The arms of the figure, by cell."""
+"""Cell -> the arms in the figure."""
 WITHOUT_MOMENTUM = "LoRA-Pro, rowcol 0.01"
 CLAIMED = (
     ("SGD, one rate", "LoRA-Pro 0.01", "SGD at full fine-tuning's best rate"),
@@ -129,7 +129,7 @@ CLAIMED = (
     ("Adam", WITHOUT_MOMENTUM, "Adam"),
     ("Adam", "LoRA-Pro, factor 0.1", "Adam"),
 )
-"""What the page holds the claim against: rule, arm, and how it is told."""
+"""What the claim is tested on: rule, arm, and how the page names them."""
 PREDICTED = {
     "step": (
         "LoRA-Pro's steps are closer to full fine-tuning's than LoRA's are",
@@ -145,12 +145,12 @@ PREDICTED = {
     ),
     "error": ("LoRA-Pro ends lower than LoRA", "relative error"),
 }
-"""By measure: what is claimed, and the number."""
+"""Measure -> (what is claimed, the number)."""
 
 
 @functools.cache
 def make_walk(problem: str, optimizer: str, method: str, b1: float | None) -> Any:
-    """The compiled walk that arms of one form share."""
+    """Returns the compiled walk that arms of the same form share."""
     whole = {"SGD": optax.sgd, "Adam": optax.adam}[optimizer]
 
     def make_tx(rate: Any, damping: Any) -> Any:
@@ -164,7 +164,7 @@ def make_walk(problem: str, optimizer: str, method: str, b1: float | None) -> An
 
 
 def study(cell: Cell, runs: comparison.Runs) -> dict[str, dict[str, Any]]:
-    """Makes the runs of a cell that are not there yet; returns its arms' results."""
+    """Makes a cell's missing runs, and returns its arms' results."""
     optimizer, grid = cell.optimizer, GRIDS[cell.optimizer]
 
     def walk(arm: Arm, seeds: Sequence[int], rate: float, reference: Any) -> Any:
@@ -214,19 +214,19 @@ def study(cell: Cell, runs: comparison.Runs) -> dict[str, dict[str, Any]]:
 
 
 def _nothing(cell: Cell, seeds: int) -> np.ndarray:
-    """In place of a reference."""
+    """Returns zeros in place of a reference."""
     return np.zeros((seeds, STEPS, walks.entries(PROBLEMS[cell.problem])), np.float32)
 
 
 def _whole(cell: Cell, seeds: Sequence[int], rate: float) -> jax.Array:
-    """The changes of full fine-tuning, `[seeds, steps, entries]`."""
+    """Returns the changes of full fine-tuning, `[seeds, steps, entries]`."""
     made = make_walk(cell.problem, cell.optimizer, "whole", None)
     none = _nothing(cell, len(seeds))
     return made(np.asarray(seeds), cell.noise, rate, 0.0, none).changes
 
 
 def _measured(cell: Cell, walk: walks.Walk, arm: Arm) -> dict[str, Any]:
-    """What a line keeps, by seed; of full fine-tuning, the ceilings as well."""
+    """Returns what a line keeps, by seed; for full fine-tuning, with the ceilings."""
     step, change = np.asarray(walk.step), np.asarray(walk.change)
     if arm.method == "whole":  # then its changes are the reference
         shapes = PROBLEMS[cell.problem]
@@ -247,7 +247,7 @@ def _measured(cell: Cell, walk: walks.Walk, arm: Arm) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The markdown table of a cell."""
+    """Returns the markdown table of a cell."""
     header = ["arm", "rate", "error", "minus LoRA (95 %)", "step's cosine", "reachable"]
     header += ["change's, steps 3 to 10", "change's, at the end"]
     rows = []
@@ -266,19 +266,19 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _short(values: Any) -> list[Any]:
-    """Numbers of five digits, so that the file of the runs stays small."""
+    """Rounds numbers to five digits, so that the file of runs stays small."""
     return np.vectorize(lambda x: float(f"{x:.5g}"))(np.asarray(values)).tolist()
 
 
 def digest(arm: Arm) -> str:
-    """Of what all runs of an arm depend on besides the cell that their key names."""
+    """Returns a digest of what an arm's runs depend on, besides the cell."""
     sizes = STEPS, PROBLEMS, walks.RANK, walks.BATCH, walks.HELD_OUT, CHOOSE, REPORT
     told = json.dumps([arm, sizes, LATER.start, EARLY.start, EARLY.stop])
     return hashlib.sha256((told + jax.__version__).encode()).hexdigest()[:16]
 
 
 def results(runs: comparison.Runs) -> dict[str, Any]:
-    """What every cell found, by its name, and the cost."""
+    """Returns what every cell found, by its name, and the cost."""
     cells: dict[str, Any] = {}
     for cell in CELLS:
         try:
@@ -290,14 +290,14 @@ def results(runs: comparison.Runs) -> dict[str, Any]:
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """The tables of all cells."""
+    """Returns the tables of all cells."""
     parts = [f"## {cell}\n\n{table(own)}\n" for cell, own in found["cells"].items()]
     cost = f"{found['cpu_seconds']} CPU-seconds.\n"
     return "\n".join([comparison.heading(__doc__, "figure.png"), *parts, cost])
 
 
 def claims(found: Mapping[str, Any]) -> list[scorecard.Claim]:
-    """What the paper claims, over both problems and the noisy targets together."""
+    """Returns the paper's claims, over both problems and the noisy targets together."""
 
     def off(rule: str, name: str, measure: str) -> np.ndarray:
         cells = [found["cells"][str(c)] for c in CELLS if c.rule == rule and c.noise]
@@ -319,7 +319,7 @@ def claims(found: Mapping[str, Any]) -> list[scorecard.Claim]:
 
 
 def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
-    """The cosine of the change so far, by step, beside its ceiling."""
+    """Draws the cosine of the change so far, by step, and its ceiling."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -343,7 +343,7 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Goes on with the study, writes results, tables and figure."""
+    """Resumes the study, and writes results, tables and figure."""
     del argv
     folder = comparison.folder("projected_steps")
     digests = {name: digest(arm) for name, arm in (SGD | ADAM).items()}

@@ -3,17 +3,17 @@
     python -m experiments.studies.claims.subspaces
 
 The benchmark's all-MiniLM-L6-v2 (22.7 million parameters) learns banking77 with
-adapters on all 36 linear kernels, of rank 8 and 64 and the same scale, at the rate that
-was best for rank 8 there: 150 steps of 16 sentences. Of every kernel:
+adapters on all 36 linear kernels, of ranks 8 and 64 with the same scale, at the rate
+that was best for rank 8 there: 150 steps of 16 sentences. For every kernel:
 
     rank 8 and 64    phi(1, 1) and phi(8, 8) of the two updates (`lorax.analysis`), on
-                     the side of the inputs: 1 where their leading directions agree, and
-                     1/n and 8/n for random ones of n dimensions
-    two seeds        the same of two updates of rank 64
-    amplification    |D| / |U^T W V|, what the update D = U S V^T adds over what the
-                     kernel W has in its directions
+                     the input side: 1 where their leading directions agree, and 1/n and
+                     8/n for random directions in n dimensions
+    two seeds        the same for two updates of rank 64
+    amplification    |D| / |U^T W V|: what the update D = U S V^T adds, over what the
+                     kernel W already has in those directions
 
-Intervals are over the 36 kernels, each the mean of the seeds' values.
+Intervals are over the 36 kernels, each the mean over seeds.
 """
 
 import hashlib
@@ -31,15 +31,15 @@ from experiments.studies.method import comparison, scorecard, trial
 from experiments.studies.pretrained import arms, bases
 from lorax import analysis
 
-_MINUTES = flags.DEFINE_float("subspace_minutes", None, "Begin no run after as many.")
+_MINUTES = flags.DEFINE_float("subspace_minutes", None, "Time limit for new runs.")
 
 RANKS = (8, 64)
 SCALE = arms.ALPHA / arms.RANK
 RATE, STEPS = 10**-2.5, 150
 PAIRS = ((1, 2), (3, 4))
-"""Of seeds that are compared."""
+"""Pairs of seeds to compare."""
 WHICH = ((1, 1), (8, 8))
-"""Leading directions of either update."""
+"""Numbers of leading directions of the two updates."""
 
 
 def train(setting: bases.Setting, rank: int, seed: int) -> Any:
@@ -64,7 +64,7 @@ def train(setting: bases.Setting, rank: int, seed: int) -> Any:
 
 
 def measure(setting: bases.Setting, seeds: tuple[int, int]) -> dict[str, Any]:
-    """The numbers of a pair of seeds, each `{kernel: value}`."""
+    """Returns the numbers of a pair of seeds, each `{kernel: value}`."""
     found: dict[str, dict[str, float]] = {}
     (low, params), (high, _) = (train(setting, rank, seeds[0]) for rank in RANKS)
     other, _ = train(setting, RANKS[1], seeds[1])
@@ -82,13 +82,13 @@ def measure(setting: bases.Setting, seeds: tuple[int, int]) -> dict[str, Any]:
 
 
 def _by_layer(path: str, values: Any) -> dict[str, float]:
-    """The values of a stack of kernels, by path and layer."""
+    """Returns the values of a stack of kernels, by path and layer."""
     layers = enumerate(np.ravel(values))
     return {f"{path}, layer {layer}": float(value) for layer, value in layers}
 
 
 def study(setting: Any, runs: comparison.Runs) -> dict[str, Any]:
-    """Makes the runs that are not there yet; returns the means over the pairs."""
+    """Makes missing runs, and returns the means over the pairs."""
     lines = []
     for seeds in PAIRS:
 
@@ -110,7 +110,7 @@ def study(setting: Any, runs: comparison.Runs) -> dict[str, Any]:
 
 
 def table(numbers: Mapping[str, Mapping[str, float]]) -> str:
-    """By number: the mean over kernels with its interval, the least and the largest."""
+    """Returns each number's mean over kernels with its interval, least and largest."""
     rows = []
     for name, own in numbers.items():
         values = np.array(list(own.values()))
@@ -121,13 +121,13 @@ def table(numbers: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """The study's page."""
+    """Returns the study's page."""
     cost = f"{found['cpu_seconds']} CPU-seconds.\n"
     return "\n".join([comparison.heading(__doc__), table(found["numbers"]), "", cost])
 
 
 def claims(found: Mapping[str, Any]) -> list[scorecard.Claim]:
-    """What the paper's section 7 claims."""
+    """Returns the claims of the paper's section 7."""
 
     def of(name: str) -> np.ndarray:
         return np.array(list(found["numbers"][name].values()))
@@ -136,7 +136,7 @@ def claims(found: Mapping[str, Any]) -> list[scorecard.Claim]:
     factors = [of(f"amplification, rank {rank}") for rank in RANKS]
     return [
         scorecard.Claim(
-            "Rank 8 and rank 64 share their leading direction, by more than a half",
+            "Rank 8 and rank 64 share more than half of their leading direction",
             paper,
             f"phi(1, 1) of the updates; {where}",
             of("rank 8 and 64: phi(1, 1)"),
@@ -150,9 +150,9 @@ def claims(found: Mapping[str, Any]) -> list[scorecard.Claim]:
             low=0.0,
         ),
         scorecard.Claim(
-            "An update amplifies directions that the kernel has little of",
+            "An update amplifies directions that are weak in the kernel",
             paper,
-            f"logarithm, to base 2, of the amplification at rank 8; {where}",
+            f"log2 of the amplification at rank 8; {where}",
             np.log2(factors[0]),
             low=0.0,
         ),
@@ -167,7 +167,7 @@ def claims(found: Mapping[str, Any]) -> list[scorecard.Claim]:
 
 
 def digest() -> str:
-    """Of what a run depends on."""
+    """Returns a digest of what a run depends on."""
     shared = {**bases.SHARED, **bases.TASKS["banking77"].fields}
     told = [shared, RANKS, SCALE, RATE, STEPS, WHICH, jax.__version__]
     line = json.dumps(told, sort_keys=True, default=str)
@@ -175,7 +175,7 @@ def digest() -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Goes on with the study, writes results and table."""
+    """Resumes the study, and writes results and table."""
     del argv
     folder = comparison.folder("subspaces")
     runs = comparison.Runs(folder / "runs.jsonl", {"MiniLM": digest()}, _MINUTES.value)

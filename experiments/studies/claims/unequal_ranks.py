@@ -1,20 +1,20 @@
-"""AdaLoRA: does it find unequal ranks in kernels of a real size, by which penalty?
+"""AdaLoRA: does it find unequal ranks in real-sized kernels, and with which penalty?
 
     python -m experiments.studies.claims.unequal_ranks
 
 Six kernels 384 x 384, as wide as those of all-MiniLM-L6-v2; their teachers differ by
-changes of the ranks 12, 6, 3, 2, 1 and 0, every singular value 1 (`teacher_student`'s
-problem: the frozen kernels are on both sides of the error, and so in none). LoRA has
-rank 4 each, AdaLoRA starts at 12 each and ends with as many triplets in all, 24. What
-counts is the noiseless squared distance to the teachers over that of the start: LoRA of
-rank 4 cannot go below 10 / 24.
+changes of the ranks 12, 6, 3, 2, 1 and 0, with all singular values 1 (the problem of
+`teacher_student`; the frozen kernels cancel in the error). LoRA has rank 4 everywhere;
+AdaLoRA starts at 12 and ends with the same total of 24 triplets. The score is the
+noiseless squared distance to the teachers, relative to the start: LoRA of rank 4 cannot
+go below 10 / 24.
 
-AdaLoRA chooses every tenth step and has the default penalty; what an arm's name says is
-different. "released" is the authors' 0.1 of the mean norm, in the loss. The first tenth
-of a run chooses nothing, and the last third keeps what is there.
+AdaLoRA chooses triplets every ten steps and has the default penalty, unless an arm's
+name says otherwise. "released" is the authors' 0.1 of the mean norm, in the loss. The
+first tenth of a run prunes nothing, and the last third keeps what is left.
 
 Rates: three, a factor 2 apart, and up to three more while the best lies at the edge, on
-two seeds; eight others are reported, each beside LoRA on the same seed.
+two seeds; eight others are reported, each paired with LoRA on the same seed.
 """
 
 import functools
@@ -36,7 +36,7 @@ from experiments.studies import teacher_student
 from experiments.studies.method import comparison, scorecard
 from lorax import optim
 
-_MINUTES = flags.DEFINE_float("unequal_minutes", None, "Begin no run after as many.")
+_MINUTES = flags.DEFINE_float("unequal_minutes", None, "Time limit for new runs.")
 
 PROBLEM = teacher_student.Problem((384, 384), (12, 6, 3, 2, 1, 0), 0.25)
 BUDGET, RANK, START = 24, 4, 12
@@ -46,7 +46,7 @@ GRID = (0.004, 0.008, 0.016)
 
 
 class Arm(NamedTuple):
-    """LoRA of a rank, or AdaLoRA with a form and weight of the penalty."""
+    """LoRA at a rank, or AdaLoRA with a form and weight of the penalty."""
 
     rank: int = START
     form: Any = None
@@ -67,7 +67,7 @@ ARMS = {
     "AdaLoRA, every 30": Arm(form="decoupled", weight=0.3, interval=30),
 }
 LENGTHS: dict[int, dict[str, Arm]] = {90: FORMS, 500: ARMS, 1000: FORMS}
-"""The arms by the steps of a run."""
+"""Steps of a run -> its arms."""
 
 
 @functools.cache
@@ -116,7 +116,7 @@ def make_run(arm: Arm, steps: int) -> Any:
 
 
 def _product(arm: Arm, x: jax.Array, adapter: Any) -> jax.Array:
-    """What an arm's adapter adds to the kernel's output."""
+    """Returns what an arm's adapter adds to the kernel's output."""
     if arm.form is None:
         return adapter.scale * (x @ adapter.a) @ adapter.b
     return adapter.scale * ((x @ adapter.p) * adapter.lam) @ adapter.q
@@ -138,11 +138,11 @@ def _optimizer(arm: Arm, rate: Any, steps: int) -> optax.GradientTransformation:
 
 
 def study(name: str, steps: int, runs: comparison.Runs) -> dict[str, Any]:
-    """Makes the runs of an arm that are not there yet; returns what it found.
+    """Makes an arm's missing runs, and returns its results.
 
     Returns:
-      "rate", "grid" {rate: mean distance of the choosing seeds}, "final" by reported
-      seed, and "ranks" [seed][kernel] at the end, of LoRA empty.
+      "rate", "grid" {rate: mean distance on the choosing seeds}, "final" by reported
+      seed, and "ranks" [seed][kernel] at the end, empty for LoRA.
     """
     grid: dict[str, float] = {}
 
@@ -171,7 +171,7 @@ def study(name: str, steps: int, runs: comparison.Runs) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The markdown table of a length."""
+    """Returns the markdown table for one length of runs."""
     ranks = ", ".join(map(str, PROBLEM.ranks))
     header = ["arm", "rate", "distance", "minus LoRA (95 %)", f"ranks; {ranks} wanted"]
     rows = []
@@ -192,13 +192,13 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def digest(arm: Arm) -> str:
-    """Of what all runs of an arm depend on besides what their key names."""
+    """Returns a digest of what an arm's runs depend on, besides their key."""
     told = [arm, PROBLEM, BUDGET, BATCH, jax.__version__]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """The tables of all lengths."""
+    """Returns the tables of all lengths."""
     lengths = found["lengths"].items()
     parts = [f"## {steps} steps\n\n{table(own)}\n" for steps, own in lengths if own]
     cost = f"{found['cpu_seconds']} CPU-seconds.\n"
@@ -206,9 +206,9 @@ def page(found: Mapping[str, Any]) -> str:
 
 
 def claims(found: Mapping[str, Any]) -> list[scorecard.Claim]:
-    """What the paper claims: of AdaLoRA beside LoRA, and of its penalty."""
+    """Returns the paper's claims about AdaLoRA against LoRA, and its penalty."""
     pairs = (
-        ("AdaLoRA learns more where kernels need unequal ranks", "AdaLoRA", "LoRA"),
+        ("AdaLoRA learns more if kernels need unequal ranks", "AdaLoRA", "LoRA"),
         ("The penalty helps AdaLoRA", "AdaLoRA, released", "AdaLoRA, no penalty"),
     )
     rows = []
@@ -223,7 +223,7 @@ def claims(found: Mapping[str, Any]) -> list[scorecard.Claim]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Goes on with the study, writes results and tables."""
+    """Resumes the study, and writes results and tables."""
     del argv
     folder = comparison.folder("unequal_ranks")
     digests = {name: digest(arm) for name, arm in ARMS.items()}

@@ -1,13 +1,13 @@
 """How an adapter's steps, and what they add up to, compare with full fine-tuning's.
 
-A student with frozen kernels learns those of a teacher, which differ by a change of
-rank RANK (`teacher_student.teacher`'s kind), from noisy targets. Along the walk, over
-all kernels together and with the cosine <X, Y> / |X| |Y|:
+From noisy targets, a student with frozen kernels learns those of a teacher, which
+differ by a change of rank RANK (as in `teacher_student.teacher`). Along the walk, it
+measures cosines <X, Y> / |X| |Y| over all kernels together, between
 
     step        the step of the kernels, and that of full fine-tuning's optimiser,
                 fed with the gradients at the arm's own points
-    reachable   the same of that optimiser's step and its projection on what the pair
-                can express: P_a U + U P_b - P_a U P_b
+    reachable   that optimiser's step, and its projection onto what the pair can
+                express: P_a U + U P_b - P_a U P_b
     change      the change so far, and full fine-tuning's after as many steps on the
                 same batches
 """
@@ -29,13 +29,13 @@ Shapes = tuple[tuple[int, int], ...]
 
 
 class Walk(NamedTuple):
-    """What a run leaves.
+    """The result of a run.
 
     Attributes:
-      error: after the last step, noiseless, on fresh inputs, over that of the start.
+      error: after the last step, noiseless, on fresh inputs, relative to the start.
       step: `[steps]`, the cosine of every step.
       reachable: `[steps]`, the cosine that the pair could have reached at that point;
-        without meaning at the first step, where b is zero.
+        meaningless at the first step, where b is zero.
       change: `[steps]`, the cosine of the change so far.
       changes: `[steps, entries]`, the change itself.
     """
@@ -48,7 +48,7 @@ class Walk(NamedTuple):
 
 
 def network(params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
-    """Kernels one after the other, a tanh between them."""
+    """Applies the kernels one after the other, with a tanh between them."""
     *hidden, last = (params[name] for name in sorted(params))
     for kernel in hidden:
         x = jnp.tanh(x @ kernel)
@@ -56,7 +56,7 @@ def network(params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
 
 
 def teacher(shapes: Shapes, key: jax.Array) -> tuple[dict, dict]:
-    """The frozen kernels, and those to learn."""
+    """Returns the frozen kernels, and those to learn."""
     base, goal = {}, {}
     for i, shape in enumerate(shapes):
         problem = teacher_student.Problem(shape, (RANK,), 0.0)
@@ -80,11 +80,11 @@ def make_walk(
       target: how adapters start.
       make_tx: `(schedule, damping) -> optimiser`.
       whole: full fine-tuning's optimiser, at rate 1.
-      steps: of a run; the rate falls linearly to zero.
+      steps: of a run; the rate decays linearly to zero.
 
     Returns:
-      A compiled function; `reference: [seeds, steps, entries]` are the changes of full
-      fine-tuning, zeros where they are not known yet.
+      A compiled function; `reference: [seeds, steps, entries]` holds the changes of
+      full fine-tuning, or zeros if they are not known yet.
     """
 
     def walk(seed: Any, noise: Any, rate: Any, damping: Any, reference: Any) -> Walk:
@@ -139,12 +139,12 @@ def make_walk(
 
 
 def entries(shapes: Shapes) -> int:
-    """Of all kernels together."""
+    """Returns the number of entries of all kernels together."""
     return sum(n * m for n, m in shapes)
 
 
 def best_of_rank(change: np.ndarray, shapes: Shapes) -> float:
-    """The cosine to a change of its best part of rank RANK in every kernel.
+    """Returns the cosine of a change to its best part of rank RANK in every kernel.
 
     Args:
       change: `[entries]`.
@@ -160,10 +160,10 @@ def best_of_rank(change: np.ndarray, shapes: Shapes) -> float:
 
 
 def reachable(adapters: Mapping[str, Any], dense: Mapping[str, jax.Array]) -> jax.Array:
-    """The cosine of a step of the kernels to its part in the pairs' tangent spaces.
+    """Returns the cosine of a step to its projection onto the pairs' tangent spaces.
 
     Args:
-      adapters: by kernel; 1 is returned for those that hold the kernel itself.
+      adapters: by kernel; for adapters that hold the kernel itself, it is 1.
       dense: the step of every kernel.
     """
     if any(adapter.replaces for adapter in adapters.values()):

@@ -2,8 +2,8 @@
 
     python -m experiments.studies.claims.width_exponent
 
-The exact limit: a square kernel n x n, adapters a: [n, 4] and b: [4, n] at LoRA's start
-(a uniform with entries of order 1/sqrt(n), b = 0) learn a change of rank 4, and the
+The exact limit: for a square kernel n x n, adapters a: [n, 4] and b: [4, n] from LoRA's
+init (a uniform with entries of order 1/sqrt(n), b = 0) learn a change of rank 4. The
 loss is the expected squared error over inputs x, without sampling:
 
     few inputs    x of 8 dimensions, every output moves by order 1
@@ -11,20 +11,21 @@ loss is the expected squared error over inputs x, without sampling:
     fixed norm    x isotropic, the change's singular values are of order 1, so an output
                   moves by order 1 / sqrt(n)
 
-In all of them an entry of x has the size 1. The exponent that sign-like steps predict
-is 1, 1/2 and 0: b's entries must move by 1, 1 and 1/sqrt(n); a's need 1/n where their
-steps add up along few inputs, 1/sqrt(n) where the change's directions are generic. The
-first is the limit of the paper (a = 1/n, b = 1), the second Su's sqrt(n / r).
+Entries of x are of order 1 in all of them. For sign-like steps, the predicted exponents
+are 1, 1/2 and 0: b's entries must move by 1, 1 and 1/sqrt(n); a's need 1/n if their
+steps add up along few inputs, and 1/sqrt(n) if the change's directions are generic. The
+first is the paper's limit (a = 1/n, b = 1), the second Su's sqrt(n / r).
 
-A ratio is tried at every product of the two rates, both a factor 2 apart, and has the
-best of its errors after 30 steps of Adam whose rates fall linearly to zero. Of this
-profile two ratios are read, for every seed: the best one, and the largest one whose
-error is within a factor 2 of the best, interpolated. The exponent is the slope of
-their logarithm against that of n, seven widths from 64 to 4,096, a value a seed.
+Each ratio is tried at every product of the two rates, both in steps of a factor 2, and
+scored by its lowest error after 30 steps of Adam with rates that decay linearly to
+zero. From this profile two ratios are read for every seed: the best one, and the
+largest one whose error is within a factor 2 of the best, interpolated. The exponent is
+the slope of their logarithm against that of n, over seven widths from 64 to 4,096, with
+one value per seed.
 
-Decided before it was run, when trials at two widths had shown errors to be flat below
-an edge: the 95 % interval is to be within +-0.1; an exponent e of 0, 1/2 or 1 is
-decided for where the interval lies in [e - 1/4, e + 1/4].
+Decided before the run, after trials at two widths had shown errors to be flat below an
+edge: the 95 % interval must be within +-0.1 of the mean, and an exponent e of 0, 1/2 or
+1 is accepted if the interval lies in [e - 1/4, e + 1/4].
 """
 
 import functools
@@ -48,13 +49,13 @@ from experiments.machine import tables
 from experiments.studies.method import comparison, panels, scorecard
 from lorax import _lapack, optim
 
-_MINUTES = flags.DEFINE_float("width_minutes", None, "Begin no run after as many.")
+_MINUTES = flags.DEFINE_float("width_minutes", None, "Time limit for new runs.")
 
 RANK, INPUTS, STEPS = 4, 8, 30
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 SEEDS = tuple(range(8))
 REGIMES = {"few inputs": 1.0, "wide": 0.5, "fixed norm": 0.0}
-"""The exponent that is predicted, by regime."""
+"""Regime -> the predicted exponent."""
 RATIOS = tuple(range(-6, 16))
 PRODUCTS = tuple(range(-22, 1))
 """Logarithms to base 2."""
@@ -64,13 +65,13 @@ CLAIMED = (
     ("The best ratio of LoRA+ grows as the width n", "2402.12354", 1.0),
     ("The best ratio grows as sqrt(n / r)", "https://kexue.fm/archives/10001", 0.5),
 )
-"""What is claimed, where, and the exponent."""
+"""(what is claimed, where, the exponent)."""
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def problem(regime: str, n: int, key: jax.Array) -> Loss:
-    """Returns `(a, b) -> expected squared error over that of the change 0`."""
+    """Returns `(a, b) -> expected squared error, relative to no change`."""
     keys = jax.random.split(key, 3)
     if regime == "few inputs":
         span = jax.random.normal(keys[0], (INPUTS, n)) / math.sqrt(INPUTS)
@@ -88,7 +89,7 @@ def problem(regime: str, n: int, key: jax.Array) -> Loss:
         v *= math.sqrt(RANK / n)
 
     def of_all(a: jax.Array, b: jax.Array) -> jax.Array:
-        """|a b - u v|^2 / |u v|^2 by r x r products, for u has orthonormal columns."""
+        """|a b - u v|^2 / |u v|^2 by r x r products; u has orthonormal columns."""
         own, both = jnp.sum((a.T @ a) * (b @ b.T)), jnp.sum((u.T @ a) * (v @ b.T))
         return 1 + (own - 2 * both) / jnp.sum(v**2)
 
@@ -97,7 +98,7 @@ def problem(regime: str, n: int, key: jax.Array) -> Loss:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def profile(regime: str, n: int, seed: jax.Array) -> jax.Array:
-    """The logarithm, to base 2, of the least error of every ratio, `[ratios]`."""
+    """Returns log2 of the least error of every ratio, `[ratios]`."""
     goal, start = jax.random.split(jax.random.key(seed))
     loss = problem(regime, n, goal)
     a = jax.random.uniform(start, (n, RANK), minval=-1, maxval=1) / math.sqrt(n)
@@ -110,7 +111,7 @@ def profile(regime: str, n: int, seed: jax.Array) -> jax.Array:
     def error(ratio: jax.Array, product: jax.Array) -> jax.Array:
         rate = 2.0 ** ((product - ratio) / 2)
         falling = optax.linear_schedule(rate, 0.0, STEPS)
-        # Gradients fall with the width: no eps may tell them apart.
+        # Gradients shrink with the width: eps must not make a difference.
         tx = optim.lora_plus(falling, 2.0**ratio, eps=1e-20)
 
         def step(carry: Any, _: Any) -> Any:
@@ -128,13 +129,13 @@ def profile(regime: str, n: int, seed: jax.Array) -> jax.Array:
 
 
 def largest(values: np.ndarray) -> float:
-    """The logarithm of the largest ratio within a factor WITHIN of the best error.
+    """Returns log2 of the largest ratio within a factor WITHIN of the best error.
 
     Args:
       values: `[ratios]`, as `profile` returns them.
 
     Raises:
-      ValueError: the last ratio tried is one of them.
+      ValueError: even the largest ratio that was tried is within it.
     """
     limit = values.min() + math.log2(WITHIN)
     last = int(np.flatnonzero(values <= limit)[-1])
@@ -145,16 +146,17 @@ def largest(values: np.ndarray) -> float:
 
 
 def slopes(logs: np.ndarray) -> np.ndarray:
-    """The exponents of the width, a value a seed, of `logs: [widths, seeds]`."""
+    """Returns the width exponents, one per seed, of `logs: [widths, seeds]`."""
     return np.polyfit(np.log2(WIDTHS), logs, 1)[0]
 
 
 def study(regime: str, runs: comparison.Runs) -> dict[str, Any]:
-    """Makes the runs that are not there yet; returns what a regime found.
+    """Makes a regime's missing runs, and returns its results.
 
     Returns:
-      "profiles" [width][seed][ratio], "best" and "largest" [width][seed], logarithms
-      to base 2, and "exponents" of the two, by seed.
+      "profiles" [width][ratio], means over seeds; "best" and "largest" [width][seed],
+      as log2; "exponents" of the two, by seed; and "equal" [width][seed], log2 of equal
+      rates' error over the best.
     """
     profiles = []
     for n in WIDTHS:
@@ -180,13 +182,13 @@ def study(regime: str, runs: comparison.Runs) -> dict[str, Any]:
 
 
 def digest(regime: str) -> str:
-    """Of what all runs of a regime depend on."""
+    """Returns a digest of what a regime's runs depend on."""
     told = [regime, RANK, INPUTS, STEPS, SEEDS, RATIOS, PRODUCTS, jax.__version__]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """The tables: exponents, and the ratios by width."""
+    """Returns the tables of exponents, and of ratios by width."""
     header = ["inputs and change", "predicted", "exponent of the best ratio"]
     header += ["of the largest good one", "equal rates' error over the best, n = 4096"]
     rows, widths = [], []
@@ -207,7 +209,7 @@ def page(found: Mapping[str, Any]) -> str:
 
 
 def claims(found: Mapping[str, Any]) -> list[scorecard.Claim]:
-    """The paper's exponent 1 and Su's 1/2, by what each regime found."""
+    """Returns the paper's exponent 1 and Su's 1/2, with what each regime found."""
     rows = []
     for (claimed, source, exponent), kind in itertools.product(CLAIMED, KINDS):
         for regime, own in found["regimes"].items():
@@ -218,7 +220,7 @@ def claims(found: Mapping[str, Any]) -> list[scorecard.Claim]:
 
 
 def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
-    """The mean profiles, a panel a regime and a line a width."""
+    """Draws the mean profiles, with a panel per regime and a line per width."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -239,7 +241,7 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Goes on with the study, writes results, tables and figure."""
+    """Resumes the study, and writes results, tables and figure."""
     del argv
     folder = comparison.folder("width_exponent")
     digests = {regime: digest(regime) for regime in REGIMES}

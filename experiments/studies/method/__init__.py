@@ -1,1 +1,1 @@
-"""How a question is answered: trials, paired results, figures, the page."""
+"""How questions are answered: trials, paired results, figures, the page."""

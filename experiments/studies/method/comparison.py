@@ -1,7 +1,7 @@
 """What the studies share: paired differences, their table and their figure.
 
-A result is `{"rate": learning rate, "curves": [seed][point]}`, what falls being better;
-"LoRA" is the method that the others are held to.
+A result is `{"rate": learning rate, "curves": [seed][point]}`, where lower is better;
+"LoRA" is the method that the others are compared with.
 """
 
 import json
@@ -23,11 +23,11 @@ _FOLDER = flags.DEFINE_string("study_dir", None, "Where results and figures go."
 SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds to report.", lower_bound=2)
 
 WIDER = 3
-"""Rates beyond a grid that may be tried while the best lies at its edge."""
+"""How many rates beyond a grid may be tried while the best lies at its edge."""
 
 
 def folder(name: str) -> pathlib.Path:
-    """Returns the study's folder, made if need be."""
+    """Returns the study's folder, created if missing."""
     made = pathlib.Path(_FOLDER.value or f"runs/{name}")
     folders.require_directory(made)
     made.mkdir(parents=True, exist_ok=True)
@@ -41,8 +41,8 @@ def publish(
 
     Args:
       folder: of the study.
-      found: its results, JSON.
-      page: the markdown of results.
+      found: its results, as JSON values.
+      page: returns the markdown of results.
     """
     disk.replace(folder / "results.json", json.dumps(found) + "\n")
     disk.replace(folder / "table.md", page(found))
@@ -50,11 +50,11 @@ def publish(
 
 
 class NotRun(Exception):
-    """A run that is not there, and may not be made now."""
+    """A run is missing, and may not be made now."""
 
 
 class Runs:
-    """Runs by key, each a line of a file, so that a study cut short goes on.
+    """Runs by key, each a line of a file, so that an interrupted study resumes.
 
     Attributes:
       lines: by key, `{"key", "settings", "seconds", "cpu_seconds", "curve", ...}`.
@@ -71,7 +71,7 @@ class Runs:
         Args:
           path: of the file of JSON lines.
           settings: a digest for each first part of a key.
-          minutes: after which no run is begun.
+          minutes: time limit for new runs.
         """
         self._path, self._settings = path, settings
         self._until = math.inf if minutes is None else time.time() + 60 * minutes
@@ -85,7 +85,7 @@ class Runs:
         key: tuple[Hashable, ...],
         make: Callable[[], Any] | None = None,
     ) -> list[float]:
-        """Returns the curve of a run, made if need be; arguments as for `line`."""
+        """Returns the curve of a run, as `line` does."""
         return self.line(key, make)["curve"]
 
     def line(
@@ -93,15 +93,15 @@ class Runs:
         key: tuple[Hashable, ...],
         make: Callable[[], Any] | None = None,
     ) -> dict[str, Any]:
-        """Returns the line of a run, made if need be.
+        """Returns the line of a run, which is made if missing.
 
         Args:
-          key: JSON values, the first one of `settings`.
+          key: JSON values, the first of them a key of `settings`.
           make: trains, and returns the curve, or a dict with "curve" and more JSON;
-            None: only a run that is there will do.
+            None: the run must exist.
 
         Raises:
-          NotRun: it is not there, and there is no time or no `make`.
+          NotRun: it is missing, and there is no time left or no `make`.
         """
         key = _exact(key)
         if key not in self.lines:
@@ -122,20 +122,20 @@ class Runs:
 
 
 def _exact(key: Sequence[Hashable]) -> tuple[Hashable, ...]:
-    """The key with its numbers as they are printed."""
+    """Returns the key with its numbers as they are printed."""
     return tuple(f"{x:.3g}" if isinstance(x, float) else x for x in key)
 
 
 def best_of_grid(
     score: Callable[[float], float], grid: Sequence[float], widen: int = WIDER
 ) -> float:
-    """Returns the best learning rate of a grid, wider where it is at an edge.
+    """Returns the best learning rate of a grid, which is widened if it is at an edge.
 
     Args:
-      score: of a learning rate, lower is better; NaN counts as worst.
+      score: scores a learning rate; lower is better, and NaN is worst.
       grid: learning rates, a constant ratio apart.
-      widen: how many rates beyond the grid may be tried, one after another for as long
-        as the best lies at the edge.
+      widen: how many rates beyond the grid may be tried, one at a time, while the best
+        lies at the edge.
     """
     rates = sorted(grid)
     factor = rates[1] / rates[0]
@@ -164,8 +164,8 @@ def table(
     Args:
       results: by method.
       every: steps between two points of a curve.
-      digits: behind the point.
-      baseline: the method that the others are held to.
+      digits: decimal places.
+      baseline: the method that the others are compared with.
     """
     header = ["method", "rate", "final", f"minus {baseline} (95 %)"]
     header.append(f"steps to {baseline}'s final")
@@ -201,11 +201,11 @@ def summary(
 
 
 def heading(docstring: str, figure: str | None = None) -> str:
-    """The head of a study's page: what its module says of it, and its figure.
+    """Returns the head of a study's page: its module's docstring, and its figure.
 
     Args:
       docstring: the module's; indented lines are its command.
-      figure: a path from the page.
+      figure: its path, relative to the page.
     """
     title, _, text = docstring.strip().partition("\n")
     picture = [f"![{title}]({figure})\n"] if figure else []
@@ -218,7 +218,7 @@ def draw(
     labels: Sequence[str],
     every: int = 1,
 ) -> None:
-    """Draws the mean curves of every problem, a panel each.
+    """Draws the mean curves of every problem, each in its own panel.
 
     Args:
       results: by problem and method.

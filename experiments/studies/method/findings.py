@@ -1,7 +1,7 @@
-"""The page `docs/results.md`, from the results of the studies: nothing by hand.
+"""The page `docs/results.md`, generated from the results of the studies.
 
 Reads every `docs/results/studies/<study>/results.json` that
-`python -m experiments.studies.run` left there.
+`python -m experiments.studies.run` wrote there.
 """
 
 import importlib
@@ -29,25 +29,25 @@ STUDIES = (
     "epsilon",
     "prefix",
 )
-"""In the order of the page; each a module of `experiments.studies.questions`."""
+"""Modules of `experiments.studies.questions`, in the order of the page."""
 
 DOCS = pathlib.Path(__file__).parents[3] / "docs"
 
 HEAD = """# What the studies found
 
-Written by `python -m experiments.report`; run again by
+Written by `python -m experiments.report`. To run a study again:
 `python -m experiments.studies.run --study=NAME --study_dir=docs/results/studies`.
 
 A byte model of Python source (1.4 million parameters, `configs/quickstart.py`) learns
-the English of the language reference: bits per byte held out, lower is better.
-An arm gets four learning rates half a decade apart (and up to three more for as long as
-the best lies at the edge) on seed 0 and documents that are not reported; at its best
-rate, fresh seeds. Seeds are paired: same batches, same keys. A difference is the mean
-over seeds with its 95 % interval (Student's t); where that covers 0, no difference is
-shown. "At equal wall time" reads an arm's curves at the moment when the other has
-finished, by the time of a step, best of seven, all arms interleaved after the runs; an
-arm that is faster has its final value there. One small model on one task: it shows
-no more than that.
+the English of the language reference; scores are held-out bits per byte, lower is
+better. An arm gets four learning rates half a decade apart (and up to three more while
+the best lies at the edge) on seed 0 and documents that are not reported, and fresh
+seeds at its best rate. Seeds are paired: same batches, same keys. A difference is the
+mean over seeds with its 95 % interval (Student's t); where that covers 0, no difference
+is shown. "Equal wall time" reads an arm's curve at the moment when the other arm
+finishes, from step times that were measured after the runs (best of seven, all arms
+interleaved); a faster arm has its final value there. This is one small model on one
+task, and shows no more than that.
 
 """
 
@@ -56,10 +56,10 @@ def read(folder: pathlib.Path) -> list[tuple[Any, dict[str, Any]]]:
     """Returns (module, results) of every study that has results.
 
     Args:
-      folder: with a folder for each study.
+      folder: has a folder for each study.
 
     Raises:
-      ValueError: results of toy sizes.
+      ValueError: results at toy sizes.
     """
     found = []
     for name in STUDIES:
@@ -69,7 +69,7 @@ def read(folder: pathlib.Path) -> list[tuple[Any, dict[str, Any]]]:
         results = json.loads(path.read_text())
         if results["smoke"]:
             raise ValueError(
-                f"{path} is of toy sizes, which prove the path and nothing else; run "
+                f"{path} has results at toy sizes, which are only a smoke test; run "
                 f"python -m experiments.studies.run --study={name} "
                 "--study_dir=docs/results/studies"
             )
@@ -83,7 +83,7 @@ def section(module: Any, results: dict[str, Any]) -> str:
 
     Args:
       module: the study's, for its docstring's first line, PAIRS and `notes`.
-      results: as its `results.json` has them.
+      results: the content of its `results.json`.
     """
     lines = [f"## {module.__doc__.splitlines()[0]}", "", results["question"], ""]
     arms, baseline = results["arms"], results["baseline"]
@@ -102,7 +102,7 @@ def section(module: Any, results: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Returns the arms as markdown, each held to the baseline."""
+    """Returns the arms as markdown, each compared with the baseline."""
     arms, baseline = results["arms"], results["baseline"]
     base, rows = arms[baseline], []
     for name, arm in arms.items():
@@ -124,7 +124,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def cost(results: dict[str, Any]) -> str:
-    """Returns what the study cost, and how its results are told apart from others."""
+    """Returns what the study cost, and the digests that identify its results."""
     configs = [arm["config"] for arm in results["arms"].values()]
     return (
         f"{results['steps']} steps, {results['runs']} runs, {results['cpu_hours']:.2f} "
@@ -136,7 +136,7 @@ def cost(results: dict[str, Any]) -> str:
 def _differences(
     arm: dict[str, Any], other: dict[str, Any], results: dict[str, Any]
 ) -> tuple[str, str]:
-    """An arm's paired differences to another: at equal steps, at equal wall time."""
+    """Returns paired differences of two arms, at equal steps and equal wall time."""
     goal, limit = _final(other), other["ms"] * results["steps"]
     values = _final(arm), _at(arm, limit, results["every"])
     equal, timed = (paired.difference(own - goal) for own in values)
@@ -148,21 +148,21 @@ def _final(arm: dict[str, Any]) -> np.ndarray:
 
 
 def _at(arm: dict[str, Any], limit: float, every: int) -> np.ndarray:
-    """The seeds' values after so many milliseconds of training."""
+    """Returns the seeds' values after `limit` milliseconds of training."""
     curves = np.array(arm["curves"])
     times = arm["ms"] * every * np.arange(1, curves.shape[1] + 1)
     return np.array([np.interp(limit, times, curve) for curve in curves])
 
 
 def draw(docs: pathlib.Path = DOCS) -> None:
-    """Draws the figure of every study that has results, beside them."""
+    """Draws the figure of every study that has results, in its folder."""
     folder = docs / "results" / "studies"
     for module, results in read(folder):
         panels.figure(results, folder / results["study"] / "figure.png", *module.PANELS)
 
 
 def write(docs: pathlib.Path = DOCS) -> pathlib.Path:
-    """Writes `results.md` into the folder of documents and returns its path."""
+    """Writes `results.md` into the docs folder and returns its path."""
     parts, hours = [], 0.0
     studies = read(docs / "results" / "studies")
     for module, results in studies:

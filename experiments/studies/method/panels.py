@@ -1,4 +1,4 @@
-"""Figures of the studies: panels side by side, legible at the width of a README."""
+"""Figures of the studies: panels side by side, legible at a README's width."""
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +62,7 @@ def tidy(axis: Any, columns: int = 2) -> None:
 
 
 def styles(results: Results) -> dict[str, dict[str, Any]]:
-    """Colour, mark and line of every arm."""
+    """Returns colour, mark and line of every arm."""
     found = {}
     for i, arm in enumerate(results["arms"]):
         again = i // len(tables.COLOURS)
@@ -76,18 +76,18 @@ def styles(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def label_sizes(line: Any, sizes: Sequence[float]) -> None:
-    """Labels a logarithmic axis with the sizes alone, without the ticks between.
+    """Labels a logarithmic axis with only the sizes, without ticks between.
 
     Args:
       line: `axis.xaxis` or `axis.yaxis`.
-      sizes: to be told.
+      sizes: the labels.
     """
     line.set_ticks(sizes, [f"{size:g}" for size in sizes])
     line.set_ticks([], minor=True)
 
 
 def rates(axis: Any, results: Results) -> None:
-    """Scores on the selection split by learning rate, one seed."""
+    """Draws scores on the selection split by learning rate, for one seed."""
     seen: list[float] = []
     for arm, style in styles(results).items():
         grid = sorted((float(k), v) for k, v in results["arms"][arm]["grid"].items())
@@ -99,7 +99,7 @@ def rates(axis: Any, results: Results) -> None:
 
 
 def leave_out_diverged(axis: Any, values: Sequence[float], span: float = 0.4) -> None:
-    """Ends the axis `span` above the best value, and says so if values are beyond."""
+    """Ends the axis `span` above the best value, and says so if it cuts values off."""
     best = float(np.nanmin(values))
     if not np.nanmax(values) <= best + span:
         axis.set_ylim(best - 0.05 * span, best + span)
@@ -107,7 +107,7 @@ def leave_out_diverged(axis: Any, values: Sequence[float], span: float = 0.4) ->
 
 
 def curves(axis: Any, results: Results) -> None:
-    """The mean over seeds at the best rate, by step."""
+    """Draws the mean over seeds at the best rate, by step."""
     for arm, style in styles(results).items():
         mean = np.mean(results["arms"][arm]["curves"], 0)
         axis.plot(steps_of(results), mean, label=arm, **style)
@@ -116,25 +116,25 @@ def curves(axis: Any, results: Results) -> None:
 
 
 def steps_of(results: Results) -> np.ndarray:
-    """The steps of the points of a curve."""
+    """Returns the steps of a curve's points."""
     return results["every"] * np.arange(1, results["steps"] // results["every"] + 1)
 
 
 def final(results: Results, arm: str) -> np.ndarray:
-    """The final values of an arm's seeds."""
+    """Returns the final values of an arm's seeds."""
     return np.array(results["arms"][arm]["curves"])[:, -1]
 
 
 def by_size(
     axis: Any, results: Results, sizes: Sequence[int], arms: Mapping[str, Any]
 ) -> None:
-    """Final values by a size that arms differ in, mean and standard error over seeds.
+    """Draws final values by a size: mean and standard error over seeds.
 
     Args:
       axis: of the panel.
-      results: with the arms.
+      results: has the arms.
       sizes: along the axis.
-      arms: label of a line -> the function from a size to the name of its arm.
+      arms: label of a line -> function from a size to the name of its arm.
     """
     looks = zip(arms.items(), MARKS, tables.COLOURS, strict=False)
     for (label, name), mark, colour in looks:
@@ -149,7 +149,7 @@ def by_size(
 
 
 def by_arm(axis: Any, results: Results) -> None:
-    """Final values, an arm a line: mean and standard error over seeds."""
+    """Draws final values with a line per arm: mean and standard error over seeds."""
     for row, (arm, style) in enumerate(styles(results).items()):
         values = final(results, arm)
         error = paired.standard_error(values)
@@ -163,11 +163,11 @@ def by_arm(axis: Any, results: Results) -> None:
 
 
 def watched(field: str, label: str, but: str = "") -> Panel:
-    """Returns a panel of what was watched, the mean over seeds by step.
+    """Returns a panel of what was watched, as the mean over seeds by step.
 
     Args:
-      field: of what `watch` returned.
-      label: of the axis, unit included.
+      field: a key of what `watch` returned.
+      label: of the axis, with its unit.
       but: an arm to leave out.
     """
 

@@ -1,8 +1,8 @@
 """The page `docs/results/claims.md`: what papers claim, and what was found here.
 
-A claim predicts in which range a number lies, and a study measures that number with its
-95 % interval. It is "shown" where the interval lies in the range, "contradicted" where
-it lies outside, and else "not shown".
+A claim predicts a range for a number, and a study measures that number with its 95 %
+interval. The claim is "shown" if the interval lies in the range, "contradicted" if it
+lies outside, and else "not shown".
 """
 
 import importlib
@@ -29,29 +29,29 @@ SOURCES = {
         )
     },
 }
-"""Modules by their folder below `docs/results`, with `claims(results) -> [Claim]`."""
+"""Folder in `docs/results` -> its module, which has `claims(results) -> [Claim]`."""
 
 HEAD = """# What papers claim, and what was found here
 
 Written by `python -m experiments.report` from the results of the studies; the last
-column has the runs. A number is a mean over seeds, or over kernels where its row says
+column links the runs. A number is a mean over seeds, or over kernels where its row says
 so, with its 95 % interval (Student's t). Differences are paired, and each arm has the
-best of its own learning rates unless a row says otherwise; a figure behind LoRA-Pro is
+best of its own learning rates unless a row says otherwise; the number after LoRA-Pro is
 its damping. **Shown**: the interval lies where the claim puts the number.
 **Contradicted**: it lies outside. **Not shown**: it covers both. The problems are small
-or exact, and named in each row: a verdict is about them.
+or exact, and named in each row: a verdict holds for them, and no further.
 
 """
 
 
 class Claim(NamedTuple):
-    """What a paper claims of one number.
+    """What a paper claims about a number.
 
     Attributes:
       claimed: a sentence.
-      paper: its arXiv number, or a page's address.
+      paper: its arXiv number, or a URL.
       number: what was measured, and where.
-      values: of it, `[seeds]`.
+      values: the measured values, `[seeds]`.
       low, high: the range that the claim predicts.
     """
 
@@ -73,7 +73,7 @@ class Lower(NamedTuple):
 
 
 def of_arms(results: Mapping[str, Any], pairs: Sequence[Lower]) -> list[Claim]:
-    """The claims whose two arms are there: bits per byte, one minus the other.
+    """Returns the claims whose two arms have run: bits per byte, one minus the other.
 
     Args:
       results: as `text.results` returns them.
@@ -90,7 +90,7 @@ def of_arms(results: Mapping[str, Any], pairs: Sequence[Lower]) -> list[Claim]:
 
 
 def verdict(claim: Claim) -> str:
-    """Says "shown", "not shown" or "contradicted"."""
+    """Returns "shown", "not shown" or "contradicted"."""
     mean, half = paired.interval(np.asarray(claim.values))
     if not math.isfinite(half):
         return "not shown"
@@ -101,7 +101,7 @@ def verdict(claim: Claim) -> str:
 
 
 def row(claim: Claim, runs: str) -> list[str]:
-    """The cells of a claim's row; `runs` is the path of the runs from the page."""
+    """Returns the cells of a claim's row; `runs` is the path to the runs."""
     mean, half = paired.interval(np.asarray(claim.values))
     page = (
         claim.paper if "//" in claim.paper else f"https://arxiv.org/abs/{claim.paper}"
@@ -117,7 +117,7 @@ def row(claim: Claim, runs: str) -> list[str]:
 
 
 def cost(folder: str, module: Any, found: Mapping[str, Any]) -> str:
-    """The line of a study: its page, its CPU-seconds, and the command that goes on."""
+    """Returns a study's line: its page, CPU-seconds, and the command to resume it."""
     what = module.__doc__.splitlines()[0].rstrip(".")
     parent, _, name = folder.partition("/")
     if parent == "studies":  # of the byte model: one command, one page
@@ -138,19 +138,19 @@ def read(results: pathlib.Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
       results: the folder `docs/results`.
 
     Raises:
-      ValueError: results of toy sizes.
+      ValueError: results at toy sizes.
     """
     for folder, name in SOURCES.items():
         path = results / folder / "results.json"
         if path.exists():
             found = json.loads(path.read_text())
             if found.get("smoke"):
-                raise ValueError(f"{path} is of toy sizes: run {name} in full")
+                raise ValueError(f"{path} is at toy sizes: run {name} in full")
             yield folder, importlib.import_module(name), found
 
 
 def write(docs: pathlib.Path) -> pathlib.Path:
-    """Writes `results/claims.md` into the folder of documents and returns its path."""
+    """Writes `results/claims.md` into the docs folder and returns its path."""
     rows, costs = [], []
     for folder, module, found in read(docs / "results"):
         claims = module.claims(found)

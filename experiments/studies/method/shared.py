@@ -1,4 +1,4 @@
-"""What arms share: the text, and by config the base, its loss and evaluations."""
+"""What arms share: the text and, by config, the base, its loss and evaluations."""
 
 import pathlib
 from collections.abc import Callable
@@ -20,8 +20,8 @@ class Task(NamedTuple):
     Attributes:
       loss_fn: `(params, batch) -> (loss, metrics)`.
       base: the parameters to adapt.
-      choose: params -> bits per byte of the documents that rates are chosen on.
-      report: params -> bits per byte of the documents that are reported.
+      choose: params -> bits per byte on the documents that choose rates.
+      report: params -> bits per byte on the documents that are reported.
     """
 
     loss_fn: Callable[..., Any]
@@ -31,10 +31,10 @@ class Task(NamedTuple):
 
 
 class Setting:
-    """Tasks by config, each base trained once.
+    """Tasks by config, with each base trained once.
 
     Attributes:
-      toy: whether at toy sizes.
+      toy: whether sizes are toy sizes.
       topics: the documents.
     """
 
@@ -42,8 +42,8 @@ class Setting:
         """Reads the text.
 
         Args:
-          folder: of the metrics of what is trained here.
-          toy: whether at toy sizes.
+          folder: for the metrics of what is trained here.
+          toy: whether sizes are toy sizes.
         """
         self.toy, self.topics = toy, documents.topics()
         self._folder = folder
@@ -53,8 +53,8 @@ class Setting:
         """Returns the task that a config describes; its base is loaded or trained.
 
         Args:
-          config: of the quickstart's form. `adapter.prefix`, if it is there: so many
-            learned places go before every sequence, which begin as the first bytes of
+          config: in the quickstart's form. `adapter.prefix`, if given, is the number of
+            learned positions before every sequence; they start as the first bytes of
             the training documents.
         """
         prefix = config.adapter.get("prefix", 0)

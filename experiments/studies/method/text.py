@@ -1,10 +1,10 @@
 """The common ground of the studies: a byte model of Python source learns English.
 
-The base and the task of `configs/quickstart.py`. An arm changes fields of its config.
-It gets four learning rates half a decade apart, and up to three more for as long as the
-best lies at the edge, on seed 0 against the `selection` documents; at the best rate,
-fresh seeds against the `test` documents, the same ones for every arm: batches and keys
-are paired.
+Base and task are those of `configs/quickstart.py`; an arm changes fields of its config.
+It gets four learning rates half a decade apart, and up to three more while the best
+lies at the edge, on seed 0 and the `selection` documents; at the best rate, it is
+reported for fresh seeds on the `test` documents. All arms share the seeds, so batches
+and keys are paired.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from experiments.studies.method import comparison, shared, trial
 
 GRID = (10**-3, 10**-2.5, 10**-2, 10**-1.5)
 SEEDS = (1, 2, 3, 4)
-TOY_RANK = 16  # the largest
-STRETCH = 3  # steps that are timed together: AdaLoRA chooses its triplets every third
+TOY_RANK = 16  # the largest rank at toy sizes
+STRETCH = 3  # steps timed together: AdaLoRA chooses its triplets every third
 Fields = Mapping[str, Any]
 
 
@@ -34,15 +34,15 @@ class Study(NamedTuple):
     Attributes:
       name: of its folder.
       question: one sentence.
-      arms: fields of the config by arm.
-      baseline: the arm that others are held to.
-      grids: learning rates of the arms that need others than GRID.
+      arms: arm -> the fields of the config that it changes.
+      baseline: the arm that others are compared with.
+      grids: learning rates of arms that do not use GRID.
       steps: of a run.
       every: steps between two evaluations.
-      seeds: reported.
-      refine: two more rates, half way to the neighbours of an arm's best.
-      watch: `(setting, the rates chosen so far) -> watch` of `trial.make_run`, for the
-        runs reported; None to watch nothing.
+      seeds: the reported seeds.
+      refine: tries two more rates, half-way to the neighbours of an arm's best.
+      watch: `(setting, rates chosen so far) -> watch` for `trial.make_run`, for the
+        reported runs; None to watch nothing.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Study(NamedTuple):
 
 
 def configured(study: Study, fields: Fields, toy: bool) -> ml_collections.ConfigDict:
-    """The quickstart's config with an arm's fields in place."""
+    """Returns the quickstart's config with an arm's fields in place."""
     config = quickstart.get_config("runlocal" if toy else None).unlock()
     config.run.steps = study.steps
     config.run.methods = ("lora",)
@@ -69,9 +69,9 @@ def configured(study: Study, fields: Fields, toy: bool) -> ml_collections.Config
 
 
 def digest(study: Study, fields: Fields, toy: bool) -> str:
-    """Of all that a run of the arm depends on."""
+    """Returns a digest of everything that a run of the arm depends on."""
     config = configured(study, fields, toy).to_dict()
-    # Where a run is kept, how it is told of and who tuned it change nothing in it.
+    # Where a run is saved, what it logs and who tuned it make no difference to it.
     config["run"] = {name: config["run"][name] for name in ("seed", "steps", "methods")}
     del config["optimizer"]["tuned"]
     told = [config, study.every, jax.__version__]
@@ -80,7 +80,7 @@ def digest(study: Study, fields: Fields, toy: bool) -> str:
 
 
 def run(study: Study, setting: shared.Setting, runs: comparison.Runs) -> None:
-    """Makes the runs of every arm that are not there yet."""
+    """Makes the missing runs of every arm."""
     for arm in study.arms:
         _run_arm(study, arm, setting, runs)
 
@@ -90,7 +90,7 @@ def times(
 ) -> dict[str, float]:
     """Returns milliseconds of a train step by arm, interleaved, the best of `rounds`.
 
-    While a study runs, other work slows one arm and not another.
+    Times taken while a study runs are not comparable: other work may slow some arms.
     """
     steps = {arm: _stretch(study, arm, setting) for arm in arms}
     seconds = timing.interleave(steps, rounds)
@@ -98,7 +98,7 @@ def times(
 
 
 def _stretch(study: Study, arm: str, setting: shared.Setting) -> Callable[[], Any]:
-    """A few steps of an arm, each call going on from the last."""
+    """Returns a function that makes a few more steps of an arm at each call."""
     config, given = _given(study, arm, setting)
     batches = setting.train(config)(0)
     prepared = trial.make_start(*given)(0, 1e-4)
@@ -116,7 +116,7 @@ def _stretch(study: Study, arm: str, setting: shared.Setting) -> Callable[[], An
 def _given(
     study: Study, arm: str, setting: shared.Setting
 ) -> tuple[Any, tuple[Any, ...]]:
-    """The config of an arm, and the arguments of `trial.make_start`."""
+    """Returns the config of an arm, and the arguments of `trial.make_start`."""
     config = configured(study, study.arms[arm], setting.toy)
     task, batches = setting.task(config), setting.train(config)
     return config, (config, task.loss_fn, task.base, batches, config.run.methods[0])
@@ -147,12 +147,12 @@ def _run_arm(
 
 
 def seeds_of(study: Study, toy: bool) -> tuple[int, ...]:
-    """The seeds that an arm reports."""
+    """Returns the seeds that an arm reports."""
     return study.seeds[: 2 if toy else None]
 
 
 def grid_of(study: Study, arm: str, toy: bool) -> tuple[float, ...]:
-    """The learning rates that an arm gets."""
+    """Returns the learning rates that an arm gets."""
     grid = study.grids.get(arm, GRID)
     return grid[:2] if toy else grid
 
@@ -160,7 +160,7 @@ def grid_of(study: Study, arm: str, toy: bool) -> tuple[float, ...]:
 def best_rate(
     study: Study, arm: str, score: Callable[[float], float], toy: bool
 ) -> float:
-    """The best learning rate of an arm by its score, lower being better."""
+    """Returns the learning rate of an arm with the lowest score."""
     grid = grid_of(study, arm, toy)
     best = comparison.best_of_grid(score, grid, 1 if toy else comparison.WIDER)
     if not study.refine:
@@ -170,7 +170,7 @@ def best_rate(
 
 
 def chosen(study: Study, runs: comparison.Runs, toy: bool) -> dict[str, float]:
-    """The rates of the arms that have one."""
+    """Returns the rates of the arms that have one."""
     found = {}
     for arm in study.arms:
 
@@ -194,13 +194,13 @@ def results(
 
     Args:
       study: the study.
-      runs: that were made.
-      toy: whether at toy sizes.
-      ms: of a step, by the config's digest; of an arm that is not there the fastest
+      runs: the runs so far.
+      toy: whether sizes are toy sizes.
+      ms: milliseconds of a step, by the config's digest; for a missing arm, the fastest
         stretch of any of its runs is taken.
 
     Returns:
-      "arms": for each finished one its `rate`, the `grid` of rates and scores, the
+      "arms": for each finished one, its `rate`, the `grid` of rates and scores, the
       `curves` of its seeds, what was `watched`, and `ms` of a step; "missing": what was
       not run; and where, how and at what cost.
     """

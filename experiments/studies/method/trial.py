@@ -15,11 +15,11 @@ from experiments.trainer.loop import Clock, Prepared, Step, loop
 
 
 class Run(NamedTuple):
-    """What a run leaves.
+    """The result of a run.
 
     Attributes:
-      curve: values of `evaluate`; NaN where the step before it was skipped as not
-        finite: the value of a stalled run is not a result.
+      curve: values of `evaluate`; NaN where the last step was skipped as non-finite,
+        because the value of a stalled run is not a result.
       watched: what `watch` returned at the same steps.
       ms: milliseconds of a step, the fastest stretch between two evaluations.
     """
@@ -38,13 +38,13 @@ def make_start(
 ) -> Callable[[int, float], Prepared]:
     """Returns how an arm starts, `(seed, learning rate) -> Prepared`.
 
-    One compilation serves all seeds and rates: the learning rate is in the optimiser's
-    state.
+    One compilation serves all seeds and rates, because the learning rate is in the
+    optimiser's state.
 
     Args:
       config: its `run.steps`, `adapter` and `optimizer` say how to train.
       loss_fn: `(params, batch) -> (loss, metrics)`, written for plain parameters.
-      base: the parameters to start from; left as they are.
+      base: the parameters to start from; they are not modified.
       train: seed -> batches, indexed by step.
       method: "lora" or "full".
     """
@@ -60,7 +60,7 @@ def make_start(
     kernels = lorax.discover(loss_fn, base, problem.batches[0])
     logging.info("%s", lorax.describe(base, targets, kernels))
     step = prepare.make_step(problem, config.optimizer.clip_norm)
-    looked: dict[int, Any] = {}  # at data, by seed: the rates of a grid share it
+    looked: dict[int, Any] = {}  # calibration by seed, shared by the rates of a grid
 
     def start(seed: int, rate: float) -> Prepared:
         key = jax.random.fold_in(jax.random.key(seed), 1)
@@ -86,7 +86,7 @@ def make_run(
 ) -> Callable[..., Run]:
     """Returns `run(seed, rate, evaluate, every, watch=None) -> Run`.
 
-    `watch(seed, step, state, params)` sees the train state and the base that it adapts.
+    `watch(seed, step, state, params)` gets the train state and the base that it adapts.
     Arguments are those of `make_start`.
     """
     start, steps = make_start(config, loss_fn, base, train, method), config.run.steps

@@ -1,1 +1,1 @@
-"""The questions, one file each: its arms, its panels, its notes."""
+"""The questions, one file each with its arms, panels and notes."""

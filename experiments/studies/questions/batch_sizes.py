@@ -1,9 +1,9 @@
 """Batch size and the best learning rate: which law?
 
-At a fixed number of steps each batch size gets a grid of rates, and two more rates
+At a fixed number of steps, each batch size gets a grid of rates, and two more rates
 around its best; a parabola through the best and its two neighbours gives the optimum.
-Each law of `lorax.scaling` is fitted to the optima, in the logarithm, with a constant
-in front and, but for "sqrt" and "linear", its noise scale.
+Each law of `lorax.scaling` is fitted to the logarithms of the optima, with a constant
+factor and, except for "sqrt" and "linear", its noise scale.
 
 References:
   Li et al., Surge Phenomenon in Optimal Learning Rate and Batch Size Scaling,
@@ -34,10 +34,10 @@ STUDY = text.Study(
 
 
 def optimum(grid: Any) -> float:
-    """The vertex of a parabola through the best rate and its two neighbours.
+    """Returns the vertex of a parabola through the best rate and its two neighbours.
 
     Args:
-      grid: rate -> score, lower is better; neighbours of the best are as far apart.
+      grid: rate -> score, lower is better.
     """
     points = sorted((np.log(float(rate)), score) for rate, score in grid.items())
     at = min(range(len(points)), key=lambda i: points[i][1])
@@ -49,11 +49,11 @@ def optimum(grid: Any) -> float:
 
 
 def fit(sizes: Any, rates: Any, law: scaling.BatchRule) -> tuple[float, float, float]:
-    """Returns the constant, the noise scale (NaN where the law has none) and the error.
+    """Returns the constant, the noise scale (NaN if the law has none) and the error.
 
     Args:
       sizes: of the batches.
-      rates: the best one of each.
+      rates: the best rate of each.
       law: of `scaling.BATCH_RULES`.
 
     Returns:
@@ -79,7 +79,7 @@ def _optima(results: Any) -> tuple[list[int], list[float]]:
 
 
 def laws(axis: Any, results: Any) -> None:
-    """The optima and the fitted laws."""
+    """Draws the optima and the fitted laws."""
     sizes, rates = _optima(results)
     axis.plot(sizes, rates, "ko", label="best rate")
     fine = np.geomspace(sizes[0], sizes[-1], 50)
@@ -101,7 +101,7 @@ def laws(axis: Any, results: Any) -> None:
 
 
 def notes(results: Any) -> list[str]:
-    """What the page says beside the table: the optima and every law's fit."""
+    """Returns notes for the page: the optima and every law's fit."""
     sizes, rates = _optima(results)
     told = ", ".join(
         f"{rate:.2g} at {size}" for size, rate in zip(sizes, rates, strict=True)

@@ -1,10 +1,10 @@
 """AdaLoRA against LoRA at equal budgets of rank.
 
 LoRA gives every matrix rank r; AdaLoRA starts at 1.5 r and ends with r on average,
-where it thinks them needed. The scale stays what LoRA's is at r = 8. At r = 4 the
-penalty's form and the steps between two choices vary, one at a time: the default pulls
-p and q to orthonormality after Adam's step, "released" adds the authors' 0.1 of the
-mean norm to the loss.
+distributed as it sees fit. The scale is LoRA's at r = 8 throughout. At r = 4 the
+penalty's form and the interval between choices vary, one at a time: the default pulls p
+and q to orthonormality after Adam's step, "released" adds the authors' 0.1 of the mean
+norm to the loss.
 
 References:
   Zhang et al., AdaLoRA, arXiv:2303.10512, tables 1 and 2, figure 3 (the rank map).
@@ -26,22 +26,22 @@ PENALTIES = {
     "no penalty": ("decoupled", 0.0),
     "released": ("norm", 0.1),
 }
-"""Form and weight by name."""
+"""Name -> (form, weight)."""
 
 
 def lora(rank: int) -> dict[str, Any]:
-    """The fields of an arm of LoRA."""
+    """Returns the fields of a LoRA arm."""
     return {"adapter.rank": rank, "adapter.alpha": 2.0 * rank}
 
 
 def adalora(
     rank: int, penalty: str = "default", interval: int = 3, steps: int = STEPS
 ) -> dict[str, Any]:
-    """The fields of an arm of AdaLoRA.
+    """Returns the fields of an AdaLoRA arm.
 
     Args:
       rank: the average at the end.
-      penalty: of PENALTIES.
+      penalty: a name in PENALTIES.
       interval: steps between two choices of triplets.
       steps: of the run.
     """
@@ -52,14 +52,14 @@ def adalora(
         "final_steps": steps // 3,
         "interval": interval,
     }
-    # Part of the config, so that runs of another default are never taken for these.
+    # Part of the config, so that runs with another default never count as these.
     budget |= {"orthogonal_form": form, "orthogonal_weight": weight}
     fields = {"adapter.adapter": "adalora", "optimizer.wrap": (("adalora", budget),)}
     return {**lora(3 * rank // 2), **fields}
 
 
 def watch(setting: shared.Setting, chosen: Any) -> Any:
-    """The effective ranks of an AdaLoRA at the step."""
+    """Returns a function that reads AdaLoRA's effective ranks at a step."""
     del setting, chosen
 
     def ranks(seed: int, step: int, state: Any, params: Any) -> dict[str, Any]:
@@ -77,13 +77,13 @@ VARIANTS = {
     "AdaLoRA r = 4, interval 10": adalora(4, interval=10),
     "AdaLoRA r = 4, interval 30": adalora(4, interval=30),
 }
-"""What differs from "AdaLoRA r = 4" in one thing."""
+"""Arms that differ from "AdaLoRA r = 4" in one thing."""
 ARMS = {
     **{f"LoRA r = {r}": lora(r) for r in BUDGETS},
     **{f"AdaLoRA r = {r}": adalora(r) for r in BUDGETS},
     **VARIANTS,
 }
-# its singular values start at zero and learn by a larger rate
+# AdaLoRA's singular values start at zero and need a larger rate
 HIGHER = tuple(10**0.5 * rate for rate in text.GRID)
 STUDY = text.Study(
     "budgets",
@@ -98,12 +98,12 @@ PAIRS = (
     *((f"AdaLoRA r = {r}", f"LoRA r = {r}") for r in BUDGETS),
     *((arm, "AdaLoRA r = 4") for arm in VARIANTS),
 )
-"""Further pairs that the table holds against each other."""
+"""Further pairs that the page compares."""
 
 CLAIMS = (
     *(
         scorecard.Lower(
-            "At an equal budget of rank AdaLoRA learns more than LoRA",
+            "At an equal rank budget, AdaLoRA learns more than LoRA",
             PAPER,
             f"AdaLoRA r = {r}",
             f"LoRA r = {r}",
@@ -117,11 +117,11 @@ CLAIMS = (
         "AdaLoRA r = 4, no penalty",
     ),
 )
-"""Of the paper."""
+"""The paper's claims."""
 
 
 def by_budget(axis: Any, results: Any) -> None:
-    """The final value by budget."""
+    """Draws the final value by budget."""
     arms = {
         method: lambda r, method=method: f"{method} r = {r}"
         for method in ("LoRA", "AdaLoRA")
@@ -131,7 +131,7 @@ def by_budget(axis: Any, results: Any) -> None:
 
 
 def rank_map(axis: Any, results: Any) -> None:
-    """Where the ranks of the largest budget ended, mean over seeds."""
+    """Draws where the ranks of the largest budget ended, as the mean over seeds."""
     arms = [
         f"AdaLoRA r = {r}" for r in BUDGETS if f"AdaLoRA r = {r}" in results["arms"]
     ]
@@ -152,5 +152,5 @@ PANELS = (by_budget, rank_map)
 
 
 def claims(results: Any) -> list[scorecard.Claim]:
-    """What the paper claims of the arms."""
+    """Returns what the paper claims about the arms."""
     return scorecard.of_arms(results, CLAIMS)

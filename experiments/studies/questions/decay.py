@@ -12,11 +12,11 @@ import numpy as np
 from experiments.studies.method import panels, shared, text
 from lorax import analysis
 
-STRENGTH = 1.0  # of the factors: lr * STRENGTH of each at every step
+STRENGTH = 1.0  # decay of the factors: lr * STRENGTH of each at every step
 SPECTRAL = (0.01, 0.1)
-"""Of the update, whose gradient reaches the factors multiplied by its own size.
+"""Strengths of the update's decay, whose gradient grows with the update's own size.
 
-So no strength is the equal of another's; at 1 the toy model learns next to nothing.
+They are not comparable with STRENGTH; at 1 the toy model learns next to nothing.
 """
 
 
@@ -26,7 +26,7 @@ def _chain(*links: Any) -> dict[str, Any]:
 
 
 def watch(setting: shared.Setting, chosen: Any) -> Any:
-    """The singular values of all updates, mean over matrices, and the four metrics."""
+    """Returns a function that reads the updates' mean singular values and metrics."""
     del setting, chosen
 
     def spectra(seed: int, step: int, state: Any, params: Any) -> dict[str, Any]:
@@ -55,7 +55,7 @@ STUDY = text.Study(
 
 
 def last_spectrum(axis: Any, results: Any) -> None:
-    """The singular values at the end, mean over matrices and seeds."""
+    """Draws the final singular values, as the mean over matrices and seeds."""
     for arm, style in panels.styles(results).items():
         runs = results["arms"][arm]["watched"]
         mean = np.mean([run[-1]["values"] for run in runs], 0)

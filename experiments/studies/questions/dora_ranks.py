@@ -1,6 +1,6 @@
 """DoRA against LoRA at low rank.
 
-The claim: the magnitude makes up for rank, and the more so the lower the rank is.
+The claim: the magnitude makes up for rank, the more so the lower the rank.
 
 References:
   Liu et al., DoRA, arXiv:2402.09353: robustness to the rank.
@@ -14,7 +14,7 @@ RANKS = (1, 2, 4)
 
 
 def name(method: str, rank: int) -> str:
-    """Of an arm."""
+    """Returns the name of an arm."""
     return f"{method} r = {rank}"
 
 
@@ -33,22 +33,22 @@ STUDY = text.Study(
     name("LoRA", 2),
 )
 PAIRS = tuple((name("DoRA", rank), name("LoRA", rank)) for rank in RANKS)
-"""Further pairs that the table holds against each other."""
+"""Further pairs that the page compares."""
 
 CLAIMS = tuple(
     scorecard.Lower(
-        "At a low rank DoRA learns more than LoRA",
+        "At a low rank, DoRA learns more than LoRA",
         "2402.09353",
         name("DoRA", rank),
         name("LoRA", rank),
     )
     for rank in RANKS
 )
-"""Of the paper."""
+"""The paper's claims."""
 
 
 def by_rank(axis: Any, results: Any) -> None:
-    """The final value by rank."""
+    """Draws the final value by rank."""
     arms = {
         method: lambda rank, method=method: name(method, rank)
         for method in ("LoRA", "DoRA")
@@ -62,5 +62,5 @@ PANELS = (by_rank, panels.curves)
 
 
 def claims(results: Any) -> list[scorecard.Claim]:
-    """What the paper claims of the arms."""
+    """Returns what the paper claims about the arms."""
     return scorecard.of_arms(results, CLAIMS)

@@ -1,9 +1,8 @@
 """Adam's epsilon: when does it turn the steps of a small factor into SGD's?
 
-The gradient of `a` is proportional to b, which starts at zero: with a large epsilon a
-trains as under slow SGD while b steps by signs. The share of coordinates whose step
-epsilon rules cannot be seen in the loss, so a sweep shows where the loss begins to
-follow.
+The gradient of `a` is proportional to b, which starts at zero: with a large epsilon, a
+trains as with slow SGD while b takes sign-like steps. The loss does not tell for how
+many coordinates epsilon dominates, but a sweep shows where the loss begins to suffer.
 
 References:
   Su, kexue.fm 10563 (Adam's epsilon and scaling laws); `lorax.scaling`.

@@ -29,16 +29,16 @@ STUDY = text.Study(
 
 PANELS = (panels.rates, panels.curves)
 CLAIMS = tuple(
-    scorecard.Lower(f"From {arm}'s start a run learns faster than from LoRA's", *rest)
+    scorecard.Lower(f"A run from {arm}'s init learns faster than from LoRA's", *rest)
     for arm, *rest in (
         ("PiSSA", "2404.02948", "PiSSA", "LoRA"),
         ("OLoRA", "2406.01775", "OLoRA", "LoRA"),
         ("LoRA-GA", "2407.05000", "LoRA-GA", "LoRA"),
     )
 )
-"""Of the papers."""
+"""The papers' claims."""
 
 
 def claims(results: Any) -> list[scorecard.Claim]:
-    """What the papers claim of the arms."""
+    """Returns what the papers claim about the arms."""
     return scorecard.of_arms(results, CLAIMS)

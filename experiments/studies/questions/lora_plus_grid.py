@@ -1,8 +1,8 @@
 """LoRA against LoRA+ over the grid of both learning rates.
 
 The claim: at large width the best pair (lr_A, lr_B) lies off the diagonal, at
-lr_B >> lr_A. A ratio is an arm here, with learning rates of its own, so the table
-holds each ratio's best against LoRA's best, and the map is all pairs that were run.
+lr_B >> lr_A. Here each ratio is an arm with its own learning rates, so the table
+compares each ratio's best with LoRA's best, and the map shows all pairs that were run.
 
 References:
   Hayou et al., LoRA+, arXiv:2402.12354, figures 2 to 4.
@@ -16,12 +16,12 @@ RATIOS = (1 / 4, 4, 16, 64)
 
 
 def arm(ratio: float) -> dict[str, Any]:
-    """The fields of LoRA+ at a ratio."""
+    """Returns the fields of LoRA+ at a ratio."""
     return {"optimizer.name": "lora_plus", "optimizer.options": (("ratio", ratio),)}
 
 
 def grid(ratio: float) -> tuple[float, ...]:
-    """Centred so that the geometric mean of both rates is that of LoRA's grid."""
+    """Returns rates of a for which the geometric mean of both is LoRA's grid."""
     return tuple(rate / ratio**0.5 for rate in text.GRID)
 
 
@@ -35,7 +35,7 @@ STUDY = text.Study(
 
 
 def heat(axis: Any, results: Any) -> None:
-    """All pairs that were run, coloured by their score on the selection split."""
+    """Draws all pairs that were run, coloured by their score on the selection split."""
     points = []
     for arm, found in results["arms"].items():
         ratio = 1.0 if arm == "LoRA" else float(arm.split()[1])
@@ -44,7 +44,7 @@ def heat(axis: Any, results: Any) -> None:
     a, b, value = zip(*points, strict=True)
     shown = [
         min(v, best + 0.15) for v in value
-    ]  # what diverged would wash out the rest
+    ]  # diverged runs would wash out the rest
     made = axis.scatter(a, b, c=shown, cmap="cividis_r", s=90, edgecolors="black")
     axis.figure.colorbar(made, ax=axis, label="bits per byte (selection)")
     low, high = min(a), max(a)

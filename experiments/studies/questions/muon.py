@@ -1,8 +1,8 @@
 """Muon on the factors against Adam.
 
-Muon replaces the step of a factor by the nearest one whose singular values are all
-alike: of b alone (a follows Adam at 1e-2, LoRA's best rate), of both, or of both by the
-metric of the partner ("whitened").
+Muon replaces a factor's step by the nearest one with equal singular values: for b only
+(a follows Adam at 1e-2, LoRA's best rate), for both, or for both in the metric of the
+other factor ("whitened").
 
 References:
   Jordan et al., Muon (2024); the variants are `lorax.optim.muon`'s.
@@ -13,7 +13,7 @@ from typing import Any
 from experiments.studies.method import panels, text
 
 CHOICES = ("b", "both", "whitened")
-OTHER_RATE = 1e-2  # of what follows Adam: norms, and a
+OTHER_RATE = 1e-2  # for what follows Adam: norms, and a
 
 
 def _arm(factors: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Prefix-tuning combined with LoRA.
 
 The claim: low-rank updates are orthogonal to prefix-tuning, so both together learn more
-than either. A prefix is learned places before every sequence, which give no logits.
-Beside LoRA its rate is the adapters', or ten times it; alone it gets a grid of its own.
-LoRA at twice the rank tells what as many parameters, and more, make otherwise.
+than either. A prefix is learned positions before every sequence, which give no logits.
+Beside LoRA, its rate is the adapters' or ten times that; alone, it has its own grid.
+LoRA at twice the rank shows what as many parameters, or more, achieve without a prefix.
 
 References:
   Hu et al., LoRA, arXiv:2106.09685, section 1 and appendix E (LoRA+PrefixEmbed).
@@ -15,7 +15,7 @@ from typing import Any
 from experiments.studies.method import panels, text
 
 PLACES = (16, 64)
-FACTORS = (1, 10)  # of the prefix's rate beside LoRA
+FACTORS = (1, 10)  # the prefix's rate over the adapters'
 WHOLE = (".*norm.*/scale", "prefix")
 
 
@@ -41,7 +41,7 @@ def _both(places: int, factor: float) -> dict[str, Any]:
 
 
 def name(places: int, factor: int) -> str:
-    """Of an arm that trains both."""
+    """Returns the name of an arm that trains both."""
     return f"LoRA + prefix {places}" + (f", rate x {factor}" if factor > 1 else "")
 
 
@@ -55,7 +55,7 @@ STUDY = text.Study(
         **{name(p, factor): _both(p, factor) for p in PLACES for factor in FACTORS},
     },
     "LoRA",
-    # rows of an embedding learn by a larger rate than factors
+    # embedding rows need a larger rate than factors
     grids={f"prefix {p}": tuple(10**0.5 * g for g in text.GRID) for p in PLACES},
 )
 

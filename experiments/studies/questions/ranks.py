@@ -1,8 +1,8 @@
 """Rank, under alpha / r and under alpha / sqrt(r).
 
-The claim: with the standard scaling larger ranks train alike ("collapse"), with
-rsLoRA's they go on improving, at one learning rate for all. So two readings: every arm
-at its own best rate (the table), and all at one rate (the figure's second panel).
+The claim: at one learning rate for all, larger ranks train alike with the standard
+scaling ("collapse"), and keep improving with rsLoRA's. So there are two readings: every
+arm at its own best rate (the table), and all at one rate (the figure's second panel).
 
 References:
   Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA,
@@ -19,7 +19,7 @@ FORMS = {"standard": "alpha / r", "rank_stabilized": "alpha / sqrt(r)"}
 
 
 def name(rank: int, scaling: str) -> str:
-    """Of an arm."""
+    """Returns the name of an arm."""
     return f"r = {rank}" + (", rs" if scaling == "rank_stabilized" else "")
 
 
@@ -35,7 +35,7 @@ STUDY = text.Study(
 )
 
 PAIRS = tuple((name(r, "rank_stabilized"), name(r, "standard")) for r in RANKS)
-"""Further pairs that the table holds against each other."""
+"""Further pairs that the page compares."""
 
 CLAIMS = tuple(
     scorecard.Lower(
@@ -46,11 +46,11 @@ CLAIMS = tuple(
     )
     for r in RANKS[2:]
 )
-"""Of the paper."""
+"""The paper's claims."""
 
 
 def by_rank(axis: Any, results: Any) -> None:
-    """The final value by rank, each at its own best rate."""
+    """Draws the final value by rank, each at its own best rate."""
     arms = {
         label: lambda rank, scaling=scaling: name(rank, scaling)
         for scaling, label in FORMS.items()
@@ -61,7 +61,7 @@ def by_rank(axis: Any, results: Any) -> None:
 
 
 def at_one_rate(axis: Any, results: Any) -> None:
-    """By rank at each fixed learning rate, on the selection split, one seed."""
+    """Draws scores by rank at each fixed rate, on the selection split, for one seed."""
     colours, seen = tables.COLOURS, []
     for (scaling, label), line in zip(FORMS.items(), ("-", "--"), strict=True):
         for colour, rate in zip(colours, text.GRID, strict=False):
@@ -87,5 +87,5 @@ PANELS = (by_rank, at_one_rate)
 
 
 def claims(results: Any) -> list[scorecard.Claim]:
-    """What the paper claims of the arms."""
+    """Returns what the paper claims about the arms."""
     return scorecard.of_arms(results, CLAIMS)

@@ -1,7 +1,7 @@
-"""Does LoRA-Pro walk with full fine-tuning?
+"""Does LoRA-Pro follow full fine-tuning?
 
-At every tenth step, over the kernels that adapters reach, with D the change from the
-base and D* that of full fine-tuning at its own best rate on the same batches:
+At every tenth step, over the kernels with adapters, with D the change from the base and
+D* that of full fine-tuning at its own best rate on the same batches:
 
     cosine    <D, D*> / |D| |D*|          distance    |D - D*| / |D*|
 
@@ -41,7 +41,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def watch(setting: shared.Setting, chosen: Any) -> Any:
-    """Cosine and distance to the full run of the same seed."""
+    """Returns a function: cosine and distance to the same seed's full fine-tuning."""
     references: dict[int, dict[int, Any]] = {}
 
     def kernels(params: Any) -> jax.Array:
@@ -81,7 +81,7 @@ def watch(setting: shared.Setting, chosen: Any) -> Any:
 
 
 LOWER = tuple(rate / 10**0.5 for rate in text.GRID)
-"""Rates of full fine-tuning's size."""
+"""Rates for full fine-tuning, and for steps of its size."""
 STUDY = text.Study(
     "trajectories",
     "Does LoRA-Pro follow full fine-tuning more closely than LoRA does?",
@@ -103,11 +103,11 @@ CLAIMS = (
         "LoRA-Pro ends lower than LoRA", "2407.18242", "LoRA-Pro, full", "LoRA"
     ),
 )
-"""Of the paper, whose algorithm "full" is."""
+"""The paper's claim; "full" is its algorithm."""
 
 
 def claims(results: Any) -> list[scorecard.Claim]:
-    """What the paper claims of the losses, and of the changes."""
+    """Returns what the paper claims about the losses, and about the changes."""
     found = scorecard.of_arms(results, CLAIMS)
     if not found:
         return []

@@ -1,1 +1,1 @@
-"""Scores of texts and of labels, each in a file of its own."""
+"""Scores of texts and of labels, each in its own file."""

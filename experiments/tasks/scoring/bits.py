@@ -4,10 +4,10 @@ import math
 
 
 def bits_per_byte(total_nats: float, total_bytes: int) -> float:
-    """Total negative log-likelihood / ln 2 / UTF-8 bytes of the references.
+    """Returns total negative log-likelihood / ln 2 / UTF-8 bytes of the references.
 
     The nats are those of every trained token, EOS included: a model that does not know
-    where to stop pays for it. The bytes are those of the text alone.
+    where to stop pays for it. The bytes are those of the text only.
 
     Args:
       total_nats: summed, not averaged, over the references' tokens.

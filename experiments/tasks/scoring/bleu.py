@@ -13,7 +13,7 @@ from experiments.tasks.scoring import words
 
 
 class Bleu(NamedTuple):
-    """A score and how it came about."""
+    """A score and how it was computed."""
 
     score: float  # 0 .. 100
     signature: str  # report it with the score
@@ -25,7 +25,7 @@ def bleu(
     tokenize: str = "13a",
     lowercase: bool = False,
 ) -> Bleu:
-    """Corpus BLEU-4 with any number of references each.
+    """Returns corpus BLEU-4, with any number of references for each text.
 
     Args:
       hypotheses: one text for each group.
@@ -40,7 +40,7 @@ def bleu(
     words.require_tokenize(tokenize)
     words.require_aligned(hypotheses, references)
     library = extras.require("sacrebleu", "experiments", "BLEU")
-    # force: say nothing of tokenised text where the caller said that it is
+    # force: no warning about tokenised text if the caller said that it is tokenised
     metric = library.BLEU(
         tokenize=tokenize, lowercase=lowercase, force=tokenize == "none"
     )

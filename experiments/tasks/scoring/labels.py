@@ -1,7 +1,7 @@
 """Scores of predicted labels and numbers: what GLUE reports.
 
-All take predictions first. Where a score is 0/0 (no positive at all, a constant
-prediction), it is 0, as in scikit-learn: such a prediction explains nothing.
+All take predictions first. A score of 0/0 (no positive at all, a constant prediction)
+is 0, as in scikit-learn: such a prediction explains nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,26 +13,26 @@ Score = Callable[[Numbers, Numbers], float]
 
 
 def accuracy(predictions: Numbers, labels: Numbers) -> float:
-    """Share of equal labels."""
+    """Returns the share of equal labels."""
     p, y = _aligned(predictions, labels)
     return float(np.mean(p == y))
 
 
 def f1(predictions: Numbers, labels: Numbers, positive: int = 1) -> float:
-    """2 TP / (2 TP + FP + FN) of one class, as GLUE has it for MRPC and QQP."""
+    """Returns 2 TP / (2 TP + FP + FN) of one class, as GLUE does for MRPC and QQP."""
     p, y = _aligned(predictions, labels)
     hits = np.sum((p == positive) & (y == positive))
     return _ratio(2.0 * hits, np.sum(p == positive) + np.sum(y == positive))
 
 
 def macro_f1(predictions: Numbers, labels: Numbers) -> float:
-    """The mean F1 of all classes that are predicted or true somewhere."""
+    """Returns the mean F1 of all classes among predictions or labels."""
     p, y = _aligned(predictions, labels)
     return float(np.mean([f1(p, y, c) for c in np.union1d(p, y)]))
 
 
 def matthews(predictions: Numbers, labels: Numbers) -> float:
-    """Matthews' correlation; with more than two classes Gorodkin's R_K.
+    """Returns Matthews' correlation; for more than two classes, Gorodkin's R_K.
 
     The covariance of the one-hot labels over the geometric mean of their variances,
     which for two classes is (TP TN - FP FN) / sqrt((TP+FP)(TP+FN)(TN+FP)(TN+FN)).
@@ -45,7 +45,7 @@ def matthews(predictions: Numbers, labels: Numbers) -> float:
 
 
 def pearson(predictions: Numbers, labels: Numbers) -> float:
-    """Pearson's correlation."""
+    """Returns Pearson's correlation."""
     p, y = _aligned(predictions, labels)
     if np.ptp(p) == 0 or np.ptp(y) == 0:  # else their rounding errors correlate
         return 0.0
@@ -54,7 +54,7 @@ def pearson(predictions: Numbers, labels: Numbers) -> float:
 
 
 def spearman(predictions: Numbers, labels: Numbers) -> float:
-    """Pearson's correlation of the ranks, equal values sharing their mean rank."""
+    """Returns Pearson's correlation of the ranks; ties share their mean rank."""
     p, y = _aligned(predictions, labels)
     return pearson(_ranks(p), _ranks(y))
 
@@ -70,22 +70,22 @@ SCORES: dict[str, Score] = {
 
 
 def _ratio(numerator: float, denominator: float) -> float:
-    """0 where it is 0/0."""
+    """Returns the ratio; 0 for 0/0."""
     return float(numerator / denominator) if denominator else 0.0
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, the mean of the places that equal values take."""
+    """Returns ranks from 1; ties share their mean rank."""
     _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[which]
 
 
 def _aligned(predictions: Numbers, labels: Numbers) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64 vectors.
+    """Returns both as float64 vectors.
 
     Raises:
-      ValueError: if they differ in shape, are empty, or hold a NaN or an infinity.
+      ValueError: they differ in shape, are empty, or hold a NaN or an infinity.
     """
     p, y = (np.asarray(v, np.float64) for v in (predictions, labels))
     if p.shape != y.shape or p.ndim != 1 or not p.size:
@@ -97,6 +97,6 @@ def _aligned(predictions: Numbers, labels: Numbers) -> tuple[np.ndarray, np.ndar
         if bad := np.flatnonzero(~np.isfinite(values)).tolist():
             raise ValueError(
                 f"{name}[{bad[0]}] is {values[bad[0]]}, and {len(bad)} of "
-                f"{len(values)} are not finite: a score of them would mean nothing."
+                f"{len(values)} are not finite: a score would be meaningless."
             )
     return p, y

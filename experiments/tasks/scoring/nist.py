@@ -38,7 +38,7 @@ def nist(
     tokenize: str = "13a",
     order: int = 5,
 ) -> float:
-    """Corpus NIST with any number of references each.
+    """Returns corpus NIST, with any number of references for each text.
 
     Args:
       hypotheses: one text for each group.
@@ -72,19 +72,19 @@ def nist(
 
 
 def _penalty(ratio: float) -> float:
-    """1 from a ratio of 1 on, 1/2 at 2/3, 0 for no words at all."""
+    """Returns 1 for a ratio of 1 or more, 1/2 at 2/3, 0 for no words at all."""
     if ratio <= 0:
         return 0.0
     return math.exp(-BETA * math.log(min(1.0, ratio)) ** 2)
 
 
 def _grams(tokens: Sequence[str], n: int) -> Iterable[Gram]:
-    """All runs of n words."""
+    """Returns all n-grams."""
     return (tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 
 
 def _matches(system: Sequence[str], group: Sequence[Sequence[str]], n: int) -> Counts:
-    """N-grams of the hypothesis, each as often as some one reference has it."""
+    """Counts the hypothesis' n-grams, clipped by the largest count in one reference."""
     most: Counts = collections.Counter()
     for reference in group:
         most |= collections.Counter(_grams(reference, n))  # the larger count

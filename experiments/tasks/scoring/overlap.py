@@ -1,4 +1,4 @@
-"""What generated texts are judged by, all in one row."""
+"""All scores of generated texts, in one row."""
 
 from collections.abc import Sequence
 
@@ -13,14 +13,14 @@ def generation_scores(
     tokenize: str = "13a",
     lowercase: bool = True,
 ) -> dict[str, float | str]:
-    """BLEU, NIST and ROUGE-L over groups of references.
+    """Returns BLEU, NIST and ROUGE-L over groups of references.
 
     Args:
       hypotheses: one text for each group.
       references: groups of texts, such as those of `data.sources.e2e.groups`.
-      tokenize: "none" for E2E's `lora_format`, which is tokenised already.
-      lowercase: BLEU without case, as the E2E scorer has it; NIST and ROUGE-L always
-        ignore case, as there.
+      tokenize: "none" for E2E's `lora_format`, which is already tokenised.
+      lowercase: whether BLEU ignores case, as the E2E scorer's does; NIST and ROUGE-L
+        always ignore it, as there.
 
     Returns:
       `bleu` (0 to 100), `bleu_signature`, `nist`, `rouge_l` (0 to 1).

@@ -1,18 +1,18 @@
-"""ROUGE-L, as the COCO caption code and with it the E2E challenge's scorer define it.
+"""ROUGE-L, as defined by the COCO caption code, and so by the E2E challenge's scorer.
 
 For a hypothesis of h words and references of r_i words with longest common
 subsequences of l_i words,
 
     P = max_i l_i / h,   R = max_i l_i / r_i,   F = (1 + beta^2) P R / (R + beta^2 P)
 
-with beta = 1.2. The two maxima may come from two references. The score of a corpus is
-the mean of its segments' F. Case is ignored and so are the punctuation marks that the
-COCO code leaves out.
+with beta = 1.2. The two maxima may come from different references. The score of a
+corpus is the mean of its segments' F. Case is ignored, and so are the punctuation marks
+that the COCO code leaves out.
 
-The original splits text by Stanford's PTB rules, in Java. On text tokenised already
-(`tokenize="none"`, such as the E2E files of the LoRA paper) that hardly matters; on
-other text "13a" splits clitics ("don't") and currency differently: do not compare such
-a number with published ones to the third digit.
+The original splits text by Stanford's PTB rules, in Java. On text that is already
+tokenised (`tokenize="none"`, such as the E2E files of the LoRA paper) that hardly
+matters; on other text "13a" splits clitics ("don't") and currency differently, so do
+not compare such a number with published ones to the third digit.
 
 References: Lin, "ROUGE: a package for automatic evaluation of summaries", 2004; Chen et
 al., "Microsoft COCO captions", arXiv:1504.00325.
@@ -24,7 +24,7 @@ from experiments.tasks.scoring import words
 
 BETA = 1.2  # weighs recall above precision
 
-# What COCO's tokeniser leaves out, as it is written in lower case.
+# What COCO's tokeniser leaves out, in lower case.
 PUNCTUATION = frozenset(
     "'' ' `` ` -lrb- -rrb- -lcb- -rcb- . ? ! , : - -- ... ;".split()
 )
@@ -35,7 +35,7 @@ def rouge_l(
     references: Sequence[Sequence[str]],
     tokenize: str = "13a",
 ) -> float:
-    """The mean over segments, between 0 and 1.
+    """Returns the mean over segments, between 0 and 1.
 
     Args:
       hypotheses: one text for each group.
@@ -59,7 +59,7 @@ def rouge_l(
 
 
 def _segment(hypothesis: Sequence[str], group: Sequence[Sequence[str]]) -> float:
-    """F of one hypothesis; 0 if it has no words, or none in common."""
+    """Returns F of one hypothesis; 0 if it has no words, or none in common."""
     common = [_common(hypothesis, reference) for reference in group]
     if not any(common):
         return 0.0
@@ -69,7 +69,7 @@ def _segment(hypothesis: Sequence[str], group: Sequence[Sequence[str]]) -> float
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence, row by row of the table."""
+    """Returns the length of the longest common subsequence, keeping one table row."""
     above = [0] * (len(b) + 1)
     for x in a:
         row = [0]

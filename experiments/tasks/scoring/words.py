@@ -1,4 +1,4 @@
-"""Texts to words, and the checks that all scores of texts share."""
+"""Splits texts into words, and has the checks that all text scores share."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,12 +9,12 @@ TOKENIZERS = ("13a", "none")
 
 
 def splitter(tokenize: str) -> Callable[[str], list[str]]:
-    """Returns `split(text)`, lower case, as mteval compares by default.
+    """Returns `split(text)`, which lower-cases, as mteval does by default.
 
     Args:
       tokenize: "13a", mteval-v13a's rules (sacrebleu's own code), for text as people
-        write it; "none" for text that is tokenised already, such as the E2E files of
-        the LoRA paper: words are what stands between spaces.
+        write it; "none" splits at spaces, for text that is already tokenised, such as
+        the E2E files of the LoRA paper.
     """
     require_tokenize(tokenize)
     if tokenize == "none":
@@ -24,11 +24,11 @@ def splitter(tokenize: str) -> Callable[[str], list[str]]:
 
 
 def require_tokenize(tokenize: str) -> None:
-    """Raises: ValueError if `tokenize` is none of `TOKENIZERS`."""
+    """Raises ValueError if `tokenize` is not one of `TOKENIZERS`."""
     if tokenize not in TOKENIZERS:
         raise ValueError(
             f"tokenize={tokenize!r}: choose '13a' for text as people write it, or "
-            "'none' for text that is tokenised already."
+            "'none' for text that is already tokenised."
         )
 
 
@@ -38,13 +38,13 @@ def require_aligned(
     """Checks that every hypothesis has references.
 
     Raises:
-      ValueError: if there are none at all, the numbers differ, or a group of references
+      ValueError: there are no hypotheses, the numbers differ, or a group of references
         is empty or holds an empty text.
     """
     if not hypotheses or len(hypotheses) != len(references):
         raise ValueError(
             f"{len(hypotheses)} hypotheses and {len(references)} groups of references: "
-            "give one hypothesis to each group, and at least one."
+            "give one hypothesis for each group, and at least one."
         )
     for i, group in enumerate(references):
         if isinstance(group, str) or not group or not all(r.strip() for r in group):
@@ -56,7 +56,7 @@ def require_aligned(
 
 @functools.cache
 def _rules_13a() -> Callable[[str], str]:
-    """The tokeniser, which remembers what it has seen."""
+    """Returns the tokeniser, cached because it caches the lines it has seen."""
     module = "sacrebleu.tokenizers.tokenizer_13a"
     rules: Callable[[str], str] = extras.require(
         module, "experiments", "Splitting text by mteval's rules"
