@@ -224,8 +224,8 @@ def _encode(where: str, value: Any) -> Any:
         if type(value) is tuple:
             return [_encode(where, item) for item in value]
     raise TypeError(
-        f"{where} is {value!r}; adapters.json can hold None, bool, int, finite float, "
-        f"str and tuples of these (including {', '.join(RECORDS)})"
+        f"{where} is {value!r}; adapters.json holds None, bool, int, finite float, str "
+        f"and tuples of these (including {', '.join(RECORDS)})"
     )
 
 

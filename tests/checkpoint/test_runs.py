@@ -110,7 +110,7 @@ def test_numbers_that_are_not_finite_replace_none_that_are(tmp_path):
             for value in (jnp.nan, jnp.inf):
                 with pytest.raises(ValueError, match=told.format(name)):
                     run.save(spoil(3, name, value))
-        with pytest.raises(ValueError, match="model_state/mean has 1 of 3"):
+        with pytest.raises(ValueError, match="model_state/mean: 1 of its 3"):
             run.save(spoil(3, "model_state/mean", -jnp.inf))
         assert run.save(filled(1, 3))
     assert run.steps() == [3] and same(run.restore(fresh()).state, filled(1, 3))
@@ -128,7 +128,7 @@ def test_numbers_that_are_not_finite_replace_none_that_are(tmp_path):
     with RunCheckpoints(tmp_path / "b") as run:
         run.restore(fresh())
         assert run.save(filled(1, 3))
-        with pytest.raises(ValueError, match="step 4: model_state/mean has 1 of 3"):
+        with pytest.raises(ValueError, match="step 4: model_state/mean: 1 of its 3"):
             run.save(spoil(4, name, jnp.inf))
 
 

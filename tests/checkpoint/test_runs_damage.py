@@ -100,7 +100,7 @@ def test_a_folder_that_no_directory_can_become_is_named(tmp_path):
             RunCheckpoints(tmp_path / path)
         with pytest.raises(ValueError, match=told):
             checkpoint.save_adapters(tmp_path / path, fresh().adapters)
-    with pytest.raises(ValueError, match="file/run lies in .*/file: .*file is a file"):
+    with pytest.raises(ValueError, match="file/run is inside .*/file: .*file is a fil"):
         RunCheckpoints(tmp_path / "file" / "run")
     (tmp_path / "gone").mkdir()  # as the message says
     checkpoint.save_adapters(tmp_path / "link" / "adapter", fresh().adapters)
@@ -197,7 +197,7 @@ def test_a_step_under_another_number(saved, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     (folder / "9").rename(folder / "11")
-    with pytest.warns(CheckpointWarning, match="step 11: .* is of step 9"):
+    with pytest.warns(CheckpointWarning, match="step 11: .* belongs to step 9"):
         assert RunCheckpoints(folder).restore(empty()).step == 5
 
 
@@ -255,7 +255,7 @@ def test_no_space_left_is_an_error_and_older_steps_stay(tmp_path, no_space, when
     run.save(big(1))
     run.wait()
     no_space(3_000)
-    with pytest.raises(OSError, match=r"step 2 could not be written .*\[1\], are as"):
+    with pytest.raises(OSError, match=r"step 2 could not be written .*\[1\], are int"):
         run.save(big(2))
         {"wait": run.wait, "save": lambda: run.save(big(3)), "close": run.close}[when]()
     no_space(resource.RLIM_INFINITY)
