@@ -130,8 +130,14 @@ LEFT = r"the base as pissa\(rank=2\) left it"
             f"set 0 belongs to {LEFT}, set 1 to",
         ),
         (lambda: compose.stack([STANDARD, PISSA]), f"set 0 belongs .*set 1 to {LEFT}"),
-        (lambda: compose.stack([PISSA, start(rank=1)[0]]), r"set 1 what pissa.rank=1"),
-        (lambda: compose.stack([PISSA, start("olora")[0]]), r"set 1 what olora.rank=2"),
+        (
+            lambda: compose.stack([PISSA, start(rank=1)[0]]),
+            r"1 to the base as pissa.rank=1",
+        ),
+        (
+            lambda: compose.stack([PISSA, start("olora")[0]]),
+            r"1 to the base as olora.rank=2",
+        ),
         (
             lambda: compose.stack([PISSA, {"v": STANDARD["w"]}], missing="zero"),
             rf"sets \[1\] lack it, and the others belong to {LEFT}",
