@@ -357,7 +357,7 @@ def test_what_does_not_go_together(tmp_path, small):
     assert not isinstance(params["layers_0"]["up"]["kernel"], Quantized)
     assert isinstance(params["layers_1"]["up"]["kernel"], Quantized)
     source = write(tmp_path / "c", CONFIG, small, quantization_config=NF4)
-    with pytest.raises(ValueError, match="has it in codes already; leave quantize="):
+    with pytest.raises(ValueError, match="already quantised; leave quantize="):
         hf.load(source, quantize="nf4")
     other, _ = packed(KEY, plain[KEY].astype(np.float32), nested=False)
     some = {**rest, **other}

@@ -210,7 +210,7 @@ def test_an_embedding_with_rows_of_padding(tmp_path):
     assert embedding.shape == (32, 16) and not embedding[29:].any()
     found = maxtext.load(tmp_path / "0" / "items", config)
     assert_same(tree.flatten(found), tree.flatten(params))
-    with pytest.raises(ValueError, match="vocabulary=28, and the model has 29 tokens"):
+    with pytest.raises(ValueError, match="vocabulary=28, but the model has 29 tokens"):
         maxtext.save(tmp_path / "no", config, params, vocabulary=28)
 
 
@@ -374,7 +374,7 @@ def test_lora_that_is_refused(tmp_path):
     refused("base", leaves, "leaves that are not of LoRA")
     refused("axis", {a: lora[a], b: np.moveaxis(lora[b], 1, 0)}, r"\(3, 2, 24\), and")
     head = {n.replace("layers/mlp/wi_0", "logits_dense"): x for n, x in lora.items()}
-    refused("head", head, "'decoder/logits_dense' is not a linear map of a layer")
+    refused("head", head, "'decoder/logits_dense' is not a linear map in a layer")
     kernels = lorax.discover(
         lambda p: llama.Model(config).apply({"params": p}, jnp.zeros((1, 2), int)),
         params,
@@ -383,7 +383,7 @@ def test_lora_that_is_refused(tmp_path):
     with pytest.raises(ValueError, match="MaxText keeps LoRA alone, and this is Dora"):
         dora = make(lorax.Target("layers/q/kernel", rank=2, adapter="dora"))
         maxtext.save_adapters(tmp_path / "no", config, dora)
-    with pytest.raises(ValueError, match="'lm_head' is not a linear map of a layer"):
+    with pytest.raises(ValueError, match="'lm_head' is not a linear map in a layer"):
         head = make(lorax.Target("head/kernel", rank=2))
         maxtext.save_adapters(tmp_path / "no", config, head)
     with pytest.raises(ValueError, match="there are no adapters to write"):

@@ -264,7 +264,9 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="alpha"):
         ours.load_adapters(lora, config, alpha=float("nan"))
     mixture = lorax.models.mixture.Config(model_type="mixtral")
-    with pytest.raises(ValueError, match="'mixtral': tunix's layout is known here of"):
+    with pytest.raises(
+        ValueError, match="'mixtral': tunix's layout is known here only for"
+    ):
         ours.load_adapters(lora, mixture, alpha=1)
     adapters = ours.load_adapters(lora, config, alpha=1)
     one = adapters["layers/q/kernel"]
