@@ -185,7 +185,7 @@ class Fields:
     def one_of(self, name: str, choices: tuple[str, ...]) -> str:
         """Returns a field that must have one of the given values."""
         if self.raw.get(name) not in choices:
-            raise self.error(name, f"is not implemented; known are {choices}")
+            raise self.error(name, f"is not implemented; supported are {choices}")
         return self.raw[name]
 
     def names(self, name: str, patterns_only: bool = False) -> str | tuple[str, ...]:

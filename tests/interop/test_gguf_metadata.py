@@ -86,14 +86,14 @@ def test_the_factors_of_llama_3(tmp_path, held, factor):
 @pytest.mark.parametrize(
     ("factors", "more", "message"),
     [
-        (llama3(8.0, 4096), {}, "other factors than those of Llama 3.*hf.load"),
+        (llama3(8.0, 4096), {}, "not hold the factors of Llama 3.*hf.load"),
         (-llama3(8.0), {}, "other factors"),
         (llama3(8.0)[:-1], {}, r"is F32 \[31\], not F32 \[32\]"),
         (llama3(8.0).astype(np.float16), {}, r"is F16 \[32\], not F32"),
         (
             llama3(8.0),
             {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
-            "comes with rope.scaling.type='linear'",
+            "combined with rope.scaling.type='linear'",
         ),
     ],
 )
@@ -107,8 +107,8 @@ def test_other_factors_are_refused(tmp_path, held, factors, more, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"general.type": "adapter"}, "general.type='adapter', and a model is asked"),
-        ({"general.type": "mmproj"}, "general.type='mmproj', and a model is asked for"),
+        ({"general.type": "adapter"}, "general.type='adapter', but this loads models"),
+        ({"general.type": "mmproj"}, "general.type='mmproj', but this loads models"),
         ({"split.count": 3}, "split.count=3, .*llama-gguf-split --merge"),
         ({"llama.block_count": None}, "there is no 'llama.block_count' in the metad"),
         ({"llama.block_count": "2"}, "llama.block_count='2'; it must be an int >= 1"),

@@ -311,7 +311,7 @@ def test_index_and_files_agree(made):
         ),
         (
             {"intermediate_size": None},
-            r"asks for \[11008, 32\].*intermediate_size=11008 \(left out, so the def",
+            r"requires \[11008, 32\].*intermediate_size=11008 \(absent, so the def",
         ),
         (
             {"layer_types": ["full_attention"]},

@@ -213,7 +213,7 @@ def test_adapters_made_here(tmp_path):
         ({"target_parameters": ["gate_up_proj"]}, "base_layer.lora_A.weight'"),
         ({"target_parameters": ["x.y"]}, "names 'x.y', but the base has no such"),
         ({"r": 3}, r"shape \[8, 24\], but rank 3 with 4 experts requires \[12, 24\]"),
-        ({"use_dora": True}, "goes with plain LoRA only"),
+        ({"use_dora": True}, "needs plain LoRA"),
         ({"target_parameters": None}, "target_parameters does not name its parameter"),
     ],
 )

@@ -211,7 +211,7 @@ def refused(name, change, message, folder, params=True):
         ("lora_only", {"bias": "all"}, "bias='all', .* was trained"),
         ("lora_only", {"bias": "some"}, "bias='some' is not implemented"),
         ("lora_bias", {"lora_bias": False}, "c_fc.lora_B.bias'"),
-        ("lora_bias", {"use_dora": True}, "goes with plain LoRA only"),
+        ("lora_bias", {"use_dora": True}, "needs plain LoRA"),
         ("rows, tied", {"trainable_token_indices": [1, 2, 2]}, "names a token twice"),
         (
             "rows, tied",
@@ -314,7 +314,7 @@ def test_rows_alone_are_a_type_of_their_own(tied, modules, tmp_path):
     with pytest.raises(ValueError, match="token_indices=.* names a token twice"):
         ours.load(tmp_path / "ours", base_config, params)
     file.write_text(json.dumps({**told, "target_modules": ".*"}))
-    with pytest.raises(ValueError, match="is an expression; give a list"):
+    with pytest.raises(ValueError, match="is a pattern; give a list"):
         ours.load(tmp_path / "ours", base_config, params)
     with pytest.raises(ValueError, match="fields=.'r'.: PEFT's TRAINABLE_TOKENS"):
         ours.save(tmp_path, adapters, base_config, params=params, fields={"r": 1})

@@ -164,7 +164,7 @@ def test_a_tensor_that_the_text_lacks_is_missing(whole, tmp_path):
 
     directory = copied(whole[0], tmp_path, rename=rename)
     with (
-        pytest.warns(UserWarning, match="left unread"),
+        pytest.warns(UserWarning, match="not read"),
         pytest.raises(ValueError, match=r"missing: model.norm.weight"),
     ):
         hf.load(directory)
