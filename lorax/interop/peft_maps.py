@@ -300,8 +300,8 @@ def _hra_save(module: Module, place: Place) -> dict[str, np.ndarray]:
     u = module.fields["u"]
     if not u.any(axis=0).all():
         raise ValueError(
-            f"{place.name!r} has a zero normal vector, which is no reflection here "
-            "but NaN in PEFT"
+            f"{place.name!r} has a zero normal vector, which reflects nothing here "
+            "and gives NaN in PEFT"
         )
     return {HRA_U: u}
 

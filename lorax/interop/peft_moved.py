@@ -10,7 +10,7 @@ from lorax.types import Adapters
 
 
 def on_original(adapters: Adapters, initial: Adapters) -> Adapters:
-    """Returns `compose.to_lora`, and DoRA's factors by it: its norm is of the sum."""
+    """Returns `compose.to_lora`, extended to DoRA, whose norm is of the same sum."""
 
     def plain(a: Any) -> Any:
         if "magnitude" not in a.roles:

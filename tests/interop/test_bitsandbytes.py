@@ -233,9 +233,9 @@ def changed(tensors, name, **fields):
 DAMAGES = {
     "no absmax": (
         lambda t: {f"{KEY}.absmax": None},
-        "and no '.*up_proj.*absmax'",
+        "but no '.*up_proj.*absmax'",
     ),
-    "no codes": (lambda t: {KEY: None}, f"and no '{KEY}'"),
+    "no codes": (lambda t: {KEY: None}, f"but no '{KEY}'"),
     "no state": (
         lambda t: {f"{KEY}.{STATE}": None},
         "dtype uint8.*scales are missing",
@@ -282,7 +282,7 @@ DAMAGES = {
     ),
     "turned": (
         lambda t: changed(t, KEY, shape=[64, 192]),
-        r"shape \[64, 192\], and",
+        r"shape \[64, 192\], but",
     ),
     "infinite": (
         lambda t: changed(t, KEY, nested_offset=1e999),

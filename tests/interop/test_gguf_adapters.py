@@ -258,7 +258,7 @@ def test_half_precision_is_read(tmp_path):
         ),
         (GOOD, {"adapter.lora.alpha": float("nan")}, "adapter.lora.alpha=nan; it must"),
         (GOOD, {"adapter.alora.invocation_tokens": [1]}, "invocation_tokens: the adap"),
-        ({UP + "a": GOOD[UP + "a"]}, {}, "blk.0.ffn_up.weight: there is no '.lora_b'"),
+        ({UP + "a": GOOD[UP + "a"]}, {}, "blk.0.ffn_up.weight: it has no '.lora_b'"),
         (
             GOOD | {UP + "b": np.ones((48, 3), np.float32)},
             {},

@@ -100,7 +100,7 @@ def test_the_tokenizer_of_the_programs(tmp_path):
     [
         ({"model": None}, "there is no 'tokenizer.ggml.model' in the metadata"),
         ({"model": "bert"}, "tokenizer.ggml.model='bert'; it must be one of 'gpt2', "),
-        ({"pre": "tekken"}, "tokenizer.ggml.pre='tekken' is not implemented; known ar"),
+        ({"pre": "tekken"}, "tokenizer.ggml.pre='tekken' is not implemented; supp"),
         ({"tokens": None}, "there is no 'tokenizer.ggml.tokens'"),
         (
             {"tokens": [1, 2]},

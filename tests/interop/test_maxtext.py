@@ -374,7 +374,7 @@ def test_lora_that_is_refused(tmp_path):
 
     refused("one", {a: lora[a]}, "kernel_lora_b' is missing, the other of a pair")
     refused("base", leaves, "leaves that are not LoRA parameters")
-    refused("axis", {a: lora[a], b: np.moveaxis(lora[b], 1, 0)}, r"\(3, 2, 24\), and")
+    refused("axis", {a: lora[a], b: np.moveaxis(lora[b], 1, 0)}, r"\(3, 2, 24\), but")
     head = {n.replace("layers/mlp/wi_0", "logits_dense"): x for n, x in lora.items()}
     refused("head", head, "'decoder/logits_dense' is not a linear map in a layer")
     kernels = lorax.discover(

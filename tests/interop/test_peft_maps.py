@@ -86,6 +86,6 @@ def test_a_normal_of_zeros(tmp_path):
     config, adapters, _ = made(LLAMA, lorax.Target(Q, rank=2, adapter="hra"))
     zeros = {"u": jnp.zeros_like(adapters[Q].u)}
     with pytest.raises(
-        ValueError, match="a zero normal vector, which is no reflection"
+        ValueError, match="a zero normal vector, which reflects nothing"
     ):
         saved(tmp_path, adapters, config, **zeros)
