@@ -147,7 +147,7 @@ def test_errors():
     run = lambda params, x: x @ params["w"]
     shapes = {"w": jax.ShapeDtypeStruct((96, 12), jnp.float32)}
     kernels = lorax.discover(run, shapes, normal(2, 96))
-    with pytest.raises(ValueError, match="w: the QArray has shape .96, 24. and disc"):
+    with pytest.raises(ValueError, match="w: the QArray has shape .96, 24., but disc"):
         ours.from_qarrays({"w": array}, kernels)
     with pytest.raises(KeyError, match="no leaf 'v'"):
         ours.from_qarrays({"v": array}, kernels)
