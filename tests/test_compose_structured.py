@@ -113,7 +113,7 @@ def test_they_are_cut_as_lora():
     make.close(make.delta(got["w"]).reshape(2, 6, 10), want)
     lost = np.sqrt((s[:, 2:] ** 2).sum() / (s**2).sum())
     np.testing.assert_allclose(error["w"], lost, rtol=1e-4)
-    with pytest.raises(ValueError, match="LoHa is not one; write it as Lora first"):
+    with pytest.raises(ValueError, match="LoHa is not one; convert it to Lora first"):
         compose.resize({"w": loha(1)}, 2)
 
 

@@ -119,22 +119,31 @@ def test_files_from_before_the_record_take_the_templates(tmp_path):
 
 
 HALF = [0.5, 0.5]
-LEFT = r"what pissa\(rank=2\) left of the base"
+LEFT = r"the base as pissa\(rank=2\) left it"
 
 
 @pytest.mark.parametrize(
     "call,message",
     [
-        (lambda: compose.stack([PISSA, STANDARD]), f"set 0 fits {LEFT}, set 1 the bas"),
-        (lambda: compose.stack([STANDARD, PISSA]), f"set 0 fits the .*set 1 {LEFT}"),
-        (lambda: compose.stack([PISSA, start(rank=1)[0]]), r"set 1 what pissa.rank=1"),
-        (lambda: compose.stack([PISSA, start("olora")[0]]), r"set 1 what olora.rank=2"),
+        (
+            lambda: compose.stack([PISSA, STANDARD]),
+            f"set 0 belongs to {LEFT}, set 1 to",
+        ),
+        (lambda: compose.stack([STANDARD, PISSA]), f"set 0 belongs .*set 1 to {LEFT}"),
+        (
+            lambda: compose.stack([PISSA, start(rank=1)[0]]),
+            r"1 to the base as pissa.rank=1",
+        ),
+        (
+            lambda: compose.stack([PISSA, start("olora")[0]]),
+            r"1 to the base as olora.rank=2",
+        ),
         (
             lambda: compose.stack([PISSA, {"v": STANDARD["w"]}], missing="zero"),
-            rf"sets \[1\] lack it, and the others fit {LEFT}",
+            rf"sets \[1\] lack it, and the others belong to {LEFT}",
         ),
-        (lambda: compose.switch(STANDARD, PISSA), f"the adapter fits .*like {LEFT}"),
-        (lambda: compose.switch(PISSA, STANDARD), f"the adapter fits {LEFT}, like the"),
+        (lambda: compose.switch(STANDARD, PISSA), f"adapter belongs .*like to {LEFT}"),
+        (lambda: compose.switch(PISSA, STANDARD), f"belongs to {LEFT}, like to the"),
         (lambda: compose.combine([PISSA, STANDARD], HALF), f"{LEFT}: .* combine would"),
         (lambda: compose.combine([OTHER, PISSA], HALF, "svd"), f"{LEFT}: .* combine w"),
         (
@@ -144,7 +153,10 @@ LEFT = r"what pissa\(rank=2\) left of the base"
         (lambda: compose.scale(PISSA, 0.5), f"{LEFT}: .* scale would change"),
         (lambda: compose.negate(PISSA), f"{LEFT}: .* scale would change"),
         (lambda: compose.to_lora(PISSA), f"{LEFT}: .*to_lora without initial="),
-        (lambda: compose.to_lora(PISSA, STANDARD), f"adapter fits {LEFT}, initial the"),
+        (
+            lambda: compose.to_lora(PISSA, STANDARD),
+            f"belongs to {LEFT}, initial to the",
+        ),
         (
             lambda: population.create_population(KEYS, [PISSA, STANDARD], TX, PARAMS),
             r"member 1 has moved_by=None, but member 0 has 'pissa\(rank=2\)'",

@@ -39,9 +39,9 @@ def test_mesh_sizes(given, want):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"fsdp": 3}, "fsdp=3.*3 devices do not make up the 8 there are"),
-        ({"data": 3, "fsdp": -1}, "3 devices do not make up the 8"),
-        ({"fsdp": 4}, "4 devices do not make up the 8"),
+        ({"fsdp": 3}, "fsdp=3.*3 devices do not fit the 8 there are"),
+        ({"data": 3, "fsdp": -1}, "3 devices do not fit the 8"),
+        ({"fsdp": 4}, "4 devices do not fit the 8"),
         ({"data": -1, "fsdp": -1}, "only one size can be -1"),
         ({"fsdp": 0}, "whole numbers >= 1"),
         ({"fsdp": 2.0}, "whole numbers >= 1"),
@@ -141,7 +141,7 @@ def test_regular_expressions_come_first_and_the_first_of_them_wins(mesh):
         ({}, [("w", P(None, "experts"))], "the mesh has no axis 'experts'"),
         ({}, [("w", P(None, None, None))], "more entries than the shape"),
         ({}, (), r"w: no sharding rule matches; end the rules with \('\.\*'"),
-        ({"w": ("heads",)}, (), "logical axes .* for the shape"),
+        ({"w": ("heads",)}, (), "logical axes .* fit the shape"),
         ({"w": ("head", None)}, (), "'head' is not in the table; it has layers, embed"),
     ],
 )

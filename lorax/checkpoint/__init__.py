@@ -1,4 +1,4 @@
-"""Checkpoints: adapters to share, and the whole state of a run to go on from."""
+"""Checkpoints: adapters to share, and the complete state of a run to resume from."""
 
 from lorax.checkpoint.adapters import load_adapters, load_frozen, save_adapters
 from lorax.checkpoint.runs import CheckpointWarning, Restored, RunCheckpoints

@@ -1,6 +1,6 @@
 """Adapters on disk: arrays in orbax, everything else in `adapters.json`.
 
-`index` makes and reads that file, which is written last and replaced in one move. A
+`index` builds and reads that file, which is written last and replaced atomically. A
 directory without it is not a checkpoint, and overwriting keeps the old arrays until the
 new ones are complete.
 """
@@ -30,27 +30,28 @@ def save_adapters(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes adapters to a directory, from which they load without a template.
+    """Writes adapters to a directory; loading them needs no template.
 
     Args:
       path: the directory, local or anything orbax writes to (`gs://...`).
       adapters: `{path: Adapter}`.
       params: the base they belong to, after `lorax.init` (an init may move part of a
         kernel). Only a fingerprint is stored: shape, dtype and content digest of each
-        adapted leaf, by which loading tells another base. None stores none. Of a `Base`
-        the frozen arrays that the adapters have are stored whole, see `load_frozen`.
-      overwrite: replace the checkpoint that is there; not by NaN or an infinity.
+        adapted leaf, so that loading can detect a different base. None stores none.
+        For a `Base`, the frozen arrays that the adapters use are stored in full; see
+        `load_frozen`.
+      overwrite: replace an existing checkpoint; refused if a value is not finite.
 
     Raises:
-      FileExistsError: there is one, and `overwrite` is False.
-      ValueError: no adapters, ones that do not fit `params`, ones with frozen arrays
-        and `params` without them, a static field out of its range, or adapters that
-        are not finite and would replace a checkpoint.
+      FileExistsError: there is already a checkpoint, and `overwrite` is False.
+      ValueError: `adapters` is empty or does not fit `params`, `params` lacks frozen
+        arrays that the adapters use, a static field is out of range, or non-finite
+        adapters would replace a checkpoint.
       KeyError: `params` lacks an adapted path.
-      TypeError: an adapter whose class is not registered, or a static field that JSON
-        cannot hold.
-      OSError: the directory cannot be written (no space left, no permission); what it
-        held is as it was.
+      TypeError: an adapter's class is not registered, or JSON cannot represent a
+        static field.
+      OSError: the directory cannot be written (no space left, no permission); its
+        previous contents are intact.
 
     Example:
       >>> import tempfile
@@ -70,7 +71,7 @@ def save_adapters(
     if (folder / indices.INDEX).exists():
         if not overwrite:
             raise FileExistsError(
-                f"{folder} holds adapters already; pass overwrite=True to replace them"
+                f"{folder} already holds adapters; pass overwrite=True to replace them"
             )
         _require_finite(folder, adapters)
     generation = max(_generations(folder), default=-1) + 1
@@ -86,23 +87,24 @@ def load_adapters(
     template: Adapters | None = None,
     params: PyTree = None,
 ) -> Adapters:
-    """Reads what `save_adapters` wrote: the same bits, the same static fields.
+    """Reads what `save_adapters` wrote, bit for bit, static fields included.
 
     Args:
       path: the directory.
-      template: adapters of the expected paths, classes, static fields, shapes and
-        dtypes (arrays or `jax.ShapeDtypeStruct`); arrays are put on its shardings.
-        None takes what is there, on the default device.
-      params: the base the adapters will be applied to, held against the fingerprint;
-        of a `Base` the frozen arrays as well. None leaves the base unchecked.
+      template: adapters with the expected paths, classes, static fields, shapes and
+        dtypes (arrays or `jax.ShapeDtypeStruct`); the loaded arrays take its shardings.
+        None accepts whatever is there and puts it on the default device.
+      params: the base the adapters will be applied to, checked against the
+        fingerprint; for a `Base`, its frozen arrays too. None skips this check.
 
     Returns:
-      `{path: Adapter}`; what they have in `Base.frozen` is `load_frozen`'s.
+      `{path: Adapter}`; arrays kept in `Base.frozen` come from `load_frozen`.
 
     Raises:
       FileNotFoundError: no such directory.
-      ValueError: no adapter checkpoint, a damaged one or one of a newer format; a
-        template or a base that differs, naming the path and the difference.
+      ValueError: the directory holds no adapter checkpoint, a damaged one or one in a
+        newer format; or the template or base differs (the error names the path and the
+        difference).
       KeyError: `params` lacks an adapted path.
 
     Example:
@@ -142,22 +144,25 @@ def load_adapters(
 
 
 def load_frozen(path: str | os.PathLike[str]) -> dict[str, jax.Array]:
-    """Reads the frozen arrays that `save_adapters` wrote beside adapters.
+    """Reads the frozen arrays that `save_adapters` wrote next to the adapters.
+
+    For these adapters,
 
         params = lorax.Base(params, load_frozen(path))
 
-    is then what `lorax.init` returned, of these adapters.
+    restores the base that `lorax.init` returned.
 
     Args:
       path: the directory.
 
     Returns:
-      `{name: array}`, the same bits, on the default device; `{}` where the adapters
-      have none.
+      `{name: array}`, bit for bit, on the default device; `{}` if the adapters have
+      none.
 
     Raises:
       FileNotFoundError: no such directory.
-      ValueError: no adapter checkpoint, a damaged one or one of a newer format.
+      ValueError: the directory holds no adapter checkpoint, a damaged one or one in a
+        newer format.
 
     Example:
       >>> import tempfile
@@ -185,7 +190,7 @@ def load_frozen(path: str | os.PathLike[str]) -> dict[str, jax.Array]:
 def _write(
     folder: epath.Path, index: indices.Index, parts: Mapping[str, dict[str, Any]]
 ) -> None:
-    """Writes the arrays, then the index in one move; then the arrays before go."""
+    """Writes the arrays, then the index atomically, then deletes older arrays."""
     text = json.dumps(index, indent=1, allow_nan=False)
     with _writing(folder):
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -206,30 +211,30 @@ def _write(
 
 @contextlib.contextmanager
 def _writing(folder: epath.Path) -> Iterator[None]:
-    """Names the directory in whatever orbax and tensorstore raise."""
+    """Names the directory in any error that orbax or tensorstore raises."""
     try:
         yield
     except Exception as error:
         raise OSError(
-            f"{folder} could not be written: {storage.reason(error)}. Adapters that "
-            "were there are as they were; make room there, or permissions, and save "
-            "once more"
+            f"{folder} could not be written: {storage.reason(error)}. Any adapters it "
+            "already held are intact; free some space or fix the permissions, then "
+            "save again"
         ) from error
 
 
 def _require_finite(folder: epath.Path, adapters: Adapters) -> None:
-    """ValueError naming a leaf that would replace a good one by NaN or an infinity."""
+    """ValueError naming a leaf with NaN or an infinity; it may replace a good one."""
     for name, adapter in adapters.items():
         for field, value in entries.arrays(adapter).items():
             if not storage.on_host(storage.is_finite(value)):
                 raise ValueError(
                     f"{name}: {field} is not finite, and {folder} holds adapters that "
-                    "may be good: save these to another directory, or delete that one"
+                    "may be good: save to another directory, or delete that one first"
                 )
 
 
 def _generations(folder: epath.Path) -> list[int]:
-    """The generations of arrays in the folder, finished or not."""
+    """The generation numbers of the array folders, complete or not."""
     names = [p.name.removeprefix("arrays-") for p in folder.glob("arrays-*")]
     return [int(name) for name in names if name.isdecimal()]
 
@@ -238,7 +243,7 @@ def _generations(folder: epath.Path) -> list[int]:
 
 
 def _read(folder: epath.Path, want: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays, as `storage.read`; ValueError where JAX would round them."""
+    """The arrays, as from `storage.read`; ValueError if JAX would round them."""
     arrays = storage.read(folder, want)
     for leaf in jax.tree.leaves(arrays):
         if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:

@@ -1,19 +1,19 @@
-"""What a checkpoint says of an array: shape, dtype, and a sum over its content.
+"""What a checkpoint records of an array: shape, dtype, and a checksum of its content.
 
     {"shape": [6, 4], "dtype": "float32", "content": 32 hex digits}
 
-The sum is the same for every sharding, mesh and number of processes, and is taken where
-the shards are, so that nothing is gathered for it: over the words of the array
+The checksum is the same for every sharding, mesh and number of processes, and is
+computed where the shards are, without gathering them. Over the words of the array,
 
     lane_j = sum_i mix(word_i ^ (mix(i) + seed_j))  (mod 2^32),    j = 0..3
 
-with `mix` the finaliser of MurmurHash3. `mix` is a bijection, so a change of one word
-changes every lane; the index in it tells permutations apart; a sum has no order, so
-no sharding changes it. It tells arrays apart, it does not withstand forgery.
+with `mix` the finaliser of MurmurHash3. `mix` is a bijection, so changing one word
+changes every lane; the index makes permutations differ; and the order of a sum does not
+matter, so sharding does not change it. It tells arrays apart; it is not cryptographic.
 
-Files of format 1 have other sums, which are read and no longer written: `digest`, 128
-bits of BLAKE2b over dtype, shape and the bytes in C order; of the base of adapters
-`sha256`, of the bytes. The oldest have none.
+Files of format 1 have other checksums, which are still read but no longer written:
+`digest`, 128 bits of BLAKE2b over dtype, shape and the bytes in C order; and `sha256`
+over the bytes, for the base of saved adapters. The oldest files have none.
 
 References:
   Appleby, "MurmurHash3", fmix32. Aumasson et al., "BLAKE2", RFC 7693.
@@ -35,30 +35,30 @@ from lorax.checkpoint.storage import DamagedError
 from lorax.types import PyTree
 
 SEEDS = (0x9E3779B9, 0x3C6EF372, 0xDAA66D2B, 0x78DDE6E4)  # k 2^32 / golden ratio
-BLOCK = 2**16  # words summed at once on the host: they stay in the cache
+BLOCK = 2**16  # words summed at once on the host; small enough to stay in the cache
 
 Entry = dict[str, Any]
-"""What is said of one array: JSON data."""
+"""The record of one array: JSON data."""
 
 SUMS = {
     "content": untrusted.digits(32),
     "digest": untrusted.digits(32),
     "sha256": untrusted.digits(64),
 }
-"""What a sum must be, by its name."""
+"""What each kind of checksum must look like."""
 
 
 def kind(array: Any) -> Entry:
-    """Returns shape and dtype as JSON data."""
+    """Returns the shape and dtype as JSON data."""
     return {"shape": list(array.shape), "dtype": array.dtype.name}
 
 
 def describe(leaves: Mapping[str, Any]) -> dict[str, Entry]:
-    """Returns the entries of arrays; abstract ones have the content None.
+    """Returns the entries of arrays; abstract arrays have content None.
 
     Args:
-      leaves: arrays by name, sharded or not. If one is sharded over processes all of
-        them must call this.
+      leaves: arrays by name, sharded or not. If one is sharded across processes, every
+        process must call this.
 
     Example:
       >>> describe({"w": jnp.zeros(2, jnp.int8)})["w"]["content"]
@@ -69,7 +69,7 @@ def describe(leaves: Mapping[str, Any]) -> dict[str, Entry]:
         for name, x in leaves.items()
         if all(map(tree.is_concrete, jax.tree.leaves(x)))
     }
-    with jax.ensure_compile_time_eval():  # known leaves, closed over by a jit
+    with jax.ensure_compile_time_eval():  # concrete leaves may be closed over by a jit
         sums = {name: _sum(leaf) for name, leaf in known.items()}
     described = {name: kind(x) | {"content": None} for name, x in leaves.items()}
     for name, lanes in sums.items():
@@ -82,14 +82,14 @@ def describe_base(params: PyTree) -> dict[str, Entry]:
     """Returns the entries of a parameter tree by path.
 
     Args:
-      params: any tree of arrays; of a `Base` its frozen arrays too, as `frozen:name`.
+      params: any tree of arrays; the frozen arrays of a `Base` appear as `frozen:name`.
     """
     frozen = {f"frozen:{name}": x for name, x in tree.split(params)[1].items()}
     return describe(tree.flatten(params) | frozen)
 
 
 def describe_as(told: Entry, leaf: Any) -> Entry:
-    """Returns the entry of an array, by the sum that `told` has."""
+    """Returns the entry of an array, with the kind of checksum that `told` has."""
     earlier = next((name for name in _EARLIER if name in told), None)
     if earlier is None:
         return describe({"": leaf})[""]
@@ -99,9 +99,9 @@ def describe_as(told: Entry, leaf: Any) -> Entry:
 
 
 def difference(then: Entry, now: Entry) -> tuple[str, Any, Any] | None:
-    """Returns the first field in which two entries differ, and its two values.
+    """Returns the first field in which two entries differ, with both values.
 
-    A field that one of them lacks, or has as None, does not count.
+    A field that is missing or None in either entry is ignored.
 
     Example:
       >>> difference({"shape": [3], "content": None}, {"shape": [4], "content": "0"})
@@ -116,12 +116,12 @@ def difference(then: Entry, now: Entry) -> tuple[str, Any, Any] | None:
 def require_base(
     then: Mapping[str, Entry], now: Mapping[str, Entry], made: str
 ) -> None:
-    """Raises ValueError naming the first leaf of a base that is another.
+    """Raises ValueError naming the first leaf of a base that differs.
 
     Args:
       then: entries by path, as saved.
-      now: of the params at hand.
-      made: what was made on the base that was saved, for errors.
+      now: entries of the current params.
+      made: says what was made on another base, for errors.
     """
     for path, entry in now.items():
         if differs := difference(then.get(path, {}), entry):
@@ -129,19 +129,19 @@ def require_base(
             raise ValueError(
                 f"{path}: {made}: {field} {old} there, {new} in params. Pass the "
                 "params that lorax.init returned (an init may change them), or none to "
-                "leave the base unchecked"
+                "skip this check"
             )
 
 
 def require_intact(
     where: str, told: Mapping[str, Entry], arrays: Mapping[str, Any]
 ) -> None:
-    """Raises DamagedError naming the first array that is not as its entry says.
+    """Raises DamagedError naming the first array that does not match its entry.
 
     Args:
       where: what the names belong to, for errors.
       told: entries by name.
-      arrays: in host memory, by name; of a PRNG key the data.
+      arrays: in host memory, by name; a PRNG key is given as its key data.
     """
     for name, entry in told.items():
         array = arrays.get(name)
@@ -151,16 +151,16 @@ def require_intact(
         if entry["dtype"].startswith("key<"):
             now |= {"shape": entry["shape"], "dtype": entry["dtype"]}
         if differs := difference(entry, now):
-            raise DamagedError(f"{where}{name} is damaged: its {differs[0]} is another")
+            raise DamagedError(f"{where}{name} is damaged: its {differs[0]} differs")
 
 
 def require_form(told: Any, where: str, abstract: bool = False) -> None:
-    """Raises ValueError unless an entry that was read has the form of one.
+    """Raises ValueError unless an entry read from a file is well formed.
 
     Args:
-      told: the entry, of any format.
-      where: its place, for errors.
-      abstract: True where the sum may be null.
+      told: the entry, in any format.
+      where: its location, for errors.
+      abstract: True if the checksum may be null.
     """
     untrusted.field(told, "shape", untrusted.SHAPE, where)
     untrusted.field(told, "dtype", untrusted.TEXT, where)
@@ -169,11 +169,11 @@ def require_form(told: Any, where: str, abstract: bool = False) -> None:
     untrusted.field(told, name, rule, where)
 
 
-# The sum: its definition, on the host, and the same on devices
+# The checksum: defined on the host, and the same on devices
 
 
 def _sum(leaf: Any) -> np.ndarray | jax.Array:
-    """The four lanes, [4] uint32; of a quantised leaf from those of its arrays."""
+    """The four lanes, [4] uint32; a quantised leaf combines those of its arrays."""
     if tree.is_quantized(leaf):
         total = np.zeros(len(SEEDS), np.uint32)
         for number, part in enumerate(jax.tree.leaves(leaf)):
@@ -199,7 +199,7 @@ def sum_on_host(array: np.ndarray) -> np.ndarray:
 
 
 def _words_on_host(array: np.ndarray) -> np.ndarray:
-    """The bits of each element as unsigned, in order; one of 64 bits makes two."""
+    """Each element's bits as unsigned words, in order; 64-bit elements give two."""
     array = np.ascontiguousarray(
         array, jax.dtypes.canonicalize_dtype(array.dtype)
     ).reshape(-1)
@@ -223,7 +223,7 @@ def _sum_on_devices(leaf: jax.Array) -> jax.Array:
 
 
 def _words(leaf: jax.Array) -> jax.Array:
-    """The bits of each element as uint32; an element of 64 bits makes two."""
+    """Each element's bits as uint32 words; 64-bit elements give two."""
     leaf = jax.random.key_data(leaf) if storage.is_key(leaf) else leaf
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)
@@ -237,13 +237,13 @@ def _words(leaf: jax.Array) -> jax.Array:
 
 
 def _mix(x: Any) -> Any:
-    """The finaliser of MurmurHash3, over uint32 of numpy or JAX."""
+    """The finaliser of MurmurHash3, on NumPy or JAX uint32."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
-# The sums of format 1
+# The checksums of format 1
 
 
 def blake2b(array: np.ndarray) -> str:

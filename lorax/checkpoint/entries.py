@@ -1,13 +1,13 @@
-"""An adapter without its numbers, as JSON data, and back.
+"""Adapters without their values as JSON data, and back.
 
     {"class": "lora", "module": "lorax.adapters.lora",
      "static": {"scale": 2.0, "axes": {"Axes": {"in_": [0], ...}}, ...},
      "arrays": {"a": {"shape": [3, 1], "dtype": "float32"}, ...}}
 
 describe(path, adapter)   the entry
-skeleton(entry)           the adapter with abstract arrays, every field held to `STATIC`
-filled(...)               skeletons of older files, with the fields of a template
-check_template(...)       skeletons against a template: what differs is named
+skeleton(entry)           the adapter with abstract arrays; fields checked by `STATIC`
+filled(...)               skeletons of older files, completed from a template
+check_template(...)       compares skeletons with a template and names what differs
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorax.checkpoint import digests
 from lorax.types import Adapters, Axes
 
 RECORDS = {cls.__name__: cls for cls in (Axes,)}
-"""Named tuples that static fields may hold, by name."""
+"""Named tuples that static fields may contain, by name."""
 
 NUMBERS = untrusted.listed(untrusted.whole())
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -35,7 +35,7 @@ STATIC = {
     "scale": untrusted.number(-FLOAT32_MAX, FLOAT32_MAX),
     "dropout": untrusted.number(0, below=1),
     "axes": untrusted.Rule(
-        "an Axes of axes that are each there once",
+        "an Axes that lists each axis exactly once",
         lambda v: (
             isinstance(v, Axes)
             and all(NUMBERS.fits(part) for part in v)
@@ -43,15 +43,15 @@ STATIC = {
         ),
     ),
     "layers": untrusted.Rule(
-        "the numbers of layers, each once, or null",
+        "layer numbers, each at most once, or null",
         lambda v: v is None or (NUMBERS.fits(v) and 0 < len(v) == len(set(v))),
     ),
     "slices": untrusted.Rule(
-        "the numbers of slices, increasing",
+        "slice numbers in increasing order",
         lambda v: NUMBERS.fits(v) and len(v) > 0 and list(v) == sorted(set(v)),
     ),
     "rows": untrusted.Rule(
-        "the numbers of rows, increasing",
+        "row numbers in increasing order",
         lambda v: NUMBERS.fits(v) and len(v) > 0 and list(v) == sorted(set(v)),
     ),
     "size": untrusted.whole(1),
@@ -68,16 +68,16 @@ STATIC = {
     ),
     "moved_by": untrusted.Rule("a name", lambda v: untrusted.TEXT.fits(v) and v) | None,
 }
-"""What the static fields of adapters must be, by name; others may be any such data."""
+"""What an adapter's static fields must be, by name; other fields are unrestricted."""
 
 
 def fields(adapter: Any, static: bool) -> list[str]:
-    """Returns the names of the static fields, or of the others."""
+    """Returns the names of the static fields, or of the array fields."""
     return [f.name for f in dataclasses.fields(adapter) if _is_static(f) == static]
 
 
 def arrays(adapter: Any) -> dict[str, Any]:
-    """Returns the array fields that are not None; frozen ones are the base's."""
+    """Returns the array fields that are not None, without those the base holds."""
     lent = {field for field, _ in getattr(adapter, "lent", ())}
     names = [name for name in fields(adapter, static=False) if name not in lent]
     values = {name: getattr(adapter, name) for name in names}
@@ -85,7 +85,7 @@ def arrays(adapter: Any) -> dict[str, Any]:
 
 
 def lent_names(adapters: Adapters) -> dict[str, str]:
-    """Returns the names of all frozen arrays, each with a path that has it."""
+    """Returns the names of all frozen arrays, each with a path that uses it."""
     return {
         name: path
         for path, adapter in reversed(adapters.items())
@@ -94,17 +94,17 @@ def lent_names(adapters: Adapters) -> dict[str, str]:
 
 
 def describe(path: str, adapter: Any) -> dict[str, Any]:
-    """Returns everything about an adapter but its numbers, as JSON data.
+    """Returns everything about an adapter except its values, as JSON data.
 
     Raises:
-      TypeError: a class that is not registered, or a field that JSON cannot hold.
+      TypeError: the class is not registered, or JSON cannot represent a field.
     """
     name = adapter_classes.name_of(type(adapter))
     if name is None:
         raise TypeError(
             f"{path}: {type(adapter).__name__} is not registered, so it could not be "
             "loaded again; call lorax.adapters.register(name, "
-            f"{type(adapter).__name__}) where it is defined"
+            f"{type(adapter).__name__}) where the class is defined"
         )
     static = {
         field: _encode(f"{path}: {field}", getattr(adapter, field))
@@ -116,15 +116,16 @@ def describe(path: str, adapter: Any) -> dict[str, Any]:
 
 
 def _class_of(name: str, module: Any) -> Any:
-    """The class that a file names; older files have the name of the class itself."""
+    """The class that a file names; older files give the Python class name."""
     known = adapter_classes.REGISTRY
     older = {cls.__name__: cls for cls in known.values()}
     if name in known or name in older:
         return known.get(name) or older[name]
     where = f"import {module}" if isinstance(module, str) else "import its module"
     raise ValueError(
-        f"class {name!r} is not registered, which are {sorted(known)}; {where}, which "
-        "registers it, before loading (a file is never a reason to import anything)"
+        f"class {name!r} is not registered; those registered are {sorted(known)}. "
+        f"Before loading, {where}, which registers it (loading never imports modules "
+        "that a file names)"
     )
 
 
@@ -132,11 +133,11 @@ def skeleton(entry: Any) -> Any:
     """Returns the adapter with abstract arrays.
 
     Args:
-      entry: as `describe` gives it, and as a file may hold it.
+      entry: as `describe` returns it, or as read from a file.
 
     Raises:
-      ValueError: a field that is absent, unknown or out of its range, or fields that
-        do not fit one another; the field is named.
+      ValueError: a field is absent, unknown or out of range, or fields do not fit one
+        another; the error names the field.
     """
     name = untrusted.field(entry, "class", untrusted.TEXT)
     cls = _class_of(name, entry.get("module"))
@@ -162,12 +163,12 @@ def skeleton(entry: Any) -> Any:
 
 
 def filled(skeletons: Adapters, told: dict[str, Any], template: Adapters) -> Adapters:
-    """Returns skeletons with the template's static fields where older files had none.
+    """Returns skeletons whose missing static fields come from the template.
 
     Args:
-      skeletons: of `told`.
-      told: the entries by path.
-      template: adapters of the expected statics.
+      skeletons: made from `told`.
+      told: the entries by path; older files lack some static fields.
+      template: adapters with the expected static fields.
     """
     made: dict[str, Any] = dict(skeletons)
     for path, adapter in skeletons.items():
@@ -209,7 +210,7 @@ def _is_static(field: dataclasses.Field) -> bool:
 
 
 def _encode(where: str, value: Any) -> Any:
-    """A static field as JSON data: tuples are lists, named tuples {name: fields}."""
+    """A static field as JSON data; tuples become lists, named tuples {name: fields}."""
     if isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0:
         value = value.item()
     if isinstance(value, float) and math.isfinite(value):
@@ -224,7 +225,7 @@ def _encode(where: str, value: Any) -> Any:
             return [_encode(where, item) for item in value]
     raise TypeError(
         f"{where} is {value!r}; adapters.json holds None, bool, int, finite float, str "
-        f"and tuples of these ({', '.join(RECORDS)} among them)"
+        f"and tuples of these (including {', '.join(RECORDS)})"
     )
 
 
@@ -236,12 +237,12 @@ def _decode(where: str, value: Any) -> Any:
         cls = RECORDS.get(name)
         if cls is None or len(value) > 1 or not isinstance(items, dict):
             raise ValueError(
-                f"{where}={untrusted.shown(value)}; an object there must be the fields "
-                f"of one of {', '.join(RECORDS)}"
+                f"{where}={untrusted.shown(value)}; an object there must have the form "
+                f"{{name: fields}}, where name is one of {', '.join(RECORDS)}"
             )
         if set(items) != set(cls._fields):
             raise ValueError(
-                f"{where}.{name} has the fields {sorted(items)} and needs "
+                f"{where}.{name} has the fields {sorted(items)}; it needs "
                 f"{list(cls._fields)}"
             )
         return cls(**{k: _decode(f"{where}.{name}.{k}", v) for k, v in items.items()})
@@ -249,7 +250,7 @@ def _decode(where: str, value: Any) -> Any:
 
 
 def abstract(where: str, told: Any) -> jax.ShapeDtypeStruct:
-    """Returns the shape that a file tells; ValueError where it is not one."""
+    """Returns the abstract array that a file describes; ValueError if it is invalid."""
     shape = untrusted.field(told, "shape", untrusted.SHAPE, where)
     name = untrusted.field(told, "dtype", untrusted.TEXT, where)
     try:
@@ -259,7 +260,7 @@ def abstract(where: str, told: Any) -> jax.ShapeDtypeStruct:
 
 
 def _require_names(cls: Any, given: dict[str, Any], part: str) -> None:
-    """Holds the names of fields against those of the class."""
+    """Checks the names of fields against those of the class."""
     known = {f.name: f for f in dataclasses.fields(cls)}
     own = [n for n, f in known.items() if _is_static(f) == (part == "static")]
     for name in given:
@@ -275,22 +276,22 @@ def _require_names(cls: Any, given: dict[str, Any], part: str) -> None:
 
 
 def _require_layout(made: Any) -> None:
-    """Holds factors, axes and layers against one another, where there are such.
+    """Checks that factors, axes and layers, if present, fit one another.
 
-    A population's adapters have its axes in front of all arrays.
+    In a population's adapters every array has the population's axes in front.
     """
     axes, layers = getattr(made, "axes", None), getattr(made, "layers", None)
     pair = any(field.pair for field in made.fields.values())
     if not isinstance(axes, Axes):
         return
     if hasattr(made, "slices") and max(made.slices) >= made.blocks:
-        raise ValueError(f"static.slices={made.slices} of blocks={made.blocks}")
+        raise ValueError(f"static.slices={made.slices} exceeds blocks={made.blocks}")
     if hasattr(made, "rows") and max(made.rows) >= made.size:
         raise ValueError(f"static.rows={untrusted.shown(made.rows)} of {made.size}")
     try:
         plain: Any = jax.eval_shape(adapter_classes.as_lora, made)
         if not pair and type(plain) is type(made):
-            return  # no product of factors, whose sizes would give the leaf's
+            return  # not a product of factors, so their sizes do not give the leaf's
         before = plain.a.ndim - len(axes.in_) - 1
         members = before - len(axes.batch)
         batch, in_ = plain.a.shape[members:before], plain.a.shape[before:-1]

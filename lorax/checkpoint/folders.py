@@ -1,4 +1,4 @@
-"""What the folder of a run may hold, and which of its steps stay."""
+"""What the folder of a run may hold, and which of its steps are kept."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TEMPORARY, ASIDE = ".orbax-checkpoint-tmp", "damaged-"
 
 
 def require_directory(folder: pathlib.PurePath) -> None:
-    """Raises ValueError if the folder neither is a directory nor can become one.
+    """Raises ValueError if the path is not a directory and cannot become one.
 
-    `mkdir` says "file exists" of a symbolic link to nothing, and orbax no more than
-    that it could not write.
+    For a broken symbolic link `mkdir` only says "file exists", and orbax only that it
+    could not write.
 
     Example:
       >>> require_directory(pathlib.Path("runs/new"))
@@ -27,23 +27,23 @@ def require_directory(folder: pathlib.PurePath) -> None:
     if "://" in text:
         return
     for path in (text, *map(os.fspath, pathlib.Path(text).parents)):
-        within = "" if path == text else f"{text} lies in {path}: "
+        within = "" if path == text else f"{text} is inside {path}: "
         if os.path.islink(path) and not os.path.exists(path):
             raise ValueError(
-                f"{within}{path} is a symbolic link to {os.readlink(path)}, which is "
-                "not there: make that directory, or remove the link"
+                f"{within}{path} is a symbolic link to {os.readlink(path)}, which does "
+                "not exist: create that directory, or remove the link"
             )
         if os.path.exists(path):
             if not os.path.isdir(path):
                 raise ValueError(
                     f"{within}{path} is a file; give a directory, or a path where one "
-                    "can be made"
+                    "can be created"
                 )
             return
 
 
 def require_ours(folder: epath.Path) -> None:
-    """Raises ValueError if the folder holds anything but steps of a run."""
+    """Raises ValueError if the folder holds anything other than steps of a run."""
     require_directory(folder)
     if not folder.exists():
         return
@@ -51,11 +51,11 @@ def require_ours(folder: epath.Path) -> None:
         if TEMPORARY in path.name or path.name.startswith(ASIDE):
             continue
         inside = {p.name for p in path.iterdir()} if path.is_dir() else set()
-        # A step half deleted may have lost its items, and holds nothing else then.
+        # A half-deleted step may have lost its items, but then holds nothing else.
         whole = not inside or inside & {STATE, RUN} or inside <= ORBAX_FILES
         if not (path.name.isdecimal() and path.is_dir() and whole):
             raise ValueError(
-                f"{folder} holds {path.name}, which is no step of a lorax run: give "
+                f"{folder} holds {path.name}, which is not a step of a lorax run: give "
                 "checkpoints a directory of their own"
             )
 
@@ -68,14 +68,14 @@ def steps_in(folder: epath.Path) -> list[int]:
 
 
 class KeepLastAndBest:
-    """Orbax's preservation policy over metrics of our own record.
+    """A preservation policy for orbax that uses the metrics in our own record.
 
-    Orbax's own metrics file is not sealed, and stops its manager when damaged.
+    Orbax's own metrics file has no digest, and if damaged it stops orbax's manager.
 
     Args:
       keep: how many of the newest steps to keep.
-      best: the metric by which one more is kept; None for none.
-      mode: whether its best value is the smallest or the largest.
+      best: a metric; the best step by it is kept too. None for none.
+      mode: whether the smallest or the largest value is best.
     """
 
     def __init__(self, keep: int, best: str | None, mode: str) -> None:
@@ -88,7 +88,7 @@ class KeepLastAndBest:
         self.metrics: dict[int, dict[str, float | None]] = {}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list:
-        """Returns True for the steps to keep."""
+        """Returns, for each step, whether to keep it."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         values = {s: self.metrics.get(s, {}).get(self.best or "") for s in steps}
         known = {s: self.sign * v for s, v in values.items() if v is not None}

@@ -1,17 +1,17 @@
-"""The description of saved adapters, `adapters.json`: making, reading, comparing it.
+"""The description of saved adapters, `adapters.json`: building, comparing, reading it.
 
     path/adapters.json   {"format": 2, "library": ..., "generation": n,
-                          "adapters": {path: {class, static fields; of every array
-                          shape, dtype and content}},
+                          "adapters": {path: {class, static fields; shape, dtype and
+                          content of every array}},
                           "base": {path: {shape, dtype, content}} or null,
                           "frozen": {name: {shape, dtype, content}}, if there are any,
-                          "digests": of every field above; of tables by path or name}
+                          "digests": of every field above; tables by path or name}
     path/arrays-n/       orbax: {path: {field: array}}
     path/frozen-n/       orbax: {name: array}, if there are any
 
-It is data: reading it runs no code and imports nothing. Every field is held to its type
-and range, and to its digest, before an array is read; every array is then held to its
-entry. (Files of format 1 have other sums, see `digests`; the oldest have none.)
+It is data: reading it runs no code and imports nothing. The type, range and digest of
+every field are checked before any array is read; then every array is checked against
+its entry. (Files of format 1 have other checksums, see `digests`, or none.)
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ FIELDS = {
     "adapters": untrusted.mapping(untrusted.ANY, 1),
     "base": untrusted.TABLE | None,
 }
-"""What the fields of the index must be; it may have others, which are sealed too."""
+"""The rules for the fields of the index; other fields are allowed and sealed too."""
 Index = dict[str, Any]
-"""What is in the file: JSON data."""
+"""The content of the file: JSON data."""
 
 
-# Making it
+# Building it
 
 
 def describe(
@@ -50,19 +50,19 @@ def describe(
     frozen: Mapping[str, jax.Array],
     generation: int,
 ) -> Index:
-    """Returns the index of adapters that are about to be saved; it is sure to load.
+    """Returns the index of adapters about to be saved, checked to be loadable.
 
     Args:
       adapters: `{path: Adapter}`.
       params: the base they belong to, or None.
-      frozen: the frozen arrays that they have.
-      generation: number of the folders of arrays.
+      frozen: the frozen arrays that they use.
+      generation: the number in the names of the array folders.
 
     Raises:
-      ValueError: adapters that do not fit `params`, or could not be loaded again.
+      ValueError: the adapters do not fit `params`, or could not be loaded again.
       KeyError: `params` lacks an adapted path.
-      TypeError: an adapter of a class that is not registered, or a static field that
-        JSON cannot hold.
+      TypeError: an adapter's class is not registered, or JSON cannot represent a
+        static field.
     """
     base = None if params is None else _adapted(adapters, params)
     index = {
@@ -78,16 +78,16 @@ def describe(
 
 
 def frozen_of(adapters: Adapters, params: PyTree) -> dict[str, jax.Array]:
-    """The frozen arrays that the adapters have; ValueError where params have not."""
+    """The frozen arrays that the adapters use; ValueError if params lack one."""
     (_, held), lent = tree.split(params), entries.lent_names(adapters)
     if lacking := sorted(lent.keys() - held.keys()):
         path = lent[lacking[0]]
         raise ValueError(
-            f"{path}: {type(adapters[path]).__name__} has the frozen array "
-            f"{lacking[0]!r}, without which it could not be used again, and params "
+            f"{path}: {type(adapters[path]).__name__} needs the frozen array "
+            f"{lacking[0]!r} to be usable again, but params "
             f"{'lack it' if held else 'are not a Base'}: write save_adapters(path, "
-            "adapters, base), base what lorax.init returned, or lorax.Base(params, "
-            "frozen)"
+            "adapters, base), where base is what lorax.init returned, or "
+            "lorax.Base(params, frozen)"
         )
     return {name: held[name] for name in sorted(lent)}
 
@@ -100,7 +100,7 @@ def _version() -> str:
 
 
 def _entry(path: str, adapter: Any) -> dict[str, Any]:
-    """An adapter's entry, which is sure to load, with what its arrays hold."""
+    """An adapter's entry, checked to be loadable, with its arrays' digests."""
     entry = entries.describe(path, adapter)
     try:
         entries.skeleton(entry)
@@ -110,7 +110,7 @@ def _entry(path: str, adapter: Any) -> dict[str, Any]:
 
 
 def _adapted(adapters: Adapters, params: PyTree) -> dict[str, Any]:
-    """The leaves that adapters belong to, which they fit; of a kernel its codes."""
+    """The adapted leaves, once the adapters are known to fit them."""
     leaves = tree.flatten(params)
     tree.require(adapters, leaves, "parameter tree")
     for name, adapter in adapters.items():
@@ -120,7 +120,7 @@ def _adapted(adapters: Adapters, params: PyTree) -> dict[str, Any]:
 
 
 def seals(index: Index) -> dict[str, Any]:
-    """Returns a digest of every field of an index; of tables one of every item.
+    """Returns a digest of every field of an index; for a table, one for each item.
 
     Example:
       >>> seals({"format": 1, "base": None, "digests": {}}).keys()
@@ -140,12 +140,12 @@ def seals(index: Index) -> dict[str, Any]:
 
 
 def require_base(index: Index, adapters: Adapters, params: PyTree) -> None:
-    """Raises ValueError for params that are not those that the adapters belong to.
+    """Raises ValueError if the adapters belong to a base other than `params`.
 
     Args:
       index: as it was read.
-      adapters: the abstract adapters of it.
-      params: the base at hand; of a `Base` the frozen arrays are compared as well.
+      adapters: its abstract adapters.
+      params: the current base; the frozen arrays of a `Base` are compared too.
     """
     then: dict[str, digests.Entry] = index["base"] or {}
     now = {
@@ -159,8 +159,9 @@ def require_base(index: Index, adapters: Adapters, params: PyTree) -> None:
             told[name], digests.describe_as(told[name], array)
         ):
             raise ValueError(
-                f"the adapters were made with another frozen array {name!r} than that "
-                "of params; pass lorax.Base(params, checkpoint.load_frozen(path))"
+                f"the adapters were made with a frozen array {name!r} that differs "
+                "from that of params; pass lorax.Base(params, "
+                "checkpoint.load_frozen(path))"
             )
 
 
@@ -168,14 +169,14 @@ def require_base(index: Index, adapters: Adapters, params: PyTree) -> None:
 
 
 def read(folder: epath.Path) -> tuple[Index, Adapters]:
-    """Returns the index, with every field checked, and the abstract adapters."""
+    """Returns the index, every field checked, and the abstract adapters."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no directory {folder}")
     place = folder / INDEX
     if not place.exists():
         raise ValueError(
-            f"{folder} has no {INDEX}: another kind of checkpoint, or one whose saving "
-            "was cut short"
+            f"{folder} has no {INDEX}: it is another kind of checkpoint, or saving it "
+            "was interrupted"
         )
     try:
         index = untrusted.parsed(place.read_text())
@@ -183,10 +184,10 @@ def read(folder: epath.Path) -> tuple[Index, Adapters]:
             _require_form(index)
     except ValueError as error:
         raise ValueError(f"{place} is damaged: {error}") from error
-    if index["format"] > FORMAT:  # the rest may look otherwise
+    if index["format"] > FORMAT:  # the rest may be laid out differently
         raise ValueError(
             f"{place} has format {index['format']} of {index.get('library')}; this "
-            f"lorax reads up to {FORMAT}: upgrade lorax"
+            f"lorax reads formats up to {FORMAT}: upgrade lorax"
         )
     skeletons: Adapters = {}
     for path, entry in index["adapters"].items():
@@ -194,24 +195,22 @@ def read(folder: epath.Path) -> tuple[Index, Adapters]:
             skeletons[path] = entries.skeleton(entry)
         except ValueError as error:
             raise ValueError(
-                f"{place}: {path}: its entry does not fit this lorax: {error}; if a "
-                "newer lorax wrote it, upgrade, else the file is damaged"
+                f"{place}: {path}: this lorax cannot read its entry: {error}; if a "
+                "newer lorax wrote it, upgrade; otherwise the file is damaged"
             ) from error
     both = entries.lent_names(skeletons).keys() ^ index.get("frozen", {}).keys()
     if both:
         raise ValueError(
-            f"{place} is damaged: only one of adapters and frozen has the array "
-            f"{min(both)!r}"
+            f"{place} is damaged: the array {min(both)!r} is in only one of adapters "
+            "and frozen"
         )
     if damaged := _unsealed(index):
-        raise ValueError(
-            f"{place} is damaged: {damaged} is not what was written, by its digest"
-        )
+        raise ValueError(f"{place} is damaged: {damaged} does not match its digest")
     return index, skeletons
 
 
 def _require_form(index: Index) -> None:
-    """Raises ValueError unless all fields but the adapters' own are what they must."""
+    """Raises ValueError unless all fields except the adapters' own are valid."""
     for field, rule in FIELDS.items():
         untrusted.field(index, field, rule)
     if "digests" in index:
@@ -224,11 +223,11 @@ def _require_form(index: Index) -> None:
     for path, told in (base or {}).items():
         digests.require_form(told, f"base.{path}", abstract=True)
     if base is not None and (odd := sorted(base.keys() ^ index["adapters"].keys())):
-        raise ValueError(f"only one of base and adapters has {odd[0]!r}")
+        raise ValueError(f"{odd[0]!r} is in only one of base and adapters")
 
 
 def _unsealed(index: Index) -> str:
-    """The first field that is not what its digest says, or ""; the oldest have none."""
+    """The first field that does not match its digest, or ""; oldest files have none."""
     if "digests" not in index:
         return ""
     then, now = index["digests"], seals(index)

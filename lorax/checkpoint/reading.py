@@ -1,7 +1,6 @@
-"""One step read by one process on its own, and agreement between processes.
+"""Each process reads a step on its own; then the processes agree on the outcome.
 
-Reading calls no collectives, so an error on one process leaves no other waiting; then
-all of them agree on what to do about it.
+Reading calls no collectives, so an error on one process leaves no other waiting.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ T = TypeVar("T")
 
 
 def read_payload(folder: epath.Path) -> dict[str, Any]:
-    """Returns what `save` sealed in the folder of a step; DamagedError if it is not."""
+    """Returns what `save` sealed in a step's folder; DamagedError if not intact."""
     place = folder / RUN / "metadata"
     try:
         envelope = json.loads(place.read_text())
@@ -38,7 +37,7 @@ def read_payload(folder: epath.Path) -> dict[str, Any]:
     except ValueError as error:
         raise DamagedError(f"{place} is damaged: {error}") from error
     if str(payload["step"]) != folder.name:
-        raise DamagedError(f"{place} is of step {payload['step']}")
+        raise DamagedError(f"{place} belongs to step {payload['step']}")
     return payload
 
 
@@ -52,16 +51,16 @@ def _require_entry(path: str, entry: Any) -> None:
 def read_step(
     folder: epath.Path, template: TrainState, base: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the payload and the verified arrays of a step, by name of the leaf.
+    """Returns the payload and the verified arrays of a step, by leaf name.
 
     Args:
-      folder: of the step.
+      folder: the step's folder.
       template: the expected state.
       base: the expected base, None for any.
 
     Raises:
       DamagedError: it is not what was written.
-      ValueError: it is whole, and of another base or template.
+      ValueError: it is intact, but belongs to another base or template.
     """
     payload = read_payload(folder)
     stored = payload["leaves"]
@@ -97,7 +96,7 @@ def _check_base(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def of_process_0(steps: list[int]) -> list[int]:
-    """Returns the steps that process 0 sees, on every process."""
+    """Returns, on every process, the steps that process 0 sees."""
     if jax.process_count() == 1:
         return steps
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
@@ -106,9 +105,9 @@ def of_process_0(steps: list[int]) -> list[int]:
 
 
 def agreed(read: Callable[[], T]) -> T:
-    """Returns `read()`, or raises on all processes if it raises on one.
+    """Returns `read()`, or raises on all processes if it raises on any.
 
-    DamagedError, on which all fall back, gives way to any other error.
+    Other errors take precedence over DamagedError, on which every process falls back.
     """
     error: Exception | None = None
     try:
@@ -121,7 +120,7 @@ def agreed(read: Callable[[], T]) -> T:
         worst, where = int(np.max(codes)), int(np.argmax(codes))
         if worst > code:
             kind = DamagedError if worst == 1 else RuntimeError
-            error = kind(f"process {where} could not restore it; its log says why")
+            error = kind(f"process {where} could not restore it; see its log")
     if error is not None:
         raise error
     return result

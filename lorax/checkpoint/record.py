@@ -1,8 +1,8 @@
-"""The JSON of a checkpoint: sealed by its own digest, so that damage shows.
+"""The JSON of a checkpoint, sealed with its own digest so that damage is detected.
 
     {"format": 2, "digest": ..., "payload": {...}}
 
-The digest covers the format and the payload. This envelope is for ever: a lorax that
+The digest covers the format and the payload. This envelope never changes: a lorax that
 does not know the format can still tell a newer checkpoint from a damaged one. It is
 data: reading it runs no code and imports nothing.
 """
@@ -23,7 +23,7 @@ from lorax import untrusted
 from lorax.checkpoint import digests
 from lorax.checkpoint.storage import DamagedError
 
-FORMAT = 2  # 1: other digests, which are read as well
+FORMAT = 2  # 1 has other digests and is still read
 LIBRARIES = ("lorax-flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 PAYLOAD = {
     "step": untrusted.whole(),
@@ -35,11 +35,11 @@ PAYLOAD = {
     "adapters": untrusted.TABLE,
     "leaves": untrusted.mapping(untrusted.ANY, 1),
 }
-"""What the fields of a run's payload must be."""
+"""The rules for the fields of a run's payload."""
 
 
 def seal(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the envelope of JSON data.
+    """Returns JSON data in its envelope.
 
     Example:
       >>> opened(seal({"step": 3}), "here")
@@ -54,29 +54,31 @@ def opened(envelope: Any, where: str) -> dict[str, Any]:
 
     Args:
       envelope: JSON data, as read.
-      where: its place, for errors.
+      where: its location, for errors.
 
     Raises:
-      DamagedError: it is no envelope, or not as it was sealed.
-      ValueError: it is whole, and of a newer format.
+      DamagedError: it is not an envelope, or not as it was sealed.
+      ValueError: it is intact but in a newer format.
     """
     fields = {"format": int, "digest": str, "payload": dict}
     for field, kind in fields.items():
         if not isinstance(envelope, dict) or type(envelope.get(field)) is not kind:
-            raise DamagedError(f"{where} is damaged: no {field} in it")
+            raise DamagedError(f"{where} is damaged: it has no valid {field}")
     number, payload = envelope["format"], envelope["payload"]
     if envelope["digest"] != digest([number, payload]):
-        raise DamagedError(f"{where} is damaged: its digest is another{_why(payload)}")
+        raise DamagedError(
+            f"{where} is damaged: its digest does not match{_why(payload)}"
+        )
     if number > FORMAT:
         raise ValueError(
             f"{where} has format {number}, written with {payload.get('versions')}; "
-            f"this lorax reads up to {FORMAT}: upgrade lorax"
+            f"this lorax reads formats up to {FORMAT}: upgrade lorax"
         )
     return payload
 
 
 def digest(value: Any) -> str:
-    """Returns 32 hex digits: BLAKE2b over JSON data with its keys in order.
+    """Returns 32 hex digits: BLAKE2b over JSON data with its keys sorted.
 
     Example:
       >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1.0})
@@ -87,16 +89,16 @@ def digest(value: Any) -> str:
 
 
 def _why(payload: Mapping[str, Any]) -> str:
-    """The first field that is impossible too, if any: format or payload was changed."""
+    """The first invalid field, if any; else that the format or the payload changed."""
     try:
         require_form(payload)
     except ValueError as error:
         return f": {error}"
-    return " than that of its format and payload"
+    return " its format and payload"
 
 
 def require_form(payload: Mapping[str, Any]) -> None:
-    """Raises ValueError naming the first field of a run that is out of its range."""
+    """Raises ValueError naming the first field of a run's payload that is invalid."""
     for name, rule in PAYLOAD.items():
         untrusted.field(payload, name, rule, "payload")
     for name, entry in payload["leaves"].items():
@@ -111,14 +113,14 @@ def require_form(payload: Mapping[str, Any]) -> None:
 
 
 def plain(where: str, value: Any) -> Any:
-    """Returns JSON data: tuples as lists, numbers of numpy and JAX as Python's.
+    """Returns JSON data: tuples become lists, NumPy and JAX scalars Python numbers.
 
     Args:
       where: what the value is, for errors.
       value: dicts with string keys, lists, tuples, str, int, finite float, bool, None.
 
     Raises:
-      TypeError: JSON could not hold it, or would give it back as another value.
+      TypeError: JSON cannot represent it, or would not return the same value.
 
     Example:
       >>> plain("data", {"epoch": np.int64(2), "order": (0, 1)})
@@ -136,13 +138,13 @@ def plain(where: str, value: Any) -> Any:
         return value
     raise TypeError(
         f"{where} is {value!r}; a checkpoint holds JSON data: dicts with string keys, "
-        "lists, str, int, finite float, bool and None. Turn it into these, a large "
-        "array into a file of its own"
+        "lists, str, int, finite float, bool and None. Convert it to these, or save a "
+        "large array to a file of its own"
     )
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of the libraries that decide what a checkpoint holds."""
+    """Returns the versions of the libraries that determine a checkpoint's content."""
     found = {}
     for name in LIBRARIES:
         try:

@@ -1,14 +1,14 @@
-"""The state of a run on disk, to go on from: orbax's `CheckpointManager`, and digests.
+"""The state of a run on disk, to resume from: orbax's `CheckpointManager` and digests.
 
     folder/1200/state/   orbax: every leaf of the TrainState, {name: array}
     folder/1200/run/     JSON, sealed (`record`): step, data position, config, metrics,
                          the base by path and content, adapters with their static
-                         fields, and of every leaf shape, dtype and content
-    folder/damaged-1100  set aside when a run went on from an older step
+                         fields, and shape, dtype and content of every leaf
+    folder/damaged-1100  set aside when a run resumed from an older step
 
-Orbax writes a step beside its place and renames it when it is complete; it verifies no
-byte of an array when it reads. So every leaf is held against its entry before the
-state is used, and a step that is not whole falls back to the one before.
+Orbax writes a step to a temporary folder and renames it when complete, but verifies no
+bytes when it reads arrays. So every leaf is checked against its entry before the state
+is used, and if a step is damaged, the one before it is used instead.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lorax.types import PyTree
 
 
 class CheckpointWarning(UserWarning):
-    """A step on disk was not whole, and an older one is used."""
+    """A step on disk is damaged, and an older one is used instead."""
 
 
 class Restored(NamedTuple):
@@ -44,7 +44,7 @@ class Restored(NamedTuple):
       step: the number it was saved under.
       data: the data position, as given to `save`.
       config: as given to the `RunCheckpoints` that saved it.
-      metrics: as given to `save`, None where one was not finite.
+      metrics: as given to `save`, with None for values that were not finite.
     """
 
     state: TrainState
@@ -55,25 +55,25 @@ class Restored(NamedTuple):
 
 
 class RunCheckpoints:
-    """Saves the whole state of a run, and restores it bit by bit or not at all.
+    """Saves the complete state of a run, and restores it bit for bit or not at all.
 
-    Every process of a run makes one and calls the same methods in the same order.
+    Every process of a run creates one and calls the same methods in the same order.
 
     Args:
-      folder: a directory of its own, local or anything orbax writes to; made at the
-        first save.
-      params: the frozen base, after `lorax.init`. Only a sum over its content is
-        kept, of a `Base` its frozen arrays' too, taken shard by shard; the base itself
-        is never written. None leaves the base unchecked.
-      source: where the base can be had again (a path, a hub id), for the reader.
+      folder: a directory used for nothing else, local or anything orbax writes to;
+        created at the first save.
+      params: the frozen base, after `lorax.init`. Only checksums of its content (and
+        of a `Base`'s frozen arrays) are kept, computed shard by shard; the base itself
+        is never written. None skips checking the base.
+      source: where to get the base again (a path, a hub id); informational.
       config: JSON data; tuples become lists.
-      keep: how many of the newest steps stay (3, so that two may be damaged).
-      best: name of a metric; the step that is best by it stays as well. None for none.
-      mode: whether the best metric is the smallest or the largest.
+      keep: how many of the newest steps to keep (3, so that two may be damaged).
+      best: a metric's name; the best step by it is kept too. None for none.
+      mode: whether the smallest or the largest metric is best.
 
     Raises:
       ValueError: the folder holds something else, or `keep` is below 1.
-      TypeError: `config` is no JSON data.
+      TypeError: `config` is not JSON data.
 
     Example:
       >>> import tempfile, optax
@@ -102,7 +102,7 @@ class RunCheckpoints:
         best: str | None = None,
         mode: Literal["min", "max"] = "min",
     ) -> None:
-        """Looks at the folder and sums the base; writes nothing."""
+        """Checks the folder and computes the base's checksums; writes nothing."""
         self.folder = storage.folder_of(folder)
         folders.require_ours(self.folder)
         self._config = record.plain("config", config)
@@ -111,8 +111,8 @@ class RunCheckpoints:
             self._base = {"source": source, "leaves": digests.describe_base(params)}
         self._policy = folders.KeepLastAndBest(keep, best, mode)
         self._manager: ocp.CheckpointManager | None = None
-        self._not_finite: states.Masks | None = None  # of the state before
-        self._course: set[int] = set()  # steps that this run's own past has been at
+        self._not_finite: states.Masks | None = None  # of the previous state
+        self._course: set[int] = set()  # steps that this run saved or restored
         self._damaged: set[int] = set()
         self._pending: int | None = None
 
@@ -132,26 +132,26 @@ class RunCheckpoints:
         data: Any = None,
         metrics: Mapping[str, float] | None = None,
     ) -> bool:
-        """Saves the state as step `state.step`; the writing goes on in the background.
+        """Saves the state as step `state.step`, writing in the background.
 
         The arrays are copied before it returns, so the state may be donated. Waits for
-        the save before it.
+        the previous save to finish.
 
         Args:
-          state: the state; its leaves sharded in any way.
+          state: the state; its leaves may be sharded in any way.
           data: the data position, any JSON data, the same on every process.
           metrics: for `best`, the same on every process.
 
         Returns:
-          False if this run has saved or restored this very step already.
+          False if this run has already saved or restored this very step.
 
         Raises:
-          ValueError: the folder holds this step or a later one of another course; or a
-            value is NaN or infinite that was not so in the state before, and in time
-            would take the place of every good one.
-          TypeError: `data` or `metrics` is no JSON data.
+          ValueError: the folder holds this step or a later one from another run; or a
+            value is NaN or infinite that was finite in the previous state (such states
+            would in time replace every good one).
+          TypeError: `data` is not JSON data, or a metric is not a number.
           OSError: this save, or the one before it, could not be written (no space
-            left, no permission); older steps are as they were.
+            left, no permission); older steps are intact.
         """
         payload = {
             "versions": record.versions(),
@@ -185,21 +185,21 @@ class RunCheckpoints:
     def restore(
         self, template: TrainState, *, step: int | None = None
     ) -> Restored | None:
-        """Returns the newest state that is whole, on the template's shardings.
+        """Returns the newest intact state, on the template's shardings.
 
         Args:
-          template: a state of the expected structure, of arrays or abstract; another
-            mesh, sharding or number of processes than the saved one's is fine.
-          step: this step and no other; None takes the newest, or, with a warning, the
-            newest that is whole, the same one on all processes.
+          template: a state of the expected structure, of arrays or abstract; its mesh,
+            sharding and number of processes may differ from those of the saved state.
+          step: restore exactly this step; None takes the newest, or, with a warning,
+            the newest that is intact, the same one on all processes.
 
         Returns:
           None if nothing has been saved.
 
         Raises:
           ValueError: the step was saved with another base, rank, class, set of targets
-            or optimiser, naming the difference; or by a newer lorax.
-          DamagedError: no step, or not the one asked for, is whole.
+            or optimiser (the error names the difference), or by a newer lorax.
+          DamagedError: every step, or the one asked for, is damaged.
           FileNotFoundError: there is no such step.
         """
         self.wait()
@@ -217,7 +217,7 @@ class RunCheckpoints:
                 problems[candidate] = f"step {candidate}: {error}"
                 continue
             for problem in problems.values():
-                text = f"{problem}; going on from step {candidate} of {self.folder}"
+                text = f"{problem}; resuming from step {candidate} of {self.folder}"
                 warnings.warn(text, CheckpointWarning, stacklevel=2)
             self._damaged = set(problems)
             self._course = {candidate}
@@ -227,7 +227,7 @@ class RunCheckpoints:
             return Restored(state, *fields)
         if problems:
             found = "; ".join(problems.values())
-            raise DamagedError(f"no step in {self.folder} is whole: {found}")
+            raise DamagedError(f"no step in {self.folder} is intact: {found}")
         return None
 
     def wait(self) -> None:
@@ -237,7 +237,7 @@ class RunCheckpoints:
                 self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the last save, and ends the threads behind it."""
+        """Waits for the last save and stops its threads."""
         self.wait()
         if self._manager is not None:
             self._manager.close()
@@ -254,8 +254,8 @@ class RunCheckpoints:
                 with contextlib.suppress(ValueError):
                     payload = reading.read_payload(self._at(step))
                     self._policy.metrics[step] = payload["metrics"]
-            # At once, in this thread: where directories made in the background fail (a
-            # disk that is read-only), threads stay behind that wait for them for 300 s.
+            # Create directories synchronously: when creating them in the background
+            # fails (a read-only disk), threads linger that wait for them for 300 s.
             directories = ocp.options.AsyncOptions(
                 create_directories_asynchronously=False
             )
@@ -272,7 +272,7 @@ class RunCheckpoints:
     def _writing(self, step: int | None) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # orbax and tensorstore raise what they like
+        except Exception as error:  # orbax and tensorstore may raise anything
             self._course.discard(step if step is not None else -1)
             manager, self._manager = self._manager, None
             with contextlib.suppress(Exception):  # the same error once more
@@ -281,30 +281,30 @@ class RunCheckpoints:
             before = [other for other in self.steps() if other != step]
             raise OSError(
                 f"step {step} could not be written to {self.folder}: "
-                f"{storage.reason(error)}. The steps before it, {before}, are as they "
-                "were; make room there, or permissions, and start again from them"
+                f"{storage.reason(error)}. The other steps, {before}, are intact; free "
+                "some space or fix the permissions, then resume from them"
             ) from error
 
     def _require_latest(self, step: int) -> None:
         if (there := self.steps()) and step <= there[-1]:
             raise ValueError(
-                f"{self.folder} holds step {there[-1]} already and this is step {step}:"
-                " restore from it before going on, delete the steps from there on, or "
-                "take another folder"
+                f"{self.folder} already holds step {there[-1]} and this is step {step}:"
+                " restore from it first, delete the steps from there on, or use "
+                "another folder"
             )
 
     def _require_finite(self, step: int, leaves: Mapping[str, Any]) -> None:
         if problem := states.spoiled(leaves, self._not_finite):
             raise ValueError(
                 f"step {step}: {problem}, so it was not saved; the steps in "
-                f"{self.folder}, {self.steps()}, are as they were. Leave such updates "
-                "out, as lorax.training.make_train_step does, and go on from the last "
-                "of these"
+                f"{self.folder}, {self.steps()}, are intact. Skip such updates, as "
+                "lorax.training.make_train_step does, and resume from the last of "
+                "these"
             )
         self._not_finite = states.not_finite(leaves)
 
     def _set_aside(self) -> None:
-        """Moves damaged steps out of the way of those that are saved again."""
+        """Moves damaged steps aside, so that they can be saved again."""
         if not self._damaged:
             return
         self.close()  # orbax's manager keeps a list of steps
@@ -319,11 +319,11 @@ class RunCheckpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, which leaves asking about preemption to the training loop.
+    """Orbax's manager, with preemption checks left to the training loop.
 
-    Its own asking, from a thread that finalises an older step, would move the loop's
-    place in the agreement on a step; and what it then logs, the time since the last
-    save, fails after a lightweight initialisation.
+    Orbax's own check runs in a thread that finalises an older step and would disturb
+    the loop's agreement on a step; and the time since the last save, which it then
+    logs, fails after a lightweight initialisation.
     """
 
     def reached_preemption(self, step: int) -> bool:

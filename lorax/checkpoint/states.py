@@ -1,9 +1,9 @@
 """A training state as flat arrays with a description, and back.
 
 describe(state)   JSON data: adapters with their static fields; the leaves' entries
-stored_under(...) where a checkpoint has the leaves, should they have other names there
-check(...)        a description against a template: what differs is named
-spoiled(...)      arrays against those saved before: NaN and infinities are named
+stored_under(...) the names of the leaves in the checkpoint, where they differ
+check(...)        compares a description with a template and names what differs
+spoiled(...)      names NaN and infinities that the previous state did not have
 place(...)        arrays as a state, on the template's shardings
 """
 
@@ -22,11 +22,11 @@ from lorax.training import TrainState
 from lorax.types import PyTree
 
 Masks = dict[str, np.ndarray]
-"""Of leaves that are not finite: true where. The others have no entry."""
+"""True where a leaf is not finite; leaves that are finite throughout have no entry."""
 
 RENAMED = {"count": "step"}
-"""Fields of optimiser states, and what older checkpoints call them: the updates so far
-of `lora_plus`, `lora_pro`, `lora_rite` and `split_decay`."""
+"""Fields of optimiser states and their names in older checkpoints: the update counts of
+`lora_plus`, `lora_pro`, `lora_rite` and `split_decay`."""
 
 
 def leaves_of(state: PyTree) -> dict[str, Any]:
@@ -49,8 +49,8 @@ def describe(state: TrainState) -> dict[str, Any]:
     """Returns the description as JSON data.
 
     Args:
-      state: of arrays, or abstract. If one is sharded over processes all of them must
-        call this.
+      state: concrete or abstract. If a leaf is sharded across processes, every process
+        must call this.
     """
     adapters = {p: entries.describe(p, a) for p, a in state.adapters.items()}
     return {"adapters": adapters, "leaves": digests.describe(leaves_of(state))}
@@ -59,8 +59,8 @@ def describe(state: TrainState) -> dict[str, Any]:
 def check(then: Mapping[str, Any], template: TrainState) -> None:
     """Raises ValueError naming how the template differs from a description.
 
-    Adapters first: another rank shows in the optimiser's state as well, and is better
-    named where it comes from.
+    Adapters are checked first: a different rank also changes the optimiser's state, and
+    the error should name where the difference comes from.
     """
     skeleton = {p: entries.skeleton(e) for p, e in then["adapters"].items()}
     skeleton = entries.filled(skeleton, then["adapters"], template.adapters)
@@ -69,8 +69,8 @@ def check(then: Mapping[str, Any], template: TrainState) -> None:
     if differing := sorted(ours.keys() ^ theirs.keys()):
         where = "checkpoint" if differing[0] in ours else "template"
         raise ValueError(
-            f"{differing[0]}: only the {where} has it ({len(differing)} differ); "
-            "the optimiser or the model is another"
+            f"{differing[0]}: only the {where} has it ({len(differing)} leaves "
+            "differ); the optimiser or the model is different"
         )
     for name, leaf in theirs.items():
         if differs := digests.difference(ours[name], digests.kind(leaf)):
@@ -82,10 +82,10 @@ def check(then: Mapping[str, Any], template: TrainState) -> None:
 
 
 def stored_under(stored: Iterable[str], template: TrainState) -> dict[str, str]:
-    """Returns `{name: the name in the checkpoint}` of every stored leaf.
+    """Returns `{name: name in the checkpoint}` for every stored leaf.
 
-    A field of an optimiser's state that was called otherwise when the checkpoint was
-    written has its name of today in front (`RENAMED`).
+    The key is today's name of a field of an optimiser's state, even if it had another
+    one when the checkpoint was written (`RENAMED`).
 
     Example:
       >>> state = {"opt_state": {"count": 0, "mu": 0}}
@@ -106,8 +106,7 @@ def not_finite(leaves: Mapping[str, Any]) -> Masks:
     """Returns where the floating leaves hold NaN or an infinity.
 
     Args:
-      leaves: by name, sharded or not. Only the masks of those that are not finite are
-        gathered.
+      leaves: by name, sharded or not. Only the masks of non-finite leaves are gathered.
 
     Example:
       >>> not_finite({"a": np.ones(2), "best": np.array([1.0, np.inf])})
@@ -120,14 +119,14 @@ def not_finite(leaves: Mapping[str, Any]) -> Masks:
 
 
 def spoiled(leaves: Mapping[str, Any], before: Masks | None) -> str:
-    """Returns what is wrong with numbers that are about to be saved; "" if nothing.
+    """Returns what is wrong with values that are about to be saved; "" if nothing.
 
     Args:
       leaves: by name, as for `not_finite`.
-      before: where the state saved or restored before was not finite, and may stay so.
-        None: there was none. Optimiser and model may then start at an infinity, such as
-        the best value of a plateau's schedule; NaN is wrong at once, and adapters are
-        always finite.
+      before: where the previously saved or restored state was not finite, and may
+        remain so. None: there was no such state. Optimiser and model may then start
+        with infinities, such as the best value of a plateau schedule, but not with NaN,
+        and adapters must be finite.
     """
     for name, mask in not_finite(leaves).items():
         if before is not None:
@@ -135,17 +134,17 @@ def spoiled(leaves: Mapping[str, Any], before: Masks | None) -> str:
         elif not name.startswith("adapters/"):
             mask = storage.on_host(jnp.isnan(leaves[name]))
         if count := int(mask.sum()):
-            return f"{name} has {count} of {mask.size} values that are NaN or infinite"
+            return f"{name}: {count} of its {mask.size} values are NaN or infinite"
     return ""
 
 
 def place(arrays: Mapping[str, Any], template: TrainState) -> TrainState:
-    """Returns a state of the template's structure, shardings and key types.
+    """Returns a state with the template's structure, shardings and key types.
 
     Args:
       arrays: whole arrays in host memory, by name; the same on every process.
-      template: of arrays or `jax.ShapeDtypeStruct`. Leaves without a sharding, and
-        arrays that are bound to no device, give arrays that are bound to none.
+      template: arrays or `jax.ShapeDtypeStruct`. Leaves without a sharding, and arrays
+        that are not committed to a device, give uncommitted arrays.
     """
     placed = [
         _placed(np.asarray(arrays[name]), leaf)
@@ -166,7 +165,7 @@ def _placed(array: np.ndarray, leaf: Any) -> jax.Array:
 
 
 def _impl(key: Any) -> str:
-    """The name of the generator, as `jax.random.key` takes it."""
+    """The name of the generator, as passed to `jax.random.key`."""
     if isinstance(key, jax.Array):
         return str(jax.random.key_impl(key))
     for name in ("threefry2x32", "rbg", "unsafe_rbg"):

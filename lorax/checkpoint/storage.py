@@ -1,9 +1,9 @@
 """Arrays between devices, host memory and orbax's files.
 
-A leaf that is cut over devices is written shard by shard, by the process that has the
-shard; nothing gathers it. A leaf that is whole on every device is written once, from a
-copy in host memory. Reading calls no collectives: each process reads on its own, so an
-error on one leaves no other waiting.
+A leaf that is sharded over devices is written shard by shard, by the process that holds
+the shard, and never gathered. A replicated leaf is written once, from a copy in host
+memory. Reading calls no collectives: each process reads on its own, so an error on one
+leaves no other waiting.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from jax.experimental import multihost_utils
 
 
 class DamagedError(ValueError):
-    """A checkpoint, or a part of one, is not what was written."""
+    """A checkpoint, or a part of one, does not match what was written."""
 
 
 def folder_of(path: str | os.PathLike[str]) -> epath.Path:
-    """Returns the path as orbax wants it."""
-    # Orbax wants absolute paths; a bucket's address already is one.
+    """Returns the path in the form that orbax expects."""
+    # Orbax needs absolute paths; a bucket's address already is one.
     folder = epath.Path(path)
     return folder if "://" in os.fspath(path) else folder.expanduser().absolute()
 
@@ -41,8 +41,8 @@ def on_host(leaf: Any) -> np.ndarray:
     """Returns a copy of the whole array in host memory, on every process.
 
     Args:
-      leaf: an array, sharded or not; of a typed PRNG key the data is taken. If it is
-        sharded over processes all of them must call this.
+      leaf: an array, sharded or not; a typed PRNG key gives its key data. If it is
+        sharded across processes, every process must call this.
     """
     leaf = jax.random.key_data(leaf) if is_key(leaf) else leaf
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -55,15 +55,15 @@ def on_host(leaf: Any) -> np.ndarray:
 
 @jax.jit
 def is_finite(leaf: jax.Array) -> jax.Array:
-    """True if no value is NaN or an infinity, told where the shards are; a bool, []."""
+    """True if no value is NaN or infinite, computed on the shards; a bool, []."""
     return jnp.isfinite(leaf).all()
 
 
 def to_write(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what orbax is given; afterwards the arrays may be donated.
+    """Returns what to pass to orbax; once it has saved, the arrays may be donated.
 
     Args:
-      leaves: arrays, or tables of arrays, by name.
+      leaves: arrays, or dicts of arrays, by name.
     """
     return {_item(name): jax.tree.map(_to_write, x) for name, x in leaves.items()}
 
@@ -71,11 +71,11 @@ def to_write(leaves: Mapping[str, Any]) -> dict[str, Any]:
 def read(folder: epath.Path, want: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arrays of a folder by name, whole and in host memory.
 
-    Numpy's, so that they load whatever devices they were saved from.
+    They are NumPy arrays, so they load whatever devices they were saved from.
 
     Args:
       folder: as orbax wrote it.
-      want: arrays of any kind, or tables of such, by name: all that are in it.
+      want: all arrays in it, concrete or abstract, or dicts of these, by name.
 
     Raises:
       DamagedError: they cannot be read.
@@ -98,19 +98,19 @@ def read(folder: epath.Path, want: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-    """What orbax and tensorstore say, without the description of the file."""
+    """The message of orbax or tensorstore, without the description of the file."""
     return str(error).split(" [tensorstore_spec")[0]
 
 
 def _item(name: str) -> str:
-    """The name as a key in orbax, which joins nested keys by dots."""
+    """The name as a key for orbax, which joins nested keys with dots."""
     return name.replace("%", "%25").replace(".", "%2E")
 
 
 def _to_write(leaf: Any) -> jax.Array | np.ndarray:
-    """A leaf that is cut over devices itself; of any other a copy of one replica.
+    """A sharded leaf as it is; of any other, a copy of one replica in host memory.
 
-    Of the first, orbax copies the shards to the host before its `save` returns.
+    Orbax copies the shards of a sharded leaf to the host before its `save` returns.
     """
     leaf = jax.random.key_data(leaf) if is_key(leaf) else leaf
     if isinstance(leaf, jax.Array):

@@ -1,4 +1,4 @@
-"""What sets of adapters must have in common, and what is said where they have not."""
+"""What adapter sets must have in common, and the errors raised if they do not."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lorax.types import Adapters
 
 
 def require_sets(sets: Any) -> list[Adapters]:
-    """Returns a list of adapter dicts; raises for one dict, or for none."""
+    """Returns a list of adapter dicts; raises for a single dict or an empty list."""
     given = [sets] if isinstance(sets, Mapping) else list(sets)
     if isinstance(sets, Mapping) or not all(isinstance(s, Mapping) for s in given):
         raise TypeError(
-            "sets is a list of adapter dicts, [{path: Adapter}, ...]; it was given "
+            "sets must be a list of adapter dicts, [{path: Adapter}, ...]; got "
             f"{type(sets).__name__} of {sorted({type(s).__name__ for s in given})}"
         )
     if not given:
@@ -27,24 +27,24 @@ def require_same(path: str, members: Sequence[tuple[str, Any]]) -> None:
     """Raises ValueError unless adapters change one kernel in the same way.
 
     Args:
-      path: of the kernel.
-      members: `(who, adapter)`; classes, axes and sizes but for the rank must agree.
+      path: the kernel's path.
+      members: `(who, adapter)`; class, axes and sizes except the rank must agree.
     """
     first_name, first = members[0]
     for name, other in members[1:]:
         if (one := getattr(first, "lent", ())) != (two := getattr(other, "lent", ())):
             raise ValueError(
-                f"{path}: {first_name} has the frozen arrays {dict(one)}, {name} "
-                f"{dict(two)}, and there is one Base: give all sets the same, by "
-                "lorax.init(key, base, targets), base what the first one returned"
+                f"{path}: {first_name} has the frozen arrays {dict(one)} and {name} "
+                f"{dict(two)}, but there is only one Base: give all sets the same "
+                "arrays with lorax.init(key, base, targets), where base is what the "
+                "first call returned"
             )
         ours, theirs = (f"{type(a).__name__} with {_sizes(a)}" for a in (first, other))
         if type(first) is not type(other) or ours != theirs:
             raise ValueError(
                 f"{path}: {first_name} has {ours}, {name} {theirs}; "
-                "adapters of one kernel must agree in all but rank and scale: were "
-                "they made for different models? (compose.to_lora turns AdaLora into "
-                "Lora)"
+                "adapters of one kernel may differ only in rank and scale: were they "
+                "made for different models? (compose.to_lora turns AdaLora into Lora)"
             )
 
 
@@ -60,7 +60,7 @@ def _sizes(adapter: Any) -> str:
                 (name, getattr(adapter, name)) for name in adapter.roles
             )
         }
-        return f"shapes but for the rank {shapes}, {adapter.axes}"
+        return f"shapes (without the rank) {shapes}, {adapter.axes}"
     first, last = pairs.factors_of(adapter)
     n = len(adapter.axes.batch)
     stack = f"stack {first.shape[:n]}, layers {adapter.layers}, " if n else ""
@@ -76,46 +76,46 @@ def require_products(adapters: Adapters, what: str) -> None:
     }
     if others:
         raise ValueError(
-            f"{what} needs updates that are products of factors, and {[*others]} are "
-            f"{', '.join(sorted({*others.values()}))}, whose updates neither add nor "
-            "scale; merge each set and read it back as Lora with compose.extract("
+            f"{what} needs updates that are products of factors; {[*others]} are "
+            f"{', '.join(sorted({*others.values()}))}, whose updates cannot be added "
+            "or scaled; merge each set and convert it to Lora with compose.extract("
             "params, lorax.merge(adapters, params), targets)"
         )
 
 
 def base_of(adapter: Any) -> str:
-    """Returns which base an adapter fits, for messages."""
+    """Returns which base an adapter belongs to, for messages."""
     moved_by = getattr(adapter, "moved_by", None)
-    return f"what {moved_by} left of the base" if moved_by else "the base as given"
+    return f"the base as {moved_by} left it" if moved_by else "the original base"
 
 
 def require_one_base(path: str, members: Sequence[tuple[str, Any]]) -> None:
-    """Raises ValueError unless adapters fit one and the same base.
+    """Raises ValueError unless adapters belong to the same base.
 
     Args:
-      path: of the kernel.
+      path: the kernel's path.
       members: `(who, adapter)`.
     """
     first_name, first = members[0]
     for name, other in members[1:]:
         if base_of(first) != base_of(other):
             raise ValueError(
-                f"{path}: {first_name} fits {base_of(first)}, {name} "
-                f"{base_of(other)}; write each set for the base as given, "
-                "compose.to_lora(adapters, initial), initial what lorax.init returned "
-                "for it, or start all of them from one lorax.init"
+                f"{path}: {first_name} belongs to {base_of(first)}, {name} to "
+                f"{base_of(other)}; rewrite each set for the original base with "
+                "compose.to_lora(adapters, initial), where initial is what lorax.init "
+                "returned for it, or start all sets from one lorax.init"
             )
 
 
 def refuse_moved(adapters: Adapters, what: str) -> None:
-    """Raises ValueError naming the paths whose update holds a part of the kernel."""
+    """Raises ValueError naming a path whose update contains part of the kernel."""
     for path, adapter in adapters.items():
         if getattr(adapter, "moved_by", None):
             raise ValueError(
-                f"{path}: the adapter fits {base_of(adapter)}: its update holds that "
-                f"part of the kernel, which {what} would change as well; write the set "
-                "for the base as given first, compose.to_lora(adapters, initial), "
-                "initial what lorax.init returned"
+                f"{path}: the adapter belongs to {base_of(adapter)}: its update "
+                f"contains part of the kernel, which {what} would change as well; "
+                "first rewrite the set for the original base with compose.to_lora("
+                "adapters, initial), where initial is what lorax.init returned"
             )
 
 
@@ -124,9 +124,9 @@ def require_rank(path: str, adapter: Any, rank: int) -> None:
     in_, out = pairs.features(adapter)
     if not _checks.is_whole(rank) or not 1 <= rank <= min(in_, out):
         raise ValueError(
-            f"{path}: rank={rank} of a kernel that reads {in_} and writes {out}; give "
-            f"a whole number from 1 to {min(in_, out)}, or treat this path apart "
-            "(lorax.tree.partition)"
+            f"{path}: rank={rank} for a kernel with {in_} inputs and {out} outputs; "
+            f"give a whole number from 1 to {min(in_, out)}, or handle this path "
+            "separately (lorax.tree.partition)"
         )
 
 
@@ -138,7 +138,7 @@ def require_overlap(sets: list[Adapters]) -> None:
             raise ValueError(
                 f"set {i} has the paths {sorted(adapters)} and shares none with the "
                 f"others, {sorted(others)}: are these adapters of different models? "
-                "lorax.tree.combine puts disjoint sets of one model side by side"
+                "To join disjoint sets of one model, use lorax.tree.combine"
             )
 
 

@@ -39,7 +39,7 @@ def combine(
     election: deltas.Election = "weighted",
     params: PyTree | None = None,
 ) -> Combined:
-    """Adds adapter sets of one model with weights, in their *updates*.
+    """Forms the weighted sum of adapter sets of one model, in terms of their *updates*.
 
         linear:       sum_k w_k s_k a_k b_k = s [a_1, a_2, ...] @ [w_k s_k / s  b_k]
         svd:          linear, then `resize`
@@ -48,38 +48,39 @@ def combine(
         dare_ties:    drop, divide, elect signs, average
 
     "linear" is exact and has no cross terms `a_1 b_2`; its rank is the sum of the
-    ranks. Factors with equal a are read once and their b added, so `combine([x, x],
-    [1, -1])` is exactly zero. The dense methods form one matrix at a time, in float32,
-    and cut the result to a rank.
+    ranks. If sets have equal a, it is kept once and their b are added, so `combine([x,
+    x], [1, -1])` is exactly zero. The dense methods form one matrix at a time, in
+    float32, and truncate the result to a rank.
 
     Args:
-      sets: K dicts `{path: Adapter}` for the base as given: adapters of an init that
-        moved it (PiSSA, OLoRA, LoRA-GA) go through `to_lora` first. AdaLora counts as
-        its Lora form. A path that a set lacks has no update there.
-      weights: K numbers. "ties" and "dare_ties" average the weighted entries of the
-        sets that agree, over their number.
+      sets: K dicts `{path: Adapter}` for the original base: if an init changed the
+        base (PiSSA, OLoRA, LoRA-GA), convert the adapters with `to_lora` first. An
+        AdaLora is treated as its Lora form. A set that lacks a path contributes no
+        update there.
+      weights: K numbers. "ties" and "dare_ties" sum the weighted entries of the sets
+        that agree and divide by the number of those sets.
       method: one of the five.
-      rank: of the result, for all but "linear"; by default the sum of the ranks, at
-        most min(in, out).
-      density: share of entries kept, in (0, 1]; for "ties" (0.2 in the paper, per
+      rank: of the result, for every method except "linear"; by default the sum of the
+        ranks, at most min(in, out).
+      density: fraction of entries kept, in (0, 1]; for "ties" (0.2 in the paper, per
         matrix here as in PEFT) and DARE.
-      key: a `jax.random.key` for DARE; every path and set draws its own.
-      election: of "ties" and "dare_ties", with unequal weights: "weighted", signs are
-        elected of the weighted updates, so that a set of weight zero has no say and a
-        negative one speaks against; "unweighted", of the updates as
-        they are, as in PEFT. The paper elects before its one factor lambda, which is
-        "unweighted" to the letter; at equal positive weights, all that it has, the two
-        are one.
-      params: the base, needed where a path is Full: `base + sum w (value - base)`.
+      key: a `jax.random.key` for DARE; every path and set draws its own numbers.
+      election: how "ties" and "dare_ties" elect signs if the weights are unequal:
+        "weighted" uses the weighted updates, so a set with weight zero has no say and
+        a negative weight votes against; "unweighted" uses the updates as they are, as
+        in PEFT. The paper elects before it applies its single factor lambda, which is
+        literally "unweighted"; for equal positive weights, the only case in the paper,
+        the two are the same.
+      params: the base, needed if a path is Full: `base + sum w (value - base)`.
 
     Returns:
-      Adapters in float32 (Full: in their dtype), scale and dropout the first's; and by
-      path the relative error of the compression, 0 where there was none.
+      Adapters in float32 (Full: in their dtype), with the scale and dropout of the
+      first set; and by path the relative error of the compression, 0 if there was none.
 
     Raises:
-      ValueError: sets of different models, Dora adapters, ones whose init moved the
-        base, Full ones without params, wrong weights, or an option that the method
-        lacks or needs.
+      ValueError: sets of different models, Dora adapters, adapters whose init changed
+        the base, Full adapters without params, invalid weights, or an option that the
+        method does not take, or needs but was not given.
 
     Example:
       >>> import lorax
@@ -131,8 +132,8 @@ def _require_options(recipe: _Recipe) -> None:
     _checks.one_of("method", method, METHODS)
     if method == "linear" and rank is not None:
         raise ValueError(
-            f"rank={rank}: a linear combination is exact, and its rank the sum of the "
-            "ranks; use method='svd' to compress it"
+            f"rank={rank}: a linear combination is exact, and its rank is the sum of "
+            "the ranks; use method='svd' to compress it"
         )
     _checks.one_of("election", election, deltas.ELECTIONS)
     if election != "weighted" and method not in deltas.SIGNED:
@@ -143,8 +144,8 @@ def _require_options(recipe: _Recipe) -> None:
     dense = method in deltas.DENSE
     if dense and (not _checks.is_real(density) or not 0 < density <= 1):
         raise ValueError(
-            f"density={density}; method={method!r} needs the share of entries to keep, "
-            "a number in (0, 1], such as 0.2"
+            f"density={density}; method={method!r} needs the fraction of entries to "
+            "keep, a number in (0, 1], such as 0.2"
         )
     if not dense and density is not None:
         raise ValueError(
@@ -157,7 +158,7 @@ def _require_options(recipe: _Recipe) -> None:
         )
     if method not in deltas.RANDOM and key is not None:
         raise ValueError(
-            f"method={method!r} draws nothing; leave key out, or choose one of "
+            f"method={method!r} is not random; leave key out, or choose one of "
             f"{', '.join(deltas.RANDOM)}"
         )
 
@@ -173,8 +174,8 @@ def _aligned(path: str, parts: Mapping[int, Any]) -> list[Lora]:
         depth = depths[0] if union is None else len(union)
         if union is None and max(max(s) for s in own) >= depth:
             raise ValueError(
-                f"{path}: one set adapts a stack of {depth} layers, another the layers "
-                f"{max(own)}; were they made for different models?"
+                f"{path}: one set adapts a stack of {depth} layers, another adapts "
+                f"layers {max(own)}; were they made for different models?"
             )
         place = list(range(depth)) if union is None else list(union)
         plain = {k: _on_layers(x, union, place) for k, x in plain.items()}
@@ -194,7 +195,7 @@ def _on_layers(lora: Lora, union: tuple[int, ...] | None, place: list[int]) -> L
 def _linear(
     path: str, loras: list[Lora], weights: list[Any], recipe: _Recipe
 ) -> tuple[Lora, jax.Array]:
-    """The exact combination; under "svd" cut to a rank."""
+    """The exact combination; for "svd", truncated to a rank."""
     shared = forms.shared_scale(loras)
     groups: list[tuple[Any, list[list[Any]]]] = []  # (a, [[b, coefficient], ...])
     for lora, weight in zip(loras, weights, strict=True):
@@ -206,7 +207,7 @@ def _linear(
         term = next((term for term in terms if _same(term[0], lora.b)), None)
         if term is None:
             terms.append([lora.b, coefficient])
-        else:  # numbers first: no product is rounded before it cancels
+        else:  # add the coefficients first, so that no product rounds before cancelling
             term[1] = term[1] + coefficient
     first = loras[0]
     dtype = layout.wide(*(f for lora in loras for f in (lora.a, lora.b)))
@@ -226,7 +227,7 @@ def _linear(
 
 
 def _same(x: jax.Array, y: jax.Array) -> bool:
-    """True for one array, or for two whose values are known to be equal."""
+    """True for the same array, or for two whose values are known to be equal."""
     if x is y:
         return True
     known = tree.is_concrete(x) and tree.is_concrete(y)
@@ -240,7 +241,7 @@ def _thinned(
     recipe: _Recipe,
     keys: jax.Array | None,
 ) -> tuple[Lora, jax.Array]:
-    """TIES or DARE on the dense updates, cut to a rank."""
+    """TIES or DARE on the dense updates, truncated to a rank."""
     first, rank = loras[0], recipe.rank
     if rank is None:
         rank = min(sum(lora.rank for lora in loras), *pairs.features(first))
@@ -268,9 +269,9 @@ def _thinned(
 
 
 def _keys(recipe: _Recipe, path: str, sets: list[int], n: int) -> jax.Array | None:
-    """Keys `[n, len(sets)]` of the matrices of one path; None where none is drawn.
+    """Keys `[n, len(sets)]` for the matrices of one path; None if nothing is random.
 
-    They come from the path and the set's place: another set reshuffles nothing.
+    They depend on the path and the set's index, so adding a set changes no other draw.
     """
     if recipe.key is None:
         return None
@@ -286,10 +287,10 @@ def _full(
     recipe: _Recipe,
     leaves: Mapping[str, Any] | None,
 ) -> Full:
-    """A leaf that moves by the combined change of its values."""
+    """A Full adapter whose leaf changes by the combined change of the values."""
     if leaves is None:
         raise ValueError(
-            f"{path} is Full: it holds a value, and the change it stands for needs the "
+            f"{path} is Full: it holds a value, and computing its change needs the "
             "base; pass params=, the tree the adapters were trained on"
         )
     tree.require([path], leaves, "parameter tree")

@@ -1,4 +1,4 @@
-"""One adapter set in another form: scaled, of another rank, as plain Lora."""
+"""Conversions of one adapter set: scaled, resized to another rank, as plain Lora."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorax.types import Adapters
 
 
 def scale(adapters: Adapters, factor: float) -> Adapters:
-    """Multiplies every update by a number, exactly: through the static scale.
+    """Multiplies every update by a number, exactly, through the static scale.
 
     Args:
       adapters: `{path: Lora | AdaLora}`.
@@ -26,8 +26,8 @@ def scale(adapters: Adapters, factor: float) -> Adapters:
       The same arrays with `scale * factor`.
 
     Raises:
-      ValueError: a factor that is not a finite number, Dora or Full adapters, or ones
-        whose init moved the base.
+      ValueError: the factor is not a finite number, or there are Dora or Full adapters
+        or ones whose init changed the base.
 
     Example:
       >>> import lorax
@@ -39,8 +39,8 @@ def scale(adapters: Adapters, factor: float) -> Adapters:
     """
     if not _checks.is_finite(factor):
         raise ValueError(
-            f"factor={factor!r}; give a finite Python number (the scale is static: a "
-            "traced factor goes through compose.combine([adapters], [factor]))"
+            f"factor={factor!r}; give a finite Python number (the scale is static; for "
+            "a traced factor, use compose.combine([adapters], [factor]))"
         )
     agreement.require_products(adapters, "scale")
     agreement.refuse_moved(adapters, "scale")
@@ -59,7 +59,7 @@ def scale(adapters: Adapters, factor: float) -> Adapters:
 
 
 def negate(adapters: Adapters) -> Adapters:
-    """Turns every update round: `scale(adapters, -1)`, exact.
+    """Reverses the sign of every update, exactly: `scale(adapters, -1)`.
 
     Args:
       adapters: `{path: Lora | AdaLora}`.
@@ -68,7 +68,7 @@ def negate(adapters: Adapters) -> Adapters:
       The same arrays with the opposite scale.
 
     Raises:
-      ValueError: as `scale`.
+      ValueError: as for `scale`.
 
     References:
       Ilharco et al., Editing Models with Task Arithmetic, arXiv:2212.04089.
@@ -77,23 +77,24 @@ def negate(adapters: Adapters) -> Adapters:
 
 
 def resize(adapters: Adapters, rank: int) -> Combined:
-    """Gives every adapter another rank: the best one, by SVD of the factors.
+    """Changes every adapter's rank, optimally, by SVD of the factors.
 
-    A smaller rank keeps the leading part of the update `a @ b` (Eckart-Young), from
-    rank x rank cores and balanced between a and b; of an AdaLora in its own form. A
-    larger one pads with zeros, which train no further.
+    A smaller rank keeps the leading part of the update `a @ b` (Eckart-Young), computed
+    from rank x rank cores and balanced between a and b; an AdaLora keeps its own form.
+    A larger rank pads with zeros, which training does not change.
 
     Args:
-      adapters: `{path: Adapter}`; of a Dora the factors are cut and the magnitude
-        stays; Full passes.
+      adapters: `{path: Adapter}`; for a Dora the factors are truncated and the
+        magnitude is kept; Full adapters are unchanged.
       rank: from 1 to min(in, out) of every kernel.
 
     Returns:
-      The adapters, their scales and dtypes kept; by path the Frobenius norm of what was
-      lost over that of `a @ b`, measured on the factors as stored (the cast included).
+      The adapters with their scales and dtypes; and by path the Frobenius norm of what
+      was lost relative to that of `a @ b`, measured on the factors as stored (including
+      the cast).
 
     Raises:
-      ValueError: a rank that does not fit a kernel.
+      ValueError: the rank does not fit a kernel.
 
     Example:
       >>> import lorax
@@ -111,14 +112,14 @@ def resize(adapters: Adapters, rank: int) -> Combined:
 
 
 def resized(path: str, adapter: Any, rank: int) -> tuple[Any, jax.Array]:
-    """Returns one adapter of another rank, and the relative error of its update."""
+    """Returns one adapter at another rank, and the relative error of its update."""
     if adapter.replaces:
         return adapter, jnp.zeros(())
     if not pairs.has_factors(adapter):
         raise ValueError(
-            f"{path}: resize cuts a product of one reading and one writing factor, and "
-            f"{type(adapter).__name__} is not one; write it as Lora first "
-            "(compose.to_lora), or merge it and read it back (compose.extract)"
+            f"{path}: resize truncates a product of one input and one output factor, "
+            f"and {type(adapter).__name__} is not one; convert it to Lora first "
+            "(compose.to_lora), or merge and extract it (compose.extract)"
         )
     agreement.require_rank(path, adapter, rank)
     if rank >= adapter.rank:
@@ -132,33 +133,34 @@ def resized(path: str, adapter: Any, rank: int) -> tuple[Any, jax.Array]:
     return after, forms.relative(jnp.linalg.norm(lost), jnp.linalg.norm(s))
 
 
-_svd = jax.jit(linalg.low_rank_svd)  # many paths have one shape: compile it once
+_svd = jax.jit(linalg.low_rank_svd)  # many paths share a shape: compile it once
 
 
 def to_lora(adapters: Adapters, initial: Adapters | None = None) -> Adapters:
-    """Writes adapters as plain Lora, on the original base if that was moved.
+    """Converts adapters to plain Lora, for the original base if an init changed it.
 
         W_moved + s a b  =  W + s (a b - a0 b0)  =  W + s [a, a0] @ [b; -b0]
 
-    PiSSA, MiLoRA, LoRA-GA, OLoRA and CorDA start from `W_moved = W - s a0 b0`: their
-    adapters on the *original* base are wrong, unless written like this, at twice the
+    PiSSA, MiLoRA, LoRA-GA, OLoRA and CorDA start from `W_moved = W - s a0 b0`: on the
+    *original* base their adapters are only right if written like this, at twice the
     rank.
 
     Args:
       adapters: `{path: Adapter}`; an AdaLora becomes `p @ (lam * q)`, a LoHa of rank r
-        a Lora of rank r^2, a LoKr one of the product of its ranks (a full matrix counts
-        with its shorter side), a MiSS one of its rank; Full passes.
-      initial: what `lorax.init` returned, before training, for inits that moved the
-        base; None where the base was not moved. Adapters whose update was zero at the
-        start (the standard init) keep their rank. (For an AdaLora as a Lora on the
-        moved base see `lorax.adapters.as_lora`.)
+        a Lora of rank r^2, a LoKr a Lora whose rank is the product of its ranks (a full
+        matrix counts with its shorter side), a MiSS a Lora of its rank; Full adapters
+        are unchanged.
+      initial: what `lorax.init` returned, before training, for inits that changed the
+        base; None if the base was not changed. Adapters whose update was zero at the
+        start (the standard init) keep their rank. (To write an AdaLora as a Lora on the
+        changed base, see `lorax.adapters.as_lora`.)
 
     Returns:
-      `{path: Lora | Full}`, scales kept.
+      `{path: Lora | Full}`, with the same scales.
 
     Raises:
-      ValueError: Dora adapters, ones whose init moved the base without `initial`,
-        paths that `initial` lacks, or adapters of another model or init in it.
+      ValueError: there are Dora adapters; an init changed the base and `initial` is
+        missing or lacks a path; or `initial` comes from another model or init.
 
     References:
       Meng et al., PiSSA, arXiv:2404.02948. Wang et al., LoRA-GA, arXiv:2407.05000.
@@ -170,7 +172,7 @@ def to_lora(adapters: Adapters, initial: Adapters | None = None) -> Adapters:
         return plain
     if lacking := sorted(adapters.keys() - initial.keys()):
         raise ValueError(
-            f"initial has no adapter for {lacking}; pass the whole dict that "
+            f"initial has no adapter for {lacking}; pass the complete dict that "
             "lorax.init returned for these adapters"
         )
     agreement.require_products(
@@ -180,7 +182,7 @@ def to_lora(adapters: Adapters, initial: Adapters | None = None) -> Adapters:
 
 
 def _on_base(path: str, adapter: Any, initial: Any) -> Any:
-    """The adapter less its initial update."""
+    """The adapter minus its initial update."""
     if adapter.replaces:
         return adapter
     start = as_lora(initial)

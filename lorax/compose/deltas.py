@@ -1,12 +1,12 @@
-"""TIES and DARE: how dense updates are thinned out before they are added.
+"""TIES and DARE: how dense updates are sparsified before they are added.
 
-    TIES:  keep the largest `density` of every update, by magnitude;
+    TIES:  keep the fraction `density` of every update that is largest in magnitude;
            elect for each entry the sign with the larger total,
                sign sum_k w_k d_k     "weighted"
                sign sum_k d_k         "unweighted"
-           average the entries w_k d_k of the sets that agree, over their number.
+           sum w_k d_k over the sets that agree, and divide by their number.
     DARE:  drop entries at random and divide the kept ones by `density`,
-           so that the update is right on average.
+           so that the update is unbiased.
 
 References:
   Yadav et al., TIES-Merging: Resolving Interference When Merging Models,
@@ -40,15 +40,15 @@ def merged(
     keys: jax.Array | None,
     election: Election = "weighted",
 ) -> jax.Array:
-    """Returns one update from K of one shape.
+    """Merges K updates of one shape into one.
 
     Args:
       deltas: K arrays.
       weights: K numbers.
       method: one of DENSE.
-      density: the share of entries kept, in (0, 1].
+      density: the fraction of entries kept, in (0, 1].
       keys: `[K]` keys for DARE, else None.
-      election: of which entries the signs are summed.
+      election: whether the weighted or the unweighted entries elect the signs.
     """
     if keys is None:
         thin = [trim(delta, density) for delta in deltas]
@@ -62,26 +62,26 @@ def merged(
 
 
 def trim(delta: jax.Array, density: float) -> jax.Array:
-    """Keeps the largest entries by magnitude, at least one; ties at the edge stay."""
+    """Keeps the entries largest in magnitude, at least one, with ties at the cutoff."""
     keep = max(1, round(density * delta.size))
     edge = jnp.sort(jnp.abs(delta), axis=None)[delta.size - keep]
     return jnp.where(jnp.abs(delta) >= edge, delta, 0.0)
 
 
 def drop(key: jax.Array, delta: jax.Array, density: float) -> jax.Array:
-    """Keeps each entry with probability `density`, divided by it."""
+    """Keeps each entry with probability `density`, and divides it by `density`."""
     kept = jax.random.bernoulli(key, density, delta.shape)
     return jnp.where(kept, delta / density, 0.0)
 
 
 def disjoint_mean(deltas: jax.Array, voters: jax.Array) -> jax.Array:
-    """Averages over axis 0 the entries whose voter has the sign of the voters' sum.
+    """Averages over axis 0 the entries whose voter agrees in sign with the voters' sum.
 
     A sum of exactly zero elects the positive sign, as in PEFT.
 
     Args:
-      deltas: `[K, ...]`, what is averaged.
-      voters: `[K, ...]`, what the signs are read from.
+      deltas: `[K, ...]`, the entries to average.
+      voters: `[K, ...]`, the entries whose signs count.
     """
     elected = jnp.where(voters.sum(0) >= 0, 1.0, -1.0)
     agree = jnp.sign(voters) == elected
@@ -100,22 +100,22 @@ def compressed(
     rank: int,
     election: Election,
 ) -> tuple[jax.Array, ...]:
-    """Merges the dense updates of K pairs of factors and cuts the result to a rank.
+    """Merges the dense updates of K pairs of factors, truncating the result to a rank.
 
-    One matrix at a time is dense, whatever is stacked.
+    Only one matrix of a stack is dense at a time.
 
     Args:
-      pairs: K times `a: [n, in, r_k]` and `b: [n, r_k, out]`, scale folded in.
+      pairs: K pairs `a: [n, in, r_k]` and `b: [n, r_k, out]`, with the scale folded in.
       weights: K numbers.
       keys: `[n, K]` keys, or None.
       method: one of DENSE.
-      density: the share of entries kept.
+      density: the fraction of entries kept.
       rank: of the result.
-      election: as `merged` takes it.
+      election: as in `merged`.
 
     Returns:
       `u: [n, in, rank]`, `s: [n, rank]`, `vt: [n, rank, out]`, and the squared
-      Frobenius norms `[n]` of what was cut off and of the whole.
+      Frobenius norms `[n]` of what was cut off and of the whole matrix.
     """
 
     def one(given: Any) -> tuple[jax.Array, ...]:

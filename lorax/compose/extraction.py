@@ -1,4 +1,4 @@
-"""Adapters read off two full checkpoints."""
+"""Adapters extracted from two full checkpoints."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ def extract(
     targets: Rule | Iterable[Rule],
     kernels: Mapping[str, Kernel] | None = None,
 ) -> Combined:
-    """Reads adapters off two full checkpoints: the SVD of what training changed.
+    """Extracts adapters from two full checkpoints by an SVD of what training changed.
 
         a = U_r sqrt(S_r / s),    b = sqrt(S_r / s) V_r^T,    U S V^T = W_tuned - W
 
     Args:
       params: the tree before training.
-      tuned: the tree after it, of the same structure and shapes.
+      tuned: the tree after training, of the same structure and shapes.
       targets: rules as for `lorax.init`; rank, alpha, scaling, dtype, layers and the
-        parametrisation count, the init does not. "full" takes the tuned leaf; "dora"
-        takes the magnitude from the tuned kernel.
+        parametrisation are used, the init is ignored. "full" takes the tuned leaf;
+        "dora" takes the magnitude from the tuned kernel.
       kernels: from `discover`; needed by "all-linear" and for kernels that are not
         two-dimensional.
 
     Returns:
-      The adapters, for `params`; by path the Frobenius norm of the change they miss,
-      over that of the change.
+      The adapters, for `params`; and by path the Frobenius norm of the change they
+      miss, relative to that of the whole change.
 
     Raises:
-      ValueError: targets that `lorax.init` would refuse, or leaves of other shapes.
-      KeyError: a path that `tuned` lacks.
+      ValueError: targets that `lorax.init` would refuse, or leaves of different shapes.
+      KeyError: `tuned` lacks a path.
 
     Example:
       >>> base, tuned = {"w": jnp.zeros((3, 2))}, {"w": jnp.ones((3, 2))}
@@ -58,9 +58,9 @@ def extract(
     for path, (_, kernel) in chosen.items():
         if kernel.leaves:
             raise ValueError(
-                f"{path}: the program makes this kernel, so no leaf holds it; make "
-                "dense kernels of both checkpoints by the model's own code, and "
-                "extract from those"
+                f"{path}: the program computes this kernel, so no leaf holds it; "
+                "compute dense kernels of both checkpoints with the model's own code, "
+                "and extract from those"
             )
     after = tree.flatten(tuned)
     tree.require(chosen, after, "tuned tree")
@@ -79,13 +79,13 @@ def extract(
 def _extracted(target: Target, kernel: Kernel, tuned: Any) -> tuple[Any, jax.Array]:
     value = jnp.asarray(kernel.value)
     cls: Any = adapter_classes.of_target(target)
-    whole = dataclasses.replace(kernel, value=tuned)  # whose norm Dora takes
+    whole = dataclasses.replace(kernel, value=tuned)  # Dora takes its norm
     if cls.replaces:
         return cls.make(None, whole, target, {}), jnp.zeros(())
     if not hasattr(cls, "from_triplets"):
         raise ValueError(
-            f"{kernel.path}: a difference of checkpoints is read as a product of "
-            f"factors, and adapter={target.adapter!r} is not one; use adapter='lora'"
+            f"{kernel.path}: extract writes the difference of checkpoints as a product "
+            f"of factors, and adapter={target.adapter!r} is not one; use adapter='lora'"
         )
     dtype = layout.wide(value, tuned)
     change = tuned.astype(dtype) - value.astype(dtype)
@@ -101,5 +101,5 @@ def _extracted(target: Target, kernel: Kernel, tuned: Any) -> tuple[Any, jax.Arr
 
 @functools.partial(jax.jit, static_argnums=1)
 def _top(stack: jax.Array, rank: int) -> tuple[jax.Array, ...]:
-    """The leading triplets of `[n, in, out]`, one dense decomposition at a time."""
+    """The leading singular triplets of `[n, in, out]`, one matrix at a time."""
     return jax.lax.map(lambda matrix: forms.truncated(matrix, rank)[:3], stack)

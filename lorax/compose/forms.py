@@ -1,4 +1,4 @@
-"""What the algebra of adapters shares: one scale, one truncation, one result."""
+"""What the algebra of adapters shares: scales, truncation, and the type of a result."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lorax.types import Adapters
 
 
 class Combined(NamedTuple):
-    """Adapters, and what their compression cost.
+    """Adapters, and the error of compressing them.
 
     Attributes:
       adapters: `{path: Adapter}`.
-      error: `{path: error}`: the Frobenius norm of what a truncation took from the
-        update, over that of the update; 0 where nothing was truncated.
+      error: `{path: error}`: the Frobenius norm of what truncation removed from the
+        update, relative to that of the update; 0 if nothing was truncated.
     """
 
     adapters: Adapters
@@ -28,14 +28,14 @@ class Combined(NamedTuple):
 
 
 def rescaled(adapter: Any, scale: float) -> Any:
-    """Returns the adapter with another scale and the ratio in b (AdaLora: in lam)."""
+    """Returns the adapter at another scale; b (AdaLora: lam) absorbs the ratio."""
     if adapter.scale == scale:
         return adapter
     name = adapter.absorbs
     if name is None:
         raise ValueError(
             f"{type(adapter).__name__} has scale {adapter.scale}, and none of its "
-            f"arrays can take the ratio to {scale}; give all sets one scale"
+            f"arrays can absorb the ratio to {scale}; give all sets the same scale"
         )
     field, ratio = getattr(adapter, name), adapter.scale / scale
     folded = (ratio * field.astype(layout.wide(field))).astype(field.dtype)
@@ -43,27 +43,27 @@ def rescaled(adapter: Any, scale: float) -> Any:
 
 
 def shared_scale(adapters: Sequence[Any]) -> float:
-    """The first scale that is not zero, on which the others can be folded."""
+    """The first nonzero scale, which the others can be converted to."""
     return next((a.scale for a in adapters if a.scale), 1.0)
 
 
 def relative(error: jax.Array, whole: jax.Array) -> jax.Array:
-    """Returns error / whole, and 0 for 0 / 0."""
+    """Returns error / whole, with 0 / 0 = 0."""
     return jnp.where(whole > 0, error / jnp.where(whole > 0, whole, 1.0), error)
 
 
 def truncated(
     matrix: jax.Array, rank: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns the best rank-`rank` part of one matrix, by a dense decomposition.
+    """Returns the best rank-`rank` approximation of one matrix, by a dense SVD.
 
     Args:
       matrix: `[in, out]`, at least float32.
       rank: at most min(in, out).
 
     Returns:
-      `u: [in, rank]`, `s: [rank]`, `vt: [rank, out]`, signs as `linalg.svd` has
-      them; the squared Frobenius norms of what was cut off and of the matrix.
+      `u: [in, rank]`, `s: [rank]`, `vt: [rank, out]`, with the signs of `linalg.svd`;
+      and the squared Frobenius norms of what was cut off and of the matrix.
     """
     u, s, vt = linalg.svd(matrix, min(matrix.shape))
     cut, square = jnp.sum(s[rank:] ** 2), jnp.sum(s**2)
@@ -71,7 +71,7 @@ def truncated(
 
 
 def statics(adapter: Any) -> dict[str, Any]:
-    """Returns the static fields but for the scale."""
+    """Returns the static fields except the scale."""
     fields = (f.name for f in dataclasses.fields(adapter))
     return {
         name: getattr(adapter, name)

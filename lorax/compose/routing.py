@@ -18,7 +18,7 @@ from lorax.types import Adapters, Axes, Factors, Field, PyTree
 
 @flax.struct.dataclass
 class _Made:
-    """Factors made beforehand: a DoRA's norm is taken once, not once per example."""
+    """Precomputed factors: a DoRA's norm is computed once, not once per example."""
 
     made: Factors
     axes: Axes = flax.struct.field(pytree_node=False)
@@ -28,7 +28,7 @@ class _Made:
     replaces: ClassVar[bool] = False
 
     def check(self, path: str, leaf: jax.Array) -> None:
-        """The adapter was checked when its factors were made."""
+        """Does nothing: the adapter was checked when its factors were computed."""
 
     def factors(self, kernel: jax.Array) -> Factors:
         """Returns them."""
@@ -41,36 +41,36 @@ def route(
     in_axes: int | None | tuple[Any, ...] = 0,
     on_merge: Literal["warn", "error"] = "warn",
 ) -> Callable[..., Any]:
-    """Makes a function of one example one of a batch, each example with its adapter.
+    """Batches a function of one example, giving each example its own adapter.
 
         routed(stacked, index, params, x)[i]
             = fn(merge(stacked[index[i]], params), x[i])
 
-    The frozen kernels stay shared: one product of the whole batch with each, plus the
-    thin products of every example with its own factors (which are gathered: `batch`
-    copies of an adapter's size). Factors are made (scaled, a DoRA's norm taken) once
-    per adapter or once per example, whichever are fewer: the cost does not grow with K.
-    A `Full` leaf is gathered too, so keep it to norms and biases. Other adapters of the
-    same shapes run without compiling again.
+    The frozen kernels stay shared: the whole batch is multiplied by each once, and
+    every example by its own thin factors (which are gathered: `batch` copies of an
+    adapter). Factors are computed (scaled, with a DoRA's norm) once per adapter or once
+    per example, whichever are fewer, so the cost does not grow with K. A `Full` leaf is
+    gathered too, so use it only for norms and biases. Swapping in other adapters of the
+    same shapes does not recompile.
 
     Args:
       fn: a pure function `fn(params, *args, **kwargs)` of *one* example, as for
-        `jax.vmap`; of a model that wants a batch, `lambda params, x:
+        `jax.vmap`; for a model that expects a batch, `lambda params, x:
         model(params, x[None])[0]`.
-      in_axes: where `args` have the batch, as in `jax.vmap`: one number for all of
-        them, or a tuple of one entry each, None for what examples share.
+      in_axes: the batch axes of `args`, as in `jax.vmap`: one number for all of them,
+        or a tuple with an entry for each; None for what all examples share.
       on_merge: as in `lorax.adapt`; a merge here forms one kernel per example.
 
     Returns:
-      `routed(stacked, index, params, *args, lora_key=None, **kwargs)`: `stacked` from
-      `compose.stack`, `index: int[batch]` which of its K adapters an example gets.
-      Keyword arguments are shared and reach `fn` as given. Every output has the batch
-      in front. An index outside [0, K) raises where its value is known and gives NaN
-      under `jit`.
+      `routed(stacked, index, params, *args, lora_key=None, **kwargs)`, with `stacked`
+      from `compose.stack`, and `index: int[batch]` choosing each example's adapter.
+      Keyword arguments are shared and passed to `fn` unchanged. Every output has a
+      leading batch axis. An index outside [0, K) raises if its value is known, and
+      gives NaN under `jit`.
 
     Raises:
-      ValueError: (when called) an index that is no integer vector or out of range,
-        adapters that are no stack or do not fit.
+      ValueError: (when called) the index is not an integer vector or is out of range,
+        or the adapters are not a stack or do not fit.
 
     Example:
       >>> import lorax
@@ -109,24 +109,24 @@ def route(
 
 
 def _checked(index: Any, size: int) -> jax.Array:
-    """The index with everything out of range at K, where the gather fills."""
+    """The index, with everything out of range set to K so that the gather fills it."""
     index = jnp.asarray(index)
     if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
         raise ValueError(
             f"index has shape {index.shape} and dtype {index.dtype}; give one integer "
             "per example, int[batch]"
         )
-    if tree.is_concrete(index):  # read by numpy: under jit, jnp would trace it
+    if tree.is_concrete(index):  # read with NumPy: under jit, jnp would trace it
         if wrong := {i for i in np.asarray(index).tolist() if not 0 <= i < size}:
             raise ValueError(
-                f"index holds {sorted(wrong)}, and the stack has {size} adapters: give "
+                f"index holds {sorted(wrong)}, but the stack has {size} adapters: give "
                 f"numbers from 0 to {size - 1}"
             )
     return jnp.where((index < 0) | (index >= size), size, index)
 
 
 def _chosen(stacked: Adapters, index: jax.Array) -> Adapters:
-    """The adapter of every example; NaN where there is none."""
+    """Each example's adapter; NaN where the index is out of range."""
 
     def taken(leaf: jax.Array) -> jax.Array:
         floats = jnp.issubdtype(leaf.dtype, jnp.inexact)
@@ -136,7 +136,7 @@ def _chosen(stacked: Adapters, index: jax.Array) -> Adapters:
 
 
 def _made(stacked: Adapters, params: PyTree) -> Adapters:
-    """The factors of every adapter in a stack, on the leaf they all share."""
+    """The factors of every adapter in a stack, for the leaf they all share."""
     params, frozen = tree.split(params)
     leaves = tree.flatten(params)
     tree.require(stacked, leaves, "parameter tree")

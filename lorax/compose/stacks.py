@@ -1,9 +1,9 @@
 """Many adapter sets of one shape: stacked for vmap, or swapped in a compiled function.
 
-Unequal ranks are padded with zeros in both factors, which changes no update (and no
-gradient moves what is padded: that of either factor is proportional to the other).
-Unequal scales are folded into b (of an AdaLora into lam), which changes no update
-either, but does change how Adam trains it: fold for inference only.
+Unequal ranks are padded with zeros in both factors, which leaves every update as it is
+(and the padding gets no gradient, since each factor's gradient is proportional to the
+other factor). Unequal scales are folded into b (for an AdaLora, into lam), which leaves
+the updates as they are too, but changes how Adam trains them: fold for inference only.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ def stack(
 ) -> Adapters:
     """Stacks K adapter sets on a leading axis of every array, for `jax.vmap`.
 
-    Ranks are padded with zeros to the largest. Where scales differ, all get the first
-    and the ratio goes into b: for inference, since folding changes Adam's training.
+    Ranks are padded with zeros to the largest. If scales differ, all take the first and
+    b absorbs the ratio; use that for inference only, since it changes how Adam trains.
 
     Args:
       sets: K dicts `{path: Adapter}` for one model: the same classes, axes, sizes,
-        dropout and layers at every path, and one base. Where an init moved it (PiSSA,
-        OLoRA, LoRA-GA) the sets come from one `lorax.init`; of other data or another
-        key the record says nothing.
-      missing: "error": the same paths in every set; "zero": a set without a Lora or
-        AdaLora that another has gets a zero update there.
+        dropout and layers at every path, and one base. If an init changed the base
+        (PiSSA, OLoRA, LoRA-GA), the sets must come from one `lorax.init`; inits that
+        differ only in data or key cannot be told apart.
+      missing: "error": every set must have the same paths; "zero": a set that lacks a
+        Lora or AdaLora another set has gets a zero update there.
 
     Returns:
       `{path: Adapter}` whose arrays have a leading axis K. Its adapters fit a kernel
       only inside a `vmap` over that axis, or through `route`.
 
     Raises:
-      ValueError: sets that differ in more than rank and scale; the message names the
+      ValueError: the sets differ in more than rank and scale; the message names the
         paths.
 
     Example:
@@ -92,8 +92,8 @@ def _require_stackable(path: str, members: list[tuple[int, Any]]) -> None:
                 ", ".join(f"{k}={own[k]}" for k in differ) for own in (one, two)
             )
             raise ValueError(
-                f"{path}: set {i} has {ours} and set {j} {theirs}, and one stack "
-                "has one value; set them equal with adapter.replace(...)"
+                f"{path}: set {i} has {ours} and set {j} {theirs}, but a stack has "
+                "one value for all; make them equal with adapter.replace(...)"
             )
 
 
@@ -102,15 +102,15 @@ def _zero(path: str, like: Any, absent: list[int]) -> Any:
     if not like.additive:
         raise ValueError(
             f"{path}: sets {absent} lack it, and a {type(like).__name__} of zeros is "
-            "no zero update (it replaces or rescales the kernel); give those sets an "
-            "adapter from lorax.init there"
+            "not a zero update (it replaces or rescales the kernel); give those sets "
+            "an adapter from lorax.init there"
         )
     if getattr(like, "moved_by", None):
         raise ValueError(
-            f"{path}: sets {absent} lack it, and the others fit "
-            f"{agreement.base_of(like)}, where zero factors do not give the kernel "
-            "back; write them for the base as given first, compose.to_lora(adapters, "
-            "initial), initial what lorax.init returned"
+            f"{path}: sets {absent} lack it, and the others belong to "
+            f"{agreement.base_of(like)}, where zero factors do not restore the kernel; "
+            "first rewrite them for the original base with compose.to_lora(adapters, "
+            "initial), where initial is what lorax.init returned"
         )
     return jax.tree.map(jnp.zeros_like, like)
 
@@ -128,25 +128,25 @@ def _stacked(members: list[Any]) -> Any:
 
 
 def unstack(stacked: Adapters) -> list[Adapters]:
-    """Splits what `stack` made, without the ranks that are zero in every factor.
+    """Splits what `stack` made, dropping ranks that are zero in every factor.
 
     Args:
       stacked: `{path: Adapter}` with a leading axis K on every array, concrete.
 
     Returns:
-      K dicts. The scale is the stack's, so b may carry a folded ratio; an adapter that
-      is zero throughout keeps one rank.
+      K dicts. The scale is the stack's, so b may include a folded ratio; an adapter
+      that is zero throughout keeps rank 1.
 
     Raises:
-      ValueError: arrays without a common leading axis, or values that cannot be read
-        (inside `jit`), on which the true ranks depend.
+      ValueError: the arrays have no common leading axis, or their values, on which the
+        true ranks depend, cannot be read (inside `jit`).
     """
     size = count(stacked)
     for path, adapter in stacked.items():
         if not all(map(tree.is_concrete, jax.tree.leaves(adapter))):
             raise ValueError(
-                f"{path}: unstack reads which padded ranks are zero, and these arrays "
-                "have no values here; call it outside of jit, or index the stack "
+                f"{path}: unstack looks for ranks that are zero, but these arrays are "
+                "traced and have no values; call it outside jit, or index the stack "
                 "yourself: jax.tree.map(lambda v: v[k], stacked)"
             )
     used = tree.map_adapters(lambda _, adapter: _ranks(adapter), stacked)
@@ -159,10 +159,10 @@ def unstack(stacked: Adapters) -> list[Adapters]:
 
 
 def count(stacked: Adapters) -> int:
-    """Returns K, the leading axis of every array in a stack.
+    """Returns K, the size of the leading axis of every array in a stack.
 
     Raises:
-      ValueError: arrays that do not share one, with the path.
+      ValueError: the arrays do not share one; the message names the paths.
     """
     sizes: dict[int, str] = {}
     for path, adapter in stacked.items():
@@ -178,7 +178,7 @@ def count(stacked: Adapters) -> int:
 
 
 def _ranks(stacked: Any) -> np.ndarray:
-    """The ranks that are not zero in every factor: `[K]`, at least 1."""
+    """The rank that each adapter uses, without trailing zeros: `[K]`, at least 1."""
     if not stacked.padded:
         return np.zeros(len(jax.tree.leaves(stacked)[0]), int)
     member = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], stacked))
@@ -193,21 +193,21 @@ def _ranks(stacked: Any) -> np.ndarray:
 def switch(adapters: Adapters, like: Adapters) -> Adapters:
     """Gives adapters the exact form of others, to swap them in a compiled function.
 
-    Ranks are padded with zeros and the ratio of the scales goes into b, so the result
-    has `like`'s structure (its static fields too), shapes, dtypes and, where `like` was
-    placed on devices, its sharding: a function compiled for `like` runs it as it is.
+    Ranks are padded with zeros and b absorbs the ratio of the scales, so the result has
+    `like`'s structure (including static fields), shapes, dtypes and, if `like` was
+    placed on devices, its sharding: a function compiled for `like` runs it unchanged.
 
     Args:
       adapters: `{path: Adapter}` of the same classes, axes and sizes as `like`.
-      like: the adapters that the function was compiled for; arrays, or
+      like: the adapters that the function was compiled for, as arrays or
         `jax.ShapeDtypeStruct`s.
 
     Returns:
       The same updates in `like`'s form.
 
     Raises:
-      ValueError: other paths, classes, sizes, layers or base than `like`'s, a larger
-        rank, or a scale of zero in `like`.
+      ValueError: the paths, classes, sizes, layers or base differ from `like`'s, the
+        rank is larger, or a scale in `like` is zero.
 
     Example:
       >>> import lorax
@@ -241,8 +241,8 @@ def _switched(path: str, adapter: Any, like: Any) -> Any:
     if hasattr(like, "scale"):
         if like.scale == 0 != adapter.scale:
             raise ValueError(
-                f"{path}: like has scale 0, at which every update is zero; compile for "
-                "adapters with a scale"
+                f"{path}: like has scale 0, so every update would be zero; compile for "
+                "adapters with a nonzero scale"
             )
         adapter = forms.rescaled(adapter, like.scale)
     fields = {
@@ -253,7 +253,7 @@ def _switched(path: str, adapter: Any, like: Any) -> Any:
 
 
 def _placed(value: Any, like: Any) -> jax.Array:
-    """The value in the dtype, and where the other was put on devices, there."""
+    """The value in `like`'s dtype and, if `like` was put on devices, on those."""
     value = jnp.asarray(value, like.dtype)
     if tree.is_concrete(like) and getattr(like, "committed", False):
         return jax.device_put(value, like.sharding)

@@ -1,1 +1,1 @@
-"""Other people's files: Hugging Face checkpoints and PEFT adapters."""
+"""Other libraries' files: checkpoints and adapters, read and written."""

@@ -1,4 +1,4 @@
-"""From the modules and whole tensors of a file to adapters of leaves."""
+"""Assembles adapters of leaves from the modules and full tensors of a file."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def adapters(
     """Returns adapters by path.
 
     Args:
-      modules: with their arrays; rank 0 is none.
-      saved: `{key on disk: tensor}` of parameters that are stored whole.
+      modules: with their arrays; those of rank 0 are left out.
+      saved: `{key on disk: tensor}` of parameters that are stored in full.
       base: the model.
-      dropout: of the input of every adapter but an embedding's.
+      dropout: on the input of every adapter except an embedding's.
 
     Raises:
-      ValueError: some layers only of a parameter that is one leaf here.
+      ValueError: only some layers of a parameter that is one leaf here are stored.
     """
     groups: dict[str, list[tuple[int | None, Module]]] = {}
     for module in modules:
@@ -47,7 +47,7 @@ def adapters(
 
 
 def _full(saved: Mapping[str, np.ndarray], base: Base) -> Adapters:
-    """The leaves that are stored whole; of a stack every layer must be."""
+    """The leaves that are stored in full; a stack must have all of its layers."""
     groups: dict[str, dict[int | None, np.ndarray]] = {}
     for key, tensor in saved.items():
         place = base.where[key]
@@ -62,7 +62,7 @@ def _full(saved: Mapping[str, np.ndarray], base: Base) -> Adapters:
         depth = base.shapes[path].shape[0]
         if len(parts) < depth:
             raise ValueError(
-                f"modules_to_save holds {len(parts)} of the {depth} layers of "
+                f"modules_to_save has {len(parts)} of the {depth} layers of "
                 f"{path!r}, which is one leaf here; load the base with scan=False"
             )
         found[path] = Full(jnp.stack([parts[layer] for layer in range(depth)]))

@@ -1,16 +1,16 @@
-"""Which engines take an adapter that PEFT's layout holds, and why others do not.
+"""Which serving engines accept an adapter in PEFT's layout, and why others do not.
 
     for verdict in engines.check("runs/x/peft", model.config):
         print(verdict)
 
-PEFT's directory is the common tongue, and each engine reads a part of it. The rules are
-those of the engines' own loaders, said again here; engines change, and a rule is as old
+PEFT's directory is the common format, and each engine supports a part of it. The rules
+restate those of the engines' own loaders. Engines change, and a rule is only as recent
 as its reference:
 
 vLLM: `vllm/lora/lora_model.py` (commit 0306474), `peft_helper.py` (0214369), `utils.py`
 (001e63a), `vllm/config/lora.py` (01230b4), `docs/models/supported_models.md` (0046f77).
 SGLang: `python/sglang/srt/lora/lora_config.py` (0ceb81f), `utils.py` (01235a1) and
-`lora.py` (002c60a). llama.cpp: `src/llama-adapter.cpp` (0650ea8), and of lorax
+`lora.py` (002c60a). llama.cpp: `src/llama-adapter.cpp` (0650ea8), and lorax's own
 `gguf.save_adapters`, which writes its files. No engine was run.
 
 References:
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from lorax.interop import files, peft
 
-UNIFORM = "write it by peft.save(..., uniform=True)"
+UNIFORM = "write it with peft.save(..., uniform=True)"
 MERGED = "merge it (lorax.merge, or --form=merged) and serve the model"
 
 
@@ -35,8 +35,8 @@ class Verdict(NamedTuple):
 
     Attributes:
       engine: its name.
-      reasons: why it does not take the adapter, and what to do; empty: it does.
-      flags: what the engine must be started with.
+      reasons: why it does not accept the adapter, and what to do; empty if it does.
+      flags: the flags to start the engine with.
     """
 
     engine: str
@@ -45,11 +45,11 @@ class Verdict(NamedTuple):
 
     @property
     def takes(self) -> bool:
-        """True where the engine takes the adapter."""
+        """True if the engine accepts the adapter."""
         return not self.reasons
 
     def __str__(self) -> str:
-        """One line, and one more for every reason."""
+        """One line, plus one for every reason."""
         if self.takes:
             return f"{self.engine}: yes" + (
                 f", with {self.flags}" if self.flags else ""
@@ -58,13 +58,13 @@ class Verdict(NamedTuple):
 
 
 class Written(NamedTuple):
-    """An adapter on disk, as rules see it.
+    """An adapter on disk, as the rules see it.
 
     Attributes:
       fields: of adapter_config.json.
       shapes: of the tensors, by name.
       family: the base's `model_type`.
-      tied: the base's head is its embedding.
+      tied: whether the base's head is its embedding.
     """
 
     fields: Mapping[str, Any]
@@ -74,7 +74,7 @@ class Written(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The largest of the factors, of one expert."""
+        """The largest rank; for experts, that of a single expert."""
         found = [shape[1] for n, shape in self.shapes.items() if n.endswith(B_ENDS)]
         pattern = (self.fields.get("rank_pattern") or {}).values()
         if self.fields.get("target_parameters"):
@@ -95,15 +95,15 @@ B_ENDS = (".lora_B.weight", ".lora_embedding_B")
 
 
 def check(directory: str | pathlib.Path, config: Any) -> list[Verdict]:
-    """Says of each engine whether it takes an adapter.
+    """Returns, for each engine, whether it accepts an adapter.
 
     Args:
-      directory: that `peft.save` wrote, or PEFT.
-      config: of the base, `model.config`.
+      directory: written by `peft.save` or by PEFT.
+      config: the base's config, `model.config`.
 
     Raises:
-      FileNotFoundError: no such files.
-      ValueError: files that are not sound.
+      FileNotFoundError: the files do not exist.
+      ValueError: a file is damaged.
     """
     folder = pathlib.Path(directory)
     fields = files.read_json(files.inside(folder, peft.CONFIG))
@@ -118,19 +118,19 @@ def check(directory: str | pathlib.Path, config: Any) -> list[Verdict]:
 
 
 def _plain_lora(written: Written, engine: str) -> Iterator[str]:
-    """What every serving engine asks: factors of LoRA, and nothing beside them."""
+    """What every serving engine requires: LoRA factors, and nothing else."""
     fields = written.fields
     if fields.get("peft_type") != "LORA":
         yield (
-            f"peft_type={fields.get('peft_type')}: {engine} reads LORA; a product of "
-            f"factors becomes one by compose.to_lora, else {MERGED}"
+            f"peft_type={fields.get('peft_type')}: {engine} reads only LORA; convert a "
+            f"product of factors with compose.to_lora, otherwise {MERGED}"
         )
     if fields.get("use_dora"):
-        yield f"use_dora: {engine} has no magnitudes; {MERGED}"
+        yield f"use_dora: {engine} does not support magnitudes; {MERGED}"
     if fields.get("modules_to_save"):
-        yield f"modules_to_save={fields['modules_to_save']}: whole modules; {MERGED}"
+        yield f"modules_to_save={fields['modules_to_save']}: full modules; {MERGED}"
     if fields.get("bias", "none") != "none" or fields.get("lora_bias"):
-        yield f"bias: {engine} reads no biases; {MERGED}"
+        yield f"bias: {engine} does not read biases; {MERGED}"
     if fields.get("trainable_token_indices"):
         yield f"trainable_token_indices: rows of the embedding; {MERGED}"
     if fields.get("layer_replication"):
@@ -138,12 +138,12 @@ def _plain_lora(written: Written, engine: str) -> Iterator[str]:
 
 
 def _one_rank(written: Written, engine: str) -> Iterator[str]:
-    """One rank and one alpha: the patterns are not read, or refused."""
+    """Requires one rank and one alpha: patterns are ignored or refused."""
     for name, common in ("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"):
         own = written.fields.get(name) or {}
         if any(value != written.fields.get(common) for value in own.values()):
             yield (
-                f"{name}: {engine} has one {common} for all modules, so scales would "
+                f"{name}: {engine} uses one {common} for all modules, so scales would "
                 f"be wrong; {UNIFORM}"
             )
 
@@ -154,31 +154,31 @@ VLLM_FAMILIES = frozenset(
     phi3 qwen2 qwen3 qwen3_moe smollm3
     """.split()
 )
-"""Those with a mark under "LoRA" in its list of models."""
+"""The families marked under "LoRA" in vLLM's list of models."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Of --max-lora-rank, `MaxLoRARanks` of `vllm/config/lora.py`; 16 by default."""
+"""Values of --max-lora-rank: `MaxLoRARanks` in `vllm/config/lora.py`; default 16."""
 
 
 def _vllm(written: Written) -> Iterator[str]:
     yield from _plain_lora(written, "vLLM")
     yield from _one_rank(written, "vLLM")
     if written.family not in VLLM_FAMILIES:
-        yield f"vLLM serves no adapters of {written.family!r}; {MERGED}"
+        yield f"vLLM does not serve adapters for {written.family!r}; {MERGED}"
     if written.rank > VLLM_RANKS[-1]:
         yield (
             f"rank {written.rank}: vLLM's largest is {VLLM_RANKS[-1]}; "
-            "compose.resize makes it smaller"
+            "reduce it with compose.resize"
         )
     if "experts" in written.modules and not _both_kernels(written):
         yield (
             "target_parameters: vLLM takes <experts>.base_layer for gate_up_proj and "
-            "<experts> for down_proj, so that an adapter of one of the two would be "
-            f"taken for another; adapt both, or {MERGED}"
+            "<experts> for down_proj, so an adapter of only one of them could be "
+            f"mistaken for the other; adapt both, or {MERGED}"
         )
 
 
 def _both_kernels(written: Written) -> bool:
-    """True where every module of experts has factors for both of its kernels."""
+    """True if every module of experts has factors for both of its kernels."""
     own = {n.partition(".lora_")[0] for n in written.shapes if ".experts" in n}
     outer = {name for name in own if not name.endswith(".base_layer")}
     return own == outer | {f"{name}.base_layer" for name in outer}
@@ -194,7 +194,7 @@ SGLANG_MODULES = frozenset(
     q_proj k_proj v_proj o_proj gate_proj up_proj down_proj embed_tokens lm_head
     """.split()
 )
-"""Of `_KNOWN_LORA_TARGET_MODULES` those of lorax's families, by PEFT's names."""
+"""Those of `_KNOWN_LORA_TARGET_MODULES` that lorax's families have, by PEFT's names."""
 
 
 def _sglang(written: Written) -> Iterator[str]:
@@ -202,11 +202,11 @@ def _sglang(written: Written) -> Iterator[str]:
     yield from _one_rank(written, "SGLang")
     named = written.fields.get("target_modules")
     if isinstance(named, str) and named not in ("all", "all-linear"):
-        yield f"target_modules={named!r}: SGLang reads lists of names, no expressions"
+        yield f"target_modules={named!r}: SGLang reads lists of names, not patterns"
     if written.fields.get("use_rslora"):
-        yield "use_rslora: SGLang's scale is alpha / r; write rank_stabilized=False"
+        yield "use_rslora: SGLang's scale is alpha / r; save with rank_stabilized=False"
     if odd := sorted(written.modules - SGLANG_MODULES):
-        yield f"SGLang has no adapters of {', '.join(odd)}; {MERGED}"
+        yield f"SGLang does not support adapters of {', '.join(odd)}; {MERGED}"
 
 
 def _sglang_flags(written: Written) -> str:
@@ -218,20 +218,20 @@ def _sglang_flags(written: Written) -> str:
 
 
 GGUF_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Those that `lorax.interop.gguf` writes."""
+"""The families that `lorax.interop.gguf` writes."""
 
 
 def _llama_cpp(written: Written) -> Iterator[str]:
     yield from _plain_lora(written, "llama.cpp")
     if written.family not in GGUF_FAMILIES:
         yield (
-            f"{written.family!r}: lorax writes GGUF adapters of "
+            f"{written.family!r}: lorax writes GGUF adapters only for "
             f"{', '.join(GGUF_FAMILIES)}; {MERGED}"
         )
     if written.tied and {"embed_tokens", "lm_head"} & written.modules:
-        yield f"llama.cpp has no adapter of an embedding that is the head too; {MERGED}"
+        yield f"llama.cpp cannot adapt an embedding that is also the head; {MERGED}"
     if written.fields.get("target_parameters"):
-        yield f"target_parameters: pairs of matrices alone; {MERGED}"
+        yield f"target_parameters: only pairs of matrices are supported; {MERGED}"
 
 
 def _no_rule(written: Written) -> Iterator[str]:

@@ -1,10 +1,9 @@
-"""Between the arrays of single modules, as on disk, and adapters of whole leaves.
+"""Converts between arrays of single modules, as on disk, and adapters of whole leaves.
 
-A leaf that stacks its layers has one module for each, and one adapter: what the words
-of `Field.dims` say gives the arrays their axes. Ranks that differ among the layers are
-padded with zeros in every factor, and scales that differ are folded into one field
-(LoRA's b), both of which change no update. Such padding is cut off again before
-anything is written.
+A leaf that stacks its layers has one module per layer but a single adapter; the words
+of `Field.dims` give the axes of its arrays. If ranks differ among the layers, every
+factor is padded with zeros; if scales differ, they are folded into one field (LoRA's
+b). Neither changes an update. The padding is removed again before writing.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ from lorax.models import table
 from lorax.types import Axes
 
 LEAF = ("axes", "dropout", "layers", "moved_by", "in_sizes", "out_sizes")
-"""Static fields of a whole leaf's adapter; the others are a module's own."""
+"""Static fields that belong to a leaf's adapter; the others belong to a module."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """What one module of torch has of an adapter.
+    """One torch module's part of an adapter.
 
     Attributes:
-      name: of the module on disk, without `.weight`.
+      name: the module's name on disk, without `.weight`.
       cls: the parametrisation.
-      fields: its trained arrays by name, one axis for every word of `Field.dims` but
+      fields: its trained arrays by name, one axis for every word of `Field.dims` except
         "batch": LoRA's a is `[in, rank]`.
-      statics: the static fields that are the module's own, such as `scale`.
+      statics: the static fields that belong to the module, such as `scale`.
     """
 
     name: str
@@ -44,23 +43,23 @@ class Module:
 
     @property
     def scale(self) -> float:
-        """The factor on the update; 1 of a class that has none."""
+        """The factor on the update; 1 for a class that has none."""
         return self.statics.get("scale", 1.0)
 
     @property
     def empty(self) -> bool:
-        """True where rank allocation left nothing."""
+        """True if rank allocation left no rank."""
         return self.cls.padded and bool(_ranks(self.cls)) and not self.rank
 
     @property
     def rank(self) -> int:
-        """The width of the bottleneck; 0 of a class that has none."""
+        """The width of the bottleneck; 0 for a class that has none."""
         own = ((n, axis) for n, axis in _ranks(self.cls) if n in self.fields)
         return next((self.fields[n].shape[axis] for n, axis in own), 0)
 
 
 def _ranks(cls: Any) -> list[tuple[str, int]]:
-    """The fields that have a rank, and on which axis of a module's array."""
+    """The fields that have a rank, and its axis in a module's array."""
     own = {name: _own(field.words) for name, field in cls.fields.items()}
     return [(n, w.index("rank")) for n, w in own.items() if "rank" in w]
 
@@ -70,7 +69,7 @@ def _own(words: Sequence[str]) -> list[str]:
 
 
 def axes_of(entry: table.Entry, stacked: bool) -> Axes:
-    """Returns which axes of a leaf are read and written, of a stack behind axis 0."""
+    """Returns a leaf's input and output axes; if `stacked`, axis 0 is the layers'."""
     first = int(stacked)
     last = first + len(entry.axes)
     middle = first + entry.inputs
@@ -85,19 +84,19 @@ def joined(
     shape: tuple[int, ...],
     dropout: float = 0.0,
 ) -> Any:
-    """Returns one adapter.
+    """Joins the modules of a leaf into one adapter.
 
     Args:
-      modules: of the leaf, each with its layer; None: the leaf is no stack.
-      entry: of the leaf.
-      shape: of the leaf.
+      modules: of the leaf, each with its layer; None if the leaf is not a stack.
+      entry: the leaf's entry.
+      shape: the leaf's shape.
       dropout: static field of the adapter.
 
     Returns:
-      The adapter, float32; `layers` names those that have factors, if not all do.
+      The adapter, float32; `layers` lists those that have factors, if not all do.
 
     Raises:
-      ValueError: layers that differ in what one adapter has once.
+      ValueError: layers differ in something that an adapter has only once.
     """
     numbers = [layer for layer, _ in modules]
     stacked = numbers[0] is not None
@@ -127,7 +126,7 @@ def joined(
 
 
 def alike(modules: Sequence[Module]) -> list[Module]:
-    """Returns modules of one leaf with one rank and one scale; statics must agree."""
+    """Returns modules of one leaf at a common rank and scale; statics must agree."""
     first = modules[0]
     scale = next((m.scale for m in modules if m.scale), 0.0)
     rank = max(m.rank for m in modules)
@@ -136,7 +135,7 @@ def alike(modules: Sequence[Module]) -> list[Module]:
         if module.statics != found[0].statics:
             raise ValueError(
                 f"{first.name!r} has {dict(found[0].statics)} and {module.name!r} "
-                f"{dict(module.statics)}, and the two are layers of one leaf here; "
+                f"{dict(module.statics)}, but the two are layers of one leaf here; "
                 "load the base with scan=False"
             )
     return found
@@ -146,8 +145,8 @@ def split(adapter: Any, names: Sequence[str]) -> list[Module]:
     """Returns the modules of an adapter, without ranks that are zero in every factor.
 
     Args:
-      adapter: of a class whose arrays lie on the kernel's axes, or on their own.
-      names: of the module of every layer that has factors.
+      adapter: of a class whose arrays have the kernel's axes, or axes of their own.
+      names: the module of every layer that has factors.
     """
     cls, n = type(adapter), len(names)
     arrays = {name: _flat(adapter, name, n) for name in adapter.roles}
@@ -164,7 +163,7 @@ def split(adapter: Any, names: Sequence[str]) -> list[Module]:
         if used:
             rows = np.any([u.reshape(len(u), -1).any(1) for u in used], axis=0)
             if not rows.any() and not adapter.counts_ranks:
-                rows[0] = True  # only where ranks are allocated is there rank 0
+                rows[0] = True  # rank 0 only exists if ranks are allocated
             cut = {f: np.compress(rows, own[f], axis) for f, axis in ranks}
             own |= cut
         found.append(Module(name, cls, own, statics))
@@ -172,7 +171,7 @@ def split(adapter: Any, names: Sequence[str]) -> list[Module]:
 
 
 def _flat(adapter: Any, name: str, n: int) -> np.ndarray:
-    """A field as `[n, ...]`, one axis for every word but "batch"."""
+    """A field as `[n, ...]`, one axis for every word except "batch"."""
     array = np.asarray(jax.device_get(getattr(adapter, name)), np.float32)
     axes: Axes = adapter.axes
     lengths = {"batch": len(axes.batch), "in": len(axes.in_), "out": len(axes.out)}
@@ -186,7 +185,7 @@ def _flat(adapter: Any, name: str, n: int) -> np.ndarray:
 
 
 def one_scale(modules: Sequence[Module]) -> list[Module]:
-    """Returns the same updates with one positive scale."""
+    """Returns the same updates with a common positive scale."""
     scale = next((abs(m.scale) for m in modules if m.scale), 1.0)
     return [_rescaled(m, scale) for m in modules]
 
@@ -195,15 +194,15 @@ def mirrored(module: Module, name: str) -> Module:
     """Returns a module's factors for the transposed matrix: an embedding's tied head.
 
     Args:
-      module: of a Lora.
-      name: of the other module.
+      module: a module with Lora factors.
+      name: the other module's name.
     """
     fields = {"a": module.fields["b"].T, "b": module.fields["a"].T}
     return dataclasses.replace(module, name=name, fields=fields)
 
 
 def _rescaled(module: Module, scale: float) -> Module:
-    """The same update at another scale, the ratio in the field that absorbs it."""
+    """The same update at another scale; one field absorbs the ratio."""
     name = module.cls.absorbs
     if module.scale == scale or "scale" not in module.statics or name is None:
         return module
@@ -219,8 +218,8 @@ def _padded(module: Module, rank: int) -> Module:
     if not module.cls.padded:
         raise ValueError(
             f"{module.name!r} has rank {module.rank} and another layer of its leaf "
-            f"rank {rank}, and zeros would change what {module.cls.__name__} computes; "
-            "load the base with scan=False"
+            f"rank {rank}, but padding would change what {module.cls.__name__} "
+            "computes; load the base with scan=False"
         )
     fields = dict(module.fields)
     for name, axis in _ranks(module.cls):

@@ -1,8 +1,8 @@
-"""Files that came from elsewhere: JSON and safetensors, trusted with nothing.
+"""Reads JSON and safetensors files from untrusted sources.
 
 The safetensors library checks the header (sizes, offsets, gaps, overlaps); the bytes
 are then read by position rather than through its memory map, whose touched pages would
-count as memory of the process beside the arrays.
+count towards the process's memory in addition to the arrays.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import safetensors
 
 from lorax import untrusted
 
-JSON_LIMIT = 100 * 2**20  # bytes; as much as safetensors allows a header
+JSON_LIMIT = 100 * 2**20  # bytes; the limit of safetensors for a header
 
 DTYPES = {
     "BF16": jnp.bfloat16,
@@ -30,17 +30,17 @@ DTYPES = {
     **{f"I{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)},
 }
-"""numpy's dtypes by safetensors' names."""
+"""NumPy dtypes by safetensors' names."""
 
 
 def read_json(path: pathlib.Path, kind: type = dict) -> Any:
-    """Returns the object in a JSON file, or with `kind=list` the array.
+    """Returns the object in a JSON file, or the array if `kind=list`.
 
     Raises:
-      ValueError: it is too long, malformed, of another kind, or names a key twice.
+      ValueError: it is too long, malformed, of another kind, or has a key twice.
     """
     if path.stat().st_size > JSON_LIMIT:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes of JSON: refused")
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, too many for JSON")
     try:
         return untrusted.parsed(path.read_text(encoding="utf-8"), kind)
     except ValueError as error:
@@ -48,13 +48,13 @@ def read_json(path: pathlib.Path, kind: type = dict) -> Any:
 
 
 def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
-    """Returns the path of a file of `directory`, which must not lead out of it.
+    """Returns the path of a file in `directory`, which it must not lead out of.
 
-    Links into the store of blobs beside the snapshots of a hub cache are followed.
+    Links into the blob store next to the snapshots of a hub cache are followed.
 
     Raises:
-      ValueError: it leads out.
-      FileNotFoundError: there is none.
+      ValueError: it leads out of the directory.
+      FileNotFoundError: there is no such file.
     """
     path = directory / name
     roots = [directory.resolve()]
@@ -62,19 +62,19 @@ def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
         roots.append(directory.resolve().parent.parent / "blobs")
     real = path.resolve()
     if not any(real.is_relative_to(root) for root in roots):
-        raise ValueError(f"{path} leads out of its directory, to {real}: refused")
+        raise ValueError(f"{path} leads out of its directory, to {real}; refused")
     if not real.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     return path
 
 
 class Tensor(NamedTuple):
-    """One tensor on disk, not read yet.
+    """One tensor on disk, not yet read.
 
     Attributes:
-      path: of its file.
+      path: its file.
       key: its name.
-      dtype: numpy's.
+      dtype: its NumPy dtype.
       shape: on disk.
       offset: of its first byte in the file.
     """
@@ -91,15 +91,15 @@ class Tensor(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def require_floating(self) -> None:
-        """Raises ValueError unless its values are floats, as all that is trained."""
+        """Raises ValueError unless its values are floats, as trained values are."""
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise ValueError(f"{self.key!r} has dtype {self.dtype}, not a float")
 
     def read(self, rows: slice = slice(None)) -> np.ndarray:
-        """Returns the tensor, or those of its rows; only their bytes are read.
+        """Returns the tensor, or some of its rows, reading only their bytes.
 
         Raises:
-          ValueError: the file ended early, or a value is NaN or infinite.
+          ValueError: the file ends early, or a value is NaN or infinite.
         """
         if not self.shape:
             return self._read(self.offset, ())
@@ -108,7 +108,7 @@ class Tensor(NamedTuple):
         return self._read(self.offset + start * row, (stop - start, *self.shape[1:]))
 
     def read_block(self, rows: slice, columns: slice) -> np.ndarray:
-        """Returns a block of a matrix, reading no more than its bytes."""
+        """Returns a block of a matrix, reading only its bytes."""
         first, last, _ = columns.indices(self.shape[1])
         if (first, last) == (0, self.shape[1]):
             return self.read(rows)
@@ -133,7 +133,7 @@ class Tensor(NamedTuple):
         while left:
             count = file.readinto(left[: 2**30])
             if not count:
-                raise ValueError(f"{self.path}: ends inside of {self.key!r}")
+                raise ValueError(f"{self.path}: the file ends inside {self.key!r}")
             left = left[count:]
 
     def _checked(self, array: np.ndarray) -> np.ndarray:
@@ -143,7 +143,7 @@ class Tensor(NamedTuple):
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """True if no value is NaN or infinite; in pieces, to keep memory small."""
+    """True if no value is NaN or infinite; works in pieces to save memory."""
     if array.dtype == jnp.bfloat16:
         bits, mask = array.reshape(-1).view(np.uint16), np.uint16(0x7F80)
         step = 2**22
@@ -158,17 +158,17 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def open_tensors(path: pathlib.Path) -> dict[str, Tensor]:
-    """Returns what a safetensors file holds, after its header was checked.
+    """Returns the tensors of a safetensors file, after checking its header.
 
     Raises:
-      ValueError: it is truncated, its header lies or names a key twice, or a dtype is
-        unknown.
+      ValueError: the file is truncated, its header is wrong or has a key twice, or a
+        dtype is unknown.
     """
     try:
         with safetensors.safe_open(path, framework="numpy"):
             pass
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no sound safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a valid safetensors file: {error}") from error
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
@@ -190,8 +190,8 @@ def open_checkpoint(directory: pathlib.Path, stem: str = "model") -> dict[str, T
     """Returns the tensors of `stem.safetensors`, or of the files that its index names.
 
     Raises:
-      FileNotFoundError: there is neither.
-      ValueError: as `open_tensors`; an index that disagrees with its files.
+      FileNotFoundError: neither exists.
+      ValueError: as for `open_tensors`; or the index disagrees with its files.
     """
     single = f"{stem}.safetensors"
     index = f"{single}.index.json"
@@ -216,7 +216,7 @@ def open_checkpoint(directory: pathlib.Path, stem: str = "model") -> dict[str, T
 
 
 def _nothing(directory: pathlib.Path, name: str) -> str:
-    """What to say where there are no safetensors."""
+    """The message for a directory without safetensors."""
     told = f"{directory} has neither {name} nor {name}.index.json"
     pickles = [p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt")]
     if pickles:

@@ -1,11 +1,11 @@
-"""Hugging Face checkpoints: read into a Flax tree, straight into its shards, and back.
+"""Loads Hugging Face checkpoints directly into a sharded Flax tree, and saves them.
 
     model, params = hf.load("path/or/hub-id")
     logits = model.apply({"params": params}, tokens)
     hf.save("merged", model.config, lorax.merge(adapters, params))
 
-Only `config.json` and safetensors are read; no code comes with a checkpoint. Everything
-that can be known from headers is checked before the first weight is read.
+Only `config.json` and safetensors are read, and no code in a checkpoint is run.
+Everything that headers show is checked before the first weight is read.
 """
 
 from __future__ import annotations
@@ -55,34 +55,35 @@ def load(
     dtype: Any = None,
     **switches: Any,
 ) -> tuple[nn.Module, PyTree]:
-    """Reads a model; of a multimodal one the text model, see `multimodal`.
+    """Loads a model; from a multimodal checkpoint, the text model (see `multimodal`).
 
     Args:
-      source: a directory with `config.json` and safetensors; or, where there is no such
+      source: a directory with `config.json` and safetensors; or, if there is no such
         directory, the id of a model on the hub, which is then downloaded.
-      shardings: a tree of `jax.sharding.Sharding` like the parameters, or a function of
-        the model and its abstract parameters that gives it; every process reads its
-        slices only, of quantised leaves each layer whole. A quantised leaf has that
-        of its kernel, or one for each array. None: the default device.
-      quantize: rules as for `lorax.quantize`, such as "nf4": what they take is
-        quantised as it is read, a layer after the other, to the leaves that
-        `lorax.quantize` would make. None: nothing.
-      key: draws a head that the checkpoint lacks, as when an encoder is to classify;
-        None: that is an error.
-      revision: of the hub's repository.
+      shardings: a tree of `jax.sharding.Sharding` like the parameters, or a function
+        that returns it, given the model and its abstract parameters. Every process
+        reads only its own slices, except of quantised leaves, whose layers it reads in
+        full. A quantised leaf has its kernel's sharding, or one for each array. None:
+        the default device.
+      quantize: rules as for `lorax.quantize`, such as "nf4": the leaves they select are
+        quantised while loading, one layer at a time, with the same result as
+        `lorax.quantize`. None: quantise nothing.
+      key: initialises a head that the checkpoint lacks, for example to make an encoder
+        a classifier; None: a missing head is an error.
+      revision: a revision of the hub repository.
       dtype: of the computation; None for the checkpoint's own. The parameters keep
         theirs.
-      **switches: fields of the family's `Config` that config.json does not hold, such
+      **switches: fields of the family's `Config` that config.json does not have, such
         as `scan`, `remat`, `dropout`, `head`.
 
     Returns:
-      The Flax module, its `config` beside it, and its parameters.
+      The Flax module, with its `config`, and its parameters.
 
     Raises:
-      FileNotFoundError: no such files.
-      ValueError: a file that is not sound, an architecture or a field that is not
-        implemented, tensors that are missing, left over, misshapen or not finite;
-        rules that `lorax.quantize` refuses.
+      FileNotFoundError: the files do not exist.
+      ValueError: a file is damaged; an architecture or a field is not implemented;
+        tensors are missing, left over, misshapen or not finite; or `lorax.quantize`
+        would refuse the rules.
     """
     directory = locate(source, revision)
     whole = files.read_json(files.inside(directory, "config.json"))
@@ -137,13 +138,13 @@ def save(
     *,
     file_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes a model that transformers and `load` read, bit for bit.
+    """Writes a model so that transformers and `load` read it, bit for bit.
 
     Args:
-      directory: made if need be; files of the same names are replaced.
-      config: of the family, as `model.config`.
-      params: of the model, such as `lorax.merge` gives them.
-      file_bytes: a file is closed before it would grow beyond this.
+      directory: created if necessary; files of the same names are replaced.
+      config: the family's config, `model.config`.
+      params: the model's parameters, such as those that `lorax.merge` returns.
+      file_bytes: a new file is started before one would exceed this size.
 
     Raises:
       ValueError: the tree is not the model's.
@@ -163,15 +164,15 @@ def save(
 
 
 def configured(config: Mapping[str, Any], directory: Any, **switches: Any) -> nn.Module:
-    """Returns the Flax module that the fields of a config.json describe, unread.
+    """Returns the Flax module that the fields of a config.json describe.
 
     Args:
-      config: the fields; of a multimodal model those of its text model are taken.
+      config: the fields; for a multimodal model, those of its text model are used.
       directory: where they are from, for errors.
-      **switches: as for `load`, and the dtypes, which are the tensors' own there.
+      **switches: as for `load`, and the dtypes, which `load` takes from the tensors.
 
     Raises:
-      ValueError: an architecture, a field or a switch that is not implemented.
+      ValueError: an architecture, a field or a switch is not implemented.
     """
     raw = multimodal.text_config(config, directory)
     family = family_of(raw, directory)
@@ -191,7 +192,7 @@ def family_of(config: Mapping[str, Any], directory: Any) -> ModuleType:
     if not isinstance(kind, str) or kind not in models.FAMILIES:
         raise ValueError(
             f"{directory}: config.json: model_type={untrusted.shown(kind)} is not "
-            "implemented; known are "
+            "implemented; supported are "
             f"{', '.join(sorted(models.FAMILIES))}"
         )
     return models.FAMILIES[kind]
@@ -199,12 +200,12 @@ def family_of(config: Mapping[str, Any], directory: Any) -> ModuleType:
 
 @functools.lru_cache(8)
 def abstract(model: Any) -> PyTree:
-    """Returns the shapes and dtypes of a model's parameters; it is traced once."""
+    """Returns the shapes and dtypes of a model's parameters, traced only once."""
     return jax.eval_shape(model.init, jax.random.key(0), *example(model))["params"]
 
 
 def to_disk(config: Any, params: PyTree) -> dict[str, np.ndarray]:
-    """Returns `{key: tensor}` as a checkpoint holds them."""
+    """Returns `{key: tensor}` in the form of a checkpoint."""
     family = family_of(config.to_hf(), "config")
     flat = _flat(params)
     found = table.locate(family.entries(config), config.stacks, config.scan)
@@ -214,7 +215,7 @@ def to_disk(config: Any, params: PyTree) -> dict[str, np.ndarray]:
         raise ValueError(f"these are not the parameters of the model: {odd}")
     if small := [path for path, leaf in flat.items() if tree.is_quantized(leaf)]:
         raise ValueError(
-            f"{small[0]}: the leaf is quantised, and files hold dense ones; write "
+            f"{small[0]}: the leaf is quantised, but files hold dense leaves; save "
             "lorax.merge({}, params), or with adapters lorax.merge(adapters, params)"
         )
     tensors = {}
@@ -225,7 +226,7 @@ def to_disk(config: Any, params: PyTree) -> dict[str, np.ndarray]:
 
 
 def example(model: Any) -> tuple[jax.Array, ...]:
-    """Returns the smallest input: tokens, twice for two stacks; or an image."""
+    """Returns the smallest inputs: tokens, twice for two stacks; or an image."""
     family = family_of(model.config.to_hf(), "config")
     if hasattr(family, "example"):
         return family.example(model.config)
@@ -237,7 +238,7 @@ def _flat(tree: PyTree) -> dict[str, Any]:
 
 
 def _dtype(tensors: Any) -> Any:
-    """The dtype of most of the bytes."""
+    """The floating dtype that accounts for most bytes."""
     count: dict[Any, int] = {}
     for tensor in tensors:
         if jnp.issubdtype(tensor.dtype, jnp.floating):
@@ -246,7 +247,7 @@ def _dtype(tensors: Any) -> Any:
 
 
 def renamed(family: ModuleType, key: str) -> str:
-    """Returns the present name of a tensor."""
+    """Returns the current name of a tensor."""
     return table.renamed(key, (*OLD_NAMES, *family.ALIASES))
 
 
@@ -258,12 +259,12 @@ def _placed(
     *,
     draws_heads: bool,
 ) -> dict[str, list[tuple[Any, table.Location]]]:
-    """Returns for every leaf its tensors, and which parts of it they are."""
+    """Returns the tensors of every leaf, and which parts of it they are."""
     known: dict[str, files.Tensor | bitsandbytes.Coded] = {}
     for key, tensor in tensors.items():
         name = renamed(family, key)
         if name in known:
-            raise ValueError(f"{key!r} and {known[name].key!r} are one tensor")
+            raise ValueError(f"{key!r} and {known[name].key!r} are the same tensor")
         known[name] = tensor
     tables = [of(config) for of in (family.entries, *getattr(family, "FURTHER", ()))]
     where = table.nearest(tables, config.stacks, config.scan, known)
@@ -280,7 +281,7 @@ def _placed(
     extra = sorted(set(known) - set(where) - tied)
     if missing or extra:
         raise ValueError(
-            "the tensors are not those of its config.json; "
+            "the tensors do not match its config.json; "
             f"missing: {untrusted.some(missing)}; left over: {untrusted.some(extra)}"
         )
     flat = _flat(shapes)
@@ -294,20 +295,20 @@ def _placed(
         if known[key].shape != need:
             raise ValueError(
                 f"{known[key].path.name}: {key!r} has shape {list(known[key].shape)}, "
-                f"and config.json asks for {list(need)}"
+                f"but config.json requires {list(need)}"
             )
         found.setdefault(place.path, []).append((known[key], place))
     return found
 
 
 def _sizes(raw: Mapping[str, Any], config: Any) -> str:
-    """What a config.json says of sizes, where the tensors have others."""
+    """The sizes that a config.json gives, for errors about tensors with others."""
     told = []
     for name, value in config.to_hf().items():
         if isinstance(value, dict):
             told.append(f"{name} of {len(value)}")
         elif isinstance(value, int):
-            absent = " (left out, so the default)" if raw.get(name) is None else ""
+            absent = " (absent, so the default)" if raw.get(name) is None else ""
             told.append(f"{name}={value}{absent}")
     return f"config.json has {', '.join(told)}"
 
@@ -315,7 +316,7 @@ def _sizes(raw: Mapping[str, Any], config: Any) -> str:
 def _drawn(
     model: Any, key: jax.Array | None, absent: list[str], shardings: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
-    """Draws the leaves that the checkpoint lacks; XLA drops the others."""
+    """Initialises the leaves that the checkpoint lacks; XLA drops the others."""
 
     def draw(key: jax.Array) -> dict[str, jax.Array]:
         whole = _flat(model.init(key, *example(model))["params"])
@@ -337,7 +338,7 @@ def _write(
             size = 0
         groups[-1][key] = tensor
         size += tensor.nbytes
-    metadata = {"format": "pt"}  # transformers refuses a file that does not say it
+    metadata = {"format": "pt"}  # transformers refuses files without it
     if len(groups) == 1:
         safetensors.numpy.save_file(
             groups[0], directory / "model.safetensors", metadata

@@ -1,8 +1,8 @@
-"""One leaf of a Flax tree from its tensors on disk, shard by shard.
+"""Reads a leaf of a Flax tree from its tensors on disk, shard by shard.
 
-A leaf that stacks its layers has a tensor for each of them, or several; see
-`table.Location`. Of every tensor a process reads the bytes that its own shards need,
-and no others.
+A leaf that stacks its layers has one tensor or several for each layer; see
+`table.Location`. A process reads only the bytes of each tensor that its own shards
+need.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Tensor(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """On disk."""
+        """The shape on disk."""
 
     @property
     def dtype(self) -> np.dtype:
-        """Of what is read."""
+        """The dtype of what `read` returns."""
 
     def read(self, rows: slice = slice(None)) -> np.ndarray:
-        """Returns the whole of it, or those of its rows."""
+        """Returns the whole tensor, or some of its rows."""
 
     def read_block(self, rows: slice, columns: slice) -> np.ndarray:
         """Returns a block of a matrix."""
@@ -43,16 +43,16 @@ def read(
     shape: tuple[int, ...],
     sharding: jax.sharding.Sharding,
 ) -> jax.Array:
-    """Returns a leaf in its shards.
+    """Returns a sharded leaf.
 
     Args:
-      parts: the tensors and where they go; together they are the leaf.
-      shape: of the leaf.
-      sharding: of the leaf.
+      parts: the tensors and where they go; together they form the leaf.
+      shape: the leaf's shape.
+      sharding: the leaf's sharding.
     """
     dtype = np.result_type(*(tensor.dtype for tensor, _ in parts))
 
-    blocks: dict[Any, np.ndarray] = {}  # replicas ask for the same one
+    blocks: dict[Any, np.ndarray] = {}  # replicas ask for the same block
 
     def shard(index: Any) -> np.ndarray:
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
@@ -73,7 +73,7 @@ def read(
 
 
 def by_layer(parts: Sequence[Part]) -> list[list[Part]]:
-    """Returns the tensors of each layer of a stack, as parts of a leaf of its own."""
+    """Returns the tensors of each layer of a stack, as parts of a separate leaf."""
     found: dict[int | None, list[Part]] = {}
     for tensor, place in parts:
         own = table.Location(place.path, None, place.entry)
@@ -84,7 +84,7 @@ def by_layer(parts: Sequence[Part]) -> list[list[Part]]:
 def _within(
     part: tuple[int | slice, ...], own: list[slice]
 ) -> tuple[int | slice, ...] | None:
-    """The index of a part in a block of the leaf; None where the block has none."""
+    """The index of a part in a block of the leaf; None if it is not in the block."""
     at: list[int | slice] = []
     for index, span in zip(part, own, strict=False):
         if isinstance(index, slice):
@@ -102,7 +102,7 @@ def _slice(
     shape: tuple[int, ...],
     index: list[slice],
 ) -> np.ndarray:
-    """Reads what a tensor has of the block `index` of a leaf, and no more bytes."""
+    """Reads a tensor's part of the block `index` of a leaf, and no other bytes."""
     entry, shape, index = place.entry, place.own(shape), [*place.own(index)]
     if entry.order is not None or not entry.inputs:
         return _rows(tensor, entry, shape, index)
@@ -121,7 +121,7 @@ def _slice(
 def _rows(
     tensor: Tensor, entry: table.Entry, shape: tuple[int, ...], index: list[slice]
 ) -> np.ndarray:
-    """As `_slice`; whole rows are read of a tensor that is not two groups of axes."""
+    """As `_slice`, but reads whole rows: for tensors that are not two axis groups."""
     axis = table.rows_of(entry, len(shape))
     if axis is None:
         return table.from_disk(tensor.read(), shape, entry)[tuple(index)]
@@ -133,10 +133,10 @@ def _rows(
 def _span(
     shape: tuple[int, ...], index: list[slice]
 ) -> tuple[slice, tuple[int, ...], tuple[slice, ...]]:
-    """The rows that hold a block of axes that are one on disk.
+    """The rows that hold a block of axes which form one axis on disk.
 
     Returns:
-      The range on disk, its shape over the axes, and what to take of that.
+      The range on disk, its shape over the axes, and the index to apply to that.
     """
     inner = math.prod(shape[1:])
     rows = slice(index[0].start * inner, index[0].stop * inner)

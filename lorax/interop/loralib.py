@@ -1,16 +1,16 @@
-"""Checkpoints of loralib, the LoRA authors' library, as adapters.
+"""Loads checkpoints of loralib, the LoRA authors' library, as adapters.
 
     <module>.lora_A   [rank, in]
     <module>.lora_B   [out, rank]
 
-Everything else in the file was trained whole. The scale, alpha / rank, is not in it. A
-`MergedLinear` adapts some of the equal blocks that its outputs fall into (q and v of
-GPT-2's fused kernel), each with a rank of its own:
+Everything else in the file was trained in full. The file does not contain the scale,
+alpha / rank. A `MergedLinear` divides its outputs into equal blocks and adapts some of
+them (q and v of GPT-2's fused kernel), each with factors of its own:
 
     lora_A   [blocks x rank, in]
     lora_B   [blocks x width, rank]
 
-and becomes one Lora of the summed rank, with zeros in b where a block does not read.
+and becomes one Lora of the summed rank, with zeros in b for the other blocks.
 
 References:
   Hu et al., LoRA, arXiv:2106.09685; https://github.com/microsoft/LoRA.
@@ -42,26 +42,28 @@ def load(
     merged: Sequence[bool] | None = None,
     dropout: float = 0.0,
 ) -> Adapters:
-    """Reads a checkpoint of loralib, converted to safetensors.
+    """Loads a loralib checkpoint that was converted to safetensors.
 
     Args:
       path: the file.
-      config: of the base, `model.config`.
+      config: the base's config, `model.config`.
       alpha: as in training: 16 in the paper's GLUE runs, 32 in its GPT-2 runs.
       merged: `enable_lora` of `MergedLinear`: which blocks of its outputs are adapted;
-        `(True, False, True)` in the GPT-2 runs. None: there is none.
+        `(True, False, True)` in the GPT-2 runs. None: no module is a MergedLinear.
       dropout: static field of the adapters.
 
     Returns:
       `{path: Lora | Full}`, in float32.
 
     Raises:
-      ValueError: a file that is not sound, not for this base, or a pickle.
+      ValueError: the file is damaged, does not belong to this base, or is a pickle.
     """
     untrusted.check("alpha", alpha, untrusted.number())
     untrusted.check("dropout", dropout, untrusted.number(0, below=1))
     if merged is not None and not any(merged):
-        raise ValueError(f"merged={merged!r} adapts no block; None: no MergedLinear")
+        raise ValueError(
+            f"merged={merged!r} adapts no block; if there is no MergedLinear, use None"
+        )
     path = pathlib.Path(path)
     if path.suffix in (".bin", ".pt", ".pth"):
         raise ValueError(
@@ -74,7 +76,9 @@ def load(
     for key, tensor in files.open_tensors(path).items():
         name = hf.renamed(family, key)
         if name in named:
-            raise ValueError(f"{path}: {key!r} and {named[name].key!r} are one tensor")
+            raise ValueError(
+                f"{path}: {key!r} and {named[name].key!r} name the same tensor"
+            )
         named[name] = tensor
     names = sorted({k.removesuffix(e) for k in named for e in ENDS if k.endswith(e)})
     rest = {k: t for k, t in named.items() if not k.endswith(ENDS)}
@@ -101,8 +105,8 @@ def _check(
     base.require_one(name)
     if name == base.embedding:
         raise ValueError(
-            f"{name!r} is the tied head too, which loralib leaves alone; load the base "
-            "with tied=False"
+            f"{name!r} is also the tied head, which loralib does not adapt; load the "
+            "base with tied=False"
         )
     tree.require([name + end for end in ENDS], named, "file")
     a, b = (named[name + end].shape for end in ENDS)
@@ -112,20 +116,22 @@ def _check(
     pair = " and ".join(repr(name + end) for end in ENDS)
     rank = b[-1] if b else 0
     if rank < 1:
-        raise ValueError(f"{name + ENDS[1]!r} has shape {b}, and the rank is its last")
+        raise ValueError(
+            f"{name + ENDS[1]!r} has shape {b}; its last axis, the rank, must be >= 1"
+        )
     if (a, b) == ((rank, in_), (out, rank)):
         return
     if merged is None:
         raise ValueError(
-            f"{pair} have shapes {a} and {b}, which a map from {in_} to {out} cannot "
-            "have; if it was a MergedLinear, pass merged=, its enable_lora"
+            f"{pair} have shapes {a} and {b}, which do not fit a map from {in_} to "
+            f"{out}; if it was a MergedLinear, pass its enable_lora as merged="
         )
     blocks, width = sum(merged), out // len(merged)
     want = (blocks * rank, in_), (blocks * width, rank)
     if (a, b) != want or width * len(merged) != out:
         raise ValueError(
-            f"{pair} have shapes {a} and {b}, and merged={tuple(merged)} of {out} "
-            f"outputs asks for {want[0]} and {want[1]}"
+            f"{pair} have shapes {a} and {b}, but merged={tuple(merged)} with {out} "
+            f"outputs requires {want[0]} and {want[1]}"
         )
 
 

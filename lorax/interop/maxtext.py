@@ -1,22 +1,23 @@
-"""MaxText's checkpoints: base weights and LoRA in its Orbax trees, read and written.
+"""Reads and writes MaxText's checkpoints: base weights and LoRA in Orbax trees.
 
     params = maxtext.load("llama3.1-8b/0/items", model.config)
     adapters = maxtext.load_adapters("lora/0/items", model.config, alpha=16)
 
-A tree lies in `<step>/items`, leaves below params/params. With `scan_layers` the layers
-of a stack lie on axis 1 (`param_scan_axis`): a query kernel is `[embed, layers, heads,
-head_dim]`. Gemma 3 scans blocks of six layers, `decoder/layers/layers_0` to `layers_5`;
-what is left of them is `decoder/layers_remainder`. Without it, `decoder/layers_0` on.
+A tree is in `<step>/items`, with its leaves below params/params. With `scan_layers` a
+stack has its layers on axis 1 (`param_scan_axis`): a query kernel is `[embed, layers,
+heads, head_dim]`. Gemma 3 scans blocks of six layers, `decoder/layers/layers_0` to
+`layers_5`; the remaining layers are `decoder/layers_remainder`. Without `scan_layers`
+the layers are `decoder/layers_0` and so on.
 
-| | where its values are not those of transformers |
+| | how its values differ from those of transformers |
 |---|---|
 | Llama, Mistral | queries times head_dim^-0.5 |
-| with Llama 3.1's rope | and pairs (i, i + half) of queries and keys side by side |
-| Gemma 3 | norms one more; the embedding times sqrt(width), rounded to bfloat16 |
+| with Llama 3.1's rope | and pairs (i, i + half) of queries and keys are neighbours |
+| Gemma 3 | norms plus one; the embedding times sqrt(width), rounded to bfloat16 |
 
-LoRA is qwix's: beside `kernel` there lie `kernel_lora_a` `[in, layers, rank]` and
-`kernel_lora_b` `[rank, layers, out]`, heads and head_dim as one axis. The scale is not
-among the leaves: `lora` in the metadata of the step has rank and alpha.
+LoRA is qwix's: next to `kernel` are `kernel_lora_a` `[in, layers, rank]` and
+`kernel_lora_b` `[rank, layers, out]`, with heads and head_dim as one axis. The scale is
+not among the leaves: `lora` in the metadata of the step has rank and alpha.
 
 References:
   AI-Hypercomputer/maxtext at e591f30, below src/maxtext/checkpoint_conversion: names
@@ -44,7 +45,7 @@ from lorax.interop.peft_base import Base
 from lorax.types import Adapters, PyTree
 
 AXIS = 1
-"""Of a stack, on which its layers lie."""
+"""The axis of a stack that indexes its layers."""
 
 ENDS = "/kernel_lora_a", "/kernel_lora_b"
 
@@ -52,15 +53,15 @@ ENDS = "/kernel_lora_a", "/kernel_lora_b"
 def load(
     folder: str | os.PathLike[str], config: Any, *, shardings: PyTree | None = None
 ) -> PyTree:
-    """Reads the weights of a checkpoint, and nothing of its optimiser.
+    """Loads the weights of a checkpoint, without the optimiser's state.
 
     Host memory holds all weights twice.
 
     Args:
-      folder: of the tree, `<step>/items`.
-      config: of the model, such as `llama.Config.from_hf(json.loads(...))`: MaxText's
-        trees have none. Rows of the embedding beyond its vocabulary are padding, and
-        are left out.
+      folder: the tree's folder, `<step>/items`.
+      config: the model's config, such as `llama.Config.from_hf(json.loads(...))`, since
+        MaxText's trees contain none. Rows of the embedding beyond its vocabulary are
+        padding, and are left out.
       shardings: a tree of `jax.sharding.Sharding` like the parameters; None: the
         default device.
 
@@ -69,16 +70,17 @@ def load(
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: it holds no tree of this model, or the model has no layout here.
+      ValueError: it does not hold a tree of this model, or the model's layout is not
+        known here.
     """
     found = _bare(orbax_trees.read(folder, _is_weight))
     places = maxtext_layout.places(config, scanned=not _apart(found))
     missing, extra = places.keys() - found.keys(), found.keys() - places.keys()
     if missing or extra:
         raise ValueError(
-            f"{folder}: the leaves are not those of {config.model_type!r} with "
-            f"{config.layers} layers; missing: {untrusted.some(sorted(missing))}; left "
-            f"over: {untrusted.some(sorted(extra))}"
+            f"{folder}: the leaves do not match {config.model_type!r} with "
+            f"{config.layers} layers; missing: {untrusted.some(sorted(missing))}; "
+            f"left over: {untrusted.some(sorted(extra))}"
         )
     shapes = Base(config).shapes
     flat = {p: np.empty(s.shape, config.param_dtype) for p, s in shapes.items()}
@@ -110,15 +112,16 @@ def save(
     """Writes weights for MaxText's `load_parameters_path=<folder>/0/items`.
 
     Args:
-      folder: made if need be, and without a step 0.
-      config: of the model.
-      params: of the model, such as `lorax.merge` gives them.
-      scan_layers: as MaxText's.
-      vocabulary: rows of the embedding that MaxText's model has (its `vocab_size`),
-        the last of them zeros; None: those of the model.
+      folder: created if necessary; must not contain a step 0.
+      config: the model's config.
+      params: the model's parameters, such as those that `lorax.merge` returns.
+      scan_layers: as in MaxText.
+      vocabulary: rows of the embedding in MaxText's model (its `vocab_size`); rows
+        beyond the model's own are zeros. None: the model's own number.
 
     Raises:
-      ValueError: the model has no layout here, or a tree or vocabulary that is not its.
+      ValueError: the model's layout is not known here, the tree is not the model's, or
+        the vocabulary is too small.
     """
     places, flat = maxtext_layout.places(config, scan_layers), tree.flatten(params)
     if odd := flat.keys() ^ Base(config).shapes.keys():
@@ -132,8 +135,8 @@ def save(
     rows = vocabulary or config.vocabulary
     if rows < config.vocabulary:
         raise ValueError(
-            f"vocabulary={rows}, and the model has {config.vocabulary} tokens; cut it "
-            "by hf.resize_embeddings first"
+            f"vocabulary={rows}, but the model has {config.vocabulary} tokens; shrink "
+            "it with hf.resize_embeddings first"
         )
     leaves = {}
     for name, place in places.items():
@@ -152,11 +155,11 @@ def save(
 def load_adapters(
     folder: str | os.PathLike[str], config: Any, *, alpha: float, dropout: float = 0.0
 ) -> Adapters:
-    """Reads the LoRA parameters of a checkpoint.
+    """Loads the LoRA parameters of a checkpoint.
 
     Args:
-      folder: of the tree, `<step>/items`.
-      config: of the base, `model.config`.
+      folder: the tree's folder, `<step>/items`.
+      config: the base's config, `model.config`.
       alpha: as in training, `lora.lora_alpha`.
       dropout: static field of the adapters.
 
@@ -165,7 +168,7 @@ def load_adapters(
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: leaves that are not LoRA of this model.
+      ValueError: leaves are not LoRA parameters for this model.
     """
     untrusted.check("alpha", alpha, untrusted.number())
     untrusted.check("dropout", dropout, untrusted.number(0, below=1))
@@ -175,7 +178,9 @@ def load_adapters(
     for begin, (a, b) in orbax_trees.pairs(found, ENDS, folder).items():
         place = places.get(f"{begin}/kernel")
         if place is None or place.layers is None:
-            raise ValueError(f"{folder}: {begin!r} is not a linear map of a layer here")
+            raise ValueError(
+                f"{folder}: {begin!r} is not a linear map in a layer of this model"
+            )
         stacked, numbers = place.stacked, place.numbers
         in_, out = base.sizes(names[place.name, numbers[0]])
         own, rank = [len(numbers)] * stacked, a.shape[-1]
@@ -204,21 +209,21 @@ def save_adapters(
 ) -> Rule:
     """Writes adapters for MaxText's `lora.lora_restore_path=<folder>/0/items`.
 
-    All get one rank, the largest, and one scale: zeros and ratios in their factors. So
-    do layers of a stack that have none.
+    All get the largest rank and a common scale; smaller ranks are padded with zeros,
+    and factors absorb ratios of scales. Layers of a stack without adapters get zeros.
 
     Args:
-      folder: made if need be, and without a step 0.
-      config: of the base, `model.config`.
-      adapters: `{path: Lora}`, of linear maps in layers.
-      scan_layers: as MaxText's.
+      folder: created if necessary; must not contain a step 0.
+      config: the base's config, `model.config`.
+      adapters: `{path: Lora}`, on linear maps in layers.
+      scan_layers: as in MaxText.
 
     Returns:
       MaxText's `lora.lora_module_path`, `lora.lora_rank` and `lora.lora_alpha`.
 
     Raises:
-      KeyError: a path that the model lacks.
-      ValueError: adapters that MaxText has no place for.
+      KeyError: the model lacks a path.
+      ValueError: MaxText has no place for an adapter.
     """
     base = Base(config)
     tree.require(adapters, base.shapes, "model")
@@ -246,8 +251,8 @@ def save_adapters(
             leaves["params", "params", *keys] = whole.astype(np.float32)
     if left := sorted(own.keys() - used):
         raise ValueError(
-            f"{left[0]!r} is not a linear map of a layer, and MaxText adapts these "
-            "alone; leave it out of the Targets"
+            f"{left[0]!r} is not a linear map in a layer, and MaxText adapts only "
+            "these; leave it out of the Targets"
         )
     rule = Rule(_regex(leaves), rank, modules[0].scale * rank)
     told = {"enable_lora": True, "lora_rank": rank, "lora_alpha": rule.alpha}
@@ -260,7 +265,7 @@ def save_adapters(
 def _slot(
     flat: Mapping[str, Any], name: str, layer: int | None, config: Any
 ) -> np.ndarray:
-    """The part of a tree's leaf here that is of this layer."""
+    """The slice of our leaf that belongs to this layer."""
     if layer is None:
         return flat[name]
     return (
@@ -276,7 +281,7 @@ def _is_weight(name: str) -> bool:
 
 
 def _bare(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The leaves without the collections around them: Linen's, or the base of RL's."""
+    """The leaves without enclosing collections: Linen's, or the "base" of RL runs."""
 
     def bare(name: str) -> str:
         for around in ("params/", "params/", "base/"):
@@ -287,11 +292,11 @@ def _bare(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _apart(found: Mapping[str, Any]) -> bool:
-    """True where layers are not scanned."""
+    """True if the layers are not scanned."""
     return any(name.startswith("decoder/layers_0/") for name in found)
 
 
 def _regex(leaves: Mapping[tuple[str, ...], Any]) -> str:
-    """What matches the modules that have factors, in any layer."""
+    """A pattern that matches the modules that have factors, in any layer."""
     ends = sorted({"/".join(keys[-3:-1]) for keys in leaves})
     return f"decoder/.*({'|'.join(ends)})"

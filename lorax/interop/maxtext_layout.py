@@ -1,4 +1,4 @@
-"""Where leaves of MaxText's trees lie here, and how values differ: see `maxtext`."""
+"""Where leaves of MaxText's trees go here, and how values differ: see `maxtext`."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ OUTSIDE = {
     "decoder/logits_dense/kernel": "head/kernel",
 }
 PATTERN = 6
-"""Layers of a block of Gemma 3, of which the last sees all."""
+"""Layers in a block of Gemma 3, the last of which has global attention."""
 
 
 class Place(NamedTuple):
-    """Where a leaf of MaxText lies here.
+    """Where a leaf of MaxText goes here.
 
     Attributes:
-      name: of the leaf, in its layer.
-      layers: those that it stacks, or the one that it is of; None: it is of none.
+      name: the leaf's name in its layer.
+      layers: the layers that it stacks, or its only layer; None if it is in no layer.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Place(NamedTuple):
 
     @property
     def stacked(self) -> bool:
-        """True where the leaf has an axis of layers."""
+        """Whether the leaf has a layer axis."""
         return isinstance(self.layers, range)
 
     @property
@@ -67,12 +67,12 @@ class Place(NamedTuple):
 
 
 class Change(NamedTuple):
-    """From values here to MaxText's: `times * x + more`, then pairs side by side.
+    """Converts values to MaxText's: `times * x + more`, then pairs made adjacent.
 
     Attributes:
       times: factor.
       more: summand.
-      head: size of the heads whose pairs (i, i + head / 2) lie side by side; 0: none.
+      head: size of the heads whose pairs (i, i + head / 2) become adjacent; 0: none.
     """
 
     times: float = 1.0
@@ -80,12 +80,12 @@ class Change(NamedTuple):
     head: int = 0
 
     def apply(self, x: np.ndarray) -> np.ndarray:
-        """Returns MaxText's values, of heads in a last axis that may have several."""
+        """Returns MaxText's values; the last axis may hold several heads."""
         x = x.astype(np.float32) * np.float32(self.times) + np.float32(self.more)
         return self._turned(x, 2, self.head // 2) if self.head else x
 
     def undo(self, x: np.ndarray) -> np.ndarray:
-        """Returns values here, of MaxText's."""
+        """Returns our values for MaxText's."""
         x = self._turned(x, self.head // 2, 2) if self.head else x
         return (x.astype(np.float32) - np.float32(self.more)) / np.float32(self.times)
 
@@ -95,11 +95,11 @@ class Change(NamedTuple):
 
 
 def places(config: Any, scanned: bool) -> dict[str, Place]:
-    """Where every leaf of MaxText lies."""
+    """Returns the place of every leaf of MaxText."""
     if config.model_type not in LAYERS:
         raise ValueError(
-            f"model_type={config.model_type!r}: MaxText's layout is known here of "
-            f"{', '.join(LAYERS)}"
+            f"model_type={config.model_type!r}: MaxText's layout is known here only "
+            f"for {', '.join(LAYERS)}"
         )
     found = {name: Place(own, None) for name, own in OUTSIDE.items()}
     if config.tied:
@@ -117,7 +117,7 @@ def places(config: Any, scanned: bool) -> dict[str, Place]:
 
 
 def _stacks(config: Any, scanned: bool) -> dict[str, range | int]:
-    """The layers that lie below each name."""
+    """The layers below each name."""
     depth, gemma = config.layers, config.model_type == "gemma3_text"
     if gemma and any(
         bool(window) == (i % PATTERN == PATTERN - 1)
@@ -142,7 +142,7 @@ def _stacks(config: Any, scanned: bool) -> dict[str, range | int]:
 
 
 def change_of(name: str, config: Any) -> Change:
-    """How the values of a leaf here differ from MaxText's."""
+    """Returns how the values of one of our leaves differ from MaxText's."""
     if config.model_type == "gemma3_text":
         if name == "embed/embedding":
             return Change(times=float(jnp.bfloat16(config.width**0.5)))

@@ -1,13 +1,13 @@
-"""The text model in a multimodal checkpoint, which is all that is read of it.
+"""Reads the text model of a multimodal checkpoint, and nothing else of it.
 
 | model_type | the text model's |
 |---|---|
 | gemma3 | gemma3_text |
 | gemma4 | gemma4_text |
 
-Its tensors are named `language_model.model...`, or `model.language_model...` as modules
-are named in transformers 5. What is left unread, such as a vision tower, is named in a
-warning. `hf.save` writes a checkpoint of the text model's own `model_type`.
+Its tensors are named `language_model.model...`, or `model.language_model...` like the
+modules of transformers 5. A warning names what is not read, such as a vision tower.
+`hf.save` writes a checkpoint with the text model's own `model_type`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ TEXTS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text"}
 """The text model's `model_type`, by that of the multimodal model."""
 
 INSIDE = "language_model"
-"""Name of the text model among the modules of the multimodal one."""
+"""The text model's name among the modules of the multimodal model."""
 
 PREFIXES = {
     f"{INSIDE}.model.": "model.",
     f"{INSIDE}.lm_head.": "lm_head.",
     f"model.{INSIDE}.": "model.",
 }
-"""What the text model's own names begin with, by what they begin with in the whole."""
+"""Prefixes of the text model's own names, by those in the multimodal model."""
 
 SHARED = ("tie_word_embeddings", "quantization_config")
-"""Fields of the whole that the text model has too."""
+"""Fields of the multimodal model's config that also apply to the text model."""
 
 OTHERS = frozenset(
     """
@@ -46,18 +46,18 @@ OTHERS = frozenset(
     vision_soft_tokens_per_image
     """.split()
 )
-"""Fields that speak of the other modalities."""
+"""Fields for the other modalities."""
 
 
 def text_config(config: Mapping[str, Any], directory: Any) -> Mapping[str, Any]:
-    """Returns the config of the text model; one that is not multimodal, as it is.
+    """Returns the config of the text model; a config that is not multimodal, unchanged.
 
     Args:
-      config: of config.json.
-      directory: where it lies, for errors.
+      config: the content of config.json.
+      directory: where it is, for errors.
 
     Raises:
-      ValueError: a field that nobody here knows, or two that disagree.
+      ValueError: a field is unknown, or two fields disagree.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in TEXTS:
@@ -81,13 +81,13 @@ def text_config(config: Mapping[str, Any], directory: Any) -> Mapping[str, Any]:
 
 
 def text_tensors(tensors: Mapping[str, T], config: Mapping[str, Any]) -> dict[str, T]:
-    """Returns the text model's tensors by the names of its own checkpoint.
+    """Returns the text model's tensors by their names in a checkpoint of its own.
 
-    Warns of the others, which are left unread.
+    Warns about the others, which are not read.
 
     Args:
       tensors: of the checkpoint, by name.
-      config: of config.json; one that is not multimodal has all of them.
+      config: the content of config.json; if it is not multimodal, all are returned.
     """
     kind = config.get("model_type")
     if kind not in TEXTS:
@@ -103,15 +103,15 @@ def text_tensors(tensors: Mapping[str, T], config: Mapping[str, Any]) -> dict[st
     told = ", ".join(f"{name} ({count} tensors)" for name, count in unread.items())
     if told:
         warnings.warn(
-            f"of this {kind} checkpoint lorax reads the text model, "
-            f"{TEXTS[str(kind)]}; left unread: {told}",
+            f"from this {kind} checkpoint lorax reads only the text model, "
+            f"{TEXTS[str(kind)]}; not read: {told}",
             stacklevel=3,
         )
     return text
 
 
 def prefix(name: str) -> str:
-    """Returns which of `PREFIXES` a name of the whole begins with, or ""."""
+    """Returns which of `PREFIXES` a multimodal model's name begins with, or ""."""
     return next((front for front in PREFIXES if name.startswith(front)), "")
 
 

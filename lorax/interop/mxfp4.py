@@ -1,9 +1,9 @@
-"""Experts in MXFP4, as GPT-OSS's checkpoints have them, kept in their codes.
+"""Experts in MXFP4, as in GPT-OSS's checkpoints, loaded without decoding.
 
     W[e, i, o] = value(code) 2^(s - 127),   32 inputs of an output share the scale s
 
-Beside `X_blocks`, uint8 `[experts, out, in / 32, 16]`, the first of two codes in the
-lower bits, lies `X_scales`, uint8 `[experts, out, in / 32]`; X is `[experts, in, out]`.
+`X_blocks` is uint8 `[experts, out, in / 32, 16]`, the first of two codes in the lower
+bits; `X_scales` is uint8 `[experts, out, in / 32]`; X is `[experts, in, out]`.
 
 References:
   Open Compute Project, Microscaling Formats (MX) specification 1.0, 2023.
@@ -30,7 +30,7 @@ from lorax.types import Axes
 BLOCK = 32
 BOOK = "mxfp4"
 SORTED = np.array([*range(7, 15), *range(7, -1, -1)], np.uint8)
-"""Our code, in rising order of values, of theirs, whose fourth bit is the sign."""
+"""Our code (in ascending order of values) for each of theirs (fourth bit: the sign)."""
 
 BLOCKS, SCALES = "_blocks", "_scales"
 
@@ -40,7 +40,7 @@ class Stack:
     """The kernels of all experts of a layer, on disk.
 
     Attributes:
-      path: of the file.
+      path: the file.
       key: the name that a dense tensor would have.
       shape: `[experts, in, out]`.
       blocks: the codes.
@@ -55,12 +55,12 @@ class Stack:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the weights that the codes stand for, as transformers decodes them."""
+        """The dtype of the decoded weights, as in transformers."""
         return np.dtype(jnp.bfloat16)
 
     @property
     def nbytes(self) -> int:
-        """Of the codes."""
+        """The bytes of the codes."""
         return self.blocks.nbytes
 
     def codes(self) -> np.ndarray:
@@ -77,11 +77,11 @@ class Stack:
 
 
 class Plan(NamedTuple):
-    """How one leaf is read.
+    """How to read one leaf.
 
     Attributes:
-      parts: the stack of each layer, or one alone, and where it goes.
-      shape: of the leaf.
+      parts: the stack of each layer, or a single one, and where it goes.
+      shape: the leaf's shape.
     """
 
     parts: Sequence[tuple[Stack, table.Location]]
@@ -89,7 +89,7 @@ class Plan(NamedTuple):
 
     @property
     def stacked(self) -> bool:
-        """The first axis numbers the layers."""
+        """Whether the first axis indexes the layers."""
         return self.parts[0][1].layer is not None
 
     @property
@@ -128,14 +128,14 @@ class Plan(NamedTuple):
 def gathered(
     tensors: Mapping[str, files.Tensor], raw: Mapping[str, Any]
 ) -> dict[str, files.Tensor | Stack] | None:
-    """Returns the tensors of a checkpoint, codes and scales as one; None: no MXFP4.
+    """Returns a checkpoint's tensors, codes and scales as one; None if not MXFP4.
 
     Args:
-      tensors: as the files have them.
+      tensors: as in the files.
       raw: config.json, whose `quantization_config` names the method.
 
     Raises:
-      ValueError: codes without scales, or of other shapes; the message names the key.
+      ValueError: codes lack scales, or have other shapes; the message names the key.
     """
     told = raw.get("quantization_config")
     if not isinstance(told, Mapping) or told.get("quant_method") != BOOK:
@@ -148,7 +148,7 @@ def gathered(
         scales = tensors.get(name + SCALES)
         where = f"{blocks.path.name}: {key!r}"
         if scales is None:
-            raise ValueError(f"{where}: {name + SCALES!r} is missing beside it")
+            raise ValueError(f"{where}: its scales {name + SCALES!r} are missing")
         _require(blocks, scales, where)
         experts, outputs, count, _ = blocks.shape
         shape = experts, count * BLOCK, outputs
@@ -156,7 +156,7 @@ def gathered(
         del found[key], found[name + SCALES]
     if not any(isinstance(tensor, Stack) for tensor in found.values()):
         raise ValueError(
-            "config.json: quantization_config says MXFP4, and no tensor is in codes"
+            "config.json: quantization_config says MXFP4, but no tensor is quantised"
         )
     return found
 
@@ -167,18 +167,18 @@ def _require(blocks: files.Tensor, scales: files.Tensor, where: str) -> None:
     if kinds != {"uint8"} or not fits or blocks.shape[:-1] != scales.shape:
         raise ValueError(
             f"{where} has shape {list(blocks.shape)} and its scales "
-            f"{list(scales.shape)}; both must be uint8, [experts, out, in / 32, 16] "
-            "and the same without the last axis"
+            f"{list(scales.shape)}; both must be uint8, of shapes [experts, out, in / "
+            "32, 16] and [experts, out, in / 32]"
         )
 
 
 def plans(
     found: Mapping[str, Sequence[tuple[Any, table.Location]]], shapes: Mapping[str, Any]
 ) -> dict[str, Plan]:
-    """Returns by path how leaves are read whose tensors are in MXFP4.
+    """Returns plans for the leaves whose tensors are in MXFP4, by path.
 
     Raises:
-      ValueError: some layers of a stack are in codes, and others are not.
+      ValueError: some layers of a stack are quantised and others are not.
     """
     made = {}
     for path, parts in found.items():
@@ -187,8 +187,8 @@ def plans(
             continue
         if not all(coded):
             raise ValueError(
-                f"{parts[coded.index(False)][0].key!r} is dense, and other layers of "
-                "the leaf are in codes; load with scan=False"
+                f"{parts[coded.index(False)][0].key!r} is dense, but other layers of "
+                "the leaf are quantised; load with scan=False"
             )
         made[path] = Plan(parts, shapes[path].shape)
     return made

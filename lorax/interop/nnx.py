@@ -4,9 +4,9 @@
     optimizer = nnx.Optimizer(adapted, on_adapters(tx), wrt=nnx.Param)
     loss, grads = nnx.value_and_grad(loss_fn)(adapted)
 
-Of an adapted module `nnx.Param` is the adapters alone, so that `nnx.value_and_grad`,
-`nnx.state` and `nnx.Optimizer` need no filter of their own. The base's parameters are
-`Frozen`, all other state (counts, statistics, caches) stays what it was.
+In an adapted module only the adapters are `nnx.Param`, so `nnx.value_and_grad`,
+`nnx.state` and `nnx.Optimizer` need no special filters. The base's parameters become
+`Frozen`; all other state (counts, statistics, caches) keeps its type.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from lorax.types import Adapters, Base, PyTree
 
 
 class Frozen(nnx.Variable[Any]):
-    """A parameter of the base; no gradient is taken of it."""
+    """A parameter of the base, for which no gradient is taken."""
 
 
 class Adapted(nnx.Module):
-    """A module with adapters on its kernels; called as the module itself.
+    """A module with adapters on its kernels; call it like the module itself.
 
     Attributes:
-      adapters: an `nnx.Param` that holds them, `{path: Adapter}`.
+      adapters: an `nnx.Param` that holds `{path: Adapter}`.
       model: the module; its parameters are `Frozen`.
-      deterministic: no dropout of the adapters; `train()` and `eval()` set it.
+      deterministic: disables the adapters' dropout; `train()` and `eval()` set it.
     """
 
     def __init__(
@@ -44,25 +44,26 @@ class Adapted(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        """Joins what `lorax.init` returns with the module.
+        """Combines the module with what `lorax.init` returned.
 
         Args:
-          model: any `nnx.Module`; it is left as it is, and shares its arrays.
+          model: any `nnx.Module`; it is not modified, and its arrays are shared.
           adapters: of its parameters.
-          params: `nnx.state(model, nnx.Param)`, as `lorax.init` returns it: with
-            inits that move the base, or frozen arrays beside it, not the model's own.
-          rngs: for the dropout of adapters that have one.
+          params: the params that `lorax.init` returned for `nnx.state(model,
+            nnx.Param)`. If an init changed the base, or there are frozen arrays, they
+            are not the model's own.
+          rngs: for the adapters' dropout, if they have any.
 
         Raises:
-          KeyError: an adapter of a path that the module lacks.
-          ValueError: adapters have dropout, and there are no `rngs`.
+          KeyError: the module lacks an adapter's path.
+          ValueError: adapters have dropout, but there are no `rngs`.
         """
         plain, frozen = tree.split(params)
         tree.require(adapters, tree.flatten(plain), "module")
         dropout = any(getattr(a, "dropout", 0.0) for a in adapters.values())
         if dropout and rngs is None:
             raise ValueError(
-                "the adapters have dropout: give rngs=nnx.Rngs(0) to draw it from"
+                "the adapters have dropout: pass rngs=nnx.Rngs(0) to draw from"
             )
         graph, _, rest = _apart(model, nnx.Param)
         self.model = nnx.merge(graph, _retyped(plain, Frozen), rest, copy=True)
@@ -81,25 +82,25 @@ class Adapted(nnx.Module):
         rngs: nnx.Rngs | None = None,
         **kwargs: Any,
     ) -> Adapted:
-        """Draws adapters; `args` and `kwargs` are an example of the module's own.
+        """Initialises adapters; `args` and `kwargs` are example inputs of the module.
 
         Args:
           key: as for `lorax.init`.
           model: any `nnx.Module`.
-          targets: what is adapted, and how.
-          *args: read for their shapes.
-          rngs: for the dropout of adapters that have one.
+          targets: what to adapt, and how.
+          *args: example arguments, used for their shapes.
+          rngs: for the adapters' dropout, if they have any.
           **kwargs: passed to the module.
 
         Raises:
-          ValueError: as `lorax.init`.
+          ValueError: as for `lorax.init`.
         """
         fn, params, rest = functional(model, **kwargs)
         found = kernels.discover(fn, params, rest, *args)
         return cls(model, *transform.init(key, params, targets, found), rngs=rngs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the module, its kernels adapted; what it changed of its state stays."""
+        """Calls the module with adapted kernels, keeping its changes to its state."""
         graph, base, rest = _apart(self.model, Frozen)
         key = None
         if self.rngs is not None and not self.deterministic:
@@ -111,7 +112,7 @@ class Adapted(nnx.Module):
         return out
 
     def merged(self) -> nnx.Module:
-        """Returns the module with merged kernels, its parameters `nnx.Param` again."""
+        """Returns the module with merged kernels and parameters as `nnx.Param`."""
         graph, base, rest = _apart(self.model, Frozen)
         params = transform.merge(self.adapters.get_value(), self._with_beside(base))
         plain, _ = tree.split(params)
@@ -126,7 +127,7 @@ def functional(
 ) -> tuple[Callable[..., Any], PyTree, PyTree]:
     """Returns `fn`, parameters and other state for `lorax.discover` and data inits.
 
-    `fn(params, rest, *args)` is the module's output, and what it made of `rest`.
+    `fn(params, rest, *args)` returns the module's output and its updated state.
     """
     graph, params, rest = _apart(model, nnx.Param)
     return _called(graph, kwargs), params, rest
@@ -135,15 +136,15 @@ def functional(
 def on_adapters(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns a transformation of adapters as one of an adapted module's `nnx.Param`.
+    """Wraps a transformation of adapters to act on an adapted module's `nnx.Param`.
 
-    `nnx.Optimizer` hands over an `nnx.State`; methods of `lorax.optim` read adapters.
+    `nnx.Optimizer` passes an `nnx.State`, while methods of `lorax.optim` read adapters.
 
     Args:
       tx: any optax transformation.
 
     Raises:
-      ValueError: (by init and update) the state is not that of an `Adapted`.
+      ValueError: (in init and update) the state is not that of an `Adapted`.
     """
     inner = optax.with_extra_args_support(tx)
 
@@ -162,7 +163,7 @@ def on_adapters(
 
 
 def _apart(module: nnx.Module, kind: type) -> tuple[Any, PyTree, PyTree]:
-    """The graph, the variables of a kind, and all others."""
+    """The graph, the variables of one kind, and all others."""
     graph, *states = nnx.split(module, kind, ...)
     params, rest = states
     return graph, params, rest
@@ -196,10 +197,10 @@ def _adapters_of(state: Any) -> Adapters:
     """The adapters in the `nnx.State` of an adapted module."""
     named = isinstance(state, Mapping) and set(state) == {"adapters"}
     held: Any = state["adapters"] if named else None
-    held = held.get_value() if _is_variable(held) else held  # update's have none
+    held = held.get_value() if _is_variable(held) else held  # updates have no variable
     if not isinstance(held, Mapping):
         raise ValueError(
-            "on_adapters acts on the nnx.Param of a lorax.interop.nnx.Adapted; write "
+            "on_adapters works on the nnx.Param of a lorax.interop.nnx.Adapted; write "
             "nnx.Optimizer(adapted, on_adapters(tx), wrt=nnx.Param)"
         )
     return dict(held)

@@ -1,9 +1,9 @@
-"""Trees that other JAX programs keep with Orbax: their leaves by name, and LoRA rules.
+"""Orbax trees of other JAX programs: their leaves by name, and LoRA rules.
 
-Shared by `maxtext` and `tunix`. A leaf's name is its path, "decoder/layers_0/norm": the
-number of a list's item joins the name of the list, and the key "value", under which nnx
-keeps the array of a variable, is left out. MaxText names leaves so, too
-(`param_key_parts_from_path` of its checkpoint_conversion/utils/utils.py).
+Shared by `maxtext` and `tunix`. A leaf's name is its path, "decoder/layers_0/norm": a
+list item's number is appended to the name of the list, and the key "value", under which
+nnx keeps a variable's array, is left out. MaxText names leaves in the same way
+(`param_key_parts_from_path` in its checkpoint_conversion/utils/utils.py).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from lorax.types import Adapters
 
 
 class Rule(NamedTuple):
-    """What has to be told beside a tree of LoRA: the fields of a `qwix.LoraRule`.
+    """What a LoRA tree itself does not contain: the fields of a `qwix.LoraRule`.
 
     Attributes:
-      module_path: regex of the modules that have factors.
-      rank: of all of them.
+      module_path: a regex that matches the modules with factors.
+      rank: the rank of all of them.
       alpha: the update is alpha / rank times the product.
     """
 
@@ -45,12 +45,13 @@ def read(
     """Returns the leaves of a tree by name, in host memory.
 
     Args:
-      folder: that holds the tree itself, such as "run/0/items".
-      keep: says by its name whether a leaf is read; the optimiser's need not be.
+      folder: the folder of the tree itself, such as "run/0/items".
+      keep: returns whether to read the leaf with a given name, for example to skip the
+        optimiser's.
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: Orbax knows no tree in it, or a leaf is not finite.
+      ValueError: Orbax finds no tree in it, or a leaf is not finite.
     """
     path = storage.folder_of(folder)
     if not path.is_dir():
@@ -58,12 +59,12 @@ def read(
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         try:
             whole = reader.metadata(path).item_metadata.tree
-        except Exception as error:  # whatever another folder makes orbax raise
+        except Exception as error:  # orbax may raise anything for a wrong folder
             inside = sorted(child.name for child in path.iterdir())
             raise ValueError(
                 f"{folder}: Orbax finds no tree in it; give the folder of the tree "
-                "itself, such as 0/items of MaxText or 0/model_params of tunix. It "
-                f"holds {untrusted.some(inside)}"
+                "itself, such as 0/items for MaxText or 0/model_params for tunix. It "
+                f"contains {untrusted.some(inside)}"
             ) from error
         chosen = _pruned(whole, keep)
         given = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), chosen)
@@ -80,14 +81,14 @@ def write(
     tree: Mapping[str, Any],
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a tree as step 0 of a folder that has none, under the name of the item.
+    """Writes a tree as step 0 of a folder, under the item's name.
 
     Raises:
-      ValueError: the folder has such a step already.
+      ValueError: the folder already has a step 0.
     """
     path = storage.folder_of(folder)
     if (path / "0").exists():
-        raise ValueError(f"{folder} has a step 0 already; give a folder of its own")
+        raise ValueError(f"{folder} already has a step 0; give another folder")
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
     with ocp.CheckpointManager(path, item_handlers={item: handler}) as manager:
         args = ocp.args.Composite(**{item: ocp.args.PyTreeSave(dict(tree))})
@@ -95,7 +96,7 @@ def write(
 
 
 def nested(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Returns a tree of dicts, of leaves by their keys."""
+    """Returns the leaves as a tree of nested dicts."""
     found: dict[str, Any] = {}
     for keys, leaf in leaves.items():
         inner = found
@@ -108,7 +109,7 @@ def nested(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
 def names_of(base: Base) -> dict[tuple[str, int | None], str]:
     """Returns the modules of a model by their place here: `("q/kernel", layer)`.
 
-    The layer is None of what lies in none, such as `("head/kernel", None)`.
+    The layer is None for modules outside the layers, such as `("head/kernel", None)`.
     """
     found: dict[tuple[str, int | None], str] = {}
     for name, place in base.modules.items():
@@ -123,17 +124,17 @@ def names_of(base: Base) -> dict[tuple[str, int | None], str]:
 
 
 def uniform(adapters: Adapters, base: Base, who: str) -> list[Module]:
-    """Returns the modules of Lora adapters, all of one rank and one scale.
+    """Returns the modules of Lora adapters, all at a common rank and scale.
 
     Raises:
-      ValueError: adapters of other kinds, or none; ones that fit a moved base alone.
+      ValueError: there are no adapters or other kinds, or an init changed the base.
     """
     for path, adapter in adapters.items():
         if type(adapter) is not Lora:
             raise ValueError(
-                f"{path}: {who} keeps LoRA alone, and this is "
-                f"{type(adapter).__name__}; merge it (lorax.merge), or read it back as "
-                "Lora (lorax.compose.extract)"
+                f"{path}: {who} stores only LoRA, and this is "
+                f"{type(adapter).__name__}; merge it (lorax.merge), or extract a Lora "
+                "(lorax.compose.extract)"
             )
         adapter.check(path, base.shapes[path])
     if not adapters:
@@ -146,22 +147,25 @@ def uniform(adapters: Adapters, base: Base, who: str) -> list[Module]:
 def pairs(
     found: Mapping[str, np.ndarray], ends: tuple[str, str], folder: Any
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns a and b by the name that both begin with, float32.
+    """Returns a and b by their common prefix, float32.
 
     Raises:
-      ValueError: leaves that are not of LoRA, a leaf without its other, or none.
+      ValueError: leaves are not LoRA parameters, one of a pair is missing, or there are
+        none.
     """
     if odd := sorted(name for name in found if not name.endswith(ends)):
         raise ValueError(
-            f"{folder}: {untrusted.some(odd)}: leaves that are not of LoRA "
-            f"(*{ends[0]}, *{ends[1]}); save the LoRA parameters alone"
+            f"{folder}: {untrusted.some(odd)}: leaves that are not LoRA parameters "
+            f"(*{ends[0]}, *{ends[1]}); save only the LoRA parameters"
         )
     begins = sorted({name.removesuffix(end) for name in found for end in ends})
     begins = [name for name in begins if not name.endswith(ends)]
     for name in begins:
         for end in ends:
             if name + end not in found:
-                raise ValueError(f"{folder}: there is no {name + end!r} for its other")
+                raise ValueError(
+                    f"{folder}: {name + end!r} is missing, the other of a pair"
+                )
     if not begins:
         raise ValueError(f"{folder}: the tree has no LoRA parameters")
     as_float = lambda name: found[name].astype(np.float32)
@@ -171,17 +175,17 @@ def pairs(
 def require_shape(
     where: str, found: Sequence[int], want: Sequence[int], config: Any
 ) -> None:
-    """Raises ValueError unless a leaf has the shape that a config asks for."""
+    """Raises ValueError unless a leaf has the shape that a config requires."""
     if tuple(found) != tuple(want):
         raise ValueError(
-            f"{where} has shape {tuple(found)}, and {config.model_type!r} with "
+            f"{where} has shape {tuple(found)}, but {config.model_type!r} with "
             f"width={config.width}, layers={config.layers}, heads={config.heads}, "
-            f"kv_heads={config.kv_heads} asks for {tuple(want)}"
+            f"kv_heads={config.kv_heads} requires {tuple(want)}"
         )
 
 
 def _name(path: Sequence[Any]) -> str:
-    """The name of a leaf, see above."""
+    """The name of a leaf, as described above."""
     parts: list[str] = []
     for entry in path:
         key = str(getattr(entry, "key", getattr(entry, "idx", entry)))
@@ -197,7 +201,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _pruned(tree: Any, keep: Callable[[str], bool]) -> dict[str, Any]:
-    """The same dicts with the leaves that are kept."""
+    """The tree with only the leaves to keep."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return nested(
         {

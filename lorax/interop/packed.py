@@ -1,8 +1,8 @@
-"""Leaves that are quantised as their tensors are read: one layer is dense at a time.
+"""Leaves that are quantised while loading, with only one layer dense at a time.
 
-A format looks at whole kernels: the largest input of an output, the mean of all scales.
-A process therefore reads the tensors of such a leaf whole, one after another, and keeps
-of the codes what its shards need.
+A format needs whole kernels: the largest input of an output, the mean of all scales. A
+process therefore reads all tensors of such a leaf in full, one at a time, and then
+keeps the codes that its shards need.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lorax.types import Axes, PyTree
 
 
 class Plan(NamedTuple):
-    """How one leaf is quantised while it is read.
+    """How to quantise one leaf while reading it.
 
     Attributes:
-      parts: the tensors and where they go; together they are the leaf.
-      kernel: the leaf, whose value is abstract.
+      parts: the tensors and where they go; together they form the leaf.
+      kernel: the leaf, with an abstract value.
       form: its format.
     """
 
@@ -68,13 +68,13 @@ class Plan(NamedTuple):
 def chosen(
     model: nn.Module, shapes: PyTree, rules: quantization.Rules, inputs: Sequence[Any]
 ) -> dict[str, tuple[Kernel, Format]]:
-    """Returns by path the kernels of a model that rules quantise, and their formats.
+    """Returns the kernels of a model that rules quantise, and their formats, by path.
 
     Args:
       model: a Flax module.
       shapes: its abstract parameters.
       rules: as for `lorax.quantize`.
-      inputs: of the smallest kind.
+      inputs: the smallest possible inputs.
     """
 
     def run(params: PyTree, *inputs: Any) -> Any:
@@ -88,26 +88,26 @@ def plans(
     found: Mapping[str, Sequence[leaves.Part]],
     coded: Collection[str] = (),
 ) -> dict[str, Plan]:
-    """Returns by path how the leaves are read that rules quantise.
+    """Returns plans for the leaves that rules quantise, by path.
 
     Args:
-      chosen: as the function of that name gives them.
+      chosen: what the function of that name returns.
       found: the tensors of every leaf.
-      coded: paths whose tensors are in codes as they are.
+      coded: paths whose tensors are already quantised.
 
     Raises:
-      ValueError: a leaf of `coded`, or one without tensors.
+      ValueError: a chosen leaf is already quantised, or has no tensors.
     """
     for path in chosen:
         if path in coded:
             raise ValueError(
-                f"{path}: the checkpoint has it in codes already; leave quantize= out, "
-                f"or begin it with a rule ({path!r}, None)"
+                f"{path}: the checkpoint's leaf is already quantised; leave quantize= "
+                f"out, or begin it with a rule ({path!r}, None)"
             )
         if path not in found:
             raise ValueError(
-                f"{path}: the checkpoint lacks this leaf, so that it is drawn and has "
-                f"to be trained; begin quantize= with a rule ({path!r}, None)"
+                f"{path}: the checkpoint lacks this leaf, so it is newly initialised "
+                f"and must be trained; begin quantize= with a rule ({path!r}, None)"
             )
     return {path: Plan(found[path], *both) for path, both in chosen.items()}
 
@@ -115,14 +115,14 @@ def plans(
 def assembled(
     abstract: Quantized, layers: Iterable[Quantized], stacked: bool, where: Any
 ) -> Quantized:
-    """Returns a leaf from its layers, which are made one after another.
+    """Assembles a leaf from its layers, which are computed one at a time.
 
     Args:
       abstract: the leaf, with shapes in place of arrays.
-      layers: the codes of each, or of the only one.
-      stacked: the first axis of every array numbers the layers.
-      where: the sharding of the kernel, or one for each array as
-        `sharding.Placed.tree` gives them.
+      layers: the codes of each layer, or of the only one.
+      stacked: whether the first axis of every array indexes the layers.
+      where: the sharding of the kernel, or one for each array as in
+        `sharding.Placed.tree`.
     """
     whole = jax.tree.map(lambda like: np.empty(like.shape, like.dtype), abstract)
     for i, layer in enumerate(layers):

@@ -1,12 +1,12 @@
-r"""Regular expressions of strangers, matched in polynomial time.
+r"""Untrusted regular expressions, matched in polynomial time.
 
-Python's `re` backtracks: `(a+)+b` from a downloaded file can hold a process for years.
-Here a node maps a start to the *set* of ends it can reach, remembered per start, so the
-work is bounded by nodes x length^3. Whether a full match exists is the same question.
+Python's `re` backtracks: `(a+)+b` from a downloaded file can block a process for years.
+Here a node maps a start to the *set* of ends that it can reach, cached per start, so
+the work is bounded by nodes x length^3. A full match exists here iff it does in `re`.
 
-Understood: literals, `.`, classes and escapes, groups, `|`, all greedy and lazy
-repetitions, `^ $ \A \Z \b \B`, lookahead. Not: back-references, lookbehind, flags,
-atomic groups and possessive repetitions, which are errors.
+Supported: literals, `.`, classes and escapes, groups, `|`, all greedy and lazy
+repetitions, `^ $ \A \Z \b \B`, lookahead. Errors: back-references, lookbehind, flags,
+atomic groups and possessive repetitions.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-LIMIT = 4096  # characters of a pattern, and repetitions in braces
+LIMIT = 4096  # for the characters of a pattern, and for repetitions in braces
 DEPTH = 50  # nested groups; the matcher recurses
 
 
 class _Node(NamedTuple):
-    """One construct: its kind, the nodes inside, and what else it needs."""
+    """One construct: its kind, its child nodes, and a value for some kinds."""
 
     kind: str
     parts: tuple[Any, ...] = ()
@@ -35,7 +35,7 @@ class Pattern:
       text: the regular expression.
 
     Raises:
-      ValueError: no regular expression, or a construct that is not understood.
+      ValueError: it is not a regular expression, or uses an unsupported construct.
 
     Example:
       >>> Pattern(r".*\.(q|v)_proj").fullmatch("layers.0.q_proj")
@@ -49,7 +49,9 @@ class Pattern:
         if not isinstance(text, str):
             raise ValueError(f"{text!r} is not a regular expression but {type(text)}")
         if len(text) > LIMIT:
-            raise ValueError(f"a regular expression of {len(text)} characters: {LIMIT}")
+            raise ValueError(
+                f"a regular expression of {len(text)} characters; at most {LIMIT}"
+            )
         try:
             re.compile(text)
         except (re.error, OverflowError, RecursionError) as error:
@@ -76,7 +78,7 @@ class Pattern:
 
 @functools.lru_cache(1024)
 def compiled(text: str) -> Pattern:
-    """Returns `Pattern(text)`, remembered."""
+    """Returns `Pattern(text)`, cached."""
     return Pattern(text)
 
 
@@ -92,7 +94,7 @@ def _reach(node: _Node, text: str, at: int, memo: dict) -> Iterable[int]:
     if kind == "char":
         fits = at < len(text) and node.value.fullmatch(text[at])
         return (at + 1,) if fits else ()
-    if kind == "assert":  # zero width: `re` looks at the text from here, one step
+    if kind == "assert":  # zero width: `re` checks it here in one step
         return (at,) if node.value.match(text, at) else ()
     if kind == "ahead":
         found = bool(_ends(node.parts[0], text, at, memo))
@@ -129,7 +131,7 @@ def _repeated(node: _Node, text: str, at: int, memo: dict) -> Iterable[int]:
 
 
 class _Parser:
-    """Reads a pattern that `re` has accepted."""
+    """Parses a pattern that `re` has accepted."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at, self.depth = text, 0, 0
@@ -141,8 +143,8 @@ class _Parser:
 
     def refuse(self, what: str) -> ValueError:
         return ValueError(
-            f"the regular expression {self.text!r} uses {what}, which is not read "
-            "here; write it without, or as a list of names"
+            f"the regular expression {self.text!r} uses {what}, which is not supported "
+            "here; rewrite it without, or give a list of names"
         )
 
     def peek(self, *starts: str) -> bool:
@@ -174,7 +176,7 @@ class _Parser:
             return self.escape()
         if self.take("["):
             self.take("^")
-            self.take("]")  # a bracket in front is a literal
+            self.take("]")  # a leading bracket is a literal
             while not self.take("]"):
                 self.at += 2 if self.peek("\\") else 1
             return _Node("char", value=re.compile(self.text[start : self.at]))
@@ -238,5 +240,5 @@ class _Parser:
             return node
         if self.take("+"):
             raise self.refuse("a possessive repetition")
-        self.take("?")  # lazy: which match is found, not whether there is one
+        self.take("?")  # lazy: changes which match is found, not whether there is one
         return _Node("repeat", (node,), counts)

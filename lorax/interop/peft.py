@@ -1,13 +1,13 @@
-"""PEFT's adapters: `adapter_config.json` and `adapter_model.safetensors`, both ways.
+"""Reads and writes PEFT's `adapter_config.json` and `adapter_model.safetensors`.
 
     adapters = peft.load("path/or/hub-id", model.config)
     peft.save("mine", adapters, model.config, base_name="meta-llama/Llama-3.2-1B")
 
-LoRA, rsLoRA, DoRA and AdaLoRA on linear maps and embeddings, the types of `peft_table`
-on the linear maps that PEFT adapts so, and modules stored whole. What is written
-computes in PEFT what it computes here, and back. A tied embedding and head are one leaf
-here, so an adapter on it is written for both; PEFT's adapters of only one of them need
-a model with `tied=False`. (Never merge an adapter of tied weights in PEFT:
+Supported are LoRA, rsLoRA, DoRA and AdaLoRA on linear maps and embeddings, the types of
+`peft_table` on the linear maps for which PEFT has them, and modules saved in full. An
+adapter computes the same function here and in PEFT. A tied embedding and head are one
+leaf here, so an adapter on it is written for both; to load PEFT's adapter of only one
+of them, use a model with `tied=False`. (Never merge an adapter of tied weights in PEFT:
 `merge_and_unload` adds both halves to the one weight.)
 
 References:
@@ -62,36 +62,36 @@ def load(
     residual: bool = False,
     revision: str | None = None,
 ) -> Adapters:
-    """Reads an adapter of PEFT.
+    """Loads a PEFT adapter.
 
-    Every name and shape is checked against the config and the base before a weight is
-    read. In a stack of layers, unequal ranks are padded with zeros and unequal scales
-    folded into b (AdaLoRA: lam).
+    Every name and shape is checked against the config and the base before any weight is
+    read. In a stack of layers, unequal ranks are padded with zeros, and unequal scales
+    are folded into b (AdaLoRA: lam).
 
     Args:
       source: a directory, or the id of an adapter on the hub.
-      config: of the base, `model.config`.
-      params: of the base; only frozen embeddings that PEFT stored along are held
-        against it. None: against nothing.
-      residual: the base is the one that PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ left, not
-        the original.
-      revision: of the hub's repository.
+      config: the base's config, `model.config`.
+      params: the base's parameters. Frozen embeddings in the file are compared with
+        them; None skips that. Adapters of single rows or with `lora_bias` need them.
+      residual: True if the base is the one that PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ
+        left, not the original.
+      revision: a revision of the hub repository.
 
     Returns:
       `{path: adapter}`, in float32.
 
     Raises:
-      FileNotFoundError: no such files.
-      ValueError: a file that is not sound or not for this base, or a field of its
-        config that is not implemented; file and key are named. One with frozen arrays
-        (VeRA's projections): see `load_with_base`.
+      FileNotFoundError: the files do not exist.
+      ValueError: a file is damaged or does not belong to this base, or a field of its
+        config is not implemented (the message names file and key); or the adapter has
+        frozen arrays (VeRA's projections), see `load_with_base`.
     """
     adapters, frozen = _load(source, config, params, residual, revision)
     if frozen:
         raise ValueError(
-            f"{source}: {', '.join(sorted(frozen))} do not train and belong to the "
-            "second argument; call peft.load_with_base(source, config, params), which "
-            "returns (adapters, params) with them"
+            f"{source}: {', '.join(sorted(frozen))} are frozen and belong to params, "
+            "not to the adapters; call peft.load_with_base(source, config, params), "
+            "which returns (adapters, params) with them"
         )
     return adapters
 
@@ -104,30 +104,30 @@ def load_with_base(
     residual: bool = False,
     revision: str | None = None,
 ) -> tuple[Adapters, PyTree]:
-    """Reads an adapter of PEFT, with what of it does not train: VeRA's projections.
+    """Loads a PEFT adapter together with its frozen arrays, such as VeRA's projections.
 
     Args:
       source: a directory, or the id of an adapter on the hub.
-      config: of the base, `model.config`.
-      params: of the base.
+      config: the base's config, `model.config`.
+      params: the base's parameters.
       residual: as in `load`.
-      revision: of the hub's repository.
+      revision: a revision of the hub repository.
 
     Returns:
-      Adapters, and params; a `lorax.Base` of them where there are frozen arrays, as
-      from `lorax.init`.
+      The adapters, and params; like `lorax.init`, a `lorax.Base` if there are frozen
+      arrays.
 
     Raises:
-      FileNotFoundError: no such files.
-      ValueError: as in `load`; another array under a name that `params.frozen` has.
+      FileNotFoundError: the files do not exist.
+      ValueError: as in `load`; or `params.frozen` has a different array of that name.
     """
     adapters, found = _load(source, config, params, residual, revision)
     plain, held = tree.split(params)
     for name, array in found.items():
         if name in held and not np.array_equal(held[name], array):
             raise ValueError(
-                f"{source}: params have another frozen array {name!r}; pass the "
-                "parameters alone, and keep the two sets of adapters apart"
+                f"{source}: params have a different frozen array {name!r}; pass the "
+                "plain parameters, and keep the two sets of adapters apart"
             )
     frozen = {**held, **{name: jnp.asarray(array) for name, array in found.items()}}
     return adapters, Base(plain, frozen) if frozen else plain
@@ -181,35 +181,35 @@ def save(
 ) -> None:
     """Writes adapters for PEFT's `PeftModel.from_pretrained` and for `load`.
 
-    Triplets that are zero in every factor are padding and are left out; of AdaLoRA that
-    is the pruned form, after `lorax.optim.adalora_shrink`.
+    Ranks that are zero in every factor are padding and are left out; for AdaLoRA that
+    gives the pruned form, after `lorax.optim.adalora_shrink`.
 
     Args:
-      directory: made if need be; files of the same names are replaced.
-      adapters: `{path: adapter}`, of one parametrisation beside Full.
-      config: of the base, `model.config`.
-      params: of the base, as from `lorax.init`; needed by methods that PEFT writes with
-        frozen arrays (VeRA, RandLoRA), norms of the kernels (DeLoRA) or rows of the
-        embedding (Rows).
-      base_name: of the base, for `base_model_name_or_path`.
-      initial: what `lorax.init` returned, if it moved a part of the base's kernels
-        (PiSSA, MiLoRA, LoRA-GA, OLoRA, CorDA): what is written is then for the original
+      directory: created if necessary; files of the same names are replaced.
+      adapters: `{path: adapter}`, all of one parametrisation, except Full.
+      config: the base's config, `model.config`.
+      params: the base's parameters, as from `lorax.init`; needed by methods that PEFT
+        stores with frozen arrays (VeRA, RandLoRA), norms of the kernels (DeLoRA) or
+        rows of the embedding (Rows).
+      base_name: the base's name, for `base_model_name_or_path`.
+      initial: what `lorax.init` returned, if it changed the base's kernels (PiSSA,
+        MiLoRA, LoRA-GA, OLoRA, CorDA): the adapters are then written for the original
         base, at twice the rank.
       residual: True, without `initial`: write such adapters as they are, for the base
         that their init left.
-      rank_stabilized: write alpha for rsLoRA's alpha / sqrt(rank); the function is the
-        same.
-      uniform: write one rank and one alpha for all modules, the largest rank, zeros in
-        the others and ratios of scales in B: for engines that read no patterns (vLLM,
-        SGLang; see `lorax.interop.engines`). The function is the same.
-      fields: of the config, that say nothing of the function (`task_type`,
-        `total_step`, ...), `lora_dropout`, and of a base that `replicate_layers` made
-        its `layer_replication`.
+      rank_stabilized: write alpha for rsLoRA's scale alpha / sqrt(rank); the function
+        is the same.
+      uniform: write one rank and one alpha for all modules: smaller ranks are padded
+        with zeros, and ratios of scales go into B. For engines that do not read
+        patterns (vLLM, SGLang; see `lorax.interop.engines`). The function is the same.
+      fields: config fields that do not affect the function (`task_type`, `total_step`,
+        ...), `lora_dropout`, and, for a base made by `replicate_layers`,
+        `layer_replication`.
 
     Raises:
-      KeyError: a path that the model lacks.
-      ValueError: adapters that do not fit it, or that PEFT has no form for; ones whose
-        init moved the base, without `initial` or `residual`.
+      KeyError: the model lacks a path.
+      ValueError: adapters that do not fit the model, for which PEFT has no form, or
+        whose init changed the base, without `initial` or `residual`.
     """
     base = peft_base.Base(config)
     tree.require(adapters, base.shapes, "model")
@@ -223,7 +223,7 @@ def save(
         adapters = peft_moved.on_original(adapters, initial)
     elif not residual:
         peft_moved.refuse(adapters)
-    adapters = {  # PEFT has one adapter a module
+    adapters = {  # PEFT has one adapter per module
         path: as_lora(a) if "slices" in vars(a) else a for path, a in adapters.items()
     }
     told = peft_rows.write(rows, base, leaves)
@@ -237,14 +237,14 @@ def save(
     written["base_model_name_or_path"] = base_name
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG).unlink(missing_ok=True)  # never beside another's tensors
+    (directory / CONFIG).unlink(missing_ok=True)  # never next to another's tensors
     safetensors.numpy.save_file(tensors, directory / TENSORS, {"format": "pt"})
     text = json.dumps(written, indent=2, sort_keys=True, allow_nan=False)
     (directory / CONFIG).write_text(text + "\n")
 
 
 class _Form(NamedTuple):
-    """How `save` was asked to write; see its arguments."""
+    """The arguments of `save` that say how to write."""
 
     base: peft_base.Base
     params: PyTree
@@ -256,7 +256,7 @@ class _Form(NamedTuple):
 def _with_factors(
     adapters: Adapters, rows: peft_rows.Written, form: _Form
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors and the config of adapters with factors, and of what is beside."""
+    """The tensors and the config of adapters with factors and all that goes along."""
     base = form.base
     kind = peft_leaves.kind_of(adapters)
     adapters, experts = _experts(adapters, kind, base)
@@ -291,7 +291,7 @@ def _with_factors(
 def _to_disk(
     modules: Sequence[Module], kind: str, base: peft_base.Base, params: PyTree
 ) -> dict[str, np.ndarray]:
-    """Returns `{key: tensor}` of the modules, and of what they share."""
+    """Returns `{key: tensor}` of the modules, and of the tensors that they share."""
     _, frozen = tree.split(params)
     leaves = _leaves(params) or {}
     tensors: dict[str, np.ndarray] = {}
@@ -301,8 +301,8 @@ def _to_disk(
             peft_forms.require_module(form, module.name, base)
         elif place.embedding and kind == "adalora":
             raise ValueError(
-                f"{module.name!r} is an embedding, on which PEFT has no AdaLoRA; "
-                "compose.to_lora writes it as plain LoRA"
+                f"{module.name!r} is an embedding, for which PEFT has no AdaLoRA; "
+                "convert it to plain LoRA with compose.to_lora"
             )
         tensors |= peft_tensors.to_disk(module, kind, place)
     return tensors | peft_tensors.common_to_disk(modules, places, kind, frozen)
@@ -315,7 +315,7 @@ def _uniform(
     if kind not in ("lora", "dora") or experts:
         what = f"{min(experts)}, experts," if experts else f"{kind}"
         raise ValueError(
-            f"uniform=True gives modules of Lora or Dora one rank, and not {what}; "
+            f"uniform=True works for Lora and Dora modules, not for {what}; "
             "choose one rank and one alpha in the Targets"
         )
     return factors.alike(modules) if modules else modules
@@ -324,24 +324,25 @@ def _uniform(
 def _experts(
     adapters: Adapters, kind: str, base: peft_base.Base
 ) -> tuple[Adapters, dict[str, Any]]:
-    """Returns the adapters of modules, and those of the kernels of all experts."""
+    """Returns the adapters of modules, and those of experts' kernels."""
     paths = {place.path for place in base.parameters.values()}
     own = {p: a for p, a in adapters.items() if p in paths and not a.replaces}
     if own and kind != "lora":
         raise ValueError(
-            f"{min(own)}: PEFT adapts experts by plain Lora alone (target_parameters), "
-            f"and this is {kind}; merge it (lorax.merge) and save the model"
+            f"{min(own)}: PEFT adapts experts only with plain Lora "
+            f"(target_parameters), and this is {kind}; merge it (lorax.merge) and save "
+            "the model"
         )
     return {p: a for p, a in adapters.items() if p not in own}, own
 
 
 def _leaves(params: PyTree) -> dict[str, Any] | None:
-    """The parameters by path; None where they are not given."""
+    """The parameters by path; None if they are not given."""
     return None if params is None else tree.flatten(tree.split(params)[0])
 
 
 def _rates(adapters: Adapters) -> set[float]:
-    """The dropout rates of adapters; PEFT has none on embeddings."""
+    """The dropout rates of adapters; PEFT has no dropout on embeddings."""
     return {
         getattr(adapter, "dropout", 0.0)
         for path, adapter in adapters.items()
@@ -360,9 +361,9 @@ def _settings(
         raise ValueError(f"{path}: {error}") from error
     if settings.moved and not residual:
         raise ValueError(
-            f"{path}: init_lora_weights={settings.moved!r} took a part out of the "
-            "base's kernels, so on the original base this adapter is wrong; convert it "
-            "in PEFT with model.save_pretrained(..., "
+            f"{path}: init_lora_weights={settings.moved!r} removed part of the base's "
+            "kernels, so this adapter is wrong on the original base; convert it in "
+            "PEFT with model.save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...), or load the residual base "
             "and pass residual=True"
         )
@@ -374,6 +375,6 @@ def _nothing(directory: pathlib.Path) -> str:
     if pickles := sorted(p.name for p in directory.glob("adapter_model.*")):
         told += (
             f"; {pickles[0]} is a pickle, which can run code and is never read: load "
-            "it in PEFT and call save_pretrained, which writes safetensors"
+            "it in PEFT and call save_pretrained to write safetensors"
         )
     return told

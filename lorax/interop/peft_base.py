@@ -1,4 +1,4 @@
-"""The base model as PEFT sees it: modules by name, and what leaves they are here."""
+"""The base model as PEFT sees it: modules by name, and their leaves here."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ WEIGHT = ".weight"
 
 
 class Base:
-    """Names and shapes of one model; nothing is allocated.
+    """The names and shapes of one model; nothing is allocated.
 
     Args:
-      config: of a family of `lorax.models`.
+      config: a config from one of the families in `lorax.models`.
 
     Attributes:
       where: `{key on disk: Location}`.
-      shapes: abstract leaf by path.
-      words: name of the module that looks the tokens up.
-      embedding: name of the module whose matrix is the head's too, or "".
+      shapes: abstract leaves by path.
+      words: name of the module that looks up tokens.
+      embedding: name of the module whose matrix the head shares, or "".
       head: name of that tied head, which has no leaf of its own, or "".
-      shared: modules that torch has several times, one in encoder and decoder each.
+      shared: modules that torch has several times, in encoder and decoder.
       older: `(older name, present name)` of modules that transformers has renamed.
     """
 
     def __init__(self, config: Any) -> None:
         """Reads the family's table."""
         family = hf.family_of(config.to_hf(), "config")
-        # of experts the names that transformers' modules have, not a checkpoint's
+        # for experts, the names of transformers' modules, not those in a checkpoint
         entries = getattr(family, "fused", family.entries)
 
         def locate(config: Any) -> dict[str, table.Location]:
@@ -53,7 +53,7 @@ class Base:
 
     @property
     def modules(self) -> dict[str, table.Location]:
-        """The modules that can have factors, by name; a tied head is its embedding."""
+        """The modules that can have factors, by name; a tied head shares one."""
         found = {
             key.removesuffix(WEIGHT): location
             for key, location in self.where.items()
@@ -77,16 +77,16 @@ class Base:
         if module in self.shared:
             raise ValueError(
                 f"{module!r} is an embedding that encoder, decoder and head share: in "
-                "torch these are modules of their own, and PEFT has no adapter for all"
+                "torch these are separate modules, and PEFT has no adapter for all"
             )
 
     def require_matrix(self, module: str) -> None:
-        """Raises ValueError for a convolution, whose factors have axes of space."""
+        """Raises ValueError for a convolution, whose factors have spatial axes."""
         place = self.where.get(module + WEIGHT)
         if place is not None and place.entry.order is not None:
             raise ValueError(
-                f"{module!r} is not a matrix: PEFT's factors of a convolution are "
-                "neither read nor written here; leave it out, as by "
+                f"{module!r} is not a matrix: PEFT's factors for convolutions are "
+                "neither read nor written here; leave it out, for example with "
                 f"Target(..., exclude={place.path!r})"
             )
 
@@ -96,7 +96,7 @@ class Base:
         return path.endswith("/embedding") and module != self.head
 
     def sizes(self, module: str) -> tuple[int, int]:
-        """Numbers of inputs and outputs of a module."""
+        """The numbers of inputs and outputs of a module."""
         place = self.modules[module]
         shape, inputs = place.own(self.shapes[place.path].shape), place.entry.inputs
         sizes = math.prod(shape[:inputs]), math.prod(shape[inputs:])
@@ -108,11 +108,11 @@ class Base:
         return table.disk_shape(place.own(self.shapes[place.path].shape), place.entry)
 
     def matrix(self, module: str) -> str:
-        """The key of a module's matrix, a tied head's that of its embedding."""
+        """The key of a module's matrix; for a tied head, that of its embedding."""
         return (self.embedding if module == self.head else module) + WEIGHT
 
     def tensor(self, key: str, leaves: Mapping[str, Any]) -> np.ndarray:
-        """Returns a parameter as it lies on disk, out of leaves by path."""
+        """Returns a parameter in its form on disk, given the leaves by path."""
         place = self.where[key]
         part = np.asarray(leaves[place.path][place.part])
         return np.ascontiguousarray(table.to_disk(part, place.entry))
@@ -121,7 +121,7 @@ class Base:
 def _tied_head(
     config: Any, where: Mapping[str, table.Location], locate: Callable[[Any], Any]
 ) -> str:
-    """The module of torch that shares the embedding of the words, or ""."""
+    """The torch module that shares the word embedding, or ""."""
     if getattr(config, "tied", False):
         untied = locate(dataclasses.replace(config, tied=False))
         return min(untied.keys() - where.keys()).removesuffix(WEIGHT)

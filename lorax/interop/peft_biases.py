@@ -1,11 +1,11 @@
-"""Biases that train beside PEFT's factors: `bias` and `lora_bias` of its config.
+"""Biases trained along with PEFT's factors: `bias` and `lora_bias` of its config.
 
-bias="lora_only"   <module>.base_layer.bias, of every module that is adapted
+bias="lora_only"   <module>.base_layer.bias of every adapted module
 bias="all"         these, and <module>.bias of every other module
 lora_bias=True     <module>.lora_B.bias: y = W x + bias + s (B A x + b)
 
-Here a bias is a leaf of its own, and one that trains is Full. What lora_bias adds is
-folded into it at loading: `bias + s b`, the same function.
+Here a bias is a leaf of its own, and a trained one is Full. What lora_bias adds is
+folded into it when loading, as `bias + s b`; the function is the same.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ BIAS, FROZEN = ".bias", ".base_layer.bias"
 def renamed(
     tensors: Mapping[str, files.Tensor], settings: Selection, names: Names
 ) -> dict[str, files.Tensor]:
-    """Returns the tensors with every bias that trains under its own name.
+    """Returns the tensors, with every trained bias under its plain name.
 
     Args:
-      tensors: by their names.
-      settings: of the config.
+      tensors: by name.
+      settings: from the config.
       names: how PEFT names the modules.
     """
     found = {}
@@ -39,25 +39,25 @@ def renamed(
         if settings.bias == "none" or not name.endswith(FROZEN):
             found[name] = tensor
         elif not settings.saves(names.of(module)):
-            found[module + BIAS] = tensor  # else a copy that nothing reads
+            found[module + BIAS] = tensor  # otherwise it is a copy that nothing reads
     return found
 
 
 def require_all(
     found: Collection[str], settings: Selection, base: Base, names: Names
 ) -> None:
-    """Raises ValueError for a bias that `bias` says trains and the file lacks."""
+    """Raises ValueError if the file lacks a bias that, by `bias`, is trained."""
     for key in base.where:
         if key.endswith(BIAS) and trains(key, settings, base, names):
             if key not in found:
                 raise ValueError(
-                    f"bias={settings.bias!r} says that {key!r} trains, and the file "
-                    "does not hold it"
+                    f"according to bias={settings.bias!r}, {key!r} was trained, but "
+                    "the file does not contain it"
                 )
 
 
 def trains(key: str, settings: Selection, base: Base, names: Names) -> bool:
-    """True for a bias that trains beside factors."""
+    """True for a bias that is trained along with factors."""
     module = key.removesuffix(BIAS)
     if not key.endswith(BIAS) or not module.startswith(names.lacking):
         return False
@@ -71,31 +71,31 @@ def folded(
     base: Base,
     params: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
-    """Returns the biases of `lora_bias` by their keys, the base's own in them.
+    """Returns the sums of the base's biases and those of `lora_bias`, by key.
 
     Args:
       added: `{module: (scale, lora_B.bias)}`.
-      saved: tensors of the file that are stored whole.
+      saved: tensors that the file holds in full.
       base: the model.
       params: leaves by path.
 
     Raises:
-      ValueError: a module without a bias, or no parameters.
+      ValueError: a module has no bias, or there are no parameters.
     """
     found = {}
     for module, (scale, own) in added.items():
         key = module + BIAS
         if key not in base.where:
             raise ValueError(
-                f"lora_bias=True: {module!r} has no bias in this base, so the one that "
-                "B adds has no leaf; load a base whose config has one there "
-                "(attention_bias, mlp_bias), zeros where it had none, or train "
-                "with lora_bias=False"
+                f"lora_bias=True: {module!r} has no bias in this base, so there is no "
+                "leaf for the one that B adds; load a base whose config has one there "
+                "(attention_bias, mlp_bias), filled with zeros, or train with "
+                "lora_bias=False"
             )
         if key not in saved and not params:
             raise ValueError(
-                "lora_bias=True adds to the base's biases; pass params=, those of the "
-                "base, to peft.load"
+                "lora_bias=True adds to the base's biases; pass the base's parameters "
+                "to peft.load as params="
             )
         before = saved[key] if key in saved else base.tensor(key, params)
         found[key] = np.float32(before) + np.float32(scale) * own
@@ -103,7 +103,7 @@ def folded(
 
 
 def lone(saved: Collection[str], base: Base) -> set[str]:
-    """Returns the biases that are stored whole where the rest of the module is not."""
+    """Returns the biases that are saved without the rest of their module."""
     modules = {key.rpartition(".")[0] for key in base.where if key not in saved}
     return {
         key for key in saved if key.endswith(BIAS) and key.removesuffix(BIAS) in modules
@@ -113,16 +113,16 @@ def lone(saved: Collection[str], base: Base) -> set[str]:
 def mode(
     alone: Collection[str], saved: Collection[str], adapted: Collection[str], base: Base
 ) -> str:
-    """Returns PEFT's word for the biases that train: "none", "lora_only" or "all".
+    """Returns PEFT's `bias` for the trained biases: "none", "lora_only" or "all".
 
     Args:
       alone: what `lone` returned.
-      saved: keys of all whole tensors.
+      saved: keys of all tensors saved in full.
       adapted: names of the modules that have factors.
       base: the model.
 
     Raises:
-      ValueError: PEFT has no word for these.
+      ValueError: no value of `bias` describes these.
     """
     if not alone:
         return "none"
@@ -138,9 +138,9 @@ def mode(
         for keys in (set(alone), near - set(alone))
     )
     raise ValueError(
-        f"biases are Full at {own}; PEFT trains those of every module that has factors "
-        f"(bias='lora_only') or all of them (bias='all'): make {lacking} Full too, or "
-        "none of them"
+        f"biases are Full at {own}; PEFT trains either the biases of all modules that "
+        f"have factors (bias='lora_only') or all biases (bias='all'): make {lacking} "
+        "Full too, or no biases"
     )
 
 

@@ -1,7 +1,7 @@
-"""The fields of PEFT's `adapter_config.json`, so that none is ignored unseen.
+"""The fields of PEFT's `adapter_config.json`, none of which is silently ignored.
 
-Every field is implemented here, or says nothing of the function that the adapter
-computes, or must have its default; a field that nobody here has heard of is an error.
+Every field is implemented here, or does not affect the function that the adapter
+computes, or must have its default; an unknown field is an error.
 
 References:
   Mangrulkar et al., PEFT, https://github.com/huggingface/peft: `LoraConfig`,
@@ -40,7 +40,7 @@ IMPLEMENTED = frozenset(
     target_parameters trainable_token_indices use_dora use_rslora
     """.split()
 )
-"""Fields that decide the function; `r` does so for LoRA, `init_r` for AdaLoRA."""
+"""Fields that affect the function; `r` is for LoRA, `init_r` for AdaLoRA."""
 
 HARMLESS = frozenset(
     """
@@ -50,10 +50,10 @@ HARMLESS = frozenset(
     task_type tfinal tinit total_step velora_config
     """.split()
 )
-"""What is bookkeeping, or speaks of training or of an init only.
+"""Bookkeeping, and fields that only concern training or an init.
 
-PEFT sets `fan_in_fan_out` from the module's class, whatever the file says; VeLoRA is a
-backward pass; `qalora_group_size` needs `use_qalora`.
+PEFT sets `fan_in_fan_out` from the module's class, whatever the file says; VeLoRA only
+changes the backward pass; `qalora_group_size` needs `use_qalora`.
 """
 
 DEFAULTS: dict[str, Any] = {
@@ -65,14 +65,14 @@ DEFAULTS: dict[str, Any] = {
     "use_bdlora": None,
     "use_qalora": False,
 }
-"""Fields that change the function in a way that is not implemented."""
+"""Fields that change the function in ways that are not implemented, with defaults."""
 
 MERGED = "merge it in PEFT (merge_and_unload) and load that model"
 INSTEAD = {
-    "alora_invocation_tokens": "the adapter acts behind these tokens only",
-    "arrow_config": "load each adapter by itself, and route by lorax.compose.route",
+    "alora_invocation_tokens": "the adapter acts only after these tokens",
+    "arrow_config": "load each adapter by itself, and use lorax.compose.route",
     "kasa_config": MERGED,
-    "megatron_config": "the base is Megatron's; write the adapter for transformers'",
+    "megatron_config": "the base is Megatron's; save the adapter for transformers",
     "monteclora_config": MERGED,
     "use_bdlora": MERGED,
     "use_qalora": MERGED,
@@ -87,11 +87,11 @@ MAGNITUDE = {"magnitude": ".lora_magnitude_vector"}
 
 
 def suffixes(kind: str, embedding: bool) -> dict[str, str]:
-    """Returns what follows a module's name, by field of ours.
+    """Returns the suffixes of a module's name, by our fields.
 
     Args:
       kind: "lora", "dora" or "adalora".
-      embedding: the module is a lookup table.
+      embedding: whether the module is an embedding.
     """
     if kind == "adalora":
         return ADALORA
@@ -99,7 +99,7 @@ def suffixes(kind: str, embedding: bool) -> dict[str, str]:
 
 
 OLDER = ("LORA", "ADALORA")
-"""Types that have their own rules, here; the others have an entry in `peft_forms`."""
+"""Types with their own rules, here; the others have an entry in `peft_table`."""
 
 BIASES = ("none", "all", "lora_only")
 ROWS = untrusted.listed(untrusted.whole())
@@ -107,7 +107,7 @@ TOKENS = ROWS | untrusted.TABLE
 RANGES = untrusted.listed(ROWS)
 STILL = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 MOVING = re.compile("pissa(_niter_\\d+)?|olora|corda|lora_ga|loftq")
-RANKNUM = 1e-5  # what PEFT adds to AdaLoRA's initial rank before it divides by it
+RANKNUM = 1e-5  # PEFT adds it to AdaLoRA's initial rank before dividing by that
 RANK, REAL = untrusted.whole(1), untrusted.number()
 POSITIVE = untrusted.number(above=0)
 MASK = untrusted.listed(untrusted.FLAG)
@@ -115,14 +115,16 @@ MASK = untrusted.listed(untrusted.FLAG)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Selection):
-    """What a config of LoRA, DoRA or AdaLoRA says of the function; see `read`.
+    """The fields of a LoRA, DoRA or AdaLoRA config that affect the function.
+
+    `read` makes it from a config.
 
     Attributes:
       kind: "lora", "dora" or "adalora".
-      rank: default rank; of AdaLoRA the initial one.
+      rank: default rank; for AdaLoRA the initial one.
       alpha: default numerator of the scale.
-      rank_stabilized: the scale is alpha / sqrt(rank).
-      ranks: rank by pattern; of AdaLoRA which initial triplets are left, by module.
+      rank_stabilized: whether the scale is alpha / sqrt(rank).
+      ranks: rank by pattern; for AdaLoRA a mask of the ranks that are left, by module.
       alphas: alpha by pattern.
     """
 
@@ -136,23 +138,23 @@ class Settings(Selection):
 
     @property
     def suffixes(self) -> set[str]:
-        """All that may follow a module's name in those of its tensors."""
+        """All possible suffixes of a module's name in the names of its tensors."""
         own = {end for e in (0, 1) for end in suffixes(self.kind, bool(e)).values()}
         return own | ({B_BIAS} if self.lora_bias else set())
 
     @property
     def said(self) -> str:
-        """The form in an error."""
+        """The form's name in an error."""
         return f"{self.kind} form (peft_type, use_dora)"
 
     def asks(self, module: str) -> str:
-        """What a module's shapes follow from, in an error."""
+        """Returns what a module's shapes follow from, for an error."""
         return f"rank {self.given(module)['rank']} (by r and rank_pattern, or init_r)"
 
     def given(self, module: str) -> dict[str, Any]:
-        """Rank and scale of one module."""
+        """Returns the rank and scale of one module."""
         weight = f"{module}.weight"
-        name = weight if self.adapts(weight) else module  # as patterns mean it
+        name = weight if self.adapts(weight) else module  # the name in patterns
         return {"rank": self.kept(name), "scale": self.scale(name)}
 
     def require(self, module: str, base: Base) -> None:
@@ -160,13 +162,13 @@ class Settings(Selection):
         plain = base.modules[module].entry.transposed and module != base.head
         if self.adapts(f"{module}.weight") and not plain:
             raise ValueError(
-                f"target_parameters names {module + '.weight'!r}, an embedding or a "
-                "Conv1D, which PEFT takes for a matrix [out, in]; name the module in "
-                "target_modules"
+                f"target_parameters names {module + '.weight'!r}, of an embedding or a "
+                "Conv1D, which PEFT would read as a matrix [out, in]; name the module "
+                "in target_modules instead"
             )
 
     def shapes(self, place: Place) -> Shapes:
-        """The shapes of a module's tensors, by suffix."""
+        """Returns the shapes of a module's tensors, by suffix."""
         rank, in_, out = place.given["rank"], place.in_, place.out
         sizes = {"a": (rank, in_), "b": (out, rank), "magnitude": (out,)}
         sizes |= {"p": (rank, in_), "q": (out, rank), "lam": (rank, 1)}
@@ -175,7 +177,7 @@ class Settings(Selection):
         return found | ({B_BIAS: (out,)} if self.lora_bias else {})
 
     def module(self, tensors: Arrays, place: Place) -> Module:
-        """Returns our fields of a module's tensors."""
+        """Converts a module's tensors to our fields."""
         fields = {
             field: tensors[end][:, 0] if field == "lam" else tensors[end].T
             for field, end in suffixes(self.kind, place.embedding).items()
@@ -184,14 +186,14 @@ class Settings(Selection):
         return Module(place.name, adapters.get(self.kind), fields, scale)
 
     def kept(self, module: str) -> int:
-        """The rank of the module's factors on disk."""
+        """Returns the rank of the module's factors on disk."""
         if self.kind != "adalora":
             return self.ranks.get(first(self.ranks, module), self.rank)
         return sum(self.ranks[module]) if module in self.ranks else self.rank
 
     def scale(self, module: str) -> float:
-        """The factor on the product of the module's factors."""
-        if self.kind == "adalora":  # alpha_pattern is not for it, nor is rsLoRA
+        """Returns the scale of the product of the module's factors."""
+        if self.kind == "adalora":  # it ignores alpha_pattern and rsLoRA
             return self.alpha / (self.rank + RANKNUM)
         alpha = self.alphas.get(first(self.alphas, module), self.alpha)
         rank = self.kept(module)
@@ -200,12 +202,12 @@ class Settings(Selection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FormSettings(Selection):
-    """What a config of any other type says of the function; see `read`.
+    """The fields of any other type's config that affect the function; see `read`.
 
     Attributes:
-      form: the entry of its type.
+      form: the type's table entry.
       values: of `form.fields`.
-      patterned: of fields, values by pattern.
+      patterned: values by pattern, for each field that has patterns.
     """
 
     form: Form
@@ -219,33 +221,33 @@ class FormSettings(Selection):
 
     @property
     def suffixes(self) -> set[str]:
-        """All that may follow a module's name in those of its tensors."""
+        """All possible suffixes of a module's name in the names of its tensors."""
         return set(self.form.tensors)
 
     @property
     def said(self) -> str:
-        """The form in an error."""
+        """The form's name in an error."""
         return f"{self.form.peft_type} form"
 
     def asks(self, module: str) -> str:
-        """What a module's shapes follow from, in an error."""
+        """Returns what a module's shapes follow from, for an error."""
         given = self.given(module)
         return ", ".join(f"{name}={value!r}" for name, value in given.items())
 
     def require(self, module: str, base: Base) -> None:
-        """Raises ValueError for a module that PEFT does not adapt so."""
+        """Raises ValueError for a module to which PEFT does not apply this form."""
         peft_forms.require_module(self.form, module, base)
 
     def shapes(self, place: Place) -> Shapes:
-        """The shapes of a module's tensors, by suffix."""
+        """Returns the shapes of a module's tensors, by suffix."""
         return self.form.shapes(place)
 
     def module(self, tensors: Arrays, place: Place) -> Module:
-        """Returns our fields of a module's tensors."""
+        """Converts a module's tensors to our fields."""
         return Module(place.name, self.form.cls, *self.form.load(tensors, place))
 
     def given(self, module: str) -> dict[str, Any]:
-        """The values of `form.fields` for one module."""
+        """Returns the values of `form.fields` for one module."""
         found = dict(self.values)
         for name, own in self.patterned.items():
             found[name] = own.get(first(own, module), found[name])
@@ -256,7 +258,7 @@ def read(raw: Mapping[str, Any]) -> Settings | FormSettings:
     """Returns the settings of a config as read from JSON.
 
     Raises:
-      ValueError: a field that is unknown, not implemented, or out of range.
+      ValueError: a field is unknown, not implemented, or out of range.
     """
     fields = _Older(raw)
     kinds = *OLDER, ROWS_TYPE, *(form.peft_type for form in peft_table.FORMS.values())
@@ -289,7 +291,7 @@ def read(raw: Mapping[str, Any]) -> Settings | FormSettings:
 
 
 def _of_form(fields: Fields, form: Form) -> FormSettings:
-    """The settings of a type that has an entry in the table."""
+    """The settings for a type that has an entry in the table."""
     known = COMMON | ALWAYS_HARMLESS | form.free | {form.dropout} | set(form.patterns)
     fields.require_known(known | set(form.fields), form.fixed)
     patterned = {
@@ -305,15 +307,15 @@ def _of_form(fields: Fields, form: Form) -> FormSettings:
 
 
 def _of_rows(fields: _Older) -> Settings:
-    """The settings of PEFT's type whose rows of embeddings alone train."""
+    """The settings for PEFT's type that only trains rows of embeddings."""
     fields.require_known(
         ALWAYS_HARMLESS | {"peft_type", "target_modules", "token_indices"}, {}
     )
     modules = fields.names("target_modules")
     if isinstance(modules, str) and re.fullmatch(r"[\w.]+", modules):
-        modules = (modules,)  # PEFT has written the one name so
+        modules = (modules,)  # PEFT writes a single name like this
     if isinstance(modules, str):
-        raise fields.error("target_modules", "is an expression; give a list of names")
+        raise fields.error("target_modules", "is a pattern; give a list of names")
     rows = fields.rows("token_indices", fields.take("token_indices", ROWS, ()))
     return Settings(
         kind="lora",
@@ -328,51 +330,51 @@ def _of_rows(fields: _Older) -> Settings:
 
 
 class _Older(Fields):
-    """Takes what LoRA and AdaLoRA have of their own."""
+    """Reads the fields specific to LoRA and AdaLoRA."""
 
     def masks(self) -> dict[str, list[bool]]:
-        """AdaLoRA's rank_pattern, by module."""
+        """Returns AdaLoRA's rank_pattern, by module."""
         found, rank = {}, self.take("init_r", RANK, 12)
         for key, mask in self.take("rank_pattern", untrusted.TABLE, {}).items():
             untrusted.check(f"rank_pattern.{key}", mask, MASK)
             if len(mask) != rank:
                 raise ValueError(
-                    f"rank_pattern: {key!r} has {len(mask)} entries and init_r={rank}"
+                    f"rank_pattern: {key!r} has {len(mask)} entries, but init_r={rank}"
                 )
             module = key.removeprefix(PREFIX).removesuffix(".default")
             found[module.removesuffix(".lora_E")] = mask
         return found
 
     def tokens(self) -> dict[str, tuple[int, ...]]:
-        """The rows of embeddings that train, by module; under "" the input's."""
+        """Returns the trained rows of embeddings, by module; "" is the input's."""
         name = "trainable_token_indices"
         given = self.take(name, TOKENS, {})
         table = given if isinstance(given, dict) else {"": given}
         return {key: self.rows(name, rows) for key, rows in table.items() if rows}
 
     def rows(self, name: str, given: Any) -> tuple[int, ...]:
-        """The numbers of tokens, each once."""
+        """Returns the numbers of tokens, which must be distinct."""
         rows = tuple(untrusted.check(name, given, ROWS))
         if len(set(rows)) < len(rows):
             raise self.error(name, "names a token twice")
         return rows
 
     def lora_bias(self, has: bool) -> bool:
-        """True where B has a bias; PEFT has it of plain LoRA alone."""
+        """Returns whether B has a bias, which PEFT supports only for plain LoRA."""
         given = self.take("lora_bias", untrusted.FLAG, False)
         if given and not has:
-            raise self.error("lora_bias", "goes with plain LoRA only, here and in PEFT")
+            raise self.error("lora_bias", "needs plain LoRA, here and in PEFT")
         return given
 
     def parameters(self, has: bool) -> tuple[str, ...]:
-        """The ends of names of parameters; PEFT has plain LoRA of them alone."""
+        """Returns the ends of names of parameters, which PEFT adapts by plain LoRA."""
         given = tuple(self.take("target_parameters", TEXTS, ()))
         if given and (not has or self.raw.get("lora_bias")):
-            raise self.error("target_parameters", "goes with plain LoRA only")
+            raise self.error("target_parameters", "needs plain LoRA without lora_bias")
         return given
 
     def replicated(self) -> tuple[tuple[int, int], ...]:
-        """The ranges of layers that the model is made of."""
+        """Returns the ranges of layers that make up the model."""
         given = self.take("layer_replication", RANGES, [])
         if any(len(pair) != 2 or pair[0] >= pair[1] for pair in given):
             raise self.error("layer_replication", "is not a list of pairs [from, to)")
@@ -385,6 +387,7 @@ class _Older(Fields):
             return value
         if value not in STILL:
             raise self.error(
-                "init_lora_weights", "is unknown: it may have moved the base's kernels"
+                "init_lora_weights",
+                "is unknown: it may have changed the base's kernels",
             )
         return ""

@@ -1,11 +1,11 @@
-"""How PEFT writes a parametrisation: one entry of a table for each.
+"""How PEFT stores each parametrisation: one table entry for each.
 
-An entry says what the type is called, which fields of `adapter_config.json` decide what
-the adapter computes, what the tensors of a module are called and how large they are,
-and how they become the fields of ours, and back. Reading, checking, stacking, naming
-and writing are the same for all: see `peft_tensors` and `peft_written`.
+An entry gives the type's name, the fields of `adapter_config.json` that affect what the
+adapter computes, the names and shapes of a module's tensors, and their conversion to
+our fields and back. Reading, checking, stacking, naming and writing are the same for
+all: see `peft_tensors` and `peft_written`.
 
-LoRA, DoRA and AdaLoRA are older than the table, know embeddings and tied heads, and
+LoRA, DoRA and AdaLoRA are older than the table, support embeddings and tied heads, and
 have their own rules in `peft_config`.
 """
 
@@ -29,13 +29,13 @@ class Place(NamedTuple):
     """One module, as the functions of a form see it.
 
     Attributes:
-      name: of the module.
-      in_: how many features it reads.
-      out: how many it writes.
-      given: the values of `Form.fields`, of patterns those that are this module's.
-      kernel: returns the frozen kernel `[in, out]`, float32; None: it is not known.
-      embedding: the module is a lookup table; of the table's types none adapts it.
-      bias: the module adds one.
+      name: the module's name.
+      in_: number of input features.
+      out: number of output features.
+      given: the values of `Form.fields`, with patterns resolved for this module.
+      kernel: returns the frozen kernel `[in, out]`, float32; None if not known.
+      embedding: whether the module is an embedding; no type in the table adapts those.
+      bias: whether the module has a bias.
     """
 
     name: str
@@ -51,11 +51,11 @@ class Common(NamedTuple):
     """Frozen tensors that all modules share: VeRA's projections.
 
     Attributes:
-      names: behind "base_model.", such as "vera_A".
+      names: without "base_model.", such as "vera_A".
       shapes: their shapes for the modules of a file.
-      load: makes of them the arrays of `Base.frozen`, by name.
-      save: makes them of the frozen arrays by name, for modules that lie in a base.
-      repeated: True where PEFT's files hold them once more for every module.
+      load: converts them to arrays for `Base.frozen`, by name.
+      save: converts frozen arrays to them, given modules and their places.
+      repeated: True if PEFT's files repeat them for every module.
     """
 
     names: tuple[str, ...]
@@ -66,32 +66,32 @@ class Common(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How PEFT writes one parametrisation.
+    """How PEFT stores one parametrisation.
 
     Attributes:
       adapter: our registered name.
-      peft_type: PEFT's.
-      fields: of the config, those that decide the function: their rule and the default
-        that PEFT has.
-      tensors: all that may follow a module's name in those of its tensors, such as
-        ".vera_lambda_b" or ".oft_R.weight".
-      shapes: those that a module has, and their shapes.
-      load: makes of these tensors, float32, the fields of ours, one axis for every word
-        of `Field.dims` but "batch" (in and out flattened), and static fields.
-      save: makes the tensors of a module of ours.
-      config: the values of `fields` that go with a module of ours; where modules differ
-        in one, its pattern says so, or else the adapters cannot be written.
-      patterns: config fields that give modules values of their own, and of which field:
-        `{"rank_pattern": "r"}`.
-      lists: of `fields`, those that name the modules of a kind, and the kind: such as
-        IA3's "feedforward_modules". They are no part of `config`.
-      fixed: config fields that must have one value: another is not implemented. Most
-        types have `{"bias": "none"}`.
-      free: config fields that say nothing of the function. Most types have
+      peft_type: PEFT's name.
+      fields: the config fields that affect the function, with their rules and PEFT's
+        defaults.
+      tensors: all possible suffixes of a module's name in the names of its tensors,
+        such as ".vera_lambda_b" or ".oft_R.weight".
+      shapes: returns the suffixes that a module has, and their shapes.
+      load: converts these tensors, float32, to our fields, one axis for every word of
+        `Field.dims` except "batch" (in and out flattened), and to static fields.
+      save: converts one of our modules to tensors.
+      config: returns the values of `fields` for one of our modules; if modules differ
+        in one, its pattern records it, or else the adapters cannot be written.
+      patterns: config fields that give modules individual values, and the field that
+        each overrides: `{"rank_pattern": "r"}`.
+      lists: those of `fields` that list the modules of a kind, and a test for the kind:
+        such as IA3's "feedforward_modules". They are not part of `config`.
+      fixed: config fields of which only one value is implemented. Most types have
+        `{"bias": "none"}`.
+      free: config fields that do not affect the function. Most types have
         "fan_in_fan_out", which PEFT sets itself.
-      dropout: the config field of the rate on the branch's input; "": there is none.
-      conv1d: True where PEFT adapts transformers' `Conv1D` (GPT-2) too.
-      common: the tensors that all modules share; None: there are none.
+      dropout: the config field for dropout on the branch's input; "" if there is none.
+      conv1d: True if PEFT also adapts transformers' `Conv1D` (GPT-2).
+      common: the tensors that all modules share; None if there are none.
     """
 
     adapter: str
@@ -117,17 +117,17 @@ class Form(NamedTuple):
 
 
 def near_whole(value: float) -> float:
-    """The integer that a product of scale and rank was rounded off from, if any."""
+    """The integer that a product of scale and rank equals up to rounding, if any."""
     near = round(value)
     return near if math.isclose(value, near, rel_tol=1e-12) else value
 
 
 def require_module(form: Form, module: str, base: Base) -> None:
-    """Raises ValueError for a module that PEFT does not adapt so."""
+    """Raises ValueError for a module to which PEFT does not apply this form."""
     entry = base.modules[module].entry
     what = "an embedding" if base.is_embedding(module) else "a transformers Conv1D"
     if base.is_embedding(module) or not (form.conv1d or entry.transposed):
         raise ValueError(
-            f"{module!r} is {what}, on which PEFT has no {form.peft_type}; leave it "
+            f"{module!r} is {what}, for which PEFT has no {form.peft_type}; leave it "
             "out, or merge it (lorax.merge) and save the model"
         )

@@ -1,10 +1,10 @@
-"""A base whose layers are some of another's, in order: PEFT's `layer_replication`.
+"""A base that repeats layers of another: PEFT's `layer_replication`.
 
     config, params = peft.replicate_layers(config, params, [[0, 4], [2, 5]])
 
-makes layers 0 1 2 3 2 3 4. In PEFT the copies share their weights and have factors of
-their own; here they are copies, which an adapter leaves alone, and the function is the
-same. SOLAR's "depth up-scaling" is this.
+makes layers 0 1 2 3 2 3 4. In PEFT the repeated layers share weights but have factors
+of their own; here their weights are copies, which stay frozen, so the function is the
+same. SOLAR's "depth up-scaling" works this way.
 
 References:
   Kim et al., SOLAR 10.7B, arXiv:2312.15166.
@@ -30,15 +30,15 @@ def replicate_layers(config: Any, params: PyTree, ranges: Ranges) -> tuple[Any, 
     """Returns the config and the parameters of the replicated model.
 
     Args:
-      config: of a family with one stack of layers, `model.config`.
-      params: of the model.
-      ranges: pairs (from, to) of layers, `to` not included.
+      config: `model.config`, of a family with one stack of layers.
+      params: the model's parameters.
+      ranges: pairs (from, to) of layers, `to` excluded.
 
     Returns:
-      The config with its number of layers, and parameters of copies.
+      The config with the new number of layers, and parameters with copied layers.
 
     Raises:
-      ValueError: two stacks (T5), or layers that the model lacks.
+      ValueError: the model has two stacks (T5), or lacks a layer.
 
     Example:
       >>> from lorax.models import llama
@@ -50,7 +50,9 @@ def replicate_layers(config: Any, params: PyTree, ranges: Ranges) -> tuple[Any, 
     stack, depth = _stack(config)
     layers = numbers(ranges)
     if not layers or min(layers) < 0 or max(layers) >= depth:
-        raise ValueError(f"ranges={ranges} take layers {layers} of {depth}")
+        raise ValueError(
+            f"ranges={ranges} select layers {layers}, but the model has {depth}"
+        )
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     found: dict[str, Any] = {}
     for path, leaf in flat.items():
@@ -68,28 +70,28 @@ def replicate_layers(config: Any, params: PyTree, ranges: Ranges) -> tuple[Any, 
 
 
 def numbers(ranges: Ranges) -> list[int]:
-    """Returns the layers of the original that the ranges take, in order."""
+    """Returns the layers of the original that the ranges select, in order."""
     return [layer for start, end in ranges for layer in range(start, end)]
 
 
 def require(ranges: Ranges, config: Any, leaves: Mapping[str, Any]) -> None:
-    """Raises ValueError unless a base is what `layer_replication` makes.
+    """Raises ValueError unless a base is what `layer_replication` describes.
 
     Args:
       ranges: the field; () for none.
-      config: of the base.
-      leaves: of the base, by path; empty: they are not known.
+      config: the base's config.
+      leaves: the base's leaves by path; empty if they are not known.
     """
     if not (layers := numbers(ranges)):
         return
     stack, depth = _stack(config)
     wrong = (
-        f"layer_replication={[list(pair) for pair in ranges]} makes a model of "
-        f"{len(layers)} layers out of another's"
+        f"layer_replication={[list(pair) for pair in ranges]} makes a model with "
+        f"{len(layers)} layers from another's"
     )
-    make = "make it by peft.replicate_layers(config, params, layer_replication)"
+    make = "make it with peft.replicate_layers(config, params, layer_replication)"
     if depth != len(layers):
-        raise ValueError(f"{wrong}, and this base has {depth}; {make}")
+        raise ValueError(f"{wrong}, but this base has {depth}; {make}")
     for path, leaf in leaves.items():
         if path.partition("/")[0] == stack:
             for new, old in enumerate(layers):
@@ -98,8 +100,8 @@ def require(ranges: Ranges, config: Any, leaves: Mapping[str, Any]) -> None:
                     np.array_equal(x[new], x[first]) for x in jax.tree.leaves(leaf)
                 ):
                     raise ValueError(
-                        f"{wrong}, in which layers {first} and {new} are one, and here "
-                        f"{path!r} differs between them; {make}"
+                        f"{wrong}, in which layers {first} and {new} are equal, but "
+                        f"here {path!r} differs between them; {make}"
                     )
 
 
@@ -108,7 +110,7 @@ def _stack(config: Any) -> tuple[str, int]:
     stacks = config.stacks
     if len(stacks) > 1:
         raise ValueError(
-            f"the model has the stacks {sorted(stacks)}, and layer_replication speaks "
-            "of one"
+            f"the model has the stacks {sorted(stacks)}, but layer_replication "
+            "supports only one"
         )
     return next(iter(stacks.items()))

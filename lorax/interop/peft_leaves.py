@@ -1,4 +1,4 @@
-"""Between adapters of leaves and PEFT's modules: which are there, and a tied head."""
+"""Maps adapters of leaves to PEFT's modules, with a tied head counted once."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from lorax.interop.peft_base import WEIGHT, Base
 from lorax.types import Adapters
 
 KINDS = ("lora", "dora", "adalora")
-"""Parametrisations that are written beside those of `peft_forms`, by their names."""
+"""Parametrisations written besides those of `peft_table`, by their names."""
 
 
 def untied(
     modules: list[Module], saved: dict[str, np.ndarray], base: Base
 ) -> tuple[list[Module], dict[str, np.ndarray]]:
-    """Drops what a tied head repeats of its embedding; ValueError where they differ."""
+    """Drops a tied head's copy of its embedding; ValueError if the two differ."""
     if not base.head:
         return modules, saved
     pair = {m.name: m for m in modules if m.name in (base.embedding, base.head)}
     whole = [n + WEIGHT for n in (base.embedding, base.head) if n + WEIGHT in saved]
     wrong = (
-        "PEFT adapts the embedding and its tied head apart, and here they are one "
-        "leaf; load the base with tied=False, its head/kernel the embedding transposed"
+        "PEFT adapts the embedding and its tied head separately, but here they are one "
+        "leaf; load the base with tied=False and set its head/kernel to the transposed "
+        "embedding"
     )
     if pair:
         if len(pair) < 2 or any(m.cls is not Lora for m in pair.values()):
@@ -40,35 +41,37 @@ def untied(
             raise ValueError(f"factors for {base.head!r}: {wrong}")
     if whole:
         if len(whole) < 2 or not np.array_equal(saved[whole[0]], saved[whole[1]]):
-            raise ValueError(f"the whole of {whole[0]!r}: {wrong}")
+            raise ValueError(f"modules_to_save has {whole[0]!r}: {wrong}")
         del saved[base.head + WEIGHT]
     return [m for m in modules if m.name != base.head], saved
 
 
 def kind_of(adapters: Adapters) -> str:
-    """Returns the registered name of the one class that the adapters have."""
+    """Returns the registered name of the class that all adapters share."""
     kinds = {type(a): path for path, a in adapters.items() if not a.replaces}
     if len(kinds) > 1:
         raise ValueError(
-            "one adapter of PEFT has one parametrisation, and these have several: "
+            "a PEFT adapter has one parametrisation, but these have several: "
             + ", ".join(f"{c.__name__} at {path!r}" for c, path in kinds.items())
-            + "; save them apart, or write AdaLora as Lora by compose.to_lora"
+            + "; save them separately, or convert AdaLora to Lora with compose.to_lora"
         )
     if not kinds:
-        raise ValueError("no low-rank adapters: PEFT has no form for Full alone")
+        raise ValueError(
+            "no low-rank adapters: PEFT has no form for Full adapters only"
+        )
     cls, path = next(iter(kinds.items()))
     name = adapter_classes.name_of(cls)
     if name not in (*KINDS, *peft_table.FORMS):
         raise ValueError(
             f"{path}: PEFT's files have no form for {cls.__name__}; merge it "
-            "(lorax.merge) and save the model, or read it back as Lora "
+            "(lorax.merge) and save the model, or extract a Lora from that "
             "(compose.extract)"
         )
     return name
 
 
 def split(adapters: Adapters, base: Base) -> tuple[list[Module], dict[str, np.ndarray]]:
-    """The modules and whole tensors that the adapters are on disk."""
+    """The modules and full tensors that represent the adapters on disk."""
     keys: dict[str, list[str]] = {}
     for key, location in base.where.items():
         keys.setdefault(location.path, []).append(key)
@@ -87,7 +90,7 @@ def split(adapters: Adapters, base: Base) -> tuple[list[Module], dict[str, np.nd
         want = factors.axes_of(entry, stacked)
         if lora.axes != want or not entry.inputs:
             raise ValueError(
-                f"{path}: factors on disk have {want} of this leaf, and the adapter "
+                f"{path}: on disk, factors of this leaf have {want}, but the adapter "
                 f"has {lora.axes}"
             )
         chosen = range(len(keys[path])) if lora.layers is None else lora.layers
@@ -98,14 +101,14 @@ def split(adapters: Adapters, base: Base) -> tuple[list[Module], dict[str, np.nd
 
 
 def _check_whole(saved: Collection[str], base: Base) -> None:
-    """PEFT stores a module whole or adapts it, with or without training its bias."""
+    """PEFT saves a module in full or adapts it, training its bias or not."""
     alone = peft_biases.lone(saved, base)
     whole = {key.rpartition(".")[0] for key in saved if key not in alone}
     for key in base.where:
         parts = [key[:i] for i, letter in enumerate(key) if letter == "."]
         if key not in saved and (module := whole.intersection(parts)):
             raise ValueError(
-                f"a part of {min(module)!r} is Full, and PEFT stores modules whole: "
+                f"part of {min(module)!r} is Full, but PEFT saves whole modules: "
                 f"make {base.where[key].path!r} Full too, not another adapter"
             )
 
@@ -113,7 +116,7 @@ def _check_whole(saved: Collection[str], base: Base) -> None:
 def _with_head(
     modules: list[Module], saved: dict[str, np.ndarray], base: Base
 ) -> tuple[list[Module], dict[str, np.ndarray]]:
-    """Repeats for a tied head what its embedding has."""
+    """Repeats the embedding's entries for its tied head."""
     embedding = base.embedding + WEIGHT
     if base.head and embedding in saved:
         saved[base.head + WEIGHT] = saved[embedding].copy()
@@ -121,8 +124,8 @@ def _with_head(
         if module.cls is not Lora:
             own = "DoRA" if "magnitude" in module.fields else module.cls.__name__
             raise ValueError(
-                f"{module.name!r} is embedding and head in one, whose outputs differ: "
-                f"PEFT has no {own} for both"
+                f"{module.name!r} is embedding and head in one, with different "
+                f"outputs: PEFT has no {own} for both"
             )
         modules.append(factors.mirrored(module, base.head))
     return modules, saved

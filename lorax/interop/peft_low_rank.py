@@ -1,4 +1,4 @@
-"""PEFT's forms of LoHa, MiSS and DeLoRA: a few thin matrices for every module.
+"""PEFT's forms of LoHa, MiSS and DeLoRA: a few thin matrices per module.
 
 References:
   Mangrulkar et al., PEFT, https://github.com/huggingface/peft: `tuners/loha`,
@@ -19,7 +19,7 @@ RANK, REAL = untrusted.whole(1), untrusted.number()
 Loaded = tuple[dict[str, np.ndarray], dict[str, Any]]
 
 HADA = {"a1": "hada_w1_b", "b1": "hada_w1_a", "a2": "hada_w2_b", "b2": "hada_w2_a"}
-"""Field of ours -> PEFT's name: its `w1_a @ w1_b` is `[out, in]`."""
+"""Our field -> PEFT's name; PEFT's `w1_a @ w1_b` is `[out, in]`."""
 
 
 def _loha_shapes(place: Place) -> Shapes:
@@ -64,7 +64,7 @@ def _miss_shapes(place: Place) -> Shapes:
 def _miss_load(tensors: Arrays, place: Place) -> Loaded:
     if place.given["r"] > place.in_:
         raise ValueError(
-            f"r={place.given['r']}, and {place.name!r} reads {place.in_} features"
+            f"r={place.given['r']}, but {place.name!r} has only {place.in_} inputs"
         )
     return {"block": tensors[".miss_block"]}, {}
 
@@ -92,7 +92,7 @@ MISS = Form(
     dropout="miss_dropout",
     conv1d=False,
 )
-"""Its variants are told by `init_weights`, "bat" and "mini", which are refused."""
+"""`init_weights` selects its variants, "bat" and "mini", which are refused."""
 
 NORMS = ".delora_w_norm"
 
@@ -112,8 +112,8 @@ def _delora_load(tensors: Arrays, place: Place) -> Loaded:
         own = _norms(place)
         if not np.allclose(tensors[NORMS], own, rtol=1e-3, atol=1e-6):
             raise ValueError(
-                f"{place.name + NORMS!r} is not the norms of the base's kernel: the "
-                "adapter was made for another base"
+                f"{place.name + NORMS!r} does not hold the norms of the base's kernel: "
+                "the adapter was made for another base"
             )
     a, b = tensors[".delora_A"].T, tensors[".delora_B"].T
     return {"a": a, "b": b, "lam": tensors[".delora_lambda"][0]}, {}
@@ -122,8 +122,8 @@ def _delora_load(tensors: Arrays, place: Place) -> Loaded:
 def _delora_save(module: Module, place: Place) -> dict[str, np.ndarray]:
     if place.kernel is None:
         raise ValueError(
-            f"{module.name!r}: PEFT keeps the norms of DeLoRA's frozen kernels; pass "
-            "params=, those of the base"
+            f"{module.name!r}: PEFT stores the norms of DeLoRA's frozen kernels; pass "
+            "the base's parameters as params="
         )
     return {
         ".delora_A": module.fields["a"].T,
@@ -153,7 +153,7 @@ DELORA = Form(
     config=_delora_config,
     patterns={"rank_pattern": "r"},
     fixed={"bias": "none"},
-    free=frozenset({"delora_lambda", "lambda_pattern"}),  # where lam starts
+    free=frozenset({"delora_lambda", "lambda_pattern"}),  # initial values of lam
     dropout="module_dropout",
     conv1d=False,
 )

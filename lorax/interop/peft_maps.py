@@ -23,21 +23,23 @@ RANK, REAL, FLAG = untrusted.whole(1), untrusted.number(), untrusted.FLAG
 Loaded = tuple[dict[str, np.ndarray], dict[str, Any]]
 
 OFT_R = ".oft_R.weight"
-LEAST_TERMS = 4  # PEFT's series of 3 terms is that of 4; of 1 and 2 it has others
+LEAST_TERMS = 4  # PEFT's series with 3 terms equals that with 4; 1 and 2 differ
 
 
 def _block_size(place: Place) -> int:
-    """As PEFT chooses it: by size or by number, the nearest divisor of the inputs."""
+    """The nearest divisor of the inputs, by size or number, chosen as in PEFT."""
     count, size = place.given["r"], place.given["oft_block_size"]
     if (count == 0) == (size == 0):
-        raise ValueError(f"r={count} and oft_block_size={size}: PEFT wants one of them")
+        raise ValueError(
+            f"r={count} and oft_block_size={size}: PEFT needs exactly one of them"
+        )
     if count == 0:
         return _nearest(place.in_, size)
     return place.in_ // _nearest(place.in_, count)
 
 
 def _nearest(n: int, near: int) -> int:
-    """The divisor of n nearest to a number, of two the smaller one."""
+    """The divisor of n nearest to a number; ties go to the smaller one."""
     if near >= n:
         return n
     divisors = (d for d in range(1, n + 1) if n % d == 0)
@@ -51,7 +53,7 @@ def _oft_shapes(place: Place) -> Shapes:
 
 
 def _oft_load(tensors: Arrays, place: Place) -> Loaded:
-    """PEFT's inverse is of -Q, its series of Q."""
+    """Loads OFT; PEFT's inverse uses -Q and its series Q."""
     given = place.given
     skew, terms = tensors[OFT_R], given["num_cayley_neumann_terms"]
     if not given["use_cayley_neumann"]:
@@ -59,7 +61,7 @@ def _oft_load(tensors: Arrays, place: Place) -> Loaded:
     elif terms < LEAST_TERMS - 1:
         raise ValueError(
             f"num_cayley_neumann_terms={terms}: PEFT's sum is then I or I + 2 Q, which "
-            "is not implemented here; give 3 or more"
+            "is not implemented here; it must be 3 or more"
         )
     else:
         terms = max(terms, LEAST_TERMS)
@@ -71,8 +73,8 @@ def _oft_save(module: Module, place: Place) -> dict[str, np.ndarray]:
     terms, skew = module.statics["cayley_terms"], module.fields["skew"]
     if terms is not None and terms < LEAST_TERMS:
         raise ValueError(
-            f"{place.name!r} has cayley_terms={terms}, and PEFT's OFT has no such "
-            f"series; from {LEAST_TERMS} terms on, or with None, it has the same"
+            f"{place.name!r} has cayley_terms={terms}, but PEFT's OFT has no such "
+            f"series; it agrees with {LEAST_TERMS} terms or more, and with None"
         )
     return {OFT_R: -skew if terms is None else skew}
 
@@ -117,12 +119,12 @@ IA3_L = ".ia3_l"
 
 
 def _feedforward(place: Place) -> bool:
-    """True where PEFT's gain is on the inputs: `_check_target_module_feedforward`."""
+    """True if PEFT's gain is on the inputs: `_check_target_module_feedforward`."""
     names = place.given["feedforward_modules"]
     if names is None:
         raise ValueError(
-            "feedforward_modules=null: PEFT then takes them from its own table of "
-            "models; write the list, [] for none"
+            "feedforward_modules=null: PEFT then uses its own table of models; write "
+            "the list out, [] for none"
         )
     if isinstance(names, str):
         return patterns.compiled(names).fullmatch(place.name)
@@ -143,7 +145,7 @@ def _ia3_load(tensors: Arrays, place: Place) -> Loaded:
 def _ia3_save(module: Module, place: Place) -> dict[str, np.ndarray]:
     if len(module.fields) > 1:
         raise ValueError(
-            f"{place.name!r} has gains on inputs and outputs, and PEFT's IA3 has one"
+            f"{place.name!r} has gains on inputs and outputs, but PEFT's IA3 has one"
         )
     if "input_gain" in module.fields:
         return {IA3_L: module.fields["input_gain"][None]}
@@ -152,16 +154,16 @@ def _ia3_save(module: Module, place: Place) -> dict[str, np.ndarray]:
 
 
 def _require_no_bias(place: Place) -> None:
-    """PEFT multiplies what a module returns, its bias included.
+    """Refuses output gains on a module with a bias, which PEFT multiplies as well.
 
-    A gain on the kernel and one on the bias, a leaf of its own, would be the same at
-    first, but two numbers to an optimiser where PEFT has one.
+    A gain on the kernel and another on the bias, which is a leaf of its own, would
+    start equal, but an optimiser would train two numbers where PEFT has one.
     """
     if place.bias:
         raise ValueError(
-            f"{place.name!r} has a bias, which PEFT's IA3 multiplies by the same gain "
-            "on outputs; here a gain is the kernel's alone, and one on the bias beside "
-            "it would train apart. Give the module a gain on inputs "
+            f"{place.name!r} has a bias, which PEFT's IA3 multiplies by the same "
+            "output gain; here a gain applies to the kernel only, and one on the bias "
+            "would train separately. Give the module a gain on inputs "
             "(feedforward_modules), or merge it in PEFT (merge_and_unload) and load "
             "the merged model"
         )
@@ -193,7 +195,7 @@ LOKR_ENDS = {
     "w2_a": "lokr_w2_b",
     "w2_b": "lokr_w2_a",
 }
-"""Field of ours -> PEFT's name: its w1 is `[p, m]`, its w1_a writes."""
+"""Our field -> PEFT's name; PEFT's w1 is `[p, m]`, and w1_a is on the output side."""
 
 
 def _lokr_shapes(place: Place) -> Shapes:
@@ -236,14 +238,14 @@ def _lokr_save(module: Module, place: Place) -> dict[str, np.ndarray]:
     have = {end: array.shape for end, array in found.items()}
     if have != want:
         raise ValueError(
-            f"{place.name!r} has {have}, and PEFT's LOKR of decompose_factor="
+            f"{place.name!r} has {have}, but PEFT's LOKR with decompose_factor="
             f"{statics[0]}, decompose_both={statics[1]} has {dict(want)}"
         )
     return found
 
 
 def _lokr_rank(module: Module) -> int:
-    """PEFT's r: of two full matrices the least at which PEFT stores them full."""
+    """PEFT's r; for two full matrices, the least r at which PEFT keeps them full."""
     if module.rank:
         return module.rank
     sides = [*module.fields["w2"].shape]
@@ -298,8 +300,8 @@ def _hra_save(module: Module, place: Place) -> dict[str, np.ndarray]:
     u = module.fields["u"]
     if not u.any(axis=0).all():
         raise ValueError(
-            f"{place.name!r} has a normal of zeros, which reflects nothing here and "
-            "is NaN in PEFT"
+            f"{place.name!r} has a zero normal vector, which reflects nothing here "
+            "and gives NaN in PEFT"
         )
     return {HRA_U: u}
 

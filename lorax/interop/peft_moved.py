@@ -1,4 +1,4 @@
-"""Adapters whose init moved a part of the base, written for the original one."""
+"""Rewrites adapters whose init changed the base for the original base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorax.types import Adapters
 
 
 def on_original(adapters: Adapters, initial: Adapters) -> Adapters:
-    """Returns `compose.to_lora`, and DoRA by the same sum: its norm is of it all."""
+    """Returns `compose.to_lora`, extended to DoRA, whose norm is of the same sum."""
 
     def plain(a: Any) -> Any:
         if "magnitude" not in a.roles:
@@ -31,11 +31,11 @@ def on_original(adapters: Adapters, initial: Adapters) -> Adapters:
 
 
 def refuse(adapters: Adapters) -> None:
-    """Raises ValueError for an adapter that fits the moved base alone."""
+    """Raises ValueError for an adapter that fits only the base that its init left."""
     for path, adapter in adapters.items():
         if moved_by := getattr(adapter, "moved_by", None):
             raise ValueError(
-                f"{path}: {moved_by} moved a part of the base's kernel into this "
-                "adapter, so on the original base it is wrong; pass initial=, what "
-                "lorax.init returned, or residual=True to write it for the moved base"
+                f"{path}: {moved_by} moved part of the base's kernel into this "
+                "adapter, so it is wrong on the original base; pass what lorax.init "
+                "returned as initial=, or residual=True to write it for the moved base"
             )

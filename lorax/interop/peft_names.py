@@ -1,8 +1,8 @@
-"""PEFT's tensors by the names that PEFT gives them, whatever a file calls them.
+"""Translates the tensor names found in files to the names that PEFT writes.
 
 PEFT writes `base_model.model.<module>.lora_A.weight`. Files in the wild also have
 
-    <module>.lora_A.weight                        the front left out
+    <module>.lora_A.weight                        the prefix left out
     base_model.model.base_model.model.<module>    a PeftModel inside another
     module. _orig_mod. _fsdp_wrapped_module.      DistributedDataParallel, compile, FSDP
     <module>.lora_A.default.weight                the state dict as it is in memory
@@ -12,7 +12,8 @@ PEFT writes `base_model.model.<module>.lora_A.weight`. Files in the wild also ha
     model.language_model.layers.0.self_attn...    the text model in a multimodal one
     vit.encoder.layer.0.attention.attention.query a module that transformers 5 renamed
 
-Each means one tensor of the base only, or it is an error that says what was seen.
+A name must identify exactly one tensor of the base; otherwise the error says what was
+found.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ WRITE = (
     f"write '{PREFIX}<module>.lora_A.weight', as model.save_pretrained does in PEFT, "
     "with <module> as model.named_modules() names it"
 )
-DEPTH = 3  # components of a prefix that may be there once too often
+DEPTH = 3  # how many components of a name may be a superfluous prefix
 
 
 class Names(NamedTuple):
-    """How PEFT's modules are named.
+    """How PEFT's names of modules differ from the base's.
 
     Attributes:
-      lacking: what they lack in front of the base's own names.
-      outer: what they begin with in a multimodal model around the base, by what the
-        base's own names begin with.
+      lacking: a prefix of the base's names that PEFT's names lack.
+      outer: for prefixes of the base's names, those in a multimodal model that contains
+        the base.
       older: `(present name, older name)` of modules, where PEFT has the older ones.
     """
 
@@ -56,7 +57,7 @@ class Names(NamedTuple):
     older: Sequence[tuple[str, str]] = ()
 
     def of(self, name: str) -> str:
-        """Returns PEFT's name of a module or a parameter of the base."""
+        """Returns PEFT's name for a module or a parameter of the base."""
         name = _exchanged(name.removeprefix(self.lacking), self.older)
         inner = next((front for front in self.outer if name.startswith(front)), "")
         return self.outer.get(inner, "") + name.removeprefix(inner)
@@ -69,13 +70,13 @@ def read(
 
     Args:
       tensors: by their names in the file.
-      suffixes: what may follow a module's name: ".lora_A.weight" of LoRA, ".lora_A" of
-        AdaLoRA.
+      suffixes: possible suffixes of a module's name: ".lora_A.weight" for LoRA,
+        ".lora_A" for AdaLoRA.
       base: the model.
 
     Raises:
-      ValueError: several adapters in one file, two spellings of one tensor, or a prefix
-        that may mean several modules or none.
+      ValueError: the file has several adapters, two spellings of one tensor, or a
+        prefix that matches several modules or none.
     """
     named: dict[str, files.Tensor] = {}
     older: list[tuple[str, str]] = []
@@ -91,14 +92,14 @@ def read(
             name = multimodal.inner(name, whole)
         if name in named and not _copies(named[name], tensor):
             first = named[name].key
-            raise ValueError(f"{first!r} and {key!r} are one tensor: keep one")
+            raise ValueError(f"{first!r} and {key!r} are the same tensor: keep one")
         named[name] = tensor
         if adapter:
             adapters.setdefault(adapter, key)
     if len(adapters) > 1:
         told = ", ".join(f"{name!r} ({key!r})" for name, key in adapters.items())
         raise ValueError(
-            f"the file holds the adapters {told}; save one of them, by "
+            f"the file holds the adapters {told}; save one of them with "
             "model.save_pretrained(folder, selected_adapters=[...]) in PEFT"
         )
     drop, front = _prefix(named, base)
@@ -116,13 +117,13 @@ def _exchanged(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def _plain(key: str, suffixes: Collection[str], base: Base) -> tuple[str, str]:
-    """The name without wrappers and front, and the adapter's name in it, or ""."""
+    """The name without wrappers and prefix, and the adapter's name in it, or ""."""
     if any(word in key for word in FOREIGN):
-        raise ValueError(f"{key!r} is spelled as kohya does, not PEFT; {WRITE}")
+        raise ValueError(f"{key!r} is a name in kohya's form, not PEFT's; {WRITE}")
     parts = [part for part in key.split(".") if part not in WRAPPERS]
     while parts[:1] == ["module"] or parts[:2] == ["base_model", "model"]:
         parts = parts[1 if parts[0] == "module" else 2 :]
-    if ORIGINAL in parts:  # the frozen copy beside a module that is stored whole
+    if ORIGINAL in parts:  # the frozen copy of a module that is saved in full
         parts[parts.index(ORIGINAL)] = LAYER
     if WHOLE in parts:
         at = parts.index(WHOLE)
@@ -145,13 +146,13 @@ def _plain(key: str, suffixes: Collection[str], base: Base) -> tuple[str, str]:
 
 
 def _copies(one: files.Tensor, other: files.Tensor) -> bool:
-    """True for what PEFT's bias="all" writes twice, of modules that it stores whole."""
+    """True for biases that PEFT's bias="all" writes twice, for fully saved modules."""
     both = one.key.endswith(".bias") and other.key.endswith(".bias")
     return both and np.array_equal(one.read(), other.read())
 
 
 def _words() -> set[str]:
-    """The first word behind a module's name, of every type."""
+    """The first component after a module's name, for every type."""
     forms = peft_table.FORMS.values()
     own = {end.split(".")[1] for form in forms for end in form.tensors}
     return {*FACTORS, ROWS, *own}
@@ -162,7 +163,7 @@ def _ends(name: str, other: str) -> bool:
 
 
 def _prefix(named: Collection[str], base: Base) -> tuple[int, str]:
-    """How many components the names have too many, and what they then lack in front."""
+    """How many leading components to drop from the names, and the prefix to add."""
     known = {key.rpartition(".")[0] for key in base.where} | {base.head} - {""}
     modules = {_module(name) for name in named}
     fronts = sorted({name.partition(".")[0] for name in known if "." in name})
@@ -183,18 +184,19 @@ def _prefix(named: Collection[str], base: Base) -> tuple[int, str]:
     if found:
         fronts = sorted({front for _, front in found.values()})
         raise ValueError(
-            f"the modules are named as {seen!r}, which may lie in {fronts}; {WRITE}"
+            f"modules have names like {seen!r}, which could be in any of {fronts}; "
+            f"{WRITE}"
         )
     raise ValueError(
-        f"the modules are named as {seen!r}, and this base has none of them under any "
-        f"prefix (it has {like!r}); is the adapter for another base? Else {WRITE}"
+        f"modules have names like {seen!r}, but this base has none of them under any "
+        f"prefix (it has {like!r}); is the adapter for another base? If not, {WRITE}"
     )
 
 
 def _resolved(
     modules: Iterable[str], way: tuple[int, str], known: set[str], words: set[str]
 ) -> int:
-    """How many modules the base has, of those whose first components are `words`."""
+    """How many of the modules the base has, dropping only components in `words`."""
     drop, front = way
     fit = [name for name in modules if set(name.split(".")[:drop]) <= words]
     return sum(_with(_without(name, drop), front) in known for name in fit)

@@ -1,4 +1,4 @@
-"""Kernels of all experts of a layer: PEFT's `target_parameters`, both ways.
+"""Reads and writes PEFT's `target_parameters`: the kernels of a layer's experts.
 
 <experts>.lora_A.weight              [rank * experts, in]    experts slowest
 <experts>.lora_B.weight              [out, rank * experts]   experts fastest
@@ -6,9 +6,10 @@
 
 In torch the kernels are parameters of one module, `[experts, out, in]` (Mixtral, Qwen3)
 or `[experts, in, out]` (GPT-OSS), and PEFT wraps the module once for every parameter
-that it adapts: the last one is outermost. A reads and B writes in either layout. Here
-each expert has a pair of its own in one adapter, `a: [*stack, experts, in, rank]`.
-A router is a parameter, too, with one pair under the plain names of a module.
+that it adapts, so the last one is outermost. In either layout A is on the input side
+and B on the output side. Here one adapter holds a pair for each expert,
+`a: [*stack, experts, in, rank]`. A router is a parameter too, with one pair under the
+usual names of a module.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ A, B = "lora_A.weight", "lora_B.weight"
 
 
 def fronts(chosen: Sequence[str]) -> dict[str, str]:
-    """Returns what stands before `lora_A` for each parameter of those that are adapted.
+    """Returns the prefix of `lora_A` for each adapted parameter.
 
     Args:
-      chosen: keys of parameters, those of a module in its own order.
+      chosen: keys of parameters; those of one module in the module's order.
 
     Example:
       >>> fronts(["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
@@ -73,12 +74,12 @@ def read(
 
     Args:
       tensors: of these parameters, by name.
-      settings: of the config, of plain LoRA.
+      settings: from the config, for plain LoRA.
       base: the model.
       names: how PEFT names the modules.
 
     Raises:
-      ValueError: tensors that are not there, left over or misshapen.
+      ValueError: tensors are missing, left over or misshapen.
     """
     chosen = [key for key in base.parameters if settings.adapts(names.of(key))]
     if unknown := [
@@ -87,15 +88,15 @@ def read(
         if not any(_is(name, names.of(key)) for key in base.where)
     ]:
         raise ValueError(
-            f"target_parameters names {unknown[0]!r}, and the base has no such "
-            f"parameter; its experts' are {sorted({*base.parameters})[:4]}"
+            f"target_parameters names {unknown[0]!r}, but the base has no such "
+            f"parameter; its experts have {sorted({*base.parameters})[:4]}"
         )
     where = fronts(chosen)
     want = {front + end for front in where.values() for end in (A, B)}
     if odd := sorted(want ^ tensors.keys()):
         raise ValueError(
-            f"{odd[0]!r} is {'there' if odd[0] in tensors else 'absent'}, and "
-            f"target_parameters={list(settings.parameters)} ask for it"
+            f"{odd[0]!r} is {'present' if odd[0] in tensors else 'absent'}, but "
+            f"target_parameters={list(settings.parameters)} requires it"
             if odd[0] in want
             else f"{odd[0]!r}: target_parameters does not name its parameter"
         )
@@ -117,7 +118,7 @@ def _experts(
     tensors: Mapping[str, files.Tensor],
     base: Base,
 ) -> list[Module]:
-    """The pairs of the experts of one parameter, one module each."""
+    """The experts' pairs for one parameter, as one module each."""
     count, in_, out = _sizes(key, base)
     rank = given["rank"]
     shapes = {A: (rank * count, in_), B: (out, rank * count)}
@@ -126,8 +127,8 @@ def _experts(
         tensor = tensors[front + end]
         if tensor.shape != shape:
             raise ValueError(
-                f"{tensor.key!r} has shape {list(tensor.shape)}, and rank {rank} of "
-                f"{count} experts asks for {list(shape)}; is the adapter for another "
+                f"{tensor.key!r} has shape {list(tensor.shape)}, but rank {rank} with "
+                f"{count} experts requires {list(shape)}; is the adapter for another "
                 "base?"
             )
         tensor.require_floating()
@@ -142,14 +143,14 @@ def _experts(
 
 
 def _sizes(key: str, base: Base) -> tuple[int, int, int]:
-    """Numbers of experts, inputs and outputs of a parameter."""
+    """The numbers of experts, inputs and outputs of a parameter."""
     place = base.where[key]
     shape = place.own(base.shapes[place.path].shape)
     return shape[0], shape[1], math.prod(shape[2:])
 
 
 def _outputs(entry: table.Entry) -> tuple[int, ...]:
-    """The leaf's out axes of one layer, in their order on disk."""
+    """The output axes of one layer of the leaf, in their order on disk."""
     groups = [own if isinstance(own, tuple) else (own,) for own in entry.order or ()]
     return next(own for own in groups if own not in ((0,), (1,)))
 
@@ -187,7 +188,7 @@ def _adapters(pairs: Mapping[str, list[Module]], base: Base) -> Adapters:
 
 
 def axes_of(entry: table.Entry, stacked: bool) -> Axes:
-    """Returns the axes of a leaf of experts, of a stack behind axis 0."""
+    """Returns the axes of a leaf of experts; if `stacked`, axis 0 is the layers'."""
     first = int(stacked)
     ndim = first + len(entry.axes)
     batch = tuple(range(first + 1))
@@ -196,11 +197,11 @@ def axes_of(entry: table.Entry, stacked: bool) -> Axes:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What a file has of experts' kernels.
+    """What a file holds for experts' kernels.
 
     Attributes:
       tensors: by key.
-      modules: one for each parameter, of its rank and scale.
+      modules: one for each parameter, with its rank and scale.
     """
 
     tensors: dict[str, np.ndarray]
@@ -215,7 +216,7 @@ def write(adapters: Mapping[str, Any], base: Base) -> Written:
       base: the model.
 
     Raises:
-      ValueError: not a pair for each expert, or with dropout.
+      ValueError: an adapter does not have a pair for each expert, or has dropout.
     """
     pairs: dict[str, list[Module]] = {}
     for path, adapter in adapters.items():
@@ -234,20 +235,20 @@ def write(adapters: Mapping[str, Any], base: Base) -> Written:
 def _written(
     path: str, adapter: Any, keys: Sequence[str], base: Base
 ) -> dict[str, list[Module]]:
-    """The experts' pairs of one adapter, by parameter, with one rank in each."""
+    """The experts' pairs of one adapter, by parameter, all of one rank in each."""
     place = base.where[keys[0]]
     stacked = place.layer is not None
     want = axes_of(place.entry, stacked)
     if adapter.axes != want:
         raise ValueError(
-            f"{path}: PEFT's target_parameters have {want} of this leaf, a pair for "
-            f"each expert, and the adapter has {adapter.axes}; merge it (lorax.merge) "
+            f"{path}: PEFT's target_parameters have {want} for this leaf, a pair for "
+            f"each expert, but the adapter has {adapter.axes}; merge it (lorax.merge) "
             "and save the model"
         )
     if adapter.dropout:
         raise ValueError(
-            f"{path}: PEFT's target_parameters drop no inputs, and the adapter has "
-            f"dropout={adapter.dropout}; set it by adapter.replace(dropout=0.0)"
+            f"{path}: PEFT's target_parameters have no dropout, but the adapter has "
+            f"dropout={adapter.dropout}; remove it with adapter.replace(dropout=0.0)"
         )
     order = _outputs(place.entry)
     ahead = adapter.b.ndim - len(order)
@@ -263,7 +264,7 @@ def _written(
 
 
 def is_router(module: str, base: Base) -> bool:
-    """True for what is a parameter in torch and looks like a module on disk."""
+    """True for a router: a parameter in torch that looks like a module on disk."""
     return module + WEIGHT in base.where and base.modules[module].path.endswith(
         "router/kernel"
     )

@@ -1,4 +1,4 @@
-"""PEFT's forms of VeRA and RandLoRA: random tensors that all modules share.
+"""PEFT's forms of VeRA and RandLoRA, in which all modules share random tensors.
 
 base_model.vera_A                              [r, widest in]
 base_model.vera_B                              [widest out, r]
@@ -9,7 +9,7 @@ base_model.randlora_B                          [widest side, bases, r]
 base_model.model.<module>.randlora_lambda      [r, bases]
 base_model.model.<module>.randlora_gamma       [bases, min(in, out)]
 
-PEFT cuts the shared tensors down for each module, and so do the classes here.
+PEFT slices the shared tensors for each module, and so do the classes here.
 
 References:
   Mangrulkar et al., PEFT, https://github.com/huggingface/peft: `tuners/vera`,
@@ -31,7 +31,7 @@ from lorax.interop.peft_forms import Arrays, Common, Form, Place, Shapes, near_w
 RANK, REAL = untrusted.whole(1), untrusted.number()
 Loaded = tuple[dict[str, np.ndarray], dict[str, Any]]
 FREE = frozenset({"fan_in_fan_out", "projection_prng_key"})
-"""The key is that of projections which are not in the file; they have to be."""
+"""The PRNG key is for projections that are not in the file; here they must be in it."""
 
 
 def _widest(places: Sequence[Place]) -> tuple[int, int]:
@@ -39,12 +39,12 @@ def _widest(places: Sequence[Place]) -> tuple[int, int]:
 
 
 def _one_pair(arrays: Arrays, names: Sequence[str]) -> list[np.ndarray]:
-    """The two frozen arrays of one rank; ValueError where there are several."""
+    """The two frozen arrays of the only rank; ValueError if there are several ranks."""
     ranks = {name.split("/")[1] for name in arrays}
     if len(ranks) > 1:
         raise ValueError(
-            f"PEFT has one pair of random matrices, and the adapters have ranks "
-            f"{', '.join(sorted(ranks))}; save them apart"
+            f"PEFT has one pair of random matrices, but the adapters have ranks "
+            f"{', '.join(sorted(ranks))}; save them separately"
         )
     rank = ranks.pop()
     return [arrays[name.format(rank)] for name in names]
@@ -78,7 +78,7 @@ def _vera_common_load(tensors: Arrays) -> dict[str, np.ndarray]:
 def _vera_common_save(
     modules: Sequence[Module], places: Sequence[Place], arrays: Arrays
 ) -> dict[str, np.ndarray]:
-    """As PEFT makes them: as large as the modules that are written need."""
+    """Makes them as PEFT does: just large enough for the written modules."""
     del modules
     reads, writes = _one_pair(arrays, [*vera.NAMES.values()])
     n, m = _widest(places)
@@ -146,7 +146,7 @@ def _randlora_common_load(tensors: Arrays) -> dict[str, np.ndarray]:
 def _randlora_common_save(
     modules: Sequence[Module], places: Sequence[Place], arrays: Arrays
 ) -> dict[str, np.ndarray]:
-    """As PEFT makes them: as large as the modules that are written need."""
+    """Makes them as PEFT does: just large enough for the written modules."""
     small, large = _one_pair(arrays, [*randlora.NAMES.values()])
     sides, rank = sorted(_widest(places)), modules[0].rank
     large = large[: sides[1], : -(-sides[0] // rank)]

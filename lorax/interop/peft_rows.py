@@ -1,10 +1,10 @@
-"""Rows of embeddings that train alone: PEFT's `trainable_token_indices`, both ways.
+"""Reads and writes PEFT's `trainable_token_indices`: trained rows of embeddings.
 
-<module>.token_adapter.trainable_tokens_delta   [tokens, width]   beside factors
+<module>.token_adapter.trainable_tokens_delta   [tokens, width]   next to factors
 <module>.trainable_tokens_delta                 likewise          alone, its own type
 
-PEFT stores the rows themselves, whatever the tensor's name says; an adapter here holds
-what is added to the base's. Of tied weights PEFT stores the embedding's alone.
+PEFT stores the rows themselves, despite the tensor's name; an adapter here holds what
+is added to the base's rows. For tied weights PEFT stores only the embedding's rows.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ FIELD = "trainable_token_indices"
 def modules(
     settings: Selection, base: Base, names: Names
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the numbers of the rows that train, by module.
+    """Returns the numbers of the trained rows, by module.
 
     Raises:
-      ValueError: a name that is not one module's, a row that the vocabulary lacks, or
-        half of a tied pair.
+      ValueError: a name matches no module or one that torch has several times, the
+        vocabulary lacks a row, or only one of a tied pair is named.
     """
     found: dict[str, tuple[int, ...]] = {}
     for name, rows in settings.tokens.items():
@@ -50,11 +50,11 @@ def modules(
             size = base.shape(base.matrix(module))[0]
             if max(rows) >= size:
                 raise ValueError(
-                    f"{FIELD} has {max(rows)}, and {module!r} of this base has {size} "
-                    "rows; was the vocabulary grown? hf.resize_embeddings grows it here"
+                    f"{FIELD} has {max(rows)}, but {module!r} of this base has {size} "
+                    "rows; was the vocabulary extended? hf.resize_embeddings extends it"
                 )
         if not chosen:
-            raise ValueError(f"{FIELD} names {name!r}, and the base has no such module")
+            raise ValueError(f"{FIELD} names {name!r}, but the base has no such module")
     return _untied(found, base)
 
 
@@ -66,13 +66,13 @@ def module_of(name: str) -> str:
 def _untied(
     found: dict[str, tuple[int, ...]], base: Base
 ) -> dict[str, tuple[int, ...]]:
-    """The same without a tied head, which follows its embedding."""
+    """The rows without those of a tied head, which follows its embedding."""
     head = found.pop(base.head, None) if base.head else None
     if head is not None and found.get(base.embedding) != head:
         raise ValueError(
-            f"{FIELD} has {base.head!r}, which is tied to {base.embedding!r}, and not "
-            "the same rows of both; load the base with tied=False, its head/kernel the "
-            "embedding transposed"
+            f"{FIELD} has {base.head!r}, which is tied to {base.embedding!r}, but not "
+            "the same rows of both; load the base with tied=False and set its "
+            "head/kernel to the transposed embedding"
         )
     for module in found:
         if module != base.embedding:
@@ -95,19 +95,20 @@ def read(
       params: leaves by path.
 
     Raises:
-      ValueError: tensors that are not there, left over or misshapen; no parameters.
+      ValueError: tensors are missing, left over or misshapen; or there are no
+        parameters.
     """
     tensors = _without_head(tensors, base)
     if odd := sorted(tensors.keys() ^ rows.keys()):
         there = odd[0] in tensors
         raise ValueError(
-            f"{odd[0] + END!r} is {'there' if there else 'absent'}, and {FIELD} "
+            f"{odd[0] + END!r} is {'present' if there else 'absent'}, but {FIELD} "
             f"{'does not name' if there else 'names'} it"
         )
     if rows and not params:
         raise ValueError(
-            f"{FIELD}: PEFT stores the rows, and an adapter here what is added to the "
-            "base's; pass params=, those of the base, to peft.load"
+            f"{FIELD}: PEFT stores the rows, but an adapter here holds what is added "
+            "to the base's rows; pass the base's parameters to peft.load as params="
         )
     found: Adapters = {}
     for module, tensor in tensors.items():
@@ -115,8 +116,8 @@ def read(
         size, width = base.shape(key)
         if tensor.shape != (len(rows[module]), width):
             raise ValueError(
-                f"{tensor.key!r} has shape {list(tensor.shape)}, and {FIELD} and the "
-                f"base ask for {[len(rows[module]), width]}"
+                f"{tensor.key!r} has shape {list(tensor.shape)}, but {FIELD} and the "
+                f"base require {[len(rows[module]), width]}"
             )
         tensor.require_floating()
         values = tensor.read().astype(np.float32)
@@ -130,13 +131,14 @@ def read(
 def _without_head(
     tensors: Mapping[str, files.Tensor], base: Base
 ) -> dict[str, files.Tensor]:
-    """Drops the copy that PEFT's own type stores of a tied head."""
+    """Drops the copy for a tied head that PEFT's own type stores."""
     head, own = tensors.get(base.head), tensors.get(base.embedding)
     if head is not None and own is not None:
         if not np.array_equal(head.read(), own.read()):
             raise ValueError(
-                f"{head.key!r} and {own.key!r} differ, and the two are tied; load the "
-                "base with tied=False, its head/kernel the embedding transposed"
+                f"{head.key!r} and {own.key!r} differ, but the two are tied; load the "
+                "base with tied=False and set its head/kernel to the transposed "
+                "embedding"
             )
     twice = base.head if own is not None else None
     return {module: t for module, t in tensors.items() if module != twice}
@@ -155,11 +157,11 @@ def _made(key: str, rows: tuple[int, ...], delta: np.ndarray, base: Base) -> Row
 
 
 class Written(NamedTuple):
-    """What a file has of rows.
+    """What a file holds for trained rows.
 
     Attributes:
       tensors: by key.
-      rows: the config's `trainable_token_indices`; empty where there are none.
+      rows: the config's `trainable_token_indices`; empty if there are none.
     """
 
     tensors: dict[str, np.ndarray]
@@ -167,15 +169,15 @@ class Written(NamedTuple):
 
 
 def write(adapters: Mapping[str, Rows], base: Base, params: Any) -> Written:
-    """Returns the tensors of adapters of rows, and the field of the config.
+    """Returns the tensors of row adapters, and the config's field.
 
     Args:
       adapters: by path.
       base: the model.
-      params: leaves by path; None: they are not known.
+      params: leaves by path; None if they are not known.
 
     Raises:
-      ValueError: no parameters, or an embedding that torch has several times.
+      ValueError: there are no parameters, or torch has an embedding several times.
     """
     tensors, rows = {}, {}
     keys = {location.path: key for key, location in base.where.items()}
@@ -186,8 +188,8 @@ def write(adapters: Mapping[str, Rows], base: Base, params: Any) -> Written:
             base.require_one(module)
         if params is None:
             raise ValueError(
-                f"{path}: PEFT stores the rows themselves, the base's with what the "
-                "adapter adds; pass params=, those of the base"
+                f"{path}: PEFT stores the rows themselves, that is, the base's plus "
+                "what the adapter adds; pass the base's parameters as params="
             )
         whole: Any = adapter.merge(jnp.asarray(params[path], jnp.float32))
         leaf = {path: np.asarray(jax.device_get(whole))}
@@ -200,24 +202,24 @@ def write(adapters: Mapping[str, Rows], base: Base, params: Any) -> Written:
 def alone(
     written: Written, base: Base, given: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns the tensors and the config of PEFT's own type, where only rows train.
+    """Returns the tensors and the config of PEFT's own type, which only trains rows.
 
     Args:
       written: the rows.
-      base: the model; PEFT's file has a tied head's rows, too.
-      given: fields of the config that say nothing of the function.
+      base: the model; PEFT's file also has a tied head's rows.
+      given: config fields that do not affect the function.
 
     Raises:
-      ValueError: modules with other rows: the type has one list of them; other fields.
+      ValueError: modules have different rows, while the type has one list; or other
+        fields are given.
     """
     if odd := sorted(given.keys() - ALWAYS_HARMLESS):
-        raise ValueError(f"fields={odd}: PEFT's {ROWS_TYPE} has none of that name")
+        raise ValueError(f"fields={odd}: PEFT's {ROWS_TYPE} has no such fields")
     lists = list(written.rows.values())
     if any(rows != lists[0] for rows in lists):
         raise ValueError(
-            f"PEFT's {ROWS_TYPE} has one list of tokens, and the adapters have "
-            f"{written.rows}; give them the same rows, or adapt another kernel beside "
-            "them"
+            f"PEFT's {ROWS_TYPE} has one list of tokens, but the adapters have "
+            f"{written.rows}; give them the same rows, or adapt another kernel as well"
         )
     tensors = {module_of(key) + ALONE: rows for key, rows in written.tensors.items()}
     embedding, head = (PREFIX + m + ALONE for m in (base.embedding, base.head))

@@ -1,4 +1,4 @@
-"""What a PEFT config of every type says: which modules, which whole, what dropout.
+"""The common part of PEFT configs: modules to adapt, modules to save, and dropout.
 
 References:
   Mangrulkar et al., PEFT, https://github.com/huggingface/peft:
@@ -21,7 +21,7 @@ COMMON = frozenset(
     target_modules
     """.split()
 )
-"""Fields of every type that decide the function."""
+"""Fields of every type that affect the function."""
 
 ALWAYS_HARMLESS = frozenset(
     """
@@ -29,10 +29,10 @@ ALWAYS_HARMLESS = frozenset(
     revision runtime_config task_type
     """.split()
 )
-"""Fields of every type that say nothing of it."""
+"""Fields of every type that do not affect it."""
 
 PREFIX = "base_model.model."  # of every name in PEFT
-ROWS_TYPE = "TRAINABLE_TOKENS"  # where rows of embeddings train and nothing else
+ROWS_TYPE = "TRAINABLE_TOKENS"  # the type that only trains rows of embeddings
 EVERY_LINEAR = "all-linear"
 RATE = untrusted.number(0, below=1)
 TEXTS = untrusted.listed(untrusted.TEXT)
@@ -43,26 +43,27 @@ HEADS = {"SEQ_CLS": ("lm_head", "score", "classifier")}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which modules a config adapts, and which it stores whole.
+    """Which modules a config adapts, and which it saves in full.
 
     Attributes:
       dropout: of the adapter's input.
-      targets: a pattern of whole module names, or their last components.
-      exclude: likewise; wins over `targets`.
-      layers: numbers of the layers that are adapted; None for all.
-      layers_pattern: patterns of what stands before a layer's number.
-      saved: ends of names of modules that are stored whole.
-      tying: the adapter of an embedding is its tied head's too.
-      heads: what "all-linear" leaves out.
-      rank: default rank, where inits move the base.
-      moved: name of an init that took a part out of the base's kernels, or "".
-      bias: which biases train and are stored: "none", "lora_only" (of the modules that
-        are adapted) or "all".
-      tokens: rows of embeddings that train, by the end of the module's name; under ""
-        those of the input embedding.
-      lora_bias: B has a bias of its own.
-      parameters: ends of names of parameters that have factors, and no module.
-      replicated: ranges of the original's layers that make the base's; () for its own.
+      targets: a pattern for whole module names, or a list of their last components.
+      exclude: likewise; takes precedence over `targets`.
+      layers: numbers of the layers to adapt; None for all.
+      layers_pattern: patterns for what precedes a layer's number.
+      saved: ends of the names of modules that are saved in full.
+      tying: whether an embedding's adapter also applies to its tied head.
+      heads: modules that "all-linear" leaves out.
+      rank: default rank, for inits that change the base.
+      moved: name of an init that removed part of the base's kernels, or "".
+      bias: which biases are trained and stored: "none", "lora_only" (of the adapted
+        modules) or "all".
+      tokens: rows of embeddings that are trained, by the end of the module's name; ""
+        stands for the input embedding.
+      lora_bias: whether B has a bias of its own.
+      parameters: ends of the names of parameters with factors that are not modules.
+      replicated: ranges of the original model's layers that make up the base; () if the
+        layers are not replicated.
     """
 
     dropout: float
@@ -86,7 +87,7 @@ class Selection:
 
         Args:
           module: its name in the base model.
-          linear: it is a linear map; else an embedding.
+          linear: True for a linear map, False for an embedding.
         """
         if self.adapts(f"{module}.weight"):
             return True
@@ -108,30 +109,30 @@ class Selection:
         )
 
     def saves(self, module: str) -> bool:
-        """True when PEFT stores the module whole, or one that contains it."""
+        """True when PEFT saves the module, or one that contains it, in full."""
         parts = module.split(".")
         whole = [PREFIX + ".".join(parts[: i + 1]) for i in range(len(parts))]
         return any(name.endswith(end) for name in whole for end in self.saved)
 
     def trains_bias(self, module: str, linear: bool) -> bool:
-        """True when the bias of the module trains beside the factors."""
+        """True when the module's bias is trained along with the factors."""
         own = self.bias == "lora_only" and self.selects(module, linear)
         return self.bias == "all" or own
 
 
 class Fields:
-    """Takes fields, each with its checks."""
+    """Reads the fields of a config and checks each."""
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
-        """Takes them from a config as read from JSON."""
+        """Wraps a config as read from JSON."""
         self.raw = raw
 
     def error(self, name: str, why: str) -> ValueError:
-        """An error that names the field and shows its value."""
+        """Returns an error that names the field and shows its value."""
         return ValueError(f"{name}={untrusted.shown(self.raw.get(name))} {why}")
 
     def take(self, name: str, rule: untrusted.Rule, default: Any) -> Any:
-        """A field's value, checked; null is its default."""
+        """Returns a field's value, checked; null gives the default."""
         given = self.raw.get(name)
         return default if given is None else untrusted.check(name, given, rule)
 
@@ -141,12 +142,12 @@ class Fields:
         fixed: Mapping[str, Any],
         instead: Mapping[str, str] = {},
     ) -> None:
-        """Refuses fields that nobody here knows, and values not implemented.
+        """Refuses unknown fields and values that are not implemented.
 
         Args:
           known: names.
-          fixed: the one value that is implemented, by name.
-          instead: what to do about another, by name.
+          fixed: the only value that is implemented, by name.
+          instead: what to do about other values, by name.
         """
         for name, default in fixed.items():
             given = self.raw.get(name, default)
@@ -165,7 +166,7 @@ class Fields:
             )
 
     def selection(self, dropout: str) -> dict[str, Any]:
-        """The fields of `Selection`, which every type has."""
+        """Returns the fields of `Selection`, which every type has."""
         targets, layers = self.names("target_modules"), self.layers()
         if isinstance(targets, str) and layers is not None:
             raise self.error("layers_to_transform", "needs a list of target_modules")
@@ -182,13 +183,13 @@ class Fields:
         }
 
     def one_of(self, name: str, choices: tuple[str, ...]) -> str:
-        """A field that has one of some values."""
+        """Returns a field that must have one of the given values."""
         if self.raw.get(name) not in choices:
-            raise self.error(name, f"is not implemented; known are {choices}")
+            raise self.error(name, f"is not implemented; supported are {choices}")
         return self.raw[name]
 
     def names(self, name: str, patterns_only: bool = False) -> str | tuple[str, ...]:
-        """A pattern of whole names, or the ends of names."""
+        """Returns a pattern for whole names, or the ends of names."""
         value = self.take(name, NAMES, ()) or ()
         every = [value] if isinstance(value, str) else value if patterns_only else []
         for pattern in every:
@@ -205,13 +206,13 @@ class Fields:
             raise ValueError(f"{name}: {error}") from None
 
     def layers(self) -> tuple[int, ...] | None:
-        """The numbers of the layers that are adapted; None for all."""
+        """Returns the numbers of the layers to adapt; None for all."""
         value = self.take("layers_to_transform", LAYERS, [])
         given = [value] if isinstance(value, int) else value
         return tuple(given) or None
 
     def table(self, name: str, rule: untrusted.Rule) -> dict[str, Any]:
-        """Values by pattern."""
+        """Returns a field's values by pattern."""
         value = self.take(name, untrusted.TABLE, {})
         for key, item in value.items():
             untrusted.check(f"{name}.{key}", item, rule)
@@ -230,15 +231,15 @@ def _matches(names: str | tuple[str, ...], module: str) -> bool:
 
 
 def first(table: Mapping[str, Any], module: str) -> str:
-    """The first pattern that matches the end of the name; else the name."""
+    """Returns the first pattern that matches the end of the name, else the name."""
     found = (key for key in table if patterns.compiled(key).tail(module))
     return next(found, module)
 
 
 def _layer(module: str, before: tuple[str, ...]) -> int | None:
-    """The layer's number in a name, as PEFT finds it."""
+    """The layer number in a name, found as PEFT does."""
     if not before:
-        # at least two components in front of it and one behind
+        # at least two components before it and one after
         parts = module.split(".")
         return next((int(p) for p in parts[2:-1] if p.isdecimal()), None)
     starts = [0, *(i + 1 for i, c in enumerate(module) if c == ".")]

@@ -1,4 +1,4 @@
-"""The parametrisations that PEFT has a form of, beside LoRA, DoRA and AdaLoRA."""
+"""The parametrisations that PEFT supports besides LoRA, DoRA and AdaLoRA."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ FORMS: dict[str, Form] = {
     for forms in (peft_low_rank.FORMS, peft_maps.FORMS, peft_projected.FORMS)
     for form in forms
 }
-"""Form by our registered name."""
+"""The forms by our registered names."""
 
 
 def register(form: Form) -> Form:
-    """Adds a form, for a parametrisation from outside.
+    """Adds a form for a parametrisation defined elsewhere.
 
     Raises:
-      ValueError: a name or a type that another form has.
+      ValueError: another form has this name or type.
     """
     if form.adapter in FORMS or of_type(form.peft_type):
         raise ValueError(
-            f"{form.adapter!r} as PEFT's {form.peft_type!r}: one of the two has a form "
-            "already"
+            f"{form.adapter!r} as PEFT's {form.peft_type!r}: one of the two already "
+            "has a form"
         )
     FORMS[form.adapter] = form
     return form
 
 
 def of_type(peft_type: Any) -> Form | None:
-    """Returns the form of a PEFT type; None: there is none."""
+    """Returns the form of a PEFT type, or None if there is none."""
     return next((f for f in FORMS.values() if f.peft_type == peft_type), None)

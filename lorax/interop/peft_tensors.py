@@ -1,4 +1,4 @@
-"""The tensors of PEFT's `adapter_model.safetensors`: which is what, and their shapes.
+"""The tensors of PEFT's `adapter_model.safetensors`: their names, roles and shapes.
 
 base_model.model.<module>.lora_A.weight        [rank, in]     LoRA, DoRA
 base_model.model.<module>.lora_B.weight        [out, rank]
@@ -9,10 +9,10 @@ base_model.model.<module>.lora_A, .lora_B      as above       AdaLoRA
 base_model.model.<module>.lora_E               [rank, 1]
 base_model.model.<module>.weight, .bias        modules_to_save
 base_model.model.<module>.base_layer.weight    the frozen weight of an embedding
-base_model.model.<module>.token_adapter...     rows of one: see `peft_rows`
-base_model.model.<module>.base_layer.bias      one that trains: see `peft_biases`
+base_model.model.<module>.token_adapter...     rows of an embedding: see `peft_rows`
+base_model.model.<module>.base_layer.bias      a trained bias: see `peft_biases`
 
-`peft_names` brings the other spellings that are found into this form.
+`peft_names` converts the other spellings found in files to this form.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Read(NamedTuple):
 
     Attributes:
       modules: with their arrays.
-      saved: tensors that are stored whole, by their keys.
+      saved: tensors that are saved in full, by key.
       made: adapters of rows of embeddings, and of experts' kernels, by path.
-      frozen: arrays of `Base.frozen`, by name.
+      frozen: arrays for `Base.frozen`, by name.
     """
 
     modules: list[Module]
@@ -67,19 +67,19 @@ def read(
     base: Base,
     params: Mapping[str, Any],
 ) -> Read:
-    """Returns the arrays of every module, and the tensors that are stored whole.
+    """Returns the arrays of every module, and the tensors that are saved in full.
 
-    Nothing is read before every name and shape has been checked.
+    Every name and shape is checked before anything is read.
 
     Args:
       tensors: of the file.
-      settings: of the config beside it.
+      settings: of the config that goes with it.
       base: the model.
-      params: leaves by path, against which a frozen weight in the file is held; empty:
-        it is not.
+      params: leaves by path, with which frozen weights in the file are compared; if
+        empty, they are not.
 
     Raises:
-      ValueError: names or shapes that are not what the config and the base ask for.
+      ValueError: names or shapes are not those that the config and the base require.
     """
     tensors, common = _shared(tensors, settings)
     named, names = peft_names.read(tensors, settings.suffixes, base)
@@ -115,7 +115,7 @@ def read(
 
 
 def _tokens(named: Tensors) -> tuple[Tensors, Tensors]:
-    """Returns the tensors of rows of embeddings by module, and the others by name."""
+    """Returns the tensors of embedding rows by module, and the others by name."""
     own = {n: t for n, t in named.items() if n.endswith(peft_rows.ALONE)}
     found = {peft_rows.module_of(name): tensor for name, tensor in own.items()}
     return found, {name: t for name, t in named.items() if name not in own}
@@ -124,9 +124,9 @@ def _tokens(named: Tensors) -> tuple[Tensors, Tensors]:
 def _shared(
     tensors: Mapping[str, files.Tensor], settings: Settings | FormSettings
 ) -> tuple[Tensors, Tensors]:
-    """Takes out the tensors that all modules share; returns the rest, and them.
+    """Separates the tensors that all modules share; returns the rest, and them.
 
-    A file may hold them once, or once more for every module (RandLoRA's do).
+    A file may hold them once, or repeat them for every module (as RandLoRA's do).
     """
     names = settings.common.names if settings.common else ()
     rest: Tensors = {}
@@ -142,7 +142,7 @@ def _shared(
             same and np.array_equal(first.read(), tensor.read())
         ):
             raise ValueError(
-                f"{first.key!r} and {key!r} differ, and all modules share one {name}"
+                f"{first.key!r} and {key!r} differ, but all modules share one {name}"
             )
     return rest, found
 
@@ -150,11 +150,11 @@ def _shared(
 def _frozen(
     found: Tensors, settings: Settings | FormSettings, places: Sequence[Place]
 ) -> dict[str, np.ndarray]:
-    """The arrays of `Base.frozen` that the shared tensors are."""
+    """The shared tensors as arrays for `Base.frozen`."""
     if (common := settings.common) is None:
         return {}
     tree.require(common.names, found, "file")
-    asks = "the largest modules that are adapted"
+    asks = "the largest adapted modules"
     _check_shapes(found, common.shapes(places), asks)
     return common.load({name: _float32(tensor) for name, tensor in found.items()})
 
@@ -162,13 +162,13 @@ def _frozen(
 def place_of(
     module: str, given: Mapping[str, Any], base: Base, params: Mapping[str, Any]
 ) -> Place:
-    """Returns what a form sees of a module.
+    """Returns what a form needs to know of a module.
 
     Args:
       module: its name.
-      given: its values of the config.
+      given: the config's values for it.
       base: the model.
-      params: leaves by path; empty: the kernel is not known.
+      params: leaves by path; if empty, the kernel is not known.
     """
     in_, out = base.sizes(module)
     path, layer, _ = base.modules[module]
@@ -206,7 +206,7 @@ def _check_modules(
     base: Base,
     names: peft_names.Names,
 ) -> None:
-    """Holds the modules that have factors against the base and the config."""
+    """Checks the modules that have factors against the base and the config."""
     for module, own in parts.items():
         base.require_matrix(module)
         if module not in base.modules:
@@ -219,8 +219,8 @@ def _check_modules(
             there, tensor = next(iter(own.items()))
             raise ValueError(
                 f"{tensor.key.removesuffix(there) + odd[0]!r} is "
-                f"{'there' if odd[0] in own else 'absent'}: as a module of this base "
-                f"in {settings.said} {module!r} needs "
+                f"{'present' if odd[0] in own else 'absent'}: as a module of this base "
+                f"in {settings.said}, {module!r} needs "
                 f"{sorted(ends)}"
             )
     want = {
@@ -237,14 +237,14 @@ def _check_modules(
         want |= tied
     if missing := sorted(want - set(parts)):
         raise ValueError(
-            f"no factors for {missing[0]!r} (of {len(missing)} such modules), which "
-            "target_modules selects; the file is not complete"
+            f"no factors for {missing[0]!r} ({len(missing)} such modules), which "
+            "target_modules selects; the file is incomplete"
         )
     if extra := sorted(set(parts) - want):
         raise ValueError(
-            f"factors for {extra[0]!r} (of {len(extra)} such modules), which "
-            "target_modules, less exclude_modules and with layers_to_transform and "
-            "layers_pattern, do not select: PEFT would ignore them"
+            f"factors for {extra[0]!r} ({len(extra)} such modules), which "
+            "target_modules, exclude_modules, layers_to_transform and layers_pattern "
+            "do not select: PEFT would ignore them"
         )
 
 
@@ -254,7 +254,7 @@ def _check_rest(
     base: Base,
     names: peft_names.Names,
 ) -> None:
-    """Holds what is stored whole, and frozen weights, against base and config."""
+    """Checks tensors saved in full, and frozen weights, against base and config."""
     shapes = {key: base.shape(key) for key in base.where}
     if base.head:
         shapes[base.head + WEIGHT] = shapes[base.embedding + WEIGHT]
@@ -263,7 +263,7 @@ def _check_rest(
         if key not in shapes:
             raise ValueError(f"{tensor.key!r}: {_unknown(key, shapes)}")
         if tensor.shape != shapes[key]:
-            raise ValueError(_misshapen(tensor, shapes[key], "the base asks"))
+            raise ValueError(_misshapen(tensor, shapes[key], "the base requires"))
         tensor.require_floating()
         base.require_one(key.rpartition(".")[0])
         module = names.of(key.rpartition(".")[0])
@@ -287,12 +287,14 @@ def _check_rest(
 def _check_shapes(own: Tensors, want: Shapes, asks: str) -> None:
     for end, tensor in own.items():
         if tensor.shape != tuple(want[end]):
-            raise ValueError(_misshapen(tensor, want[end], f"{asks} and the base ask"))
+            raise ValueError(
+                _misshapen(tensor, want[end], f"{asks} and the base require")
+            )
         tensor.require_floating()
 
 
 def _check_frozen(rest: Tensors, base: Base, params: Mapping[str, Any]) -> None:
-    """PEFT stores embeddings that it adapts; they must be the base's."""
+    """PEFT stores the embeddings that it adapts; they must equal the base's."""
     for name, tensor in rest.items():
         key = name.replace(FROZEN, ".")
         if FROZEN not in name or not params:
@@ -301,8 +303,8 @@ def _check_frozen(rest: Tensors, base: Base, params: Mapping[str, Any]) -> None:
             key = base.embedding + WEIGHT
         if not np.array_equal(base.tensor(key, params), tensor.read()):
             raise ValueError(
-                f"{tensor.key!r} is not the base's: the adapter was made for another "
-                "base, or one whose embedding was resized"
+                f"{tensor.key!r} differs from the base's: the adapter was made for "
+                "another base, or for one whose embedding was resized"
             )
 
 
@@ -331,7 +333,7 @@ def common_to_disk(
     kind: str,
     frozen: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
-    """Returns `{key: tensor}` of what all modules share.
+    """Returns `{key: tensor}` of the tensors that all modules share.
 
     Args:
       modules: of one class.
@@ -340,7 +342,7 @@ def common_to_disk(
       frozen: arrays of `Base.frozen` by name.
 
     Raises:
-      ValueError: an array that is not there.
+      ValueError: an array is missing.
     """
     form = peft_table.FORMS.get(kind)
     if form is None or form.common is None:
@@ -348,8 +350,8 @@ def common_to_disk(
     lent = {name for m in modules for _, name in m.statics["lent"]}
     if lacking := sorted(lent - set(frozen)):
         raise ValueError(
-            f"{form.peft_type} is written with its frozen arrays {lacking}; pass "
-            "params=, the lorax.Base that lorax.init returned"
+            f"{form.peft_type} is written with its frozen arrays {lacking}; pass the "
+            "lorax.Base that lorax.init returned as params="
         )
     arrays = {name: np.asarray(jax.device_get(frozen[name])) for name in lent}
     found = form.common.save(modules, places, arrays)
@@ -365,7 +367,7 @@ def common_to_disk(
 
 def _misshapen(tensor: files.Tensor, want: tuple[int, ...], who: str) -> str:
     return (
-        f"{tensor.key!r} has shape {list(tensor.shape)}, and {who} for {list(want)}; "
+        f"{tensor.key!r} has shape {list(tensor.shape)}, but {who} {list(want)}; "
         "is the adapter for another base?"
     )
 
@@ -374,6 +376,6 @@ def _unknown(name: str, known: Any) -> str:
     told = f"the base model has no {name!r}"
     if "head" in name:
         told += (
-            " (with tied=True its head is the embedding, with no adapter of its own)"
+            " (with tied=True its head is the embedding and has no adapter of its own)"
         )
     return f"{told}; is the adapter for another base? {tree.nearest(name, known)}"

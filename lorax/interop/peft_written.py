@@ -1,4 +1,4 @@
-"""The `adapter_config.json` that goes with adapters of ours."""
+"""Writes the fields of `adapter_config.json` for our adapters."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def fields(
 
     Args:
       kind: registered name of the adapters' class.
-      modules: with their factors; of AdaLoRA one scale is made of all by the caller.
-      saved: keys of modules' whole tensors.
-      bias: which biases are stored beside them.
-      tokens: rows of embeddings that are, by module.
-      parameters: of which PEFT adapts the parameter, one module each.
+      modules: with their factors; for AdaLoRA the caller has given all one scale.
+      saved: keys of the tensors of modules saved in full.
+      bias: which biases are stored as well.
+      tokens: trained rows of embeddings, by module.
+      parameters: one module for each parameter that PEFT adapts directly.
       base: the model.
-      rates: of dropout.
-      rank_stabilized: for rsLoRA's scale.
-      given: fields that win, none of which may change the function.
+      rates: the dropout rates.
+      rank_stabilized: whether to use rsLoRA's scale.
+      given: fields that take precedence; none may affect the function.
 
     Raises:
-      ValueError: fields that are not free, or rates that differ.
+      ValueError: a given field is not free, or dropout rates differ.
     """
     form = peft_table.FORMS.get(kind)
     own = {form.dropout, *form.free} - {""} if form else set()
@@ -54,26 +54,28 @@ def fields(
     dropout = form.dropout if form else "lora_dropout"
     if odd := sorted(set(given) - free):
         raise ValueError(
-            f"fields={odd} follow from the adapters; free are {', '.join(sorted(free))}"
+            f"fields={odd} follow from the adapters; only {', '.join(sorted(free))} "
+            "can be given"
         )
     if form and rank_stabilized:
         raise ValueError(
-            f"rank_stabilized=True is LoRA's, and PEFT's {form.peft_type} has none"
+            f"rank_stabilized=True is for LoRA; PEFT's {form.peft_type} has no such "
+            "field"
         )
     if form and (bias != "none" or tokens):
         raise ValueError(
-            f"PEFT's {form.peft_type} stores no biases and no rows of embeddings "
-            "beside its factors here; save them with Lora, or save the two sets apart"
+            f"PEFT's {form.peft_type} stores no biases and no rows of embeddings with "
+            "its factors here; use Lora, or save the two sets separately"
         )
     if not dropout and any(rates):
         raise ValueError(
-            f"PEFT's {kind} drops no inputs, and the adapters have {sorted(set(rates))}"
-            "; set dropout=0 by adapter.replace(dropout=0.0)"
+            f"PEFT's {kind} has no dropout, but the adapters have {sorted(set(rates))}"
+            "; remove it with adapter.replace(dropout=0.0)"
         )
     if len(set(rates)) > 1 and dropout not in given:
         raise ValueError(
-            f"PEFT has one {dropout}, and the adapters have {sorted(set(rates))}; "
-            f"choose by fields={{{dropout!r}: ...}}"
+            f"PEFT has one {dropout}, but the adapters have {sorted(set(rates))}; "
+            f"choose one with fields={{{dropout!r}: ...}}"
         )
     rate = next(iter(rates), 0.0)
     found: dict[str, Any] = {"task_type": None, "inference_mode": True}
@@ -103,8 +105,8 @@ def fields(
     found["target_parameters"] = _parameters(parameters, base) or None
     if found["target_parameters"] and (any(rates) or given.get("lora_dropout")):
         raise ValueError(
-            "PEFT's target_parameters (experts, routers) go without lora_dropout, and "
-            f"the adapters have {sorted(set(rates))}; set dropout=0 by "
+            "PEFT's target_parameters (experts, routers) do not allow lora_dropout, "
+            f"but the adapters have {sorted(set(rates))}; remove it with "
             "adapter.replace(dropout=0.0)"
         )
     return {**found, **ranks, **given}
@@ -113,7 +115,7 @@ def fields(
 def _selection(
     names: Sequence[str], saved: Sequence[str], base: Base
 ) -> dict[str, Any]:
-    """The fields that say which modules are adapted, and which are stored whole."""
+    """The fields that say which modules are adapted, and which are saved in full."""
     whole = sorted({key.rpartition(".")[0] for key in saved})
     every = {key.rpartition(".")[0] for key in base.where} | {base.head} - {""}
     found = {
@@ -131,13 +133,13 @@ def _selection(
 
 
 def _parameters(parameters: Sequence[Module], base: Base) -> list[str]:
-    """The ends of the names of parameters that PEFT adapts."""
+    """The ends of the names of parameters that PEFT adapts directly."""
     names = [module.name for module in parameters]
     return short_names(names, base.where.keys() - set(names)) if names else []
 
 
 def _of_form(form: Form, modules: Sequence[Module]) -> dict[str, Any]:
-    """The fields of a type of the table; patterns where modules differ."""
+    """The fields of a type in the table; patterns where modules differ."""
     each = {m.name: form.config(m) for m in modules}
     patterns = {of: name for name, of in form.patterns.items()}
     found: dict[str, Any] = {"peft_type": form.peft_type, **form.fixed}
@@ -147,8 +149,8 @@ def _of_form(form: Form, modules: Sequence[Module]) -> dict[str, Any]:
         pattern = _pattern(values, found[field])
         if pattern and field not in patterns:
             raise ValueError(
-                f"PEFT's {form.peft_type} has one {field}, and the adapters have "
-                f"{sorted(set(values.values()))}; save them apart"
+                f"PEFT's {form.peft_type} has one {field}, but the adapters have "
+                f"{sorted(set(values.values()))}; save them separately"
             )
         if field in patterns:
             found[patterns[field]] = pattern
@@ -158,9 +160,9 @@ def _of_form(form: Form, modules: Sequence[Module]) -> dict[str, Any]:
 def _listed(
     form: Form, modules: Sequence[Module], base: Base, found: dict[str, Any]
 ) -> dict[str, Any]:
-    """The fields that list modules of a kind: ends of names, targets among the others.
+    """The fields that list modules of a kind by ends of names, and the targets.
 
-    PEFT wants them to be of `target_modules`, word for word.
+    PEFT requires every entry to appear literally in `target_modules`.
     """
     lists: dict[str, Any] = {}
     targets = set(found["target_modules"])
@@ -174,7 +176,7 @@ def _listed(
 
 
 def _lora(modules: Sequence[Module], rank_stabilized: bool) -> dict[str, Any]:
-    """The common rank and alpha, and the patterns of those that differ."""
+    """The common rank and alpha, and patterns for modules that differ."""
     ranks = {m.name: m.rank for m in modules}
     root = math.sqrt if rank_stabilized else float
     alphas = {m.name: near_whole(m.scale * root(ranks[m.name])) for m in modules}
@@ -189,7 +191,7 @@ def _lora(modules: Sequence[Module], rank_stabilized: bool) -> dict[str, Any]:
 
 
 def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
-    """Returns the values that are not the default, by the ends of names."""
+    """Returns the values other than the default, by the ends of names."""
     found: dict[str, Any] = {}
     for value in sorted(set(values.values()) - {default}):
         chosen = [name for name, own in values.items() if own == value]
@@ -213,7 +215,7 @@ def _adalora(modules: Sequence[Module]) -> dict[str, Any]:
         "target_r": rank,
         "lora_alpha": modules[0].scale * (rank + peft_config.RANKNUM),
         "rank_pattern": pattern if len(set(ranks.values())) > 1 else None,
-        "total_step": 1,  # PEFT wants one above 0; the budget is not to change again
+        "total_step": 1,  # PEFT needs a positive one; the budget does not change again
         "tinit": 0,
         "tfinal": 0,
     }

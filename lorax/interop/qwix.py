@@ -1,4 +1,4 @@
-"""Parameters that qwix has quantised: its QArrays as quantised leaves, without loss.
+"""Converts parameters quantised by qwix: QArrays to quantised leaves, without loss.
 
     W = (qvalue - zero_point) * scale
 
@@ -7,7 +7,7 @@
     params = qwix.from_qarrays(params, kernels)
     adapters, params = lorax.init(key, params, targets, kernels)
 
-Where a model's own code reads its QArrays, leave them as they are.
+If the model's own code reads its QArrays, leave them as they are.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def abstract(params: PyTree) -> PyTree:
     """Returns the tree with the dense shape in place of every QArray.
 
     Args:
-      params: with QArrays, as `qwix.quantize` gives them, or in the wrapping that
-        `qwix.quantize_params` puts around them.
+      params: with QArrays as from `qwix.quantize`, or wrapped as by
+        `qwix.quantize_params`.
 
     Returns:
       A tree for `lorax.discover`: shapes where there was a QArray.
@@ -50,8 +50,8 @@ def abstract(params: PyTree) -> PyTree:
 def from_qarrays(params: PyTree, kernels: Mapping[str, Kernel] | None = None) -> PyTree:
     """Returns the tree with a quantised leaf in place of every QArray.
 
-    Each stands for the values of `qwix.dequantize`, in the dtype of its scales. Codes
-    of up to four bits lie two to a byte where tiles permit.
+    Each represents the values of `qwix.dequantize`, in the dtype of its scales. Codes
+    of up to four bits are packed two to a byte if the tiles permit.
 
     Args:
       params: as for `abstract`.
@@ -62,9 +62,9 @@ def from_qarrays(params: PyTree, kernels: Mapping[str, Kernel] | None = None) ->
       A tree for `lorax.init`, `adapt` and `merge`.
 
     Raises:
-      ValueError: a QArray whose arrays do not fit one another, with scales that are
-        not finite, or whose inputs and outputs are not known; the message names it.
-      KeyError: a path that kernels lack.
+      ValueError: a QArray's arrays do not fit one another, its scales are not finite,
+        or its inputs and outputs are not known; the message names it.
+      KeyError: kernels lack a path.
     """
 
     def converted(keys: tuple[Any, ...], leaf: Any) -> Any:
@@ -77,9 +77,9 @@ def from_qarrays(params: PyTree, kernels: Mapping[str, Kernel] | None = None) ->
 
 
 def _held(leaf: Any) -> Any:
-    """The QArray that a leaf is, or that a wrapping of qwix holds; None for others.
+    """The QArray that a leaf is or that qwix's wrapper holds; None for other leaves.
 
-    Known by their names: who has such arrays has qwix, and lorax need not.
+    They are recognised by name, so that lorax does not depend on qwix.
     """
     name, module = type(leaf).__name__, type(leaf).__module__
     if not module.startswith("qwix."):
@@ -94,19 +94,19 @@ def _is_held(leaf: Any) -> bool:
 
 
 def _axes(path: str, array: Any, kernels: Mapping[str, Kernel] | None) -> Axes:
-    """The axes by which the leaf is laid out."""
+    """The axes of the leaf's layout."""
     if kernels is not None:
         tree.require([path], kernels, "program given to discover")
         if kernels[path].shape != tuple(array.shape):
             raise ValueError(
-                f"{path}: the QArray has shape {tuple(array.shape)} and discover saw "
+                f"{path}: the QArray has shape {tuple(array.shape)}, but discover saw "
                 f"{kernels[path].shape}; run discover on qwix.abstract(params)"
             )
         return kernels[path].linear_axes()
     if array.ndim != 2:
         raise ValueError(
-            f"{path}: the shape {tuple(array.shape)} does not say which axes are read "
-            "and which are written; pass kernels=lorax.discover(fn, "
+            f"{path}: the shape {tuple(array.shape)} does not show which axes are "
+            "inputs and which are outputs; pass kernels=lorax.discover(fn, "
             "qwix.abstract(params), batch)"
         )
     return PLAIN
@@ -117,7 +117,7 @@ def _leaf(path: str, array: Any, axes: Axes) -> Quantized:
     _require_fits(path, array)
     codes = array.qvalue.transpose(axes.order)
     scales, zeros = array.scale.transpose(axes.order), None
-    if array.zero_point is not None:  # one for every tile of either
+    if array.zero_point is not None:  # tiles of scales and zeros may differ
         zeros = array.zero_point.transpose(axes.order)
         counts = tuple(np.lcm(scales.shape, zeros.shape).tolist())
         scales, zeros = _spread(scales, counts), _spread(zeros, counts)
@@ -138,28 +138,28 @@ def _leaf(path: str, array: Any, axes: Axes) -> Quantized:
 def _stored(
     codes: jax.Array, counts: tuple[int, ...], axes: Axes, book: str | None
 ) -> tuple[jax.Array, int]:
-    """The codes as a leaf has them, and how many inputs share bytes."""
-    if jnp.issubdtype(codes.dtype, jnp.floating):  # values of 4 bits are some of 8
+    """The codes as a leaf stores them, and the block size for shared bytes."""
+    if jnp.issubdtype(codes.dtype, jnp.floating):  # 8-bit floats hold all 4-bit ones
         small = codes.dtype == jnp.float4_e2m1fn
         return codes.astype(jnp.float8_e4m3fn) if small else codes, 0
     if book is None and codes.dtype not in (jnp.int4, jnp.int2):
         return codes.astype(jnp.uint8 if codes.dtype == jnp.uint8 else jnp.int8), 0
     try:
         block = formats.block_of(codes.shape, counts, axes)
-    except ValueError:  # a tile would part a byte
+    except ValueError:  # a tile would split a byte
         return codes.astype(jnp.int8 if book is None else jnp.uint8), 0
     return formats.in_pairs(codes, len(axes.batch + axes.in_) - 1, block), block
 
 
 def _spread(tiles: jax.Array, counts: tuple[int, ...]) -> jax.Array:
-    """One for each of more tiles along every axis."""
+    """Repeats entries for the given, larger number of tiles along every axis."""
     for axis, count in enumerate(counts):
         tiles = jnp.repeat(tiles, count // tiles.shape[axis], axis)
     return tiles
 
 
 def _require_fits(path: str, array: Any) -> None:
-    """Raises ValueError for arrays that do not fit one another, or scales of NaN."""
+    """Raises ValueError if arrays do not fit one another or scales are not finite."""
     shape = array.qvalue.shape
     for name in ("scale", "zero_point"):
         if (held := getattr(array, name)) is None:
@@ -171,8 +171,8 @@ def _require_fits(path: str, array: Any) -> None:
         if not tiled:
             raise ValueError(
                 f"{path}: the QArray has codes of shape {shape} and {name} of shape "
-                f"{held.shape}, which must have as many axes, each a divisor; was it "
-                "reshaped?"
+                f"{held.shape}, which must have the same number of axes, each dividing "
+                "that of the codes; was it reshaped?"
             )
     if tree.is_concrete(array.scale) and not bool(jnp.isfinite(array.scale).all()):
         raise ValueError(

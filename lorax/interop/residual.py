@@ -1,7 +1,7 @@
-"""The initial adapters of an init that moved the base, from the base before and after.
+"""Recovers the initial adapters of an init that changed the base from the two bases.
 
 PiSSA, MiLoRA, LoRA-GA, OLoRA and CorDA leave `W_res = W - s a0 b0` as the frozen base.
-Whoever has both bases has `a0 b0`, which is all that a conversion needs:
+The two bases together give `a0 b0`, which is all that a conversion needs:
 
     initial = residual.initial(adapters, params, residual_params)
     peft.save("plain", adapters, config, initial=initial)
@@ -18,14 +18,14 @@ from lorax import tree
 from lorax.adapters import pairs
 from lorax.types import Adapters, PyTree
 
-NOISE = 0.05  # of the difference: what rounding of the two bases may leave of it
+NOISE = 0.05  # fraction of the difference that rounding of the bases may leave over
 
 
 def initial(adapters: Adapters, original: PyTree, residual: PyTree) -> Adapters:
-    """Returns factors whose update is `original - residual`, of the adapters' ranks.
+    """Returns factors whose update is `original - residual`, at the adapters' ranks.
 
-    The difference of two bases kept in bfloat16 is of that rank up to rounding only;
-    the best approximation is taken.
+    If the bases are in bfloat16, their difference has that rank only up to rounding;
+    the best approximation is used.
 
     Args:
       adapters: `{path: Lora | Dora | AdaLora | Full}`, trained on the residual base.
@@ -33,16 +33,16 @@ def initial(adapters: Adapters, original: PyTree, residual: PyTree) -> Adapters:
       residual: the base after it.
 
     Returns:
-      Adapters like the given ones, with zero factors where the base did not move.
+      Adapters like the given ones, with zero factors where the base did not change.
 
     Raises:
-      ValueError: bases whose difference has a larger rank.
-      KeyError: a path that they lack.
+      ValueError: the difference of the bases has a larger rank.
+      KeyError: a base lacks a path.
     """
     before, after = tree.flatten(original), tree.flatten(residual)
     tree.require(adapters, before, "original base")
     tree.require(adapters, after, "residual base")
-    with jax.ensure_compile_time_eval():  # known bases, closed over by a jit
+    with jax.ensure_compile_time_eval():  # concrete bases may be closed over by a jit
         return {
             path: adapter
             if adapter.replaces
@@ -59,7 +59,7 @@ def _initial(path: str, adapter: Any, before: Any, after: Any) -> Any:
     if left > NOISE**2 * whole:
         raise ValueError(
             f"{path}: the two bases differ by more than an update of rank "
-            f"{adapter.rank}: {float(jnp.sqrt(left / whole)):.2g} of the difference is "
-            "left; are they the original and its residual?"
+            f"{adapter.rank}: {float(jnp.sqrt(left / whole)):.2g} of the difference "
+            "remains; are they the original and its residual?"
         )
     return held

@@ -1,4 +1,4 @@
-"""What a directory of sentence-transformers says beside the encoder's checkpoint.
+"""Pooling and normalisation from a sentence-transformers directory.
 
     model, params = hf.load(directory)  # a bare encoder
     pool = sentences.pooling(directory)
@@ -27,19 +27,19 @@ FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-"""Of configs before version 5, a switch for each mode."""
+"""The flag for each mode in configs before version 5."""
 
 SIZES = ("word_embedding_dimension", "embedding_dimension")
 KNOWN = {*FLAGS, *SIZES, "pooling_mode", "include_prompt"}
 
 
 def pooling(directory: str | pathlib.Path) -> Pooling:
-    """Returns how the directory's `modules.json` pools and normalises.
+    """Returns the pooling and normalisation that `modules.json` describes.
 
     Raises:
-      FileNotFoundError: no `modules.json`.
-      ValueError: a module other than the encoder, pooling and normalisation; several
-        modes at once; a prompt that is left out of the pooling.
+      FileNotFoundError: there is no `modules.json`.
+      ValueError: there is a module other than encoder, pooling and normalisation;
+        several modes at once; or the prompt is excluded from the pooling.
     """
     directory = pathlib.Path(directory)
     at = files.inside(directory, "modules.json")
@@ -56,11 +56,11 @@ def pooling(directory: str | pathlib.Path) -> Pooling:
             normalize = True
         elif name != "Transformer" or found is not None:
             raise ValueError(
-                f"{at}: the module {kind!r} is not implemented here; known are a "
-                "Transformer, Pooling behind it, and Normalize"
+                f"{at}: the module {kind!r} is not implemented here; supported are a "
+                "Transformer, then Pooling, then Normalize"
             )
     if found is None:
-        raise ValueError(f"{at}: a Pooling is missing among the modules")
+        raise ValueError(f"{at}: there is no Pooling among the modules")
     return Pooling(found, normalize)
 
 
@@ -75,7 +75,7 @@ def _mode(config: Mapping[str, Any], where: str) -> str:
     modes += [mode for flag, mode in FLAGS.items() if config.get(flag) is True]
     if len(modes) != 1 or modes[0] not in MODES:
         raise ValueError(
-            f"{where}: the modes {untrusted.shown(modes)}; one of {', '.join(MODES)} "
-            "is implemented"
+            f"{where}: the modes are {untrusted.shown(modes)}; there must be exactly "
+            f"one of {', '.join(MODES)}"
         )
     return modes[0]

@@ -1,4 +1,4 @@
-"""Checkpoints by the names people give: directories, packages, the hub."""
+"""Finds checkpoints by name: directories, Python packages, the hub."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from collections.abc import Sequence
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja", "LICENSE*")
 
 HUB = "hf:"
-"""Prefix of a name that is to be looked up on the hub, whatever lies here."""
+"""Prefix of a name to look up on the hub, even if such a directory exists."""
 
 PACKAGE = "package:"
-"""Prefix of a folder or a file in an installed Python package, "package:NAME/PATH"."""
+"""Prefix for a folder or file in an installed Python package, "package:NAME/PATH"."""
 
 
 def locate(
@@ -30,11 +30,11 @@ def locate(
       source: a directory, a name below one of `folders`, "package:NAME/PATH" for a
         folder in an installed Python package, or a hub id, which may start with "hf:".
       revision: of a hub id.
-      folders: where relative names are looked up, before the working directory.
+      folders: where to look up relative names, before the working directory.
       files: patterns of the files to download.
 
     Raises:
-      FileNotFoundError: see `find_local`; or there is no huggingface_hub.
+      FileNotFoundError: see `find_local`; or huggingface_hub is not installed.
     """
     directory = find_local(source, folders)
     if directory is not None:
@@ -43,8 +43,8 @@ def locate(
         import huggingface_hub
     except ImportError as error:
         raise FileNotFoundError(
-            f"the directory {source} does not exist; to have it looked up on the hub, "
-            "install lorax-flax[interop]"
+            f"the directory {source} does not exist; to look it up on the hub, install "
+            "lorax-flax[interop]"
         ) from error
     return pathlib.Path(
         huggingface_hub.snapshot_download(
@@ -58,11 +58,11 @@ def locate(
 def find_local(
     source: str | pathlib.Path, folders: Sequence[pathlib.Path] = ()
 ) -> pathlib.Path | None:
-    """Returns the directory that a name means; None for a hub id.
+    """Returns the directory that a name refers to; None for a hub id.
 
     Raises:
-      FileNotFoundError: the name is a path that does not exist, or no such directory
-        exists and one of nearly that name does: it is not looked up on the hub.
+      FileNotFoundError: the name is a path that does not exist; or there is no such
+        directory but one with a similar name, so it is not looked up on the hub.
     """
     text = str(source)
     if text.startswith(HUB):
@@ -81,19 +81,19 @@ def find_local(
     local = given.parent != pathlib.Path() and bool(beside)
     if hub_id and not near and not local:
         return None
-    told = f"; near it: {', '.join(near or list(names)[:8])}" if names else ""
-    advice = f". For a model of that name on the hub, write {HUB}{text}"
+    told = f"; nearby: {', '.join(near or list(names)[:8])}" if names else ""
+    advice = f". For a model with that name on the hub, write {HUB}{text}"
     raise FileNotFoundError(
         f"the directory {text} does not exist{told}{advice if hub_id else ''}"
     )
 
 
 def in_package(source: str, file: bool = False) -> pathlib.Path:
-    """Returns what "package:NAME/PATH" means; the package is not imported.
+    """Returns the path of "package:NAME/PATH" without importing the package.
 
     Args:
       source: such a name.
-      file: whether it means a file; else a folder.
+      file: True for a file, False for a folder.
 
     Raises:
       FileNotFoundError: the package is not installed, or has no such folder or file.
@@ -111,8 +111,8 @@ def in_package(source: str, file: bool = False) -> pathlib.Path:
 
 
 def _siblings(path: pathlib.Path) -> list[pathlib.Path]:
-    """The directories beside a path, which need not exist."""
+    """The directories next to a path, which need not exist."""
     try:
         return sorted(other for other in path.parent.iterdir() if other.is_dir())
-    except OSError:  # no such folder, or one that cannot be read
+    except OSError:  # the folder does not exist or cannot be read
         return []

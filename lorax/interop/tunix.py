@@ -1,12 +1,12 @@
-"""tunix's LoRA: the parameters that its checkpoints keep, as adapters and from them.
+"""Loads adapters from tunix's LoRA checkpoints, and saves them in that form.
 
     adapters = tunix.load_adapters("run/100/model_params", model.config, alpha=16)
     rule = tunix.save_adapters("out", model.config, adapters)
 
 `CheckpointManager.save(save_only_lora_params=True)` writes the nnx.LoRAParam that qwix
-made: beside a weight that an einsum reads `w_lora_a`, with the axes of the weight that
-are read and then the rank, and `w_lora_b`, the rank and then the others; beside that of
-an nnx.Linear `kernel_lora_a` and `kernel_lora_b`. Below `layers/<i>`:
+made: next to the weight of an einsum, `w_lora_a`, with the weight's input axes and then
+the rank, and `w_lora_b`, with the rank and then the other axes; next to that of an
+nnx.Linear, `kernel_lora_a` and `kernel_lora_b`. Below `layers/<i>`:
 
 | Llama, Qwen 2 and 3 | Gemma 1 to 3 | a | b |
 |---|---|---|---|
@@ -17,8 +17,8 @@ an nnx.Linear `kernel_lora_a` and `kernel_lora_b`. Below `layers/<i>`:
 | attn/o_proj | attn/attn_vec_einsum | `[heads, H, r]` | `[r, D]` |
 | mlp/gate_proj, up_proj, down_proj | the same | `[in, r]` | `[r, out]` |
 
-Keys and values of a Gemma thus share a. Adapters of which each has its own are written
-side by side, rank by rank, with zeros in b where a part does not read.
+So the keys and values of a Gemma share a. If their adapters have different a, these are
+concatenated along the rank, with zeros in b for the other parts.
 
 References:
   google/tunix at c7d8950: tunix/sft/checkpoint_manager.py, tunix/models/{llama3,qwen2,
@@ -55,17 +55,17 @@ LAYERS = {
     **dict.fromkeys(("llama", "qwen2", "qwen3"), LLAMA),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), GEMMA),
 }
-"""Weights of a layer and the kernels here that each is, by model_type."""
+"""The weights of a layer and the kernels that each corresponds to, by model_type."""
 
 
 def load_adapters(
     folder: str | os.PathLike[str], config: Any, *, alpha: float, dropout: float = 0.0
 ) -> Adapters:
-    """Reads the LoRA parameters of a checkpoint.
+    """Loads the LoRA parameters of a checkpoint.
 
     Args:
-      folder: of the tree, `<step>/model_params`.
-      config: of the base, `model.config`.
+      folder: the tree's folder, `<step>/model_params`.
+      config: the base's config, `model.config`.
       alpha: of the `qwix.LoraProvider`; tunix does not write it.
       dropout: static field of the adapters.
 
@@ -74,7 +74,7 @@ def load_adapters(
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: leaves that are not LoRA of this model.
+      ValueError: leaves are not LoRA parameters for this model.
     """
     untrusted.check("alpha", alpha, untrusted.number())
     untrusted.check("dropout", dropout, untrusted.number(0, below=1))
@@ -98,20 +98,21 @@ def save_adapters(
 ) -> Rule:
     """Writes adapters as step 0 of a folder, for tunix's `CheckpointManager`.
 
-    All get one rank, the largest, and one scale: zeros and ratios in their factors. So
-    do layers that have none, where others do.
+    All get the largest rank and a common scale; smaller ranks are padded with zeros,
+    and factors absorb ratios of scales. If only some layers have an adapter, the other
+    layers get zeros.
 
     Args:
-      folder: made if need be, and without a step 0.
-      config: of the base, `model.config`.
-      adapters: `{path: Lora}`, of linear maps in layers or of the head.
+      folder: created if necessary; must not contain a step 0.
+      config: the base's config, `model.config`.
+      adapters: `{path: Lora}`, on linear maps in layers or on the head.
 
     Returns:
-      What the model has to be made with: `qwix.LoraProvider(**rule._asdict())`.
+      What to create tunix's model with: `qwix.LoraProvider(**rule._asdict())`.
 
     Raises:
-      KeyError: a path that the model lacks.
-      ValueError: adapters that tunix has no place for.
+      KeyError: the model lacks a path.
+      ValueError: tunix has no place for an adapter.
     """
     base = Base(config)
     tree.require(adapters, base.shapes, "model")
@@ -149,10 +150,10 @@ def save_adapters(
 
 
 def _places(config: Any) -> dict[str, list[tuple[str, int | None]]]:
-    """The kernels here that each weight of tunix is."""
+    """The kernels that each of tunix's weights corresponds to."""
     if config.model_type not in LAYERS:
         raise ValueError(
-            f"model_type={config.model_type!r}: tunix's layout is known here of "
+            f"model_type={config.model_type!r}: tunix's layout is known here only for "
             f"{', '.join(LAYERS)}"
         )
     layer, gemma = LAYERS[config.model_type], LAYERS[config.model_type] is GEMMA
@@ -171,14 +172,14 @@ def _places(config: Any) -> dict[str, list[tuple[str, int | None]]]:
 
 
 def _kind(begin: str) -> str:
-    """The module that a weight is of, in any layer."""
+    """The module that a weight belongs to, in any layer."""
     return "/".join(part for part in begin.split("/")[:-1] if "layers_" not in part)
 
 
 def _shapes(
     group: Sequence[str], base: Base, rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of a and b of one weight of tunix."""
+    """The shapes of a and b for one of tunix's weights."""
     place = base.modules[group[0]]
     shape, inputs = place.own(base.shapes[place.path].shape), place.entry.inputs
     parts = (len(group),) if len(group) > 1 else ()
@@ -188,7 +189,7 @@ def _shapes(
 def _side_by_side(
     modules: Sequence[Module | None], group: Sequence[str], base: Base
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`[in, rank]` and `[rank, parts x out]`: one a, where it is the same in all."""
+    """`[in, rank]` and `[rank, parts x out]`; equal a are kept only once."""
     sizes = [base.sizes(name) for name in group]
     own = [(i, m.fields["a"], m.fields["b"]) for i, m in enumerate(modules) if m]
     firsts = [a for _, a, _ in own] or [np.zeros((sizes[0][0], 1), np.float32)]

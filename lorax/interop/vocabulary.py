@@ -1,4 +1,4 @@
-"""A vocabulary that grows: new rows of the embedding, and of what lies along it."""
+"""Resizes a vocabulary: the embedding, and all parameters with a vocabulary axis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorax.models import table
 from lorax.types import Base, PyTree
 
 VOCAB = "vocab"
-"""The logical axis that numbers tokens."""
+"""The logical axis that indexes tokens."""
 
 
 def resize_embeddings(
@@ -26,34 +26,35 @@ def resize_embeddings(
     tokens: int | None = None,
     multiple_of: int = 1,
 ) -> tuple[nn.Module, PyTree]:
-    """Gives a model another number of rows in its embedding, and outputs in its head.
+    """Changes the number of rows of a model's embedding and of outputs of its head.
 
         W[i] = W0[i] for i < tokens,    mean(W0[:tokens]) from there on
 
-    in float32, rounded once, of every parameter that lies along the vocabulary: the
-    embedding, an untied head, a head's bias. The mean of all rows makes a new token's
-    logit the mean of the old ones, which is at most their log-mean-exp: each of n new
-    tokens has at most 1 / (tokens + n) of the probability at first, and what is left
-    keeps its proportions (Hewitt; no such bound under a soft cap). transformers draws
-    around the same mean with 1e-9 of the rows' covariance; here the rows are it, so
-    that whoever resizes the same base has the same one, as its adapters need.
+    for every parameter with a vocabulary axis: the embedding, an untied head, a head's
+    bias. The mean is taken in float32 and rounded once. It makes a new token's logit
+    the mean of the old ones, which is at most their log-mean-exp: each of n new tokens
+    has at most 1 / (tokens + n) of the probability at first, and the remainder keeps
+    its proportions (Hewitt; no such bound holds under a soft cap). transformers draws
+    rows around the same mean with 1e-9 of the rows' covariance; here they equal it, so
+    that resizing the same base always gives the same result, as its adapters require.
 
     Args:
-      model: of a family of `lorax.models`.
+      model: a model of a family in `lorax.models`.
       params: its parameters.
-      size: rows afterwards, before rounding: the tokenizer's number of tokens.
-      tokens: rows that are tokens' today; the rest is padding that no training has seen
-        (Qwen2.5 has 151,936 rows for 151,665 tokens), and is new as well. Default: all.
-      multiple_of: size is rounded up to a multiple of it, 128 for example: fast tiles,
-        and a vocabulary that its mesh axis divides.
+      size: the new number of rows, before rounding: the tokenizer's number of tokens.
+      tokens: how many of the present rows are tokens; the rest are padding that was
+        never trained (Qwen2.5 has 151,936 rows for 151,665 tokens), and are replaced
+        too. Default: all.
+      multiple_of: size is rounded up to a multiple of this, such as 128, for fast tiles
+        and so that the mesh axis divides the vocabulary.
 
     Returns:
-      The model with its new config, and the parameters in the dtypes and shardings that
-      they had.
+      The model with its new config, and the parameters in their original dtypes and
+      shardings.
 
     Raises:
-      ValueError: a size that would cut tokens off, a quantised leaf, a `Base`, or a
-        size that the leaf's mesh axis does not divide.
+      ValueError: the size would remove tokens, a leaf is quantised, `params` is a
+        `Base`, or the leaf's mesh axis does not divide the size.
 
     Example:
       >>> from lorax.models import gpt2
@@ -73,7 +74,7 @@ def resize_embeddings(
     rows = _rows(config.vocabulary, kept, size, multiple_of)
     if isinstance(params, Base):
         raise ValueError(
-            "params is a Base, made by lorax.init; resize the parameters before that"
+            "params is a Base, made by lorax.init; resize the parameters before init"
         )
     family = models.FAMILIES[config.to_hf()["model_type"]]
     axes = table.logical_axes(family.entries(config), config.stacks, config.scan)
@@ -88,26 +89,26 @@ def resize_embeddings(
 
 
 def _rows(vocabulary: int, tokens: int, size: int, multiple_of: int) -> int:
-    """The rows afterwards; ValueError where tokens would be lost."""
+    """The new number of rows; ValueError if tokens would be lost."""
     for name, given in ("size", size), ("tokens", tokens), ("multiple_of", multiple_of):
         if not _checks.is_whole(given) or given < 1:
             raise ValueError(f"{name}={given!r}; give a whole number >= 1")
     if tokens > vocabulary:
-        raise ValueError(f"tokens={tokens}, and the embedding has {vocabulary} rows")
+        raise ValueError(f"tokens={tokens}, but the embedding has {vocabulary} rows")
     if size < tokens:
         raise ValueError(
-            f"size={size} would cut off some of the {tokens} tokens; if rows from "
-            f"{size} on are padding, say so by tokens={size}"
+            f"size={size} would remove some of the {tokens} tokens; if rows from "
+            f"{size} on are padding, pass tokens={size}"
         )
     return -(-size // multiple_of) * multiple_of
 
 
 def _grown(path: str, leaf: Any, axis: int, tokens: int, rows: int) -> jax.Array:
-    """One leaf with so many rows, as it lay."""
+    """One leaf with so many rows, in the same sharding."""
     if tree.is_quantized(leaf):
         raise ValueError(
-            f"{path}: the leaf is quantised, and rows are added to dense ones: load "
-            "the model without quantize=, resize it, and then lorax.quantize"
+            f"{path}: the leaf is quantised, and only dense leaves can be resized: "
+            "load the model without quantize=, resize it, and then call lorax.quantize"
         )
     leaf = jnp.asarray(leaf)
     shape = (*leaf.shape[:axis], rows, *leaf.shape[axis + 1 :])
@@ -115,8 +116,8 @@ def _grown(path: str, leaf: Any, axis: int, tokens: int, rows: int) -> jax.Array
         leaf.sharding.shard_shape(shape)
     except ValueError as error:
         raise ValueError(
-            f"{path}: {rows} rows cannot lie as {leaf.shape[axis]} did, by "
-            f"{leaf.sharding}; round them up by multiple_of="
+            f"{path}: {rows} rows cannot be sharded as {leaf.shape[axis]} were, by "
+            f"{leaf.sharding}; round them up with multiple_of="
         ) from error
     grow = functools.partial(_extended, axis=axis, tokens=tokens, rows=rows)
     return jax.jit(grow, out_shardings=leaf.sharding)(leaf)

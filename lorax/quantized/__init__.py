@@ -1,4 +1,4 @@
-"""Quantised leaves: a frozen kernel in a few bits a weight."""
+"""Quantised leaves: frozen kernels stored in a few bits per weight."""
 
 from lorax.quantized.formats import FORMATS, NF4, Format, Fp8, Int4, Int8, recode
 from lorax.quantized.leaf import NestedScales, Quantized, dequantize, is_quantized

@@ -1,4 +1,4 @@
-"""The tables that codes point into: NF4, MXFP4, and the 8-bit dynamic map.
+"""The tables that codes index: NF4, MXFP4, and the 8-bit dynamic map.
 
 References:
   Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314,
@@ -25,24 +25,24 @@ NF4 = np.array(
     ],
     np.float32,
 )
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # floats of four bits
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the 4-bit floats
 MXFP4 = np.array([*(-value for value in _E2M1[:0:-1]), *_E2M1], np.float32)
 BOOKS = {"nf4": NF4, "mxfp4": MXFP4}
-"""In rising order; MXFP4 has 15, for its two zeros are one."""
+"""In ascending order; MXFP4 has 15 entries, since its two zeros are the same value."""
 
 
 def scaled(book: str, codes: jax.Array, scales: jax.Array) -> jax.Array:
-    """Returns `table[codes] * scales` of 4-bit codes, in the dtype of the scales.
+    """Returns `table[codes] * scales` for 4-bit codes, in the dtype of the scales.
 
-    One select after another between the multiples of a scale: elementwise, a
-    single chain, so that XLA fuses it into what reads the values. A gather is fused on
-    no backend, a tree of selects keeps its leaves, and constants in place of multiples
-    are spread outside of a loop over layers, each to the size of a kernel.
+    A chain of selects picks among the multiples of a scale. It is elementwise, so XLA
+    fuses it into whatever reads the values. No backend fuses a gather; a tree of
+    selects materialises its leaves; and selecting among constants instead of multiples
+    would broadcast each to a kernel's size outside the loop over layers.
 
     Args:
       book: the table's name.
       codes: below 16.
-      scales: broadcasts against them.
+      scales: broadcast against the codes.
     """
     first, *others = (scales * value for value in BOOKS[book])
     values = jnp.broadcast_to(first, codes.shape)
@@ -52,16 +52,17 @@ def scaled(book: str, codes: jax.Array, scales: jax.Array) -> jax.Array:
 
 
 def nearest(book: str, values: jax.Array) -> jax.Array:
-    """Returns the code nearest to each value, uint8; of two as near the lower."""
+    """Returns the code nearest to each value, uint8; ties go to the lower code."""
     return _bucket(BOOKS[book], values).astype(jnp.uint8)
 
 
 @functools.cache
 def dynamic_map() -> np.ndarray:
-    """The 256 values of the signed dynamic type, in rising order, float32.
+    """The 256 values of the signed dynamic type, in ascending order, float32.
 
-    A code has a sign, a decimal exponent of -6 to 0 and as many bits of fraction as are
-    left: 2^e values for the exponent e - 6, in the middle of even steps from .1 to 1.
+    A code has a sign, a decimal exponent from -6 to 0, and the remaining bits as its
+    fraction: 2^e values for exponent e - 6, at the midpoints of equal steps from 0.1
+    to 1.
     """
     values = [0.0, 1.0]
     for exponent in range(7):
@@ -73,7 +74,7 @@ def dynamic_map() -> np.ndarray:
 
 
 def dynamic_values(codes: jax.Array) -> jax.Array:
-    """Returns the values of 8-bit dynamic codes, float32."""
+    """Returns the float32 values of 8-bit dynamic codes."""
     return jnp.asarray(dynamic_map())[codes]
 
 
@@ -83,6 +84,6 @@ def nearest_dynamic(values: jax.Array) -> jax.Array:
 
 
 def _bucket(table: np.ndarray, values: jax.Array) -> jax.Array:
-    """How many midpoints between neighbours of the table are below each value."""
+    """How many midpoints between adjacent table entries lie below each value."""
     middle = (table[1:] + table[:-1]) / np.float32(2)
     return jnp.searchsorted(jnp.asarray(middle), values, side="left")

@@ -1,4 +1,4 @@
-"""The formats, and how a kernel becomes codes: int8, int4, NF4, fp8.
+"""The formats int8, int4, NF4 and fp8, and how they quantise a kernel.
 
     scale = max |w| of the tile / bound,    code = round(w / scale)
 
@@ -39,25 +39,26 @@ class Format(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Int8:
-    """Eight bits, symmetric: codes of -128 to 127, to the nearest even.
+    """Eight bits, symmetric: codes from -128 to 127, rounded to nearest even.
 
     Attributes:
-      group: inputs that share a scale; None for all inputs of an output.
-      activations: True: a dot rounds each token of its input to eight bits by a scale
-        of its own, and multiplies integers (W8A8, "w8a8" by name), for hardware that
-        does so faster. The gradient passes the rounding by, and branches of adapters
-        read the input as it is. Other operations, and uses that contract outputs,
+      group: number of inputs that share a scale; None for all inputs of an output.
+      activations: True: a dot product rounds its input to eight bits with one scale per
+        token, and multiplies integers (W8A8, named "w8a8"), for hardware where that is
+        faster. The gradient bypasses the rounding, and adapter branches read the
+        unrounded input. Other operations, and uses that contract the kernel's outputs,
         decode the kernel.
 
     Raises:
-      ValueError: activations with a group, whose scales differ along what is summed.
+      ValueError: `activations` with a `group`, whose scales differ along the summed
+        axis.
     """
 
     group: int | None = None
     activations: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses what has no product of integers."""
+        """Refuses groups with `activations`: they allow no integer product."""
         if self.activations and self.group is not None:
             raise ValueError(
                 f"Int8(group={self.group}, activations=True): a sum over inputs needs "
@@ -72,20 +73,21 @@ class Int8:
 
 @dataclasses.dataclass(frozen=True)
 class Int4:
-    """Four bits in groups, to the nearest even.
+    """Four bits in groups, rounded to nearest even.
 
     Attributes:
-      group: inputs that share a scale. 64, as NF4's blocks; 128 is as common for larger
-        models, and does not divide the widths of small ones.
-      symmetric: codes of -8 to 7 about zero; else a code of zero for every group, and
-        all sixteen codes between its smallest and largest weight.
+      group: number of inputs that share a scale; None for all inputs of an output. The
+        default is 64, like NF4's blocks; 128 is as common for larger models, but does
+        not divide the widths of small ones.
+      symmetric: True: codes from -8 to 7 around zero. False: each group has a zero
+        point, and its sixteen codes span its smallest to largest weight.
     """
 
     group: int | None = 64
     symmetric: bool = True
 
     def quantize(self, kernel: jax.Array, axes: Axes) -> Quantized:
-        """Returns codes of four bits, and scales in float32."""
+        """Returns 4-bit codes, and scales in float32."""
         form = _linear if self.symmetric else _affine
         return form(kernel, axes, self.group, jnp.dtype(jnp.int4))
 
@@ -95,7 +97,7 @@ class Fp8:
     """Eight-bit floats, e4m3 without infinities, up to 448.
 
     Attributes:
-      group: inputs that share a scale; None for all inputs of an output.
+      group: number of inputs that share a scale; None for all inputs of an output.
     """
 
     group: int | None = None
@@ -110,16 +112,16 @@ class NF4:
     """Four bits for normally distributed weights, as QLoRA stores them.
 
     Attributes:
-      block: inputs that share a scale.
-      double: the scales are quantised to 8 bits themselves: .127 bits a weight in place
-        of .5.
+      block: number of inputs that share a scale.
+      double: whether the scales are themselves quantised to 8 bits, which takes 0.127
+        bits per weight instead of 0.5.
     """
 
     block: int = 64
     double: bool = True
 
     def quantize(self, kernel: jax.Array, axes: Axes) -> Quantized:
-        """Returns the codes and scales of bitsandbytes."""
+        """Returns the same codes and scales as bitsandbytes."""
         values, tile = _laid_out(kernel, axes, self.block)
         absmax = _largest(jnp.abs(values), tile)
         block = block_of(values.shape, absmax.shape, axes)
@@ -143,16 +145,16 @@ FORMATS: dict[str, Format] = {
     "fp8": Fp8(),
     "w8a8": Int8(activations=True),
 }
-"""The formats by the names that rules and configs give them, with their defaults."""
+"""The formats by the names used in rules and configs, with their defaults."""
 
 
 def recode(leaf: Quantized, kernel: jax.Array) -> Quantized:
-    """Returns a leaf with the codes nearest to another kernel; its scales stay.
+    """Returns a leaf with the codes nearest to another kernel, keeping its scales.
 
         code = nearest((w - shift) / scale + zero)
 
-    Whatever the kernel, no entry moves further from it than it was: the old code is
-    among the choices.
+    No entry ends up further from the kernel than it was, whatever the kernel, since the
+    old code is among the choices.
 
     Args:
       leaf: of any format.
@@ -179,15 +181,15 @@ def recode(leaf: Quantized, kernel: jax.Array) -> Quantized:
 
 
 def tiles(inputs: Sequence[int], group: int | None) -> tuple[int, ...]:
-    """Returns how a group of inputs lies in the input axes: its size along each.
+    """Returns the size of a group of inputs along each input axis.
 
     Args:
       inputs: sizes of the input axes.
-      group: inputs that share a scale, along the last axis and then the one before;
-        None for all.
+      group: number of inputs that share a scale, filling the last axis and then the one
+        before it; None for all.
 
     Raises:
-      ValueError: the inputs cannot be cut into such groups.
+      ValueError: the inputs cannot be divided into such groups.
 
     Example:
       >>> tiles((32, 128), 64), tiles((32, 16), 64), tiles((32, 16), None)
@@ -207,40 +209,43 @@ def tiles(inputs: Sequence[int], group: int | None) -> tuple[int, ...]:
         raise ValueError(
             f"groups of {group} inputs do not divide inputs of {tuple(inputs)}; give "
             f"a group that divides {last}, such as {', '.join(fits) or last}, or None "
-            "for one scale an output"
+            "for one scale per output"
         )
     return (1,) * (len(inputs) - len(tile)) + tuple(reversed(tile))
 
 
 def block_of(shape: Sequence[int], counts: Sequence[int], axes: Axes) -> int:
-    """Returns how many inputs of four bits share bytes: 64, or less in a small tile.
+    """Returns the size of the blocks within which 4-bit inputs share bytes.
+
+    It is 64, or less in a small tile.
 
     Args:
       shape: of the codes, before they share bytes.
-      counts: tiles along every axis.
+      counts: number of tiles along every axis.
       axes: of the kernel.
 
     Raises:
-      ValueError: a tile along the last input axis would part a byte.
+      ValueError: a tile along the last input axis would split a byte.
     """
     last = _last(axes)
     size, count = shape[last], counts[last]
     block = math.gcd(size if count == size else size // count, 64)
     if block % 2:
         raise ValueError(
-            f"codes of four bits share bytes in pairs along the inputs, of which there "
-            f"are {size} in {count} groups; use even groups, or eight bits"
+            f"4-bit codes share bytes in pairs along the inputs, but there are {size} "
+            f"inputs in {count} groups; use groups of even size, or eight bits"
         )
     return block
 
 
 def in_pairs(codes: jax.Array, axis: int, block: int) -> jax.Array:
-    """Returns codes of four bits two to a byte, see `Quantized`.
+    """Returns 4-bit codes packed two to a byte, see `Quantized`.
 
     Args:
-      codes: signed ones below 8, or unsigned ones below 16.
+      codes: signed and below 8, or unsigned and below 16.
       axis: the last input axis.
-      block: how many inputs share bytes; 0: the codes stay as they are.
+      block: the size of the blocks within which inputs share bytes; 0 leaves the codes
+        as they are.
     """
     if not block:
         return codes
@@ -255,10 +260,10 @@ def _last(axes: Axes) -> int:
 def _laid_out(
     kernel: jax.Array, axes: Axes, group: int | None
 ) -> tuple[jax.Array, tuple[int, ...]]:
-    """The kernel as `[*batch, *in, *out]` in float32, and the size of a tile of it.
+    """The kernel as `[*batch, *in, *out]` in float32, and the shape of its tiles.
 
     Raises:
-      ValueError: inputs that cannot be cut into such groups.
+      ValueError: the inputs cannot be divided into such groups.
     """
     inputs, outputs, batch = axes.sizes(kernel.shape)
     tile = (1,) * len(batch) + tiles(inputs, group) + (1,) * len(outputs)
@@ -276,11 +281,11 @@ def _largest(values: jax.Array, tile: tuple[int, ...]) -> jax.Array:
 def _linear(
     kernel: jax.Array, axes: Axes, group: int | None, dtype: jnp.dtype
 ) -> Quantized:
-    """Codes that are the numbers themselves, symmetric about zero."""
+    """Codes that are scaled weights themselves, symmetric around zero."""
     values, tile = _laid_out(kernel, axes, group)
     if jnp.issubdtype(dtype, jnp.floating):
         bound = float(jnp.finfo(dtype).max)
-    else:  # the last bucket reaches half a step beyond its code
+    else:  # the last code covers half a step beyond itself
         bound = jnp.iinfo(dtype).max + 0.5
     scales = _nonzero(_largest(jnp.abs(values), tile) / bound)
     codes = _rounded(by_tile(jnp.divide, values, scales), dtype)
@@ -290,7 +295,7 @@ def _linear(
 def _affine(
     kernel: jax.Array, axes: Axes, group: int | None, dtype: jnp.dtype
 ) -> Quantized:
-    """Codes between the smallest and the largest weight, zero among them."""
+    """Codes from the smallest to the largest weight, with zero represented exactly."""
     values, tile = _laid_out(kernel, axes, group)
     low, high = jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
     top = jnp.maximum(_largest(values, tile), 0)
@@ -310,7 +315,7 @@ def _leaf(
     axes: Axes,
     dtype: jnp.dtype,
 ) -> Quantized:
-    """The leaf of these codes, int4 ones two to a byte."""
+    """The leaf with these codes; int4 codes are packed two to a byte."""
     if codes.dtype != jnp.int4:
         return Quantized(codes, scales, zeros, axes=axes, dtype=dtype)
     block = block_of(codes.shape, scales.shape, axes)
@@ -319,7 +324,7 @@ def _leaf(
 
 
 def _rounded(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The nearest codes, ties to even, none beyond the dtype's ends."""
+    """The nearest codes, ties to even, clipped to the dtype's range."""
     if jnp.issubdtype(dtype, jnp.floating):
         ends = jnp.finfo(dtype)
         return jnp.clip(values, float(ends.min), float(ends.max)).astype(dtype)
@@ -328,7 +333,7 @@ def _rounded(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _nonzero(scales: jax.Array) -> jax.Array:
-    """The scales, 1 where a tile holds nothing that a float32 could be divided by."""
+    """The scales, with 1 where a scale is too small to divide by in float32."""
     return jnp.where(scales < jnp.sqrt(jnp.finfo(jnp.float32).tiny), 1.0, scales)
 
 

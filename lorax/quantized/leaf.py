@@ -1,14 +1,14 @@
-"""A quantised leaf: codes in place of a kernel, and what makes numbers of them.
+"""A quantised leaf: codes in place of a kernel, and what turns them into numbers.
 
     W = t[codes] * scales + shifts     or     (codes - zeros) * scales + shifts
 
-All arrays lie as adapters do: stacked axes, inputs, outputs. Scales have the axes of
-the codes, with one entry for every tile: an axis of 4,096 codes beside one of 64 scales
-has tiles of 64, as in qwix's `QArray`. What cuts a stack or spreads it over devices
-does so to each array alike.
+All arrays have their axes in the order of adapters: stacked axes, inputs, outputs.
+Scales have the same axes as the codes, with one entry per tile: 64 scales along an axis
+of 4,096 codes mean tiles of 64, as in qwix's `QArray`. Slicing a stack or sharding it
+treats every array alike.
 
-Only `dequantize` makes a dense array. A program that `lorax.adapt` runs calls it where
-an operation reads the kernel, so that no more than that one is ever dense.
+Only `dequantize` makes a dense array. A program run by `lorax.adapt` calls it where an
+operation reads the kernel, so that only one kernel is dense at a time.
 
 References:
   Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314.
@@ -32,19 +32,19 @@ from lorax.types import Axes
 
 @flax.struct.dataclass
 class NestedScales:
-    """Scales that are quantised themselves: the double quantisation of QLoRA.
+    """Scales that are themselves quantised: the double quantisation of QLoRA.
 
         scales = t8[codes] * absmax of the block + offset
 
-    Blocks run over the scales of one kernel in the order of its transpose, as
-    bitsandbytes has them: the inputs of an output together.
+    Blocks run over the scales of one kernel in the order of its transpose, as in
+    bitsandbytes: all inputs of an output, then the next output.
 
     Attributes:
-      codes: uint8 `[*batch, *in, *out]`, shaped as the scales.
+      codes: uint8 `[*batch, *in, *out]`, with the shape of the scales.
       absmax: `[*batch, blocks]` float32.
       offset: `[*batch]` float32, the mean of the scales.
-      inputs: how many axes of `codes` are inputs.
-      block: scales in a block.
+      inputs: how many axes of `codes` are input axes.
+      block: number of scales in a block.
     """
 
     codes: jax.Array
@@ -55,7 +55,7 @@ class NestedScales:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the scales."""
+        """The shape of the scales."""
         return tuple(self.codes.shape)
 
     def dense(self) -> jax.Array:
@@ -72,24 +72,26 @@ class NestedScales:
 
 @flax.struct.dataclass
 class Quantized:
-    """A frozen leaf that is stored in a few bits a weight.
+    """A frozen leaf stored in a few bits per weight.
 
     Attributes:
-      codes: `[*batch, *in, *out]`, int8, uint8 or an 8-bit float. Codes of four bits
-        are uint8, two to a byte, and the last input axis is half as long: of every
-        `block` inputs the first half lies in the upper bits, the second in the lower.
-        (XLA has 4-bit types, and on a CPU widens whole stacks of them; with neighbours
-        in a byte a TPU would have to interleave rows.)
-      scales: one for every tile: as many axes as `codes`, each as long or a divisor.
+      codes: `[*batch, *in, *out]`, int8, uint8 or an 8-bit float. 4-bit codes are
+        packed two to a byte in uint8, and the last input axis is half as long: of every
+        `block` inputs the first half is in the upper bits, the second in the lower.
+        (XLA has 4-bit types, but on a CPU it widens whole stacks of them; and if a byte
+        held neighbours, a TPU would have to interleave rows.)
+      scales: one per tile: the same number of axes as `codes`, where the size of each
+        divides that of the codes.
       zeros: the code of zero for every tile, or None for 0.
-      shifts: added after scaling, for every tile, or None for 0.
+      shifts: added after scaling, one per tile, or None for 0.
       axes: which axes of the kernel are inputs, outputs and stacked.
-      block: of codes of four bits, so many inputs share bytes; 0 for eight bits.
-      codebook: the name of the table that codes point into, or None where a code is the
-        number itself, of four bits a signed one.
-      dtype: of the kernel that stands for these codes.
-      activations: True: `adapt` rounds what is multiplied by the codes to eight bits as
-        well, see `Int8`.
+      block: for 4-bit codes, the size of the blocks within which inputs share bytes; 0
+        for eight bits.
+      codebook: the name of the table that the codes index, or None if a code is the
+        number itself (signed, for four bits).
+      dtype: the dtype of the dense kernel.
+      activations: True: `adapt` also rounds what is multiplied by the codes to eight
+        bits, see `Int8`.
     """
 
     codes: jax.Array
@@ -108,7 +110,7 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the kernel."""
+        """The shape of the kernel."""
         stored = list(self.codes.shape)
         stored[self.pair_axis] *= 2 if self.block else 1
         return tuple(stored[i] for i in inverse(self.axes.order))
@@ -125,16 +127,16 @@ class Quantized:
 
     @property
     def size(self) -> int:
-        """Weights, not bytes."""
+        """The number of weights, not bytes."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
+        """The total bytes of all arrays."""
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
 
     def unnested(self) -> Quantized:
-        """Returns the same with plain scales, whose blocks a cut may part."""
+        """Returns the leaf with plain scales, so that it can be cut anywhere."""
         if not isinstance(self.scales, NestedScales):
             return self
         return dataclasses.replace(self, scales=self.scales.dense())
@@ -142,16 +144,17 @@ class Quantized:
     def specs(
         self, dims: Sequence[Any], parts: Callable[[Any], int] = lambda dim: 1
     ) -> Quantized:
-        """Returns the specs of the arrays where `dims` cut the axes of the kernel.
+        """Returns the specs of the arrays, given how the kernel is sharded.
 
         Args:
           dims: an entry of a PartitionSpec for every axis of the kernel.
-          parts: into how many parts an entry cuts; an axis of fewer tiles is whole.
+          parts: the number of parts an entry makes; an axis that it does not divide is
+            not sharded.
         """
         stored = [dims[axis] for axis in self.axes.order]
 
         def spec(array: jax.Array) -> PartitionSpec:
-            own = stored  # of nested scales the stacked axes alone
+            own = stored  # for nested scales, only the stacked axes
             if len(array.shape) < len(stored):
                 own = [*stored[: len(self.axes.batch)], None][: len(array.shape)]
             both = zip(own, array.shape, strict=True)
@@ -185,7 +188,7 @@ def outputs_first(ndim: int, batch: int, inputs: int) -> tuple[int, ...]:
 
 
 def packed(codes: jax.Array, axis: int, block: int) -> jax.Array:
-    """Returns uint8 codes below 16 in pairs: those half a block apart along an axis."""
+    """Returns uint8 codes below 16, packing those half a block apart along an axis."""
     before, after = codes.shape[:axis], codes.shape[axis + 1 :]
     halves = codes.reshape(*before, -1, 2, block // 2, *after)
     first, second = (jax.lax.index_in_dim(halves, i, axis + 1, False) for i in (0, 1))
@@ -199,10 +202,10 @@ def is_quantized(leaf: Any) -> bool:
 
 @jax.custom_jvp
 def guarded(leaf: Quantized) -> Quantized:
-    """Returns the leaf, of which no derivative may be taken.
+    """Returns the leaf, guarded against differentiation.
 
     Raises:
-      TypeError: one is.
+      TypeError: a derivative is taken with respect to the leaf.
     """
     return leaf
 
@@ -212,9 +215,9 @@ def _no_derivative(primals: tuple[Quantized], tangents: tuple[Any]) -> Any:
     del tangents
     (leaf,) = primals
     raise TypeError(
-        f"a derivative of a quantised leaf of shape {list(leaf.shape)} was asked for, "
-        "and a quantised base does not train: differentiate with respect to the "
-        "adapters alone, the first argument of lorax.adapt(fn)"
+        "cannot differentiate with respect to a quantised leaf of shape "
+        f"{list(leaf.shape)}: a quantised base does not train. Differentiate with "
+        "respect to the adapters alone, the first argument of lorax.adapt(fn)"
     )
 
 
@@ -222,10 +225,10 @@ def dequantize(leaf: Quantized) -> jax.Array:
     """Returns the dense kernel: decoded in float32, rounded once to `leaf.dtype`.
 
     Args:
-      leaf: the whole of it, or what is left after cutting every array of it alike.
+      leaf: a whole leaf, or a part made by slicing all of its arrays alike.
 
     Raises:
-      TypeError: a derivative with respect to the leaf.
+      TypeError: a derivative is taken with respect to the leaf.
     """
     leaf = guarded(leaf)
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
@@ -236,7 +239,7 @@ def dequantize(leaf: Quantized) -> jax.Array:
     if leaf.codebook is not None:
         values = codebooks.scaled(leaf.codebook, codes, scales)
     else:
-        # four bits are in two's complement
+        # 4-bit codes are in two's complement
         values = (codes ^ 8).astype(wide) - 8 if leaf.block else codes.astype(wide)
         if leaf.zeros is not None:
             values = values - grid.tiles(leaf.zeros).astype(wide)
@@ -248,16 +251,16 @@ def dequantize(leaf: Quantized) -> jax.Array:
 
 
 class Grid(NamedTuple):
-    """An array cut into tiles: shapes in which tiles and pairs have axes of their own.
+    """An array split into tiles: shapes in which tiles and pairs have their own axes.
 
-    Every operation of decoding is elementwise in them, so that XLA makes one loop of
-    all; between other shapes it keeps an array of the kernel's size.
+    In these shapes every decoding operation is elementwise, so XLA fuses them into one
+    loop; with other shapes it would materialise an array of the kernel's size.
 
     Attributes:
       shape: of the kernel as it is stored.
-      split: of the codes, those in pairs still together.
-      spread: of what there is one of for each tile.
-      pair: which axis of the split numbers the two of a pair; None: no pairs.
+      split: of the codes, with pairs still packed.
+      spread: of arrays with one entry per tile.
+      pair: the axis of `split` that indexes the two codes of a pair; None: no pairs.
     """
 
     shape: tuple[int, ...]
@@ -277,9 +280,9 @@ class Grid(NamedTuple):
 
         Args:
           stored: shape of its codes.
-          counts: tiles along every axis.
+          counts: number of tiles along every axis.
           paired: the axis along which codes share bytes.
-          block: how many do, see `Quantized`; 0 for none.
+          block: as in `Quantized`; 0 if codes do not share bytes.
         """
         shape: list[int] = []
         split: list[int] = []
@@ -289,7 +292,7 @@ class Grid(NamedTuple):
             full = 2 * size if block and axis == paired else size
             shape.append(full)
             if block and axis == paired:
-                own = count == full  # a scale for each of the block
+                own = count == full  # every input has its own scale
                 tiles = 1 if own else count
                 pair = len(split) + 2
                 split += [tiles, full // tiles // block, 1, block // 2]
@@ -303,7 +306,7 @@ class Grid(NamedTuple):
         return cls(tuple(shape), tuple(split), tuple(spread), pair)
 
     def codes(self, array: jax.Array) -> jax.Array:
-        """Returns the codes by tiles, the first half of a block from the upper bits."""
+        """Returns the codes by tile, unpacked: upper bits are a block's first half."""
         array = array.reshape(self.split)
         if self.pair is None:
             return array
@@ -312,11 +315,11 @@ class Grid(NamedTuple):
         return (array >> shifts) & 15
 
     def tiles(self, array: jax.Array) -> jax.Array:
-        """Returns what there is one of for each tile."""
+        """Returns an array with one entry per tile, reshaped to broadcast."""
         return array.reshape(self.spread)
 
 
 def by_tile(operation: Any, values: jax.Array, tiles: jax.Array) -> jax.Array:
-    """Returns `operation(values, tiles)`, an entry of `tiles` with its whole tile."""
+    """Returns `operation(values, tiles)`, applying each entry to its whole tile."""
     grid = Grid.of(values.shape, tiles.shape)
     return operation(grid.codes(values), grid.tiles(tiles)).reshape(values.shape)

@@ -1,4 +1,4 @@
-"""Work on a stack of quantised kernels of which one at a time is dense."""
+"""Operations on a stack of quantised kernels, only one of which is dense at a time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lorax.quantized.leaf import Quantized
 
 
 def map_kernels(run: Callable[..., Any], leaf: Quantized, *arrays: Any) -> Any:
-    """Returns `run(kernel, axes, *arrays)` of every kernel of a stack, stacked.
+    """Returns `run(kernel, axes, *arrays)` for every kernel of a stack, stacked.
 
-    The kernels are decoded one after the other, in the backward pass once more.
+    The kernels are decoded one at a time, and again in the backward pass.
 
     Args:
-      run: given one dense kernel, its axes (none of them stacked) and what `arrays`
-        have for it.
-      leaf: of any number of stacked axes; without one `run` is called once.
+      run: takes one dense kernel, its axes (none of them stacked) and that kernel's
+        part of `arrays`.
+      leaf: with any number of stacked axes; with none, `run` is called once.
       *arrays: trees of arrays whose leading axes are the stacked ones.
     """
 
@@ -39,5 +39,5 @@ def map_kernels(run: Callable[..., Any], leaf: Quantized, *arrays: Any) -> Any:
 
 
 def chosen(leaf: Quantized, layers: Sequence[int]) -> Quantized:
-    """Returns some kernels along the first stacked axis."""
+    """Returns the kernels at `layers` of the first stacked axis."""
     return jax.tree.map(lambda array: array[jnp.asarray(layers)], leaf)

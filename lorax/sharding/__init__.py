@@ -1,4 +1,4 @@
-"""Where everything lies on a mesh of devices: parameters, adapters, optimiser, batch.
+"""Placement on a mesh of devices: parameters, adapters, optimiser state and batch.
 
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=4)
     placed = sharding.place(abstract, mesh, logical)  # {path: PartitionSpec}
@@ -9,9 +9,9 @@
     with jax.set_mesh(mesh):
         compiled = step.lower(state, params, batch).compile()
 
-Computation follows data. The one thing that a model says itself is that activations
-are cut along their batch (`lorax.models.layers.along_batch`), and it knows the mesh by
-`jax.set_mesh`; give the step `out_shardings` and its state stays where it lies.
+Computation follows data. The only constraint that a model states itself is that
+activations are sharded along their batch (`lorax.models.layers.along_batch`); it gets
+the mesh from `jax.set_mesh`. Give the step `out_shardings` to keep its state in place.
 """
 
 from lorax.sharding.mesh import (

@@ -1,4 +1,4 @@
-"""The axes that parameters carry themselves: boxes of linen, variables of nnx."""
+"""Axis names attached to the parameters: linen's boxes and nnx's variables."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lorax.types import PyTree
 
 
 class Named(NamedTuple):
-    """What a box says of its leaf.
+    """The axis names that a box gives its leaf.
 
     Attributes:
       names: one for each dimension.
-      logical: they go through a table; else they are mesh axes.
+      logical: True if a table maps the names to mesh axes; False if they are mesh axes.
     """
 
     names: tuple[Any, ...]
@@ -26,10 +26,10 @@ class Named(NamedTuple):
 
 
 def names_of(params: PyTree) -> dict[str, Named]:
-    """Returns by path the names in `nn.Partitioned` and `nn.LogicallyPartitioned`.
+    """Returns the names in `nn.Partitioned` and `nn.LogicallyPartitioned`, by path.
 
-    The metadata `out_sharding` of an `nnx.Variable` (`nnx.with_partitioning`) counts as
-    mesh axes.
+    The metadata `out_sharding` of an `nnx.Variable` (`nnx.with_partitioning`) is read
+    as mesh axes.
 
     Example:
       >>> import jax.numpy as jnp

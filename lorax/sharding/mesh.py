@@ -1,4 +1,4 @@
-"""The mesh: devices in three axes, data, fsdp and tensor; and expert, and context."""
+"""The mesh of devices: axes data, fsdp and tensor; optionally expert and context."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
-"""Copies of the model; slices of leaves, gathered where used; experts; stretches of
-rows; slices of products."""
+"""Across each, in turn: copies of the model; shards of leaves, gathered where used;
+experts; spans of each row's tokens; shards of products."""
 
 ROWS = ("data", "fsdp", "expert")
-"""Those that cut a batch into rows."""
+"""The axes that split a batch into rows."""
 
 OPTIONAL = ("expert", "context")
-"""Those that a mesh lacks where their size is 1."""
+"""The axes that a mesh does not have if their size is 1."""
 
 
 def make_mesh(
@@ -33,25 +33,29 @@ def make_mesh(
 ) -> Mesh:
     """Returns a mesh of Auto axes over all the devices.
 
+    One size may be -1, which stands for all the remaining devices.
+
     Args:
-      data: groups of devices that each hold the whole model and a part of the batch.
-      fsdp: devices that share each leaf, and split the batch further; it is gathered
-        layer by layer.
-      tensor: devices that split products: heads, the MLP's width, the vocabulary.
-      context: devices that split each row of the batch along its tokens, and share
-        leaves as those of fsdp do. The keys and values of attention go round among
-        them, `lorax.attention.ring`.
-      expert: devices that each hold some of a layer's experts, and split the batch and
-        share other leaves as those of fsdp do. Tokens go round among them,
+      data: number of device groups that each hold the whole model and a part of the
+        batch.
+      fsdp: number of devices that share each leaf, which is gathered layer by layer,
+        and split the batch further.
+      tensor: number of devices that split products: heads, the MLP's width, the
+        vocabulary.
+      context: number of devices that split each row of the batch along its tokens, and
+        share leaves as fsdp does. They pass attention's keys and values around a ring,
+        see `lorax.attention.ring`.
+      expert: number of devices that each hold some of a layer's experts, and split the
+        batch and share other leaves as fsdp does. They exchange tokens, see
         `lorax.models.experts`.
       devices: None for all of `jax.devices()`; or those of a topology to compile for.
 
     Returns:
-      A mesh of the axes AXES, of which those of OPTIONAL are left out where they are 1.
-      One size may be -1: what the others leave.
+      A mesh with the axes AXES, without those of OPTIONAL whose size is 1.
 
     Raises:
-      ValueError: sizes that are none, or do not multiply to the number of devices.
+      ValueError: a size is invalid, or the sizes do not multiply to the number of
+        devices.
 
     Example:
       >>> dict(make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices()[:1]).shape)
@@ -66,7 +70,7 @@ def make_mesh(
         grid = mesh_utils.create_device_mesh(
             shape, found, allow_split_physical_axes=True
         )
-    except RuntimeError:  # no assignment along the torus: in the order given
+    except RuntimeError:  # no assignment fits the torus: keep the order given
         grid = np.array(found).reshape(shape)
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
@@ -77,38 +81,38 @@ def _sizes(given: tuple[int, ...], devices: int) -> tuple[int, ...]:
     if any(type(n) is not int or (n < 1 and n != -1) for n in given):
         raise ValueError(f"mesh {said}: sizes are whole numbers >= 1, or -1 once")
     if given.count(-1) > 1:
-        raise ValueError(f"mesh {said}: only one size can be -1, the rest")
+        raise ValueError(f"mesh {said}: only one size can be -1 (all the rest)")
     known = math.prod(n for n in given if n != -1)
     if devices % known or (-1 not in given and known != devices):
         raise ValueError(
-            f"mesh {said}: {known} devices do not make up the {devices} there are; "
-            "set one size to -1, or sizes that multiply to the number of devices"
+            f"mesh {said}: sizes for {known} devices do not fit the {devices} there "
+            "are; set one size to -1, or give sizes that multiply to that number"
         )
     return tuple(devices // known if n == -1 else n for n in given)
 
 
 def row_parts(sizes: Mapping[str, int]) -> int:
-    """Returns into how many parts a mesh of these axes cuts a batch."""
+    """Returns the number of parts into which a mesh with these axes splits a batch."""
     return math.prod(sizes.get(axis, 1) for axis in ROWS)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch's leading axis: over data, fsdp and expert.
+    """Returns the sharding of a batch's leading axis over data, fsdp and expert.
 
-    Devices along tensor and context see the same examples: a model cuts their tokens
-    itself, once it has embedded them. Every leaf of a batch has that axis.
+    Devices along tensor and context see the same examples; a model splits their tokens
+    itself, once it has embedded them. Every leaf of a batch must have the leading axis.
     """
     axes = tuple(axis for axis in ROWS if axis in mesh.axis_names)
     return NamedSharding(mesh, PartitionSpec(axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole."""
+    """Returns the sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def fetch(array: Any) -> np.ndarray:
-    """Returns a global array as a whole, to every process."""
+    """Returns the whole of a global array, on every process."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         return np.asarray(array)
     if array.is_fully_replicated:

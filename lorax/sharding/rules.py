@@ -1,9 +1,9 @@
 """From rules to the PartitionSpec of every parameter.
 
-Three kinds of rules, read in this order: `(regex, PartitionSpec)`, where the expression
-must match the whole path and the first that does wins; the logical axes of a model
-family (`lorax.models.table.logical_axes`), each of which goes to mesh axes by a table;
-and the axes that a parameter itself carries (`lorax.sharding.boxes`).
+Three kinds of rules, tried in this order: `(regex, PartitionSpec)`, where the regex
+must match the whole path and the first match wins; the logical axes of a model family
+(`lorax.models.table.logical_axes`), which a table maps to mesh axes; and the axis names
+attached to the parameter itself (`lorax.sharding.boxes`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorax.sharding import mesh as meshes
 from lorax.types import Base, PyTree
 
 LOGICAL: dict[str, str | tuple[str, ...] | None] = {
-    "layers": None,  # scanned: a slice of it is one layer
+    "layers": None,  # scanned: each slice is one layer
     "embed": ("fsdp", "expert", "context"),
     "experts": "expert",
     "mlp": "tensor",
@@ -32,9 +32,9 @@ LOGICAL: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,  # rotary positions mix it
     "vocab": "tensor",
 }
-"""Mesh axes of every logical axis of the model families.
+"""The mesh axes for each logical axis of the model families.
 
-"expert" and "context" are left out where the mesh has no such axes.
+"expert" and "context" are ignored if the mesh has no such axes.
 """
 
 
@@ -42,10 +42,10 @@ class Row(NamedTuple):
     """How one leaf is placed.
 
     Attributes:
-      path: of the leaf.
-      shape: of the leaf.
-      spec: one entry for each of its dimensions.
-      rule: the regular expression, or the logical axes, that gave it.
+      path: the leaf's path.
+      shape: the leaf's shape.
+      spec: one entry for each dimension.
+      rule: the regular expression, or the logical axes, that determined the spec.
     """
 
     path: str
@@ -56,10 +56,10 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """The placement of a parameter tree; printed, a table of what matched.
+    """The placement of a parameter tree; it prints as a table of what matched.
 
     Attributes:
-      mesh: of the devices.
+      mesh: the mesh of devices.
       rows: one for each leaf, in tree order.
     """
 
@@ -72,15 +72,15 @@ class Placed:
         return {row.path: row.spec for row in self.rows}
 
     def tree(self, params: PyTree) -> PyTree:
-        """Returns a tree like `params` (arrays or shapes) of their shardings.
+        """Returns a tree like `params` (arrays or shapes), with shardings as leaves.
 
         Raises:
-          ValueError: a `Base`, whose frozen arrays lie as the adapters say.
+          ValueError: `params` is a `Base`, whose frozen arrays the adapters place.
         """
         if isinstance(params, Base):
             raise ValueError(
-                "params is a Base, and where its frozen arrays lie depends on the "
-                "adapters that have them: use sharding.base_shardings(params, "
+                "params is a Base, and the placement of its frozen arrays depends on "
+                "the adapters that use them: use sharding.base_shardings(params, "
                 "adapters, placed), or place params.params alone"
             )
         leaves = tree.flatten(params)
@@ -94,7 +94,7 @@ class Placed:
         return tree.replace(params, shardings)
 
     def abstract(self, params: PyTree) -> PyTree:
-        """Returns `params` as ShapeDtypeStructs that say where they will lie."""
+        """Returns `params` as ShapeDtypeStructs with their shardings."""
         return jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=where
@@ -115,13 +115,13 @@ class Placed:
 
 
 def of_arrays(leaf: Quantized, where: jax.sharding.Sharding) -> Any:
-    """Returns the shardings of a quantised leaf's arrays, which lie as its kernel does.
+    """Returns the shardings of a quantised leaf's arrays, which follow its kernel.
 
-    An axis with fewer tiles than its mesh axes have devices is whole.
+    An axis whose tiles do not divide evenly over its mesh axes is not sharded.
 
     Args:
-      leaf: its arrays, or their shapes.
-      where: of the kernel.
+      leaf: a quantised leaf of arrays, or of their shapes.
+      where: the kernel's sharding.
     """
     if not isinstance(where, NamedSharding):
         return jax.tree.map(lambda _: where, leaf)
@@ -140,24 +140,26 @@ def place(
 ) -> Placed:
     """Chooses a PartitionSpec for every leaf.
 
-    Where two logical axes of a leaf go to one mesh axis, the first has it.
+    If two logical axes of a leaf map to the same mesh axis, the first one gets it.
 
     Args:
       params: arrays, or their shapes, boxed (`nn.Partitioned`) or not.
-      mesh: see `make_mesh`; of Explicit axes too, for a model that is written for them.
-      logical: `{path: logical axes}`, `lorax.models.table.logical_axes(...)`.
-      rules: `(regex, spec)`, full match on paths, first match wins; before `logical`.
-      table: mesh axes of each logical axis. An axis that the mesh lacks is an error.
-      may_replicate: logical axes left whole where the mesh axis does not divide them,
-        such as "kv_heads" where there are fewer of them than tensor devices; else that
-        is an error.
+      mesh: see `make_mesh`; Explicit axes work too, if the model is written for them.
+      logical: `{path: logical axes}`, from `lorax.models.table.logical_axes(...)`.
+      rules: `(regex, spec)`; a regex must match the whole path, the first match wins,
+        and rules take precedence over `logical`.
+      table: the mesh axes for each logical axis. An axis that the mesh lacks is an
+        error.
+      may_replicate: logical axes to leave whole if the mesh axis does not divide them,
+        such as "kv_heads" if there are fewer of them than tensor devices; for other
+        axes that is an error.
 
     Returns:
-      The placement, which prints what matched.
+      The placement; print it to see what matched.
 
     Raises:
-      ValueError: a leaf without a rule, a rule without a leaf, a spec that does not fit
-        its leaf, an axis that the mesh does not divide.
+      ValueError: a leaf matches no rule, a rule matches no leaf, a spec does not fit
+        its leaf, or the mesh does not divide an axis.
 
     Example:
       >>> from lorax.sharding import make_mesh
@@ -195,7 +197,7 @@ def place(
         else:
             raise ValueError(
                 f"{path}: no sharding rule matches; end the rules with "
-                "('.*', PartitionSpec()) to keep the rest whole"
+                "('.*', PartitionSpec()) to replicate the rest"
             )
         rows.append(Row(path, shape, PartitionSpec(*entries), by))
     return Placed(mesh, tuple(rows))
@@ -221,7 +223,7 @@ def _by_name(
     may_replicate: Sequence[str],
 ) -> list[Any]:
     if len(names) != len(shape):
-        raise ValueError(f"{path}: logical axes {names} for the shape {shape}")
+        raise ValueError(f"{path}: logical axes {names} do not fit the shape {shape}")
     entries: list[Any] = []
     taken: set[str] = set()
     for dim, name in enumerate(names):
@@ -249,7 +251,7 @@ def as_axes(entry: Any) -> tuple[str, ...]:
 
 
 def axes_size(path: str, entry: Any, mesh: Mesh | AbstractMesh) -> int:
-    """Returns into how many parts an entry of a spec cuts a dimension."""
+    """Returns the number of parts into which an entry of a spec splits a dimension."""
     for axis in as_axes(entry):
         if axis not in mesh.shape:
             raise ValueError(
@@ -266,18 +268,18 @@ def require_divides(
     mesh: Mesh,
     name: str | None = None,
 ) -> None:
-    """Raises ValueError unless an entry of a spec divides its dimension."""
+    """Raises ValueError unless the devices of a spec's entry divide its dimension."""
     parts = axes_size(path, entry, mesh)
     if shape[dim] % parts:
         said = f"axis {dim}" + (f" ({name})" if name else "")
         raise ValueError(
             f"{path}: {said} of the shape {shape} has size {shape[dim]}, which the "
             f"{parts} devices of {' x '.join(as_axes(entry))} do not divide; use "
-            "another mesh, or leave it whole"
+            "another mesh, or replicate it"
             + (f" with may_replicate=({name!r},)" if name else " in the rule")
         )
 
 
 def _say(spec: PartitionSpec) -> str:
-    """A spec, shortly: `(fsdp, -, data+tensor)`."""
+    """A spec in short form: `(fsdp, -, data+tensor)`."""
     return "(" + ", ".join("+".join(as_axes(entry)) or "-" for entry in spec) + ")"

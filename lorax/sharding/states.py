@@ -1,16 +1,18 @@
-"""Where adapters and the optimiser's state lie, given where the kernels do.
+"""The placement of adapters and of the optimiser's state, given that of the kernels.
 
     kernel     [batch, in, out]   (B, I, O)
     a, p       [batch, in, rank]  (B, I, -)        b, q  [batch, rank, out]  (B, -, O)
     magnitude  [batch, out]       (B, O)           lam   [batch, rank]       (B, -)
     value      the leaf's own
 
-Frozen arrays of one adapter lie likewise, those that several share are whole.
+A frozen array used by one adapter is placed in the same way; one that several adapters
+share is replicated.
 
-A factor so meets its activation cut as the kernel meets it, and the branch needs no
-collective that the kernel's own product does not need. But axes of the mesh that a
-factor does not have then hold copies of it and of its moments: cut along "all" axes
-there are none, and a factor is gathered where it is used. The rank is never cut.
+So a factor meets its activation sharded as the kernel does, and the branch needs no
+collectives beyond those of the kernel's own product. But along the mesh axes that a
+factor's spec leaves out, devices hold copies of it and of its moments. Sharding along
+"all" axes avoids copies, but gathers a factor where it is used. The rank is never
+sharded.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ from lorax.types import Adapters, Axes, Base, PyTree
 
 Cut = Literal["auto", "kernels", "all", "whole"]
 CUTS: tuple[Cut, ...] = get_args(Cut)
-"""How adapters and what follows them lie; see `state_shardings`."""
+"""How to place adapters and the arrays that follow them; see `state_shardings`."""
 WORTH = 2**29
-"""Bytes of a device from which "auto" cuts along all axes: each factor is then gathered
-for each pass, which XLA expects to cost 8B a tenth of its cycles."""
+"""Bytes saved per device from which "auto" means "all": each factor is then gathered in
+each pass, which by XLA's estimate costs an 8B model a tenth of its cycles."""
 
 
 def adapter_specs(
@@ -44,13 +46,13 @@ def adapter_specs(
     """Returns adapters with a PartitionSpec in place of every array.
 
     Args:
-      adapters: `{path: Adapter}`, of arrays or their shapes. Axes in front of what one
-        adapter has, as a population's members, are not cut.
-      specs: of the kernels, by path: `Placed.specs`.
+      adapters: `{path: Adapter}`, of arrays or their shapes. Extra leading axes, such
+        as a population's members, are not sharded.
+      specs: the kernels' specs by path: `Placed.specs`.
       replicate: True: every device holds the adapters whole.
 
     Raises:
-      KeyError: an adapter whose kernel has no spec.
+      KeyError: an adapter's kernel has no spec.
 
     Example:
       >>> from lorax.adapters import Lora
@@ -75,19 +77,19 @@ def adapter_specs(
 
 
 def base_shardings(params: PyTree, adapters: Adapters, placed: rules.Placed) -> PyTree:
-    """Returns a tree like what `lorax.init` returned as params, of shardings.
+    """Returns the shardings of the params that `lorax.init` returned, in a like tree.
 
-    A frozen array of one adapter lies as its kernel does, by the words of its `Field`;
-    one that several adapters share is held whole by every device.
+    A frozen array used by one adapter follows its kernel, axis by axis as its `Field`
+    says; one that several adapters share is replicated.
 
     Args:
       params: a `Base`, or plain parameters, for which it is `placed.tree(params)`.
-      adapters: those that have the frozen arrays.
+      adapters: those that use the frozen arrays.
       placed: the placement of the parameters.
 
     Raises:
-      KeyError: an adapter whose kernel has no spec, or a frozen array that params lack.
-      ValueError: an axis of a frozen array that the mesh does not divide.
+      KeyError: an adapter's kernel has no spec, or params lack a frozen array.
+      ValueError: the mesh does not divide an axis of a frozen array.
     """
     plain, frozen = tree.split(params)
     users: dict[str, list[tuple[str, str]]] = {}
@@ -117,15 +119,16 @@ def base_shardings(params: PyTree, adapters: Adapters, placed: rules.Placed) -> 
 def _of_field(
     adapter: Any, field: str, ndim: int, kernel: PartitionSpec
 ) -> PartitionSpec:
-    """The spec of an array; axes in front of those of its field are not cut."""
+    """The spec of an array; extra leading axes are not sharded."""
     spec = _spec(adapter, adapter.fields[field].words, kernel)
     return PartitionSpec(*[None] * (ndim - len(spec)), *spec)
 
 
 def _spec(adapter: Any, words: Sequence[str], kernel: PartitionSpec) -> PartitionSpec:
-    """The spec of an array with axes of these words: what is not the kernel's is whole.
+    """The spec of an array whose axes are these words.
 
-    So is the stack where only some of its layers have factors.
+    Axes that are not the kernel's are not sharded, nor is the stack if only some of its
+    layers have factors.
     """
     if words == ("leaf",):
         return kernel
@@ -139,16 +142,16 @@ def _spec(adapter: Any, words: Sequence[str], kernel: PartitionSpec) -> Partitio
 
 
 def spread_specs(adapters: Adapters, specs: Adapters, mesh: Mesh) -> Adapters:
-    """Returns specs that are cut along the mesh axes that they leave out, too.
+    """Returns specs extended to use the mesh axes that they leave out.
 
-    Of each array the longest of the kernel's inputs and outputs takes the next axis, if
-    that divides it; ranks and stacks are never cut further. Explicit axes are left out:
-    there a product names its own sharding, and gathers nothing by itself.
+    Each unused mesh axis goes to the longest input or output axis of the array that it
+    divides; ranks and stacks are never sharded further. Explicit mesh axes are skipped:
+    there a product states its own sharding, and gathers nothing by itself.
 
     Args:
       adapters: of arrays or their shapes.
-      specs: of `adapter_specs`.
-      mesh: of the devices.
+      specs: from `adapter_specs`.
+      mesh: the mesh of devices.
 
     Example:
       >>> from lorax.adapters import Lora
@@ -172,7 +175,7 @@ def spread_specs(adapters: Adapters, specs: Adapters, mesh: Mesh) -> Adapters:
 
 
 def _linear_axes(adapter: Any, field: str) -> list[int]:
-    """The axes of an array that are the kernel's inputs or outputs."""
+    """The axes of an array that are input or output axes of the kernel."""
     words = adapter.fields[field].words
     if words == ("leaf",):
         return []
@@ -189,7 +192,7 @@ def _linear_axes(adapter: Any, field: str) -> list[int]:
 def _spread(
     shape: tuple[int, ...], spec: PartitionSpec, dims: Sequence[int], mesh: Mesh
 ) -> PartitionSpec:
-    """The spec of an array, cut further along `dims` by every axis that it lacks."""
+    """The spec of an array, with every unused mesh axis spread over `dims`."""
     entries = [rules.as_axes(e) for e in (*spec, *[None] * (len(shape) - len(spec)))]
     taken = {axis for entry in entries for axis in entry}
 
@@ -210,26 +213,27 @@ def _spread(
 def state_shardings(state: Any, placed: rules.Placed, cut: Cut = "auto") -> Any:
     """Returns a tree like the state of `lorax.training`, of shardings.
 
-    What the optimiser keeps under the path of an adapter lies as the adapter's array of
-    that name and shape does (moments, accumulated gradients, sensitivities); or, by its
-    shape, as the flattened kernel `[n, in, out]`, its inputs or its outputs do. What
-    fits none of them, or several that lie differently, counters, keys and the model's
-    own state are held whole by every device.
+    An array that the optimiser keeps under an adapter's path (moments, accumulated
+    gradients, sensitivities) is sharded like the adapter's array of that name and
+    shape; failing that, by its shape, like the flattened kernel `[n, in, out]`, its
+    inputs or its outputs. Arrays that match none of these, or several with different
+    shardings, are replicated, as are counters, keys and the model's own state.
 
     Args:
       state: a TrainState, of arrays or their shapes.
       placed: the placement of the parameters.
-      cut: "kernels": adapters, and what follows them, lie as their kernels do; "all":
-        they are cut along the other axes of the mesh, too; "whole": every device holds
-        them; "auto": "all" where that takes WORTH bytes off a device, else "kernels".
+      cut: "kernels": adapters, and the arrays that follow them, are sharded like their
+        kernels; "all": they are sharded along the other mesh axes too; "whole": they
+        are replicated; "auto": "all" if that saves WORTH bytes per device, else
+        "kernels".
 
     Returns:
-      For `jax.device_put(state, ...)`; among several processes, which cannot put a key
-      there, for `jax.jit(lambda state: state, out_shardings=...)(state)`.
+      Shardings for `jax.device_put(state, ...)`; with several processes, which cannot
+      put keys that way, for `jax.jit(lambda state: state, out_shardings=...)(state)`.
 
     Raises:
-      KeyError: an adapter whose kernel has no spec.
-      ValueError: an axis of a factor that the mesh does not divide; another cut.
+      KeyError: an adapter's kernel has no spec.
+      ValueError: the mesh does not divide an axis of a factor, or `cut` is unknown.
     """
     if cut not in CUTS:
         raise ValueError(f"cut={cut!r}; choose one of {', '.join(CUTS)}")
@@ -264,7 +268,7 @@ def _shardings(adapters: Adapters, specs: Adapters, mesh: Mesh) -> Adapters:
 
 
 def _held(state: Any, where: Any) -> int:
-    """Bytes that one device holds of adapters and optimiser."""
+    """Bytes of adapters and optimiser state on one device."""
 
     def held(leaf: Any, own: NamedSharding) -> int:
         return math.prod(own.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -282,7 +286,7 @@ def _checked(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh) -> NamedShar
 def _following(
     opt_state: Any, adapters: Adapters, shardings: Any, lying: Any, mesh: Mesh
 ) -> Any:
-    """The shardings of an optimiser's state: by the path and shape of each leaf."""
+    """The shardings of an optimiser's state, from the path and shape of each leaf."""
     known = {p: _places(a, shardings[p], lying[p]) for p, a in adapters.items()}
 
     def follow(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -301,7 +305,7 @@ def _following(
 
 
 class _Place(NamedTuple):
-    """An array that an optimiser may keep for an adapter; no field: an optimiser's."""
+    """An array that an optimiser may keep for an adapter; `field` is "" if derived."""
 
     field: str
     shape: tuple[int, ...]
@@ -309,12 +313,12 @@ class _Place(NamedTuple):
 
 
 def _places(adapter: Any, shardings: Any, lying: Any) -> list[_Place]:
-    """The arrays of an adapter, and what can be made of their axes.
+    """The arrays of an adapter, and arrays that can be derived from their axes.
 
     Args:
       adapter: of arrays or their shapes.
       shardings: of its arrays.
-      lying: of them as they would lie with the kernel, as what is made of them does.
+      lying: their shardings if they followed the kernel, as derived arrays do.
     """
     leaves = jtu.tree_flatten_with_path(adapter)[0]
     wheres = jax.tree.leaves(shardings)
@@ -328,7 +332,7 @@ def _places(adapter: Any, shardings: Any, lying: Any) -> list[_Place]:
     a, b = adapter.a, adapter.b
     reads, writes = [*lying.a.spec][:-1], [*lying.b.spec]
     if len(reads) + 1 != a.ndim or a.ndim != n + len(adapter.axes.in_) + 1:
-        return places  # whole, or a population's
+        return places  # replicated, or a population's
     batch, in_, out = reads[:n], reads[n:], writes[n + 1 :]
     both = math.prod(a.shape[n:-1]), math.prod(b.shape[n + 1 :])
     dense = (math.prod(a.shape[:n]), *both)
@@ -346,5 +350,5 @@ def _name(key: Any) -> str:
 
 
 def _flat(entries: list[Any]) -> Any:
-    """The entry of axes flattened into one: the first one's, if no other is cut."""
+    """The entry of axes flattened into one: the first's, if no other is sharded."""
     return entries[0] if entries and not any(entries[1:]) else None

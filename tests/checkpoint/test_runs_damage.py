@@ -94,13 +94,13 @@ def flip_many(saved, tmp_path, seed, count):
 def test_a_folder_that_no_directory_can_become_is_named(tmp_path):
     (tmp_path / "link").symlink_to("gone")
     (tmp_path / "file").write_text("")
-    told = "link is a symbolic link to gone, which is not there: make that directory"
+    told = "link is a symbolic link to gone, which does not exist: create that dir"
     for path in ("link", "link/run/checkpoints"):
         with pytest.raises(ValueError, match=told):
             RunCheckpoints(tmp_path / path)
         with pytest.raises(ValueError, match=told):
             checkpoint.save_adapters(tmp_path / path, fresh().adapters)
-    with pytest.raises(ValueError, match="file/run lies in .*/file: .*file is a file"):
+    with pytest.raises(ValueError, match="file/run is inside .*/file: .*file is a fil"):
         RunCheckpoints(tmp_path / "file" / "run")
     (tmp_path / "gone").mkdir()  # as the message says
     checkpoint.save_adapters(tmp_path / "link" / "adapter", fresh().adapters)
@@ -163,7 +163,7 @@ def test_the_warning_names_step_and_leaf_and_the_run_goes_on(saved, tmp_path):
     shutil.copytree(saved, folder)
     wrong_array(folder, 9)
     with RunCheckpoints(folder, base()) as run:
-        told = r"step 9: adapters/dense/kernel/a is damaged.*going on from step 5"
+        told = r"step 9: adapters/dense/kernel/a is damaged.*resuming from step 5"
         with pytest.warns(CheckpointWarning, match=told):
             assert run.restore(empty()).step == 5
         assert run.save(big(7)) and run.save(big(9))
@@ -188,7 +188,7 @@ def test_no_step_that_is_whole_is_an_error(saved, tmp_path):
     spoil(folder, 5)
     (folder / "9" / "run" / "metadata").unlink()
     with pytest.raises(
-        DamagedError, match=r"no step .* is whole: step 9: .*; step 5: "
+        DamagedError, match=r"no step .* is intact: step 9: .*; step 5: "
     ):
         RunCheckpoints(folder).restore(empty())
 
@@ -197,7 +197,7 @@ def test_a_step_under_another_number(saved, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     (folder / "9").rename(folder / "11")
-    with pytest.warns(CheckpointWarning, match="step 11: .* is of step 9"):
+    with pytest.warns(CheckpointWarning, match="step 11: .* belongs to step 9"):
         assert RunCheckpoints(folder).restore(empty()).step == 5
 
 
@@ -243,7 +243,7 @@ def test_no_space_left_for_adapters_leaves_those_before(tmp_path, no_space):
     checkpoint.save_adapters(path, small)
     large = {"head": Full(jnp.asarray(np.random.default_rng(0).normal(size=9_000)))}
     no_space(3_000)
-    told = r"adapter could not be written: .*File too large.*are as they were"
+    told = r"adapter could not be written: .*File too large.*are intact"
     with pytest.raises(OSError, match=told):
         checkpoint.save_adapters(path, large, overwrite=True)
     assert checkpoint.load_adapters(path).keys() == small.keys()
@@ -255,7 +255,7 @@ def test_no_space_left_is_an_error_and_older_steps_stay(tmp_path, no_space, when
     run.save(big(1))
     run.wait()
     no_space(3_000)
-    with pytest.raises(OSError, match=r"step 2 could not be written .*\[1\], are as"):
+    with pytest.raises(OSError, match=r"step 2 could not be written .*\[1\], are int"):
         run.save(big(2))
         {"wait": run.wait, "save": lambda: run.save(big(3)), "close": run.close}[when]()
     no_space(resource.RLIM_INFINITY)

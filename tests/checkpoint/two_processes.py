@@ -85,7 +85,7 @@ def restored_step(run, template):
     assert restored.data == DATA
     like = zip(jax.tree.leaves(restored.state), jax.tree.leaves(template))
     assert all(leaf.sharding == other.sharding for leaf, other in like)
-    told = [str(w.message) for w in caught if "going on from" in str(w.message)]
+    told = [str(w.message) for w in caught if "resuming from" in str(w.message)]
     return restored.step, len(told)
 
 

@@ -175,4 +175,4 @@ def test_a_disk_that_turns_read_only_ends_the_process(tmp_path):
     took = time.time() - float(done.stdout)
     assert done.returncode == 1 and took < SECONDS
     told = rf"step 1 could not be written to {tmp_path}/run: [Errno 30] Read-only"
-    assert told in done.stderr and "[0], are as they were" in done.stderr
+    assert told in done.stderr and "[0], are intact" in done.stderr

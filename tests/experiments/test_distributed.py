@@ -146,7 +146,7 @@ def test_a_batch_that_the_mesh_does_not_divide():
     assert place.part(8) == slice(0, 8)
     with pytest.raises(ValueError, match="6 rows cannot be split over .* = 4"):
         place.part(6)
-    with pytest.raises(ValueError, match="3 devices do not make up the 8"):
+    with pytest.raises(ValueError, match="3 devices do not fit the 8"):
         placement.make_place({"data": 3})
 
 

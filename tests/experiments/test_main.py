@@ -52,7 +52,7 @@ def test_a_workdir_that_is_a_link_to_nothing_is_named_at_once(tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "gone")
     done = launch(CONFIG, f"--workdir={tmp_path}/run")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    told = f"/run is a symbolic link to {tmp_path}/gone, which is not there: make that"
+    told = f"/run is a symbolic link to {tmp_path}/gone, which does not exist: create"
     assert told in done.stderr
 
 

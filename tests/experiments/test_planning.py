@@ -256,7 +256,7 @@ def test_merged_kernels_are_another_program():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"sharding__fsdp": 3}, "3 devices do not make up the 8 there are"),
+        ({"sharding__fsdp": 3}, "3 devices do not fit the 8 there are"),
         (
             {"data__batch_size": 12},
             "data.batch_size=12 is not a multiple of the 8 devi",

@@ -38,9 +38,9 @@ def file(entries=(), tensors=(), *, magic=b"GGUF", version=3, counts=None, data=
 
 ARRAY = text("k") + struct.pack("<I", 9)
 BAD = {
-    "no GGUF file": (b"GGML" + bytes(40), "starts with b'GGML', and is not a GGUF"),
-    "empty": (b"GGUF", "has 4 bytes, and is not a GGUF file"),
-    "version 1": (file(version=1), "version 1; 2 and 3 are read"),
+    "no GGUF file": (b"GGML" + bytes(40), "starts with b'GGML', so it is not a GGUF"),
+    "empty": (b"GGUF", "has 4 bytes, so it is not a GGUF file"),
+    "version 1": (file(version=1), "version 1; only 2 and 3 are"),
     "big-endian": (file(version=3 << 24), "big-endian.*gguf-convert-endian"),
     "2^60 keys": (file(counts=(0, 2**60)), f"{2**60} keys.*beyond the end"),
     "2^60 tensors": (file(counts=(2**60, 0)), f"{2**60} tensors.*beyond the end"),
@@ -59,13 +59,16 @@ BAD = {
     ),
     "arrays of arrays": (
         file([ARRAY + struct.pack("<IQ", 9, 1)]),
-        "k: arrays of arrays are not read",
+        "k: arrays of arrays are not supported",
     ),
     "a type of values": (
         file([text("k") + struct.pack("<I", 99)]),
-        "k: 99 is not a type of values",
+        "k: 99 is not a value type",
     ),
-    "a switch of 7": (file([text("k") + struct.pack("<IB", 7, 7)]), "k: a switch is 7"),
+    "a switch of 7": (
+        file([text("k") + struct.pack("<IB", 7, 7)]),
+        "k: a boolean is 7",
+    ),
     "not UTF-8": (
         file([text("k") + struct.pack("<I", 8) + text(b"\xff\xfe")]),
         r"k: b'\\xff\\xfe' is not UTF-8",
@@ -74,8 +77,8 @@ BAD = {
         file([text(b"\xc3(") + struct.pack("<II", 4, 1)]),
         "key 0: .* is not UTF-8",
     ),
-    "a key twice": (file([number("k", 1), number("k", 1)]), "key 'k' is there twice"),
-    "a tensor twice": (file((), [tensor("t")] * 2), "tensor 't' is there twice"),
+    "a key twice": (file([number("k", 1), number("k", 1)]), "key 'k' appears twice"),
+    "a tensor twice": (file((), [tensor("t")] * 2), "tensor 't' appears twice"),
     "no dimensions": (file((), [tensor("t", ())]), "'t' has 0 dimensions"),
     "2^31 dimensions": (
         file((), [text("t") + struct.pack("<I", 2**31) + bytes(60)]),
@@ -92,14 +95,14 @@ BAD = {
     ),
     "half a block": (
         file((), [tensor("t", (33,), 2)]),
-        "'t' has rows of 33, not of whole Q4_0 blocks of 32",
+        "'t' has rows of 33, which Q4_0 blocks of 32",
     ),
     "beyond the end": (
         file((), [tensor("t", (33,))]),
-        "'t': 132 bytes from .* are beyond the end of the file.*cut short",
+        "'t': 132 bytes from .* are beyond the end of the file.*truncated",
     ),
     "an offset of 2^63": (file((), [tensor("t", offset=2**63)]), "'t': 128 .* beyond"),
-    "an odd offset": (file((), [tensor("t", offset=3)]), "'t' begins at 3: not align"),
+    "an odd offset": (file((), [tensor("t", offset=3)]), "'t' begins at 3, not align"),
     "tensors on each other": (
         file((), [tensor("s"), tensor("t", offset=64)], data=256),
         "'s' and 't' overlap",

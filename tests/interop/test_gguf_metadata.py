@@ -86,14 +86,14 @@ def test_the_factors_of_llama_3(tmp_path, held, factor):
 @pytest.mark.parametrize(
     ("factors", "more", "message"),
     [
-        (llama3(8.0, 4096), {}, "other factors than those of Llama 3.*hf.load"),
-        (-llama3(8.0), {}, "other factors"),
+        (llama3(8.0, 4096), {}, "not hold the factors of Llama 3.*hf.load"),
+        (-llama3(8.0), {}, "not hold the factors"),
         (llama3(8.0)[:-1], {}, r"is F32 \[31\], not F32 \[32\]"),
         (llama3(8.0).astype(np.float16), {}, r"is F16 \[32\], not F32"),
         (
             llama3(8.0),
             {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
-            "comes with rope.scaling.type='linear'",
+            "combined with rope.scaling.type='linear'",
         ),
     ],
 )
@@ -107,8 +107,8 @@ def test_other_factors_are_refused(tmp_path, held, factors, more, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"general.type": "adapter"}, "general.type='adapter', and a model is asked"),
-        ({"general.type": "mmproj"}, "general.type='mmproj', and a model is asked for"),
+        ({"general.type": "adapter"}, "general.type='adapter', but this loads models"),
+        ({"general.type": "mmproj"}, "general.type='mmproj', but this loads models"),
         ({"split.count": 3}, "split.count=3, .*llama-gguf-split --merge"),
         ({"llama.block_count": None}, "there is no 'llama.block_count' in the metad"),
         ({"llama.block_count": "2"}, "llama.block_count='2'; it must be an int >= 1"),
@@ -133,7 +133,7 @@ def test_other_factors_are_refused(tmp_path, held, factors, more, message):
         ),
         (
             {"llama.embedding_length": 512},
-            r"'token_embd.weight' has shape \[48, 256\], and",
+            r"'token_embd.weight' has shape \[48, 256\], but",
         ),
         (
             {"llama.feed_forward_length": 64},
@@ -146,13 +146,13 @@ def test_other_factors_are_refused(tmp_path, held, factors, more, message):
         ({"llama.attention.key_length": 2**30}, "'blk.1.attn_q.weight' has shape"),
         (
             {"llama.attention.value_length": 32},
-            "value_length=32, which is not implement",
+            "value_length=32 is not implement",
         ),
         (
             {"llama.rope.dimension_count": 32},
-            "rope.dimension_count=32, which is not imp",
+            "rope.dimension_count=32 is not imp",
         ),
-        ({"llama.vocab_size": 99}, "llama.vocab_size=99, which is not implemented"),
+        ({"llama.vocab_size": 99}, "llama.vocab_size=99 is not implemented"),
         (
             {"llama.attention.layer_norm_rms_epsilon": 0.0},
             "rms_epsilon=0.0; it must be",

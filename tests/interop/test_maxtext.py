@@ -210,7 +210,7 @@ def test_an_embedding_with_rows_of_padding(tmp_path):
     assert embedding.shape == (32, 16) and not embedding[29:].any()
     found = maxtext.load(tmp_path / "0" / "items", config)
     assert_same(tree.flatten(found), tree.flatten(params))
-    with pytest.raises(ValueError, match="vocabulary=28, and the model has 29 tokens"):
+    with pytest.raises(ValueError, match="vocabulary=28, but the model has 29 tokens"):
         maxtext.save(tmp_path / "no", config, params, vocabulary=28)
 
 
@@ -342,7 +342,9 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="five layers with a window and then one with"):
         maxtext.load(folder, other)
     old = gemma.Config.from_hf({**GEMMA, "model_type": "gemma2"})
-    with pytest.raises(ValueError, match="'gemma2': MaxText's layout is known here of"):
+    with pytest.raises(
+        ValueError, match="'gemma2': MaxText's layout is known here only for"
+    ):
         maxtext.save(tmp_path / "no", old, {})
     biased = llama.Config.from_hf({**LLAMA, "attention_bias": True})
     with pytest.raises(ValueError, match="'llama' and this model differ in .*bias"):
@@ -370,25 +372,25 @@ def test_lora_that_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             maxtext.load_adapters(written(tmp_path / name, tree), config, alpha=5)
 
-    refused("one", {a: lora[a]}, "there is no .*kernel_lora_b' for its other")
-    refused("base", leaves, "leaves that are not of LoRA")
-    refused("axis", {a: lora[a], b: np.moveaxis(lora[b], 1, 0)}, r"\(3, 2, 24\), and")
+    refused("one", {a: lora[a]}, "kernel_lora_b' is missing, the other of a pair")
+    refused("base", leaves, "leaves that are not LoRA parameters")
+    refused("axis", {a: lora[a], b: np.moveaxis(lora[b], 1, 0)}, r"\(3, 2, 24\), but")
     head = {n.replace("layers/mlp/wi_0", "logits_dense"): x for n, x in lora.items()}
-    refused("head", head, "'decoder/logits_dense' is not a linear map of a layer")
+    refused("head", head, "'decoder/logits_dense' is not a linear map in a layer")
     kernels = lorax.discover(
         lambda p: llama.Model(config).apply({"params": p}, jnp.zeros((1, 2), int)),
         params,
     )
     make = lambda target: lorax.init(jax.random.key(0), params, [target], kernels)[0]
-    with pytest.raises(ValueError, match="MaxText keeps LoRA alone, and this is Dora"):
+    with pytest.raises(ValueError, match="MaxText stores only LoRA, and this is Dora"):
         dora = make(lorax.Target("layers/q/kernel", rank=2, adapter="dora"))
         maxtext.save_adapters(tmp_path / "no", config, dora)
-    with pytest.raises(ValueError, match="'lm_head' is not a linear map of a layer"):
+    with pytest.raises(ValueError, match="'lm_head' is not a linear map in a layer"):
         head = make(lorax.Target("head/kernel", rank=2))
         maxtext.save_adapters(tmp_path / "no", config, head)
     with pytest.raises(ValueError, match="there are no adapters to write"):
         maxtext.save_adapters(tmp_path / "no", config, {})
     made = make(lorax.Target("layers/q/kernel", rank=2))
     maxtext.save_adapters(tmp_path / "yes", config, made)
-    with pytest.raises(ValueError, match="has a step 0 already; give a folder of its"):
+    with pytest.raises(ValueError, match="already has a step 0; give another folder"):
         maxtext.save_adapters(tmp_path / "yes", config, made)

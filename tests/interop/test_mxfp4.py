@@ -138,7 +138,7 @@ def test_shards_have_their_own_codes(coded):
 @pytest.mark.parametrize(
     "change, match",
     [
-        (lambda t: t.pop(SCALES), "down_proj_scales' is missing beside it"),
+        (lambda t: t.pop(SCALES), "its scales '.*down_proj_scales' are missing"),
         (
             lambda t: t.update({SCALES: t[SCALES][:2]}),
             r"blocks' has shape \[4, 64, 1, 16",
@@ -156,5 +156,5 @@ BLOCKS = "model.layers.0.mlp.experts.down_proj_blocks"
 
 
 def test_what_is_in_codes_is_not_quantised_again(coded):
-    with pytest.raises(ValueError, match="has it in codes already"):
+    with pytest.raises(ValueError, match="is already quantised"):
         hf.load(coded[0], quantize=[(models.EXPERTS, "nf4")])

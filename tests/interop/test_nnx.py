@@ -129,7 +129,7 @@ def test_dropout_of_the_adapters_follows_train_and_eval():
     model = nnx.Linear(8, 3, rngs=nnx.Rngs(0))
     x = jax.random.normal(KEY, (5, 8))
     target = lorax.Target("kernel", rank=2, init="pissa", dropout=0.5)
-    with pytest.raises(ValueError, match="give rngs=nnx.Rngs"):
+    with pytest.raises(ValueError, match="pass rngs=nnx.Rngs"):
         Adapted.init(KEY, model, [target], x)
     adapted = Adapted.init(KEY, model, [target], x, rngs=nnx.Rngs(1))
     first, second = adapted(x), adapted(x)

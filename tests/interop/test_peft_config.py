@@ -138,7 +138,7 @@ def test_unknown_fields_are_refused():
         ({"init_lora_weights": "psychic"}, "init_lora_weights='psychic' is unknown"),
         ({**ADALORA, "lora_alpha": 0}, "lora_alpha=0"),
         ({**ADALORA, "use_dora": True}, "no meaning for AdaLoRA"),
-        ({**ADALORA, "rank_pattern": {"q": [True]}}, "1 entries and init_r=4"),
+        ({**ADALORA, "rank_pattern": {"q": [True]}}, "1 entries, but init_r=4"),
         (
             {**ADALORA, "rank_pattern": {"q": [1, 1, 1, 1]}},
             "q=.*a list, each true or false",

@@ -106,7 +106,7 @@ OTHER = FRONT + "model.layers.{}.self_attn.{}.lora_A.weight"
         ),
         (change(A0, np.full((2, 16), np.nan)), {}, "v_proj.lora_A.weight' holds NaN"),
         (lambda _: None, {"r": 10**9}, r"shape \[2, 16\].*rank 1000000000"),
-        (lambda _: None, {"rank_pattern": {"1.*v_proj": 3}}, r"for \[3, 16\]"),
+        (lambda _: None, {"rank_pattern": {"1.*v_proj": 3}}, r"require \[3, 16\]"),
         (lambda _: None, {"target_modules": ["q_proj"]}, "no factors for .*q_proj"),
         (
             lambda _: None,
@@ -116,7 +116,7 @@ OTHER = FRONT + "model.layers.{}.self_attn.{}.lora_A.weight"
         (
             lambda _: None,
             {"target_modules": "(a+)+b|(.*.*)*(v_proj|x)!"},
-            "target_modules, less exclude_modules .* do not select",
+            "target_modules, exclude_modules, .* do not select",
         ),
         (
             change(OTHER.format(7, "v_proj"), np.ones((2, 16))),
@@ -137,7 +137,7 @@ OTHER = FRONT + "model.layers.{}.self_attn.{}.lora_A.weight"
         (
             change(FRONT + "model.norm.weight", np.ones(15)),
             {"modules_to_save": ["norm"]},
-            r"shape \[15\], and the base asks for \[16\]",
+            r"shape \[15\], but the base requires \[16\]",
         ),
         (
             lambda _: None,
@@ -183,7 +183,7 @@ def test_residual_bases_are_taken_at_their_word(tmp_path):
     assert adapters["layers/v/kernel"].moved_by == "PEFT's pissa_niter_4(rank=2)"
     with pytest.raises(ValueError, match="v/kernel: PEFT's pissa.* residual=True"):
         peft.save(tmp_path / "again", adapters, CONFIG)
-    with pytest.raises(ValueError, match="v/kernel: .*what PEFT's pissa.* left"):
+    with pytest.raises(ValueError, match="v/kernel: .*the base as PEFT's pissa"):
         compose.negate(adapters)
 
 
@@ -192,7 +192,7 @@ def test_a_frozen_embedding_that_is_not_the_bases(tmp_path):
     table = np.ones((31, 16), np.float32)
     write(tmp_path, tensors() | {key: table})
     peft.load(tmp_path, CONFIG, {"embed": {"embedding": table}})
-    with pytest.raises(ValueError, match="base_layer.weight' is not the base's"):
+    with pytest.raises(ValueError, match="base_layer.weight' differs from the base's"):
         peft.load(tmp_path, CONFIG, {"embed": {"embedding": 2 * table}})
 
 
@@ -215,7 +215,7 @@ def test_one_half_of_what_is_tied(tmp_path, field, arrays):
         found[FRONT + "lm_head.lora_B.weight"] = np.ones((31, 2), np.float32)
     names = [key.split(".")[0] for key in arrays][:1]
     fields = {"target_modules": [], field: names}
-    with pytest.raises(ValueError, match="tied head apart.*tied=False"):
+    with pytest.raises(ValueError, match="tied head separately.*tied=False"):
         peft.load(write(tmp_path, found, **fields), TIED)
 
 
@@ -224,12 +224,12 @@ def test_files_that_are_not_sound(tmp_path):
     file, config = tmp_path / peft.TENSORS, tmp_path / peft.CONFIG
     whole, told = file.read_bytes(), config.read_text()
     file.write_bytes(whole[:-9])
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors is no sound"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is not a valid"):
         peft.load(tmp_path, CONFIG)
     size = int.from_bytes(whole[:8], "little")
     lie = whole[8 : 8 + size].replace(b"[2,16]", b"[9,16]", 1)
     file.write_bytes(whole[:8] + lie + whole[8 + size :])
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors is no sound"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is not a valid"):
         peft.load(tmp_path, CONFIG)
     file.write_bytes(whole)
     config.write_text(told[:-1] + ', "r": 4}')

@@ -188,10 +188,10 @@ def test_adapters_made_here(tmp_path):
     golden.assert_same(expected, found)
 
     dropped = {GATE_UP: adapters[GATE_UP].replace(dropout=0.1)}
-    with pytest.raises(ValueError, match="drop no inputs, .*dropout=0.1"):
+    with pytest.raises(ValueError, match="have no dropout, .*dropout=0.1"):
         ours.save(tmp_path, dropped, model.config)
     router = {p: adapters[p].replace(dropout=0.1) for p in ["layers/router/kernel"]}
-    with pytest.raises(ValueError, match="go without lora_dropout"):
+    with pytest.raises(ValueError, match="do not allow lora_dropout"):
         ours.save(tmp_path, router, model.config)
     wrong = adapters[DOWN]
     wrong = wrong.replace(
@@ -199,11 +199,11 @@ def test_adapters_made_here(tmp_path):
         b=np.zeros((3, 2, 4, 16)),
         axes=lorax.Axes((2,), (1, 3), (0,)),
     )
-    with pytest.raises(ValueError, match="a pair for each expert, and the adapter has"):
+    with pytest.raises(ValueError, match="a pair for each expert, but the adapter has"):
         ours.save(tmp_path, {DOWN: wrong}, model.config)
     target = lorax.Target("layers/experts/down/kernel", rank=2, adapter="dora")
     dora, _ = lorax.init(jax.random.key(0), params, target, kernels)
-    with pytest.raises(ValueError, match="plain Lora alone .*and this is dora"):
+    with pytest.raises(ValueError, match="only with plain Lora .*and this is dora"):
         ours.save(tmp_path, dora, model.config)
 
 
@@ -211,9 +211,9 @@ def test_adapters_made_here(tmp_path):
     "change, message",
     [
         ({"target_parameters": ["gate_up_proj"]}, "base_layer.lora_A.weight'"),
-        ({"target_parameters": ["x.y"]}, "names 'x.y', and the base has no such"),
-        ({"r": 3}, r"shape \[8, 24\], and rank 3 of 4 experts asks for \[12, 24\]"),
-        ({"use_dora": True}, "goes with plain LoRA only"),
+        ({"target_parameters": ["x.y"]}, "names 'x.y', but the base has no such"),
+        ({"r": 3}, r"shape \[8, 24\], but rank 3 with 4 experts requires \[12, 24\]"),
+        ({"use_dora": True}, "needs plain LoRA"),
         ({"target_parameters": None}, "target_parameters does not name its parameter"),
     ],
 )

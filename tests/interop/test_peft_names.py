@@ -120,9 +120,9 @@ def both(*changes):
     [
         (
             both(SPELLINGS["adapter's name"], SPELLINGS["another name"]),
-            "v_proj.lora_A.default.weight' and .*my-lora_2.weight' are one tensor",
+            "v_proj.lora_A.default.weight' and .*my-lora_2.weight' are the same tensor",
         ),
-        (both(lambda k: k, SPELLINGS["no front"]), "are one tensor: keep one"),
+        (both(lambda k: k, SPELLINGS["no front"]), "are the same tensor: keep one"),
         (
             {
                 key.replace(".weight", f".{name}.weight"): array
@@ -132,16 +132,16 @@ def both(*changes):
         ),
         (
             respelled(lambda k: k.replace("model.layers", "decoder.blocks")),
-            "named as 'decoder.blocks.0.self_attn.v_proj', .* under any prefix .*Else "
-            "write 'base_model.model.<module>.lora_A.weight'",
+            "names like 'decoder.blocks.0.self_attn.v_proj', .* under any prefix .*"
+            "If not, write 'base_model.model.<module>.lora_A.weight'",
         ),
         (
             respelled(lambda k: k.replace(FRONT, FRONT + "teacher.")),
-            "named as 'teacher.model.layers.0.self_attn.v_proj', .* under any prefix",
+            "names like 'teacher.model.layers.0.self_attn.v_proj', .* under any prefix",
         ),
         (
             respelled(lambda k: k.replace("lora_A", "lora_down")),
-            "lora_down.weight' is spelled as kohya does, not PEFT; write 'base_model",
+            "lora_down.weight' is a name in kohya's form, not PEFT's; write 'base",
         ),
     ],
 )
@@ -156,7 +156,9 @@ def test_a_block_that_encoder_and_decoder_both_have(tmp_path):
     arrays = {key.format("A"): np.ones((2, 16), np.float32)}
     arrays[key.format("B")] = np.ones((24, 2), np.float32)
     source = write(tmp_path, arrays, target_modules=["q"])
-    with pytest.raises(ValueError, match=r"may lie in \['decoder', 'encoder'\]; write"):
+    with pytest.raises(
+        ValueError, match=r"could be in any of \['decoder', 'encoder'\]; write"
+    ):
         ours.load(source, config)
 
 

@@ -125,7 +125,7 @@ def test_inits_that_moved_the_base(init, adapter, tmp_path):
     found = residual.initial(adapters, params, base)
     moved = written(adapters, tmp_path / "bases", initial=found)[0]
     close(moved, expected, each=False)
-    with pytest.raises(ValueError, match=rf"qkv/kernel: {init}.* pass initial="):
+    with pytest.raises(ValueError, match=rf"qkv/kernel: {init}.* as initial="):
         written(adapters, tmp_path / "wrong")
     wrong, _ = written(adapters, tmp_path / "wrong", residual=True)
     cases.golden.assert_apart(wrong, expected)
@@ -227,7 +227,7 @@ def pieces():
     "paths, message",
     [
         (["layers/qkv/kernel", "layers/up/kernel"], "one parametrisation"),
-        (["norm_out/scale"], "no form for Full alone"),
+        (["norm_out/scale"], "no form for Full adapters only"),
         (["layers/qkv/kernel", "norm_out/scale"], "'norm_out/bias' Full too"),
         (["embed/embedding"], "no DoRA for both"),
         (["embed_positions/embedding"], "PEFT has no AdaLoRA"),

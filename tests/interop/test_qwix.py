@@ -142,12 +142,12 @@ def test_the_wrapping_of_quantize_params():
 def test_errors():
     array = qwix.quantize(normal(96, 24), **ROWS["int8"])
     stack = qwix.quantize(normal(2, 96, 24), jnp.int8)
-    with pytest.raises(ValueError, match="a/w: the shape .2, 96, 24. does not say wh"):
+    with pytest.raises(ValueError, match="a/w: the shape .2, 96, 24. does not show wh"):
         ours.from_qarrays({"a": {"w": stack}})
     run = lambda params, x: x @ params["w"]
     shapes = {"w": jax.ShapeDtypeStruct((96, 12), jnp.float32)}
     kernels = lorax.discover(run, shapes, normal(2, 96))
-    with pytest.raises(ValueError, match="w: the QArray has shape .96, 24. and disc"):
+    with pytest.raises(ValueError, match="w: the QArray has shape .96, 24., but disc"):
         ours.from_qarrays({"w": array}, kernels)
     with pytest.raises(KeyError, match="no leaf 'v'"):
         ours.from_qarrays({"v": array}, kernels)

@@ -116,8 +116,8 @@ def test_a_leaf_stays_where_and_what_it_was():
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"size": 28}, "size=28 would cut off some of the 29 tokens; .*tokens=28"),
-        ({"size": 40, "tokens": 30}, "tokens=30, and the embedding has 29 rows"),
+        ({"size": 28}, "size=28 would remove some of the 29 tokens; .*tokens=28"),
+        ({"size": 40, "tokens": 30}, "tokens=30, but the embedding has 29 rows"),
         ({"size": 0}, "size=0; give a whole number"),
         ({"size": 30, "multiple_of": True}, "multiple_of=True; give a whole"),
     ],

@@ -92,7 +92,7 @@ def whole(tmp_path_factory):
 
 def test_gemma_4(tmp_path):
     directory, _, expected = written(gemma4(), tmp_path / "whole")
-    with pytest.warns(UserWarning, match=r"gemma4_text; left unread: .*embed_vision"):
+    with pytest.warns(UserWarning, match=r"gemma4_text; not read: .*embed_vision"):
         model, params = hf.load(directory)
     golden.assert_close(model.apply({"params": params}, TOKENS), expected)
     hf.save(tmp_path, model.config, params)
@@ -112,7 +112,7 @@ def copied(directory, folder, config=None, rename=lambda key: key):
 
 
 def loaded(directory):
-    with pytest.warns(UserWarning, match="reads the text model, gemma3_text"):
+    with pytest.warns(UserWarning, match="reads only the text model, gemma3_text"):
         return hf.load(directory)
 
 
@@ -135,7 +135,7 @@ def test_what_is_left_unread_is_named(whole):
     directory = whole[0]
     keys = list(safetensors.numpy.load_file(directory / "model.safetensors"))
     towers = sum(key.startswith("vision_tower.") for key in keys)
-    with pytest.warns(UserWarning, match="left unread: ") as heard:
+    with pytest.warns(UserWarning, match="not read: ") as heard:
         hf.load(directory)
     (warning,) = heard
     assert "multi_modal_projector (2 tensors)" in str(warning.message)
@@ -164,7 +164,7 @@ def test_a_tensor_that_the_text_lacks_is_missing(whole, tmp_path):
 
     directory = copied(whole[0], tmp_path, rename=rename)
     with (
-        pytest.warns(UserWarning, match="left unread"),
+        pytest.warns(UserWarning, match="not read"),
         pytest.raises(ValueError, match=r"missing: model.norm.weight"),
     ):
         hf.load(directory)

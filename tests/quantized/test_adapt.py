@@ -353,7 +353,7 @@ def test_the_base_has_no_gradient(form):
     if form == "int8":  # JAX refuses integers before the function is called
         with pytest.raises(TypeError, match="grad requires real- or complex-valued"):
             jax.grad(lorax.adapt(loss), argnums=1)(adapters, base, x)
-    said = r"quantised leaf of shape \[64, 128\].*does not train: differentiate with re"
+    said = r"quantised leaf of shape \[64, 128\].*does not train. Differentiate with re"
     with pytest.raises(TypeError, match=said):
         jax.grad(lorax.adapt(loss), argnums=1, allow_int=True)(adapters, base, x)
 

@@ -165,7 +165,7 @@ def test_verbs_that_need_the_kernel_say_so(tmp_path):
     ):
         lorax.quantize(params, [(".*q", "int8")], kernels)
     with pytest.raises(
-        ValueError, match="layer/q: the program makes this kernel, so n"
+        ValueError, match="layer/q: the program computes this kernel, so"
     ):
         lorax.compose.extract(params, params, [TARGET], kernels)
     checkpoint.save_adapters(tmp_path, adapters, params=params)

@@ -1,4 +1,4 @@
-"""Checkpoints that bitsandbytes has quantised."""
+"""Loads checkpoints quantised by bitsandbytes."""
 
 from lorax.interop.bitsandbytes.headers import gathered
 from lorax.interop.bitsandbytes.leaves import Plan, plans

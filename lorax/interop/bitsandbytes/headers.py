@@ -1,8 +1,8 @@
-"""Which tensors of a checkpoint are one matrix in codes of bitsandbytes.
+"""Finds the tensors that together form a matrix quantised by bitsandbytes.
 
-Beside `X.weight` of NF4 lie `X.weight.absmax`, `.quant_map` and
-`.quant_state.bitsandbytes__nf4`, which is JSON in bytes; with double quantisation
-`.nested_absmax` and `.nested_quant_map`. Beside `X.weight` of int8 lies `X.SCB`.
+With NF4, `X.weight` comes with `X.weight.absmax`, `.quant_map` and
+`.quant_state.bitsandbytes__nf4`, which is JSON in bytes; double quantisation adds
+`.nested_absmax` and `.nested_quant_map`. With int8, `X.weight` comes with `X.SCB`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorax.interop.bitsandbytes.matrices import Coded, Int8, Nf4, is_coded
 
 STATE = ".quant_state.bitsandbytes__"
 ENDS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-"""What lies beside codes of four bits, by the ends of its names."""
+"""The suffixes of the tensors that accompany 4-bit codes."""
 DTYPES = ("float16", "bfloat16", "float32")
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _SHAPE = untrusted.listed(untrusted.whole(1), least=2)
@@ -40,16 +40,16 @@ NESTED = {
 def gathered(
     tensors: Mapping[str, files.Tensor], raw: Mapping[str, Any]
 ) -> dict[str, files.Tensor | Coded]:
-    """Returns the tensors of a checkpoint, those of one matrix as one.
+    """Returns a checkpoint's tensors, combining those of one matrix.
 
     Args:
-      tensors: as the files have them.
-      raw: config.json. Its `quantization_config` says that there are codes; all else
-        the tensors say themselves.
+      tensors: as in the files.
+      raw: config.json. Its `quantization_config` says that there are codes; everything
+        else is read from the tensors.
 
     Raises:
-      ValueError: another method than bitsandbytes, or tensors that do not fit one
-        another; the message names the key.
+      ValueError: the method is not bitsandbytes, or tensors do not fit one another; the
+        message names the key.
     """
     found: dict[str, files.Tensor | Coded] = dict(tensors)
     if (told := raw.get("quantization_config")) is None:
@@ -73,29 +73,29 @@ def gathered(
 
 
 def _require_method(told: Any) -> None:
-    """Raises ValueError for another way to quantise than bitsandbytes'."""
+    """Raises ValueError for quantisation methods other than bitsandbytes."""
     where = "config.json: quantization_config"
     untrusted.check(where, told, untrusted.TABLE)
     method = told.get("quant_method")
     if method is None and (told.get("load_in_4bit") or told.get("load_in_8bit")):
-        method = "bitsandbytes"  # as files before 2024 have it
+        method = "bitsandbytes"  # files from before 2024 do not name it
     if method != "bitsandbytes":
         raise ValueError(
-            f"{where}.quant_method={untrusted.shown(method)} is not read, only "
-            "'bitsandbytes' and 'mxfp4'; load the model as it was before and quantise "
-            "that, hf.load(..., quantize='nf4'), or write it dense with transformers "
+            f"{where}.quant_method={untrusted.shown(method)} is not supported, only "
+            "'bitsandbytes' and 'mxfp4'; load the original model and quantise that, "
+            "hf.load(..., quantize='nf4'), or save it dense with transformers "
             "(model.dequantize(), save_pretrained)"
         )
 
 
 def _nf4(tensors: Mapping[str, files.Tensor], name: str, kind: str) -> Nf4:
-    """The matrix `name`, from headers and its JSON alone."""
+    """The matrix `name`, from only the headers and its JSON."""
     stored = tensors[f"{name}{STATE}{kind}"]
     where = f"{stored.path.name}: {stored.key!r}"
     if kind != "nf4":
         raise ValueError(
-            f"{where}: codes of {kind} are not read, only of nf4; load the model as "
-            "it was before, and quantise that: hf.load(..., quantize='nf4')"
+            f"{where}: codes of {kind} are not supported, only of nf4; load the "
+            "original model and quantise that: hf.load(..., quantize='nf4')"
         )
     state = _state(stored, where)
     nested = "nested_blocksize" in state
@@ -112,8 +112,8 @@ def _nf4(tensors: Mapping[str, files.Tensor], name: str, kind: str) -> Nf4:
     codes = parts[""]
     if 2 * codes.nbytes != rows * columns:
         raise ValueError(
-            f"{codes.path.name}: {codes.key!r} has {codes.nbytes} bytes, and {where} "
-            f"tells of a matrix of {rows} by {columns}, two codes a byte"
+            f"{codes.path.name}: {codes.key!r} has {codes.nbytes} bytes, but {where} "
+            f"describes a matrix of {rows} by {columns}, with two codes per byte"
         )
     dtype = jnp.dtype(state["dtype"])
     return Nf4(codes.path, name, (rows, columns), dtype, parts, state)
@@ -122,7 +122,7 @@ def _nf4(tensors: Mapping[str, files.Tensor], name: str, kind: str) -> Nf4:
 def _state(stored: files.Tensor, where: str) -> dict[str, Any]:
     """The JSON in a tensor of bytes."""
     if stored.dtype != np.uint8 or stored.nbytes > 10_000:
-        raise ValueError(f"{where}: it must be JSON in uint8, of 10,000 bytes at most")
+        raise ValueError(f"{where}: it must be JSON in uint8, at most 10,000 bytes")
     try:
         state = untrusted.parsed(stored.read().tobytes().decode())
     except ValueError as error:
@@ -138,21 +138,21 @@ def _state(stored: files.Tensor, where: str) -> dict[str, Any]:
 def _int8(
     tensors: Mapping[str, files.Tensor], layer: str, raw: Mapping[str, Any]
 ) -> Int8:
-    """The matrix of a layer, from headers alone."""
+    """The matrix of a layer, from only the headers."""
     scales = tensors[f"{layer}.SCB"]
     where = f"{scales.path.name}: {scales.key!r}"
     codes = _beside(tensors, f"{layer}.weight", scales)
     form = tensors.get(f"{layer}.weight_format")
     if form is not None and form.read().any():
         raise ValueError(
-            f"{form.path.name}: {form.key!r} says that rows do not follow one another "
-            "(an order for one kind of GPU); save the model again with bitsandbytes "
-            "0.43 or later"
+            f"{form.path.name}: {form.key!r} says that rows are not in order (a layout "
+            "for one kind of GPU); save the model again with bitsandbytes 0.43 or "
+            "later"
         )
     if codes.dtype != np.int8 or len(codes.shape) != 2:
         raise ValueError(
             f"{codes.path.name}: {codes.key!r} is {codes.dtype} of shape "
-            f"{list(codes.shape)}, and with {where} it must be int8 of two axes"
+            f"{list(codes.shape)}, but with {where} it must be int8 with two axes"
         )
     _require(scales, np.float32, codes.shape[0], where)
     told = raw.get("dtype") or raw.get("torch_dtype") or "float16"
@@ -164,7 +164,7 @@ def _beside(
     tensors: Mapping[str, files.Tensor], key: str, known: files.Tensor
 ) -> files.Tensor:
     if key not in tensors:
-        raise ValueError(f"{known.path.name}: there is {known.key!r}, and no {key!r}")
+        raise ValueError(f"{known.path.name}: there is {known.key!r}, but no {key!r}")
     return tensors[key]
 
 
@@ -173,7 +173,7 @@ def _require(tensor: files.Tensor, dtype: Any, size: int, where: str) -> None:
     if tensor.dtype != dtype or math.prod(tensor.shape) != size:
         raise ValueError(
             f"{tensor.path.name}: {tensor.key!r} is {tensor.dtype} of shape "
-            f"{list(tensor.shape)}, and by {where} it must be {size} values of "
+            f"{list(tensor.shape)}, but by {where} it must be {size} values of "
             f"{jnp.dtype(dtype)}"
         )
 
@@ -184,12 +184,12 @@ def _require_codes(found: Mapping[str, Any]) -> None:
         if not is_coded(tensor) and np.issubdtype(tensor.dtype, np.integer):
             if key.endswith(".weight"):
                 raise ValueError(
-                    f"{tensor.path.name}: {key!r} has dtype {tensor.dtype}, and its "
+                    f"{tensor.path.name}: {key!r} has dtype {tensor.dtype}, but its "
                     f"scales are missing: the checkpoint has neither {key}{STATE}nf4 "
                     f"nor {key.removesuffix('weight')}SCB"
                 )
     if not any(map(is_coded, found.values())):
         raise ValueError(
-            "config.json: quantization_config says that bitsandbytes has quantised "
-            "the model, and no tensor is in codes; take the field out"
+            "config.json: quantization_config says that bitsandbytes quantised the "
+            "model, but no tensor is quantised; remove the field"
         )

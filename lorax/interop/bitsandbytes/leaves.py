@@ -1,4 +1,4 @@
-"""Leaves whose tensors are in codes of bitsandbytes."""
+"""Leaves whose tensors were quantised by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lorax.types import Axes
 
 
 class Plan(NamedTuple):
-    """How one leaf is read.
+    """How to read one leaf.
 
     Attributes:
-      parts: a matrix for each layer, or one alone.
-      shape: of the leaf.
-      inputs: how many of its axes are inputs; those of outputs follow.
-      stacked: the first axis numbers the layers.
+      parts: a matrix for each layer, or a single one.
+      shape: the leaf's shape.
+      inputs: how many of its axes are inputs; the output axes follow them.
+      stacked: whether the first axis indexes the layers.
     """
 
     parts: tuple[Coded, ...]
@@ -56,8 +56,8 @@ class Plan(NamedTuple):
             layer = self._layer(part)
             if _form(layer) != _form(first):
                 raise ValueError(
-                    f"{part.path.name}: {part.key!r} is stored otherwise than "
-                    f"{self.parts[0].key!r}, and the layers of a stack are one leaf; "
+                    f"{part.path.name}: {part.key!r} is stored differently from "
+                    f"{self.parts[0].key!r}, but the layers of a stack are one leaf; "
                     "load with scan=False"
                 )
             yield layer
@@ -70,11 +70,11 @@ class Plan(NamedTuple):
 def plans(
     found: Mapping[str, Sequence[tuple[Any, table.Location]]], shapes: Mapping[str, Any]
 ) -> dict[str, Plan]:
-    """Returns by path how leaves are read whose tensors are in codes.
+    """Returns plans for the leaves whose tensors are quantised, by path.
 
     Raises:
-      ValueError: some layers of a stack are in codes, and others are not; codes of
-        single experts.
+      ValueError: some layers of a stack are quantised and others are not; or single
+        experts are quantised.
     """
     made = {}
     for path, parts in found.items():
@@ -83,13 +83,13 @@ def plans(
             continue
         if dense := [tensor.key for tensor, _ in parts if not is_coded(tensor)]:
             raise ValueError(
-                f"{dense[0]!r} is dense and {coded[0].key!r} is in codes, and the "
+                f"{dense[0]!r} is dense and {coded[0].key!r} is quantised, but the "
                 "layers of a stack are one leaf; load with scan=False"
             )
         place, shape = parts[0][1], shapes[path].shape
         if place.entry.part:
             raise ValueError(
-                f"{coded[0].key!r} is in codes of its own, and all experts of a layer "
+                f"{coded[0].key!r} is quantised by itself, but all experts of a layer "
                 "are one leaf here; load the checkpoint that is not quantised, with "
                 'quantize="nf4"'
             )

@@ -1,9 +1,9 @@
-"""Matrices in codes of bitsandbytes, and the kernels that they are.
+"""Matrices quantised by bitsandbytes, and their conversion to kernels.
 
     NF4:  W[o, i] = table[code] * absmax of the block, blocks along rows
     int8: W[o, i] = code * SCB[o] / 127
 
-Of four bits the first of two codes lies in the upper bits of a byte.
+With four bits, the first of two codes is in the upper bits of a byte.
 
 References:
   Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314.
@@ -28,13 +28,13 @@ from lorax.types import Axes
 
 @dataclasses.dataclass(frozen=True)
 class Nf4:
-    """A matrix `[out, in]` on disk, in codes of four bits.
+    """A matrix `[out, in]` on disk, in 4-bit codes.
 
     Attributes:
-      path: of its file.
+      path: its file.
       key: its name.
       shape: `[out, in]`.
-      dtype: of the weights that the codes stand for.
+      dtype: the dtype of the decoded weights.
       parts: the tensors of the matrix by the ends of their names, "" for the codes.
       state: the JSON.
     """
@@ -48,14 +48,14 @@ class Nf4:
 
     @property
     def nbytes(self) -> int:
-        """Of the codes."""
+        """The bytes of the codes."""
         return self.parts[""].nbytes
 
     def unpack(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Quantized:
-        """Returns the kernel `[*in, *out]`, in numpy's arrays.
+        """Returns the kernel `[*in, *out]` in NumPy arrays.
 
-        Blocks that run over the end of a row, or across heads, are cut into smaller
-        ones; their scales are then plain.
+        Blocks that cross the end of a row, or a head, are split into smaller ones;
+        their scales are then plain.
         """
         axes = _axes(inputs, outputs)
         group = self._group(inputs)
@@ -87,13 +87,13 @@ class Nf4:
         if group % 2:
             raise ValueError(
                 f"{self.path.name}: {self.key!r} has rows of {inputs[-1]} codes, which "
-                "share bytes with their neighbours; load the model as it was before, "
-                "and quantise that: hf.load(..., quantize=...)"
+                "share bytes with their neighbours; load the original model and "
+                "quantise that: hf.load(..., quantize=...)"
             )
         return group
 
     def _scales(self, group: int, counts: tuple[int, ...], inputs: int) -> Any:
-        """One for each group; nested ones where the groups are the blocks on disk."""
+        """One per group; nested ones if the groups are the blocks on disk."""
         _require_table(self.parts[".quant_map"], codebooks.NF4)
         size, absmax = self.state["blocksize"], self.parts[".absmax"].read()
         nested = "nested_blocksize" in self.state
@@ -115,13 +115,13 @@ class Nf4:
 
 @dataclasses.dataclass(frozen=True)
 class Int8:
-    """A matrix `[out, in]` on disk, in codes of eight bits.
+    """A matrix `[out, in]` on disk, in 8-bit codes.
 
     Attributes:
-      path: of its file.
+      path: its file.
       key: its name.
       shape: `[out, in]`.
-      dtype: of the weights that the codes stand for.
+      dtype: the dtype of the decoded weights.
       codes: `[out, in]`.
       scales: `[out]`, the largest weight of every row.
     """
@@ -135,11 +135,11 @@ class Int8:
 
     @property
     def nbytes(self) -> int:
-        """Of the codes."""
+        """The bytes of the codes."""
         return self.codes.nbytes
 
     def unpack(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Quantized:
-        """Returns the kernel `[*in, *out]`, in numpy's arrays."""
+        """Returns the kernel `[*in, *out]` in NumPy arrays."""
         codes = _inputs_first(self.codes.read(), (*inputs, *outputs), len(inputs))
         largest: Any = self.scales.read()
         _require_scales(self.scales, largest)
@@ -151,41 +151,42 @@ Coded = Nf4 | Int8
 
 
 def is_coded(tensor: Any) -> TypeGuard[Coded]:
-    """True for a matrix in codes."""
+    """True for a quantised matrix."""
     return isinstance(tensor, Coded)
 
 
 def _require_scales(tensor: files.Tensor, scales: np.ndarray) -> None:
-    """Raises ValueError for scales that no kernel has: negative, or all zero."""
+    """Raises ValueError for impossible scales: negative, or all zero."""
     if scales.min() < 0 or not scales.any():
-        said = "are all zero" if not scales.any() else "hold a negative one"
+        said = "are all zero" if not scales.any() else "have a negative value"
         raise ValueError(
-            f"{tensor.path.name}: {tensor.key!r}: the scales {said}; is the file whole?"
+            f"{tensor.path.name}: {tensor.key!r}: the scales {said}; is the file "
+            "damaged?"
         )
 
 
 def _require_table(tensor: files.Tensor, values: np.ndarray) -> None:
-    """Raises ValueError unless codes point into this table, up to a rounding."""
+    """Raises ValueError unless the codes index this table, up to rounding."""
     if not np.allclose(tensor.read(), values, rtol=1e-5, atol=0):
         raise ValueError(
-            f"{tensor.path.name}: {tensor.key!r} is another table than bitsandbytes "
-            "writes, and codes mean something else in it"
+            f"{tensor.path.name}: {tensor.key!r} is not the table that bitsandbytes "
+            "writes, so the codes would mean something else"
         )
 
 
 def _bytes(tensor: files.Tensor) -> files.Tensor:
-    """The bytes of a tensor: `bnb_4bit_quant_storage` may call them floats."""
+    """The bytes of a tensor, which `bnb_4bit_quant_storage` may declare as floats."""
     return tensor._replace(dtype=np.dtype(np.uint8), shape=(tensor.nbytes,))
 
 
 def _axes(inputs: Sequence[int], outputs: Sequence[int]) -> Axes:
-    """Of a kernel `[*in, *out]`."""
+    """The axes of a kernel `[*in, *out]`."""
     first, last = len(inputs), len(inputs) + len(outputs)
     return Axes(tuple(range(first)), tuple(range(first, last)))
 
 
 def _inputs_first(rows: np.ndarray, shape: tuple[int, ...], inputs: int) -> Any:
-    """What lies as `[*out, *in]`, as `[*in, *out]` of this shape."""
+    """Returns values in the order `[*out, *in]` as `[*in, *out]` of this shape."""
     outputs = len(shape) - inputs
     whole = rows.reshape(*shape[inputs:], *shape[:inputs])
     return whole.transpose(*range(outputs, len(shape)), *range(outputs))

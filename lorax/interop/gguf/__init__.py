@@ -1,4 +1,4 @@
-"""GGUF files of llama.cpp: models and adapters in, adapters out."""
+"""llama.cpp's GGUF files: loads models and adapters, saves adapters."""
 
 try:
     import gguf as _library  # noqa: F401

@@ -1,10 +1,10 @@
-"""GGUF LoRA files: adapters for llama.cpp, and back.
+"""GGUF LoRA files: saves adapters for llama.cpp, and loads them.
 
     <tensor>.lora_a   [rank, in]
     <tensor>.lora_b   [out, rank]        W + alpha / rank * lora_b @ lora_a
 
-Of an embedding they are `[rows, rank]` and `[width, rank]`. alpha is one number for all
-tensors; where scales differ, the ratio is folded into lora_b.
+For an embedding they are `[rows, rank]` and `[width, rank]`. alpha is the same for all
+tensors; if scales differ, the ratio is folded into lora_b.
 
 References:
   llama.cpp, https://github.com/ggml-org/llama.cpp: src/llama-adapter.cpp.
@@ -42,23 +42,23 @@ def save_adapters(
     *,
     initial: Adapters | None = None,
 ) -> None:
-    """Writes adapters that llama.cpp loads beside a model: `llama-cli --lora FILE`.
+    """Writes adapters that llama.cpp loads with a model: `llama-cli --lora FILE`.
 
-    What is not Lora is written as the Lora that it is (`compose.to_lora`): AdaLora,
-    LoHa, LoKr, MiSS.
+    AdaLora, LoHa, LoKr and MiSS are converted to the equivalent Lora
+    (`compose.to_lora`).
 
     Args:
-      path: of the file, which is replaced.
+      path: the file, which is replaced if it exists.
       adapters: `{path: adapter}`.
-      config: of the base, `model.config`.
-      initial: what `lorax.init` returned, if it moved a part of the base's kernels
-        (PiSSA, OLoRA, ...): what is written is then for the original base, at twice the
+      config: the base's config, `model.config`.
+      initial: what `lorax.init` returned, if it changed the base's kernels (PiSSA,
+        OLoRA, ...): the adapters are then written for the original base, at twice the
         rank.
 
     Raises:
-      KeyError: a path that the model lacks.
-      ValueError: adapters that do not fit it, or are not products of factors (Dora,
-        Full, maps), on an embedding that is the head too, or not finite.
+      KeyError: the model lacks a path.
+      ValueError: adapters do not fit the model, are not products of factors (Dora,
+        Full, maps), are on an embedding that is also the head, or are not finite.
     """
     model = _Model.of(config)
     tree.require(adapters, model.base.shapes, "model")
@@ -87,13 +87,13 @@ def save_adapters(
 def load_adapters(
     path: str | pathlib.Path, config: llama.Config, *, dropout: float = 0.0
 ) -> Adapters:
-    """Reads a GGUF LoRA file.
+    """Loads a GGUF LoRA file.
 
     In a stack of layers, unequal ranks are padded with zeros.
 
     Args:
-      path: of the file.
-      config: of the base, `model.config`.
+      path: the file.
+      config: the base's config, `model.config`.
       dropout: static field of the adapters.
 
     Returns:
@@ -101,8 +101,8 @@ def load_adapters(
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: a file that is not sound, not an adapter, or not for this base; the
-        key or the tensor is named.
+      ValueError: the file is damaged, not an adapter, or not for this base; the message
+        names the key or the tensor.
     """
     model, head = _Model.of(config), header.read(pathlib.Path(path))
     _require_lora(head, model.architecture)
@@ -112,8 +112,8 @@ def load_adapters(
         name, end = key[: -len(ENDS[0])], key[-len(ENDS[0]) :]
         if end not in ENDS or name not in model.names.values():
             raise ValueError(
-                f"{head.path}: {key!r} is not a factor of a matrix of the model; its "
-                f"tensors are named such as 'blk.0.attn_q.weight{ENDS[0]}'"
+                f"{head.path}: {key!r} is not a factor of a matrix of the model; "
+                f"tensors have names like 'blk.0.attn_q.weight{ENDS[0]}'"
             )
         pairs.setdefault(name, {})[end] = stored
     modules = []
@@ -131,9 +131,9 @@ class _Model(NamedTuple):
 
     Attributes:
       base: modules by torch's names.
-      config: of the base.
-      architecture: llama.cpp's name of it.
-      names: of the matrices in a GGUF file, by module.
+      config: the base's config.
+      architecture: its name in llama.cpp.
+      names: the names of the matrices in a GGUF file, by module.
     """
 
     base: Base
@@ -146,14 +146,14 @@ class _Model(NamedTuple):
         """Returns the model of a config.
 
         Raises:
-          ValueError: of another family.
+          ValueError: the config is of another family.
         """
         kind = getattr(config, "model_type", "")
         kind = "llama" if kind == "mistral" else kind
         if kind not in metadata.ARCHITECTURES:
             raise ValueError(
                 f"{type(config).__module__}.{type(config).__qualname__} is not the "
-                "config of an architecture that is implemented: "
+                "config of a supported architecture: "
                 f"{', '.join(metadata.ARCHITECTURES)}"
             )
         base = Base(config)
@@ -163,12 +163,12 @@ class _Model(NamedTuple):
 
 
 def _require_pair(path: str, adapter: Any, base: Base) -> None:
-    """Raises for what a file of pairs has no form for."""
+    """Raises ValueError for an adapter that pairs of factors cannot represent."""
     merged = "merge it (lorax.merge), save the model (hf.save) and convert that"
     if adapter.replaces:
         raise ValueError(
-            f"{path}: GGUF LoRA files hold pairs of factors, and the adapter is "
-            f"{type(adapter).__name__}, whole values; {merged}"
+            f"{path}: GGUF LoRA files hold pairs of factors, but the adapter is "
+            f"{type(adapter).__name__}, with full values; {merged}"
         )
     if base.head and path == base.where[base.embedding + WEIGHT].path:
         raise ValueError(
@@ -178,7 +178,7 @@ def _require_pair(path: str, adapter: Any, base: Base) -> None:
 
 
 def _alpha(modules: Sequence[Module]) -> float:
-    """The alpha of most modules; llama.cpp takes 0 for a scale of 1."""
+    """The alpha that most modules have; llama.cpp treats 0 as a scale of 1."""
     alphas = [near_whole(module.scale * module.rank) for module in modules]
     largest = np.finfo(np.float32).max
     most = Counter(a for a in alphas if 0 < abs(a) <= largest).most_common(1)
@@ -186,7 +186,7 @@ def _alpha(modules: Sequence[Module]) -> float:
 
 
 def _to_disk(module: Module, model: _Model, alpha: float) -> dict[str, np.ndarray]:
-    """The tensors of a module, by their names."""
+    """The tensors of a module, by name."""
     a, b = (module.fields[field] for field in ("a", "b"))
     ratio = module.scale * module.rank / alpha
     if not np.isclose(ratio, 1, rtol=1e-7, atol=0):
@@ -202,7 +202,7 @@ def _to_disk(module: Module, model: _Model, alpha: float) -> dict[str, np.ndarra
 
 
 def _require_lora(head: Header, kind: str) -> None:
-    """Raises unless a file says that it is a LoRA for an architecture."""
+    """Raises ValueError unless a file says that it is a LoRA for this architecture."""
     rules = {
         gguf.Keys.General.TYPE: "adapter",
         gguf.Keys.Adapter.TYPE: "lora",
@@ -212,12 +212,12 @@ def _require_lora(head: Header, kind: str) -> None:
         given = head.field(key, untrusted.TEXT)
         if given != value:
             raise ValueError(
-                f"{head.path}: {key}={untrusted.shown(given)}; an adapter for this "
-                f"model has {value!r}"
+                f"{head.path}: {key}={untrusted.shown(given)}; for an adapter of this "
+                f"model it must be {value!r}"
             )
     if (key := gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS) in head.metadata:
         raise ValueError(
-            f"{head.path}: {key}: the adapter acts only behind some tokens (aLoRA), "
+            f"{head.path}: {key}: the adapter acts only after certain tokens (aLoRA), "
             "which is not implemented"
         )
 
@@ -225,13 +225,13 @@ def _require_lora(head: Header, kind: str) -> None:
 def _from_disk(
     module: str, pair: dict[str, header.Stored], model: _Model, alpha: float
 ) -> Module:
-    """The factors of a module; of the pair's shapes all are checked first."""
+    """The factors of a module; the shapes of the pair are checked before reading."""
     if missing := [end for end in ENDS if end not in pair]:
-        raise ValueError(f"there is no {missing[0]!r} of it")
+        raise ValueError(f"it has no {missing[0]!r}")
     if module == model.base.embedding:
         raise ValueError(
-            "the adapter is of an embedding that is the head too; load the base with "
-            "tied=False, its head the embedding transposed"
+            "the adapter is on an embedding that is also the head; load the base with "
+            "tied=False and set its head to the transposed embedding"
         )
     inputs, outputs = model.base.sizes(module)
     looked_up = model.base.is_embedding(module)
@@ -240,8 +240,9 @@ def _from_disk(
     need = ((inputs, rank) if looked_up else (rank, inputs)), (outputs, rank)
     if (a.shape, b.shape) != need:
         raise ValueError(
-            f"its factors have shapes {list(a.shape)} and {list(b.shape)}; of a map "
-            f"from {inputs} to {outputs} they are {list(need[0])} and {list(need[1])}"
+            f"its factors have shapes {list(a.shape)} and {list(b.shape)}; for a map "
+            f"from {inputs} to {outputs} they must be {list(need[0])} and "
+            f"{list(need[1])}"
         )
     heads = loading.heads_of(model.config, model.names[module])
     first = Tensor.of(a, np.float32).read().astype(np.float32)

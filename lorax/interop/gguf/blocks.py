@@ -1,13 +1,13 @@
-"""ggml's blocks taken apart: whole codes, and what makes weights of them.
+"""Unpacks ggml's blocks into integer codes with scales and shifts.
 
-    W = code * scale + shift            of 16 or 32 neighbours along a row
+    W = code * scale + shift            for 16 or 32 neighbours along a row
 
 | type | codes | scale | shift |
 |---|---|---|---|
-| Q4_0, Q5_0, Q8_0 | about zero | d | |
+| Q4_0, Q5_0, Q8_0 | around zero | d | |
 | Q4_1, Q5_1 | from 0 | d | m |
 | Q4_K, Q5_K | from 0 | d * six bits | -dmin * six bits |
-| Q6_K | about zero | d * eight bits | |
+| Q6_K | around zero | d * eight bits | |
 
 d, m and dmin are float16: the products fit into float32, so nothing is lost.
 
@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
 
     Attributes:
       codes: int8 `[rows, inputs]`.
-      scales: `[rows, inputs / tile]`, float16 where that is all there is, or float32.
+      scales: `[rows, inputs / tile]`, float16, or float32 for products of two numbers.
       shifts: likewise; None for 0.
     """
 
@@ -44,11 +44,11 @@ class Form(NamedTuple):
     """How a type stores its weights.
 
     Attributes:
-      bits: of a code.
-      tile: neighbours that share a scale.
-      take: `[blocks, bytes]` to `Blocks`, a row for each block.
-      signed: codes lie about zero; else they begin there.
-      wide: scales are products of two numbers, and float32.
+      bits: bits per code.
+      tile: number of neighbours that share a scale.
+      take: converts `[blocks, bytes]` to `Blocks`, with a row for each block.
+      signed: True if codes are around zero, False if they start at zero.
+      wide: whether scales are products of two numbers, in float32.
     """
 
     bits: int
@@ -59,7 +59,7 @@ class Form(NamedTuple):
 
 
 def unpack(kind: Type, rows: np.ndarray) -> Blocks:
-    """Returns what `rows`, `[rows, bytes]`, hold; `kind` is one of `FORMS`."""
+    """Unpacks `rows`, `[rows, bytes]`; `kind` is one of `FORMS`."""
     _, size = gguf.GGML_QUANT_SIZES[kind]
     found = FORMS[kind].take(rows.reshape(-1, size))
     shape = rows.shape[0], -1
@@ -68,7 +68,7 @@ def unpack(kind: Type, rows: np.ndarray) -> Blocks:
 
 
 def _halves(raw: np.ndarray) -> np.ndarray:
-    """Two codes a byte; the lower bits are the first half of the block."""
+    """Two codes per byte; the lower bits are the first half of the block."""
     return np.concatenate([raw & 15, raw >> 4], axis=-1).astype(np.int8)
 
 
@@ -109,9 +109,10 @@ def _q8_0(raw: np.ndarray) -> Blocks:
 def _six_bits(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scales and minima of the eight tiles of a K block, from twelve bytes.
 
-    Bytes 0-3 hold scales 0-3 and 4-7 minima 0-3, in their lower six bits. Bytes 8-11
-    hold the lower four bits of scales 4-7, and above them those of the minima; the
-    other two bits are on top of bytes 0-3 and 4-7.
+    The lower six bits of bytes 0-3 hold scales 0-3, those of bytes 4-7 minima 0-3.
+    Bytes 8-11 hold the lower four bits of scales 4-7 in their lower half and those of
+    minima 4-7 in their upper half; the remaining two bits of each are the top bits of
+    bytes 0-3 (scales) and 4-7 (minima).
     """
     first, second, both = np.split(raw, [4, 8], axis=1)
     scales = np.concatenate([first & 63, both & 15 | first >> 6 << 4], axis=1)
@@ -127,7 +128,7 @@ def _k_tiles(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _k_codes(raw: np.ndarray) -> np.ndarray:
-    """`[blocks, 8, 32]`: of every 32 bytes first the lower, then the upper bits."""
+    """`[blocks, 8, 32]`: for every 32 bytes, first the lower bits, then the upper."""
     return _halves(raw.reshape(len(raw), 4, 32)).reshape(-1, 8, 32)
 
 
@@ -161,4 +162,4 @@ FORMS = {
     Type.Q5_K: Form(5, 32, _q5_k, wide=True),
     Type.Q6_K: Form(6, 16, _q6_k, signed=True, wide=True),
 }
-"""The types whose codes are kept; those of others are decoded."""
+"""The types whose codes can be kept; other types are decoded."""

@@ -1,9 +1,9 @@
-"""The header of a GGUF file: metadata and where tensors lie, trusted with nothing.
+"""Parses the header of an untrusted GGUF file: its metadata and tensor locations.
 
     magic, version, counts | key, type, value ... | name, dims, type, offset ... | data
 
-Every count and length is held against the bytes that are left before anything is made
-of it, so that no header can ask for more time or memory than the file itself has.
+Every count and length is checked against the remaining bytes before it is used, so that
+no header can demand more time or memory than the size of the file warrants.
 
 References:
   The GGUF specification, docs/gguf.md of ggml-org/ggml.
@@ -25,7 +25,7 @@ from lorax import untrusted
 from lorax.interop import files
 
 LIMIT = 200 * 2**20
-"""Bytes of a header. One of 256,000 tokens and their merges takes about 12 MB."""
+"""Most bytes of a header. 256,000 tokens and their merges take about 12 MB."""
 
 ALIGNMENT = "general.alignment"
 _Value = gguf.GGUFValueType
@@ -48,7 +48,7 @@ FLOATS = {
     gguf.GGMLQuantizationType.F16: np.dtype(np.float16),
     gguf.GGMLQuantizationType.BF16: np.dtype(jnp.bfloat16),
 }
-"""numpy's dtypes of the types that are stored as they are."""
+"""NumPy dtypes for the types that are stored as they are."""
 
 _SMALLEST_ENTRY = 8 + 4 + 1  # bytes of a key and its value
 _SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8
@@ -59,8 +59,8 @@ class Stored(NamedTuple):
 
     Attributes:
       kind: its ggml type.
-      shape: the slowest axis first, the reverse of what the file says.
-      raw: its bytes: floats in that shape, or blocks, `[..., bytes of a row]` uint8.
+      shape: the slowest axis first, the reverse of the order in the file.
+      raw: its bytes: floats in that shape, or blocks, `[..., bytes per row]` uint8.
     """
 
     kind: gguf.GGMLQuantizationType
@@ -69,10 +69,10 @@ class Stored(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a file says of itself.
+    """The header of a file.
 
     Attributes:
-      path: of the file.
+      path: the file.
       metadata: `{key: value}`; arrays are lists.
       tensors: by name.
     """
@@ -82,10 +82,10 @@ class Header(NamedTuple):
     tensors: dict[str, Stored]
 
     def field(self, key: str, rule: untrusted.Rule, default: Any = None) -> Any:
-        """Returns a value held to a rule; the default where the key is absent.
+        """Returns a value after checking it by a rule; the default if it is absent.
 
         Raises:
-          ValueError: it is something else, or absent without a default.
+          ValueError: it does not fit the rule, or is absent without a default.
         """
         if key not in self.metadata:
             if default is None:
@@ -99,14 +99,14 @@ def read(path: pathlib.Path) -> Header:
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: it is not a GGUF file of version 2 or 3, ends early, names a key or a
-        tensor twice, or says what cannot be; the message names the key or tensor.
+      ValueError: it is not a GGUF file of version 2 or 3, ends early, has a key or a
+        tensor twice, or an impossible value; the message names the key or tensor.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     size = path.stat().st_size
     if size < 24:
-        raise ValueError(f"{path} has {size} bytes, and is not a GGUF file")
+        raise ValueError(f"{path} has {size} bytes, so it is not a GGUF file")
     with open(path, "rb") as file:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             try:
@@ -116,7 +116,7 @@ def read(path: pathlib.Path) -> Header:
 
 
 class _Parser:
-    """A position in the bytes of a header, and what stands there."""
+    """A position in the bytes of a header, and the readers that advance it."""
 
     def __init__(self, path: pathlib.Path, view: mmap.mmap) -> None:
         self.path, self.view, self.at = path, view, 0
@@ -124,7 +124,7 @@ class _Parser:
         self.end = min(self.size, LIMIT)
 
     def header(self) -> Header:
-        """Returns the whole of it."""
+        """Returns the whole header."""
         self._opened()
         tensors, entries = self._whole(8, "counts"), self._whole(8, "counts")
         self._room(tensors * _SMALLEST_TENSOR, f"{tensors} tensors")
@@ -133,13 +133,13 @@ class _Parser:
         for i in range(entries):
             key = self._text(f"key {i}")
             if key in metadata:
-                raise ValueError(f"the key {key!r} is there twice")
+                raise ValueError(f"the key {key!r} appears twice")
             metadata[key] = self._value(self._kind(key), key)
         infos: dict[str, tuple[Any, tuple[int, ...], int]] = {}
         for i in range(tensors):
             name = self._text(f"the name of tensor {i}")
             if name in infos:
-                raise ValueError(f"the tensor {name!r} is there twice")
+                raise ValueError(f"the tensor {name!r} appears twice")
             infos[name] = self._tensor(name)
         return Header(self.path, metadata, self._placed(infos, metadata))
 
@@ -147,25 +147,26 @@ class _Parser:
         """Reads the magic and the version."""
         magic = self._bytes(4, "the magic")
         if magic != b"GGUF":
-            raise ValueError(f"starts with {magic!r}, and is not a GGUF file")
+            raise ValueError(f"starts with {magic!r}, so it is not a GGUF file")
         version = self._whole(4, "the version")
         if version & 0xFFFF == 0:
             raise ValueError(
-                "is a big-endian GGUF file; convert it with gguf-convert-endian of the "
-                "gguf package"
+                "is a big-endian GGUF file; convert it with gguf-convert-endian from "
+                "the gguf package"
             )
         if version not in (2, 3):
             raise ValueError(
-                f"is GGUF version {version}; 2 and 3 are read: convert the model again"
+                f"is GGUF version {version}; only 2 and 3 are supported: convert the "
+                "model again"
             )
 
     def _room(self, count: int, what: str) -> None:
-        """Raises unless so many bytes are left."""
+        """Raises ValueError unless so many bytes are left."""
         if count > self.end - self.at:
             beyond = (
                 f"the {LIMIT} bytes that a header may have"
                 if self.end < self.size
-                else f"the end of the file, of {self.size} bytes"
+                else f"the end of the file, which has {self.size} bytes"
             )
             raise ValueError(
                 f"{what}: {count} bytes from {self.at} are beyond {beyond}"
@@ -178,7 +179,7 @@ class _Parser:
         return found
 
     def _whole(self, size: int, what: str) -> int:
-        """Reads a number without a sign."""
+        """Reads an unsigned integer."""
         return int.from_bytes(self._bytes(size, what), "little")
 
     def _text(self, what: str) -> str:
@@ -195,7 +196,7 @@ class _Parser:
         try:
             return _Value(number)
         except ValueError:
-            raise ValueError(f"{key}: {number} is not a type of values") from None
+            raise ValueError(f"{key}: {number} is not a value type") from None
 
     def _value(self, kind: gguf.GGUFValueType, key: str) -> Any:
         if kind == _Value.STRING:
@@ -204,7 +205,7 @@ class _Parser:
             return self._numbers(kind, 1, key)[0]
         inner, count = self._kind(key), self._whole(8, key)
         if inner == _Value.ARRAY:
-            raise ValueError(f"{key}: arrays of arrays are not read")
+            raise ValueError(f"{key}: arrays of arrays are not supported")
         if inner != _Value.STRING:
             return self._numbers(inner, count, key)
         self._room(8 * count, f"{key}, an array of {count} texts")
@@ -216,14 +217,14 @@ class _Parser:
         if kind != _Value.BOOL:
             return found.tolist()
         if (found > 1).any():
-            raise ValueError(f"{key}: a switch is {found.max()}, neither 0 nor 1")
+            raise ValueError(f"{key}: a boolean is {found.max()}, not 0 or 1")
         return found.astype(bool).tolist()
 
     def _tensor(self, name: str) -> tuple[Any, tuple[int, ...], int]:
-        """The ggml type, the shape, the offset from where the data begins."""
+        """The ggml type, the shape, and the offset from the start of the data."""
         count = self._whole(4, name)
         if not 1 <= count <= 4:
-            raise ValueError(f"{name!r} has {count} dimensions; 1 to 4 are possible")
+            raise ValueError(f"{name!r} has {count} dimensions; it must be 1 to 4")
         dims = [self._whole(8, name) for _ in range(count)]
         if min(dims) < 1 or math.prod(dims) > 2**62:
             raise ValueError(f"{name!r} has the impossible shape {dims}")
@@ -233,7 +234,7 @@ class _Parser:
         except ValueError:
             raise ValueError(
                 f"{name!r} has the unknown ggml type {number}; convert it to a known "
-                "one, such as Q8_0, with llama-quantize"
+                "type, such as Q8_0, with llama-quantize"
             ) from None
         return kind, tuple(reversed(dims)), offset
 
@@ -242,7 +243,7 @@ class _Parser:
         infos: dict[str, tuple[Any, tuple[int, ...], int]],
         metadata: dict[str, Any],
     ) -> dict[str, Stored]:
-        """The tensors, which are inside of the file and do not overlap."""
+        """The tensors, checked to be inside the file and not to overlap."""
         align = metadata.get(ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT)
         untrusted.check(ALIGNMENT, align, untrusted.whole(1, 2**20))
         if align & (align - 1):
@@ -251,13 +252,13 @@ class _Parser:
         found = {}
         for name, (kind, shape, offset) in infos.items():
             if offset % align:
-                raise ValueError(f"{name!r} begins at {offset}: not aligned to {align}")
+                raise ValueError(f"{name!r} begins at {offset}, not aligned to {align}")
             dtype, stored = _layout(name, kind, shape)
             raw = files.Tensor(self.path, name, dtype, stored, begin + offset)
             if raw.offset + raw.nbytes > self.size:
                 raise ValueError(
                     f"{name!r}: {raw.nbytes} bytes from {raw.offset} are beyond the "
-                    f"end of the file, of {self.size}; it is cut short"
+                    f"end of the file, at {self.size}; the file is truncated"
                 )
             found[name] = Stored(kind, shape, raw)
         order = sorted(
@@ -278,7 +279,7 @@ def _layout(
     block, size = gguf.GGML_QUANT_SIZES[kind]
     if shape[-1] % block:
         raise ValueError(
-            f"{name!r} has rows of {shape[-1]}, not of whole {kind.name} blocks of "
-            f"{block}"
+            f"{name!r} has rows of {shape[-1]}, which {kind.name} blocks of {block} do "
+            "not divide"
         )
     return np.dtype(np.uint8), (*shape[:-1], shape[-1] // block * size)

@@ -1,4 +1,4 @@
-"""Leaves that keep the codes of their tensors."""
+"""Leaves that keep their tensors' codes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ Part = tuple[Tensor, table.Location]
 
 
 class Plan(NamedTuple):
-    """How one leaf is read.
+    """How to read one leaf.
 
-    Layers of one four-bit type keep four bits. Where the types of a stack differ, as in
-    files that give every other layer more bits, all layers have int8 codes, and scales
-    for the smallest of their tiles: more bytes than in the file, and the same weights.
+    Layers that all have the same 4-bit type keep four bits. If the types of a stack
+    differ, as in files that give every other layer more bits, all layers get int8 codes
+    and scales for the smallest of their tiles: more bytes than in the file, but the
+    same weights.
 
     Attributes:
-      parts: a tensor for each layer, or one alone, `[out, in]`, and where each goes.
-      shape: of the leaf.
-      dtype: of the kernel that stands for the codes.
+      parts: a tensor `[out, in]` for each layer, or a single one, and where each goes.
+      shape: the leaf's shape.
+      dtype: the dtype of the dense kernel.
     """
 
     parts: Sequence[Part]
@@ -46,7 +47,7 @@ class Plan(NamedTuple):
         inputs, outputs, batch = axes.sizes(self.shape)
         before, last = (*batch, *inputs[:-1]), inputs[-1]
         forms = [blocks.FORMS[kind] for kind in self._kinds]
-        # a tile is of neighbours along the last input axis, so no head may part it
+        # a tile consists of neighbours on the last input axis, so no head may split it
         tile = math.gcd(last, *(form.tile for form in forms))
         counts = (*before, last // tile, *outputs)
         signed = all(form.signed for form in forms)
@@ -70,7 +71,7 @@ class Plan(NamedTuple):
         """Returns the leaf; see `packed.assembled`.
 
         Raises:
-          ValueError: a file that ended early, or scales that are NaN or infinite.
+          ValueError: a file ends early, or scales are NaN or infinite.
         """
         leaf = self.abstract
         return packed.assembled(leaf, self._layers(leaf), self._stacked, where)
@@ -92,7 +93,7 @@ class Plan(NamedTuple):
 
     @property
     def _stacked(self) -> bool:
-        """True where the first axis numbers the layers."""
+        """Whether the first axis indexes the layers."""
         return self.parts[0][1].layer is not None
 
 
@@ -107,7 +108,7 @@ def _rows(tensor: Tensor, leaf: Quantized) -> Quantized:
     if leaf.shifts is not None:
         none = found.shifts is None
         own["shifts"] = np.zeros_like(scales) if none else spread(found.shifts)
-    if leaf.zeros is not None:  # four bits with a sign stand for 0 to 15
+    if leaf.zeros is not None:  # signed 4-bit codes stand for 0 to 15
         own["zeros"] = np.full_like(scales, -8)
         codes = codes - np.int8(8)
     if leaf.block:
@@ -119,12 +120,12 @@ def _rows(tensor: Tensor, leaf: Quantized) -> Quantized:
 def plans(
     found: Mapping[str, Sequence[Part]], shapes: Mapping[str, Any], dtype: Any
 ) -> dict[str, Plan]:
-    """Returns by path how the linear maps are read whose codes are kept.
+    """Returns plans for the linear maps whose codes are kept, by path.
 
     Args:
       found: the tensors of every leaf.
       shapes: of the leaves.
-      dtype: of the kernels that stand for codes.
+      dtype: the dtype of the dense kernels.
     """
     made, decoded = {}, {}
     for path, parts in found.items():
@@ -138,9 +139,9 @@ def plans(
     if decoded:
         told = "\n".join(f"  {path}: {kinds}" for path, kinds in decoded.items())
         warnings.warn(
-            f"leaves with types whose codes are not kept are decoded:\n{told}\n"
-            "lorax.quantize makes codes of them; with scan=False only layers of such "
-            "types are decoded",
+            f"leaves of types whose codes cannot be kept are decoded:\n{told}\n"
+            "lorax.quantize can quantise them again; with scan=False only the layers "
+            "of such types are decoded",
             stacklevel=3,
         )
     return made

@@ -1,9 +1,9 @@
-"""Llama-family models from GGUF files, dense or with the files' own codes.
+"""Loads Llama-family models from GGUF files, dense or with the files' own codes.
 
     model, params = gguf.load("model.Q4_K_M.gguf", quantize="file")
     logits = lorax.adapt(forward)({}, params, tokens)
 
-Everything that can be known from the header is checked before the first weight is read.
+Everything that the header shows is checked before the first weight is read.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from lorax.quantization import Rules
 from lorax.types import PyTree
 
 FILE = "file"
-"""In place of rules: the codes of the file."""
+"""In place of rules: keep the file's codes."""
 
 TURNED = ("llama", "mistral")
-"""Types of models whose queries and keys llama.cpp stores in an order of its own."""
+"""Model types whose queries and keys llama.cpp stores in its own order."""
 
 
 def load(
@@ -44,33 +44,32 @@ def load(
     dtype: Any = None,
     **switches: Any,
 ) -> tuple[nn.Module, PyTree]:
-    """Reads a model of the Llama family.
+    """Loads a model of the Llama family.
 
-    Tensors are read one after another. Of blocks, `gguf.quants.dequantize` gives the
-    weights.
+    Tensors are read one at a time; `gguf.quants.dequantize` decodes blocks.
 
     Args:
-      path: of the file.
+      path: the file.
       quantize: "file" keeps the codes of linear maps as they are (Q4_0, Q4_1, Q5_0,
-        Q5_1, Q8_0, Q4_K, Q5_K, Q6_K), in `lorax.quantized.Quantized` leaves of the same
-        weights; embeddings are decoded, since their rows are looked up. A stack whose
-        layers differ in type has all its codes in eight bits; with `scan=False` each
-        layer has its own. Rules, as for `hf.load`, make new codes of the weights. None:
+        Q5_1, Q8_0, Q4_K, Q5_K, Q6_K), in `lorax.quantized.Quantized` leaves with the
+        same weights; embeddings are decoded, since their rows are looked up. If layers
+        of a stack differ in type, all its codes get eight bits; with `scan=False` each
+        layer keeps its own. Rules, as for `hf.load`, quantise the weights anew. None:
         nothing is quantised.
       shardings: as for `hf.load`.
-      dtype: of the computation, and of weights that are decoded. None: float32, or the
-        file's own type where most of it is F16 or BF16.
-      **switches: fields of `llama.Config` that the file does not hold, such as `scan`
+      dtype: of the computation, and of decoded weights. None: float32, or the file's
+        own type if most of it is F16 or BF16.
+      **switches: fields of `llama.Config` that the file does not have, such as `scan`
         and `remat`.
 
     Returns:
-      The Flax module, its `config` beside it, and its parameters.
+      The Flax module, with its `config`, and its parameters.
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: a file that is not sound, an architecture, key or type that is not
-        implemented, tensors that are missing, left over, misshapen or not finite, rules
-        that `lorax.quantize` refuses.
+      ValueError: the file is damaged; an architecture, key or type is not implemented;
+        tensors are missing, left over, misshapen or not finite; or `lorax.quantize`
+        would refuse the rules.
 
     Example:
       >>> load("model.gguf")
@@ -108,7 +107,7 @@ def load(
 
 
 def names(config: llama.Config) -> dict[str, str]:
-    """Returns the name in a GGUF file of every tensor of a checkpoint."""
+    """Returns the GGUF name of every tensor of a checkpoint."""
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.layers)  # the widest
     found = {}
     for key in table.locate(llama.entries(config), config.stacks, config.scan):
@@ -119,7 +118,7 @@ def names(config: llama.Config) -> dict[str, str]:
 
 
 def heads_of(config: llama.Config, name: str) -> int:
-    """Returns for how many heads the rows of a tensor lie as llama.cpp turns them."""
+    """Returns the number of heads if a tensor's rows are in llama.cpp's order, or 0."""
     if config.model_type not in TURNED:
         return 0
     if ".attn_q." in name:
@@ -130,11 +129,10 @@ def heads_of(config: llama.Config, name: str) -> int:
 def placed(
     head: Header, config: llama.Config, shapes: Mapping[str, Any]
 ) -> dict[str, list[Part]]:
-    """Returns for every leaf its tensors, one for each layer of a stack.
+    """Returns the tensors of every leaf, one for each layer of a stack.
 
     Raises:
-      ValueError: tensors that are missing, left over, misshapen or of a type that is
-        not read.
+      ValueError: tensors are missing, left over, misshapen or of an unsupported type.
     """
     kind = metadata.architecture(head)
     spelled = names(config)
@@ -148,7 +146,7 @@ def placed(
     extra = sorted(set(head.tensors) - set(where) - {"rope_freqs.weight"})
     if missing or extra:
         raise ValueError(
-            f"{head.path}: the tensors are not those of its metadata; "
+            f"{head.path}: the tensors do not match its metadata; "
             f"missing: {untrusted.some(missing)}; left over: {untrusted.some(extra)}"
         )
     found: dict[str, list[Part]] = {}
@@ -163,7 +161,7 @@ def placed(
 
 
 def _dtype(head: Header) -> np.dtype:
-    """The dtype of most of the bytes; of codes float32."""
+    """The dtype that accounts for most bytes; codes count as float32."""
     count: dict[Any, int] = {}
     for tensor in head.tensors.values():
         dtype = header.FLOATS.get(tensor.kind, np.dtype(np.float32))

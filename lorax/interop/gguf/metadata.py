@@ -1,4 +1,4 @@
-"""What a GGUF file says of a model, as the fields of a config.json."""
+"""Converts the metadata of a GGUF model to the fields of a config.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorax.interop.gguf.header import Header
 from lorax.models import hf_config, llama, rope
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""What is read; llama.cpp's "llama" is Mistral as well."""
+"""Supported architectures; llama.cpp's "llama" includes Mistral."""
 
 SIZES = {
     "context_length": "max_position_embeddings",
@@ -26,7 +26,7 @@ SIZES = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
-"""Keys, after the architecture, and the fields of a config.json that they are."""
+"""Keys, without the architecture, and the corresponding fields of a config.json."""
 
 _COUNT = untrusted.whole(1)
 _RULES = {
@@ -54,22 +54,22 @@ _ONLY = {
     "rope.scaling.yarn_attn_factor": 1.0,
     "rope.scaling.yarn_ext_factor": 1.0,
 }
-"""Switches that are implemented in one position."""
+"""Keys of which only one value is implemented."""
 _LLAMA3 = rope.Rope(kind="llama3", original=8192, low=1.0, high=4.0)
-"""Every Llama 3.1 to 3.3 has these, and a factor of 8 or 32."""
+"""Every Llama from 3.1 to 3.3 has these, and a factor of 8 or 32."""
 
 
 def architecture(header: Header) -> str:
     """Returns the architecture of a model.
 
     Raises:
-      ValueError: the file does not hold a whole model, or one of another family.
+      ValueError: the file does not hold a complete model, or one of another family.
     """
     what = header.field("general.type", untrusted.TEXT, "model")
     if what != "model":
         raise ValueError(
-            f"{header.path}: general.type={untrusted.shown(what)}, and a model is "
-            "asked for; gguf.load_adapters reads an adapter"
+            f"{header.path}: general.type={untrusted.shown(what)}, but this loads "
+            "models; for an adapter, use gguf.load_adapters"
         )
     if header.field("split.count", untrusted.whole(), 1) > 1:
         raise ValueError(
@@ -80,7 +80,7 @@ def architecture(header: Header) -> str:
     if name not in ARCHITECTURES:
         raise ValueError(
             f"{header.path}: general.architecture={untrusted.shown(name)} is not "
-            f"implemented; known are {', '.join(ARCHITECTURES)}"
+            f"implemented; supported are {', '.join(ARCHITECTURES)}"
         )
     return name
 
@@ -89,7 +89,7 @@ def config(header: Header, **switches: Any) -> llama.Config:
     """Returns the model's config; `switches` are scan, remat, dtype, ...
 
     Raises:
-      ValueError: a key that is missing, impossible or not implemented, by its name.
+      ValueError: a key is missing, impossible or not implemented; the message names it.
     """
     kind = architecture(header)
     if "token_embd.weight" not in header.tensors:
@@ -115,7 +115,7 @@ def config(header: Header, **switches: Any) -> llama.Config:
 
 
 def _fields(header: Header, kind: str) -> dict[str, Any]:
-    """The fields that are keys of the file, none of which is ignored unseen."""
+    """The fields given by keys of the file, none of which is silently ignored."""
     fields = {}
     for key, field in SIZES.items():
         rule, name = _RULES.get(key, _COUNT), f"{kind}.{key}"
@@ -133,12 +133,12 @@ def _fields(header: Header, kind: str) -> dict[str, Any]:
 
 
 def _shortest(value: Any) -> Any:
-    """A float32 by its shortest decimal: 1e-05, not 9.999999747378752e-06."""
+    """A float32 as its shortest decimal: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _require_known(header: Header, kind: str) -> None:
-    """Raises for a key that may change the architecture, and that nobody here knows."""
+    """Raises ValueError for an unknown key that may change the architecture."""
     odd = {}
     for name, value in header.metadata.items():
         key = name.removeprefix(f"{kind}.")
@@ -153,16 +153,16 @@ def _require_known(header: Header, kind: str) -> None:
     if odd:
         shown = ", ".join(f"{k}={untrusted.shown(v)}" for k, v in odd.items())
         raise ValueError(
-            f"{header.path}: keys that may change the architecture, and are not "
+            f"{header.path}: keys that may change the architecture and are not "
             f"implemented: {shown}; load the model that the file was made from with "
             "hf.load"
         )
 
 
 def _agrees(header: Header, kind: str, found: llama.Config) -> None:
-    """Raises unless what is said twice, by keys or by tensors, is the same.
+    """Raises ValueError if keys and tensors disagree.
 
-    Afterwards no size is larger than a tensor of the file, whatever the keys say.
+    Afterwards no size exceeds that of a tensor in the file, whatever the keys say.
     """
     last = f"blk.{found.layers - 1}"
     sizes = {
@@ -173,7 +173,7 @@ def _agrees(header: Header, kind: str, found: llama.Config) -> None:
     for name, need in sizes.items():
         if name not in header.tensors:
             raise ValueError(
-                f"{header.path}: there is no tensor {name!r}, and the metadata say "
+                f"{header.path}: there is no tensor {name!r}, but the metadata has "
                 f"{kind}.block_count={found.layers}"
             )
         if (shape := header.tensors[name].shape) != need:
@@ -187,31 +187,33 @@ def _agrees(header: Header, kind: str, found: llama.Config) -> None:
         given = header.field(f"{kind}.{key}", _COUNT, size)
         if given != size:
             raise ValueError(
-                f"{header.path}: {kind}.{key}={given}, which is not implemented where "
-                f"the other keys and tensors say {size}"
+                f"{header.path}: {kind}.{key}={given} is not implemented if the other "
+                f"keys and tensors give {size}"
             )
 
 
 def misshapen(
     header: Header, name: str, shape: tuple[int, ...], need: tuple[int, ...], kind: str
 ) -> str:
-    """Returns the message for a tensor of another shape than its model's."""
+    """Returns the message for a tensor whose shape does not fit its model."""
     told = [f"{kind}.{key}" for key in SIZES]
     said = ", ".join(f"{k}={header.metadata[k]}" for k in told if k in header.metadata)
     return (
-        f"{header.path}: {name!r} has shape {list(shape)}, and the metadata ask for "
+        f"{header.path}: {name!r} has shape {list(shape)}, but the metadata requires "
         f"{list(need)}: {said}"
     )
 
 
 def _with_factors(header: Header, found: llama.Config) -> llama.Config:
-    """The config with Llama 3's rates, which a file holds as a tensor of factors."""
+    """The config with Llama 3's rates, which a file stores as a tensor of factors."""
     if "rope_freqs.weight" not in header.tensors:
         return found
     where = f"{header.path}: 'rope_freqs.weight'"
     stored, plain = header.tensors["rope_freqs.weight"], found.rope
     if plain.kind != "default":
-        raise ValueError(f"{where} comes with rope.scaling.type={plain.kind!r}")
+        raise ValueError(
+            f"{where} cannot be combined with rope.scaling.type={plain.kind!r}"
+        )
     if stored.shape != (found.head_dim // 2,) or stored.kind != Type.F32:
         raise ValueError(
             f"{where} is {stored.kind.name} {list(stored.shape)}, not F32 "
@@ -223,8 +225,7 @@ def _with_factors(header: Header, found: llama.Config) -> llama.Config:
     expected = plain.rates(size) / own.rates(size)
     if factors.min() <= 0 or not np.allclose(factors, expected, rtol=1e-4):
         raise ValueError(
-            f"{where} holds other factors than those of Llama 3 with an original "
-            f"length of {own.original}; load the model that the file was made from "
-            "with hf.load"
+            f"{where} does not hold the factors of Llama 3 with an original length of "
+            f"{own.original}; load the model that the file was made from with hf.load"
         )
     return dataclasses.replace(found, rope=own)

@@ -1,4 +1,4 @@
-"""Tensors of a GGUF file as a model's leaves: decoded, or taken apart."""
+"""Tensors of a GGUF file, to be read as a model's leaves: decoded, or as codes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lorax.interop.gguf import blocks, header
 
 
 class Tensor(NamedTuple):
-    """One tensor of a model; read as `lorax.interop.files.Tensor` is.
+    """One tensor of a model, with the interface of `lorax.interop.files.Tensor`.
 
     Attributes:
-      stored: where it lies.
-      dtype: of what is read.
-      heads: rows lie as llama.cpp turns them, for so many heads; 0: they do not.
+      stored: the tensor on disk.
+      dtype: the dtype of what `read` returns.
+      heads: if not 0, rows are in llama.cpp's order for so many heads.
     """
 
     stored: header.Stored
@@ -29,7 +29,7 @@ class Tensor(NamedTuple):
         """Returns a tensor; codes are decoded to the dtype `decoded`.
 
         Raises:
-          ValueError: a type that cannot be read.
+          ValueError: its type is not supported.
         """
         raw, kind = stored.raw, stored.kind
         if kind in header.FLOATS:
@@ -37,7 +37,7 @@ class Tensor(NamedTuple):
         if kind not in blocks.FORMS and kind not in DECODED:
             raise ValueError(
                 f"{raw.path}: {raw.key!r} has the ggml type {kind.name}, which is not "
-                "read; convert it with llama-quantize, such as to Q8_0"
+                "supported; convert it with llama-quantize, for example to Q8_0"
             )
         return cls(stored, np.dtype(decoded), heads)
 
@@ -47,12 +47,12 @@ class Tensor(NamedTuple):
         return self.stored.shape
 
     def read(self, rows: slice = slice(None)) -> np.ndarray:
-        """Returns the tensor, or those of its rows.
+        """Returns the tensor, or some of its rows.
 
         Raises:
-          ValueError: the file ended early, or a value is NaN or infinite.
+          ValueError: the file ends early, or a value is NaN or infinite.
         """
-        if self.heads:  # a layer's queries or keys: their rows lie apart
+        if self.heads:  # a layer's queries or keys: their rows are not contiguous
             return unturned(self._rows(slice(None)), self.heads)[rows]
         return self._rows(rows)
 
@@ -61,10 +61,10 @@ class Tensor(NamedTuple):
         return self.read(rows)[:, columns]
 
     def unpack(self) -> blocks.Blocks:
-        """Returns the codes of a matrix, and what makes weights of them.
+        """Returns the codes of a matrix, with their scales and shifts.
 
         Raises:
-          ValueError: the file ended early, or a scale is NaN or infinite.
+          ValueError: the file ends early, or a scale is NaN or infinite.
         """
         raw = self.stored.raw
         found = blocks.unpack(self.stored.kind, raw.read())
@@ -83,7 +83,7 @@ class Tensor(NamedTuple):
         raw, kind = self.stored.raw, self.stored.kind
         if kind in header.FLOATS:
             return raw.read(rows)
-        with np.errstate(all="ignore"):  # what overflows is found below
+        with np.errstate(all="ignore"):  # overflow is detected below
             found = gguf.quants.dequantize(raw.read(rows), kind)
         if not files.is_finite(found):
             raise ValueError(f"{raw.path}: {raw.key!r} holds NaN or infinite values")
@@ -95,7 +95,7 @@ DECODED = frozenset(
     for kind in blocks.Type
     if kind.name.startswith(("Q2_K", "Q3_K", "IQ", "TQ", "MXFP4"))
 )
-"""Types that are read by decoding alone."""
+"""Types that can only be decoded."""
 
 
 def unturned(rows: np.ndarray, heads: int) -> np.ndarray:

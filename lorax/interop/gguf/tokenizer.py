@@ -2,8 +2,8 @@
 
 | tokenizer.ggml.model | what it is |
 |---|---|
-| gpt2 | byte-level BPE; tokenizer.ggml.pre names the expression that cuts words |
-| llama | SentencePiece's BPE: of all pairs that are a token the best score is joined |
+| gpt2 | byte-level BPE; tokenizer.ggml.pre names the regex that splits words |
+| llama | SentencePiece's BPE: joins the pair whose token has the best score |
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 
 def _cut(numbers: str) -> list[dict[str, Any]]:
-    """Words by the expression of Llama 3 and Qwen2, which differ in numbers."""
+    """Splits words by the regex of Llama 3 and Qwen2, which differ in numbers."""
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
     split["pattern"] = {"Regex": _WORDS % numbers}
     return [split, _BYTES | {"use_regex": False}]
@@ -46,7 +46,7 @@ CUTS = {
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
 }
-"""How words are cut, by the value of tokenizer.ggml.pre."""
+"""How words are split, by the value of tokenizer.ggml.pre."""
 
 SPECIAL = {
     "bos_token": "bos_token_id",
@@ -57,22 +57,22 @@ SPECIAL = {
 
 
 LONGEST = 256
-"""Characters of a token that SentencePiece joins: all its parts are looked up."""
+"""Most characters of a token in SentencePiece's kind: all its parts are looked up."""
 
 
 def tokenizer_files(path: str | pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Returns tokenizer.json and tokenizer_config.json, the chat template in it.
+    """Returns tokenizer.json and tokenizer_config.json, which has the chat template.
 
-    `tokenizers.Tokenizer.from_str(json.dumps(files["tokenizer.json"]))` encodes as the
-    model was trained.
+    `tokenizers.Tokenizer.from_str(json.dumps(files["tokenizer.json"]))` encodes text as
+    in the model's training.
 
     Args:
-      path: of the file.
+      path: the file.
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: a file that is not sound, or a tokenizer that is not implemented; the
-        message names the key.
+      ValueError: the file is damaged, or its tokenizer is not implemented; the message
+        names the key.
     """
     head = header.read(pathlib.Path(path))
     tokens = _field(head, "tokens", untrusted.listed(untrusted.TEXT, 1))
@@ -80,7 +80,7 @@ def tokenizer_files(path: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     if len(vocabulary) < len(tokens):
         second = next(i for i, t in enumerate(tokens) if vocabulary[t] != i)
         raise ValueError(
-            f"{head.path}: tokenizer.ggml.tokens: {tokens[second]!r} is there twice"
+            f"{head.path}: tokenizer.ggml.tokens: {tokens[second]!r} appears twice"
         )
     kinds = _for_each(head, "token_type", untrusted.whole(), tokens, _Kind.NORMAL)
     special = _special(head, tokens)
@@ -90,7 +90,7 @@ def tokenizer_files(path: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     opens = _field(head, "add_bos_token", untrusted.FLAG, opens)
     if opens and "bos_token" not in special:
         raise ValueError(
-            f"{head.path}: tokenizer.ggml.add_bos_token=True, and there is no "
+            f"{head.path}: tokenizer.ggml.add_bos_token=True, but there is no "
             "tokenizer.ggml.bos_token_id"
         )
     first = special.get("bos_token") if opens else None
@@ -127,7 +127,7 @@ def _for_each(
 
 
 def _special(head: Header, tokens: list[str]) -> dict[str, str]:
-    """The texts of the tokens that have a part to play."""
+    """The texts of the tokens with special roles."""
     rule = untrusted.whole(0, len(tokens) - 1)
     return {
         name: tokens[_field(head, key, rule)]
@@ -137,7 +137,7 @@ def _special(head: Header, tokens: list[str]) -> dict[str, str]:
 
 
 def _added(tokens: list[str], kinds: list[int]) -> Iterator[dict[str, Any]]:
-    """The tokens that are one wherever their text stands."""
+    """The tokens that are never split, wherever their text occurs."""
     for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
         if kind in (_Kind.UNKNOWN, _Kind.CONTROL, _Kind.USER_DEFINED):
             plain = dict.fromkeys(
@@ -148,7 +148,7 @@ def _added(tokens: list[str], kinds: list[int]) -> Iterator[dict[str, Any]]:
 
 
 def _opening(first: str, vocabulary: dict[str, int]) -> dict[str, Any]:
-    """Puts a token in front of a text, and of each of a pair."""
+    """Puts a token in front of a text, and in front of each text of a pair."""
 
     def opened(name: str, kind: int) -> list[dict[str, Any]]:
         mark = {"SpecialToken": {"id": first, "type_id": kind}}
@@ -181,12 +181,12 @@ def _bpe(vocabulary: dict[str, int], merges: list[list[str]], **more: Any) -> An
 def _byte_level(
     head: Header, vocabulary: dict[str, int], special: dict[str, str]
 ) -> tuple[dict[str, Any], bool]:
-    """GPT-2's kind: its parts, and whether it opens texts unless told otherwise."""
+    """GPT-2's kind: its parts, and whether texts start with BOS by default."""
     name = _field(head, "pre", untrusted.TEXT, "gpt-2")
     if name not in CUTS:
         raise ValueError(
             f"{head.path}: tokenizer.ggml.pre={untrusted.shown(name)} is not "
-            f"implemented; known are {', '.join(CUTS)}"
+            f"implemented; supported are {', '.join(CUTS)}"
         )
     cut = CUTS[name]
     merges = []
@@ -196,7 +196,7 @@ def _byte_level(
         if len(pair) != 2 or not known:
             raise ValueError(
                 f"{head.path}: tokenizer.ggml.merges[{i}]={untrusted.shown(line)} is "
-                "not two tokens that make a third"
+                "not a pair of tokens that join to a third"
             )
         merges.append(pair)
     parts = {
@@ -211,7 +211,7 @@ def _byte_level(
 def _sentencepiece(
     head: Header, vocabulary: dict[str, int], special: dict[str, str]
 ) -> tuple[dict[str, Any], bool]:
-    """SentencePiece's kind, of which spaces are a letter, and bytes are tokens."""
+    """SentencePiece's kind, in which a space is a letter and bytes have tokens."""
     scores = _for_each(head, "scores", untrusted.FINITE, list(vocabulary), 0.0)
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     begins = _field(head, "add_space_prefix", untrusted.FLAG, True)
@@ -224,7 +224,7 @@ def _sentencepiece(
     if len(long) > LONGEST:
         raise ValueError(
             f"{head.path}: tokenizer.ggml.tokens[{vocabulary[long]}] has {len(long)} "
-            f"characters; at most {LONGEST} are read"
+            f"characters; at most {LONGEST} are supported"
         )
     merges = _merges(vocabulary, scores)
     parts = {
@@ -237,7 +237,7 @@ def _sentencepiece(
 
 
 def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[list[str]]:
-    """All ways to make a token of two others, those of the best score first."""
+    """All ways to form a token from two others, best scores first."""
     order = sorted(vocabulary, key=lambda token: -scores[vocabulary[token]])
     return [
         [token[:i], token[i:]]
