@@ -34,6 +34,7 @@ def lines(series: Series, x: str, y: str, *, logarithmic: bool = False) -> str:
     axes.set(xlabel=x, ylabel=y)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.set_facecolor("none")  # the page's, light or dark
     axes.grid(alpha=0.25)
     if len(series) > 1:
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -76,6 +77,6 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 def _svg(figure: Any) -> str:
     """Returns the text of an SVG that can be embedded in a page."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

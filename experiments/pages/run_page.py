@@ -32,6 +32,11 @@ td {{ padding: .2rem 1rem .2rem 0; border-bottom: 1px solid #ddd;
 td:last-child {{ font-variant-numeric: tabular-nums; }}
 svg {{ display: block; max-width: 100%; height: auto; }}
 pre {{ overflow: auto; background: #f6f6f6; padding: 1rem; }}
+@media (prefers-color-scheme: dark) {{
+  body {{ color: #ddd; background: #1e2026; }} a {{ color: #8ab4f8; }}
+  td {{ border-color: #444; }} pre {{ background: #2a2d35; }}
+  svg {{ filter: invert(1) hue-rotate(180deg); }}
+}}
 </style></head><body>
 <h1>{title}</h1>
 {body}
