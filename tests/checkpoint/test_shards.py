@@ -80,5 +80,5 @@ def test_what_was_cut_may_be_donated_and_comes_back(tmp_path):
 def test_a_shard_that_is_not_finite_is_found(tmp_path):
     bad = state()
     bad.adapters["w"] = Full(bad.adapters["w"].value.at[-1, -1].set(jnp.nan))
-    with pytest.raises(ValueError, match="adapters/w/value has 1 of 524288 values"):
+    with pytest.raises(ValueError, match="adapters/w/value: 1 of its 524288 values"):
         checkpoint.RunCheckpoints(tmp_path).save(cut(bad))

@@ -205,7 +205,7 @@ def test_a_legend_lies_below_its_panel_and_steps_are_whole():
     axis.plot([1, 2, 3], [3, 2, 1], label="LoRA")
     axis.set(xlabel="step")
     axis.legend()
-    panels._tidy(axis)
+    panels.tidy(axis)
     figure.canvas.draw()
     legend = axis.get_legend().get_window_extent()
     assert legend.y1 < axis.get_window_extent().y0

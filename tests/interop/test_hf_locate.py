@@ -41,10 +41,10 @@ def test_what_is_here_is_found_in_order(folder, asked):
 @pytest.mark.parametrize(
     ("source", "told"),
     [
-        ("stories26k", "near it: stories260k.* on the hub, write hf:stories26k"),
-        ("megred", "near it: merged"),
-        ("./merge", "the directory ./merge does not exist; near it: merged$"),
-        ("../data/gsm9k", "near it: gsm8k$"),
+        ("stories26k", "nearby: stories260k.* on the hub, write hf:stories26k"),
+        ("megred", "nearby: merged"),
+        ("./merge", "the directory ./merge does not exist; nearby: merged$"),
+        ("../data/gsm9k", "nearby: gsm8k$"),
         ("../data/a/b", "the directory ../data/a/b does not exist$"),
         ("~no/such", "the directory ~no/such does not exist"),
         ("/nowhere/at/all", "the directory /nowhere/at/all does not exist$"),

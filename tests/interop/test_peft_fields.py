@@ -154,7 +154,7 @@ def test_copies_of_layers(tmp_path):
     cases.saved(model, tmp_path / "theirs")
     expected = cases.logits(model)
     short, params, _ = cases.own("llama", False)
-    with pytest.raises(ValueError, match=r"of 5 layers .* has 3; .*replicate_layers"):
+    with pytest.raises(ValueError, match=r"with 5 layers .* has 3; .*replicate_layers"):
         ours.load(tmp_path / "theirs", short, params)
     config, copied = ours.replicate_layers(short, params, ranges)
     adapters = ours.load(tmp_path / "theirs", config, copied)

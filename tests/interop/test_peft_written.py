@@ -134,7 +134,7 @@ def test_inits_that_moved_the_base(init, adapter, tmp_path):
 def test_bases_that_are_no_pair():
     _, adapters, base = made(T("layers/qkv/kernel", 2))
     other = jax.tree.map(lambda x: 2 * x, base)
-    with pytest.raises(ValueError, match="layers/qkv/kernel: .*rank 2.*is left"):
+    with pytest.raises(ValueError, match="layers/qkv/kernel: .*rank 2.*remains"):
         residual.initial(adapters, base, other)
     still = residual.initial(adapters, base, base)["layers/qkv/kernel"]
     np.testing.assert_array_equal(still.b, 0)

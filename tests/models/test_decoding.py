@@ -196,7 +196,7 @@ def test_a_model_with_learnt_positions_ends_at_the_last():
     params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     generate = decoding.make_generate(decoding.causal(model, 64), batch=1, bucket=8)
     assert len(generate((params,), [[1] * 6], 10)[0]) == 10
-    with pytest.raises(ValueError, match="the model reads 16 at most"):
+    with pytest.raises(ValueError, match="the model reads at most 16"):
         generate((params,), [[1] * 7], 10)
 
 
