@@ -214,6 +214,7 @@ def test_rows_of_the_shared_embedding_of_t5(tmp_path):
     given = peft.LoraConfig(target_modules=["q"], trainable_token_indices=[7, 3])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        torch.manual_seed(0)  # of PEFT's own draws
         model = peft.get_peft_model(fresh("t5"), given)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
