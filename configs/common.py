@@ -22,7 +22,7 @@ SECTIONS = (
 POPULATION = ("seed", "learning_rate", "rank", "alpha")
 """What members of a population may differ in: zipped tuples, `()` for the config's own.
 
-If all are empty, there is no population.
+A run trains a population if at least one of them is not empty.
 """
 
 

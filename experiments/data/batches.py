@@ -109,7 +109,7 @@ def training_batches(
         batch together.
 
     Raises:
-      ValueError: an example is longer than all lengths, or there are no examples.
+      ValueError: `examples` is empty, or one is longer than the longest length.
     """
     kept = [bucket for bucket in _buckets(examples, lengths) if bucket[1]]
     parts = []

@@ -86,7 +86,7 @@ def load_base(
     switches = switches if config.labels else {}
     if config.head:
         switches |= {"head": config.head}
-    switches |= computing(config)
+    switches |= switches_of(config)
     if config.random:
         fields = config.random.to_dict()
         model = hf.configured(fields, "config.model.random", **switches)
@@ -121,10 +121,10 @@ def load_base(
     )
 
 
-def computing(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns the switches of `config.model` that change no result.
+def switches_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns the switches of `config.model` that affect how it computes, not what.
 
-    Those that only some families have are there where they are not the default.
+    Switches that only some families have are included only if they are set.
     """
     switches = {"scan": config.scan, "remat": config.remat}
     if config.attention != "plain":

@@ -130,7 +130,7 @@ def make_model(config: ml_collections.ConfigDict) -> Any:
             "config.json as config.model.published"
         )
     dtype = jnp.dtype(config.dtype or "float32")
-    switches = loading.computing(config) | {"dtype": dtype, "param_dtype": dtype}
+    switches = loading.switches_of(config) | {"dtype": dtype, "param_dtype": dtype}
     return hf.configured(fields, "config.model.published", **switches)
 
 

@@ -208,6 +208,7 @@ def make_optimizer(
     def schedule(peak: Any) -> optax.Schedule:
         return lambda step: peak * unit(step)  # the peak may be traced
 
+    factors = _factors(config, learning_rate)
     own = [f for f in config if f not in (*FIELDS, *SCHEDULE, *BUILD)]
     if config.name == "chain":
         if own:
@@ -215,7 +216,7 @@ def make_optimizer(
                 f"optimizer.{own[0]}={config[own[0]]!r}: the links of a chain hold its "
                 "arguments; remove the field"
             )
-        tx = make_chain(config.get("chain", ()), schedule(learning_rate))
+        tx = make_chain(config.get("chain", ()), schedule(learning_rate), factors)
     elif config.name in READY:
         make = READY[config.name]
         takes = inspect.signature(make).parameters
@@ -235,36 +236,40 @@ def make_optimizer(
         if options.get("adam_learning_rate") is not None:
             options["adam_learning_rate"] = schedule(options["adam_learning_rate"])
         tx = make(schedule(learning_rate), **options)
+        tx = optax.chain(tx, scale_by_path(factors)) if factors else tx
     else:
         raise ValueError(
             f"optimizer.name={config.name!r} is not one of {', '.join(READY)}, chain; "
             "register an optimiser of your own in a module of config.run.plugins"
         )
-    if own_rates := config.get("rates", ()):
-        tx = optax.chain(tx, _rated(own_rates, learning_rate, config))
     for name, given in config.get("wrap", ()):
         tx = _wrapped(tx, name, given, steps)
     return tx
 
 
-def _rated(
-    own_rates: Any, learning_rate: Any, config: ml_collections.ConfigDict
-) -> Any:
-    """Gives the leaves of some paths a peak of their own, under the same schedule."""
-    if config.name in ("muon", "muon_factors"):
+def _factors(
+    config: ml_collections.ConfigDict, learning_rate: Any
+) -> list[tuple[str, Any]]:
+    """Returns the factors on steps that give the paths of `rates` their own peaks."""
+    rates = config.get("rates", ())
+    if rates and config.name in ("muon", "muon_factors"):
         raise ValueError(
-            f"optimizer.rates={own_rates!r}: with optimizer.name={config.name!r} what "
-            "Muon does not train has a rate already: set optimizer.adam_learning_rate"
+            f"optimizer.rates={rates!r}: with optimizer.name={config.name!r}, the "
+            "leaves that Muon does not train follow optimizer.adam_learning_rate; set "
+            "that instead"
         )
-    return scale_by_path([(path, own / learning_rate) for path, own in own_rates])
+    return [(path, own / learning_rate) for path, own in rates]
 
 
-def make_chain(links: Any, learning_rate: Any) -> optax.GradientTransformation:
+def make_chain(
+    links: Any, learning_rate: Any, factors: Sequence[tuple[str, Any]] = ()
+) -> optax.GradientTransformation:
     """Chains links, and inserts the learning rate.
 
     Args:
       links: pairs `(name, arguments)`.
       learning_rate: a number or a schedule.
+      factors: on the learning rate, by path, as for `scale_by_path`.
 
     Raises:
       ValueError: no links, an unknown name, or links that are not in the order of
@@ -293,6 +298,8 @@ def make_chain(links: Any, learning_rate: Any) -> optax.GradientTransformation:
     last = STAGES.index("learning_rate")
     before = [tx for (_, tx), stage in zip(made, stages, strict=True) if stage < last]
     after = [tx for (_, tx), stage in zip(made, stages, strict=True) if stage > last]
+    if factors:
+        before.append(scale_by_path(factors))
     rate = optax.scale_by_learning_rate(learning_rate)
     return optax.chain(*before, rate, *after)
 

@@ -239,7 +239,7 @@ def dense(
     Returns:
       `[batch, time, out]`.
     """
-    return _exchanged(_every, x, routes, gate_up, down, gated)
+    return _on_devices(_every, x, routes, gate_up, down, gated)
 
 
 def ragged(
@@ -250,20 +250,36 @@ def ragged(
     Under `jax.set_mesh` each device sorts its own tokens. Devices along the mesh axis
     "expert" have some of the experts each; all tokens go there and come back as sums.
     """
-    return _exchanged(_sorted, x, routes, gate_up, down, gated)
+    return _on_devices(_sorted, x, routes, gate_up, down, gated)
 
 
-def _exchanged(
-    own_experts: Callable[..., jax.Array],
+class Held(NamedTuple):
+    """The experts that one device holds.
+
+    Attributes:
+      gate_up: of these experts, `[experts, in, 2, hidden]`.
+      down: of these experts, `[experts, hidden, out]`.
+      first: index of the first one.
+      shares: number of devices that share the layer's experts.
+    """
+
+    gate_up: Linear
+    down: Linear
+    first: Any
+    shares: int
+
+
+def _on_devices(
+    run: Callable[[jax.Array, Routes, Held, Gated], jax.Array],
     x: jax.Array,
     routes: Routes,
     gate_up: Linear,
     down: Linear,
     gated: Gated,
 ) -> jax.Array:
-    """What all experts add to tokens, `own_experts` being what those of a device do.
+    """Runs every device's experts on the tokens of all, and sums the results.
 
-    Its arguments are those of `_sorted`, with whose result it agrees.
+    `run` is `_every` or `_sorted`; the other arguments are those of `dense`.
     """
     rows = machine.cut(machine.ROWS, x.shape[0])
     time = machine.cut(("context",), x.shape[1])
@@ -280,7 +296,7 @@ def _exchanged(
         first = jax.lax.axis_index(AXIS) * gate_up.kernel.shape[0] if own else 0
         if units and down.bias is not None:  # each device's part is summed
             down = down._replace(bias=down.bias / machine.parts(units))
-        y = own_experts(x, routes, gate_up, down, gated, first, machine.parts(own))
+        y = run(x, routes, Held(gate_up, down, first, machine.parts(own)), gated)
         if exchanged:
             y = jax.lax.psum_scatter(y, AXIS, tiled=True)
         summed = units + (() if exchanged else own)
@@ -297,25 +313,17 @@ def _exchanged(
     )
     if gate_up.bias is None:
         kernels = kernels[0]._replace(bias=None), kernels[1]._replace(bias=None)
-    run = jax.shard_map(
+    mapped = jax.shard_map(
         local, in_specs=(tokens, tokens, *kernels), out_specs=tokens, check_vma=False
     )
-    return run(x, routes, gate_up, down)
+    return mapped(x, routes, gate_up, down)
 
 
-def _every(
-    x: jax.Array,
-    routes: Routes,
-    gate_up: Linear,
-    down: Linear,
-    gated: Gated,
-    first: Any,
-    shares: int,
-) -> jax.Array:
-    """As `_sorted`; an expert that is not here is a row of zeros, and adds nothing."""
-    del shares  # all tokens are taken at once
+def _every(x: jax.Array, routes: Routes, held: Held, gated: Gated) -> jax.Array:
+    """Takes all tokens at once; experts of other devices get one-hot rows of zeros."""
+    gate_up, down = held.gate_up, held.down
     count = gate_up.kernel.shape[0]
-    of = jax.nn.one_hot(routes.experts - first, count, dtype=routes.weights.dtype)
+    of = jax.nn.one_hot(routes.experts - held.first, count, dtype=routes.weights.dtype)
     weights = jnp.einsum("btk,btke->ebt", routes.weights, of)
     each = jnp.broadcast_to(x, (count, *x.shape))  # so that experts are a batch
     both = jnp.einsum("ebtd,edgf->ebtgf", each, gate_up.kernel)
@@ -331,23 +339,16 @@ def _every(
     return jnp.einsum("ebtd,ebt->btd", y, weights.astype(y.dtype))
 
 
-def _sorted(
-    x: jax.Array,
-    routes: Routes,
-    gate_up: Linear,
-    down: Linear,
-    gated: Gated,
-    first: Any,
-    shares: int,
-) -> jax.Array:
-    """What the experts from `first` on add to tokens that may visit others as well.
+def _sorted(x: jax.Array, routes: Routes, held: Held, gated: Gated) -> jax.Array:
+    """Takes an even share of the load at a time; the rows beyond it wait their turn.
 
-    Rows beyond an even share of the experts' load wait for their turn: memory is that
-    of one share, time is that of the busiest device, and no row is dropped.
+    Memory is that of one share, time is that of the busiest device, and no row is
+    dropped.
     """
+    gate_up, down, shares = held.gate_up, held.down, held.shares
     count, chosen = gate_up.kernel.shape[0], routes.experts.shape[-1]
     tokens = x.reshape(-1, x.shape[-1])
-    own = routes.experts.reshape(-1) - first
+    own = routes.experts.reshape(-1) - held.first
     own = jnp.where((own >= 0) & (own < count), own, count)  # the others come last
     order = jnp.argsort(own)
     ends = jnp.cumsum(jnp.bincount(own, length=count + 1)[:count])

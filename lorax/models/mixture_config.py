@@ -182,7 +182,7 @@ def _filled(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if told.keys() & {"rope_theta", "rope_scaling", "rope_parameters"}:
         usual.pop("rope_parameters", None)
     if told.keys() & COUNTS:
-        usual = {name: usual[name] for name in usual.keys() - COUNTS}
+        usual = {name: value for name, value in usual.items() if name not in COUNTS}
     if kind == "qwen3_moe":  # if there is a window, every layer has it
         told["max_window_layers"] = 0
     return {**usual, **told}

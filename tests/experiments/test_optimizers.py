@@ -159,8 +159,16 @@ def test_a_rate_of_its_own_is_that_of_another_run(name):
     fast = step(optimizers.make_optimizer(0.03, 10, config), LORA)
     np.testing.assert_allclose(own["f/bias"].value, fast["f/bias"].value, rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, own["w/kernel"], slow["w/kernel"])
-    with pytest.raises(ValueError, match="rates.*set optimizer.adam_learning_rate"):
+    with pytest.raises(ValueError, match="rates.*follow optimizer.adam_learning_rate"):
         make(name="muon_factors", rates=rates)
+
+
+def test_a_rate_of_its_own_comes_before_projections():
+    links, rates = [("sgd", {}), ("clip_spectral", 1e-3)], (("w/.*", 1e3),)
+    factors = step(make(name="chain", chain=links, rates=rates), LORA)["w/kernel"]
+    moved = jax.tree.map(jnp.add, LORA["w/kernel"], factors)
+    norm = lambda lora: np.linalg.norm(np.asarray(lora.scale * lora.a @ lora.b), 2)
+    assert norm(moved) < 1.001e-3
 
 
 def test_wrappers_go_around_the_first_innermost():

@@ -63,7 +63,7 @@ def load(split: str, form: str = "lora_format") -> Data:
       form: "lora_format" or "official".
 
     Raises:
-      ValueError: there is no such split or form.
+      ValueError: the split or the form is unknown.
       FileNotFoundError: the data are missing; see `paths.find`.
     """
     try:

@@ -73,7 +73,7 @@ def load(root: str | os.PathLike[str], task: str, split: str = "train") -> Data:
       split: "train" or one of the task's `dev`.
 
     Raises:
-      ValueError: there is no such task or split.
+      ValueError: the task or the split is unknown.
     """
     if task not in TASKS:
         raise ValueError(f"GLUE has no task {task!r}: choose from {sorted(TASKS)}.")
