@@ -1,5 +1,6 @@
 """Adam's epsilon: moments of a step by hand, the best rate against Monte Carlo."""
 
+import functools
 import itertools
 import math
 
@@ -130,6 +131,21 @@ def test_a_large_epsilon_is_sgd_and_a_diagonal_will_do(kind):
         assert float(thin) == pytest.approx(float(whole), rel=1e-4)
 
 
+def test_a_function_will_do_for_the_hessian():
+    """For a diagonal without an error, since z_i^2 = 1."""
+    g, sigma, hessian = problem("spread")
+    rate = functools.partial(scaling.adam_epsilon_learning_rate, g, sigma)
+    key = jax.random.key(0)
+    for batch, eps in itertools.product((1, 64), (0.0, 0.3)):
+        many = rate(lambda v: hessian @ v, batch, eps, key=key, probes=400)
+        want = float(rate(hessian, batch, eps))
+        assert float(many) == pytest.approx(want, rel=0.03)
+        diagonal = np.diag(hessian)
+        once = jax.jit(lambda key: rate(lambda v: diagonal * v, batch, eps, key=key))
+        want = float(rate(diagonal, batch, eps))
+        assert float(once(key)) == pytest.approx(want, rel=1e-5)
+
+
 def test_the_surge_of_signs_needs_twice_the_trace():
     """The rate over batch sizes has a peak inside if sum s s H > 2 tr H, else not."""
     g, sigma = np.full(2, 0.3), np.ones(2)
@@ -187,3 +203,7 @@ def test_errors():
         rate(one, one, jnp.eye(3), 0, 0.1)
     with pytest.raises(ValueError, match=r"shape .2, 2.; .* give .3, 3., or .3,. for"):
         rate(one, one, jnp.eye(2), 8, 0.1)
+    with pytest.raises(ValueError, match=r"a function, .* give key=jax.random.key.0."):
+        rate(one, one, lambda v: v, 8, 0.1)
+    with pytest.raises(ValueError, match="probes=0; give a number of at least 1"):
+        rate(one, one, lambda v: v, 8, 0.1, key=jax.random.key(0), probes=0)

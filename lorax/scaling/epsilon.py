@@ -31,6 +31,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -123,9 +124,12 @@ def adam_epsilon_shrinkage(
 def adam_epsilon_learning_rate(
     gradient: jax.Array,
     sigma: jax.Array,
-    hessian: jax.Array,
+    hessian: jax.Array | Callable[[jax.Array], jax.Array],
     batch: Number,
     eps: Number,
+    *,
+    key: jax.Array | None = None,
+    probes: int = 4,
 ) -> jax.Array:
     """Returns the best learning rate for a step of Adam with beta1 = beta2 = 0.
 
@@ -137,11 +141,13 @@ def adam_epsilon_learning_rate(
         eta* = sum_i mu_i g_i / (sum_ij mu_i mu_j H_ij + sum_i H_ii (m_i - mu_i^2))
 
     with the moments of the module docstring, each parameter having its own
-    signal-to-noise ratio. This is exact for Gaussian noise; with the closed forms of
-    the moments it would be right within a factor of 1.4. As eps -> inf, the step
-    becomes SGD's, at the rate eta* / eps. At eps = 0 it is that of sign descent; there,
-    if all ratios |g_i| / t_i are equal and s_i = sign g_i, the rate has a peak over the
-    batch size (the surge) only if sum_ij s_i s_j H_ij > 2 tr H.
+    signal-to-noise ratio. For a model, give H as a function: the second sum is then
+    the mean of w.Hw over random signs z, with w_i = z_i sqrt(m_i - mu_i^2). The rate
+    is exact for Gaussian noise; with the closed forms of the moments it would be right
+    within a factor of 1.4. As eps -> inf, the step becomes SGD's, at the rate
+    eta* / eps. At eps = 0 it is that of sign descent; there, if all ratios |g_i| / t_i
+    are equal and s_i = sign g_i, the rate has a peak over the batch size (the surge)
+    only if sum_ij s_i s_j H_ij > 2 tr H.
 
     For adapters: the gradient of `a` is proportional to b, so early on it can be below
     epsilon, and a then trains as with slow SGD while b takes sign-like steps. Keep
@@ -151,16 +157,19 @@ def adam_epsilon_learning_rate(
     Args:
       gradient: g, the mean over examples, n entries in any shape.
       sigma: the standard deviation over examples, in the same shape.
-      hessian: H `[n, n]`, or, for a diagonal H, its diagonal in the gradient's shape.
+      hessian: H `[n, n]`; for a diagonal H, its diagonal in the gradient's shape; or
+        `v -> H v`, in the gradient's shape, such as `jax.jvp` of `jax.grad`.
       batch: B.
       eps: the optimiser's epsilon; at 0 the step is the sign.
+      key: of the random signs; needed where `hessian` is a function.
+      probes: draws of the signs; the function is called once for each, and once more.
 
     Returns:
       The learning rate, a scalar; 0 if every g_i is 0.
 
     Raises:
-      ValueError: a batch size that is not positive, a negative epsilon, or a Hessian
-        of another shape.
+      ValueError: a batch size that is not positive, a negative epsilon, a Hessian of
+        another shape, or a function without a key or probes.
 
     Example:
       >>> g, sigma, H = jnp.array([0.3]), jnp.array([0.0]), jnp.array([[2.0]])
@@ -169,22 +178,56 @@ def adam_epsilon_learning_rate(
       0.3
     """
     g, t = _noisy(gradient, sigma, batch, eps)
-    full, n = _wide(hessian), g.size
-    if full.shape not in ((n, n), g.shape):
-        raise ValueError(
-            f"hessian has shape {full.shape}; for a gradient of shape {g.shape} "
-            f"give {(n, n)}, or {g.shape} for its diagonal"
-        )
     mean, square = _moments(g, t, eps)
     slope = jnp.sum(mean * g)
-    if full.shape == (n, n):
-        mean, square = mean.reshape(n), square.reshape(n)
-        noise = jnp.maximum(square - mean**2, 0)  # >= 0 up to rounding
-        bent = linalg.dot(full, mean)
-        curved = jnp.sum(mean * bent) + jnp.sum(jnp.diagonal(full) * noise)
+    if callable(hessian):
+        if key is None:
+            raise ValueError(
+                "hessian is a function, and its noise term is sampled: give "
+                "key=jax.random.key(0)"
+            )
+        curved = _sampled(hessian, mean, square, key, probes)
     else:
-        curved = jnp.sum(full * square)
+        curved = _curvature(_wide(hessian), mean, square)
     return jnp.where(slope == 0, 0, slope / jnp.where(slope == 0, 1, curved))
+
+
+def _curvature(hessian: jax.Array, mean: jax.Array, square: jax.Array) -> jax.Array:
+    """E[u.Hu] from the moments of u, for a matrix or the diagonal of one."""
+    n = mean.size
+    if hessian.shape not in ((n, n), mean.shape):
+        raise ValueError(
+            f"hessian has shape {hessian.shape}; for a gradient of shape {mean.shape} "
+            f"give {(n, n)}, or {mean.shape} for its diagonal"
+        )
+    if hessian.shape != (n, n):
+        return jnp.sum(hessian * square)
+    mean, square = mean.reshape(n), square.reshape(n)
+    noise = jnp.maximum(square - mean**2, 0)  # >= 0 up to rounding
+    bent = linalg.dot(hessian, mean)
+    return jnp.sum(mean * bent) + jnp.sum(jnp.diagonal(hessian) * noise)
+
+
+def _sampled(
+    hessian: Callable[[jax.Array], jax.Array],
+    mean: jax.Array,
+    square: jax.Array,
+    key: jax.Array,
+    probes: int,
+) -> jax.Array:
+    """As `_curvature`, for a function; unbiased, and exact if H is diagonal."""
+    _checks.at_least("probes", probes, 1)
+    spread = jnp.sqrt(jnp.maximum(square - mean**2, 0))
+
+    def bent(w: jax.Array) -> jax.Array:
+        return jnp.sum(w * hessian(w))
+
+    signs = (
+        jax.random.rademacher(own, mean.shape, mean.dtype)
+        for own in jax.random.split(key, probes)
+    )
+    noise = jnp.stack([bent(z * spread) for z in signs])
+    return bent(mean) + jnp.mean(noise)
 
 
 def _noisy(
