@@ -15,9 +15,10 @@ A fresh head has one rate in all arms, since at an arm's own it would decide the
 The sizes are what two CPU cores can pay for. A step of MiniLM takes LoRA half a
 CPU-millisecond a token, and full fine-tuning a fifth of a second beside that, so a run
 of 300 steps of 16 sentences of 12 to 32 tokens (half an epoch of banking77) with its
-start and its 3,080 test rows is 50 CPU-seconds; subjectivity's sentences are longer and
-get 150 steps. A run of SmolLM2, 40 steps of 8 pairs of E2E, is 130 CPU-seconds with the
-96 rows that choose; GSM8K's are three times as long and get 4 to a step.
+start and its 3,080 test rows is 80 CPU-seconds; subjectivity's sentences are longer,
+and get 100 steps and the methods alone, no other ranks or kernels. A run of SmolLM2,
+40 steps of 8 pairs of E2E, is 220 CPU-seconds with the 96 rows that choose; GSM8K's are
+three times as long and get 4 to a step.
 
     ... --benchmark_times    the time of a step of every arm, on a machine at rest
     ... --benchmark_write    E2E's test prompts, written for by LoRA and full, once

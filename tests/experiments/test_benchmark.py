@@ -133,7 +133,8 @@ def test_claims_by_hand():
         "LoRA r = 1": outcome(11.0, 12.0, 13.0),
         "LoRA r = 64": outcome(10.5, 11.5, 12.5),
     }
-    alike, unbeaten, ten, rank, mlp = verdicts.verdicts(finished, percent=True)
+    every = bases.arms_of(bases.TASKS["banking77"])
+    alike, unbeaten, ten, rank, mlp = verdicts.verdicts(finished, every, percent=True)
     assert alike.found == (
         "minus LoRA +0.10 to +3.00; of 3 intervals 1 lie within 2, 1 (PiSSA) beyond"
     )
@@ -146,6 +147,8 @@ def test_claims_by_hand():
     assert ten.found.startswith("10 times;") and ten.verdict == "shown"
     assert rank.found == "LoRA r = 1 minus LoRA r = 64: +0.50 +- 0.00"
     assert rank.verdict == "shown" and mlp.verdict == "not run"
+    few = verdicts.verdicts(finished, ("LoRA", "rsLoRA"), percent=True)
+    assert [row.claimed for row in few] == [alike.claimed, unbeaten.claimed]
 
 
 def test_a_difference_of_other_scores_is_in_percent_of_loras():
@@ -157,10 +160,10 @@ def test_a_difference_of_other_scores_is_in_percent_of_loras():
 
 def test_the_share_of_fulls_gain_by_hand():
     finished = {"LoRA": outcome(1.1, 1.1, 1.1), "full": outcome(1.0, 1.0, 1.0)}
-    gained, *_ = verdicts.verdicts(finished, percent=False, base=3.0)
+    (gained, _) = verdicts.verdicts(finished, finished, percent=False, base=3.0)
     assert gained.found == "95.0% +- 0.0%" and gained.verdict == "shown"
     finished["LoRA"] = outcome(1.1, 1.5, 1.4)
-    assert verdicts.verdicts(finished, False, 3.0)[0].verdict == "not shown"
+    assert verdicts.verdicts(finished, finished, False, 3.0)[0].verdict == "not shown"
 
 
 def test_what_has_not_been_run_has_its_row():

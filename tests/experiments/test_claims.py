@@ -240,27 +240,38 @@ def test_directions_and_amplification_by_hand(tmp_path, monkeypatch):
     base = {"k": jnp.zeros((2, 10, 10)).at[:, 0, 0].set(jnp.array([0.5, 1.0]))}
     places = {(8, 1): 0, (64, 1): 0, (64, 2): 1}
 
-    def train(setting, rank, seed):
+    def train(setting, problem, rank, seed):
         return one_direction(places[rank, seed]), base
 
+    problem = subspaces.Problem("banking77", 1, 10)
     monkeypatch.setattr(subspaces, "train", train)
-    monkeypatch.setattr(subspaces, "PAIRS", ((1, 2),))
-    monkeypatch.setattr(subspaces, "WHICH", ((1, 1), (8, 8)))
+    monkeypatch.setattr(subspaces, "PROBLEMS", {"toy": problem})
     path = tmp_path / "runs.jsonl"
-    runs = comparison.Runs(path, {"MiniLM": subspaces.digest()})
-    numbers = subspaces.study(lambda: None, runs)
-    assert numbers["rank 8 and 64: phi(1, 1)"] == pytest.approx(
+    runs = comparison.Runs(path, subspaces.digests())
+    found = subspaces.study(lambda task: None, runs)
+    numbers = found["toy"]
+    assert numbers["rank 8 and 64, in: phi(1, 1)"] == pytest.approx(
         {"k, layer 0": 1.0, "k, layer 1": 1.0}
     )
-    assert numbers["two seeds: phi(1, 1)"]["k, layer 0"] == pytest.approx(0, abs=1e-6)
+    ends = {side: f"two seeds, {side}: phi(1, 1)" for side in ("in", "out")}
+    assert numbers[ends["in"]]["k, layer 0"] == pytest.approx(0, abs=1e-6)
+    assert numbers[ends["out"]]["k, layer 0"] == pytest.approx(1)
     own = numbers["amplification, rank 8"]
     assert own == pytest.approx({"k, layer 0": 8.0, "k, layer 1": 4.0}, rel=1e-4)
-    late = comparison.Runs(path, {"MiniLM": subspaces.digest()}, minutes=-1)
-    found = {"numbers": subspaces.study(lambda: None, late), "cpu_seconds": 3}
-    assert found["numbers"] == numbers
-    assert "| amplification, rank 8 | 6.000 +- 25.412 | 4.000 | 8.000 |" in (
-        subspaces.page(found)
+    late = comparison.Runs(path, subspaces.digests(), minutes=-1)
+    assert subspaces.study(lambda task: None, late) == found
+    told = {"numbers": found, "authors": {"q": 1.5, "v": 2.5}, "cpu_seconds": 3}
+    page = subspaces.page(told)
+    assert "| amplification, rank 8 | 6.000 +- 25.412 | 4.000 | 8.000 |" in page
+    assert "| stable rank | 2.000 +- 6.353 | 1.500 | 2.500 |" in page
+    rows = {
+        claim.number.split(";")[0]: claim.values for claim in subspaces.claims(told)
+    }
+    first = rows["log2 of the amplification at rank 8"]
+    np.testing.assert_allclose(first, [3.0, 2.0], rtol=1e-4)  # log2 of 8, 4
+    lower = rows["log2 of the amplification, rank 8 minus 64"]
+    np.testing.assert_allclose(lower, 0.0, atol=1e-4)
+    alike = rows["phi(8, 8) of updates of rank 64 minus 8/10, outputs"]
+    np.testing.assert_allclose(
+        alike, np.array(list(numbers["two seeds, out: phi(8, 8)"].values())) - 0.8
     )
-    rows = subspaces.claims(found)
-    np.testing.assert_allclose(rows[2].values, [3.0, 2.0], rtol=1e-4)  # log2 of 8, 4
-    np.testing.assert_allclose(rows[3].values, 0.0, atol=1e-4)

@@ -22,6 +22,8 @@ SOURCES = {
     "claims/width_exponent": "experiments.studies.claims.width_exponent",
     "claims/unequal_ranks": "experiments.studies.claims.unequal_ranks",
     "claims/subspaces": "experiments.studies.claims.subspaces",
+    "claims/one_step": "experiments.studies.claims.one_step",
+    "claims/batch_rates": "experiments.studies.claims.batch_rates",
     **{
         f"studies/{name}": f"experiments.studies.questions.{name}"
         for name in (

