@@ -243,7 +243,7 @@ def test_directions_and_amplification_by_hand(tmp_path, monkeypatch):
     def train(setting, problem, rank, seed):
         return one_direction(places[rank, seed]), base
 
-    problem = subspaces.Problem("banking77", 1, 10)
+    problem = subspaces.Problem("banking77", 1, (10, 10))
     monkeypatch.setattr(subspaces, "train", train)
     monkeypatch.setattr(subspaces, "PROBLEMS", {"toy": problem})
     path = tmp_path / "runs.jsonl"

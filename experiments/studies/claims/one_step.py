@@ -21,6 +21,9 @@ sentences. The laws of `lorax.scaling` get the noise that is there:
     per parameter    each parameter's own mean and deviation, and products with the
                      Hessian (`adam_epsilon_learning_rate`), noise being Gaussian and
                      independent between parameters
+
+The best rate is the slope u . g over the curvature u . Hu, and the tables hold both
+against the law's.
 """
 
 import functools
@@ -80,30 +83,34 @@ def name(cell: steps.Cell) -> str:
 def page(found: Mapping[str, Any]) -> str:
     """Returns the study's page."""
     parts = [comparison.heading(__doc__)]
+    head = ["batch", "epsilon", "best rate (95 %)", "per parameter"]
+    head += ["octaves above it", "slope, over the law's", "curvature, over the law's"]
     for point in POINTS:
-        rows, scales = [], []
-        for cell in (cell for cell in CELLS if cell.point == point):
-            line = found["cells"].get(name(cell))
-            if line is None:
-                continue
-            mean, half = paired.interval(steps.octaves(line))
-            scales.append(line["noise_scale"])
-            rows.append(
-                [
-                    f"{cell.batch}",
-                    f"{cell.eps:g}",
-                    f"{2**mean:.2e} (x/ {2**half:.2f})",
-                    f"{line['law']:.2e}",
-                    f"{mean - math.log2(line['law']):+.2f}",
-                    f"{line['slope']:.2f}",
-                ]
-            )
-        if rows:
-            head = ["batch", "epsilon", "best rate (95 %)", "per parameter"]
-            head += ["octaves above it", "slope, over the law's"]
+        own = {
+            cell: found["cells"][name(cell)]
+            for cell in CELLS
+            if cell.point == point and name(cell) in found["cells"]
+        }
+        if own:
+            rows = [_row(cell, line) for cell, line in own.items()]
+            scale = next(iter(own.values()))["noise_scale"]
             parts += [f"## After {point} steps\n", tables.markdown(head, rows)]
-            parts += [f"\nThe noise scale is {scales[0]:.0f} sentences.\n"]
+            parts += [f"\nThe noise scale is {scale:.0f} sentences.\n"]
     return "\n".join([*parts, f"{found['cpu_seconds']} CPU-seconds.\n"])
+
+
+def _row(cell: steps.Cell, line: Mapping[str, Any]) -> list[str]:
+    mean, half = paired.interval(steps.octaves(line))
+    bend = line["slope"] * line["law"] / 2**mean
+    return [
+        f"{cell.batch}",
+        f"{cell.eps:g}",
+        f"{2**mean:.2e} (x/ {2**half:.2f})",
+        f"{line['law']:.2e}",
+        f"{mean - math.log2(line['law']):+.2f}",
+        f"{line['slope']:.2f}",
+        f"{bend:.2f}",
+    ]
 
 
 def claims(found: Mapping[str, Any]) -> list[scorecard.Claim]:

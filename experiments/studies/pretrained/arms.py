@@ -31,8 +31,8 @@ def rates(lowest: float) -> tuple[float, ...]:
     return tuple(10 ** (lowest + k / 2) for k in range(4))
 
 
-LORA = rates(-3)
-BOTH = rates(-3.5)
+LORA = rates(-3.5)
+BOTH = rates(-4)
 """For arms with both factors alive at the start, or with a larger scale or ratio."""
 FULL = rates(-4.5)
 SMALL = rates(-2.5)
