@@ -91,4 +91,4 @@ def test_cells_resume_and_their_claims_are_held_against_the_laws(tmp_path, monke
     np.testing.assert_allclose(sqrt.values, rise[1] - rise[0] - 2.0)  # 64 = 4 * 4^2
     assert (sqrt.low, sqrt.high) == (-0.5, 0.5)
     assert scorecard.verdict(sqrt) in ("shown", "not shown", "contradicted")
-    assert len(claims) == 6
+    assert len(claims) == 10

@@ -47,6 +47,8 @@ _MINUTES = flags.DEFINE_float("one_step_minutes", None, "Time limit for new runs
 POINTS = (20, 100)
 """Steps before the one that is studied."""
 SIZES = (4, 16, 64, 256)
+SPANS = ((4, 64), (64, 256))
+"""Batch sizes between which the laws are tested."""
 EPSILONS = (0.1, 1.0, 10.0)
 CELLS = tuple(
     steps.Cell(point, *rest)
@@ -120,10 +122,17 @@ def claims(found: Mapping[str, Any]) -> list[scorecard.Claim]:
 
 def _claims(cells: Mapping[str, Any], point: int) -> list[scorecard.Claim]:
     usual = steps.Cell(point, steps.USUAL, 0.0)
-    small, large = usual._replace(batch=SIZES[0]), usual._replace(batch=SIZES[2])
-    told = f"from batch {small.batch} to {large.batch}"
     every: tuple[laws.Law, ...] = (*laws.LAWS, laws.PER_PARAMETER)
-    pairs = [(small, large, law, told) for law in every]
+    pairs = [
+        (
+            usual._replace(batch=small),
+            usual._replace(batch=large),
+            law,
+            f"from batch {small} to {large}",
+        )
+        for small, large in SPANS
+        for law in every
+    ]
     for eps in EPSILONS[1:]:
         told = f"from epsilon 0 to {eps:g} times the gradient"
         pairs.append((usual, usual._replace(eps=eps), laws.PER_PARAMETER, told))
