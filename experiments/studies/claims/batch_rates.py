@@ -1,4 +1,4 @@
-"""Batch size and the best learning rate of a run, on a pretrained model.
+"""Over batch sizes, which law does the best rate of a whole run follow?
 
     python -m experiments.studies.claims.batch_rates
 
@@ -105,20 +105,17 @@ def _known(runs: comparison.Runs, size: int, seed: int) -> float | None:
 
 def page(found: Mapping[str, Any]) -> str:
     """Returns the study's page."""
-    rows = []
-    rates = {int(size): np.log2(own) for size, own in found["rates"].items()}
-    for size, own in rates.items():
+    rows, first = [], np.log2(found["rates"].get(str(SIZES[0]), np.nan))
+    for size, own in ((int(size), np.log2(x)) for size, x in found["rates"].items()):
         mean, half = paired.interval(own)
-        told = [str(size), f"{2**mean:.2e} (x/ {2**half:.2f})"]
-        if SIZES[0] not in rates:
-            continue
-        risen, spread = paired.interval(own - rates[SIZES[0]])
-        told.append(f"{risen:+.2f} +- {spread:.2f}" if size != SIZES[0] else "-")
-        scale = found["noise_scale"]
-        told += [
-            f"{laws.octaves(law, SIZES[0], size, scale):+.2f}" for law in laws.LAWS
-        ]
-        rows.append(told)
+        told = ["-"] * (1 + len(laws.LAWS))
+        if size != SIZES[0]:
+            risen, spread = paired.interval(own - first)
+            told = [f"{risen:+.2f} +- {spread:.2f}"]
+            for law in laws.LAWS:
+                octaves = laws.octaves(law, SIZES[0], size, found["noise_scale"])
+                told.append(f"{octaves:+.2f}")
+        rows.append([str(size), f"{2**mean:.2e} (x/ {2**half:.2f})", *told])
     head = ["batch", "best rate (95 %)", f"octaves from {SIZES[0]}", *laws.LAWS]
     parts = [comparison.heading(__doc__), tables.markdown(head, rows), ""]
     if "noise_scale" in found:

@@ -158,7 +158,7 @@ def _claim(
         scale = first["noise_scale"]
         predicted = laws.octaves(law, one.batch, other.batch, scale)
     found = steps.octaves(second) - steps.octaves(first)
-    where = f"one step of LoRA on MiniLM after {one.point}"
+    where = f"LoRA on MiniLM, one step after {one.point} others"
     return laws.claim(law, predicted, found, told, where)
 
 
