@@ -6,7 +6,7 @@ import pytest
 
 import lorax
 from experiments.studies.claims import one_step, steps
-from experiments.studies.method import comparison, scorecard
+from experiments.studies.method import comparison
 
 pytestmark = pytest.mark.once
 
@@ -90,5 +90,4 @@ def test_cells_resume_and_their_claims_are_held_against_the_laws(tmp_path, monke
     rise = [steps.octaves(again[one_step.name(cells[i])]) for i in (0, 2)]
     np.testing.assert_allclose(sqrt.values, rise[1] - rise[0] - 2.0)  # 64 = 4 * 4^2
     assert (sqrt.low, sqrt.high) == (-0.5, 0.5)
-    assert scorecard.verdict(sqrt) in ("shown", "not shown", "contradicted")
     assert len(claims) == 10

@@ -11,8 +11,6 @@ get the simple noise scale of LoRA's factors, measured after 30 steps of 16 sent
 and no constant is fitted: each predicts by how much the best rate changes.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -142,8 +140,7 @@ def claims(found: Mapping[str, Any]) -> list[scorecard.Claim]:
 def digests() -> dict[str, str]:
     """Returns a digest of what a run depends on, by the first part of its key."""
     shared = {**bases.SHARED, **bases.TASKS["banking77"].fields}
-    told = json.dumps([shared, STEPS, SCORED, jax.__version__], sort_keys=True)
-    digest = hashlib.sha256(told.encode()).hexdigest()[:16]
+    digest = comparison.digest(shared, STEPS, SCORED, jax.__version__)
     return dict.fromkeys(["noise scale", *(f"batch {size}" for size in SIZES)], digest)
 
 

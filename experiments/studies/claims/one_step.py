@@ -27,8 +27,6 @@ against the law's.
 """
 
 import functools
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -166,9 +164,7 @@ def digest() -> str:
     """Returns a digest of what a run depends on."""
     shared = {**bases.SHARED, **bases.TASKS["banking77"].fields}
     own = [steps.RATE, steps.SEED, steps.ROWS, steps.USUAL, steps.DRAWS, steps.PROBES]
-    told = [shared, *own, jax.__version__]
-    line = json.dumps(told, sort_keys=True, default=str)
-    return hashlib.sha256(line.encode()).hexdigest()[:16]
+    return comparison.digest(shared, *own, jax.__version__)
 
 
 def main(argv: Sequence[str]) -> None:

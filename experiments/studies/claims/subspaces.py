@@ -20,9 +20,7 @@ the rate that is best for rank 8 there. For every kernel:
 Intervals are over the kernels, of one pair of seeds.
 """
 
-import hashlib
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -65,7 +63,6 @@ RANKS = (8, 64)
 SCALE = arms.ALPHA / arms.RANK
 RATE = 10**-3
 AUTHORS = "roberta_lora_mnli/roberta_base_lora_mnli.safetensors"
-MNLI = "stable rank"
 PAIRS = ((1, 2),)
 """Pairs of seeds to compare."""
 WHICH = ((1, 1), (8, 8))
@@ -185,7 +182,9 @@ def table(numbers: Mapping[str, Mapping[str, float]]) -> str:
 def page(found: Mapping[str, Any]) -> str:
     """Returns the study's page."""
     parts = [comparison.heading(__doc__)]
-    told = found["numbers"] | {"The authors' RoBERTa on MNLI": {MNLI: found["authors"]}}
+    told = found["numbers"] | {
+        "The authors' RoBERTa on MNLI": {"stable rank": found["authors"]}
+    }
     for name, numbers in told.items():
         parts += [f"## {name}\n", table(numbers), ""]
     return "\n".join([*parts, f"{found['cpu_seconds']} CPU-seconds.\n"])
@@ -267,8 +266,7 @@ def digests() -> dict[str, str]:
     for name, problem in PROBLEMS.items():
         shared = {**bases.SHARED, **bases.TASKS[problem.task].fields}
         told = [shared, RANKS, SCALE, RATE, problem.steps, WHICH, SIDES]
-        line = json.dumps([*told, jax.__version__], sort_keys=True, default=str)
-        made[name] = hashlib.sha256(line.encode()).hexdigest()[:16]
+        made[name] = comparison.digest(*told, jax.__version__)
     return made
 
 

@@ -18,8 +18,6 @@ two seeds; eight others are reported, each paired with LoRA on the same seed.
 """
 
 import functools
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -193,8 +191,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 def digest(arm: Arm) -> str:
     """Returns a digest of what an arm's runs depend on, besides their key."""
-    told = [arm, PROBLEM, BUDGET, BATCH, jax.__version__]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    return comparison.digest(arm, PROBLEM, BUDGET, BATCH, jax.__version__)
 
 
 def page(found: Mapping[str, Any]) -> str:

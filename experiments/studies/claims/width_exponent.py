@@ -29,9 +29,7 @@ edge: the 95 % interval must be within +-0.1 of the mean, and an exponent e of 0
 """
 
 import functools
-import hashlib
 import itertools
-import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -183,8 +181,8 @@ def study(regime: str, runs: comparison.Runs) -> dict[str, Any]:
 
 def digest(regime: str) -> str:
     """Returns a digest of what a regime's runs depend on."""
-    told = [regime, RANK, INPUTS, STEPS, SEEDS, RATIOS, PRODUCTS, jax.__version__]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    told = regime, RANK, INPUTS, STEPS, SEEDS, RATIOS, PRODUCTS, jax.__version__
+    return comparison.digest(*told)
 
 
 def page(found: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ A result is `{"rate": learning rate, "curves": [seed][point]}`, where lower is b
 "LoRA" is the method that the others are compared with.
 """
 
+import hashlib
 import json
 import math
 import pathlib
@@ -47,6 +48,12 @@ def publish(
     disk.replace(folder / "results.json", json.dumps(found) + "\n")
     disk.replace(folder / "table.md", page(found))
     print(page(found))
+
+
+def digest(*told: Any) -> str:
+    """Returns 16 hexadecimal digits of what runs depend on, by value, as JSON."""
+    line = json.dumps(told, sort_keys=True, default=str)
+    return hashlib.sha256(line.encode()).hexdigest()[:16]
 
 
 class NotRun(Exception):

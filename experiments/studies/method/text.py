@@ -7,8 +7,6 @@ reported for fresh seeds on the `test` documents. All arms share the seeds, so b
 and keys are paired.
 """
 
-import hashlib
-import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -74,9 +72,7 @@ def digest(study: Study, fields: Fields, toy: bool) -> str:
     # Where a run is saved, what it logs and who tuned it make no difference to it.
     config["run"] = {name: config["run"][name] for name in ("seed", "steps", "methods")}
     del config["optimizer"]["tuned"]
-    told = [config, study.every, jax.__version__]
-    line = json.dumps(told, default=str, sort_keys=True)
-    return hashlib.sha256(line.encode()).hexdigest()[:16]
+    return comparison.digest(config, study.every, jax.__version__)
 
 
 def run(study: Study, setting: shared.Setting, runs: comparison.Runs) -> None:

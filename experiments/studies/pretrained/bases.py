@@ -1,8 +1,6 @@
 """The tasks of the benchmark: a pretrained base, and what it learns."""
 
 import functools
-import hashlib
-import json
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +14,7 @@ from experiments.data import batches, examples, tokenization
 from experiments.data.sources import classification, glue
 from experiments.generation import loading
 from experiments.machine import placement
+from experiments.studies.method import comparison
 from experiments.studies.pretrained import arms
 from experiments.tasks import classify, losses, respond
 
@@ -169,8 +168,7 @@ def configured(task: Task, arm: arms.Arm) -> ml_collections.ConfigDict:
 def digest(task: Task, arm: arms.Arm) -> str:
     """Of what a run of the arm depends on, by value: names of arms may change."""
     fields = {**SHARED, **task.fields, **arm.fields}
-    told = json.dumps([fields, task.choose, task.report], sort_keys=True, default=str)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    return comparison.digest(fields, task.choose, task.report)
 
 
 def make_setting(task: Task) -> Setting:

@@ -39,9 +39,9 @@ LoRA's; the time is the best of seven, all arms interleaved.
 """
 FIGURE = f"""![What every arm ends with, by trained parameters](figure.png)
 
-From below, arms by the parameters that they train, in millions. Red: the interval does
-not hold 0. The band is {verdicts.NEAR:g} wide on either side, the most by which tuned
-methods are said to differ (2602.04998).
+From below, arms by the parameters that they train, in millions. Orange: the interval
+does not hold 0. The band is {verdicts.NEAR:g} wide on either side, the most by which
+tuned methods are said to differ (2602.04998).
 """
 
 
